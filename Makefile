@@ -1,0 +1,38 @@
+# groundserve. `make` or `make help` says what there is; what CI runs is what a person runs.
+.DEFAULT_GOAL := help
+.PHONY: help install up down test check lock
+
+# The first of these that runs (a version manager's stub may stand in for a Python that is not there).
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
+BIN := .venv/bin
+
+# make up: which model (smollm2 answers questions, tiny-llava names colours in images), and how many replicas.
+MODEL ?= smollm2
+REPLICAS ?= 2
+SERVICE = $(patsubst smollm2-135m,smollm2,$(MODEL))
+
+help: ## this list
+	@echo "Settings: MODEL=$(MODEL) REPLICAS=$(REPLICAS) PYTHON=$(PYTHON) TESTS=$(TESTS)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## make .venv from the lock files, if it is missing or stale
+	@test -n "$(PYTHON)" || { echo "make install: no Python found: install Python 3.11, or say PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) .ci/install.py
+
+up: install ## serve MODEL with REPLICAS replicas on http://localhost:30001, on this machine, without Docker
+	@test -f docker/services/$(SERVICE).yaml || { echo "make up: no service for MODEL=$(MODEL); there are: $$(cd docker/services && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 1; }
+	@$(BIN)/groundserve up docker/services/$(SERVICE).yaml --env REPLICAS=$(REPLICAS)
+
+down: ## stop what make up started
+	@if [ -x $(BIN)/groundserve ]; then $(BIN)/groundserve down --all; else echo "nothing is installed, so nothing runs"; fi
+
+test: install ## all tests that need neither GPU nor Docker, the real SGLang included (TESTS=tests/replica for a part)
+	@$(BIN)/python -m pytest $(TESTS)
+
+check: install ## format, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+lock: ## write the lock files anew (needs uv)
+	@.ci/lock
