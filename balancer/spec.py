@@ -1,0 +1,259 @@
+"""A service file read and resolved: what is to run, how many of it, and how the balancer treats it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from balancer.document import Document, KeyPath, fill_in
+from balancer.errors import ConfigError
+from balancer.schema import Operation, Service, Task
+from balancer.settings import PolicyName, ReadinessProbe, Settings
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A service file, read and resolved."""
+
+    name: str
+    # The file's path, for messages.
+    source: str
+    service: Service
+    settings: Settings
+    operation: Operation
+    run: str
+    workdir: Path
+    # Variables of the replicas' commands, secrets among them: never printed.
+    envs: Mapping[str, str]
+    # Names in envs: or secrets: that have no value yet.
+    missing_envs: tuple[str, ...]
+    # GPU types that will do, and how many of each one replica takes; empty: no GPU asked for.
+    accelerators: Mapping[str, int]
+    # What one replica asks of the machine, where the file says it: GB, and cores.
+    memory: float | None
+    cpus: float | None
+    # The port that the file expects a replica on.
+    port: int | None
+    # For a person: what in the file has no effect here, and why.
+    warnings: tuple[str, ...]
+
+    @property
+    def readiness_probe(self) -> ReadinessProbe | None:
+        """None where the file does not say: whoever knows the program decides then."""
+        return self.service.readiness_probe
+
+    @property
+    def policy(self) -> PolicyName | None:
+        return self.service.load_balancing_policy
+
+    @property
+    def min_replicas(self) -> int:
+        if self.service.replica_policy is not None:
+            return self.service.replica_policy.min_replicas
+        return 1 if self.service.replicas is None else self.service.replicas
+
+    @property
+    def max_replicas(self) -> int | None:
+        """The most replicas the file asks for; None where it autoscales without saying how far."""
+        policy = self.service.replica_policy
+        if policy is None or not self.autoscales:
+            return self.min_replicas
+        return policy.max_replicas
+
+    @property
+    def autoscales(self) -> bool:
+        policy = self.service.replica_policy
+        if policy is None:
+            return False
+        return (
+            policy.target_qps_per_replica is not None
+            or self.operation.target_in_flight_per_replica is not None
+        )
+
+    def for_balancer(self, readiness_probe: ReadinessProbe) -> str:
+        """The YAML that one balancer process needs: variables filled in; no envs, secrets or commands."""
+        service = self.service.model_dump(mode="json", exclude_unset=True, exclude={"readiness_probe"})
+        service["readiness_probe"] = readiness_probe.model_dump(mode="json", exclude_none=True)
+        settings = self.settings.model_dump(mode="json", exclude_unset=True)
+        return yaml.safe_dump(
+            {"name": self.name, "service": service, "x-groundserve": settings}, sort_keys=False
+        )
+
+
+def load(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    envs: Mapping[str, str] = NOTHING,
+    secrets: Mapping[str, str] = NOTHING,
+) -> Spec:
+    """The service that a file describes; raises ConfigError with one line that names file, line and key."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as failure:
+        raise ConfigError(f"{path}: {failure.strerror}: give the path of a service YAML") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text: give the path of a service YAML") from None
+    return parse(text, source=str(path), name=name, envs=envs, secrets=secrets)
+
+
+def parse(
+    text: str,
+    *,
+    source: str,
+    name: str | None = None,
+    envs: Mapping[str, str] = NOTHING,
+    secrets: Mapping[str, str] = NOTHING,
+) -> Spec:
+    """As load, from the file's text. `envs`, `secrets` and `name` override the file's own."""
+    document = Document(text, source)
+    if "service" not in document.data:
+        raise ConfigError(f"{source}: there is no `service:` section, so there is nothing to serve")
+    variables, missing = _variables(document, envs, secrets)
+    filled = {
+        k: fill_in(v, variables) if k in ("service", "workdir") else v for k, v in document.data.items()
+    }
+    task = document.validated(Task, filled)
+    operation, settings = _own_keys(task, document)
+    resources = (task.resources, *task.resources.any_of, *task.resources.ordered)
+    accelerators: dict[str, int] = {}
+    for each in resources:
+        accelerators |= _accelerators(each.accelerators, document)
+    warnings = tuple(document.marked(task))
+    spec = Spec(
+        name=_service_name(name or task.name or Path(source).stem),
+        source=source,
+        service=task.service,
+        settings=settings,
+        operation=operation,
+        run=task.run or "",
+        workdir=Path(task.workdir or ".").expanduser(),
+        envs=MappingProxyType(variables),
+        missing_envs=missing,
+        accelerators=MappingProxyType(accelerators),
+        memory=_at_least(task.resources.memory, ("resources", "memory"), document),
+        cpus=_at_least(task.resources.cpus, ("resources", "cpus"), document),
+        port=task.service.ports
+        or next(filter(None, (_port(each.ports, document) for each in resources)), None),
+        warnings=warnings,
+    )
+    _check_consistency(spec, document)
+    return spec
+
+
+def _variables(
+    document: Document, envs: Mapping[str, str], secrets: Mapping[str, str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Names and values of envs: and secrets:, overrides included, and the names that have no value."""
+    found: dict[str, Any] = {}
+    for section in ("envs", "secrets"):
+        values = document.data.get(section) or {}
+        if isinstance(values, list):
+            values = {str(name).removeprefix("secrets:"): None for name in values}
+        if not isinstance(values, dict):
+            raise document.fault((section,), "should be names with their values")
+        for name, value in values.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
+                raise document.fault((section, name), "is not a name that an environment variable can have")
+            if isinstance(value, dict | list):
+                raise document.fault((section, name), "should be a single value")
+            found[str(name)] = value
+    found |= {**envs, **secrets}
+    missing = tuple(name for name, value in found.items() if value is None)
+    return {name: str(value) for name, value in found.items() if value is not None}, missing
+
+
+def _own_keys(task: Task, document: Document) -> tuple[Operation, Settings]:
+    """`x-groundserve:` apart into what concerns the engine and what concerns the balancer."""
+    under: KeyPath = ("x-groundserve",)
+    values = task.x_groundserve or {}
+    for key in values:
+        if key not in (known := [*Operation.model_fields, *Settings.model_fields]):
+            raise document.unknown_key((*under, key), known)
+    ours = {key: value for key, value in values.items() if key in Operation.model_fields}
+    theirs = {key: value for key, value in values.items() if key in Settings.model_fields}
+    if (timeout := task.service.load_balancer.stream_timeout_seconds) is not None:
+        theirs = {"idle_timeout": timeout} | theirs
+    return document.validated(Operation, ours, under), document.validated(Settings, theirs, under)
+
+
+def _check_consistency(spec: Spec, document: Document) -> None:
+    service, policy = spec.service, spec.service.replica_policy
+    if policy is None:
+        targets = None
+    elif service.replicas is not None:
+        raise document.fault(
+            ("service", "replica_policy"), "and service.replicas exclude each other: keep one"
+        )
+    else:
+        targets = policy.target_qps_per_replica
+        if policy.max_replicas is not None and policy.max_replicas < policy.min_replicas:
+            raise document.fault(("service", "replica_policy", "max_replicas"), "is less than min_replicas")
+        if policy.max_replicas not in (None, policy.min_replicas) and not spec.autoscales:
+            raise document.fault(
+                ("service", "replica_policy", "max_replicas"),
+                "differs from min_replicas, but nothing says when to scale: give target_qps_per_replica",
+            )
+        if targets == 0 or (isinstance(targets, dict) and not all(targets.values())):
+            raise document.fault(
+                ("service", "replica_policy", "target_qps_per_replica"), "should be more than 0"
+            )
+    if isinstance(targets, dict) != (spec.policy == "instance_aware_least_load"):
+        raise document.fault(
+            ("service", "load_balancing_policy"),
+            "instance_aware_least_load and a target_qps_per_replica by GPU type need each other",
+        )
+
+
+def _service_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
+        raise ConfigError(
+            f"'{name}' cannot name a service: use letters, digits, '-', '_' and '.', at most 63"
+        )
+    return name
+
+
+def _accelerators(value: Any, document: Document) -> dict[str, int]:
+    """From any of SkyServe's forms: "L4", "L4:2", {L4: 2, A10G: 1}, ["L4:1", "A100:1"]."""
+    path: KeyPath = ("resources", "accelerators")
+    if value is None:
+        return {}
+    items = [value] if isinstance(value, str) else value
+    if isinstance(items, dict):
+        items = [key if count is None else f"{key}:{count}" for key, count in items.items()]
+    if not isinstance(items, list | set):
+        raise document.fault(path, "should be like 'L4:1' or {L4: 1, A100: 1}")
+    found: dict[str, int] = {}
+    for item in items:
+        kind, _, count = str(item).partition(":")
+        if not re.fullmatch(r"[1-9][0-9]*(\.0)?", count or "1"):
+            raise document.fault(path, f"asks for {count} of {kind}: a replica takes whole GPUs")
+        found[kind] = int(float(count or "1"))
+    return found
+
+
+def _at_least(value: str | float | None, path: KeyPath, document: Document) -> float | None:
+    if value is None:
+        return None
+    try:
+        return float(str(value).removesuffix("+").removesuffix("GB"))
+    except ValueError:
+        raise document.fault(path, f"should be a number, or like '4+' (it is {value!r})") from None
+
+
+def _port(value: Any, document: Document) -> int | None:
+    """SkyServe wants one port for a service, in any of its forms: 8000, "8000", [8000]."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not values:
+        return None
+    if len(values) > 1 or not str(values[0]).isdecimal() or not 1 <= int(values[0]) <= 65535:
+        raise document.fault(
+            ("resources", "ports"), "should be the one port that a replica listens on, like 8000"
+        )
+    return int(values[0])
