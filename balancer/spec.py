@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +30,7 @@ class Spec:
     run: str
     workdir: Path
     # Variables of the replicas' commands, secrets among them: never printed.
-    envs: Mapping[str, str]
+    envs: Mapping[str, str] = field(repr=False)
     # Names in envs: or secrets: that have no value yet.
     missing_envs: tuple[str, ...]
     # GPU types that will do, and how many of each one replica takes; empty: no GPU asked for.
@@ -80,10 +80,9 @@ class Spec:
         """The YAML that one balancer process needs: variables filled in; no envs, secrets or commands."""
         service = self.service.model_dump(mode="json", exclude_unset=True, exclude={"readiness_probe"})
         service["readiness_probe"] = readiness_probe.model_dump(mode="json", exclude_none=True)
-        settings = self.settings.model_dump(mode="json", exclude_unset=True)
-        return yaml.safe_dump(
-            {"name": self.name, "service": service, "x-groundserve": settings}, sort_keys=False
-        )
+        ours = self.settings.model_dump(mode="json", exclude_unset=True)
+        ours |= self.operation.model_dump(mode="json", exclude_unset=True)
+        return yaml.safe_dump({"name": self.name, "service": service, "x-groundserve": ours}, sort_keys=False)
 
 
 def load(
