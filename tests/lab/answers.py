@@ -1,0 +1,144 @@
+"""The bodies SGLang 0.5.23 answers with, as bytes: field names, order and nesting as the real server's."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import orjson
+
+from tests.lab.asked import Asked
+
+DONE = b"[DONE]"
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What one generation makes, and is known by in every chunk."""
+
+    asked: Asked
+    words: Sequence[str]  # one a token
+    rid: str = field(default_factory=lambda: uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "reasoning_tokens": 0,
+            "completion_tokens_details": None,
+        }
+
+
+def error(status: int, message: str, kind: str) -> bytes:
+    """An error body, as the OpenAI paths and all HTTP errors of SGLang have it."""
+    return orjson.dumps({"object": "error", "message": message, "type": kind, "param": None, "code": status})
+
+
+def event(data: bytes, end: str = "\n\n") -> bytes:
+    """One SSE event."""
+    return b"data: " + data + end.encode()
+
+
+def whole(generation: Generation, usage: Usage, seconds: float) -> bytes:
+    """The body of an answer that is not streamed. `seconds`: how long it took."""
+    text = "".join(generation.words[: usage.completion_tokens])
+    if generation.asked.kind == "generate":
+        return orjson.dumps(_generate(generation, text, usage, seconds))
+    said: dict[str, Any] = {"message": {"role": "assistant", "content": text, "reasoning_content": None}}
+    if generation.asked.kind == "completion":
+        said = {"text": text}
+    body = {
+        "id": generation.rid,
+        "object": "chat.completion" if generation.asked.kind == "chat" else "text_completion",
+        "created": generation.created,
+        "model": generation.asked.model,
+        "choices": [_choice(said, "length")],
+        "usage": usage.as_json(),
+        "metadata": {"weight_version": "default", "weight_versions": _weight_versions(usage)},
+    }
+    return orjson.dumps(body)
+
+
+def first(generation: Generation) -> bytes | None:
+    """What is streamed with the first token, before it."""
+    if generation.asked.kind != "chat":
+        return None
+    return _chunk(generation, [_choice(_delta(role="assistant", content=""), None)])
+
+
+def token(generation: Generation, position: int, usage: Usage, seconds: float) -> bytes:
+    """The chunk of the token at `position`, from 0; of /generate it holds the whole text each time."""
+    is_last = position + 1 == len(generation.words)
+    if generation.asked.kind == "generate":
+        text = "".join(generation.words[: position + 1])
+        return orjson.dumps(_generate(generation, text, usage, seconds if is_last else None))
+    if generation.asked.kind == "completion":
+        said = {"text": generation.words[position]}
+        return _chunk(generation, [_choice(said, "length" if is_last else None)], usage=None)
+    return _chunk(generation, [_choice(_delta(content=generation.words[position]), None)])
+
+
+def last(generation: Generation, usage: Usage) -> list[bytes]:
+    """What is streamed after the last token, [DONE] included."""
+    chunks = []
+    if generation.asked.kind == "chat":
+        chunks.append(_chunk(generation, [_choice(_delta(), "length")]))
+    if generation.asked.include_usage and generation.asked.kind != "generate":
+        chunks.append(_chunk(generation, [], usage=usage.as_json()))
+    return [*chunks, DONE]
+
+
+def _delta(**said: str) -> dict[str, Any]:
+    return {"delta": {"reasoning_content": None, **said}}
+
+
+def _choice(said: dict[str, Any], finish: str | None) -> dict[str, Any]:
+    return {"index": 0, **said, "logprobs": None, "finish_reason": finish, "matched_stop": None}
+
+
+def _chunk(generation: Generation, choices: list[Any], **usage: Any) -> bytes:
+    return orjson.dumps(
+        {
+            "id": generation.rid,
+            "object": "chat.completion.chunk" if generation.asked.kind == "chat" else "text_completion",
+            "created": generation.created,
+            "model": generation.asked.model,
+            "choices": choices,
+            **usage,
+        }
+    )
+
+
+def _weight_versions(usage: Usage) -> list[dict[str, Any]]:
+    return [{"version": "default", "start": 0, "end": usage.completion_tokens}]
+
+
+def _generate(generation: Generation, text: str, usage: Usage, seconds: float | None) -> dict[str, Any]:
+    """The body of /generate. `seconds`: how long the generation took, None while it runs."""
+    meta: dict[str, Any] = {
+        "id": generation.rid,
+        "finish_reason": None if seconds is None else {"type": "length", "length": len(generation.words)},
+        "prompt_tokens": usage.prompt_tokens,
+        "weight_version": "default",
+        "num_retractions": 0,
+        "reasoning_tokens": 0,
+        "completion_tokens": usage.completion_tokens,
+        "cached_tokens": usage.cached_tokens,
+    }
+    if seconds is not None:
+        meta["weight_versions"] = _weight_versions(usage)
+    meta |= {"cached_tokens_details": {"device": usage.cached_tokens, "host": 0}, "dp_rank": None}
+    if seconds is not None:
+        meta["e2e_latency"] = seconds
+    return {"text": text, "output_ids": list(range(usage.completion_tokens)), "meta_info": meta}
