@@ -1,0 +1,137 @@
+"""Every error a user can meet: its HTTP status, its OpenAI-shaped body, and what to do next."""
+
+import orjson
+
+
+class ConfigError(Exception):
+    """A setting, file or command line that cannot be used. The message is one line that says what to change."""
+
+
+class ServeError(Exception):
+    """A request that the balancer answers itself instead of a replica.
+
+    `status` is the HTTP status; `retry_after` is in seconds, or None where waiting does not help; `closes` says that
+    the client's connection cannot be used for another request.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        kind: str | None = None,
+        retry_after: int | None = None,
+        closes: bool = False,
+        allow: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+        self.retry_after = retry_after
+        self.closes = closes
+        self.allow = allow
+
+    @property
+    def body(self) -> bytes:
+        """The JSON body that OpenAI's clients understand."""
+        error = {"message": self.message, "type": self.kind, "code": self.code, "param": None}
+        return orjson.dumps({"error": error})
+
+    def event(self, path: str) -> bytes:
+        """The server-sent event that ends a broken stream: Anthropic's on /v1/messages, else OpenAI's."""
+        if path == "/v1/messages":
+            error = {"type": "error", "error": {"type": "api_error", "message": self.message}}
+            return b"event: error\ndata: " + orjson.dumps(error) + b"\n\n"
+        return b"data: " + self.body + b"\n\n"
+
+
+def bad_request(why: str) -> ServeError:
+    return ServeError(400, "bad_request", f"{why} Send a well-formed HTTP/1.1 request.", closes=True)
+
+
+def unauthorized() -> ServeError:
+    message = "Incorrect API key. Send one of this service's keys as 'Authorization: Bearer KEY'."
+    return ServeError(401, "invalid_api_key", message, kind="authentication_error")
+
+
+def not_found(path: str) -> ServeError:
+    message = f"{path} is not served here. Serving paths are /v1/..., /generate and SGLang's other inference paths."
+    return ServeError(404, "not_found", message)
+
+
+def method_not_allowed(method: str) -> ServeError:
+    allow = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+    return ServeError(405, "method_not_allowed", f"{method} is not relayed. Use one of {allow}.", allow=allow)
+
+
+def request_timeout(what: str, seconds: float) -> ServeError:
+    message = f"The request's {what} did not arrive within {seconds:g} s. Send it again, faster."
+    return ServeError(408, "request_timeout", message, closes=True)
+
+
+def body_too_large(limit: int) -> ServeError:
+    message = f"The request body is over {limit} bytes (max_body_bytes). Send a smaller one, or images by URL."
+    return ServeError(413, "body_too_large", message, closes=True)
+
+
+def head_too_large(limit: int) -> ServeError:
+    message = f"The request's header fields are over {limit} bytes. Send fewer or shorter ones."
+    return ServeError(431, "head_too_large", message, closes=True)
+
+
+def buffers_full() -> ServeError:
+    message = "Too many request bodies are waiting here (max_buffered_bytes). Try again shortly."
+    return ServeError(503, "buffers_full", message, retry_after=1, closes=True)
+
+
+def queue_full(size: int) -> ServeError:
+    message = f"Every replica is at its limit and {size} requests wait already. Try again shortly, or add replicas."
+    return ServeError(429, "queue_full", message, kind="rate_limit_error", retry_after=5)
+
+
+def queue_timeout(seconds: float) -> ServeError:
+    message = f"No replica had room within {seconds:g} s. Try again shortly, or add replicas."
+    return ServeError(429, "queue_timeout", message, kind="rate_limit_error", retry_after=5)
+
+
+def no_replica(retry_after: int = 5) -> ServeError:
+    message = "No replica is ready. Try again shortly; `groundserve status` shows what the replicas are doing."
+    return ServeError(503, "no_replica_ready", message, retry_after=retry_after)
+
+
+def replicas_busy(retry_after: int = 1) -> ServeError:
+    message = "Every replica that could be asked is busy. Try again shortly."
+    return ServeError(503, "replicas_busy", message, retry_after=retry_after)
+
+
+def unreachable() -> ServeError:
+    message = "No replica could be reached. The request was not processed: it is safe to send it again."
+    return ServeError(502, "replica_unreachable", message)
+
+
+def lost() -> ServeError:
+    message = "The replica went away before it answered. The request may have been processed: send it again if that is safe."
+    return ServeError(502, "replica_lost", message)
+
+
+def bad_answer() -> ServeError:
+    message = "The replica's answer was not valid HTTP. The request may have been processed; see the replica's log."
+    return ServeError(502, "replica_bad_answer", message)
+
+
+def first_byte_timeout(seconds: float) -> ServeError:
+    message = f"The replica did not begin to answer within {seconds:g} s (first_byte_timeout). Ask for less, or raise it."
+    return ServeError(504, "first_byte_timeout", message)
+
+
+def stream_broken(why: str) -> ServeError:
+    message = f"The stream ended early: {why} What came so far is incomplete; send the request again."
+    return ServeError(502, "stream_broken", message)
+
+
+def shutting_down() -> ServeError:
+    message = "The balancer is shutting down. Send the request again."
+    return ServeError(503, "shutting_down", message, retry_after=1, closes=True)

@@ -1,0 +1,241 @@
+"""The set of replicas: who is in it, who may be given a request, and who holds how many."""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from types import TracebackType
+from typing import Protocol
+
+from balancer.errors import ConfigError
+from balancer.fleet.ejection import Outlier
+from balancer.fleet.member import Listed, Member, Status, Verdict
+from balancer.settings import ReadinessProbe, Settings
+
+Clock = Callable[[], float]
+
+
+class Observer(Protocol):
+    """What the fleet tells whoever displays it."""
+
+    def member_left(self, member: Member) -> None: ...
+
+    def member_ejected(self, member: Member) -> None: ...
+
+
+class Claim:
+    """A place at one member, given back when the `with` block ends."""
+
+    __slots__ = ("_fleet", "_is_generating", "member", "reason")
+
+    def __init__(self, fleet: "Fleet", member: Member, is_generating: bool, reason: str) -> None:
+        self.member = member
+        self.reason = reason
+        self._is_generating = is_generating
+        self._fleet = fleet
+        fleet.turns += 1
+        member.turn = fleet.turns
+        if not member.in_flight:
+            member.busy_since = fleet.clock()
+        member.in_flight += 1
+        member.generating += is_generating
+        member.requests_total += 1
+
+    def __enter__(self) -> Member:
+        return self.member
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.member.in_flight -= 1
+        self.member.generating -= self._is_generating
+        self._fleet.room_made()
+
+
+Choose = Callable[[Sequence[Member]], tuple[Member, str]]
+
+
+class Fleet:
+    """All members. Everything here is synchronous: between two awaits the fleet never changes.
+
+    `clock` gives the loop's time in seconds. `when_room` is called whenever a waiting request might find a place,
+    `when_refused` with a member at which nothing listens any more.
+    """
+
+    def __init__(
+        self, settings: Settings, readiness: ReadinessProbe, clock: Clock, observer: Observer | None = None
+    ) -> None:
+        self.settings = settings
+        self.readiness = readiness
+        self.clock = clock
+        self.members: dict[int, Member] = {}
+        self.when_room: list[Callable[[], None]] = []
+        self.when_joined: list[Callable[[Member], None]] = []
+        self.when_left: list[Callable[[Member], None]] = []
+        self.when_refused: list[Callable[[Member], None]] = []
+        self._observer = observer
+        self._available: list[Member] = []
+        self._available_until = 0.0
+        self._last_id = 0
+        self.turns = 0
+
+    # Who is in it
+
+    def reconcile(self, listing: Iterable[Listed]) -> None:
+        """Makes the members those of `listing`: same name and address is the same member, all else is new.
+
+        Raises ConfigError when two entries have one name or one id.
+        """
+        wanted = list(listing)
+        for what, values in (("name", [x.name for x in wanted]), ("id", [x.id for x in wanted if x.id is not None])):
+            if len(set(values)) < len(values):
+                raise ConfigError(f"two replicas have the same {what}: give each its own")
+        known = {(member.name, member.url): member for member in self.members.values()}
+        kept: dict[int, Member] = {}
+        joined: list[Member] = []
+        for listed in wanted:
+            member = known.pop((listed.name, listed.url), None)
+            if member is None or (listed.id is not None and listed.id != member.id):
+                member = self._new_member(listed, taken=kept)
+                joined.append(member)
+            else:
+                member.listed = listed
+            kept[member.id] = member
+        gone = [member for member in self.members.values() if kept.get(member.id) is not member]
+        self.members = kept
+        for member in gone:
+            self._tell_left(member)
+        for member in joined:
+            for hook in self.when_joined:
+                hook(member)
+        self.changed()
+
+    def restarted(self, member: Member) -> Member:
+        """Another process answers at this address now: the member gives way to a new one without its past."""
+        if self.members.get(member.id) is not member:
+            return member
+        fresh = self._new_member(member.listed, taken={}, number=member.id)
+        fresh.draining = member.draining
+        self.members[member.id] = fresh
+        self._tell_left(member)
+        for hook in self.when_joined:
+            hook(fresh)
+        self.changed()
+        return fresh
+
+    def _new_member(self, listed: Listed, taken: Collection[int], number: int | None = None) -> Member:
+        number = number or listed.id
+        if number is None:
+            number = self._last_id + 1
+            while number in taken:
+                number += 1
+        self._last_id = max(self._last_id, number)
+        outlier = Outlier(self.settings.ejection_time, self.settings.max_ejection_time)
+        member = Member(number, listed, self.clock(), outlier, self.readiness)
+        if self.settings.max_in_flight:
+            member.limit = self.settings.max_in_flight
+        return member
+
+    def _tell_left(self, member: Member) -> None:
+        for hook in self.when_left:
+            hook(member)
+        if self._observer:
+            self._observer.member_left(member)
+
+    def has(self, member: Member) -> bool:
+        """Is this very record still in the fleet?"""
+        return self.members.get(member.id) is member
+
+    # Who may be given a request
+
+    def available(self) -> list[Member]:
+        """The members that may be given requests now; full ones among them. Not to be changed by the caller."""
+        now = self.clock()
+        if now >= self._available_until:
+            self._available = [member for member in self.members.values() if member.is_available(now)]
+            ends = [member.ejected_until for member in self.members.values() if member.ejected_until > now]
+            self._available_until = min(ends, default=float("inf"))
+            if not self._available:
+                self._available = self._least_bad(now)
+        return self._available
+
+    def _least_bad(self, now: float) -> list[Member]:
+        """The panic rule: where ejection alone leaves nobody, the member that is back first is used after all."""
+        ejected = [member for member in self.members.values() if member.status(now) is Status.EJECTED]
+        return [min(ejected, key=lambda member: member.ejected_until)] if ejected else []
+
+    def claim(self, choose: Choose, is_generating: bool, tried: Collection[Member] = ()) -> Claim | None:
+        """Chooses a member with room that was not tried and takes a place at it; None where there is none.
+
+        Only generating requests count against a member's limit.
+        """
+        candidates = self.available()
+        if tried:
+            candidates = [member for member in candidates if member not in tried]
+        if is_generating:
+            now = self.clock()
+            candidates = [m for m in candidates if m.generating < m.limit and m.full_until <= now]
+        if not candidates:
+            return None
+        member, reason = choose(candidates)
+        return Claim(self, member, is_generating, reason)
+
+    def has_other(self, tried: Collection[Member]) -> bool:
+        """Is there an available member, full or not, that was not tried?"""
+        return any(member not in tried for member in self.available())
+
+    def is_starting(self) -> bool:
+        """Is a replica on its way that has not been ready yet and still may become so?"""
+        now = self.clock()
+        return any(m.status(now) in (Status.PROVISIONING, Status.STARTING) for m in self.members.values())
+
+    def room_made(self) -> None:
+        """A place was given back, or a member became available: whoever waits may look again."""
+        for hook in self.when_room:
+            hook()
+
+    def changed(self) -> None:
+        """A fact of some member changed: what was derived from it is out of date."""
+        self._available_until = 0.0
+        self.room_made()
+
+    # What happens to them
+
+    def drain(self, member: Member) -> None:
+        """No new claims; what is in flight finishes. Only `undrain` takes it back."""
+        member.draining = True
+        self.changed()
+
+    def undrain(self, member: Member) -> None:
+        member.draining = False
+        self.changed()
+
+    def refused(self, member: Member) -> None:
+        """The data path found nothing listening: unavailable at once, and asked again at once."""
+        member.failures_total += 1
+        if member.ready.refused(self.clock()):
+            self.changed()
+        for hook in self.when_refused:
+            hook(member)
+
+    def busy(self, member: Member, seconds: float) -> None:
+        """It answered 503: full for that long, yet not broken."""
+        member.full_until = self.clock() + seconds
+
+    def succeeded(self, member: Member) -> None:
+        member.outlier.succeeded()
+
+    def failed(self, member: Member) -> None:
+        """It failed a request in a way that counts; enough of them eject it, never more than half of the members."""
+        member.failures_total += 1
+        if not member.outlier.failed() or not self.has(member):
+            return
+        now = self.clock()
+        ejected = sum(m.ejected_until > now for m in self.members.values())
+        others = any(m is not member and m.is_available(now) for m in self.members.values())
+        if member.ejected_until <= now and others and (ejected + 1) * 2 <= len(self.members):
+            member.ejected_until = member.outlier.eject(now)
+            if self._observer:
+                self._observer.member_ejected(member)
+            self.changed()
+
+    def count(self, verdict: Verdict) -> int:
+        """How many members have this probe verdict."""
+        return sum(member.probe is verdict for member in self.members.values())

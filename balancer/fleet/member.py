@@ -1,0 +1,188 @@
+"""One replica as the balancer knows it: separate facts, and the status that follows from them."""
+
+import enum
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from balancer.errors import ConfigError
+from balancer.fleet.ejection import Outlier
+from balancer.settings import ReadinessProbe
+
+UNKNOWN_LIMIT = 256
+FAILURES_TO_FAIL = 2
+
+
+class Status(enum.StrEnum):
+    """SkyServe's words for a replica, and two of ours (DRAINING, EJECTED)."""
+
+    PROVISIONING = "PROVISIONING"
+    STARTING = "STARTING"
+    READY = "READY"
+    NOT_READY = "NOT_READY"
+    DRAINING = "DRAINING"
+    EJECTED = "EJECTED"
+    SHUTTING_DOWN = "SHUTTING_DOWN"
+    FAILED = "FAILED"
+    FAILED_INITIAL_DELAY = "FAILED_INITIAL_DELAY"
+    FAILED_PROBING = "FAILED_PROBING"
+
+
+class Verdict(enum.Enum):
+    """What a probe last said of a member."""
+
+    UNKNOWN = "unknown"
+    PASSING = "passing"
+    FAILING = "failing"
+
+
+@dataclass(slots=True)
+class Question:
+    """One probe's view of one member: its verdict and since when (loop time, seconds)."""
+
+    verdict: Verdict = Verdict.UNKNOWN
+    since: float = 0.0
+    failures: int = 0
+
+    def passed(self, now: float) -> bool:
+        """Notes a pass; True when the verdict changed."""
+        self.failures = 0
+        return self._turn(Verdict.PASSING, now)
+
+    def failed(self, now: float) -> bool:
+        """Notes a failure; True when the verdict changed. One failure alone does not undo a pass."""
+        self.failures += 1
+        if self.verdict is Verdict.PASSING and self.failures < FAILURES_TO_FAIL:
+            return False
+        return self._turn(Verdict.FAILING, now)
+
+    def refused(self, now: float) -> bool:
+        """Notes that nothing listens there any more, which needs no second opinion; True when the verdict changed."""
+        self.failures = max(self.failures, FAILURES_TO_FAIL)
+        return self._turn(Verdict.FAILING, now)
+
+    def _turn(self, verdict: Verdict, now: float) -> bool:
+        if verdict is self.verdict:
+            return False
+        self.verdict, self.since = verdict, now
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One replica as discovery or an engine lists it; `state` is the engine's word, RUNNING where nobody says more."""
+
+    name: str
+    url: str
+    id: int | None = None
+    version: int = 1
+    infra: str = "-"
+    resources: str = "-"
+    launched_seconds: float | None = None
+    state: str = "RUNNING"
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ConfigError(f"replica '{self.url}' is not an address: write http://HOST:PORT")
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """The fleet's record of one replica's life. A replica that restarts is a new member, whatever its address.
+
+    Times are loop times in seconds. `limit` is how many generating requests it may hold, `capacity_tokens` the size
+    of its KV pool (None: unknown).
+    """
+
+    id: int
+    listed: Listed
+    since: float
+    outlier: Outlier
+    readiness: ReadinessProbe
+    host: str = ""
+    port: int = 80
+    is_https: bool = False
+    authority: bytes = b""
+
+    draining: bool = False
+    refusing: bool = False
+    ready: Question = field(default_factory=Question)
+    service: Question = field(default_factory=Question)
+    has_passed: bool = False
+    ejected_until: float = 0.0
+    full_until: float = 0.0
+    in_flight: int = 0
+    generating: int = 0
+
+    limit: int = UNKNOWN_LIMIT
+    capacity_tokens: int | None = None
+    identity: str | None = None
+    last_byte_at: float = 0.0
+    busy_since: float = 0.0
+    turn: int = 0  # when it was last chosen, counted in choices
+
+    requests_total: int = 0
+    failures_total: int = 0
+    cached_tokens_total: int = 0
+    prompt_tokens_total: int = 0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.listed.url)
+        self.is_https = parts.scheme == "https"
+        self.host = parts.hostname or ""
+        self.port = parts.port or (443 if self.is_https else 80)
+        self.authority = parts.netloc.rpartition("@")[2].encode("idna" if not parts.netloc.isascii() else "ascii")
+
+    @property
+    def name(self) -> str:
+        return self.listed.name
+
+    @property
+    def url(self) -> str:
+        return self.listed.url
+
+    @property
+    def probe(self) -> Verdict:
+        """Both questions as one: failing if either fails, passing if both pass."""
+        if Verdict.FAILING in (self.ready.verdict, self.service.verdict):
+            return Verdict.FAILING
+        if self.ready.verdict is self.service.verdict is Verdict.PASSING:
+            return Verdict.PASSING
+        return Verdict.UNKNOWN
+
+    def failing_since(self) -> float:
+        """Since when it fails; only meaningful while `probe` is failing."""
+        return min(q.since for q in (self.ready, self.service) if q.verdict is Verdict.FAILING)
+
+    def status(self, now: float) -> Status:
+        """The displayed status: the first row of behaviour's table that fits."""
+        probe = self.probe
+        if self.listed.state in ("PROVISIONING", "FAILED", "SHUTTING_DOWN"):
+            return Status(self.listed.state)
+        if self.draining:
+            return Status.DRAINING if self.in_flight else Status.SHUTTING_DOWN
+        if not self.has_passed and now - self.since > self.readiness.initial_delay_seconds:
+            return Status.FAILED_INITIAL_DELAY
+        if self.has_passed and probe is Verdict.FAILING:
+            if now - self.failing_since() > self.readiness.consecutive_failure_threshold_timeout:
+                return Status.FAILED_PROBING
+        if not self.has_passed:
+            return Status.STARTING
+        if self.refusing or probe is not Verdict.PASSING:
+            return Status.NOT_READY
+        if self.ejected_until > now:
+            return Status.EJECTED
+        return Status.READY
+
+    def is_available(self, now: float) -> bool:
+        """May it be given requests at all? A full member is available."""
+        return self.status(now) is Status.READY
+
+    def is_full(self, now: float) -> bool:
+        """Is it at its limit, or did it say so itself a moment ago?"""
+        return self.generating >= self.limit or self.full_until > now

@@ -1,0 +1,327 @@
+"""Our side towards the clients: strict HTTP/1.1 in, replies out in order, and the client that leaves noticed at once."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+import httptools
+
+from balancer import errors
+from balancer.errors import ServeError
+from balancer.relay.reply import Reply
+from balancer.relay.request import Headers, Network, Peer, Request, new_request_id, read_head
+from balancer.settings import Settings
+
+MAX_PIPELINED = 32  # requests read ahead on one connection
+MAX_READ_AHEAD = 1 << 20  # bytes of their bodies
+MAX_SWALLOWED = 64 << 10  # of a refused request's body, to keep the connection usable
+LINGER = 2.0  # seconds a refused client has to read our answer before the connection is cut
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Source(Protocol):
+    """Where a reply's bytes come from, as far as a slow client concerns it."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+
+class Doors:
+    """What all client connections share: the limits, the way in, and whether the house is closing.
+
+    `check` looks at a request's head and raises ServeError to refuse it; `serve` answers a whole request; `refuse`
+    answers one that was refused.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
+        check: Callable[[Request], None],
+        serve: Callable[[Request, Reply, "ClientConnection"], Coroutine[Any, Any, None]],
+        refuse: Callable[[Request, Reply, ServeError], None],
+        trusted: tuple[Network, ...] = (),
+    ) -> None:
+        self.settings = settings
+        self.loop = loop
+        self.check = check
+        self.serve = serve
+        self.refuse = refuse
+        self.trusted = trusted
+        self.connections: set[ClientConnection] = set()
+        self.buffered = 0  # bytes of request bodies held, over all connections
+        self.is_closing = False
+
+    def sweep(self, now: float) -> None:
+        """Ends what took too long; call it a few times a second. `now` is the loop's time in seconds."""
+        for connection in list(self.connections):
+            connection.check_time(now)
+
+    def close(self) -> None:
+        """From now on an answer is its connection's last, and idle connections go."""
+        self.is_closing = True
+        for connection in list(self.connections):
+            connection.close_if_idle()
+
+
+class ClientConnection(asyncio.Protocol):
+    """One client's connection. Requests may be read ahead; they are answered one after the other."""
+
+    def __init__(self, doors: Doors) -> None:
+        self._doors = doors
+        self._settings = doors.settings
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpRequestParser | None = None
+        self._peer = Peer(b"unknown", False, b"http")
+        self._url = b""
+        self._headers: Headers = []
+        self._head_size = 0
+        self._is_in_head = False
+        self._reading: Request | None = None  # its head is whole, its body still coming
+        self._queue: deque[Request] = deque()  # the first one is being answered
+        self._task: asyncio.Task[None] | None = None
+        self._reply: Reply | None = None
+        self._source: Source | None = None
+        self._is_deaf = False  # nothing more of what this client sends is listened to
+        self._since = 0.0  # of the current wait: for the rest of a head, of a body, or for the next request
+        self._is_blocked = False  # the client does not take what we send
+        self._unsent = 0
+        self._lingers = False
+
+    # What asyncio tells us
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._parser = self._new_parser()
+        address = transport.get_extra_info("peername")
+        is_tls = transport.get_extra_info("sslcontext") is not None
+        self._peer = Peer.of(address[0] if isinstance(address, tuple) else "", is_tls, self._doors.trusted)
+        self._since = self._doors.loop.time()
+        self._doors.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf or self._parser is None:
+            return
+        if not self._is_in_head:
+            self._since = self._doors.loop.time()
+            self._head_size = 0
+        self._head_size += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # Nothing is upgraded here: what follows this request is the next one.
+            self._parser = self._new_parser()
+            self.data_received(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, Exception):
+                raise  # ours, not the client's
+            self._refuse_now(errors.bad_request(f"Malformed request ({str(error).rstrip('.').lower()})."))
+        if self._is_in_head and self._head_size > self._settings.max_head_bytes:
+            self._refuse_now(errors.head_too_large(self._settings.max_head_bytes))
+        if len(self._queue) > 1 and self._has_read_enough():
+            self._transport.pause_reading()  # type: ignore[union-attr]
+
+    def eof_received(self) -> None:
+        """Who says no more is taken to have left, as every common proxy does; asyncio closes the connection."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._doors.connections.discard(self)
+        self._parser = None  # it holds this connection, which holds it
+        if self._task is not None:
+            self._task.cancel()
+        for request in (*self._queue, *([self._reading] if self._reading else [])):
+            self._doors.buffered -= request.body_size
+        self._queue.clear()
+        self._reading = self._source = None
+
+    def pause_writing(self) -> None:
+        self._is_blocked = True
+        self._unsent = 0
+        if self._source is not None:
+            self._source.pause()
+
+    def resume_writing(self) -> None:
+        self._is_blocked = False
+        if self._source is not None:
+            self._source.resume()
+
+    # What the parser tells us
+
+    def on_message_begin(self) -> None:
+        self._is_in_head = True
+        self._url = b""
+        self._headers = []
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:  # else it is a trailer, and those are dropped
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        parser, doors, limit = self._parser, self._doors, self._settings.max_head_bytes
+        assert parser is not None
+        self._is_in_head = False
+        request = Request(parser.get_method(), self._url, parser.get_http_version(), doors.loop.time())
+        request.keeps_alive = parser.should_keep_alive()
+        self._reading = request
+        if self._is_deaf:
+            return
+        try:
+            if self._head_size > limit and sum(len(n) + len(v) + 4 for n, v in self._headers) + len(self._url) > limit:
+                raise errors.head_too_large(limit)
+            read_head(request, self._headers, self._peer)
+            if request.length is not None and request.length > self._settings.max_body_bytes:
+                raise errors.body_too_large(self._settings.max_body_bytes)
+            doors.check(request)
+        except ServeError as error:
+            self._refuse_head(request, error)
+        else:
+            if request.expects_continue and not self._queue:
+                self.write(CONTINUE)
+
+    def on_body(self, data: bytes) -> None:
+        request = self._reading
+        if request is None or request.refusal is not None:
+            return
+        request.body.append(data)
+        request.body_size += len(data)
+        self._doors.buffered += len(data)
+        if request.body_size > self._settings.max_body_bytes:
+            self._refuse_now(errors.body_too_large(self._settings.max_body_bytes))
+        elif self._doors.buffered > self._settings.max_buffered_bytes:
+            self._refuse_now(errors.buffers_full())
+
+    def on_message_complete(self) -> None:
+        if self._reading is None or self._is_deaf:
+            return
+        request, self._reading = self._reading, None
+        self._is_deaf = not request.keeps_alive
+        self._queue.append(request)
+        if len(self._queue) == 1:
+            self._answer_next()
+
+    # Refusing
+
+    def _refuse_head(self, request: Request, error: ServeError) -> None:
+        """Refuses at the head; a short body is swallowed, so that the connection stays usable."""
+        is_short = not request.is_chunked and (request.length or 0) <= MAX_SWALLOWED
+        if error.closes or not is_short or request.expects_continue:
+            self._refuse_now(error)
+        else:
+            request.refusal = error
+
+    def _refuse_now(self, error: ServeError) -> None:
+        """Refuses what is being read, and listens no more: where it ends is unknown or not worth waiting for."""
+        if self._is_deaf:
+            return
+        request = self._reading or Request(b"-", b"", "1.1", self._doors.loop.time())
+        request.id = request.id or new_request_id()
+        request.refusal = error
+        request.body.clear()
+        self._is_in_head, self._is_deaf, self._lingers, self._reading = False, True, True, None
+        self._queue.append(request)
+        if len(self._queue) == 1:
+            self._answer_next()
+
+    # Answering
+
+    def _answer_next(self) -> None:
+        doors, request = self._doors, self._queue[0]
+        keeps_alive = request.keeps_alive and not doors.is_closing and not (self._is_deaf and len(self._queue) == 1)
+        self._reply = reply = Reply(request, self, keeps_alive)
+        if request.refusal is not None:
+            doors.refuse(request, reply, request.refusal)
+        else:
+            self._task = doors.loop.create_task(doors.serve(request, reply, self))
+
+    def write(self, data: bytes) -> None:
+        """Sends to the client; what it does not take is held, and its reply's source paused."""
+        self._transport.write(data)  # type: ignore[union-attr]
+
+    def take_from(self, source: Source) -> None:
+        """The reply's bytes come from `source` now."""
+        self._source = source
+        if self._is_blocked:
+            source.pause()
+
+    def answered(self, keep: bool) -> None:
+        """The current reply is over; the next request's turn, or the end of the connection."""
+        self._task = self._reply = self._source = None
+        if not self._queue:
+            return  # the client left in this very moment
+        request = self._queue.popleft()
+        self._doors.buffered -= request.body_size
+        self._since = self._doors.loop.time()
+        if not keep or (self._doors.is_closing and not self._queue):
+            self._close()
+        elif self._queue:
+            self._transport.resume_reading()  # type: ignore[union-attr]
+            self._answer_next()
+        elif self._reading is not None and self._reading.expects_continue and self._reading.refusal is None:
+            self.write(CONTINUE)
+
+    def _has_read_enough(self) -> bool:
+        return len(self._queue) > MAX_PIPELINED or sum(r.body_size for r in self._queue) > MAX_READ_AHEAD
+
+    # Closing
+
+    def check_time(self, now: float) -> None:
+        """Ends whatever waits too long on this connection. `now` is the loop's time in seconds."""
+        settings, waited = self._settings, now - self._since
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._is_blocked:
+            self._check_progress(now)
+        elif self._lingers and not self._queue:
+            if waited > LINGER:
+                self._transport.abort()
+        elif self._is_in_head:
+            if waited > settings.head_timeout:
+                self._refuse_now(errors.request_timeout("head", settings.head_timeout))
+        elif self._reading is not None:
+            if waited > settings.body_timeout:
+                self._refuse_now(errors.request_timeout("body", settings.body_timeout))
+        elif not self._queue and waited > settings.keep_alive_timeout:
+            self._transport.close()
+
+    def _check_progress(self, now: float) -> None:
+        unsent = self._transport.get_write_buffer_size()  # type: ignore[union-attr]
+        if unsent != self._unsent:
+            self._unsent, self._since = unsent, now
+        elif now - self._since > self._settings.send_timeout:
+            self._transport.abort()  # type: ignore[union-attr]
+
+    def close_if_idle(self) -> None:
+        """Closes unless a request is being read or answered."""
+        if not self._queue and self._reading is None and not self._is_in_head:
+            self._close()
+
+    def break_off(self, error: ServeError) -> None:
+        """Ends the answer in progress, if any, as broken; then the connection."""
+        if self._task is not None and self._reply is not None:
+            reply, task = self._reply, self._task
+            reply.refuse(error)
+            task.cancel()
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        """Closes after what was written has gone out. A client that still sends gets time to read our answer."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self._lingers and transport.can_write_eof():
+            self._since = self._doors.loop.time()
+            transport.write_eof()
+        else:
+            transport.close()
+
+    def _new_parser(self) -> httptools.HttpRequestParser:
+        parser = httptools.HttpRequestParser(self)
+        # What follows a request that said `Connection: close` is ignored; without this it would be an error.
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return parser

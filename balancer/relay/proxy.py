@@ -1,0 +1,218 @@
+"""The data path: admit, claim, attempt, relay, account. Read `serve` from top to bottom: that is a request's way."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from balancer import errors
+from balancer.errors import ServeError
+from balancer.fleet.fleet import Fleet
+from balancer.fleet.member import Member
+from balancer.relay.cors import Cors
+from balancer.relay.downstream import ClientConnection
+from balancer.relay.failover import RULES, RetryBudget, final_error, may_repeat
+from balancer.relay.paths import Kind
+from balancer.relay.record import Record, RequestObserver
+from balancer.relay.reply import Reply
+from balancer.relay.request import Headers, Request
+from balancer.relay.upstream import Outcome, Pool
+from balancer.routing.admission import Admission, Ask
+
+log = logging.getLogger("groundserve")
+
+CLIENT_LEFT = 499  # nginx's status for it, only ever seen in logs and metrics
+SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
+BROKEN_STATUSES = (500, 502, 504)
+KEEP_ALIVE_RACE = 1.0  # seconds within which a reused connection that closes was closing already
+
+AnswerOwn = Callable[[Request, Reply], Coroutine[Any, Any, None]]
+
+
+class Proxy:
+    """Takes whole requests from the downstream side and sees each to its end."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        admission: Admission,
+        pool: Pool,
+        observer: RequestObserver,
+        answer_own: AnswerOwn,
+        cors: Cors,
+        replica_key: bytes | None = None,
+    ) -> None:
+        self.fleet = fleet
+        self.settings = fleet.settings
+        self.admission = admission
+        self.pool = pool
+        self.budget = RetryBudget()
+        self._observer = observer
+        self._answer_own = answer_own
+        self._cors = cors
+        self._replica_key = replica_key
+
+    def check(self, request: Request) -> None:
+        """Refuses by the head alone, before a body is read; raises ServeError."""
+        if request.method not in SERVED_METHODS:
+            raise errors.method_not_allowed(request.method.decode("latin-1"))
+        if request.kind is Kind.ADMIN and not self._cors.is_preflight(request):
+            raise errors.not_found(request.path)
+
+    def refuse(self, request: Request, reply: Reply, error: ServeError) -> None:
+        """Answers a request that never got to `serve`."""
+        record = self._record(request)
+        reply.extra_fields = self._cors.fields(request)
+        reply.refuse(error)
+        self._finish(record, request, reply, error)
+
+    async def serve(self, request: Request, reply: Reply, client: ClientConnection) -> None:
+        """One request's whole way. Cancelled when the client leaves."""
+        record = self._record(request)
+        reply.extra_fields = self._cors.fields(request)
+        error: ServeError | None = None
+        try:
+            if self._cors.is_preflight(request):
+                reply.whole(204, self._cors.preflight(request), b"")
+            elif request.kind is Kind.OWN:
+                await self._answer_own(request, reply)
+            else:
+                await self._relay(request, reply, client, record)
+        except ServeError as refusal:
+            error = refusal
+            reply.refuse(error)
+        except asyncio.CancelledError:
+            if not reply.is_over:
+                record.status = CLIENT_LEFT
+        except Exception:
+            log.exception("request %s failed here", record.id)
+            error = ServeError(500, "internal_error", "The balancer failed on this request; its log says why.")
+            reply.refuse(error)
+        finally:
+            self._finish(record, request, reply, error)
+
+    async def _relay(self, request: Request, reply: Reply, client: ClientConnection, record: Record) -> None:
+        """Attempts at one member after the other, until one answers or nothing is left; raises ServeError."""
+        ask = Ask(request.path, request.body, request.is_generating)
+        outcome = Outcome.REFUSED
+        sent = 0
+        self.budget.deposit()
+        while True:
+            asked_at = self.pool.loop.time()
+            claim = self.admission.claim_now(ask) or await self.admission.claim(ask)
+            with claim as member:
+                record.queued += self.pool.loop.time() - asked_at
+                record.member, record.reason = member.name, claim.reason
+                record.attempts += 1
+                relay = _Relay(self, member, request, reply, record)
+                outcome = await self._attempt(member, request, client, relay)
+                relay.account(outcome)
+            if outcome is Outcome.ANSWERED:
+                return
+            ask.tried.append(member)
+            sent += outcome not in (Outcome.REFUSED, Outcome.UNREACHED)
+            now = self.pool.loop.time()
+            error = final_error(outcome, self.settings, relay.retry_after)
+            if not may_repeat(outcome, request.method, sent, self.settings, self.budget, now):
+                raise error
+            if not self.fleet.has_other(ask.tried):
+                raise error
+
+    async def _attempt(self, member: Member, request: Request, client: ClientConnection, relay: "_Relay") -> Outcome:
+        """One attempt at one member: on an idle connection if there is one, else (or after the race) on a new one."""
+        message = request.message_for(member, self._replica_key)
+        is_head = request.method == b"HEAD"
+        if connection := self.pool.idle_connection(member):
+            client.take_from(connection)
+            outcome = await connection.exchange(message, is_head, relay)
+            raced = self.pool.loop.time() - connection.sent_at < KEEP_ALIVE_RACE
+            if outcome is not Outcome.REFUSED and not (outcome is Outcome.LOST and raced):
+                return outcome
+        try:
+            connection = await self.pool.connect(member)
+        except TimeoutError:
+            return Outcome.UNREACHED
+        except OSError:
+            return Outcome.REFUSED
+        client.take_from(connection)
+        return await connection.exchange(message, is_head, relay)
+
+    def _record(self, request: Request) -> Record:
+        return Record(request.id.decode("latin-1"), request.method.decode("latin-1"), request.path, request.received_at)
+
+    def _finish(self, record: Record, request: Request, reply: Reply, error: ServeError | None) -> None:
+        record.status = record.status or reply.status
+        record.duration = self.pool.loop.time() - request.received_at
+        record.bytes_in = request.body_size
+        record.bytes_out = reply.bytes_sent
+        record.key = request.key_name
+        if error is not None:
+            record.error = error.code
+        self._observer.finished(record)
+
+
+class _Relay:
+    """A replica's answer on its way to the client: upstream calls it with each piece as it comes."""
+
+    __slots__ = ("_member", "_proxy", "_record", "_reply", "_request", "retry_after", "status")
+
+    def __init__(self, proxy: Proxy, member: Member, request: Request, reply: Reply, record: Record) -> None:
+        self._proxy = proxy
+        self._member = member
+        self._request = request
+        self._reply = reply
+        self._record = record
+        self.status = 0
+        self.retry_after = 1
+
+    def on_head(self, status: int, headers: Headers, length: int | None) -> bool:
+        self.status = status
+        if status == 503:
+            self.retry_after = _retry_after(headers)
+            return False
+        record = self._record
+        own = b"X-Replica-Id: %b\r\n" % self._member.name.encode("latin-1", "replace")
+        if self._request.wants_explanation:
+            own += b"X-Route-Reason: %b; attempts=%d; queued=%.3f\r\n" % (
+                record.reason.encode(),
+                record.attempts,
+                record.queued,
+            )
+        self._reply.begin(status, self._proxy._cors.without_foreign(headers), length, own)
+        return True
+
+    def on_body(self, data: bytes) -> None:
+        record = self._record
+        if record.first_byte is None:
+            record.first_byte = self._proxy.pool.loop.time() - record.received_at
+        self._reply.body(data)
+
+    def on_end(self) -> None:
+        self._record.read_usage(self._reply.tail())
+        self._reply.end()
+
+    def account(self, outcome: Outcome) -> None:
+        """Tells the fleet what this attempt says of the member."""
+        fleet, member = self._proxy.fleet, self._member
+        if outcome is Outcome.ANSWERED:
+            record = self._record
+            member.prompt_tokens_total += record.prompt_tokens or 0
+            member.cached_tokens_total += record.cached_tokens or 0
+            if self.status in BROKEN_STATUSES:
+                fleet.failed(member)
+            else:
+                fleet.succeeded(member)
+        elif outcome is Outcome.REFUSED:
+            fleet.refused(member)
+        elif outcome is Outcome.BUSY:
+            fleet.busy(member, self.retry_after)
+        elif RULES[outcome].is_failure:
+            fleet.failed(member)
+
+
+def _retry_after(headers: Sequence[tuple[bytes, bytes]]) -> int:
+    """A 503's Retry-After in whole seconds, from 1 to 60; 1 where there is none (or a date, which nobody sends)."""
+    for name, value in headers:
+        if name.lower() == b"retry-after" and value.isdigit() and len(value) < 10:
+            return min(max(int(value), 1), 60)
+    return 1

@@ -1,0 +1,49 @@
+"""What is remembered of one request when it is over: the source of its log line and of the metrics."""
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+_FIGURES = {
+    "prompt_tokens": re.compile(rb'"prompt_tokens":\s*(\d+)'),
+    "completion_tokens": re.compile(rb'"completion_tokens":\s*(\d+)'),
+    "cached_tokens": re.compile(rb'"cached_tokens":\s*(\d+)'),
+}
+
+
+@dataclass(slots=True)
+class Record:
+    """One request. Times are loop times, spans seconds, sizes bytes; None is unknown or does not apply."""
+
+    id: str
+    method: str
+    path: str
+    received_at: float
+    status: int = 0
+    member: str = ""
+    attempts: int = 0
+    queued: float = 0.0
+    first_byte: float | None = None
+    duration: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    reason: str = ""
+    key: str = ""
+    error: str = ""
+
+    def read_usage(self, tail: bytes) -> None:
+        """Takes the token counts from the end of an answer, where OpenAI's and SGLang's formats have them."""
+        if b"_tokens" not in tail:
+            return
+        for name, pattern in _FIGURES.items():
+            if found := pattern.findall(tail):
+                setattr(self, name, int(found[-1]))
+
+
+class RequestObserver(Protocol):
+    """Whoever wants to know of each request that is over. Called on the hot path: it must only take note."""
+
+    def finished(self, record: Record) -> None: ...

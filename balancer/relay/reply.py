@@ -1,0 +1,161 @@
+"""What one client gets for one request: an answer relayed as it comes, one of our own errors, or a broken stream."""
+
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Protocol
+
+from balancer.errors import ServeError
+from balancer.relay.request import HOP_BY_HOP, Request
+
+Headers = list[tuple[bytes, bytes]]
+
+NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"x-request-id", b"x-replica-id", b"x-route-reason"}
+
+
+def _status_line(status: int) -> bytes:
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:
+        phrase = "Status"
+    return b"HTTP/1.1 %d %b\r\n" % (status, phrase.encode())
+
+
+STATUS_LINES = {status: _status_line(status) for status in range(100, 1000)}
+
+
+class Wire(Protocol):
+    """The client's connection, as far as a reply needs it."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def answered(self, keep: bool) -> None:
+        """The reply is whole; `keep` tells whether the connection can carry another."""
+
+
+class Reply:
+    """The answer to one request, written to the client's connection in the framing that this client understands."""
+
+    __slots__ = (
+        "_keeps_alive",
+        "_last",
+        "_last_but_one",
+        "_wire",
+        "bytes_sent",
+        "extra_fields",
+        "is_chunked",
+        "is_event_stream",
+        "is_over",
+        "request",
+        "status",
+    )
+
+    def __init__(self, request: Request, wire: Wire, keeps_alive: bool, extra_fields: bytes = b"") -> None:
+        self.request = request
+        self.extra_fields = extra_fields
+        self.status = 0
+        self.bytes_sent = 0
+        self.is_chunked = False
+        self.is_event_stream = False
+        self.is_over = False
+        self._wire = wire
+        self._keeps_alive = keeps_alive
+        self._last = self._last_but_one = b""
+
+    @property
+    def has_begun(self) -> bool:
+        return self.status != 0
+
+    def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None, own: bytes = b"") -> None:
+        """Writes the head: a replica's fields less what concerned only its connection, `own` fields, the framing."""
+        request = self.request
+        lines = [STATUS_LINES[status]]
+        dropped: set[bytes] = set()
+        for name, value in headers:
+            lowered = name.lower()
+            if lowered not in NOT_PASSED_ON:
+                lines.append(b"%b: %b\r\n" % (name, value))
+                if lowered == b"content-type":
+                    self.is_event_stream = value.startswith(b"text/event-stream")
+                elif lowered == b"content-encoding":
+                    self.is_event_stream = False
+            elif lowered == b"connection" and value.lower() not in (b"keep-alive", b"close"):
+                dropped.update(token.strip().lower() for token in value.split(b","))
+        if dropped:
+            lines = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
+        lines.append(b"X-Request-Id: %b\r\n%b%b" % (request.id, own, self.extra_fields))
+        if length is not None:
+            lines.append(b"Content-Length: %d\r\n" % length)
+        elif status >= 200 and status not in (204, 304):
+            if request.version == "1.1":
+                self.is_chunked = request.method != b"HEAD"
+                lines.append(b"Transfer-Encoding: chunked\r\n")
+            else:
+                self._keeps_alive = False
+        if not self._keeps_alive:
+            lines.append(b"Connection: close\r\n")
+        elif request.version == "1.0":
+            lines.append(b"Connection: keep-alive\r\n")
+        lines.append(b"\r\n")
+        self.status = status
+        self._wire.write(b"".join(lines))
+
+    def body(self, data: bytes) -> None:
+        """Passes on a piece of the body as it came."""
+        self.bytes_sent += len(data)
+        self._last_but_one, self._last = self._last, data
+        self._wire.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
+
+    def end(self) -> None:
+        """The answer is whole."""
+        if self.is_chunked:
+            self._wire.write(b"0\r\n\r\n")
+        self.is_over = True
+        self._wire.answered(self._keeps_alive)
+
+    def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """An answer of the balancer's own."""
+        self.begin(status, headers, len(body))
+        if body and self.request.method != b"HEAD":
+            self.body(body)
+        self.is_chunked = False
+        self.end()
+
+    def refuse(self, error: ServeError) -> None:
+        """Answers with one of our errors; where an answer has begun already, that one is broken off."""
+        if self.is_over:
+            return
+        if self.has_begun:
+            self.break_off(error)
+            return
+        headers = [(b"Content-Type", b"application/json")]
+        if error.retry_after is not None:
+            headers.append((b"Retry-After", b"%d" % error.retry_after))
+        if error.allow is not None:
+            headers.append((b"Allow", error.allow.encode()))
+        if error.status == 401:
+            headers.append((b"WWW-Authenticate", b"Bearer"))
+        self._keeps_alive = self._keeps_alive and not error.closes
+        self.whole(error.status, headers, error.body)
+
+    def break_off(self, error: ServeError) -> None:
+        """Ends an answer that is not whole, so that no client takes it for whole: no [DONE], no last chunk.
+
+        A stream of events that stands between two events gets one more, which says why.
+        """
+        if self.is_over:
+            return
+        if self.is_event_stream and self.is_at_boundary():
+            self.body(error.event(self.request.path))
+        self.is_over = True
+        self._wire.answered(False)
+
+    def is_at_boundary(self) -> bool:
+        """Did what was sent so far end with a whole event?"""
+        end = (self._last_but_one[-4:] + self._last)[-4:]
+        return not end or end.endswith(b"\n\n") or end == b"\r\n\r\n"
+
+    def tail(self, size: int = 4096) -> bytes:
+        """The last bytes of the body, where usage figures stand."""
+        if len(self._last) >= size:
+            return self._last[-size:]
+        return self._last_but_one[-size:] + self._last

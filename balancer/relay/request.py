@@ -1,0 +1,186 @@
+"""One request as the client sent it, checked, and as it is passed on."""
+
+import ipaddress
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from balancer import errors
+from balancer.errors import ServeError
+from balancer.fleet.member import Member
+from balancer.relay.paths import Kind, kind_of
+
+Headers = list[tuple[bytes, bytes]]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
+    b"upgrade http2-settings".split()
+)
+REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
+_START = os.urandom(6).hex()
+_count = itertools.count(1)
+
+
+def new_request_id() -> bytes:
+    """Unique in this process by a counter, elsewhere by the process's random start."""
+    return b"%s-%x" % (_START.encode(), next(_count))
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What the relay needs of a request. `fields` are the header lines to pass on, each with its line end."""
+
+    method: bytes
+    target: bytes
+    version: str
+    received_at: float
+    id: bytes = b""
+    path: str = "/"
+    kind: Kind = Kind.ADMIN
+    host: bytes = b""
+    fields: bytes = b""
+    authorization: bytes = b""
+    origin: bytes = b""
+    length: int | None = None
+    is_chunked: bool = False
+    expects_continue: bool = False
+    keeps_alive: bool = True
+    wants_explanation: bool = False
+    key_name: str = ""
+    body: list[bytes] = field(default_factory=list)
+    body_size: int = 0
+    is_complete: bool = False
+    refusal: ServeError | None = None
+
+    @property
+    def is_generating(self) -> bool:
+        return self.kind is Kind.GENERATING and self.method == b"POST"
+
+    def message_for(self, member: Member, api_key: bytes | None) -> Sequence[bytes]:
+        """The request as that member gets it, in pieces: the head, then the body as it came."""
+        target = self.target if self.target.startswith(b"/") else self.path.encode("latin-1")
+        authorization = b"Bearer " + api_key if api_key is not None else self.authorization
+        head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n" % (
+            self.method,
+            target,
+            member.authority,
+            self.fields,
+            b"Authorization: %b\r\n" % authorization if authorization else b"",
+            b"Content-Length: %d\r\n" % self.body_size if self.length is not None or self.is_chunked else b"",
+        )
+        return [head, *self.body]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end of a client's connection."""
+
+    address: bytes
+    is_trusted: bool
+    scheme: bytes
+
+    @classmethod
+    def of(cls, address: str, is_tls: bool, trusted: Sequence[Network]) -> "Peer":
+        try:
+            parsed = ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:
+            return cls(b"unknown", False, b"https" if is_tls else b"http")
+        if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped:
+            parsed = parsed.ipv4_mapped
+        is_trusted = any(parsed in network for network in trusted)
+        return cls(str(parsed).encode(), is_trusted, b"https" if is_tls else b"http")
+
+
+def read_head(request: Request, headers: Headers, peer: Peer) -> None:
+    """Checks a request's head and sorts its header fields; raises ServeError for what is not relayed."""
+    kept: list[bytes] = []
+    dropped: Sequence[bytes] = ()
+    hosts = 0
+    encoding = b""
+    forwarded: dict[bytes, bytes] = {}
+    for name, value in headers:
+        lowered = name.lower()
+        action = _ACTIONS.get(lowered)
+        if action is None:
+            kept.append(b"%b: %b\r\n" % (name, value))
+        elif action == "host":
+            hosts += 1
+            request.host = value.strip()
+        elif action == "length":
+            request.length = int(value)
+        elif action == "encoding":
+            encoding = value.strip().lower()
+        elif action == "connection":
+            dropped = [*dropped, *(token.strip().lower() for token in value.split(b","))]
+        elif action == "forwarded" and peer.is_trusted:
+            forwarded[lowered] = b"%b, %b" % (forwarded[lowered], value) if lowered in forwarded else value
+        elif action == "request-id" and REQUEST_ID.fullmatch(value):
+            request.id = value
+        elif action == "authorization":
+            request.authorization = value
+        elif action == "origin":
+            request.origin = value
+            kept.append(b"%b: %b\r\n" % (name, value))
+        elif action == "expect":
+            request.expects_continue = value.strip().lower() == b"100-continue"
+        elif action == "explain":
+            request.wants_explanation = value.strip() == b"1"
+    if not request.id:
+        request.id = new_request_id()
+    if request.version not in ("1.0", "1.1"):
+        raise errors.bad_request(f"HTTP/{request.version} is not spoken here.")
+    if encoding:
+        request.is_chunked = True
+        if encoding != b"chunked" or request.version == "1.0":
+            raise errors.bad_request("Only the transfer encoding 'chunked' is accepted, and only in HTTP/1.1.")
+    if hosts > 1 or (hosts == 0 and request.version == "1.1"):
+        raise errors.bad_request("A request needs exactly one Host field.")
+    if any(token not in _ACTIONS for token in dropped):
+        # Only names that would have been passed on matter; Connection cannot hide what the balancer itself needs.
+        kept = [line for line in kept if line.partition(b":")[0].lower() not in dropped]
+    _read_target(request)
+    _forward(request, forwarded, peer)
+    kept.append(b"X-Request-Id: %b\r\n" % request.id)
+    for name, value in forwarded.items():
+        kept.append(b"%b: %b\r\n" % (name, value))
+    request.fields = b"".join(kept)
+
+
+def _read_target(request: Request) -> None:
+    target = request.target
+    if not target.startswith(b"/") and target != b"*":
+        scheme, found, rest = target.partition(b"://")
+        if not found or scheme.lower() not in (b"http", b"https"):
+            raise errors.bad_request("The request target is not a path.")
+        slash = rest.find(b"/")
+        target = rest[slash:] if slash >= 0 else b"/"
+        request.target = target
+    request.path, request.kind = kind_of(target.partition(b"?")[0].partition(b"#")[0])
+
+
+def _forward(request: Request, forwarded: dict[bytes, bytes], peer: Peer) -> None:
+    """Who asked, and how, for the replica's log; a trusted proxy's word on that is kept."""
+    known = forwarded.get(b"x-forwarded-for")
+    forwarded[b"x-forwarded-for"] = b"%b, %b" % (known, peer.address) if known else peer.address
+    forwarded.setdefault(b"x-forwarded-proto", peer.scheme)
+    forwarded.setdefault(b"x-forwarded-host", request.host)
+
+
+_ACTIONS: dict[bytes, str] = {
+    **{name: "drop" for name in HOP_BY_HOP},
+    b"connection": "connection",
+    b"transfer-encoding": "encoding",
+    b"content-length": "length",
+    b"host": "host",
+    b"expect": "expect",
+    b"authorization": "authorization",
+    b"origin": "origin",
+    b"x-request-id": "request-id",
+    b"x-forwarded-for": "forwarded",
+    b"x-forwarded-proto": "forwarded",
+    b"x-forwarded-host": "forwarded",
+    b"x-route-explain": "explain",
+}

@@ -1,0 +1,252 @@
+"""Our HTTP/1.1 side towards the replicas: one exchange on one connection, and the pool of idle connections."""
+
+import asyncio
+import enum
+import ssl
+from collections.abc import Sequence
+from typing import Protocol
+
+import httptools
+
+from balancer.fleet.member import Member
+from balancer.settings import Settings
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Outcome(enum.Enum):
+    """How one attempt at one member ended."""
+
+    ANSWERED = "answered"  # a whole answer was relayed
+    REFUSED = "refused"  # no connection, or it was gone before anything was sent
+    UNREACHED = "unreached"  # no connection within connect_timeout
+    LOST = "lost"  # sent, and the connection ended before the first byte of an answer
+    BUSY = "busy"  # the replica said 503
+    SILENT = "silent"  # no head within first_byte_timeout
+    MANGLED = "mangled"  # what came was not HTTP, and nothing of it was relayed
+    BROKEN = "broken"  # ended or went wrong amid the answer
+    STALLED = "stalled"  # nothing for idle_timeout amid the answer
+
+
+class Answer(Protocol):
+    """Whoever takes a replica's answer as it comes."""
+
+    def on_head(self, status: int, headers: Headers, length: int | None) -> bool:
+        """The head, with the body's length in bytes or None. False: the rest is not wanted."""
+
+    def on_body(self, data: bytes) -> None: ...
+
+    def on_end(self) -> None: ...
+
+
+class ReplicaConnection(asyncio.Protocol):
+    """One TCP connection to a member; it carries one exchange at a time."""
+
+    def __init__(self, pool: "Pool", member: Member) -> None:
+        self.member = member
+        self.sent_at = self.last_byte_at = self.idle_since = 0.0
+        self.is_paused = False
+        self.has_answered = False  # any byte of an answer to the current request
+        self.has_head = False
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._answer: Answer | None = None
+        self._outcome: asyncio.Future[Outcome] | None = None
+        self._headers: Headers = []
+        self._is_interim = False
+        self._has_no_body = False
+        self._ends_with_connection = False
+        self._can_be_kept = False
+
+    async def exchange(self, message: Sequence[bytes], is_head: bool, answer: Answer) -> Outcome:
+        """Sends one request and feeds its answer to `answer`.
+
+        Cancelled or broken, it closes the connection: that is how SGLang learns to abort.
+        """
+        if self._transport is None or self._transport.is_closing():
+            return Outcome.REFUSED
+        self.has_answered = self.has_head = self._can_be_kept = self.is_paused = False
+        self._has_no_body = is_head
+        self._answer = answer
+        self._outcome = self._pool.loop.create_future()
+        self.sent_at = self.last_byte_at = self._pool.loop.time()
+        self._pool.busy.add(self)
+        self._transport.writelines(message)
+        try:
+            return await self._outcome
+        finally:
+            self._answer = self._outcome = None
+            self._pool.busy.discard(self)
+            if self._can_be_kept and self._transport.get_write_buffer_size() == 0:
+                self._pool.keep(self)
+            else:
+                self._transport.abort()
+
+    def finish(self, outcome: Outcome) -> None:
+        """Ends the exchange, if one is going on."""
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self) -> None:
+        """The client is slow: read no more for now."""
+        if not self.is_paused and self.is_open():
+            self.is_paused = True
+            self._transport.pause_reading()  # type: ignore[union-attr]
+
+    def resume(self) -> None:
+        if self.is_paused and self.is_open():
+            self._transport.resume_reading()  # type: ignore[union-attr]
+        self.is_paused = False
+        self.last_byte_at = self._pool.loop.time()
+
+    # What asyncio tells us
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        if self._answer is None or self._parser is None:
+            self.close()  # bytes that nobody asked for: the connection is out of step
+            return
+        self.last_byte_at = self.member.last_byte_at = self._pool.loop.time()
+        self.has_answered = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self.finish(Outcome.BROKEN if self.has_head else Outcome.MANGLED)
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, Exception):
+                raise  # ours, not the replica's
+            self.finish(Outcome.BROKEN if self.has_head else Outcome.MANGLED)
+
+    def eof_received(self) -> None:
+        """The replica said all it will say; asyncio closes the connection."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._parser = None  # it holds this connection, which holds it
+        self._can_be_kept = False
+        if self._answer is not None and self.has_head and self._ends_with_connection and error is None:
+            self._answer.on_end()
+            self.finish(Outcome.ANSWERED)
+        elif self.has_head:
+            self.finish(Outcome.BROKEN)
+        else:
+            self.finish(Outcome.MANGLED if self.has_answered else Outcome.LOST)
+
+    # What the parser tells us
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None
+        headers, self._headers = self._headers, []
+        status = self._parser.get_status_code()
+        self._is_interim = status < 200
+        if self._is_interim or self._answer is None:
+            return
+        length: int | None = None
+        is_chunked = False
+        for name, value in headers:
+            lowered = name.lower()
+            if lowered == b"content-length":
+                length = int(value)
+            elif lowered == b"transfer-encoding":
+                is_chunked = True
+        bodiless = self._has_no_body or status in (204, 304)
+        self._ends_with_connection = length is None and not is_chunked and not bodiless
+        self.has_head = True
+        if not self._answer.on_head(status, headers, length):
+            self.finish(Outcome.BUSY)
+        elif self._has_no_body:
+            # The parser would wait for the body that the head announces; this connection ends here.
+            self._answer.on_end()
+            self.finish(Outcome.ANSWERED)
+
+    def on_body(self, data: bytes) -> None:
+        if self._answer is not None and not self._outcome.done():  # type: ignore[union-attr]
+            self._answer.on_body(data)
+
+    def on_message_complete(self) -> None:
+        if self._is_interim or self._answer is None or self._outcome is None or self._outcome.done():
+            return
+        self._can_be_kept = self._parser.should_keep_alive()  # type: ignore[union-attr]
+        self._answer.on_end()
+        self.finish(Outcome.ANSWERED)
+
+
+class Pool:
+    """The idle and the busy connections to all members.
+
+    Idle ones are used newest first and closed before SGLang would close them. `tls` is for https members.
+    """
+
+    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop, tls: ssl.SSLContext | None = None) -> None:
+        self.settings = settings
+        self.loop = loop
+        self.tls = tls
+        self.busy: set[ReplicaConnection] = set()
+        self._idle: dict[Member, list[ReplicaConnection]] = {}
+
+    def idle_connection(self, member: Member) -> ReplicaConnection | None:
+        """An open connection that waits for work, or None."""
+        idle = self._idle.get(member)
+        oldest = self.loop.time() - self.settings.upstream_keep_alive
+        while idle:
+            connection = idle.pop()
+            if connection.idle_since > oldest and connection.is_open():
+                return connection
+            connection.close()
+        return None
+
+    async def connect(self, member: Member) -> ReplicaConnection:
+        """A new connection; raises OSError when refused, TimeoutError after connect_timeout."""
+        async with asyncio.timeout(self.settings.connect_timeout):
+            _, connection = await self.loop.create_connection(
+                lambda: ReplicaConnection(self, member),
+                member.host,
+                member.port,
+                ssl=(self.tls or ssl.create_default_context()) if member.is_https else None,
+            )
+        return connection
+
+    def keep(self, connection: ReplicaConnection) -> None:
+        connection.idle_since = self.loop.time()
+        self._idle.setdefault(connection.member, []).append(connection)
+
+    def forget(self, member: Member) -> None:
+        """The member left: no idle connection to it is used again. Busy ones go on to their end."""
+        for connection in self._idle.pop(member, ()):
+            connection.close()
+
+    def sweep(self, now: float) -> None:
+        """Ends what waited too long; call it a few times a second. `now` is the loop's time in seconds."""
+        settings = self.settings
+        for member, idle in list(self._idle.items()):
+            while idle and (now - idle[0].idle_since > settings.upstream_keep_alive or not idle[0].is_open()):
+                idle.pop(0).close()
+            if not idle:
+                del self._idle[member]
+        for connection in list(self.busy):
+            if connection.is_paused:
+                continue  # the silence is the client's doing
+            if not connection.has_head:
+                if now - connection.sent_at > settings.first_byte_timeout:
+                    connection.finish(Outcome.SILENT)
+            elif now - connection.last_byte_at > settings.idle_timeout:
+                connection.finish(Outcome.STALLED)
+
+    def close(self) -> None:
+        for member in list(self._idle):
+            self.forget(member)
+
+    def __repr__(self) -> str:
+        return f"<Pool busy={len(self.busy)} idle={sum(map(len, self._idle.values()))}>"

@@ -1,0 +1,103 @@
+"""A place now, a bounded wait in one queue, or a clear no."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from balancer import errors
+from balancer.fleet.fleet import Claim, Fleet
+from balancer.fleet.member import Member
+from balancer.routing.policies import Policy
+
+
+@dataclass(slots=True, eq=False)
+class Ask:
+    """What a request wants of the fleet; `tried` are the members that it has been to."""
+
+    path: str
+    body: Sequence[bytes]
+    is_generating: bool
+    tried: list[Member] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    ask: Ask
+    place: "asyncio.Future[Claim]"
+    until: float
+
+
+class Admission:
+    """Gives places at members, in the order of arrival. It looks again whenever the fleet made room."""
+
+    def __init__(self, fleet: Fleet, policy: Policy) -> None:
+        self.fleet = fleet
+        self.policy = policy
+        self._queue: deque[_Waiter] = deque()
+        fleet.when_room.append(self.assign)
+        fleet.when_left.append(lambda member: self.policy.forget(member))
+
+    @property
+    def queue_depth(self) -> int:
+        return len(self._queue)
+
+    def claim_now(self, ask: Ask) -> Claim | None:
+        """A place at once, or None where the request would have to wait."""
+        if self._queue and ask.is_generating:
+            return None
+        return self._claim(ask)
+
+    async def claim(self, ask: Ask) -> Claim:
+        """A place, after a wait if need be; raises ServeError when there is none to wait for or the wait was in vain."""
+        settings = self.fleet.settings
+        if not self.fleet.has_other(ask.tried):
+            if not self.fleet.is_starting() or not settings.start_wait:
+                raise errors.no_replica()
+            wait = settings.start_wait
+        else:
+            wait = settings.queue_timeout
+        if len(self._queue) >= settings.queue_size:
+            raise errors.queue_full(settings.queue_size)
+        place: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(ask, place, self.fleet.clock() + wait)
+        self._queue.append(waiter)
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled() and not place.exception():
+                place.result().__exit__(None, None, None)  # given while the client was leaving
+            raise
+        finally:
+            self._queue.remove(waiter)
+
+    def assign(self) -> None:
+        """Gives places to those who wait, first come first served."""
+        for waiter in list(self._queue):
+            if waiter.place.done():
+                continue  # it is leaving by itself
+            if claim := self._claim(waiter.ask):
+                waiter.place.set_result(claim)
+            elif not waiter.ask.tried:
+                break  # who comes later has no better chance; only earlier attempts narrow a request's choice
+
+    def expire(self) -> None:
+        """Says no to those who waited out, or who wait for nothing. Call it a few times a second."""
+        self.assign()
+        now = self.fleet.clock()
+        for waiter in list(self._queue):
+            if not waiter.place.done() and (refusal := self._refusal(waiter, now)):
+                waiter.place.set_exception(refusal)
+
+    def _claim(self, ask: Ask) -> Claim | None:
+        return self.fleet.claim(
+            lambda members: self.policy.choose(members, ask.path, ask.body), ask.is_generating, ask.tried
+        )
+
+    def _refusal(self, waiter: _Waiter, now: float) -> errors.ServeError | None:
+        settings = self.fleet.settings
+        if self.fleet.has_other(waiter.ask.tried):
+            return errors.queue_timeout(settings.queue_timeout) if now >= waiter.until else None
+        if now >= waiter.until or not self.fleet.is_starting():
+            return errors.no_replica()
+        return None

@@ -1,0 +1,83 @@
+"""The balancer's settings: meaning, unit and default of each, as `x-groundserve:` and `--set key=value` take them."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from balancer.errors import ConfigError
+
+PolicyName = Literal["round_robin", "least_load", "prefix_aware", "instance_aware_least_load"]
+
+
+class ReadinessProbe(BaseModel):
+    """The service's own readiness question, as SkyServe's `readiness_probe` words it. Times are in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field("/health", description="path that answers 200 when a replica can serve")
+    post_data: dict[str, Any] | None = Field(None, description="JSON body; with one the probe is a POST")
+    headers: dict[str, str] = Field({}, description="headers sent with the probe")
+    initial_delay_seconds: float = Field(1200, gt=0, description="time a new replica has to become ready")
+    timeout_seconds: float = Field(15, gt=0, description="time one probe may take")
+    endpoint_probe_interval_seconds: float = Field(10, gt=0, description="time between two probes")
+    consecutive_failure_threshold_timeout: float = Field(180, gt=0, description="failing this long is FAILED_PROBING")
+
+
+class Settings(BaseModel):
+    """All numbers of one balancer. Times are in seconds, sizes in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # The relay
+    max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body; beyond: 413")
+    max_buffered_bytes: int = Field(1 << 30, gt=0, description="request bodies held at once, all together; beyond: 503")
+    max_head_bytes: int = Field(64 << 10, gt=0, description="largest request head; beyond: 431")
+    head_timeout: float = Field(30, gt=0, description="time a request head may take to arrive; beyond: 408")
+    body_timeout: float = Field(30, gt=0, description="silence allowed inside a request body; beyond: 408")
+    keep_alive_timeout: float = Field(75, gt=0, description="time an idle client connection is kept")
+    send_timeout: float = Field(300, gt=0, description="time a client may take nothing of its answer before it is cut")
+    connect_timeout: float = Field(2, gt=0, description="time a connection to a replica may take")
+    first_byte_timeout: float = Field(600, gt=0, description="time a replica has to begin its answer; beyond: 504")
+    idle_timeout: float = Field(120, gt=0, description="silence allowed inside an answer; beyond: a broken stream")
+    upstream_keep_alive: float = Field(
+        4, gt=0, description="age of an idle connection to a replica; below SGLang's own 5 s"
+    )
+    retry_sent: bool = Field(False, description="send a POST again when a replica died before its first byte")
+    admin_paths: bool = Field(False, description="relay SGLang's admin paths to holders of the admin key")
+    trusted_proxies: tuple[str, ...] = Field((), description="addresses or networks whose X-Forwarded-* are kept")
+    cors_origins: tuple[str, ...] = Field((), description="browser origins that may call the endpoint; '*' for all")
+
+    # Admission
+    max_in_flight: int | None = Field(
+        None, gt=0, description="generating requests a replica may hold; none: from its own memory"
+    )
+    queue_size: int = Field(1024, ge=0, description="requests that may wait for room; beyond: 429")
+    queue_timeout: float = Field(60, gt=0, description="time a request waits for room; beyond: 429")
+    start_wait: float = Field(600, ge=0, description="time a request waits for a replica that is being started")
+
+    # The fleet
+    ready_interval: float = Field(1, gt=0, description="time between two looks at a replica's /ready")
+    ready_timeout: float = Field(5, gt=0, description="time /ready may take")
+    silence_timeout: float = Field(60, gt=0, description="silence with requests in flight before a replica is asked why")
+    ejection_time: float = Field(10, gt=0, description="first ejection; the next are longer")
+    max_ejection_time: float = Field(300, gt=0, description="longest ejection")
+
+    # Leaving
+    drain_grace: float = Field(5, ge=0, description="time the port stays open after SIGTERM, with /ready at 503")
+    drain_timeout: float = Field(600, ge=0, description="time answers in flight have after that")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "x-groundserve") -> "Settings":
+        """Settings from a file's or command line's keys; raises ConfigError with one line that names the key."""
+        for key in values:
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
+                raise ConfigError(f"{where}: unknown key '{key}'; the nearest known one is '{near[0]}'")
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as failure:
+            first = failure.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"{where}: {key}: {first['msg'].lower()} (given: {first['input']!r})") from None
