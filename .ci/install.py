@@ -1,6 +1,7 @@
 """Makes .venv from the lock files when it is missing or stale (make install).
 
-A stamp, written last, says what .venv holds: no stamp, and it is made anew; an old one, and it is brought up to date.
+A stamp, written last, says what .venv holds: no stamp, and it is made anew; an old one, and it is brought up
+to date.
 Runs on the machine's own Python, so it keeps to what an old one can still parse.
 """
 
@@ -21,14 +22,33 @@ LOCKS = ["balancer/requirements.lock", "tests/requirements.lock", "replica/requi
 TORCH = "replica/requirements-torch.txt"
 # pip's words, and what a person can do about each. The first that fits is said.
 KNOWN = [
-    (("No space left on device",), "the disk is full: .venv needs up to 4 GB (10 GB with a CUDA build of torch)"),
     (
-        ("NewConnectionError", "Failed to establish", "NameResolutionError", "ConnectTimeout", "ProxyError", "Read timed out"),
-        "the package index cannot be reached: check the network (or pip's own index and proxy settings), then run it again",
+        ("No space left on device",),
+        "the disk is full: .venv needs up to 4 GB (10 GB with a CUDA build of torch)",
     ),
-    (("DO NOT MATCH THE HASHES",), "a package differs from the one that was locked: nothing of it was installed"),
-    (("No matching distribution", "Could not find a version"), "the package index has no build of a locked package for this Python and machine"),
-    (("gcc", "x86_64-linux-gnu-gcc", "Python.h"), "a package had to be built and could not: install a C compiler and the Python headers"),
+    (
+        (
+            "NewConnectionError",
+            "Failed to establish",
+            "NameResolutionError",
+            "ConnectTimeout",
+            "ProxyError",
+            "Read timed out",
+        ),
+        "the package index cannot be reached: check the network, or pip's own settings, and try again",
+    ),
+    (
+        ("DO NOT MATCH THE HASHES",),
+        "a package differs from the one that was locked: nothing of it was installed",
+    ),
+    (
+        ("No matching distribution", "Could not find a version"),
+        "the package index has no build of a locked package for this Python and machine",
+    ),
+    (
+        ("gcc", "x86_64-linux-gnu-gcc", "Python.h"),
+        "a package had to be built and could not: install a C compiler and the Python headers",
+    ),
 ]
 
 
@@ -39,16 +59,22 @@ def fail(message):
 def check_python():
     version = "%d.%d" % sys.version_info[:2]
     if version not in ("3.11", "3.12"):
-        fail("found Python %s (%s), but 3.11 or 3.12 is needed: install it, or say PYTHON=/path/to/python3.11" % (version, sys.executable))
+        fail(
+            "found Python %s (%s), but 3.11 or 3.12 is needed: install it, or say PYTHON=/path/to/python3.11"
+            % (version, sys.executable)
+        )
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError as missing:
-        fail("Python %s lacks %s: install its venv package (Debian: apt install python%s-venv)" % (version, missing.name, version))
+        fail(
+            "Python %s lacks %s: install its venv package (Debian: apt install python%s-venv)"
+            % (version, missing.name, version)
+        )
 
 
 def wanted():
-    """What a finished .venv is stamped with: a digest of all that decides its content, and of where it lies."""
+    """What a finished .venv is stamped with: a digest of all that decides its content, and of its place."""
     digest = hashlib.sha256(("%s %s" % (sys.version, VENV)).encode())
     for name in [*LOCKS, TORCH, "pyproject.toml", ".ci/install.py"]:
         digest.update((ROOT / name).read_bytes())
@@ -56,9 +82,17 @@ def wanted():
 
 
 def pip(*arguments):
-    """Runs .venv's pip; its progress bars go to the terminal, its warnings to a file that is read when it fails."""
+    """Runs .venv's pip: progress bars to the terminal, warnings to a file that is read when it fails."""
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
-    command = [str(VENV / "bin/python"), "-m", "pip", "install", *quiet, "--disable-pip-version-check", *arguments]
+    command = [
+        str(VENV / "bin/python"),
+        "-m",
+        "pip",
+        "install",
+        *quiet,
+        "--disable-pip-version-check",
+        *arguments,
+    ]
     with ERRORS.open("wb") as errors:
         status = subprocess.run(command, cwd=str(ROOT), stderr=errors).returncode
     if status == 0:

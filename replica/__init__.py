@@ -1,0 +1,1 @@
+"""The node image's program: leases GPUs, then becomes SGLang."""

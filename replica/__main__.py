@@ -1,0 +1,86 @@
+"""python -m replica: settings, lease, command, exec."""
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("replica: Python %d.%d is too old: Python 3.11 is needed" % sys.version_info[:2])
+
+import importlib.util
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+
+from replica import command, gpu, lease, machine, models, presets, settings
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Does not return when all goes well: the process becomes SGLang."""
+    told = settings.read(arguments, environ)
+    if told.list_gpus:
+        print(describe_gpus(told, environ))
+        return
+    there = [] if told.device == "cpu" else gpu.list_gpus(environ)
+    pretended = bool(environ.get(gpu.PRETEND))
+    on_gpu = told.device == "cuda" or (told.device == "auto" and bool(there) and not pretended)
+    preset = presets.resolve(told.model or ("llava-v1.6-vicuna-7b" if on_gpu else "smollm2-135m"))
+    if not told.dry_run:
+        machine.check_sglang()
+        machine.check_port(told.host, told.port)
+        machine.check_token(preset, told, environ)
+        if not on_gpu:
+            machine.check_memory(preset)
+        if preset.is_embedded:
+            models.ensure(preset.name, told.models_dir)
+
+    held = None
+    if on_gpu or there:
+        note = f"{preset.name} on port {told.port}"
+        held = lease.take(there, told.gpus, told.lease_dir, wait=told.lease_wait, note=note)
+        if not told.dry_run and not pretended:
+            machine.wait_for_memory(held.gpus, preset.gpu_gib)
+    becomes = command.build(
+        told,
+        preset,
+        held.gpus if held and on_gpu else (),
+        seed=secrets.randbelow(2**31),
+        environ=environ,
+        has_flashinfer=importlib.util.find_spec("flashinfer") is not None or told.dry_run,
+    )
+    where = ", ".join(f"GPU {one.index} ({one.uuid})" for one in held.gpus) if held else "CPU"
+    print(f"replica: {where}: {becomes}", flush=True)
+    if not told.dry_run:
+        os.execve(becomes.argv[0], becomes.argv, {**environ, **becomes.environ})
+
+
+def describe_gpus(told: settings.Settings, environ: Mapping[str, str]) -> str:
+    """A JSON list, one object a GPU, memory in MiB; held_by is null while nobody leases it."""
+    rows = [
+        {
+            "index": one.index,
+            "uuid": one.uuid,
+            "name": one.name,
+            "memory_total": one.memory_total,
+            "memory_used": one.memory_used,
+            "mig": one.mig,
+            "held_by": lease.holder(one, told.lease_dir),
+        }
+        for one in gpu.list_gpus(environ)
+    ]
+    return "[" + ",".join(f"\n {json.dumps(row)}" for row in rows) + "\n]" if rows else "[]"
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:], os.environ)
+    except (
+        settings.SettingsError,
+        presets.ModelError,
+        gpu.GpuError,
+        lease.LeaseError,
+        machine.MachineError,
+        models.MakingError,
+    ) as error:
+        sys.exit(f"replica: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,115 @@
+"""Can this machine serve the model: SGLang, port, memory, token. A check says what is wrong and what to do."""
+
+import importlib.util
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from replica import gpu
+from replica.presets import Preset
+from replica.settings import Settings
+
+_MEMORY_WAIT = 30.0  # seconds that a dead replica's GPU memory may outlive its lease
+
+
+class MachineError(Exception):
+    """The machine cannot serve the model as it is; the message says why and what to do."""
+
+
+def check_sglang() -> None:
+    if importlib.util.find_spec("sglang") is None:
+        raise MachineError(
+            f"sglang is not installed in {sys.prefix}: run make install and use .venv/bin/python "
+            "(on a GPU: pip install '.[replica]', or the replica image)"
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise MachineError(
+            f"cannot listen on {host} port {port} ({error.strerror or error}): give another --host or --port"
+        ) from None
+
+
+def check_token(preset: Preset, told: Settings, environ: Mapping[str, str]) -> None:
+    """A gated model needs a token, unless it was fetched before."""
+    if not preset.gated or told.hf_token or preset.model is None:
+        return
+    home = Path(environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
+    cache = Path(environ.get("HF_HUB_CACHE") or home / "hub")
+    cached = cache / ("models--" + preset.model.replace("/", "--")) / "snapshots"
+    if not cached.is_dir() and not (home / "token").is_file():
+        raise MachineError(
+            f"{preset.model} is gated: accept its licence on its Hugging Face page, then set HF_TOKEN (or "
+            "HF_TOKEN_FILE) to a token of your account"
+        )
+
+
+def check_memory(preset: Preset, available: float | None = None) -> None:
+    """available: free memory in GiB, read from the machine when not given."""
+    if available is None:
+        available = available_gib()
+    if available < preset.cpu_gib:
+        raise MachineError(
+            f"{preset.name} takes about {preset.cpu_gib:.0f} GiB of memory and {available:.1f} GiB are free: "
+            "stop something, run fewer replicas, or serve a smaller model"
+        )
+
+
+def available_gib(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Memory that this process may still take, in GiB: the machine's, or its container's if that is less."""
+    fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (cgroup / "memory.max").read_text().strip(), (cgroup / "memory.current").read_text()
+        cache = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())["inactive_file"]
+        if limit != "max":
+            available = min(available, int(limit) - int(used) + int(cache))
+    except (OSError, KeyError, ValueError):
+        pass  # no container, or an old kernel's layout
+    return available / 2**30
+
+
+def wait_for_memory(
+    held: Sequence[gpu.Gpu],
+    need: float,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Waits until each leased GPU has `need` GiB free, or says on stderr who is in the way and goes on.
+
+    need 0, unknown: nine tenths of the GPU. The one who held the lease before may have left memory behind for
+    a moment, and others may use the GPU without a lease.
+    """
+    uuids = {one.uuid for one in held}
+    give_up = clock() + _MEMORY_WAIT
+    while True:
+        short = [
+            one
+            for one in gpu.list_gpus(environ)
+            if one.uuid in uuids and one.memory_total and one.memory_free < (need * 1024 or 0.9 * one.memory_total)
+        ]
+        if not short:
+            return
+        if clock() >= give_up:
+            break
+        pause(1.0)
+    processes = gpu.list_processes()
+    for one in short:
+        users = [f"{user.name} ({user.pid}, {user.memory} MiB)" for user in processes if user.gpu == one.uuid]
+        print(
+            f"replica: GPU {one.index} has {one.memory_free} of {one.memory_total} MiB free, which may not be enough; "
+            f"it is used by {', '.join(users) or 'processes that cannot be seen from here'}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,203 @@
+"""Our plug-in to SGLang, on its own entry points: a drain that loses nothing, and what a plain CPU lacks.
+
+Imported in each of SGLang's processes, before torch: what is heavy is imported where it is used.
+"""
+
+import asyncio
+import importlib.util
+import os
+import sys
+import time
+import types
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from replica.command import KEY_FILE_MARK
+from replica.settings import read_secret
+
+# 0 switches our attention hook off, and a CPU replica runs SGLang's own (much slower on a cached prefix).
+ATTENTION_HOOK = "REPLICA_CPU_ATTENTION_HOOK"
+
+DRAIN_GRACE = 5.0  # seconds that a replica goes on as ever after its /ready turned 503
+_HUNG = 60.0  # seconds without a token after which an unhealthy server is believed to be hung
+_TICK = 0.1
+
+_kept: list[object] = []  # a torch.library.Library undoes its definitions when it is collected
+
+
+def activate() -> None:
+    """SGLang's platform entry point: fills a CPU's gaps, and selects no platform, so that SGLang goes on to its own."""
+    if _on_cpu():
+        provide_sgl_kernel()
+        declare_torchvision_ops()
+
+
+def register_hooks() -> None:
+    """SGLang's plug-in entry point."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    sys.argv[:] = fill_in_key(sys.argv)
+    HookRegistry.register(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", drain, HookType.AROUND
+    )
+    if _on_cpu() and os.environ.get(ATTENTION_HOOK, "1") != "0":
+        HookRegistry.register(
+            "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
+            extend_new_rows,
+            HookType.AROUND,
+        )
+
+
+def _on_cpu() -> bool:
+    return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+
+
+def fill_in_key(argv: list[str]) -> list[str]:
+    """argv with `@file:PATH` after --api-key replaced by what the file holds."""
+    return [
+        read_secret(Path(part.removeprefix(KEY_FILE_MARK)), "SGLANG_API_KEY_FILE")
+        if before == "--api-key" and part.startswith(KEY_FILE_MARK)
+        else part
+        for before, part in zip(["", *argv], argv, strict=False)
+    ]
+
+
+class Server(Protocol):
+    """What the drain needs of SGLang's TokenizerManager."""
+
+    gracefully_exit: bool  # set by SIGTERM; /ready says 503 from then on
+    server_status: Any
+    rid_to_state: dict[str, Any]  # requests in flight
+    last_receive_tstamp: float  # when a token last came, seconds since the epoch
+
+
+async def drain(
+    stock: Callable[[Server], Awaitable[None]],
+    server: Server,
+    grace: float = DRAIN_GRACE,
+    hung: float = _HUNG,
+) -> None:
+    """Around TokenizerManager.sigterm_watchdog, which ends the server after SIGTERM.
+
+    The stock one looks every 5 s and ends an idle server at that look, be it a moment after SIGTERM: whoever
+    has not yet seen /ready turn is reset. And after a failed /health it ends at once, whatever is in flight.
+    Here the server serves for `grace` seconds more, then until nothing is in flight, then the stock one ends
+    it. A server that failed its /health and has not made a token for `hung` seconds has no more to give.
+    """
+    while not server.gracefully_exit:  # noqa: ASYNC110 - SGLang has a flag, not an event
+        await asyncio.sleep(_TICK)
+    status = type(server.server_status)
+    if server.server_status is not status.Starting:
+        began = time.time()
+        await asyncio.sleep(grace)
+        while server.rid_to_state:
+            if server.server_status is status.UnHealthy and time.time() - max(began, server.last_receive_tstamp) > hung:
+                break
+            await asyncio.sleep(_TICK)
+        else:
+            server.server_status = status.Up  # all was answered: the stock one need not hurry
+    await stock(server)
+
+
+def provide_sgl_kernel() -> None:
+    """A stand-in for sgl_kernel, which has no CPU wheel and is imported unguarded.
+
+    What SGLang imports of it on a CPU belongs to speculative decoding and KV moves, which a plain CPU does
+    not do.
+    """
+    if importlib.util.find_spec("sgl_kernel") is not None:
+        return
+
+    def missing(name: str) -> Callable[..., object]:
+        if not name.endswith("_cpu"):
+            raise AttributeError(f"module 'sgl_kernel' has no attribute {name!r}")
+
+        def function(*_: object, **__: object) -> object:
+            raise NotImplementedError(f"sgl_kernel.{name}: this SGLang runs on a CPU without the compiled sgl_kernel")
+
+        return function
+
+    module = types.ModuleType("sgl_kernel", "groundserve's stand-in on a plain CPU.")
+    module.__spec__ = importlib.util.spec_from_loader("sgl_kernel", loader=None)
+    module.__dict__["__getattr__"] = missing
+    sys.modules["sgl_kernel"] = module
+
+
+def declare_torchvision_ops() -> None:
+    """Declares two operators that a CUDA-linked torchvision wants beside a CPU torch.
+
+    Its compiled operators cannot load there, which it tolerates, but it registers fake kernels for these two.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or _kept:
+        return
+    import torch
+
+    library = Path(spec.origin).with_name("_C.so")
+    if library.exists():
+        try:
+            torch.ops.load_library(str(library))
+            return
+        except OSError:
+            pass
+    operators = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _kept.append(operators)
+
+
+def extend_new_rows(
+    stock: Callable[..., Any],
+    backend: Any,
+    query: Any,
+    output: Any,
+    k_cache: Any,
+    v_cache: Any,
+    req_to_token: Any,
+    req_pool_indices: Any,
+    seq_lens: Any,
+    extend_prefix_lens: Any,
+    extend_seq_lens: Any,
+    encoder_lens: Any = None,
+    scaling: float | None = None,
+    enable_gqa: bool = False,
+    causal: bool = False,
+    is_cross_attn: bool = False,
+    sliding_window_size: int | None = None,
+) -> Any:
+    """Around TorchNativeAttnBackend._run_sdpa_forward_extend: attention of the new tokens' rows only.
+
+    The stock one attends from prefix and new tokens alike and throws the prefix's rows away, so that a cached
+    prefix saves the MLPs but not the quadratic part. query, output: [new tokens, heads, head size]; k_cache,
+    v_cache: [slots, KV heads, head size]. Anything but plain causal self-attention is left to the stock one.
+    """
+    windowed = sliding_window_size is not None and sliding_window_size > -1
+    if encoder_lens is not None or is_cross_attn or windowed or not causal:
+        return stock(
+            *(backend, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens),
+            *(extend_prefix_lens, extend_seq_lens, encoder_lens, scaling, enable_gqa, causal),
+            *(is_cross_attn, sliding_window_size),
+        )
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    start = 0
+    rows = zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True)
+    for row, total, new in rows:
+        slots = req_to_token[row, :total]
+        mask = None
+        if 1 < new < total:  # a single row sees everything; a whole sequence is the plain causal case
+            mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
+        attended = scaled_dot_product_attention(
+            query[start : start + new].transpose(0, 1).unsqueeze(0),
+            k_cache[slots].transpose(0, 1).unsqueeze(0).to(query.dtype),
+            v_cache[slots].transpose(0, 1).unsqueeze(0).to(query.dtype),
+            attn_mask=mask,
+            enable_gqa=enable_gqa,
+            scale=scaling,
+            is_causal=new == total,
+        )
+        output[start : start + new] = attended.squeeze(0).transpose(0, 1)
+        start += new
+    return output

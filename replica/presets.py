@@ -1,0 +1,109 @@
+"""The models that a replica knows by name, and what any other name or folder means."""
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class ModelError(Exception):
+    """The model cannot be served as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and how SGLang serves it.
+
+    model: Hugging Face id or folder; None for a model of our own making, which lies in the models folder
+    under `name`. served_name: the name that requests give. flags, cpu_flags: added to SGLang's, the latter
+    only on a CPU. overrides: changes to the model's config.json, with {folder} for the model's folder.
+    gpu_gib, cpu_gib: memory that serving takes at the least, in GiB; 0 where nobody knows.
+    """
+
+    name: str
+    model: str | None
+    served_name: str
+    flags: tuple[str, ...] = ()
+    cpu_flags: tuple[str, ...] = ()
+    overrides: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
+    gpu_gib: float = 0.0
+    cpu_gib: float = 0.0
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.model is None
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="llava-v1.6-vicuna-7b",
+            model="liuhaotian/llava-v1.6-vicuna-7b",
+            served_name="liuhaotian/llava-v1.6-vicuna-7b",
+            # The checkpoint brings neither a tokenizer that transformers loads nor a chat template.
+            flags=("--tokenizer-path", "llava-hf/llava-1.5-7b-hf", "--chat-template", "vicuna_v1.1"),
+            gpu_gib=18,
+            cpu_gib=18,
+        ),
+        Preset(
+            name="llama-2-7b-chat",
+            model="meta-llama/Llama-2-7b-chat-hf",
+            served_name="meta-llama/Llama-2-7b-chat-hf",
+            gated=True,
+            gpu_gib=16,
+            cpu_gib=16,
+        ),
+        Preset(
+            name="smollm2-135m",
+            model=None,
+            served_name="smollm2-135m",
+            cpu_flags=("--context-length", "4096"),
+            gpu_gib=2,
+            cpu_gib=2,
+        ),
+        # A true LLaVA pipeline with toy eyes: it tells plain colours apart and nothing else.
+        Preset(
+            name="tiny-llava",
+            model=None,
+            served_name="tiny-llava",
+            cpu_flags=("--context-length", "4096"),
+            overrides={"mm_vision_tower": "{folder}/clip-vision-tower"},
+            gpu_gib=2,
+            cpu_gib=2,
+        ),
+    )
+}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(model: str) -> Preset:
+    """What `--model` means: a preset's name or its Hugging Face id, a folder, or any other Hugging Face id.
+
+    Raises ModelError.
+    """
+    for preset in PRESETS.values():
+        if model in (preset.name, preset.model):
+            return preset
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{model} is no model folder: it has no config.json")
+        weights = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+        need = weights / 2**30 + 1.5
+        return Preset(folder.name, str(folder.resolve()), folder.name, gpu_gib=need, cpu_gib=need)
+    if model.startswith((".", "/", "~")):
+        raise ModelError(f"there is no folder {model}: give a model's folder, a Hugging Face id, or one of {_names()}")
+    if not _HUB_ID.fullmatch(model):
+        near = difflib.get_close_matches(model.lower(), PRESETS, n=1, cutoff=0.4)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ModelError(
+            f"unknown model {model}: {meant}There are {_names()}; or give a folder, or a Hugging Face id (org/name)"
+        )
+    return Preset(model.rpartition("/")[2], model, model)
+
+
+def _names() -> str:
+    return ", ".join(PRESETS)

@@ -1,0 +1,146 @@
+"""Flags and environment to one frozen Settings."""
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+_EPILOG = """\
+environment: MODEL, REPLICA_HOST, REPLICA_PORT, REPLICA_DEVICE, GPUS_PER_REPLICA stand in for the flags;
+  LEASE_DIR     folder of GPU leases, shared by all replicas of the machine (/tmp/groundserve-leases)
+  LEASE_WAIT    seconds to wait for a free GPU (60)
+  MODELS_DIR    folder of the embedded models (.models of a checkout, else ~/.cache/groundserve/models)
+  HF_TOKEN      Hugging Face token for gated models; or HF_TOKEN_FILE, a file that holds it
+  SGLANG_ARGS   flags for SGLang, before those after --
+  SGLANG_API_KEY_FILE   file that holds the key which SGLang asks of its clients
+"""
+
+
+class SettingsError(Exception):
+    """A flag or variable has a value that it cannot have; the message names it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a replica was told. Times in seconds; model None: LLaVA on a GPU, SmolLM2 on a CPU."""
+
+    model: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    gpus: int = 1
+    lease_dir: Path = Path("/tmp/groundserve-leases")  # not TMPDIR: all users of the machine share it
+    lease_wait: float = 60.0
+    models_dir: Path = _ROOT / ".models"
+    hf_token: str | None = field(default=None, repr=False)
+    api_key_file: Path | None = None
+    sglang_args: tuple[str, ...] = ()
+    dry_run: bool = False
+    list_gpus: bool = False
+
+
+def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Flags over environment over defaults. Raises SettingsError; an unknown flag ends the program (status 2)."""
+    given = list(arguments)
+    more: list[str] = []
+    if "--" in given:
+        split = given.index("--")
+        given, more = given[:split], given[split + 1 :]
+    flags = _parser().parse_args(given)
+
+    def pick(flag: str | None, variable: str, default: str) -> str:
+        return flag if flag is not None else environ.get(variable) or default
+
+    device = pick(flags.device, "REPLICA_DEVICE", "auto")
+    if device not in ("auto", "cuda", "cpu"):
+        raise SettingsError(f"REPLICA_DEVICE={device}: it is auto, cuda or cpu")
+    try:
+        sglang_args = (*shlex.split(environ.get("SGLANG_ARGS", "")), *more)
+    except ValueError as error:
+        raise SettingsError(f"SGLANG_ARGS cannot be split into flags: {error}") from None
+    key_file = environ.get("SGLANG_API_KEY_FILE")
+    if key_file and not read_secret(Path(key_file), "SGLANG_API_KEY_FILE"):
+        raise SettingsError(f"SGLANG_API_KEY_FILE={key_file} is empty: an empty key would let everyone in")
+    return Settings(
+        model=pick(flags.model, "MODEL", "") or None,
+        host=pick(flags.host, "REPLICA_HOST", Settings.host),
+        port=_whole(pick(flags.port, "REPLICA_PORT", str(Settings.port)), "--port", 1, 65535),
+        device=device,
+        gpus=_whole(pick(flags.gpus, "GPUS_PER_REPLICA", "1"), "--gpus", 1, 64),
+        lease_dir=Path(environ.get("LEASE_DIR") or Settings.lease_dir),
+        lease_wait=_seconds(environ.get("LEASE_WAIT") or "60", "LEASE_WAIT"),
+        models_dir=models_dir(environ),
+        hf_token=_token(environ),
+        api_key_file=Path(key_file).resolve() if key_file else None,
+        sglang_args=sglang_args,
+        dry_run=flags.dry_run,
+        list_gpus=flags.list_gpus,
+    )
+
+
+def models_dir(environ: Mapping[str, str]) -> Path:
+    """Where the embedded models lie: MODELS_DIR, else in the checkout this runs from, else the user's cache."""
+    if environ.get("MODELS_DIR"):
+        return Path(environ["MODELS_DIR"]).expanduser().resolve()
+    if (_ROOT / "pyproject.toml").is_file():
+        return _ROOT / ".models"
+    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundserve/models"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m replica",
+        description="Leases GPUs, where there are any, then becomes the SGLang server of one model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="PRESET|HF_ID|PATH", help="what to serve (LLaVA on a GPU, SmolLM2 on a CPU)")
+    parser.add_argument("--port", help="port to serve on (8000)")
+    parser.add_argument("--host", help="address to serve on (127.0.0.1)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: a GPU if the machine has one")
+    parser.add_argument("--gpus", metavar="N", help="GPUs for this replica, as tensor parallel ranks (1)")
+    parser.add_argument("--dry-run", action="store_true", help="print lease and command, start nothing")
+    parser.add_argument(
+        "--list-gpus", action="store_true", help="print the machine's GPUs and who leases them, as JSON"
+    )
+    parser.usage = "%(prog)s [flags] [-- SGLANG_FLAGS...]"
+    return parser
+
+
+def _whole(text: str, name: str, least: int, most: int) -> int:
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise SettingsError(f"{name} {text}: it is a whole number from {least} to {most}")
+    return int(text)
+
+
+def _seconds(text: str, name: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise SettingsError(f"{name}={text}: it is a number of seconds")
+    return value
+
+
+def _token(environ: Mapping[str, str]) -> str | None:
+    if environ.get("HF_TOKEN"):
+        return environ["HF_TOKEN"]
+    if environ.get("HF_TOKEN_FILE"):
+        # Compose makes an empty file of a secret that was not given.
+        return read_secret(Path(environ["HF_TOKEN_FILE"]), "HF_TOKEN_FILE") or None
+    return None
+
+
+def read_secret(path: Path, name: str) -> str:
+    """The one word that a secret's file holds; empty when the file is. Raises SettingsError, which names `name`."""
+    try:
+        secret = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{name}={path} cannot be read: {getattr(error, 'strerror', 'it is not text')}") from None
+    if len(secret.split()) > 1:
+        raise SettingsError(f"{name}={path}: it should hold one word, the secret")
+    return secret
