@@ -113,7 +113,9 @@ def unreachable() -> ServeError:
 
 
 def lost() -> ServeError:
-    message = "The replica went away before it answered. The request may have been processed: send it again if that is safe."
+    message = (
+        "The replica went away before it answered. The request may have been processed: send it again if that is safe."
+    )
     return ServeError(502, "replica_lost", message)
 
 
@@ -123,7 +125,9 @@ def bad_answer() -> ServeError:
 
 
 def first_byte_timeout(seconds: float) -> ServeError:
-    message = f"The replica did not begin to answer within {seconds:g} s (first_byte_timeout). Ask for less, or raise it."
+    message = (
+        f"The replica did not begin to answer within {seconds:g} s (first_byte_timeout). Ask for less, or raise it."
+    )
     return ServeError(504, "first_byte_timeout", message)
 
 

@@ -60,7 +60,9 @@ class Settings(BaseModel):
     # The fleet
     ready_interval: float = Field(1, gt=0, description="time between two looks at a replica's /ready")
     ready_timeout: float = Field(5, gt=0, description="time /ready may take")
-    silence_timeout: float = Field(60, gt=0, description="silence with requests in flight before a replica is asked why")
+    silence_timeout: float = Field(
+        60, gt=0, description="silence with requests in flight before a replica is asked why"
+    )
     ejection_time: float = Field(10, gt=0, description="first ejection; the next are longer")
     max_ejection_time: float = Field(300, gt=0, description="longest ejection")
 

@@ -84,7 +84,10 @@ class Fleet:
         Raises ConfigError when two entries have one name or one id.
         """
         wanted = list(listing)
-        for what, values in (("name", [x.name for x in wanted]), ("id", [x.id for x in wanted if x.id is not None])):
+        for what, values in (
+            ("name", [x.name for x in wanted]),
+            ("id", [x.id for x in wanted if x.id is not None]),
+        ):
             if len(set(values)) < len(values):
                 raise ConfigError(f"two replicas have the same {what}: give each its own")
         known = {(member.name, member.url): member for member in self.members.values()}

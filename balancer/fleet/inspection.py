@@ -13,7 +13,7 @@ TOKENS_PER_REQUEST = 256
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`identity` changes with each start; `limit` in requests and `capacity_tokens` in tokens; None: it does not say."""
+    """`identity` changes with each start; `limit` is in requests, `capacity_tokens` in tokens; None: not said."""
 
     identity: str | None = None
     limit: int | None = None

@@ -168,11 +168,11 @@ class Member:
             return Status.DRAINING if self.in_flight else Status.SHUTTING_DOWN
         if not self.has_passed and now - self.since > self.readiness.initial_delay_seconds:
             return Status.FAILED_INITIAL_DELAY
-        if self.has_passed and probe is Verdict.FAILING:
-            if now - self.failing_since() > self.readiness.consecutive_failure_threshold_timeout:
-                return Status.FAILED_PROBING
         if not self.has_passed:
             return Status.STARTING
+        patience = self.readiness.consecutive_failure_threshold_timeout
+        if probe is Verdict.FAILING and now - self.failing_since() > patience:
+            return Status.FAILED_PROBING
         if self.refusing or probe is not Verdict.PASSING:
             return Status.NOT_READY
         if self.ejected_until > now:

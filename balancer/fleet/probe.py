@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -71,7 +70,10 @@ class _Watch:
         self.hurry = asyncio.Event()  # ask /ready now
         self.came_up = asyncio.Event()  # /ready began to pass: ask the service's question now
         self.was_refused = False
-        self.tasks = [asyncio.ensure_future(self._watch_ready()), asyncio.ensure_future(self._watch_service())]
+        self.tasks = [
+            asyncio.ensure_future(self._watch_ready()),
+            asyncio.ensure_future(self._watch_service()),
+        ]
 
     def stop(self) -> None:
         for task in self.tasks:
@@ -104,7 +106,10 @@ class _Watch:
                 member.refusing = True
                 fleet.changed()
             return
-        passes = answer.status_code in (200, 404)  # 404: an SGLang without /ready; the service's probe stands in
+        passes = answer.status_code in (
+            200,
+            404,
+        )  # 404: an SGLang without /ready; the service's probe stands in
         if passes and member.ready.verdict is not Verdict.PASSING and await self._is_another():
             return
         changed = member.ready.passed(fleet.clock()) if passes else member.ready.failed(fleet.clock())
@@ -123,10 +128,7 @@ class _Watch:
         if self.fleet.settings.max_in_flight is None and facts.limit:
             member.limit = facts.limit
         member.capacity_tokens = facts.capacity_tokens or member.capacity_tokens
-        if known and facts.identity:
-            is_another = known != facts.identity
-        else:
-            is_another = self.was_refused
+        is_another = known != facts.identity if known and facts.identity else self.was_refused
         if is_another:
             self.fleet.restarted(member)
         return is_another
@@ -167,9 +169,7 @@ class _Watch:
 
     def _is_too_silent(self) -> bool:
         silent_since = max(self.member.last_byte_at, self.member.busy_since)
-        return self.member.generating > 0 and (
-            self.fleet.clock() - silent_since > self.fleet.settings.silence_timeout
-        )
+        return self.member.generating > 0 and (self.fleet.clock() - silent_since > self.fleet.settings.silence_timeout)
 
     async def _ask_service(self) -> None:
         member, probe = self.member, self.fleet.readiness

@@ -36,7 +36,11 @@ class Cors:
             return b""
         exposed = b"X-Request-Id, X-Replica-Id, X-Route-Reason"
         vary = b"" if allowed == b"*" else b"Vary: Origin\r\n"
-        return b"Access-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers: %b\r\n%b" % (allowed, exposed, vary)
+        return b"Access-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers: %b\r\n%b" % (
+            allowed,
+            exposed,
+            vary,
+        )
 
     def preflight(self, request: Request) -> Headers:
         """What the browser may send: what it asked for."""

@@ -1,4 +1,4 @@
-"""Our side towards the clients: strict HTTP/1.1 in, replies out in order, and the client that leaves noticed at once."""
+"""Our side towards the clients: strict HTTP/1.1 in, replies out in order, a client that leaves noticed at once."""
 
 import asyncio
 from collections import deque

@@ -61,9 +61,7 @@ RULES = {
 }
 
 
-def may_repeat(
-    outcome: Outcome, method: bytes, sent: int, settings: Settings, budget: RetryBudget, now: float
-) -> bool:
+def may_repeat(outcome: Outcome, method: bytes, sent: int, settings: Settings, budget: RetryBudget, now: float) -> bool:
     """May this request go to another member? `sent` counts the attempts that a replica may have seen."""
     rule = RULES[outcome]
     if rule.any_method:

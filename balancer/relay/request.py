@@ -170,7 +170,7 @@ def _forward(request: Request, forwarded: dict[bytes, bytes], peer: Peer) -> Non
 
 
 _ACTIONS: dict[bytes, str] = {
-    **{name: "drop" for name in HOP_BY_HOP},
+    **dict.fromkeys(HOP_BY_HOP, "drop"),
     b"connection": "connection",
     b"transfer-encoding": "encoding",
     b"content-length": "length",

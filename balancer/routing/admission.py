@@ -49,7 +49,7 @@ class Admission:
         return self._claim(ask)
 
     async def claim(self, ask: Ask) -> Claim:
-        """A place, after a wait if need be; raises ServeError when there is none to wait for or the wait was in vain."""
+        """A place, after a wait if need be; raises ServeError when there is none, or the wait was in vain."""
         settings = self.fleet.settings
         if not self.fleet.has_other(ask.tried):
             if not self.fleet.is_starting() or not settings.start_wait:

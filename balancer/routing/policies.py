@@ -1,6 +1,6 @@
 """Which replica: a pure choice among the members that have room."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from balancer.fleet.member import Member
@@ -55,4 +55,5 @@ def _load(member: Member) -> tuple[float, int]:
 
 def policy_named(name: str) -> Policy:
     """The policy of that name; raises KeyError for another."""
-    return {"round_robin": RoundRobin, "least_load": LeastLoad}[name]()
+    policies: dict[str, Callable[[], Policy]] = {"round_robin": RoundRobin, "least_load": LeastLoad}
+    return policies[name]()

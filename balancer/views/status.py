@@ -86,9 +86,7 @@ class Snapshot:
         service, replicas = data.get("service"), data.get("replicas")
         if not isinstance(service, Mapping) or not isinstance(replicas, list):
             raise ValueError('a status has "service" (an object) and "replicas" (a list)')
-        return cls(
-            ServiceRow.from_json(service), tuple(ReplicaRow.from_json(replica) for replica in replicas)
-        )
+        return cls(ServiceRow.from_json(service), tuple(ReplicaRow.from_json(replica) for replica in replicas))
 
 
 def _without_empty_reason(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""python -m balancer: one balancer process."""
+
+import argparse
+import ipaddress
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import uvloop
+import yaml
+
+from balancer import app, spec
+from balancer.errors import ConfigError
+from balancer.fleet.member import Listed
+from balancer.settings import PolicyName, ReadinessProbe, Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until told to stop; 0 after a clean end, 1 when it cannot start, 2 for wrong usage."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="groundserve: %(levelname)s: %(message)s")
+    try:
+        uvloop.run(app.run(config_from(options)))
+    except ConfigError as error:
+        print(f"groundserve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def config_from(options: argparse.Namespace) -> app.Config:
+    """The process's configuration; raises ConfigError with one line."""
+    described = spec.load(options.service) if options.service else None
+    values: dict[str, Any] = described.settings.model_dump(exclude_unset=True) if described else {}
+    for pair in options.set:
+        key, found, value = pair.partition("=")
+        if not found:
+            raise ConfigError(f"--set {pair}: write --set key=value")
+        values[key.strip()] = yaml.safe_load(value)
+    settings = Settings.from_mapping(values, "--set" if options.set else "x-groundserve")
+    listen, admin = _address(options.listen, "--listen"), _address(options.admin, "--admin")
+    if not _is_loopback(listen[0]) and not options.open:
+        raise ConfigError(
+            f"--listen {options.listen} is not loopback: say --open to let everyone who reaches it use it, "
+            "or listen on 127.0.0.1"
+        )
+    admin_key = _key(options.admin_key, "--admin-key")
+    if options.discover and options.replica:
+        raise ConfigError("--replica and --discover exclude each other: give one of them")
+    replicas = tuple(Listed(name=f"replica-{n}", url=_http(url), id=n) for n, url in enumerate(options.replica, 1))
+    return app.Config(
+        listen=listen,
+        admin=admin,
+        policy=options.policy or (described.policy if described else None) or "round_robin",
+        replicas=replicas,
+        discover=options.discover,
+        name=described.name if described else "groundserve",
+        settings=settings,
+        readiness=(described.readiness_probe if described else None) or ReadinessProbe(),
+        replica_key=_key(options.replica_key, "--replica-key"),
+        admin_key=admin_key,
+        is_log_json=options.log_format == "json",
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m balancer",
+        description="One endpoint in front of SGLang replicas.",
+        epilog="Every flag has an environment twin: --listen is BALANCER_LISTEN, and so on.",
+        allow_abbrev=False,
+    )
+
+    def flag(name: str, default: str | None = None, **more: Any) -> None:
+        twin = "BALANCER_" + name.lstrip("-").replace("-", "_").upper()
+        if more.get("action") == "append":
+            more["default"] = os.environ.get(twin, "").split()
+        elif more.get("action") == "store_true":
+            more["default"] = os.environ.get(twin, "").lower() in ("1", "true", "yes")
+        else:
+            more["default"] = os.environ.get(twin) or default
+        parser.add_argument(name, **more)
+
+    flag("--listen", "127.0.0.1:30001", metavar="HOST:PORT", help="the endpoint (default: %(default)s)")
+    flag("--admin", "127.0.0.1:30002", metavar="HOST:PORT", help="status and drain (default: %(default)s)")
+    flag("--policy", choices=get_args(PolicyName), help="which replica gets a request (default: round_robin)")
+    flag("--replica", action="append", metavar="URL", help="a replica, http://HOST:PORT; may be repeated")
+    flag("--discover", metavar="dns://NAME:PORT", help="find the replicas by DNS instead")
+    flag("--service", metavar="FILE", help="a service file: readiness probe, policy and x-groundserve settings")
+    flag("--set", action="append", metavar="KEY=VALUE", help="one setting; may be repeated")
+    flag("--open", action="store_true", help="listen beyond loopback for everyone")
+    flag("--admin-key", metavar="FILE", help="the key that POSTs and PUTs on the admin port want")
+    flag("--replica-key", metavar="FILE", help="the replicas' own API key")
+    flag("--log-format", "text", choices=("text", "json"), help="of the line a request (default: %(default)s)")
+    return parser
+
+
+def _address(text: str, flag: str) -> tuple[str, int]:
+    host, found, port = text.rpartition(":")
+    if not found or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{flag} {text}: write HOST:PORT, as in 127.0.0.1:30001")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _http(url: str) -> str:
+    return url.rstrip("/") if "://" in url else f"http://{url.rstrip('/')}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _key(path: str | None, flag: str) -> str | None:
+    if path is None:
+        return None
+    try:
+        key = Path(path).read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from None
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(f"{flag} {path}: one line with a key is wanted there")
+    return key
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""The composition root: builds all parts of one balancer process, starts them, and ends them in the right order."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from balancer import errors
+from balancer.errors import ConfigError
+from balancer.fleet.discovery import DnsDiscovery
+from balancer.fleet.fleet import Fleet
+from balancer.fleet.member import Listed
+from balancer.fleet.probe import Prober
+from balancer.relay import asgi
+from balancer.relay.cors import Cors
+from balancer.relay.downstream import ClientConnection, Doors
+from balancer.relay.proxy import Proxy
+from balancer.relay.reply import Reply
+from balancer.relay.request import Network, Request
+from balancer.relay.upstream import Pool
+from balancer.routing.admission import Admission
+from balancer.routing.policies import policy_named
+from balancer.settings import PolicyName, ReadinessProbe, Settings
+from balancer.views.access_log import AccessLog
+from balancer.views.admin import admin_app
+from balancer.views.public import public_app
+from balancer.views.snapshot import ServiceFacts
+
+log = logging.getLogger("groundserve")
+
+SWEEP = 0.25  # seconds between two looks at everything that can time out
+BACKLOG = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What one balancer process is told at its start. Addresses are (host, port); port 0 takes a free one."""
+
+    listen: tuple[str, int] = ("127.0.0.1", 30001)
+    admin: tuple[str, int] = ("127.0.0.1", 30002)
+    policy: PolicyName = "round_robin"
+    replicas: tuple[Listed, ...] = ()
+    discover: str | None = None
+    name: str = "groundserve"
+    settings: Settings = field(default_factory=Settings)
+    readiness: ReadinessProbe = field(default_factory=ReadinessProbe)
+    replica_key: str | None = None
+    admin_key: str | None = None
+    is_log_json: bool = False
+
+
+class Balancer:
+    """One balancer in one event loop. `start` opens both ports, `leave` drains, `stop` ends everything."""
+
+    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, log_descriptor: int = 1) -> None:
+        self.config = config
+        self.loop = loop
+        settings = config.settings
+        self.facts = ServiceFacts(config.name)
+        self.fleet = Fleet(settings, config.readiness, loop.time)
+        self.admission = Admission(self.fleet, policy_named(config.policy))
+        self.prober = Prober(self.fleet, config.replica_key)
+        self.discovery = DnsDiscovery(config.discover, self.fleet) if config.discover else None
+        self.pool = Pool(settings, loop)
+        self.fleet.when_left.append(self.pool.forget)
+        self.access_log = AccessLog(log_descriptor, config.is_log_json)
+        headers = {"Authorization": f"Bearer {config.replica_key}"} if config.replica_key else {}
+        self._client = httpx.AsyncClient(headers=headers, trust_env=False)
+        own = public_app(self.fleet, lambda: self.facts.is_leaving, self._client)
+
+        async def answer_own(request: Request, reply: Reply) -> None:
+            await asgi.answer(own, request, reply)
+
+        self.proxy = Proxy(
+            self.fleet,
+            self.admission,
+            self.pool,
+            self.access_log,
+            answer_own,
+            Cors(settings.cors_origins),
+            config.replica_key.encode() if config.replica_key else None,
+        )
+        self.doors = Doors(
+            settings,
+            loop,
+            self.proxy.check,
+            self.proxy.serve,
+            self.proxy.refuse,
+            _networks(settings.trusted_proxies),
+        )
+        admin = admin_app(self.facts, self.fleet, self.admission, self.discovery is None, lambda: config.admin_key)
+        self._sockets = [_bound(*config.listen), _bound(*config.admin)]
+        self._servers = [
+            _Server(_uvicorn(own, http=self._connection)),
+            _Server(_uvicorn(admin)),
+        ]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _connection(self, **_: object) -> ClientConnection:
+        """What uvicorn makes of each accepted connection, in place of its own HTTP class."""
+        return ClientConnection(self.doors)
+
+    @property
+    def endpoint(self) -> str:
+        return _url(self._sockets[0])
+
+    @property
+    def admin_endpoint(self) -> str:
+        return _url(self._sockets[1])
+
+    async def start(self) -> None:
+        """Opens both ports and begins to watch the replicas."""
+        self.facts.endpoint = self.endpoint
+        self.fleet.reconcile(self.config.replicas)
+        self.prober.start()
+        if self.discovery is not None:
+            self.discovery.start()
+        for server, listener in zip(self._servers, self._sockets, strict=True):
+            self._tasks.append(asyncio.ensure_future(server.serve(sockets=[listener])))
+        self._tasks.append(asyncio.ensure_future(self._sweep()))
+        while not all(server.started for server in self._servers):  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.01)
+
+    async def leave(self, hurry: asyncio.Event) -> None:
+        """Drains: not ready any more, port still open; then port closed, answers in flight finish; the rest break.
+
+        `hurry` set ends the waiting at once.
+        """
+        settings = self.config.settings
+        self.facts.is_leaving = self.doors.is_closing = True
+        await _wait(hurry, settings.drain_grace)
+        self._servers[0].should_exit = True
+        self.doors.close()
+        deadline = self.loop.time() + settings.drain_timeout
+        while self.doors.connections and self.loop.time() < deadline and not hurry.is_set():
+            await _wait(hurry, min(0.05, settings.drain_timeout))
+        broken = errors.stream_broken("the balancer is shutting down.")
+        for connection in list(self.doors.connections):
+            connection.break_off(broken)
+        await asyncio.sleep(0.05)
+
+    async def stop(self) -> None:
+        """Ends every loop and closes every socket."""
+        for server in self._servers:
+            server.should_exit = True
+        sweep = self._tasks.pop()
+        sweep.cancel()
+        await asyncio.gather(*self._tasks, sweep, return_exceptions=True)
+        if self.discovery is not None:
+            await self.discovery.stop()
+        await self.prober.stop()
+        self.pool.close()
+        await self._client.aclose()
+        self.access_log.flush()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP)
+            try:
+                now = self.loop.time()
+                self.doors.sweep(now)
+                self.pool.sweep(now)
+                self.admission.expire()
+                self.access_log.flush()
+            except Exception:
+                log.exception("the sweep failed; it goes on")
+
+
+async def run(config: Config) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once."""
+    loop = asyncio.get_running_loop()
+    leaving, hurry = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        (hurry if leaving.is_set() else leaving).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    balancer = Balancer(config, loop)
+    await balancer.start()
+    print(f"listening on {balancer.endpoint}", file=sys.stderr)
+    print(f"admin on {balancer.admin_endpoint}", file=sys.stderr, flush=True)
+    await leaving.wait()
+    await balancer.leave(hurry)
+    await balancer.stop()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's accepting and its ASGI side, without its signal handlers: `run` decides the order of leaving."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _uvicorn(app: FastAPI, http: Any = "httptools") -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=http,
+        loop="none",
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=1,
+    )
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A bound socket; raises ConfigError with a line that says what is in the way."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another address or port") from None
+    listener.setblocking(False)
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _networks(texts: tuple[str, ...]) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(text, strict=False) for text in texts)
+    except ValueError as error:
+        raise ConfigError(f"trusted_proxies: {error}; write addresses or networks like 10.0.0.0/8") from None
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

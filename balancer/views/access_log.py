@@ -1,0 +1,103 @@
+"""One line a request, written in batches beside the hot path. No header value, body, query or key is ever in it."""
+
+import os
+import select
+import time
+from collections import deque
+from collections.abc import Callable
+
+import orjson
+
+from balancer.relay.record import Record
+
+MAX_WAITING = 20_000
+SAFE_WRITE = 4096  # a pipe that polls as writable takes this much without blocking
+
+
+class AccessLog:
+    """Takes note of each record at once and writes later: call `flush` a few times a second.
+
+    A reader that does not keep up never holds up a request: beyond `MAX_WAITING` lines the newest are dropped, and
+    a line says how many. `wall_clock` is for the time stamps.
+    """
+
+    def __init__(self, descriptor: int, is_json: bool, wall_clock: Callable[[], float] = time.time) -> None:
+        self._descriptor = descriptor
+        self._line = _json_line if is_json else _text_line
+        self._wall_clock = wall_clock
+        self._records: deque[tuple[float, Record]] = deque()
+        self._unwritten = b""
+        self._dropped = 0
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def finished(self, record: Record) -> None:
+        if len(self._records) < MAX_WAITING:
+            self._records.append((self._wall_clock(), record))
+        else:
+            self._dropped += 1
+
+    def flush(self) -> None:
+        """Writes what the reader takes without blocking."""
+        while self._records or self._unwritten or self._dropped:
+            if not self._unwritten:
+                self._unwritten = self._next_lines()
+            if not self._poll.poll(0):
+                return  # the reader is slow: the lines wait
+            try:
+                written = os.write(self._descriptor, self._unwritten[:SAFE_WRITE])
+            except OSError:  # nobody reads the log any more
+                self._records.clear()
+                self._unwritten, self._dropped = b"", 0
+                return
+            self._unwritten = self._unwritten[written:]
+
+    def _next_lines(self) -> bytes:
+        lines = []
+        if self._dropped and not self._records:
+            lines.append(b"groundserve: %d log lines dropped: whoever reads this log is too slow\n" % self._dropped)
+            self._dropped = 0
+        while self._records and len(lines) < 64:
+            lines.append(self._line(*self._records.popleft()))
+        return b"".join(lines)
+
+
+def _fields(record: Record) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "id": record.id,
+        "method": record.method,
+        "path": record.path,
+        "status": record.status,
+        "member": record.member or None,
+        "attempts": record.attempts,
+        "queued": round(record.queued, 6),
+        "ttft": None if record.first_byte is None else round(record.first_byte, 6),
+        "duration": round(record.duration, 6),
+        "bytes_in": record.bytes_in,
+        "bytes_out": record.bytes_out,
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.completion_tokens,
+        "cached_tokens": record.cached_tokens,
+        "reason": record.reason or None,
+        "key": record.key or None,
+        "error": record.error or None,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _json_line(at: float, record: Record) -> bytes:
+    return orjson.dumps({"time": round(at, 3), **_fields(record)}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _text_line(at: float, record: Record) -> bytes:
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
+    words = " ".join(f"{name}={_printable(value)}" for name, value in _fields(record).items())
+    return f"{stamp}Z {words}\n".encode("utf-8", "replace")
+
+
+def _printable(value: object) -> str:
+    """The value without anything that could end the line or pass for another field."""
+    text = str(value)
+    if text.isascii() and text.isprintable() and " " not in text:
+        return text
+    return orjson.dumps(text).decode()

@@ -1,0 +1,68 @@
+"""FastAPI routes of the serving port: the balancer's health, and what a replica says of itself, less its secrets."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+
+from balancer import errors
+from balancer.errors import ServeError
+from balancer.fleet.fleet import Fleet
+
+SECRET_WORDS = ("api_key", "password", "secret", "hf_token", "ssl_key", "authorization")
+
+
+def public_app(fleet: Fleet, is_leaving: Callable[[], bool], client: httpx.AsyncClient) -> FastAPI:
+    """The app behind /health, /ready and /server_info; `client` asks the replicas with their own key."""
+    app = FastAPI(title="groundserve", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    async def health() -> Response:
+        """200 while a request could be served now."""
+        return _say(bool(fleet.available()))
+
+    @app.api_route("/ready", methods=["GET", "HEAD"])
+    async def ready() -> Response:
+        """As /health, and 503 from the moment the balancer was told to stop: whoever sends traffic here may look on."""
+        return _say(bool(fleet.available()) and not is_leaving())
+
+    @app.api_route("/server_info", methods=["GET"])
+    @app.api_route("/get_server_info", methods=["GET"])
+    async def server_info() -> Response:
+        """A ready replica's configuration. SGLang shows its API key there; here nothing secret passes."""
+        for member in list(fleet.available()):
+            try:
+                answer = await client.get(member.url + "/server_info", timeout=5)
+                info = answer.json() if answer.status_code == 200 else None
+            except (httpx.HTTPError, ValueError):
+                continue
+            if isinstance(info, dict):
+                return JSONResponse(without_secrets(info), headers={"X-Replica-Id": member.name})
+        return _refusal(errors.no_replica())
+
+    def _say(could_serve: bool) -> Response:
+        if could_serve:
+            return JSONResponse({"status": "ok", "ready": len(fleet.available())})
+        return _refusal(errors.shutting_down() if is_leaving() else errors.no_replica())
+
+    return app
+
+
+def _refusal(error: ServeError) -> Response:
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return Response(error.body, error.status, headers, media_type="application/json")
+
+
+def without_secrets(value: Any) -> Any:
+    """The same JSON value without any object key that names a secret; command lines that show one are cut too."""
+    if isinstance(value, dict):
+        return {
+            key: without_secrets(item)
+            for key, item in value.items()
+            if not any(word in str(key).lower() for word in SECRET_WORDS) and key != "launch_command"
+        }
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    return value
