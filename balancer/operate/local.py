@@ -1,0 +1,82 @@
+"""The local engine: replicas as child processes of `groundserve up`, each with a port and a log file of its own."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from balancer.errors import ConfigError
+from balancer.operate.child import Child, tail
+from balancer.operate.engine import CannotStart, Ended, Running
+from balancer.operate.ports import free_ports, is_free
+from balancer.operate.recipe import Recipe
+
+# Exit codes that mean that the command itself is wrong: bad usage (2), a bad configuration (sysexits' 78), and bash's
+# and env's "cannot be executed" (126) and "not found" (127).
+_HOPELESS = {2, 78, 126, 127}
+
+
+@dataclass(frozen=True, slots=True)
+class _Replica:
+    child: Child
+    endpoint: str
+    started: float
+
+
+class LocalEngine:
+    """An `Engine`. `folder` gets the log files; `on_change` is called when a replica ended."""
+
+    infra = "local"
+
+    def __init__(self, name: str, folder: Path, on_change: Callable[[], None]) -> None:
+        self._name = name
+        self._folder = folder
+        self._on_change = on_change
+        self._replicas: dict[int, _Replica] = {}
+        self._stopping: set[int] = set()
+
+    async def start(self, id: int, recipe: Recipe) -> None:
+        try:
+            port = recipe.fixed_port or free_ports(1)[0]
+        except ConfigError as failure:
+            raise CannotStart(str(failure)) from None
+        if recipe.fixed_port and not is_free("127.0.0.1", port):
+            raise CannotStart(f"port {port} is in use by another program: stop that, or change resources.ports")
+        child = await Child.start(recipe.command(id, port), self.log(id), self._on_change)
+        self._replicas[id] = _Replica(child, f"http://127.0.0.1:{port}", time.monotonic())
+
+    async def stop(self, id: int, grace: float) -> None:
+        replica = self._replicas.get(id)
+        if replica is None:
+            return
+        self._stopping.add(id)
+        await replica.child.stop(grace)
+        self._replicas.pop(id, None)
+        self._stopping.discard(id)
+
+    def running(self) -> tuple[Running, ...]:
+        now = time.monotonic()
+        return tuple(
+            Running(id, replica.endpoint, now - replica.started)
+            for id, replica in self._replicas.items()
+            if replica.child.code is None
+        )
+
+    def ended(self) -> tuple[Ended, ...]:
+        over = [(id, r.child) for id, r in self._replicas.items() if r.child.code is not None]
+        found = []
+        for id, child in over:
+            if id not in self._stopping:
+                del self._replicas[id]
+                found.append(Ended(id, _why(child), child.code in _HOPELESS))
+        return tuple(found)
+
+    def log(self, id: int) -> Path:
+        return self._folder / f"replica-{id}.log"
+
+
+def _why(child: Child) -> str:
+    code = child.code or 0
+    how = f"killed by signal {code - 128}" if code > 128 else f"exited with code {code}"
+    last = tail(child.log, 1)
+    return f"{how}: {last[0]}" if last else how

@@ -1,0 +1,124 @@
+"""How one replica of a service is started on this machine: its command, its variables, where it listens."""
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from balancer.errors import ConfigError
+from balancer.operate.launch import Launch, understand
+from balancer.settings import ReadinessProbe
+from balancer.spec import Spec
+
+# What a replica's command finds in its environment: SkyServe's own two, and ours for the port. A script that listens
+# on ${GROUNDSERVE_PORT:-8000} serves under both.
+REPLICA_ID = "SKYPILOT_SERVE_REPLICA_ID"
+GPUS = "SKYPILOT_NUM_GPUS_PER_NODE"
+PORT = "GROUNDSERVE_PORT"
+
+# The folder that the project's packages are in, so that children find them wherever they are started.
+_PACKAGES = str(Path(__file__).resolve().parents[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One process to be. `envs` come on top of our own environment and may hold secrets."""
+
+    argv: tuple[str, ...]
+    envs: Mapping[str, str] = field(repr=False)
+    workdir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What all replicas of one version of a service have in common."""
+
+    version: int
+    spec: Spec
+    # The SGLang command in `run:`; None: the script is run as it is.
+    launch: Launch | None
+    # GPUs that one replica takes; 0: none.
+    gpus: int
+    # The port that each replica must have because its script knows no other; None: any free one.
+    fixed_port: int | None
+    # What the tables say under RESOURCES.
+    resources: str
+    # For a person: what of the script is not run, and the like.
+    notes: tuple[str, ...]
+
+    @property
+    def readiness_probe(self) -> ReadinessProbe:
+        """SGLang's own /health, where the file does not say; SkyServe's default for all else."""
+        return self.spec.readiness_probe or ReadinessProbe(path="/" if self.launch is None else "/health")
+
+    @property
+    def model(self) -> str | None:
+        return self.launch.model if self.launch else None
+
+    def command(self, id: int, port: int) -> Command:
+        envs = {**self.spec.envs, REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
+        if self.launch is None:
+            return Command(("bash", "-c", self.spec.run), envs, self.spec.workdir)
+        argv = [
+            *python("replica"),
+            "--model",
+            _absolute(self.launch.model, self.spec.workdir),
+            "--port",
+            str(port),
+        ]
+        if self.gpus:
+            argv += ["--gpus", str(self.gpus)]
+        if self.launch.flags:
+            argv += ["--", *self.launch.flags]
+        return Command(tuple(argv), with_packages({**envs, **self.launch.envs}), self.spec.workdir)
+
+
+def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
+    """Raises ConfigError when replicas of this service cannot be started, or not that many of them."""
+    if not spec.run.strip():
+        raise ConfigError(f"{spec.source}: there is no `run:`, so nothing says how to start a replica")
+    if spec.missing_envs:
+        name = spec.missing_envs[0]
+        raise ConfigError(f"{spec.source}: {name} has no value: give it with --env {name}=VALUE")
+    gpus = max(spec.accelerators.values(), default=0)
+    launch = understand(spec.run, {**os.environ, **spec.envs, GPUS: str(gpus), PORT: "8000"})
+    notes: list[str] = []
+    fixed_port = None
+    if launch is not None:
+        gpus = launch.gpus or gpus
+        notes += [
+            f"{spec.source}: run: `{part}` is not run: groundserve starts SGLang itself" for part in launch.left_out
+        ]
+    elif not re.search(rf"\$\{{?{PORT}\b", spec.run):
+        if spec.port is None:
+            raise ConfigError(
+                f"{spec.source}: nothing says where a replica listens: let `run:` use ${{{PORT}:-8000}}, "
+                "or give resources.ports"
+            )
+        fixed_port = spec.port
+        most = spec.max_replicas
+        if most is None or most > 1:
+            raise ConfigError(
+                f"{spec.source}: all replicas would listen on port {spec.port} of this machine: "
+                f"let `run:` listen on ${{{PORT}:-{spec.port}}}, or ask for one replica"
+            )
+    return Recipe(version, spec, launch, gpus, fixed_port, resources, tuple(notes))
+
+
+def python(module: str) -> tuple[str, ...]:
+    """The start of a command that runs one of the project's own packages."""
+    return (sys.executable, "-P", "-m", module)
+
+
+def with_packages(envs: Mapping[str, str]) -> dict[str, str]:
+    """`envs` with the project's packages on Python's path, for `python` above."""
+    there = envs.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    return {**envs, "PYTHONPATH": os.pathsep.join([_PACKAGES, *([there] if there else [])])}
+
+
+def _absolute(model: str, workdir: Path) -> str:
+    """A model's folder as an absolute path; anything else stays a name."""
+    folder = workdir / Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
