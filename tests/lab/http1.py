@@ -170,9 +170,7 @@ class Connection(asyncio.Protocol):
             pass
         except Malformed as error:
             self._seen.malformed.append(str(error))
-            self.transport.write(
-                b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-            )
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
         except Exception:
             self._seen.crashes.append(traceback.format_exc())
         finally:

@@ -5,9 +5,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-Cut = Literal[
-    "", "before_head", "mid_head", "after_head", "after_tokens", "mid_event", "mid_chunk", "after_bytes"
-]
+Cut = Literal["", "before_head", "mid_head", "after_head", "after_tokens", "mid_event", "mid_chunk", "after_bytes"]
 Hang = Literal["", "before_head", "after_head", "after_tokens"]
 How = Literal["reset", "close"]
 Framing = Literal["auto", "content-length", "chunked", "close", "http/1.0", "http/1.0+length"]
@@ -60,9 +58,7 @@ class Knobs:
     ready_delay: float = 0.0
     health: int | Literal["hang", "reset"] = 200  # /health and /health_generate
     health_delay: float = 0.0
-    service_status: int | Literal["hang", "reset"] = (
-        200  # /server_info, /v1/loads, /model_info, /v1/models, /metrics
-    )
+    service_status: int | Literal["hang", "reset"] = 200  # /server_info, /v1/loads, /model_info, /v1/models, /metrics
 
     # What it says about itself.
     model: str = "lab"
@@ -70,9 +66,7 @@ class Knobs:
     max_running_requests: int = 64
     max_total_tokens: int = 65536
     max_queued_requests: int | None = None  # faithful mode: more waiting than this is refused
-    abort_delay: float | None = (
-        None  # from the client's leaving to the abort; None: 0 plain, SGLang's faithful
-    )
+    abort_delay: float | None = None  # from the client's leaving to the abort; None: 0 plain, SGLang's faithful
     random_seed: int = 0  # 0: drawn at each start
 
     def change(self, **changes: Any) -> "Knobs":

@@ -41,9 +41,7 @@ PROBES = ("/ready", "/health", "/health_generate")
 class LabReplica:
     """One simulated replica, listening while the `async with` block runs."""
 
-    def __init__(
-        self, knobs: Knobs | None = None, *, host: str = "127.0.0.1", port: int = 0, **changes: Any
-    ) -> None:
+    def __init__(self, knobs: Knobs | None = None, *, host: str = "127.0.0.1", port: int = 0, **changes: Any) -> None:
         self.knobs = (knobs or Knobs()).change(**changes)
         self.seen = Seen()
         self.host = host

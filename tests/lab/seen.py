@@ -59,9 +59,7 @@ class Seen:
     requests: list[SeenRequest] = field(default_factory=list)
     probes: list[SeenRequest] = field(default_factory=list)
     malformed: list[str] = field(default_factory=list)  # why bytes were refused as no HTTP request
-    crashes: list[str] = field(
-        default_factory=list
-    )  # tracebacks of the lab itself: always a fault of the lab
+    crashes: list[str] = field(default_factory=list)  # tracebacks of the lab itself: always a fault of the lab
     connections_accepted: int = 0
     connections_open: int = 0
     generations_started: int = 0

@@ -178,9 +178,7 @@ async def _generate(sender: Sender, kind: Kind, seen: Seen, pace_for: PaceFor) -
     except QueueFull:
         await _refuse(sender, asked.stream)
         return
-    generation = answers.Generation(
-        asked, words=[f" t{position % 100:02}" for position in range(asked.tokens)]
-    )
+    generation = answers.Generation(asked, words=[f" t{position % 100:02}" for position in range(asked.tokens)])
     exchange.record.generated = True
     seen.generations_started += 1
     seen.changed()
@@ -239,9 +237,7 @@ async def _stream(sender: Sender, generation: answers.Generation, pace: Pace, se
 
     length = None
     if knobs.framing in ("content-length", "http/1.0+length"):
-        length = sum(
-            len(answers.event(data, end)) for events in _events(generation, pace, since) for data in events
-        )
+        length = sum(len(answers.event(data, end)) for events in _events(generation, pace, since) for data in events)
     await sender.head(knobs.status or 200, "text/event-stream; charset=utf-8", length)
     events = _events(generation, pace, since)
     for position in range(len(generation.words)):
