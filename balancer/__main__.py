@@ -55,6 +55,7 @@ def config_from(options: argparse.Namespace) -> app.Config:
         listen=listen,
         admin=admin,
         policy=options.policy or (described.policy if described else None) or "round_robin",
+        target_qps=_target_qps(described),
         replicas=replicas,
         discover=options.discover,
         name=described.name if described else "groundserve",
@@ -96,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     flag("--replica-key", metavar="FILE", help="the replicas' own API key")
     flag("--log-format", "text", choices=("text", "json"), help="of the line a request (default: %(default)s)")
     return parser
+
+
+def _target_qps(described: spec.Spec | None) -> dict[str, float]:
+    policy = described.service.replica_policy if described else None
+    target = policy.target_qps_per_replica if policy else None
+    return dict(target) if isinstance(target, dict) else {}
 
 
 def _address(text: str, flag: str) -> tuple[str, int]:

@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,8 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Network, Request
 from balancer.relay.upstream import Pool
 from balancer.routing.admission import Admission
-from balancer.routing.policies import policy_named
+from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
+from balancer.routing.prefix_aware import PrefixAware
 from balancer.settings import PolicyName, ReadinessProbe, Settings
 from balancer.views.access_log import AccessLog
 from balancer.views.admin import admin_app
@@ -49,6 +50,7 @@ class Config:
     listen: tuple[str, int] = ("127.0.0.1", 30001)
     admin: tuple[str, int] = ("127.0.0.1", 30002)
     policy: PolicyName = "round_robin"
+    target_qps: Mapping[str, float] = field(default_factory=dict)  # by GPU type, for instance_aware_least_load
     replicas: tuple[Listed, ...] = ()
     discover: str | None = None
     name: str = "groundserve"
@@ -68,7 +70,7 @@ class Balancer:
         settings = config.settings
         self.facts = ServiceFacts(config.name)
         self.fleet = Fleet(settings, config.readiness, loop.time)
-        self.admission = Admission(self.fleet, policy_named(config.policy))
+        self.admission = Admission(self.fleet, _policy(config))
         self.prober = Prober(self.fleet, config.replica_key)
         self.discovery = DnsDiscovery(config.discover, self.fleet) if config.discover else None
         self.pool = Pool(settings, loop)
@@ -201,6 +203,18 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _policy(config: Config) -> Policy:
+    match config.policy:
+        case "round_robin":
+            return RoundRobin()
+        case "least_load":
+            return LeastLoad()
+        case "prefix_aware":
+            return PrefixAware()
+        case "instance_aware_least_load":
+            return InstanceAwareLeastLoad(config.target_qps)
 
 
 def _uvicorn(app: FastAPI, http: Any = "httptools") -> uvicorn.Config:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from balancer.errors import ConfigError
 from balancer.fleet.ejection import Outlier
@@ -20,14 +20,24 @@ class Observer(Protocol):
     def member_ejected(self, member: Member) -> None: ...
 
 
-class Claim:
+class Chosen(Protocol):
+    """What a policy says: a member, and whatever else it wants to be reminded of."""
+
+    @property
+    def member(self) -> Member: ...
+
+
+C = TypeVar("C", bound=Chosen)
+
+
+class Claim(Generic[C]):
     """A place at one member, given back when the `with` block ends."""
 
-    __slots__ = ("_fleet", "_is_generating", "member", "reason")
+    __slots__ = ("_fleet", "_is_generating", "choice", "member")
 
-    def __init__(self, fleet: "Fleet", member: Member, is_generating: bool, reason: str) -> None:
-        self.member = member
-        self.reason = reason
+    def __init__(self, fleet: "Fleet", choice: C, is_generating: bool) -> None:
+        self.choice = choice
+        self.member = member = choice.member
         self._is_generating = is_generating
         self._fleet = fleet
         fleet.turns += 1
@@ -47,9 +57,6 @@ class Claim:
         self.member.in_flight -= 1
         self.member.generating -= self._is_generating
         self._fleet.room_made()
-
-
-Choose = Callable[[Sequence[Member]], tuple[Member, str]]
 
 
 class Fleet:
@@ -164,7 +171,9 @@ class Fleet:
         ejected = [member for member in self.members.values() if member.status(now) is Status.EJECTED]
         return [min(ejected, key=lambda member: member.ejected_until)] if ejected else []
 
-    def claim(self, choose: Choose, is_generating: bool, tried: Collection[Member] = ()) -> Claim | None:
+    def claim(
+        self, choose: Callable[[Sequence[Member]], C], is_generating: bool, tried: Collection[Member] = ()
+    ) -> Claim[C] | None:
         """Chooses a member with room that was not tried and takes a place at it; None where there is none.
 
         Only generating requests count against a member's limit.
@@ -177,8 +186,7 @@ class Fleet:
             candidates = [m for m in candidates if m.generating < m.limit and m.full_until <= now]
         if not candidates:
             return None
-        member, reason = choose(candidates)
-        return Claim(self, member, is_generating, reason)
+        return Claim(self, choose(candidates), is_generating)
 
     def has_other(self, tried: Collection[Member]) -> bool:
         """Is there an available member, full or not, that was not tried?"""

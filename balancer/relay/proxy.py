@@ -18,6 +18,7 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 from balancer.relay.upstream import Outcome, Pool
 from balancer.routing.admission import Admission, Ask
+from balancer.routing.prompt import Prompt
 
 log = logging.getLogger("groundserve")
 
@@ -93,7 +94,8 @@ class Proxy:
 
     async def _relay(self, request: Request, reply: Reply, client: ClientConnection, record: Record) -> None:
         """Attempts at one member after the other, until one answers or nothing is left; raises ServeError."""
-        ask = Ask(request.path, request.body, request.is_generating)
+        prompt = Prompt(request.path, request.body)
+        ask = Ask(prompt, request.is_generating)
         outcome = Outcome.REFUSED
         sent = 0
         self.budget.deposit()
@@ -102,12 +104,16 @@ class Proxy:
             claim = self.admission.claim_now(ask) or await self.admission.claim(ask)
             with claim as member:
                 record.queued += self.pool.loop.time() - asked_at
-                record.member, record.reason = member.name, claim.reason
+                choice = claim.choice
+                record.member, record.reason, record.matched = member.name, choice.reason, choice.matched
                 record.attempts += 1
                 relay = _Relay(self, member, request, reply, record)
                 outcome = await self._attempt(member, request, client, relay)
                 relay.account(outcome)
             if outcome is Outcome.ANSWERED:
+                if record.prompt_tokens:
+                    policy = self.admission.policy
+                    policy.answered(choice, prompt, record.prompt_tokens, record.cached_tokens)
                 return
             ask.tried.append(member)
             sent += outcome not in (Outcome.REFUSED, Outcome.UNREACHED)
@@ -173,8 +179,10 @@ class _Relay:
         record = self._record
         own = b"X-Replica-Id: %b\r\n" % self._member.name.encode("latin-1", "replace")
         if self._request.wants_explanation:
-            own += b"X-Route-Reason: %b; attempts=%d; queued=%.3f\r\n" % (
+            matched = b"" if record.matched is None else b"; matched=%.2f" % record.matched
+            own += b"X-Route-Reason: %b%b; attempts=%d; queued=%.3f\r\n" % (
                 record.reason.encode(),
+                matched,
                 record.attempts,
                 record.queued,
             )

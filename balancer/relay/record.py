@@ -31,6 +31,7 @@ class Record:
     completion_tokens: int | None = None
     cached_tokens: int | None = None
     reason: str = ""
+    matched: float | None = None  # the share of the prompt that the policy took to be cached at the member
     key: str = ""
     error: str = ""
 

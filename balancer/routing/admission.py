@@ -2,21 +2,22 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from balancer import errors
 from balancer.fleet.fleet import Claim, Fleet
 from balancer.fleet.member import Member
-from balancer.routing.policies import Policy
+from balancer.routing.policies import Choice, Policy
+from balancer.routing.prompt import Prompt
+
+Place = Claim[Choice]
 
 
 @dataclass(slots=True, eq=False)
 class Ask:
     """What a request wants of the fleet; `tried` are the members that it has been to."""
 
-    path: str
-    body: Sequence[bytes]
+    prompt: Prompt
     is_generating: bool
     tried: list[Member] = field(default_factory=list)
 
@@ -24,7 +25,7 @@ class Ask:
 @dataclass(slots=True, eq=False)
 class _Waiter:
     ask: Ask
-    place: "asyncio.Future[Claim]"
+    place: "asyncio.Future[Place]"
     until: float
 
 
@@ -42,13 +43,13 @@ class Admission:
     def queue_depth(self) -> int:
         return len(self._queue)
 
-    def claim_now(self, ask: Ask) -> Claim | None:
+    def claim_now(self, ask: Ask) -> Place | None:
         """A place at once, or None where the request would have to wait."""
         if self._queue and ask.is_generating:
             return None
         return self._claim(ask)
 
-    async def claim(self, ask: Ask) -> Claim:
+    async def claim(self, ask: Ask) -> Place:
         """A place, after a wait if need be; raises ServeError when there is none, or the wait was in vain."""
         settings = self.fleet.settings
         if not self.fleet.has_other(ask.tried):
@@ -59,7 +60,7 @@ class Admission:
             wait = settings.queue_timeout
         if len(self._queue) >= settings.queue_size:
             raise errors.queue_full(settings.queue_size)
-        place: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
+        place: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(ask, place, self.fleet.clock() + wait)
         self._queue.append(waiter)
         try:
@@ -89,10 +90,8 @@ class Admission:
             if not waiter.place.done() and (refusal := self._refusal(waiter, now)):
                 waiter.place.set_exception(refusal)
 
-    def _claim(self, ask: Ask) -> Claim | None:
-        return self.fleet.claim(
-            lambda members: self.policy.choose(members, ask.path, ask.body), ask.is_generating, ask.tried
-        )
+    def _claim(self, ask: Ask) -> Place | None:
+        return self.fleet.claim(lambda members: self.policy.choose(members, ask.prompt), ask.is_generating, ask.tried)
 
     def _refusal(self, waiter: _Waiter, now: float) -> errors.ServeError | None:
         settings = self.fleet.settings

@@ -1,59 +1,87 @@
-"""Which replica: a pure choice among the members that have room."""
+"""Which replica: a choice among the members that have room."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from balancer.fleet.member import Member
+from balancer.routing.prompt import Prompt
+
+
+class Choice(NamedTuple):
+    """A member, why it was chosen, and which share of the prompt (0 to 1) it has probably cached; None: not asked."""
+
+    member: Member
+    reason: str
+    matched: float | None = None
 
 
 class Policy(Protocol):
-    """A selection rule. `reads_body` tells whether it looks into requests; if not, nobody parses them."""
+    """A selection rule. It sees only members with room; what it remembers is bounded."""
 
     name: str
-    reads_body: bool
 
-    def choose(self, members: Sequence[Member], path: str, body: Sequence[bytes]) -> tuple[Member, str]:
-        """One of `members` (never empty) and the reason, in a word or two."""
+    def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
+        """One of `members`, which is never empty. The request goes there: what follows from that may be noted."""
+
+    def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
+        """What the answer said of its prompt; `cached_tokens` is None where the replica does not tell."""
 
     def forget(self, member: Member) -> None:
-        """The member left; nothing may be remembered of it."""
+        """The member left, restarted or flushed its cache."""
 
 
-class RoundRobin:
+class _Forgetful:
+    """A policy that remembers nothing."""
+
+    def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
+        pass
+
+    def forget(self, member: Member) -> None:
+        pass
+
+
+class RoundRobin(_Forgetful):
     """Whoever was chosen longest ago; a member that just joined comes first."""
 
     name = "round_robin"
-    reads_body = False
 
-    def choose(self, members: Sequence[Member], path: str, body: Sequence[bytes]) -> tuple[Member, str]:
-        return min(members, key=_turn), "in turn"
-
-    def forget(self, member: Member) -> None:
-        """Nothing is remembered here."""
+    def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
+        return Choice(min(members, key=turn), "in turn")
 
 
-class LeastLoad:
+class LeastLoad(_Forgetful):
     """Whoever has the smallest part of its limit in flight; ties go in turn."""
 
     name = "least_load"
-    reads_body = False
 
-    def choose(self, members: Sequence[Member], path: str, body: Sequence[bytes]) -> tuple[Member, str]:
-        return min(members, key=_load), "least load"
-
-    def forget(self, member: Member) -> None:
-        """Nothing is remembered here."""
+    def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
+        return Choice(min(members, key=_load), "least load")
 
 
-def _turn(member: Member) -> int:
+class InstanceAwareLeastLoad(_Forgetful):
+    """SkyServe's rule for mixed GPUs: load relative to the requests a second that a GPU of that type should get.
+
+    `target_qps` is by GPU type, as in `target_qps_per_replica`; a type it does not name counts as its smallest.
+    """
+
+    name = "instance_aware_least_load"
+
+    def __init__(self, target_qps: Mapping[str, float]) -> None:
+        self._target_qps = {gpu.upper(): max(qps, 1e-9) for gpu, qps in target_qps.items()}
+        self._least = min(self._target_qps.values(), default=1.0)
+
+    def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
+        return Choice(min(members, key=self._relative_load), "least load for its GPU")
+
+    def _relative_load(self, member: Member) -> tuple[float, int]:
+        gpu = member.listed.resources.partition("x ")[2].upper()
+        return member.in_flight / self._target_qps.get(gpu, self._least), member.turn
+
+
+def turn(member: Member) -> int:
+    """When it was chosen last: the smallest is whoever waits longest."""
     return member.turn
 
 
 def _load(member: Member) -> tuple[float, int]:
     return member.in_flight / member.limit, member.turn
-
-
-def policy_named(name: str) -> Policy:
-    """The policy of that name; raises KeyError for another."""
-    policies: dict[str, Callable[[], Policy]] = {"round_robin": RoundRobin, "least_load": LeastLoad}
-    return policies[name]()

@@ -79,6 +79,7 @@ def _fields(record: Record) -> dict[str, object]:
         "completion_tokens": record.completion_tokens,
         "cached_tokens": record.cached_tokens,
         "reason": record.reason or None,
+        "matched": None if record.matched is None else round(record.matched, 3),
         "key": record.key or None,
         "error": record.error or None,
     }

@@ -1,0 +1,186 @@
+"""A request body as routing blocks: hashes, each chained to all before it, that are equal where prompts share a prefix.
+
+SGLang caches what was computed for a prefix, images included, so two requests whose first n blocks are equal share at
+least about n blocks of its KV cache. The blocks are cut from what the client sent, not from tokens: routing needs to
+know what is equal, not what it means.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import orjson
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
+
+BLOCK_BYTES = 256  # of text; about 64 tokens
+IMAGE_BLOCKS = 8  # an image weighs as much as 2 KiB of text: LLaVA makes 576 to 2,880 tokens of one
+MAX_BLOCKS = 2048
+# Bodies over this size are searched for embedded images, which are hashed where they stand and never parsed.
+LARGE_BODY = 16 << 10
+IMAGE_MARK = "\x00image:"
+EMBEDDED = re.compile(rb'"((?:data:[^",]{0,200},)?[A-Za-z0-9+/=\\]{2048,})"')
+
+Piece = str | bytes  # text, or an image's digest
+
+
+class Prompt:
+    """One request's prompt; `blocks` are made when first asked for, and once."""
+
+    __slots__ = ("_blocks", "body", "path")
+
+    def __init__(self, path: str, body: list[bytes]) -> None:
+        self.path = path
+        self.body = body
+        self._blocks: list[int] | None = None
+
+    @property
+    def blocks(self) -> list[int]:
+        """Chained 64-bit hashes, at most `MAX_BLOCKS`; empty when there is nothing to route by."""
+        if self._blocks is None:
+            reader = _READERS.get(self.path)
+            self._blocks = _blocks(reader, self.body) if reader else []
+        return self._blocks
+
+
+def _blocks(reader: "Reader", body: list[bytes]) -> list[int]:
+    if len(body) > 1:
+        body[:] = [b"".join(body)]  # one piece from here on, for the way to the replica too
+    raw = body[0] if body else b""
+    if len(raw) > LARGE_BODY:
+        raw = EMBEDDED.sub(_digest_of_embedded, raw)
+    try:
+        request = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return []
+    if not isinstance(request, dict):
+        return []
+    return _chain(reader(request), _seed(request))
+
+
+def _digest_of_embedded(match: re.Match[bytes]) -> bytes:
+    return b'"\\u0000image:%s"' % xxh3_64_digest(memoryview(match.string)[match.start(1) : match.end(1)]).hex().encode()
+
+
+def _seed(request: dict[str, Any]) -> int:
+    """Prompts for different models or adapters share nothing."""
+    return xxh3_64_intdigest(f"{request.get('model')}|{request.get('lora_path')}".encode("utf-8", "surrogatepass"))
+
+
+def _chain(pieces: Iterator[Piece], seed: int) -> list[int]:
+    """Cuts text into blocks and images into their own; an incomplete block before an image counts, at the end not."""
+    blocks: list[int] = []
+    text: list[str] = []
+    for piece in pieces:
+        if isinstance(piece, str):
+            text.append(piece)
+            continue
+        seed = _chain_text("".join(text), seed, blocks, is_last=False)
+        text.clear()
+        for _ in range(IMAGE_BLOCKS):
+            seed = xxh3_64_intdigest(piece, seed)
+            blocks.append(seed)
+    _chain_text("".join(text), seed, blocks, is_last=True)
+    return blocks[:MAX_BLOCKS]
+
+
+def _chain_text(text: str, seed: int, blocks: list[int], is_last: bool) -> int:
+    data = text.encode("utf-8", "surrogatepass")
+    whole = min(len(data) - len(data) % BLOCK_BYTES, MAX_BLOCKS * BLOCK_BYTES)
+    for start in range(0, whole, BLOCK_BYTES):
+        seed = xxh3_64_intdigest(data[start : start + BLOCK_BYTES], seed)
+        blocks.append(seed)
+    if not is_last and whole < len(data):
+        seed = xxh3_64_intdigest(data[whole:], seed)
+        blocks.append(seed)
+    return seed
+
+
+# What is text and what is an image, by the path's own format
+
+
+def _chat(request: dict[str, Any]) -> Iterator[Piece]:
+    """OpenAI's chat completions, and Anthropic's messages with their `system` apart."""
+    if tools := request.get("tools"):
+        yield orjson.dumps(tools).decode()
+    if system := request.get("system"):
+        yield from _content(system)
+    messages = request.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            yield f"\n{message.get('role')}:"
+            yield from _content(message.get("content"))
+            if calls := message.get("tool_calls"):
+                yield orjson.dumps(calls).decode()
+
+
+def _content(content: Any) -> Iterator[Piece]:
+    if isinstance(content, str):
+        yield content
+    for part in content if isinstance(content, list) else ():
+        if not isinstance(part, dict):
+            continue
+        if isinstance(text := part.get("text"), str):
+            yield text
+        elif isinstance(image := part.get("image_url"), dict):
+            yield from _image(image.get("url"))
+        elif isinstance(source := part.get("source"), dict):
+            yield from _image(source.get("data") or source.get("url"))
+        else:
+            yield orjson.dumps(part).decode()
+
+
+def _image(value: Any) -> Iterator[Piece]:
+    """An image by its URL or by a digest of its bytes; a list of them one after the other."""
+    if isinstance(value, str):
+        if value.startswith(IMAGE_MARK):
+            yield value.removeprefix(IMAGE_MARK).encode("utf-8", "surrogatepass")
+        else:
+            yield xxh3_64_digest(value.encode("utf-8", "surrogatepass")).hex().encode()
+    for item in value if isinstance(value, list) else ():
+        yield from _image(item.get("url") if isinstance(item, dict) else item)
+
+
+def _completion(request: dict[str, Any]) -> Iterator[Piece]:
+    yield from _text_or_ids(request.get("prompt"))
+
+
+def _generate(request: dict[str, Any]) -> Iterator[Piece]:
+    """SGLang's own format. Its images come first: where the text names them is the replica's business."""
+    yield from _image(request.get("image_data"))
+    yield from _text_or_ids(request.get("text") or request.get("input_ids"))
+
+
+def _embedding(request: dict[str, Any]) -> Iterator[Piece]:
+    yield from _text_or_ids(request.get("input"))
+
+
+def _responses(request: dict[str, Any]) -> Iterator[Piece]:
+    yield from _text_or_ids(request.get("instructions"))
+    given = request.get("input")
+    if isinstance(given, list) and given and isinstance(given[0], dict):
+        yield from _chat({"messages": given})
+    else:
+        yield from _text_or_ids(given)
+
+
+def _text_or_ids(value: Any) -> Iterator[Piece]:
+    """A text, a list of texts (a batch: its first is as good a guide as any), or token ids."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list) and value:
+        if isinstance(value[0], int):
+            yield orjson.dumps(value).decode()
+        else:
+            yield from _text_or_ids(value[0])
+
+
+Reader = Callable[[dict[str, Any]], Iterator[Piece]]
+
+_READERS: dict[str, Reader] = {
+    "/v1/chat/completions": _chat,
+    "/v1/messages": _chat,
+    "/v1/responses": _responses,
+    "/v1/completions": _completion,
+    "/v1/embeddings": _embedding,
+    "/generate": _generate,
+}
