@@ -13,12 +13,13 @@ UNKNOWN_CAPACITY = 65_536  # tokens
 class _Cache:
     """One member's blocks, the least recently used first."""
 
-    __slots__ = ("blocks", "bytes_per_token", "slot")
+    __slots__ = ("blocks", "bytes_per_token", "occupancy", "slot")
 
     def __init__(self, slot: int) -> None:
         self.slot = slot  # its bit in `PrefixIndex._owners`
         self.blocks: OrderedDict[int, None] = OrderedDict()  # a plain dict is slow to lose its oldest key
         self.bytes_per_token = BYTES_PER_TOKEN
+        self.occupancy = 0.0
 
 
 class PrefixIndex:
@@ -31,7 +32,7 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._owners: dict[int, int] = {}
         self._caches: dict[Member, _Cache] = {}
-        self._free_slots: list[int] = []
+        self._members: dict[int, Member] = {}  # by slot
 
     def __len__(self) -> int:
         """How many different blocks are known."""
@@ -46,31 +47,31 @@ class PrefixIndex:
     def occupancy(self, member: Member) -> float:
         """The share of its KV pool that is probably in use, from 0 to 1."""
         cache = self._caches.get(member)
-        return len(cache.blocks) / self.capacity(member) if cache else 0.0
+        return cache.occupancy if cache else 0.0
 
-    def matched(self, blocks: list[int]) -> dict[int, int]:
-        """By slot: how many of the first blocks that member has. Members without the first block are not in it."""
+    def matched(self, blocks: list[int]) -> list[tuple[Member, int]]:
+        """The members that have the first block, and how many of the first blocks each has."""
         owners = self._owners
-        depths: dict[int, int] = {}
+        found: list[tuple[Member, int]] = []
         if not blocks:
-            return depths
-        remaining = owners.get(blocks[0], 0)
-        depth = 0
+            return found
+        depth, having = 0, owners.get(blocks[0], 0)
         for block in blocks:
-            still = remaining & owners.get(block, 0)
-            if still != remaining:
-                _note(depths, remaining & ~still, depth)
-                remaining = still
-                if not remaining:
-                    return depths
+            still_having = having & owners.get(block, 0)
+            if still_having != having:
+                self._note(having & ~still_having, depth, found)
+                having = still_having
+                if not having:
+                    return found
             depth += 1
-        _note(depths, remaining, depth)
-        return depths
+        self._note(having, depth, found)
+        return found
 
-    def slot(self, member: Member) -> int:
-        """The member's slot; -1 while nothing is known of it."""
-        cache = self._caches.get(member)
-        return cache.slot if cache else -1
+    def _note(self, slots: int, depth: int, found: list[tuple[Member, int]]) -> None:
+        while slots and depth:
+            lowest = slots & -slots
+            found.append((self._members[lowest.bit_length() - 1], depth))
+            slots ^= lowest
 
     def add(self, member: Member, blocks: list[int]) -> None:
         """The member gets this prompt: its blocks are the most recently used now, the first one the most of all."""
@@ -82,8 +83,10 @@ class PrefixIndex:
             else:
                 held[block] = None
                 owners[block] = owners.get(block, 0) | bit
-        for _ in range(len(held) - self.capacity(member)):
+        capacity = self.capacity(member)
+        for _ in range(len(held) - capacity):
             self._disown(held.popitem(last=False)[0], bit)
+        cache.occupancy = len(held) / capacity
 
     def learn(self, member: Member, prompt_bytes: int, prompt_tokens: int) -> None:
         """An answer told how many tokens a prompt of that many bytes made: a running mean, for the capacity."""
@@ -96,12 +99,13 @@ class PrefixIndex:
         """It left, restarted or flushed its cache."""
         cache = self._caches.pop(member, None)
         if cache:
-            self._free_slots.append(cache.slot)
+            del self._members[cache.slot]
             for block in cache.blocks:
                 self._disown(block, 1 << cache.slot)
 
     def _new_cache(self, member: Member) -> _Cache:
-        slot = self._free_slots.pop() if self._free_slots else len(self._caches)
+        slot = next(number for number in range(len(self._members) + 1) if number not in self._members)
+        self._members[slot] = member
         self._caches[member] = cache = _Cache(slot)
         return cache
 
@@ -111,11 +115,3 @@ class PrefixIndex:
             self._owners[block] = left
         else:
             del self._owners[block]
-
-
-def _note(depths: dict[int, int], slots: int, depth: int) -> None:
-    if depth:
-        while slots:
-            lowest = slots & -slots
-            depths[lowest.bit_length() - 1] = depth
-            slots ^= lowest
