@@ -1,7 +1,6 @@
 """python -m balancer: one balancer process."""
 
 import argparse
-import ipaddress
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from balancer import app, spec
 from balancer.errors import ConfigError
 from balancer.fleet.member import Listed
 from balancer.settings import PolicyName, ReadinessProbe, Settings
+from balancer.views.guard import is_loopback_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,12 +42,19 @@ def config_from(options: argparse.Namespace) -> app.Config:
         values[key.strip()] = yaml.safe_load(value)
     settings = Settings.from_mapping(values, "--set" if options.set else "x-groundserve")
     listen, admin = _address(options.listen, "--listen"), _address(options.admin, "--admin")
-    if not _is_loopback(listen[0]) and not options.open:
+    if not is_loopback_name(_joined(listen)) and not options.open and not options.api_keys:
         raise ConfigError(
-            f"--listen {options.listen} is not loopback: say --open to let everyone who reaches it use it, "
-            "or listen on 127.0.0.1"
+            f"--listen {options.listen} is not loopback: give --api-keys FILE, or say --open to let everyone who "
+            "reaches it use it"
         )
     admin_key = _key(options.admin_key, "--admin-key")
+    if not is_loopback_name(_joined(admin)) and not options.open and admin_key is None:
+        raise ConfigError(
+            f"--admin {options.admin} is not loopback: give --admin-key FILE, or say --open to let everyone who "
+            "reaches it look"
+        )
+    if bool(options.tls_cert) != bool(options.tls_key):
+        raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
     if options.discover and options.replica:
         raise ConfigError("--replica and --discover exclude each other: give one of them")
     replicas = tuple(Listed(name=f"replica-{n}", url=_http(url), id=n) for n, url in enumerate(options.replica, 1))
@@ -63,6 +70,10 @@ def config_from(options: argparse.Namespace) -> app.Config:
         readiness=(described.readiness_probe if described else None) or ReadinessProbe(),
         replica_key=_key(options.replica_key, "--replica-key"),
         admin_key=admin_key,
+        api_keys=_path(options.api_keys),
+        tls_cert=_path(options.tls_cert),
+        tls_key=_path(options.tls_key),
+        replica_ca=_path(options.replica_ca),
         is_log_json=options.log_format == "json",
     )
 
@@ -92,9 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     flag("--discover", metavar="dns://NAME:PORT", help="find the replicas by DNS instead")
     flag("--service", metavar="FILE", help="a service file: readiness probe, policy and x-groundserve settings")
     flag("--set", action="append", metavar="KEY=VALUE", help="one setting; may be repeated")
-    flag("--open", action="store_true", help="listen beyond loopback for everyone")
+    flag("--api-keys", metavar="FILE", help="who may use the endpoint: a line each, NAME:SHA256 or the key itself")
+    flag("--open", action="store_true", help="listen beyond loopback for everyone, without keys")
     flag("--admin-key", metavar="FILE", help="the key that POSTs and PUTs on the admin port want")
     flag("--replica-key", metavar="FILE", help="the replicas' own API key")
+    flag("--tls-cert", metavar="FILE", help="the endpoint's certificate chain, PEM; with --tls-key it speaks https")
+    flag("--tls-key", metavar="FILE", help="the certificate's private key, PEM")
+    flag("--replica-ca", metavar="FILE", help="certificates, PEM, that https replicas are checked by")
     flag("--log-format", "text", choices=("text", "json"), help="of the line a request (default: %(default)s)")
     return parser
 
@@ -116,11 +131,12 @@ def _http(url: str) -> str:
     return url.rstrip("/") if "://" in url else f"http://{url.rstrip('/')}"
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _joined(address: tuple[str, int]) -> str:
+    return f"[{address[0]}]" if ":" in address[0] else address[0]
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
 
 
 def _key(path: str | None, flag: str) -> str | None:

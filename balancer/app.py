@@ -9,11 +9,11 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
-from fastapi import FastAPI
 
 from balancer import errors
 from balancer.errors import ConfigError
@@ -22,11 +22,13 @@ from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed
 from balancer.fleet.probe import Prober
 from balancer.relay import asgi
+from balancer.relay.auth import Keys
 from balancer.relay.cors import Cors
 from balancer.relay.downstream import ClientConnection, Doors
 from balancer.relay.proxy import Proxy
 from balancer.relay.reply import Reply
 from balancer.relay.request import Network, Request
+from balancer.relay.tls import Certificate, replica_context
 from balancer.relay.upstream import Pool
 from balancer.routing.admission import Admission
 from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
@@ -34,6 +36,7 @@ from balancer.routing.prefix_aware import PrefixAware
 from balancer.settings import PolicyName, ReadinessProbe, Settings
 from balancer.views.access_log import AccessLog
 from balancer.views.admin import admin_app
+from balancer.views.guard import Guard, is_loopback_name
 from balancer.views.public import public_app
 from balancer.views.snapshot import ServiceFacts
 
@@ -58,6 +61,10 @@ class Config:
     readiness: ReadinessProbe = field(default_factory=ReadinessProbe)
     replica_key: str | None = None
     admin_key: str | None = None
+    api_keys: Path | None = None
+    tls_cert: Path | None = None  # the endpoint's, with tls_key; both or neither
+    tls_key: Path | None = None
+    replica_ca: Path | None = None  # certificates that https replicas are checked by; the machine's own if none
     is_log_json: bool = False
 
 
@@ -71,13 +78,16 @@ class Balancer:
         self.facts = ServiceFacts(config.name)
         self.fleet = Fleet(settings, config.readiness, loop.time)
         self.admission = Admission(self.fleet, _policy(config))
-        self.prober = Prober(self.fleet, config.replica_key)
+        self.keys = Keys(config.api_keys) if config.api_keys else None
+        self.certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
+        replica_tls = replica_context(config.replica_ca)
+        self.prober = Prober(self.fleet, config.replica_key, replica_tls)
         self.discovery = DnsDiscovery(config.discover, self.fleet) if config.discover else None
-        self.pool = Pool(settings, loop)
+        self.pool = Pool(settings, loop, replica_tls)
         self.fleet.when_left.append(self.pool.forget)
         self.access_log = AccessLog(log_descriptor, config.is_log_json)
         headers = {"Authorization": f"Bearer {config.replica_key}"} if config.replica_key else {}
-        self._client = httpx.AsyncClient(headers=headers, trust_env=False)
+        self._client = httpx.AsyncClient(headers=headers, verify=replica_tls, trust_env=False)
         own = public_app(self.fleet, lambda: self.facts.is_leaving, self._client)
 
         async def answer_own(request: Request, reply: Reply) -> None:
@@ -91,6 +101,8 @@ class Balancer:
             answer_own,
             Cors(settings.cors_origins),
             config.replica_key.encode() if config.replica_key else None,
+            self.keys,
+            config.admin_key,
         )
         self.doors = Doors(
             settings,
@@ -102,9 +114,10 @@ class Balancer:
         )
         admin = admin_app(self.facts, self.fleet, self.admission, self.discovery is None, lambda: config.admin_key)
         self._sockets = [_bound(*config.listen), _bound(*config.admin)]
+        guarded = Guard(admin, is_loopback_name(config.admin[0]), config.admin_key is not None)
         self._servers = [
-            _Server(_uvicorn(own, http=self._connection)),
-            _Server(_uvicorn(admin)),
+            _Server(_uvicorn(own, self._connection, self.certificate)),
+            _Server(_uvicorn(guarded)),
         ]
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -114,7 +127,7 @@ class Balancer:
 
     @property
     def endpoint(self) -> str:
-        return _url(self._sockets[0])
+        return _url(self._sockets[0], is_tls=self.certificate is not None)
 
     @property
     def admin_endpoint(self) -> str:
@@ -174,6 +187,10 @@ class Balancer:
                 self.pool.sweep(now)
                 self.admission.expire()
                 self.access_log.flush()
+                if self.keys is not None:
+                    self.keys.reload()
+                if self.certificate is not None:
+                    self.certificate.reload()
             except Exception:
                 log.exception("the sweep failed; it goes on")
 
@@ -217,7 +234,7 @@ def _policy(config: Config) -> Policy:
             return InstanceAwareLeastLoad(config.target_qps)
 
 
-def _uvicorn(app: FastAPI, http: Any = "httptools") -> uvicorn.Config:
+def _uvicorn(app: Any, http: Any = "httptools", certificate: Certificate | None = None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=http,
@@ -229,6 +246,7 @@ def _uvicorn(app: FastAPI, http: Any = "httptools") -> uvicorn.Config:
         access_log=False,
         backlog=BACKLOG,
         timeout_graceful_shutdown=1,
+        ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
     )
 
 
@@ -248,9 +266,9 @@ def _bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, is_tls: bool = False) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _networks(texts: tuple[str, ...]) -> tuple[Network, ...]:

@@ -57,6 +57,11 @@ def unauthorized() -> ServeError:
     return ServeError(401, "invalid_api_key", message, kind="authentication_error")
 
 
+def key_at_limit(limit: float) -> ServeError:
+    message = f"This API key has {limit:g} requests going, which is its limit. Wait for one to end, or ask for more."
+    return ServeError(429, "key_at_limit", message, kind="rate_limit_error", retry_after=1)
+
+
 def not_found(path: str) -> ServeError:
     message = f"{path} is not served here. Serving paths are /v1/..., /generate and SGLang's other inference paths."
     return ServeError(404, "not_found", message)

@@ -9,6 +9,7 @@ from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
+from balancer.relay.auth import OPEN_PATHS, Keys, bears
 from balancer.relay.cors import Cors
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import RULES, RetryBudget, final_error, may_repeat
@@ -42,6 +43,8 @@ class Proxy:
         answer_own: AnswerOwn,
         cors: Cors,
         replica_key: bytes | None = None,
+        keys: Keys | None = None,
+        admin_key: str | None = None,
     ) -> None:
         self.fleet = fleet
         self.settings = fleet.settings
@@ -52,13 +55,22 @@ class Proxy:
         self._answer_own = answer_own
         self._cors = cors
         self._replica_key = replica_key
+        self._keys = keys
+        self._admin_key = admin_key
 
     def check(self, request: Request) -> None:
         """Refuses by the head alone, before a body is read; raises ServeError."""
         if request.method not in SERVED_METHODS:
             raise errors.method_not_allowed(request.method.decode("latin-1"))
-        if request.kind is Kind.ADMIN and not self._cors.is_preflight(request):
-            raise errors.not_found(request.path)
+        if self._cors.is_preflight(request):
+            return
+        if request.kind is Kind.ADMIN:
+            if not self.settings.admin_paths or not bears(request.authorization, self._admin_key):
+                raise errors.not_found(request.path)
+            request.authorization = b""
+        elif self._keys is not None and request.path not in OPEN_PATHS:
+            request.key = self._keys.admit(request.authorization)
+            request.authorization = b""  # it is for this door; a replica has another key, or none
 
     def refuse(self, request: Request, reply: Reply, error: ServeError) -> None:
         """Answers a request that never got to `serve`."""
@@ -72,6 +84,12 @@ class Proxy:
         record = self._record(request)
         reply.extra_fields = self._cors.fields(request)
         error: ServeError | None = None
+        key = request.key
+        if key is not None:
+            if key.is_at_limit:  # others of its requests came through the door while this one's body was read
+                self.refuse(request, reply, errors.key_at_limit(key.limit))
+                return
+            key.in_flight += 1
         try:
             if self._cors.is_preflight(request):
                 reply.whole(204, self._cors.preflight(request), b"")
@@ -90,6 +108,8 @@ class Proxy:
             error = ServeError(500, "internal_error", "The balancer failed on this request; its log says why.")
             reply.refuse(error)
         finally:
+            if key is not None:
+                key.in_flight -= 1
             self._finish(record, request, reply, error)
 
     async def _relay(self, request: Request, reply: Reply, client: ClientConnection, record: Record) -> None:
@@ -151,7 +171,7 @@ class Proxy:
         record.duration = self.pool.loop.time() - request.received_at
         record.bytes_in = request.body_size
         record.bytes_out = reply.bytes_sent
-        record.key = request.key_name
+        record.key = request.key.name if request.key else ""
         if error is not None:
             record.error = error.code
         self._observer.finished(record)

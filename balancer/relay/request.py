@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.member import Member
+from balancer.relay.auth import Key
 from balancer.relay.paths import Kind, kind_of
 
 Headers = list[tuple[bytes, bytes]]
@@ -49,7 +50,7 @@ class Request:
     expects_continue: bool = False
     keeps_alive: bool = True
     wants_explanation: bool = False
-    key_name: str = ""
+    key: Key | None = None
     body: list[bytes] = field(default_factory=list)
     body_size: int = 0
     is_complete: bool = False
@@ -121,6 +122,9 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
             request.id = value
         elif action == "authorization":
             request.authorization = value
+        elif action == "api-key":
+            # Anthropic's clients on /v1/messages; SGLang looks for a bearer token only.
+            request.authorization = request.authorization or b"Bearer " + value
         elif action == "origin":
             request.origin = value
             kept.append(b"%b: %b\r\n" % (name, value))
@@ -177,6 +181,7 @@ _ACTIONS: dict[bytes, str] = {
     b"host": "host",
     b"expect": "expect",
     b"authorization": "authorization",
+    b"x-api-key": "api-key",
     b"origin": "origin",
     b"x-request-id": "request-id",
     b"x-forwarded-for": "forwarded",

@@ -1,0 +1,73 @@
+"""TLS: the endpoint's certificate, renewed without a restart, and whom https replicas are trusted by."""
+
+import logging
+import ssl
+from pathlib import Path
+from typing import NoReturn
+
+from balancer.errors import ConfigError
+from balancer.relay.watch import FileWatch
+
+log = logging.getLogger("groundserve")
+
+# For TLS 1.2, Mozilla's "intermediate" set less finite-field Diffie-Hellman; TLS 1.3 has good ones only.
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+
+
+class Certificate:
+    """The endpoint's certificate chain and private key, PEM files both. Raises ConfigError when they do not fit."""
+
+    def __init__(self, chain: Path, key: Path) -> None:
+        self._chain, self._key = chain, key
+        self._watch = FileWatch(chain, key)
+        self.context = self._loaded()
+
+    def reload(self) -> None:
+        """Takes up a renewed certificate for connections to come; a pair that does not fit leaves the old one."""
+        if not self._watch.has_changed():
+            return
+        try:
+            self._loaded()  # tried on a context of its own: a half-loaded pair would break every handshake
+            self.context.load_cert_chain(self._chain, self._key, _no_password)
+        except (ConfigError, OSError) as error:
+            log.warning("%s; the certificate stays as it was", error)
+        else:
+            log.warning("%s: new certificate taken up", self._chain)
+
+    def _loaded(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers(CIPHERS)
+        context.set_alpn_protocols(["http/1.1"])
+        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
+        try:
+            context.load_cert_chain(self._chain, self._key, _no_password)
+        except ssl.SSLError as error:
+            why = (error.reason or "not PEM").replace("_", " ").lower()
+            raise ConfigError(f"--tls-cert {self._chain}, --tls-key {self._key}: {why}") from None
+        except OSError as error:
+            raise ConfigError(f"--tls-cert {self._chain}, --tls-key {self._key}: {error.strerror}") from None
+        return context
+
+
+def replica_context(authorities: Path | None) -> ssl.SSLContext:
+    """How https replicas are checked: by the certificates in `authorities` (PEM), or by the machine's own."""
+    try:
+        return ssl.create_default_context(cafile=authorities)
+    except ssl.SSLError:
+        raise ConfigError(f"--replica-ca {authorities}: no PEM certificate in it") from None
+    except OSError as error:
+        raise ConfigError(f"--replica-ca {authorities}: {error.strerror}") from None
+
+
+def own_context(chain: Path) -> ssl.SSLContext:
+    """For asking our own endpoint from this very process: the certificate in the file, whatever name it is for."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.load_verify_locations(chain)
+    return context
+
+
+def _no_password() -> NoReturn:
+    raise ConfigError("--tls-key: the key is encrypted; store it without a passphrase, readable by this user alone")
