@@ -6,6 +6,7 @@ Imported in each of SGLang's processes, before torch: what is heavy is imported 
 import asyncio
 import importlib.util
 import os
+import re
 import sys
 import time
 import types
@@ -41,6 +42,7 @@ def register_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", drain, HookType.AROUND
     )
+    HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", mask_keys, HookType.AFTER)
     if _on_cpu() and os.environ.get(ATTENTION_HOOK, "1") != "0":
         HookRegistry.register(
             "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
@@ -61,6 +63,13 @@ def fill_in_key(argv: list[str]) -> list[str]:
         else part
         for before, part in zip(["", *argv], argv, strict=False)
     ]
+
+
+def mask_keys(shown: dict[str, Any], *_: object) -> dict[str, Any]:
+    """After SGLang's listing of its arguments for the log, which shows its keys in clear."""
+    return {
+        name: "***" if value and re.search(r"(api_key|password)$", name) else value for name, value in shown.items()
+    }
 
 
 class Server(Protocol):

@@ -1,0 +1,108 @@
+"""replica/command.py: settings, preset and lease to argv and environment."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from replica.command import build, masked
+from replica.gpu import Gpu
+from replica.presets import PRESETS, resolve
+from replica.settings import Settings
+
+GPUS = (Gpu(2, "GPU-c", "NVIDIA L4", 23034, 0), Gpu(3, "GPU-d", "NVIDIA L4", 23034, 0))
+TOLD = Settings(port=8123, models_dir=Path("/models"))
+
+
+def value(argv: tuple[str, ...], flag: str) -> str:
+    return argv[argv.index(flag) + 1]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("gpus", [(), GPUS[:1], GPUS], ids=["cpu", "one gpu", "two gpus"])
+def test_every_preset_says_model_name_address_seed_and_reports(name: str, gpus: tuple[Gpu, ...]) -> None:
+    argv = build(TOLD, PRESETS[name], gpus, seed=7, environ={}).argv
+    assert argv[:3] == (sys.executable, "-m", "sglang.launch_server")
+    assert value(argv, "--model-path") == (PRESETS[name].model or f"/models/{name}")
+    assert value(argv, "--served-model-name") == PRESETS[name].served_name
+    assert (value(argv, "--host"), value(argv, "--port")) == ("127.0.0.1", "8123")
+    assert value(argv, "--random-seed") == "7"
+    assert {"--enable-metrics", "--enable-cache-report"} < set(argv)
+    assert "--max-queued-requests" not in argv  # a full streaming request would be a 200 with an error inside
+
+
+def test_a_cpu_replica_runs_on_torchs_own_attention_with_one_thread() -> None:
+    command = build(TOLD, PRESETS["smollm2-135m"], (), seed=1, environ={})
+    assert value(command.argv, "--device") == "cpu"
+    assert value(command.argv, "--attention-backend") == "torch_native"
+    assert value(command.argv, "--context-length") == "4096"
+    assert "--sleep-on-idle" in command.argv
+    assert command.environ["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert command.environ["OMP_NUM_THREADS"] == "1"
+    assert command.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert command.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_leased_gpu_is_given_by_its_index_in_bus_order() -> None:
+    command = build(TOLD, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={})
+    assert command.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert command.environ["CUDA_VISIBLE_DEVICES"] == "2"
+    assert "SGLANG_USE_CPU_ENGINE" not in command.environ
+    assert "HF_HUB_OFFLINE" not in command.environ
+    assert not {"--device", "--tp-size", "--context-length"} & set(command.argv)
+
+
+def test_several_gpus_are_one_tensor_parallel_group() -> None:
+    command = build(TOLD, PRESETS["llama-2-7b-chat"], GPUS, seed=1, environ={})
+    assert command.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert value(command.argv, "--tp-size") == "2"
+
+
+def test_without_flashinfer_cuda_runs_on_triton() -> None:
+    argv = build(TOLD, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={}, has_flashinfer=False).argv
+    assert value(argv, "--attention-backend") == "triton"
+    assert value(argv, "--sampling-backend") == "pytorch"
+
+
+def test_the_vision_tower_is_named_by_the_path_it_has_now() -> None:
+    argv = build(TOLD, PRESETS["tiny-llava"], (), seed=1, environ={}).argv
+    overrides = json.loads(value(argv, "--json-model-override-args"))
+    assert overrides == {"mm_vision_tower": "/models/tiny-llava/clip-vision-tower"}
+
+
+def test_what_the_user_gives_comes_last_and_wins() -> None:
+    told = Settings(sglang_args=("--context-length", "2048"))
+    argv = build(told, PRESETS["smollm2-135m"], (), seed=1, environ={}).argv
+    assert argv[-2:] == ("--context-length", "2048")
+
+
+def test_variables_that_are_set_already_are_left_alone() -> None:
+    environ = {"OMP_NUM_THREADS": "4", "SGLANG_TIMEOUT_KEEP_ALIVE": "5", "SGLANG_HEALTH_CHECK_TIMEOUT": "9"}
+    made = build(TOLD, PRESETS["smollm2-135m"], (), seed=1, environ=environ).environ
+    assert not set(environ) & set(made)
+
+
+def test_the_token_goes_into_the_environment_and_the_keys_path_into_argv() -> None:
+    told = Settings(hf_token="hf_secret", api_key_file=Path("/run/secrets/key"))
+    command = build(told, resolve("a/b"), (), seed=1, environ={})
+    assert command.environ["HF_TOKEN"] == "hf_secret"
+    assert value(command.argv, "--api-key") == "@file:/run/secrets/key"
+    assert "hf_secret" not in str(command)
+    assert "hf_secret" not in repr(command)
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["--api-key", "k1", "--port", "1"], ["--api-key", "***", "--port", "1"]),
+        (["--api-key=k1"], ["--api-key=***"]),
+        (["--admin-api-key", "k1"], ["--admin-api-key", "***"]),
+        (["--ssl-keyfile-password", "p"], ["--ssl-keyfile-password", "***"]),
+        (["--api-key", "@file:/run/key"], ["--api-key", "@file:/run/key"]),
+        (["--max-total-tokens", "5", "--tokenizer-path", "t"], ["--max-total-tokens", "5", "--tokenizer-path", "t"]),
+        (["--ssl-keyfile", "/k.pem"], ["--ssl-keyfile", "/k.pem"]),
+    ],
+)
+def test_secrets_are_masked_where_a_command_is_shown(argv: list[str], shown: list[str]) -> None:
+    assert masked(argv) == shown

