@@ -153,10 +153,7 @@ def fill_in(value: Any, variables: Mapping[str, str]) -> Any:
 
 
 def _dotted(path: KeyPath) -> str:
-    return (
-        "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-        or "the file"
-    )
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "the file"
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

@@ -24,7 +24,7 @@ Stored = Annotated[Any, Refused("there is no secret store here; give the value w
 
 def _no_bool(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("should be a number, not true or false")  # noqa: TRY004 - pydantic expects it
+        raise ValueError("should be a number, not true or false")
     return value
 
 
@@ -150,13 +150,9 @@ class Operation(_Section):
         1, ge=0, description="wait before a replica that died starts again; doubles each time"
     )
     max_restart_backoff: float = Field(60, ge=0, description="longest such wait")
-    restart_limit: int = Field(
-        5, ge=1, description="failed starts in a row after which a replica is given up"
-    )
-    stable_after: float = Field(
-        60, ge=0, description="time being ready after which earlier failures are forgotten"
-    )
-    stop_grace: float = Field(10, ge=0, description="time a replica has to end after SIGTERM; then SIGKILL")
+    restart_limit: int = Field(5, ge=1, description="failed starts in a row after which a replica is given up")
+    stable_after: float = Field(60, ge=0, description="time being ready after which earlier failures are forgotten")
+    stop_grace: float = Field(3, ge=0, description="time an idle replica has to end after SIGTERM; then SIGKILL")
     target_in_flight_per_replica: float | None = Field(
         None, gt=0, description="autoscaling by requests in flight and waiting, instead of requests a second"
     )

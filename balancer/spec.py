@@ -71,10 +71,7 @@ class Spec:
         policy = self.service.replica_policy
         if policy is None:
             return False
-        return (
-            policy.target_qps_per_replica is not None
-            or self.operation.target_in_flight_per_replica is not None
-        )
+        return policy.target_qps_per_replica is not None or self.operation.target_in_flight_per_replica is not None
 
     def for_balancer(self, readiness_probe: ReadinessProbe) -> str:
         """The YAML that one balancer process needs: variables filled in; no envs, secrets or commands."""
@@ -115,9 +112,7 @@ def parse(
     if "service" not in document.data:
         raise ConfigError(f"{source}: there is no `service:` section, so there is nothing to serve")
     variables, missing = _variables(document, envs, secrets)
-    filled = {
-        k: fill_in(v, variables) if k in ("service", "workdir") else v for k, v in document.data.items()
-    }
+    filled = {k: fill_in(v, variables) if k in ("service", "workdir") else v for k, v in document.data.items()}
     task = document.validated(Task, filled)
     operation, settings = _own_keys(task, document)
     resources = (task.resources, *task.resources.any_of, *task.resources.ordered)
@@ -138,8 +133,7 @@ def parse(
         accelerators=MappingProxyType(accelerators),
         memory=_at_least(task.resources.memory, ("resources", "memory"), document),
         cpus=_at_least(task.resources.cpus, ("resources", "cpus"), document),
-        port=task.service.ports
-        or next(filter(None, (_port(each.ports, document) for each in resources)), None),
+        port=task.service.ports or next(filter(None, (_port(each.ports, document) for each in resources)), None),
         warnings=warnings,
     )
     _check_consistency(spec, document)
@@ -187,9 +181,7 @@ def _check_consistency(spec: Spec, document: Document) -> None:
     if policy is None:
         targets = None
     elif service.replicas is not None:
-        raise document.fault(
-            ("service", "replica_policy"), "and service.replicas exclude each other: keep one"
-        )
+        raise document.fault(("service", "replica_policy"), "and service.replicas exclude each other: keep one")
     else:
         targets = policy.target_qps_per_replica
         if policy.max_replicas is not None and policy.max_replicas < policy.min_replicas:
@@ -200,9 +192,7 @@ def _check_consistency(spec: Spec, document: Document) -> None:
                 "differs from min_replicas, but nothing says when to scale: give target_qps_per_replica",
             )
         if targets == 0 or (isinstance(targets, dict) and not all(targets.values())):
-            raise document.fault(
-                ("service", "replica_policy", "target_qps_per_replica"), "should be more than 0"
-            )
+            raise document.fault(("service", "replica_policy", "target_qps_per_replica"), "should be more than 0")
     if isinstance(targets, dict) != (spec.policy == "instance_aware_least_load"):
         raise document.fault(
             ("service", "load_balancing_policy"),
@@ -212,9 +202,7 @@ def _check_consistency(spec: Spec, document: Document) -> None:
 
 def _service_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
-        raise ConfigError(
-            f"'{name}' cannot name a service: use letters, digits, '-', '_' and '.', at most 63"
-        )
+        raise ConfigError(f"'{name}' cannot name a service: use letters, digits, '-', '_' and '.', at most 63")
     return name
 
 
@@ -252,7 +240,5 @@ def _port(value: Any, document: Document) -> int | None:
     if not values:
         return None
     if len(values) > 1 or not str(values[0]).isdecimal() or not 1 <= int(values[0]) <= 65535:
-        raise document.fault(
-            ("resources", "ports"), "should be the one port that a replica listens on, like 8000"
-        )
+        raise document.fault(("resources", "ports"), "should be the one port that a replica listens on, like 8000")
     return int(values[0])

@@ -48,8 +48,8 @@ class Child:
         code = self._process.returncode
         return code if code is None or code >= 0 else 128 - code
 
-    async def stop(self, grace: float) -> None:
-        """Returns when it is gone with all that it started: SIGTERM, and after `grace` seconds SIGKILL."""
+    async def stop(self, grace: float | None) -> None:
+        """Returns when it is gone with all that it started: SIGTERM, and after `grace` seconds, if any, SIGKILL."""
         self.signal(signal.SIGTERM)
         try:
             await asyncio.wait_for(asyncio.shield(self._watch), grace)

@@ -6,7 +6,7 @@ a replica (`python -m replica`, which leases GPUs and knows this machine); every
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 # Commands around the server that have nothing left to do once `python -m replica` starts it.
@@ -14,6 +14,7 @@ _PREPARATION = {"source", ".", "conda", "set", "echo", "nvidia-smi", "ulimit", "
 _SEPARATORS = {"&&", ";"}
 _REFERENCE = re.compile(r"\$(?:\{(\w+)(?::-([^}]*))?\}|(\w+))")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_SECRET_FLAG = re.compile(r"--(.*-)?(key|keys|password|passphrase|secret|token)")
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 
 
@@ -165,3 +166,15 @@ def _launch(program: str, arguments: list[str], envs: Mapping[str, str]) -> Laun
         return None
     gpus = int(taken["gpus"]) if taken.get("gpus", "").isdecimal() else None
     return Launch(model, tuple(flags or rest), gpus, envs, ())
+
+
+def masked(flags: Sequence[str]) -> list[str]:
+    """The flags with the values of keys and tokens replaced by ***, for printing."""
+    shown: list[str] = []
+    hide_next = False
+    for flag in flags:
+        name, has_value, _ = flag.partition("=")
+        is_secret = _SECRET_FLAG.fullmatch(name) is not None
+        shown.append("***" if hide_next else f"{name}=***" if is_secret and has_value else flag)
+        hide_next = is_secret and not has_value
+    return shown

@@ -8,8 +8,9 @@ from pathlib import Path
 from balancer.errors import ConfigError
 from balancer.operate.child import Child, tail
 from balancer.operate.engine import CannotStart, Ended, Running
-from balancer.operate.ports import free_ports, is_free
+from balancer.operate.ports import REPLICA_PORTS, free_ports, is_free
 from balancer.operate.recipe import Recipe
+from balancer.operate.state import ServiceFolder
 
 # Exit codes that mean that the command itself is wrong: bad usage (2), a bad configuration (sysexits' 78), and bash's
 # and env's "cannot be executed" (126) and "not found" (127).
@@ -24,24 +25,19 @@ class _Replica:
 
 
 class LocalEngine:
-    """An `Engine`. `folder` gets the log files; `on_change` is called when a replica ended."""
+    """An `Engine`. Logs go to `folder`; `on_change` is called when a replica ended."""
 
     infra = "local"
 
-    def __init__(self, name: str, folder: Path, on_change: Callable[[], None]) -> None:
-        self._name = name
+    def __init__(self, folder: ServiceFolder, on_change: Callable[[], None]) -> None:
         self._folder = folder
         self._on_change = on_change
         self._replicas: dict[int, _Replica] = {}
+        self._ports: dict[int, int] = {}
         self._stopping: set[int] = set()
 
     async def start(self, id: int, recipe: Recipe) -> None:
-        try:
-            port = recipe.fixed_port or free_ports(1)[0]
-        except ConfigError as failure:
-            raise CannotStart(str(failure)) from None
-        if recipe.fixed_port and not is_free("127.0.0.1", port):
-            raise CannotStart(f"port {port} is in use by another program: stop that, or change resources.ports")
+        port = self._ports[id] = self._port(id, recipe.fixed_port)
         child = await Child.start(recipe.command(id, port), self.log(id), self._on_change)
         self._replicas[id] = _Replica(child, f"http://127.0.0.1:{port}", time.monotonic())
 
@@ -52,6 +48,7 @@ class LocalEngine:
         self._stopping.add(id)
         await replica.child.stop(grace)
         self._replicas.pop(id, None)
+        self._ports.pop(id, None)
         self._stopping.discard(id)
 
     def running(self) -> tuple[Running, ...]:
@@ -72,7 +69,19 @@ class LocalEngine:
         return tuple(found)
 
     def log(self, id: int) -> Path:
-        return self._folder / f"replica-{id}.log"
+        return self._folder.replica_log(id)
+
+    def _port(self, id: int, fixed: int | None) -> int:
+        if fixed is not None:
+            if not is_free("127.0.0.1", fixed):
+                raise CannotStart(f"port {fixed} is in use by another program: stop that, or change resources.ports")
+            return fixed
+        # Replicas that start side by side do not listen yet.
+        taken = {port for other, port in self._ports.items() if other != id}
+        try:
+            return free_ports(1, [port for port in REPLICA_PORTS if port not in taken])[0]
+        except ConfigError as failure:
+            raise CannotStart(str(failure)) from None
 
 
 def _why(child: Child) -> str:

@@ -16,7 +16,8 @@ class Stage(enum.Enum):
     WAITING = "its next start is due at start_at"
     RUNNING = "its process runs"
     DRAINING = "it runs, gets no new requests, and finishes what it has"
-    STOPPING = "it was told to end"
+    STOPPING = "it was told to end, for good"
+    REPLACING = "it was told to end because it is of no use; then it starts again"
     GIVEN_UP = "it failed too often"
 
 
@@ -106,6 +107,10 @@ def ended(replica: Replica, reason: str, is_hopeless: bool, now: float, operatio
     return replace(changed, stage=Stage.WAITING, start_at=now + backoff(failures, operation))
 
 
+def drained(replica: Replica, now: float) -> Replica:
+    return replace(replica, stage=Stage.DRAINING, drained_at=now)
+
+
 def observed(replica: Replica, status: str, in_flight: int, now: float, operation: Operation) -> Replica:
     """The replica with what the balancer says of it. Being ready long enough wipes out earlier failures."""
     is_ready = status == "READY"
@@ -136,7 +141,8 @@ def decide(
         if replica.stage is Stage.RUNNING and replica.status in UNUSABLE:
             actions.append(Replace(replica.id, f"it was {replica.status}"))
         elif replica.stage is Stage.DRAINING:
-            is_idle = replica.status in ("SHUTTING_DOWN", "") and replica.in_flight == 0
+            # SHUTTING_DOWN: it knows of the drain and nothing is in flight. Empty: it never knew the replica.
+            is_idle = replica.status in ("SHUTTING_DOWN", "")
             if is_idle or now - replica.drained_at > drain_timeout:
                 actions.append(Stop(replica.id))
     for version in sorted({replica.version for replica in replicas} | wanted.keys()):
@@ -155,7 +161,7 @@ def decide(
 
 
 def _usefulness(replica: Replica) -> tuple[bool, bool, int, int]:
-    """Smallest: goes first. One without a process, then one that is not ready, then the least busy, then the youngest."""
+    """The smallest goes first: without a process, then not ready, then the least busy, then the youngest."""
     return replica.stage is Stage.RUNNING, replica.status == "READY", replica.in_flight, -replica.id
 
 

@@ -1,0 +1,151 @@
+"""groundserve: up, status, scale, logs, down, check. Parsing only; what is done is in balancer/operate."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from balancer.errors import ConfigError
+from balancer.operate import commands
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: done; 1: it failed, and one line said what and what to do; 2: wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except ConfigError as failure:
+        print(f"groundserve: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nor may Python complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    match options.command:
+        case "up":
+            recipe = commands.recipe_from(_source(options))
+            return commands.up(recipe, options.listen, options.admin, is_detached=options.detach)
+        case "check":
+            return commands.check(_source(options))
+        case "status":
+            how = commands.Display(options.endpoint, options.json, options.verbose, options.watch)
+            return commands.status(options.names, how)
+        case "scale":
+            return commands.scale(options.name, options.replicas)
+        case "logs":
+            return commands.logs(options.name, options.id, options.balancer, options.follow, options.tail)
+        case _:
+            return commands.down(options.names, options.all, options.replica_id)
+
+
+def _source(options: argparse.Namespace) -> commands.Source:
+    envs: dict[str, str] = {}
+    for path in options.env_file:
+        envs |= _env_file(path)
+    envs |= dict(_pair(text, "--env") for text in options.env)
+    secrets = dict(_pair(text, "--secret") for text in options.secret)
+    return commands.Source(options.service, options.service_name, envs, secrets)
+
+
+def _pair(text: str, flag: str) -> tuple[str, str]:
+    name, has_value, value = text.partition("=")
+    if not has_value:
+        if name not in os.environ:
+            raise ConfigError(f"{flag} {name}: write {name}=VALUE, or set {name} in the environment")
+        value = os.environ[name]
+    if not name.isidentifier():
+        # Not shown: without a name the text may be the secret itself.
+        raise ConfigError(f"{flag}: write NAME=VALUE, the name being letters, digits and underscores")
+    return name, value
+
+
+def _env_file(path: Path) -> dict[str, str]:
+    """NAME=VALUE lines as a shell would read them, `export` and comments included."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as failure:
+        raise ConfigError(f"--env-file {path}: {getattr(failure, 'strerror', 'it is not text')}") from None
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as failure:
+            raise ConfigError(f"--env-file {path}:{number}: {str(failure).lower()}") from None
+        if words[:1] == ["export"]:
+            words = words[1:]
+        if words:
+            found.update([_pair(" ".join(words), f"--env-file {path}:{number}")])
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="groundserve",
+        description="SkyServe for hardware you own: replicas of a model on this machine, behind one endpoint.",
+        allow_abbrev=False,
+    )
+    subcommands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return subcommands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+
+    up = command("up", "bring a service up and stay its controller")
+    _add_source(up)
+    up.add_argument("-d", "--detach", action="store_true", help="go on in the background once it is up")
+    up.add_argument("--on", choices=("auto", "local"), default="auto", help="what runs the replicas (default: auto)")
+    up.add_argument("--listen", metavar="HOST:PORT", help="the endpoint (default: 127.0.0.1, 30001 or the next free)")
+    up.add_argument("--admin", metavar="HOST:PORT", help="status and drain (default: the port after the endpoint's)")
+    up.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
+
+    status = command("status", "show services and their replicas")
+    status.add_argument("names", nargs="*", metavar="NAME", help="which services, * and ? allowed (default: all)")
+    status.add_argument("--endpoint", action="store_true", help="print the one service's endpoint and nothing else")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--watch", action="store_true", help="show it anew each second")
+    status.add_argument("-v", "--verbose", action="store_true", help="more columns")
+
+    scale = command("scale", "change how many replicas a service has")
+    scale.add_argument("name", metavar="NAME")
+    scale.add_argument("replicas", metavar="N", type=_count, help="replicas from now on")
+
+    logs = command("logs", "show what the replicas of a service print")
+    logs.add_argument("name", metavar="NAME")
+    logs.add_argument("id", nargs="?", type=_count, metavar="ID", help="one replica (default: all)")
+    logs.add_argument("--balancer", "--load-balancer", action="store_true", help="the balancer's log instead")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as more is printed")
+    logs.add_argument("--tail", type=_count, metavar="N", help="the last N lines only")
+
+    down = command("down", "take services down")
+    down.add_argument("names", nargs="*", metavar="NAME", help="which services, * and ? allowed")
+    down.add_argument("-a", "--all", action="store_true", help="all services")
+    down.add_argument("--replica-id", type=_count, metavar="N", help="replace this one replica instead")
+    down.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
+
+    check = command("check", "say what a service file would do here, and start nothing")
+    _add_source(check)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("service", metavar="SERVICE.yaml", help="a SkyServe service file")
+    parser.add_argument("-n", "--service-name", metavar="NAME", help="default: the file's `name`, else its stem")
+    parser.add_argument("--env", action="append", default=[], metavar="K=V", help="set one of the file's envs")
+    parser.add_argument("--env-file", action="append", default=[], type=Path, metavar="FILE", help="K=V lines")
+    parser.add_argument("--secret", action="append", default=[], metavar="K=V", help="set one of its secrets")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The door to a running controller: a unix socket that takes one JSON request a connection, and answers in JSON lines.
+
+A request is {"do": WORD, ...}. Answers are {"say": TEXT} while it works, and last {"done": VALUE} or {"error": TEXT}.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from balancer.errors import ConfigError
+
+Say = Callable[[str], None]
+Answer = Callable[[Mapping[str, Any], Say], Awaitable[Any]]
+
+# A request holds a service file at most.
+_LINE_LIMIT = 4 << 20
+
+
+class NotUp(Exception):
+    """Nothing answers at the socket: the service is not up."""
+
+
+@contextlib.asynccontextmanager
+async def serving(path: Path, answer: Answer) -> AsyncIterator[None]:
+    """Answers requests while the block runs. A ConfigError that `answer` raises becomes the client's error."""
+
+    answering: set[asyncio.Task[None]] = set()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        answering.add(task)
+        task.add_done_callback(answering.discard)
+
+        def send(message: Mapping[str, Any]) -> None:
+            writer.write(json.dumps(message).encode() + b"\n")
+
+        try:
+            request = json.loads(await reader.readline())
+            try:
+                send({"done": await answer(request, lambda text: send({"say": text}))})
+            except ConfigError as failure:
+                send({"error": str(failure)})
+            await writer.drain()
+        except (ValueError, ConnectionError):
+            pass  # no request of ours, or a client that left
+        finally:
+            writer.close()
+
+    with _short(path) as short:
+        server = await asyncio.start_unix_server(connected, short, limit=_LINE_LIMIT)
+    try:
+        yield
+    finally:
+        server.close()
+        # Whoever asked for the end is told that it came.
+        await asyncio.gather(*answering)
+
+
+def ask(path: Path, request: Mapping[str, Any], say: Say | None = None, timeout: float | None = 10) -> Any:
+    """What the controller answers. Raises NotUp, and ConfigError with the controller's own words.
+
+    `say` gets what it says meanwhile; `timeout` is how long it may say nothing, in seconds.
+    """
+    with _short(path) as short, socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(timeout)
+        try:
+            connection.connect(short)
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            with connection.makefile("rb") as lines:
+                for line in lines:
+                    message = json.loads(line)
+                    if "error" in message:
+                        raise ConfigError(message["error"])
+                    if "done" in message:
+                        return message["done"]
+                    if say is not None:
+                        say(message["say"])
+        except TimeoutError:
+            raise ConfigError(f"{path.parent.name}: its controller does not answer; see {path.parent}") from None
+        except OSError:
+            raise NotUp from None
+    raise NotUp
+
+
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """The same socket by a path that always fits: an address may have 107 bytes only."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)

@@ -1,0 +1,105 @@
+"""Is this machine able to run that many replicas: GPUs, memory, cores. Says so before anything is started."""
+
+import json
+import os
+import re
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from balancer.errors import ConfigError
+from balancer.operate.recipe import Recipe, python, with_packages
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One NVIDIA GPU as `python -m replica --list-gpus` lists it."""
+
+    name: str
+    is_split: bool
+    held_by: str | None
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """Raises ConfigError when the driver does not answer."""
+    rows = json.loads(_replica("--list-gpus"))
+    return tuple(Gpu(row["name"], bool(row["mig"]), row["held_by"]) for row in rows)
+
+
+def check_model(recipe: Recipe) -> None:
+    """Lets `python -m replica` look at model and flags without starting; raises ConfigError with its own words."""
+    if recipe.launch is not None:
+        argv = recipe.command(1, 8000).argv
+        flags = argv[len(python("replica")) :]
+        # On the CPU: a lease is not what is asked here, and GPUs may be in use by the replicas that these replace.
+        _replica("--device", "cpu", "--dry-run", *flags)
+
+
+def available_gb(meminfo: Path = Path("/proc/meminfo")) -> float:
+    """Memory that new processes may take, in GB."""
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024 / 1e9
+
+
+def fitted(recipe: Recipe, count: int, there: tuple[Gpu, ...], memory: float) -> tuple[Recipe, list[str]]:
+    """The recipe with what one replica gets here, and warnings; raises ConfigError when `count` replicas do not fit.
+
+    `memory` is what is free, in GB.
+    """
+    spec, warnings = recipe.spec, []
+    if spec.memory is not None and spec.memory * count > memory:
+        raise ConfigError(
+            f"{_replicas(count)} of {spec.name} want {spec.memory * count:g} GB of memory, {memory:.1f} GB are free: "
+            "stop something, or run fewer replicas"
+        )
+    if spec.cpus is not None and spec.cpus * count > (os.cpu_count() or 1):
+        warnings.append(
+            f"{_replicas(count)} of {spec.name} want {spec.cpus * count:g} cores; here are {os.cpu_count()}"
+        )
+    whole = [gpu for gpu in there if not gpu.is_split]
+    # SGLang takes a GPU where there is one, asked for or not.
+    each = recipe.gpus or (1 if whole and recipe.launch else 0)
+    if recipe.launch is None:
+        if each and count > 1:
+            warnings.append(f"{spec.source}: run: starts no SGLang that is known, so nothing keeps its GPUs apart")
+    elif each * count > len(whole):
+        wanted = f" ({', '.join(spec.accelerators)})" if spec.accelerators else ""
+        has = f"this machine has {len(whole) or 'none'}"
+        if len(there) > len(whole):
+            has += f" and {len(there) - len(whole)} split by MIG"
+        what = "run fewer replicas" if len(whole) >= each else "smollm2 and tiny-llava run without"
+        raise ConfigError(f"{_replicas(count)} of {spec.name} want {_gpus(each)} each{wanted}; {has}: {what}")
+    known = [kind for kind in spec.accelerators if any(_is_a(gpu.name, kind) for gpu in whole)]
+    if each and whole and spec.accelerators and not known:
+        kinds = ", ".join(spec.accelerators)
+        warnings.append(f"{spec.source}: resources.accelerators: none of {kinds} is here; {whole[0].name} is used")
+    kind = known[0] if known else whole[0].name.removeprefix("NVIDIA ") if whole else "GPU"
+    resources = f"{each}x {kind}" if each else "1x CPU"
+    return replace(recipe, gpus=each, resources=resources), warnings
+
+
+def _is_a(name: str, kind: str) -> bool:
+    """Is "NVIDIA A100-SXM4-80GB" an A100-80GB? Each word of the kind is one of the name's."""
+    return set(re.findall(r"\w+", kind.upper())) <= set(re.findall(r"\w+", name.upper()))
+
+
+def _replicas(count: int) -> str:
+    return "1 replica" if count == 1 else f"{count} replicas"
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
+
+
+def _replica(*flags: str) -> str:
+    answer = subprocess.run(
+        [*python("replica"), *flags],
+        env={**os.environ, **with_packages({})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if answer.returncode != 0:
+        said = answer.stderr.strip().splitlines() or ["python -m replica failed and said nothing"]
+        raise ConfigError(said[-1].removeprefix("replica: "))
+    return answer.stdout

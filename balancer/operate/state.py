@@ -1,0 +1,90 @@
+"""The folder of one service under XDG_STATE_HOME: its lock, control socket, logs, and the balancer's service file."""
+
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+
+class AlreadyUp(Exception):
+    """Another `groundserve up` runs this service."""
+
+
+class ServiceFolder:
+    """Where one service keeps its files. They stay after it went down; only the lock says that it is up."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.name = name
+        self.path = root / name
+        self.socket = self.path / "control.sock"
+        self.service_file = self.path / "service.yaml"
+        self.balancer_log = self.path / "balancer.log"
+        self.controller_log = self.path / "controller.log"
+
+    def claim(self) -> TextIO:
+        """Makes the folder and locks it for as long as the file stays open, however the process ends.
+
+        Logs of an earlier life are removed. Raises AlreadyUp.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The control socket in it is as private as the folder.
+        self.path.chmod(0o700)
+        # Not inherited by children (PEP 446): the lock is ours alone.
+        lock = (self.path / "lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise AlreadyUp from None
+        for old in (*self.path.glob("*.log"), self.socket):
+            old.unlink(missing_ok=True)
+        return lock
+
+    def sign(self, lock: TextIO) -> None:
+        """Leaves our process id in the lock, for `down` to use when nothing else works."""
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+
+    def holder(self) -> int | None:
+        """The process that signed the lock, if it still holds it."""
+        signed = (self.path / "lock").read_text().strip() if self.is_up() else ""
+        return int(signed) if signed.isdecimal() else None
+
+    def is_up(self) -> bool:
+        """Does a `groundserve up` hold the lock now?"""
+        try:
+            with (self.path / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def write_service_file(self, text: str) -> Path:
+        """Keeps it from other users: a readiness probe's headers may hold a key."""
+        with os.fdopen(os.open(self.service_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+        return self.service_file
+
+    def replica_log(self, id: int) -> Path:
+        return self.path / f"replica-{id}.log"
+
+    def replica_logs(self) -> list[Path]:
+        """Of all replicas that there were, in order of their numbers."""
+        return sorted(self.path.glob("replica-*.log"), key=lambda path: int(path.stem.removeprefix("replica-")))
+
+
+def state_root(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder with one folder a service."""
+    base = environ.get("XDG_STATE_HOME") or ""
+    # The specification: a path that is not absolute is to be ignored.
+    home = Path(base) if base.startswith("/") else Path("~/.local/state").expanduser()
+    return home / "groundserve"
+
+
+def folders(root: Path) -> list[ServiceFolder]:
+    """All services that ever were, in order of their names."""
+    return [ServiceFolder(root, path.parent.name) for path in sorted(root.glob("*/lock"))]

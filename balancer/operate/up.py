@@ -1,0 +1,192 @@
+"""`groundserve up`: brings a service up, says how to use it, and is its controller until it goes down."""
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from balancer.errors import ConfigError
+from balancer.operate import control
+from balancer.operate.child import tail
+from balancer.operate.controller import Controller
+from balancer.operate.engine import CannotStart
+from balancer.operate.front import Front
+from balancer.operate.local import LocalEngine
+from balancer.operate.ports import is_free
+from balancer.operate.recipe import Recipe
+from balancer.operate.state import ServiceFolder
+from balancer.views.progress import Lines, Moving
+from balancer.views.status import ReplicaRow, Snapshot
+
+# SkyServe's first port for endpoints; the next service takes the next pair that is free.
+_FIRST_PORT = 30001
+_LAST_PORT = 30999
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the balancer listens, HOST:PORT each."""
+
+    listen: str
+    admin: str
+
+
+def addresses(listen: str | None, admin: str | None) -> Addresses:
+    """What was asked for, else the first free pair from 30001 on; raises ConfigError when a port is taken."""
+    for flag, address in (("--listen", listen), ("--admin", admin)):
+        if address is not None and not is_free(*_split(flag, address)):
+            raise ConfigError(f"{flag} {address}: the port is in use: stop what listens there, or give another one")
+    if listen is not None and admin is not None:
+        return Addresses(listen, admin)
+    for port in range(_FIRST_PORT, _LAST_PORT, 2):
+        mine = Addresses(listen or f"127.0.0.1:{port}", admin or f"127.0.0.1:{port + 1}")
+        if all(is_free(*_split("", address)) for address in (mine.listen, mine.admin)):
+            return mine
+    raise ConfigError(f"no two ports are free between {_FIRST_PORT} and {_LAST_PORT}: give --listen and --admin")
+
+
+def run(recipe: Recipe, folder: ServiceFolder, where: Addresses, progress: Lines, on_up: Callable[[], None]) -> int:
+    """Runs the service until it is told to end; the exit code. The caller holds the folder's lock.
+
+    `on_up` is called once, when the service came up and all was said about it.
+    """
+
+    async def serve() -> int:
+        return await _Up(recipe, folder, where, progress, on_up).run()
+
+    return asyncio.run(serve())
+
+
+def on_terminal(folder: ServiceFolder) -> Lines:
+    """Progress for whoever looks at our output."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        return Lines(sys.stdout)
+    return Moving(console, lambda id: next(iter(tail(folder.replica_log(id), 1)), ""))
+
+
+class _Up:
+    """One service from its start to its end."""
+
+    def __init__(
+        self, recipe: Recipe, folder: ServiceFolder, where: Addresses, progress: Lines, on_up: Callable[[], None]
+    ) -> None:
+        self._recipe = recipe
+        self._folder = folder
+        self._progress = progress
+        self._on_up = on_up
+        self._is_up = False
+        self._failure = ""
+        self._began = time.monotonic()
+        self._ended = asyncio.Event()
+        wake = asyncio.Event()
+        engine = LocalEngine(folder, wake.set)
+        front = Front(where.listen, where.admin, self._front_flags(), folder.balancer_log, wake.set)
+        self._endpoint = front.endpoint
+        self._controller = Controller(recipe.spec.name, recipe, engine, front, wake, progress.say, self._look)
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._signalled)
+        async with control.serving(self._folder.socket, self._answer):
+            try:
+                await self._controller.run()
+            except CannotStart as failure:
+                self._failure = str(failure)
+            finally:
+                self._progress.finish()
+                self._ended.set()
+        if self._failure:
+            self._progress.say(f"groundserve: {self._recipe.spec.name} failed: {self._failure}")
+            return 1
+        self._progress.say(f"{self._recipe.spec.name} is down")
+        return 0
+
+    def _front_flags(self) -> list[str]:
+        spec = self._recipe.spec
+        service_file = self._folder.write_service_file(spec.for_balancer(self._recipe.readiness_probe))
+        flags = ["--service", str(service_file)]
+        if "drain_grace" not in spec.settings.model_fields_set:
+            # There is no other load balancer in front that has to notice first that this one leaves.
+            flags += ["--set", "drain_grace=0"]
+        return flags
+
+    def _signalled(self) -> None:
+        self._progress.finish()
+        self._progress.say("stopping: answers in flight are finished first; once more ends at once")
+        self._controller.close()
+
+    def _look(self, snapshot: Snapshot) -> None:
+        """Has what is shown, and finds out when the service came up or cannot."""
+        self._progress.show(snapshot)
+        if self._is_up or self._failure:
+            return
+        service = snapshot.service
+        if service.status == "FAILED":
+            self._failure = f"{service.reason}\n  everything it said: groundserve logs {self._recipe.spec.name}"
+            self._controller.close()
+        elif service.total == self._controller.target and all(_is_settled(row) for row in snapshot.replicas):
+            self._is_up = True
+            self._greeting = asyncio.create_task(self._greet(service.ready))
+
+    async def _greet(self, ready: int) -> None:
+        name = self._recipe.spec.name
+        self._progress.finish()
+        count = "no replica" if ready == 0 else "1 replica" if ready == 1 else f"{ready} replicas"
+        self._progress.say(f"\n{name} is up after {time.monotonic() - self._began:.0f} s: {count} at {self._endpoint}")
+        if ready:
+            self._progress.say(f"try    {await self._example()}")
+        self._progress.say(f"look   groundserve status {name}")
+        self._progress.say(f"stop   groundserve down {name}   (or Ctrl-C where it was started)\n")
+        self._on_up()
+
+    async def _example(self) -> str:
+        """A command that this very service answers."""
+        try:
+            async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+                answer = await client.get(f"{self._endpoint}/v1/models")
+                model = answer.json()["data"][0]["id"]
+        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+            return f"curl {self._endpoint}{self._recipe.readiness_probe.path}"
+        body = {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+        return (
+            f"curl {self._endpoint}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f"         -d '{json.dumps(body)}'"
+        )
+
+    async def _answer(self, request: Mapping[str, Any], say: control.Say) -> Any:
+        match request:
+            case {"do": "status"}:
+                return self._controller.snapshot.to_json()
+            case {"do": "scale", "replicas": int(target)}:
+                self._controller.scale(target)
+                return None
+            case {"do": "replace", "id": int(id)}:
+                self._controller.replace_replica(id)
+                return None
+            case {"do": "down"}:
+                self._controller.close()
+                await self._ended.wait()
+                return None
+        raise ConfigError(
+            f"{self._recipe.spec.name} runs under another version of groundserve: take it down and up again"
+        )
+
+
+def _is_settled(row: ReplicaRow) -> bool:
+    return row.status in ("READY", "FAILED")
+
+
+def _split(flag: str, address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{flag} {address}: write HOST:PORT, as in 127.0.0.1:30001")
+    return host.strip("[]") or "127.0.0.1", int(port)

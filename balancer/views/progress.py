@@ -1,0 +1,92 @@
+"""What a person sees while a service comes up: a line for each change, or on a terminal a table that moves."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from balancer.views.status import ReplicaRow, Snapshot
+
+COLOURS = {
+    "READY": "green",
+    "DRAINING": "yellow",
+    "EJECTED": "yellow",
+    "NOT_READY": "yellow",
+    "FAILED": "red",
+    "FAILED_INITIAL_DELAY": "red",
+    "FAILED_PROBING": "red",
+}
+
+
+class Lines:
+    """Progress as plain lines, for logs and pipes: one for each status that a replica takes."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._began = time.monotonic()
+        self._statuses: dict[str, str] = {}
+
+    def say(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+    def show(self, snapshot: Snapshot) -> None:
+        rows = {row.name: row for row in snapshot.replicas}
+        for name, row in rows.items():
+            if self._statuses.get(name) != row.status:
+                seconds = time.monotonic() - self._began
+                self.say(f"{name}  {row.status:<13} {seconds:6.1f} s" + (f"  {row.reason}" if row.reason else ""))
+        for name in self._statuses.keys() - rows.keys():
+            self.say(f"{name}  gone")
+        self._statuses = {name: row.status for name, row in rows.items()}
+
+    def finish(self) -> None:
+        """The service is up: from here on every change is a line."""
+
+
+class Moving(Lines):
+    """Progress on a terminal: a row a replica with its age and the last line of its log, until all is up."""
+
+    def __init__(self, console: Console, last_line: Callable[[int], str]) -> None:
+        super().__init__(sys.stdout)
+        self._last_line = last_line
+        self._console = console
+        self._snapshot: Snapshot | None = None
+        self._spinner = Spinner("dots")
+        self._live: Live | None = Live(self, console=console, refresh_per_second=8)
+        self._live.start()
+
+    def say(self, text: str) -> None:
+        # Above the moving part; rich would read [brackets] as markup.
+        self._console.print(text, markup=False, highlight=False)
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        if self._live is None:
+            super().show(snapshot)
+
+    def finish(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            if self._snapshot is not None:
+                self._statuses = {row.name: row.status for row in self._snapshot.replicas}
+
+    def __rich__(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for row in self._snapshot.replicas if self._snapshot else ():
+            mark = Text("●", COLOURS.get(row.status, "cyan")) if _is_settled(row) else self._spinner
+            age = Text(f"{row.launched_seconds:.0f} s", justify="right")
+            told = "" if row.status == "READY" else row.reason or self._last_line(row.id)
+            last = Text(told, "dim", overflow="ellipsis", no_wrap=True)
+            table.add_row(mark, Text(row.name), Text(row.status, COLOURS.get(row.status, "cyan")), age, last)
+        return Group(table)
+
+
+def _is_settled(row: ReplicaRow) -> bool:
+    return row.status == "READY" or row.status.startswith("FAILED")
