@@ -26,6 +26,7 @@ from balancer.relay.auth import Keys
 from balancer.relay.cors import Cors
 from balancer.relay.downstream import ClientConnection, Doors
 from balancer.relay.proxy import Proxy
+from balancer.relay.record import Record
 from balancer.relay.reply import Reply
 from balancer.relay.request import Network, Request
 from balancer.relay.tls import Certificate, replica_context
@@ -37,8 +38,10 @@ from balancer.settings import PolicyName, ReadinessProbe, Settings
 from balancer.views.access_log import AccessLog
 from balancer.views.admin import admin_app
 from balancer.views.guard import Guard, is_loopback_name
+from balancer.views.metrics import BalancerCollector, metrics_router, registry_of
 from balancer.views.public import public_app
 from balancer.views.snapshot import ServiceFacts
+from balancer.views.tally import Tallies
 
 log = logging.getLogger("groundserve")
 
@@ -76,12 +79,15 @@ class Balancer:
         self.loop = loop
         settings = config.settings
         self.facts = ServiceFacts(config.name)
+        self.tallies = Tallies()
         self.fleet = Fleet(settings, config.readiness, loop.time)
+        self.fleet.when_joined.append(self.tallies.member_joined)
+        self.fleet.when_left.append(self.tallies.member_left)
         self.admission = Admission(self.fleet, _policy(config))
         self.keys = Keys(config.api_keys) if config.api_keys else None
         self.certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         replica_tls = replica_context(config.replica_ca)
-        self.prober = Prober(self.fleet, config.replica_key, replica_tls)
+        self.prober = Prober(self.fleet, config.replica_key)
         self.discovery = DnsDiscovery(config.discover, self.fleet) if config.discover else None
         self.pool = Pool(settings, loop, replica_tls)
         self.fleet.when_left.append(self.pool.forget)
@@ -97,7 +103,7 @@ class Balancer:
             self.fleet,
             self.admission,
             self.pool,
-            self.access_log,
+            _Observer(self.access_log, self.tallies),
             answer_own,
             Cors(settings.cors_origins),
             config.replica_key.encode() if config.replica_key else None,
@@ -113,6 +119,15 @@ class Balancer:
             _networks(settings.trusted_proxies),
         )
         admin = admin_app(self.facts, self.fleet, self.admission, self.discovery is None, lambda: config.admin_key)
+        figures = BalancerCollector(
+            self.fleet,
+            self.admission,
+            self.tallies,
+            self.keys,
+            connections=lambda: len(self.doors.connections),
+            buffered=lambda: self.doors.buffered,
+        )
+        admin.include_router(metrics_router(registry_of(figures)))
         self._sockets = [_bound(*config.listen), _bound(*config.admin)]
         guarded = Guard(admin, is_loopback_name(config.admin[0]), config.admin_key is not None)
         self._servers = [
@@ -212,6 +227,19 @@ async def run(config: Config) -> None:
     await leaving.wait()
     await balancer.leave(hurry)
     await balancer.stop()
+
+
+class _Observer:
+    """Tells of each request what its log line and the figures need."""
+
+    def __init__(self, log: AccessLog, tallies: Tallies) -> None:
+        self.gaps = tallies.gaps
+        self._log = log
+        self._tallies = tallies
+
+    def finished(self, record: Record) -> None:
+        self._log.finished(record)
+        self._tallies.finished(record)
 
 
 class _Server(uvicorn.Server):

@@ -17,6 +17,7 @@ class Outlier:
     def __init__(self, base: float, longest: float) -> None:
         self._base = base
         self._longest = longest
+        self.ejections_total = 0
         self._in_a_row = 0
         self._recent: deque[bool] = deque(maxlen=WINDOW)
         self._ejections = 0
@@ -39,6 +40,7 @@ class Outlier:
         if now - self._back_at > self._longest:
             self._ejections = 0
         self._ejections += 1
+        self.ejections_total += 1
         self._in_a_row = 0
         self._recent.clear()
         self._back_at = now + min(self._base * self._ejections, self._longest)

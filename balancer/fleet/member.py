@@ -37,20 +37,24 @@ class Verdict(enum.Enum):
 
 @dataclass(slots=True)
 class Question:
-    """One probe's view of one member: its verdict and since when (loop time, seconds)."""
+    """One probe's view of one member: its verdict and since when (loop time, seconds). Totals are for display."""
 
     verdict: Verdict = Verdict.UNKNOWN
     since: float = 0.0
     failures: int = 0
+    passes_total: int = 0
+    failures_total: int = 0
 
     def passed(self, now: float) -> bool:
         """Notes a pass; True when the verdict changed."""
         self.failures = 0
+        self.passes_total += 1
         return self._turn(Verdict.PASSING, now)
 
     def failed(self, now: float) -> bool:
         """Notes a failure; True when the verdict changed. One failure alone does not undo a pass."""
         self.failures += 1
+        self.failures_total += 1
         if self.verdict is Verdict.PASSING and self.failures < FAILURES_TO_FAIL:
             return False
         return self._turn(Verdict.FAILING, now)
@@ -58,6 +62,7 @@ class Question:
     def refused(self, now: float) -> bool:
         """Notes that nothing listens there any more, which needs no second opinion; True when the verdict changed."""
         self.failures = max(self.failures, FAILURES_TO_FAIL)
+        self.failures_total += 1
         return self._turn(Verdict.FAILING, now)
 
     def _turn(self, verdict: Verdict, now: float) -> bool:

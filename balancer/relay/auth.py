@@ -4,6 +4,7 @@ import hmac
 import logging
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -75,6 +76,9 @@ class Keys:
                 fresh[digest] = known
         self._known = fresh
         log.warning("%s: %d keys taken up", self._path, len(fresh))
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._known.values())
 
     def __repr__(self) -> str:
         return f"<Keys {' '.join(sorted(key.name for key in self._known.values()))}>"

@@ -14,7 +14,7 @@ from balancer.relay.cors import Cors
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import RULES, RetryBudget, final_error, may_repeat
 from balancer.relay.paths import Kind
-from balancer.relay.record import Record, RequestObserver
+from balancer.relay.record import Record, RequestObserver, Spans
 from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 from balancer.relay.upstream import Outcome, Pool
@@ -143,6 +143,7 @@ class Proxy:
                 raise error
             if not self.fleet.has_other(ask.tried):
                 raise error
+            record.retries += (outcome.value,)
 
     async def _attempt(self, member: Member, request: Request, client: ClientConnection, relay: "_Relay") -> Outcome:
         """One attempt at one member: on an idle connection if there is one, else (or after the race) on a new one."""
@@ -154,12 +155,14 @@ class Proxy:
             raced = self.pool.loop.time() - connection.sent_at < KEEP_ALIVE_RACE
             if outcome is not Outcome.REFUSED and not (outcome is Outcome.LOST and raced):
                 return outcome
+        began_at = self.pool.loop.time()
         try:
             connection = await self.pool.connect(member)
         except TimeoutError:
             return Outcome.UNREACHED
         except OSError:
             return Outcome.REFUSED
+        relay.connected(self.pool.loop.time() - began_at)
         client.take_from(connection)
         return await connection.exchange(message, is_head, relay)
 
@@ -171,6 +174,7 @@ class Proxy:
         record.duration = self.pool.loop.time() - request.received_at
         record.bytes_in = request.body_size
         record.bytes_out = reply.bytes_sent
+        record.is_stream = reply.is_event_stream
         record.key = request.key.name if request.key else ""
         if error is not None:
             record.error = error.code
@@ -180,7 +184,7 @@ class Proxy:
 class _Relay:
     """A replica's answer on its way to the client: upstream calls it with each piece as it comes."""
 
-    __slots__ = ("_member", "_proxy", "_record", "_reply", "_request", "retry_after", "status")
+    __slots__ = ("_gaps", "_last_at", "_member", "_proxy", "_record", "_reply", "_request", "retry_after", "status")
 
     def __init__(self, proxy: Proxy, member: Member, request: Request, reply: Reply, record: Record) -> None:
         self._proxy = proxy
@@ -188,8 +192,13 @@ class _Relay:
         self._request = request
         self._reply = reply
         self._record = record
+        self._gaps: Spans | None = None
+        self._last_at = 0.0
         self.status = 0
         self.retry_after = 1
+
+    def connected(self, seconds: float) -> None:
+        self._record.connect = seconds
 
     def on_head(self, status: int, headers: Headers, length: int | None) -> bool:
         self.status = status
@@ -207,12 +216,17 @@ class _Relay:
                 record.queued,
             )
         self._reply.begin(status, self._proxy._cors.without_foreign(headers), length, own)
+        if self._reply.is_event_stream:
+            self._gaps = self._proxy._observer.gaps(self._member)
         return True
 
     def on_body(self, data: bytes) -> None:
-        record = self._record
-        if record.first_byte is None:
-            record.first_byte = self._proxy.pool.loop.time() - record.received_at
+        now = self._member.last_byte_at  # when this very piece was read
+        if self._record.first_byte is None:
+            self._record.first_byte = now - self._record.received_at
+        elif self._gaps is not None and now != self._last_at:
+            self._gaps.note(now - self._last_at)
+        self._last_at = now
         self._reply.body(data)
 
     def on_end(self) -> None:

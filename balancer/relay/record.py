@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
+from balancer.fleet.member import Member
+
 _FIGURES = {
     "prompt_tokens": re.compile(rb'"prompt_tokens":\s*(\d+)'),
     "completion_tokens": re.compile(rb'"completion_tokens":\s*(\d+)'),
@@ -23,6 +25,11 @@ class Record:
     member: str = ""
     attempts: int = 0
     queued: float = 0.0
+    # A new connection to the member took this long; None where an idle one was used.
+    connect: float | None = None
+    # How the attempts before the last one failed, in the words of upstream.Outcome.
+    retries: tuple[str, ...] = ()
+    is_stream: bool = False
     first_byte: float | None = None
     duration: float = 0.0
     bytes_in: int = 0
@@ -44,7 +51,16 @@ class Record:
                 setattr(self, name, int(found[-1]))
 
 
+class Spans(Protocol):
+    """Takes note of one span after the other, in seconds."""
+
+    def note(self, value: float) -> None: ...
+
+
 class RequestObserver(Protocol):
     """Whoever wants to know of each request that is over. Called on the hot path: it must only take note."""
 
     def finished(self, record: Record) -> None: ...
+
+    def gaps(self, member: Member) -> Spans:
+        """Where the spans between the pieces of a streamed answer of that member go."""
