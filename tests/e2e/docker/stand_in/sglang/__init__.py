@@ -1,0 +1,1 @@
+"""Stands where SGLang stands in an image that has none: the lab's replica answers instead."""
