@@ -1,10 +1,10 @@
 """Prefix-aware routing: where most of a prompt is cached, unless that member is so far ahead in load that it is slower.
 
-For each member that has some of it: locality - LOAD_WEIGHT x relative load; the highest wins if it is above zero, else
-the least loaded member does. Locality is the share of the prompt's blocks that the member has; relative load is
-(in flight - least in flight) / max(4, mean in flight), so that with few requests in flight one more is no reason to
-leave a cache, and no member runs away (the form is that of vLLM's production-stack). Among the least loaded, a new
-prefix goes where the KV pool has most room.
+Each member that has some of it scores locality - LOAD_WEIGHT x relative load. The highest wins if it is above
+LEAST_SHARE, else the least loaded member does. Locality is the share of the prompt's blocks that the member has;
+relative load is (in flight - least in flight) / max(4, mean in flight), so that with few requests in flight one more is
+no reason to leave a cache, and no member runs away (the form is that of vLLM's production-stack). Among the least
+loaded, a new prefix goes where the KV pool has most room.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ from balancer.routing.prompt import Prompt
 
 LOAD_WEIGHT = 1.0
 LEAST_MEAN = 4.0
+# A match below this says little more than that all prompts here begin alike.
+LEAST_SHARE = 0.1
 # An answer that reuses less than this part of what was predicted, twice in a row, says that the cache is gone.
 DOUBT = 0.1
 FLUSHED_AFTER = 2
@@ -36,12 +38,12 @@ class PrefixAware:
         least = min(loads)
         weight = LOAD_WEIGHT / max(LEAST_MEAN, sum(loads) / len(loads))
         best: Member | None = None
-        best_score, matched = 0.0, 0  # what a member without any of it could reach at most
+        best_score, matched = LEAST_SHARE, 0
         for member, depth in self.index.matched(blocks):
             if member not in members:
                 continue  # full, or tried already
             score = depth / len(blocks) - weight * (loads[members.index(member)] - least)
-            if score > best_score or (best is not None and score == best_score and member.turn < best.turn):
+            if score > best_score or (best and score == best_score and member.turn < best.turn):
                 best, best_score, matched = member, score, depth
         if best is None:
             best = self._roomiest(members, loads, least)

@@ -77,31 +77,32 @@ def _seed(request: dict[str, Any]) -> int:
 
 
 def _chain(pieces: Iterator[Piece], seed: int) -> list[int]:
-    """Cuts text into blocks and images into their own; an incomplete block before an image counts, at the end not."""
+    """Cuts text into blocks, and gives each image its own; what is left of a text chains on and seldom counts."""
     blocks: list[int] = []
     text: list[str] = []
     for piece in pieces:
         if isinstance(piece, str):
             text.append(piece)
             continue
-        seed = _chain_text("".join(text), seed, blocks, is_last=False)
+        seed = _chain_text("".join(text), seed, blocks)
         text.clear()
         for _ in range(IMAGE_BLOCKS):
             seed = xxh3_64_intdigest(piece, seed)
             blocks.append(seed)
-    _chain_text("".join(text), seed, blocks, is_last=True)
+    _chain_text("".join(text), seed, blocks)
     return blocks[:MAX_BLOCKS]
 
 
-def _chain_text(text: str, seed: int, blocks: list[int], is_last: bool) -> int:
+def _chain_text(text: str, seed: int, blocks: list[int]) -> int:
     data = text.encode("utf-8", "surrogatepass")
     whole = min(len(data) - len(data) % BLOCK_BYTES, MAX_BLOCKS * BLOCK_BYTES)
     for start in range(0, whole, BLOCK_BYTES):
         seed = xxh3_64_intdigest(data[start : start + BLOCK_BYTES], seed)
         blocks.append(seed)
-    if not is_last and whole < len(data):
-        seed = xxh3_64_intdigest(data[whole:], seed)
-        blocks.append(seed)
+    if rest := data[whole : whole + BLOCK_BYTES]:
+        seed = xxh3_64_intdigest(rest, seed)
+        if len(rest) >= BLOCK_BYTES // 2:
+            blocks.append(seed)
     return seed
 
 

@@ -1,0 +1,197 @@
+"""The policies: pure choices among members with room."""
+
+from collections import Counter
+
+import orjson
+import pytest
+
+from balancer.fleet.fleet import Fleet
+from balancer.fleet.member import Listed, Member
+from balancer.routing.admission import Admission, Ask, Place
+from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
+from balancer.routing.prefix_aware import PrefixAware
+from balancer.routing.prompt import Prompt
+from tests.routing.fleets import fleet_of, make_ready
+
+NO_PROMPT = Prompt("/v1/models", [])
+
+
+def chat(system: str, question: str = "") -> Prompt:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    return Prompt("/v1/chat/completions", [orjson.dumps({"model": "m", "messages": messages})])
+
+
+def place(admission: Admission, prompt: Prompt, tried: list[Member] | None = None) -> Place:
+    claim = admission.claim_now(Ask(prompt, True, tried or []))
+    assert claim is not None
+    return claim
+
+
+def finish(claim: Place) -> None:
+    claim.__exit__(None, None, None)
+
+
+def counts(admission: Admission, prompts: list[Prompt]) -> Counter[str]:
+    """Where each prompt goes when every request is over before the next comes."""
+    seen: Counter[str] = Counter()
+    for prompt in prompts:
+        claim = place(admission, prompt)
+        seen[claim.member.name] += 1
+        finish(claim)
+    return seen
+
+
+def system(number: int, size: int = 4_000) -> str:
+    return (f"You are clerk number {number}. " * (size // 20))[:size]
+
+
+@pytest.mark.parametrize("policy", [RoundRobin, LeastLoad, PrefixAware])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_without_a_prompt_to_go_by_idle_members_take_turns(policy: type[Policy], size: int) -> None:
+    admission = Admission(fleet_of(size), policy())
+    assert set(counts(admission, [NO_PROMPT] * size * 4).values()) == {4}
+
+
+@pytest.mark.parametrize("policy", [RoundRobin, LeastLoad, PrefixAware])
+def test_a_member_that_joins_gets_work_at_once(policy: type[Policy]) -> None:
+    fleet = fleet_of(2)
+    admission = Admission(fleet, policy())
+    counts(admission, [chat(system(n)) for n in range(10)])
+    fleet.reconcile([member.listed for member in fleet.members.values()] + [Listed("new", "http://127.0.0.1:9100")])
+    make_ready(fleet, fleet.members[3])
+    assert place(admission, chat(system(99))).member.name == "new"
+
+
+def test_round_robin_goes_on_in_turn_when_a_member_was_tried_already() -> None:
+    fleet = fleet_of(3)
+    admission = Admission(fleet, RoundRobin())
+    first = place(admission, NO_PROMPT).member
+    second = place(admission, NO_PROMPT, tried=[first]).member
+    third = place(admission, NO_PROMPT, tried=[first, second]).member
+    assert len({first, second, third}) == 3
+
+
+def test_least_load_is_relative_to_each_members_limit() -> None:
+    fleet = fleet_of(2)
+    small, large = fleet.members.values()
+    small.limit, large.limit = 8, 32
+    admission = Admission(fleet, LeastLoad())
+    seen = Counter(place(admission, NO_PROMPT).member.name for _ in range(20))
+    assert seen == {small.name: 4, large.name: 16}
+
+
+def test_instance_aware_least_load_knows_what_each_gpu_is_worth() -> None:
+    fleet = Fleet(fleet_of(0).settings, fleet_of(0).readiness, lambda: 100.0)
+    fleet.reconcile(
+        [
+            Listed("l4", "http://127.0.0.1:1", resources="1x L4"),
+            Listed("h100", "http://127.0.0.1:2", resources="1x H100"),
+        ]
+    )
+    for member in fleet.members.values():
+        make_ready(fleet, member)
+    admission = Admission(fleet, InstanceAwareLeastLoad({"L4": 1, "H100": 4}))
+    seen = Counter(place(admission, NO_PROMPT).member.name for _ in range(20))
+    assert seen == {"l4": 4, "h100": 16}
+
+
+def test_groups_that_share_a_prefix_stay_together_and_are_spread_evenly() -> None:
+    admission = Admission(fleet_of(2), PrefixAware())
+    homes: dict[int, set[str]] = {}
+    for turn in range(5):
+        for group in range(8):
+            claim = place(admission, chat(system(group), f"Question {turn}?"))
+            homes.setdefault(group, set()).add(claim.member.name)
+            finish(claim)
+    assert all(len(names) == 1 for names in homes.values())
+    assert Counter(name for names in homes.values() for name in names) == {"r1": 4, "r2": 4}
+
+
+def test_one_system_prompt_for_all_does_not_pile_up_on_one_member() -> None:
+    """60 % of each prompt is shared by all, 32 requests are in flight on two members."""
+    admission = Admission(fleet_of(2, capacity_tokens=200_000), PrefixAware())
+    seen: Counter[str] = Counter()
+    flying: list[Place] = []
+    for number in range(320):
+        if len(flying) == 32:
+            finish(flying.pop(0))
+        flying.append(place(admission, chat(system(0, 3_000), system(number + 1, 2_000))))
+        seen[flying[-1].member.name] += 1
+    assert max(seen.values()) <= 0.6 * 320
+
+
+def test_one_hot_prefix_is_shared_out_when_its_member_is_loaded() -> None:
+    admission = Admission(fleet_of(4), PrefixAware())
+    seen = Counter(place(admission, chat(system(0), f"{n}?")).member.name for n in range(40))
+    assert len(seen) == 4
+    assert max(seen.values()) <= 16
+
+
+def test_when_the_best_member_is_full_the_next_best_by_prefix_is_taken() -> None:
+    fleet = fleet_of(3)
+    policy = PrefixAware()
+    admission = Admission(fleet, policy)
+    one, two, three = fleet.members.values()
+    prompt = chat(system(0), "A question. " * 200)
+    policy.index.add(two, prompt.blocks)
+    policy.index.add(three, prompt.blocks[: len(prompt.blocks) // 2])
+    assert policy.choose([one, two, three], prompt).member is two
+    two.limit, two.generating = 1, 1
+    policy.index.forget(one)
+    assert place(admission, prompt).member is three
+
+
+def test_members_of_different_sizes_get_shares_of_their_size() -> None:
+    fleet = fleet_of(2, capacity_tokens=400_000)
+    small, large = fleet.members.values()
+    small.limit, large.limit = 16, 64
+    admission = Admission(fleet, PrefixAware())
+    seen = Counter(place(admission, chat(system(n))).member.name for n in range(60))
+    assert 9 <= seen[small.name] <= 15
+
+
+def test_a_conversation_stays_where_its_cache_is() -> None:
+    admission = Admission(fleet_of(3), PrefixAware())
+    homes = set()
+    said = ""
+    for turn in range(6):
+        said += f"Turn {turn}: " + "something was said. " * 30
+        claim = place(admission, chat(said))
+        homes.add(claim.member.name)
+        finish(claim)
+        finish(place(admission, chat(system(turn))))
+    assert len(homes) == 1
+
+
+def test_an_answer_that_reused_nothing_twice_makes_it_forget_the_member() -> None:
+    policy = PrefixAware()
+    fleet = fleet_of(2)
+    one, two = fleet.members.values()
+    prompt, other = chat(system(1)), chat(system(2))
+    policy.index.add(one, prompt.blocks)
+    policy.index.add(one, other.blocks)
+    for _ in range(2):
+        choice = policy.choose([one, two], prompt)
+        assert choice.member is one
+        assert choice.matched == 1.0
+        policy.answered(choice, prompt, prompt_tokens=1_000, cached_tokens=0)
+    assert [member for member, _ in policy.index.matched(other.blocks)] == []
+    assert [member for member, _ in policy.index.matched(prompt.blocks)] == [one]
+
+
+def test_a_member_that_left_is_forgotten() -> None:
+    fleet = fleet_of(2)
+    policy = PrefixAware()
+    admission = Admission(fleet, policy)
+    counts(admission, [chat(system(n)) for n in range(6)])
+    assert len(policy.index) > 0
+    fleet.reconcile([])
+    assert len(policy.index) == 0
+
+
+def test_the_reason_and_the_matched_share_are_told() -> None:
+    admission = Admission(fleet_of(2), PrefixAware())
+    first = place(admission, chat(system(0)))
+    assert (first.choice.reason, first.choice.matched) == ("room", 0.0)
+    second = place(admission, chat(system(0)))
+    assert (second.choice.reason, second.choice.matched) == ("prefix", 1.0)

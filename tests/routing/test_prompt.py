@@ -1,0 +1,149 @@
+"""Request bodies to routing blocks: what shares a prefix, and what must not."""
+
+import base64
+import random
+from typing import Any
+
+import orjson
+import pytest
+
+from balancer.routing.prompt import BLOCK_BYTES, IMAGE_BLOCKS, MAX_BLOCKS, Prompt
+
+SYSTEM = "You are the clerk of a lending library. " * 40
+IMAGE = base64.b64encode(random.Random(1).randbytes(60_000)).decode()
+OTHER_IMAGE = base64.b64encode(random.Random(2).randbytes(60_000)).decode()
+SMALL_IMAGE = base64.b64encode(random.Random(3).randbytes(3_000)).decode()
+
+
+def blocks(path: str = "/v1/chat/completions", **body: Any) -> list[int]:
+    return Prompt(path, [orjson.dumps({"model": "m", **body})]).blocks
+
+
+def shared(one: list[int], other: list[int]) -> int:
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def user(*content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(content) if len(content) > 1 else content[0]}
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def data_url(encoded: str) -> str:
+    return f"data:image/png;base64,{encoded}"
+
+
+SYSTEM_MESSAGE = {"role": "system", "content": SYSTEM}
+WHOLE_BLOCKS_OF_SYSTEM = len(SYSTEM) // BLOCK_BYTES
+
+
+def test_two_questions_on_one_system_prompt_share_its_blocks_and_no_more() -> None:
+    one = blocks(messages=[SYSTEM_MESSAGE, user("When do you open? " * 30)])
+    other = blocks(messages=[SYSTEM_MESSAGE, user("May I keep this book? " * 30)])
+    assert WHOLE_BLOCKS_OF_SYSTEM <= shared(one, other) <= WHOLE_BLOCKS_OF_SYSTEM + 1
+    assert len(one) > shared(one, other)
+
+
+def test_a_conversation_that_grows_keeps_its_blocks() -> None:
+    first = [SYSTEM_MESSAGE, user("A question. " * 60)]
+    grown = [*first, {"role": "assistant", "content": "An answer. " * 60}, user("And another.")]
+    one, other = blocks(messages=first), blocks(messages=grown)
+    assert shared(one, other) == len(one)
+
+
+def test_a_block_depends_on_all_before_it() -> None:
+    one = blocks(messages=[user("a" + SYSTEM)])
+    other = blocks(messages=[user("b" + SYSTEM)])
+    assert set(one).isdisjoint(other)
+
+
+@pytest.mark.parametrize("change", [{"model": "other"}, {"lora_path": "adapter"}, {"tools": [{"type": "function"}]}])
+def test_another_model_adapter_or_tool_set_shares_nothing(change: dict[str, Any]) -> None:
+    plain = blocks(messages=[SYSTEM_MESSAGE])
+    changed = Prompt(
+        "/v1/chat/completions", [orjson.dumps({"model": "m", "messages": [SYSTEM_MESSAGE]} | change)]
+    ).blocks
+    assert shared(plain, changed) == 0
+
+
+@pytest.mark.parametrize("encoded", [IMAGE, SMALL_IMAGE], ids=["hashed where it stands", "parsed"])
+@pytest.mark.parametrize("form", [data_url, str], ids=["data URL", "bare base64"])
+def test_the_same_image_at_the_same_place_matches_whatever_is_asked_of_it(encoded: str, form: Any) -> None:
+    one = blocks(messages=[user(image(form(encoded)), text("What colour is it? " * 20))])
+    other = blocks(messages=[user(image(form(encoded)), text("Describe it. " * 20))])
+    assert shared(one, other) >= IMAGE_BLOCKS
+
+
+def test_an_image_has_one_digest_in_small_and_in_large_requests() -> None:
+    small = blocks(messages=[user(image(data_url(SMALL_IMAGE)))])
+    large = blocks(messages=[user(image(data_url(SMALL_IMAGE)), image(data_url(IMAGE)), text("Compare."))])
+    assert shared(small, large) == len(small)
+
+
+def test_another_image_shares_only_what_stands_before_it() -> None:
+    question = "Describe this image. " * 40
+    one = blocks(messages=[user(text(question), image(data_url(IMAGE)))])
+    other = blocks(messages=[user(text(question), image(data_url(OTHER_IMAGE)))])
+    # An incomplete block before an image counts too, if it is not a mere word or two.
+    assert shared(one, other) == len(one) - IMAGE_BLOCKS
+
+
+def test_the_same_images_in_another_order_do_not_match() -> None:
+    one = blocks(messages=[user(image("http://a/1.png"), image("http://a/2.png"))])
+    other = blocks(messages=[user(image("http://a/2.png"), image("http://a/1.png"))])
+    assert shared(one, other) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": SYSTEM}),
+        ("/v1/completions", {"prompt": [SYSTEM, "another"]}),
+        ("/v1/completions", {"prompt": list(range(500))}),
+        ("/v1/completions", {"prompt": [list(range(500))]}),
+        ("/generate", {"text": SYSTEM}),
+        ("/generate", {"input_ids": list(range(500))}),
+        ("/generate", {"text": "What is it?", "image_data": IMAGE}),
+        ("/generate", {"text": "What is it?", "image_data": [data_url(IMAGE)]}),
+        ("/v1/embeddings", {"input": SYSTEM}),
+        ("/v1/messages", {"system": SYSTEM, "messages": [user("Hello.")]}),
+        ("/v1/responses", {"instructions": SYSTEM, "input": "Hello."}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": SYSTEM}]}]}),
+    ],
+)
+def test_each_path_is_read_in_its_own_format(path: str, body: dict[str, Any]) -> None:
+    assert len(blocks(path, **body)) >= IMAGE_BLOCKS or len(blocks(path, **body)) >= WHOLE_BLOCKS_OF_SYSTEM
+    assert blocks(path, **body) == blocks(path, **body)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(b"", b"null", b"[]", b"7", b"{", b'{"messages": 7}', b'{"messages": [7, null, {}]}', b'{"messages": "text"}'),
+        *(b'{"messages":[{"role":"user","content":[7,{"image_url":{"url":7}},{"text":null}]}]}', b"\xff\xfe"),
+        *(b'{"a":"data:image/png;base64,' + b"A" * 40_000, b'{"messages":[{"content":"\\ud800"}]}'),
+    ],
+)
+def test_what_is_no_prompt_is_routed_by_load(raw: bytes) -> None:
+    assert Prompt("/v1/chat/completions", [raw]).blocks == []
+
+
+def test_a_path_without_prompts_is_not_even_parsed() -> None:
+    assert Prompt("/v1/models", [b"{"]).blocks == []
+
+
+def test_a_body_in_pieces_is_joined_once_and_passed_on_whole() -> None:
+    raw = orjson.dumps({"model": "m", "messages": [SYSTEM_MESSAGE]})
+    body = [raw[:100], raw[100:300], raw[300:]]
+    assert Prompt("/v1/chat/completions", body).blocks == blocks(messages=[SYSTEM_MESSAGE])
+    assert body == [raw]
+
+
+def test_a_huge_prompt_makes_a_bounded_number_of_blocks() -> None:
+    assert len(blocks(messages=[user("word " * 400_000)])) == MAX_BLOCKS

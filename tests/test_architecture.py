@@ -1,0 +1,81 @@
+"""The house keeps its plan: imports go in one direction, and the two programs meet only over HTTP."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Whoever stands further right may import whoever stands further left, or beside it in the same place.
+ORDER = [
+    {"errors", "settings"},
+    {"document", "schema", "spec"},
+    {"fleet"},
+    {"routing"},
+    {"relay"},
+    {"operate", "views"},
+    {"app"},
+    {"cli", "__main__"},
+]
+PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
+MODULES = sorted((ROOT / "balancer").rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part_of(path: Path) -> str:
+    inside = path.relative_to(ROOT / "balancer")
+    return inside.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_only_to_the_left(path: Path) -> None:
+    own = part_of(path)
+    if own == "__init__":
+        assert list(imported(path)) == []
+        return
+    assert own in PLACE, f"balancer/{own} has no place in the order of this test and of ARCHITECTURE.md"
+    for name in imported(path):
+        if name.startswith("balancer."):
+            other = name.split(".")[1]
+            assert PLACE.get(other, 99) <= PLACE[own], f"{own} imports {name}, which stands to its right"
+
+
+@pytest.mark.parametrize(("program", "other"), [("balancer", "replica"), ("replica", "balancer")])
+def test_replica_and_balancer_never_import_each_other(program: str, other: str) -> None:
+    for path in (ROOT / program).rglob("*.py"):
+        assert not [name for name in imported(path) if name.split(".")[0] == other], path
+
+
+@pytest.mark.parametrize("module", ["balancer.__main__", "balancer.cli"])
+def test_the_balancer_runs_with_neither_torch_nor_sglang(module: str) -> None:
+    program = (
+        "import sys\n"
+        "sys.modules.update({name: None for name in ('torch', 'sglang', 'transformers', 'numpy')})\n"
+        f"import {module} as m\n"
+        "m.main(['--help'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+
+
+def test_the_architecture_page_names_every_file() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    missing = [
+        str(path.relative_to(ROOT))
+        for program in ("balancer", "replica")
+        for path in (ROOT / program).rglob("*.py")
+        if path.name != "__init__.py" and path.name not in page
+    ]
+    assert missing == []
