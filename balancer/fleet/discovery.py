@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -10,16 +11,18 @@ from balancer.errors import ConfigError
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed
 
+log = logging.getLogger("groundserve")
+
 INTERVAL = 1.0
 LOOK_UP_TIMEOUT = 5.0
-# How long the last answer stands when DNS itself fails; members that are ready stay even longer.
+# How long the last answer stands when DNS fails or knows no replica; members that answer stay even longer, in seconds.
 GRACE = 30.0
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 async def resolve(name: str, port: int) -> list[str]:
-    """All A and AAAA records of `name`, sorted; empty when it has none (NXDOMAIN); OSError when DNS fails."""
+    """All A and AAAA records of `name`, sorted; none where there is no such name. Raises OSError when DNS fails."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(LOOK_UP_TIMEOUT):
@@ -38,13 +41,14 @@ class DnsDiscovery:
     """
 
     def __init__(self, source: str, fleet: Fleet, resolve: Resolve = resolve) -> None:
-        match = re.fullmatch(r"dns://([\w.-]+):(\d{1,5})", source)
+        match = re.fullmatch(r"dns://((?:[\w-]{1,63}\.)*[\w-]{1,63}\.?):(\d{1,5})", source, re.ASCII)
         if not match or not 0 < int(match[2]) < 65536:
             raise ConfigError(f"'{source}' cannot be discovered: write dns://NAME:PORT")
         self._name, self._port = match[1], int(match[2])
         self._fleet = fleet
         self._resolve = resolve
         self._answered_at = fleet.clock()
+        self._is_failing = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -62,19 +66,32 @@ class DnsDiscovery:
             await asyncio.sleep(INTERVAL)
 
     async def look_up(self) -> None:
-        """Asks once and reconciles; a failure, or an answer without a record, leaves the fleet as it is for a while."""
-        now = self._fleet.clock()
+        """Asks once and reconciles; a failure, or an answer without a record, leaves the fleet as it is for a while.
+
+        After that while, those leave that have not answered for as long either: a scaled-down service has no name any
+        more, but a name server that is down says nothing about replicas that are up.
+        """
         try:
             addresses = await self._resolve(self._name, self._port)
-        except (OSError, TimeoutError):
+            why = "no such name"
+        except OSError as error:
             addresses = []
+            why = str(error) or "no answer in time"
+        now = self._fleet.clock()
         if addresses:
+            if self._is_failing:
+                log.warning("DNS knows %s again: %d addresses", self._name, len(addresses))
+            self._is_failing = False
             self._answered_at = now
             self._fleet.reconcile([self._listed(address) for address in addresses])
-        elif now - self._answered_at > GRACE:
-            alive = [m.listed for m in self._fleet.members.values() if m.is_available(now)]
-            self._fleet.reconcile(alive)
+            return
+        if not self._is_failing:
+            log.warning("DNS does not say where %s is (%s); the replicas known so far are kept", self._name, why)
+        self._is_failing = True
+        if now - self._answered_at > GRACE:
+            members = self._fleet.members.values()
+            self._fleet.reconcile([m.listed for m in members if not m.is_failing_for(GRACE, now)])
 
     def _listed(self, address: str) -> Listed:
-        host = f"[{address}]" if ":" in address else address
-        return Listed(name=f"{address}:{self._port}", url=f"http://{host}:{self._port}", infra="dns")
+        place = f"[{address}]:{self._port}" if ":" in address else f"{address}:{self._port}"
+        return Listed(name=place, url=f"http://{place}", infra="dns")

@@ -12,14 +12,6 @@ from balancer.settings import ReadinessProbe, Settings
 Clock = Callable[[], float]
 
 
-class Observer(Protocol):
-    """What the fleet tells whoever displays it."""
-
-    def member_left(self, member: Member) -> None: ...
-
-    def member_ejected(self, member: Member) -> None: ...
-
-
 class Chosen(Protocol):
     """What a policy says: a member, and whatever else it wants to be reminded of."""
 
@@ -42,6 +34,7 @@ class Claim(Generic[C]):
         self._fleet = fleet
         fleet.turns += 1
         member.turn = fleet.turns
+        fleet.in_flight += 1
         if not member.in_flight:
             member.busy_since = fleet.clock()
         member.in_flight += 1
@@ -54,6 +47,7 @@ class Claim(Generic[C]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._fleet.in_flight -= 1
         self.member.in_flight -= 1
         self.member.generating -= self._is_generating
         self._fleet.room_made()
@@ -66,9 +60,7 @@ class Fleet:
     `when_refused` with a member at which nothing listens any more.
     """
 
-    def __init__(
-        self, settings: Settings, readiness: ReadinessProbe, clock: Clock, observer: Observer | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, readiness: ReadinessProbe, clock: Clock) -> None:
         self.settings = settings
         self.readiness = readiness
         self.clock = clock
@@ -77,65 +69,67 @@ class Fleet:
         self.when_joined: list[Callable[[Member], None]] = []
         self.when_left: list[Callable[[Member], None]] = []
         self.when_refused: list[Callable[[Member], None]] = []
-        self._observer = observer
+        self.in_flight = 0  # requests at members, those that left among them
+        self.turns = 0  # choices made
+        self.ready_since: float | None = None  # when a member was ready for the first time
         self._available: list[Member] = []
         self._available_until = 0.0
         self._last_id = 0
-        self.turns = 0
 
     # Who is in it
 
     def reconcile(self, listing: Iterable[Listed]) -> None:
-        """Makes the members those of `listing`: same name and address is the same member, all else is new.
+        """Makes the members those of `listing`. Same name, address, id and life is the same member, all else is new.
 
-        Raises ConfigError when two entries have one name or one id.
+        Raises ConfigError, and changes nothing, when two entries have one name or one id.
         """
         wanted = list(listing)
-        for what, values in (
-            ("name", [x.name for x in wanted]),
-            ("id", [x.id for x in wanted if x.id is not None]),
-        ):
-            if len(set(values)) < len(values):
-                raise ConfigError(f"two replicas have the same {what}: give each its own")
+        ids = {listed.id for listed in wanted if listed.id is not None}
+        if len({listed.name for listed in wanted}) < len(wanted):
+            raise ConfigError("two replicas have the same name: give each its own")
+        if len(ids) < sum(listed.id is not None for listed in wanted):
+            raise ConfigError("two replicas have the same id: give each its own")
         known = {(member.name, member.url): member for member in self.members.values()}
-        kept: dict[int, Member] = {}
-        joined: list[Member] = []
+        before, self.members = self.members, {}
         for listed in wanted:
-            member = known.pop((listed.name, listed.url), None)
-            if member is None or (listed.id is not None and listed.id != member.id):
-                member = self._new_member(listed, taken=kept)
-                joined.append(member)
+            member = known.get((listed.name, listed.url))
+            number = listed.id
+            if number is None:
+                number = member.id if member and member.id not in ids else self._next_id(ids)
+            if member is None or member.id != number or member.is_other_life(listed):
+                member = self._new_member(listed, number)
             else:
-                member.listed = listed
-            kept[member.id] = member
-        gone = [member for member in self.members.values() if kept.get(member.id) is not member]
-        self.members = kept
-        for member in gone:
-            self._tell_left(member)
-        for member in joined:
-            for hook in self.when_joined:
-                hook(member)
+                member.listed_again(listed, self.clock())
+            self.members[number] = member
+        for member in before.values():
+            if not self.has(member):
+                self._tell(self.when_left, member)
+        for member in self.members.values():
+            if before.get(member.id) is not member:
+                self._tell(self.when_joined, member)
         self.changed()
 
-    def restarted(self, member: Member) -> Member:
-        """Another process answers at this address now: the member gives way to a new one without its past."""
-        if self.members.get(member.id) is not member:
-            return member
-        fresh = self._new_member(member.listed, taken={}, number=member.id)
+    def restarted(self, member: Member) -> None:
+        """Another process answers at this address now: the member gives way to a new one, without its past.
+
+        A drain goes over to the new one: only `undrain` takes it back.
+        """
+        if not self.has(member):
+            return
+        fresh = self._new_member(member.listed, member.id)
         fresh.draining = member.draining
         self.members[member.id] = fresh
-        self._tell_left(member)
-        for hook in self.when_joined:
-            hook(fresh)
+        self._tell(self.when_left, member)
+        self._tell(self.when_joined, fresh)
         self.changed()
-        return fresh
 
-    def _new_member(self, listed: Listed, taken: Collection[int], number: int | None = None) -> Member:
-        number = number or listed.id
-        if number is None:
-            number = self._last_id + 1
-            while number in taken:
-                number += 1
+    def _next_id(self, taken: Collection[int]) -> int:
+        number = self._last_id + 1
+        while number in taken:
+            number += 1
+        return number
+
+    def _new_member(self, listed: Listed, number: int) -> Member:
         self._last_id = max(self._last_id, number)
         outlier = Outlier(self.settings.ejection_time, self.settings.max_ejection_time)
         member = Member(number, listed, self.clock(), outlier, self.readiness)
@@ -143,11 +137,9 @@ class Fleet:
             member.limit = self.settings.max_in_flight
         return member
 
-    def _tell_left(self, member: Member) -> None:
-        for hook in self.when_left:
+    def _tell(self, hooks: list[Callable[[Member], None]], member: Member) -> None:
+        for hook in hooks:
             hook(member)
-        if self._observer:
-            self._observer.member_left(member)
 
     def has(self, member: Member) -> bool:
         """Is this very record still in the fleet?"""
@@ -223,8 +215,7 @@ class Fleet:
         member.failures_total += 1
         if member.ready.refused(self.clock()):
             self.changed()
-        for hook in self.when_refused:
-            hook(member)
+        self._tell(self.when_refused, member)
 
     def busy(self, member: Member, seconds: float) -> None:
         """It answered 503: full for that long, yet not broken."""
@@ -236,17 +227,20 @@ class Fleet:
     def failed(self, member: Member) -> None:
         """It failed a request in a way that counts; enough of them eject it, never more than half of the members."""
         member.failures_total += 1
-        if not member.outlier.failed() or not self.has(member):
-            return
         now = self.clock()
+        if member.ejected_until > now or not self.has(member) or not member.outlier.failed():
+            return
         ejected = sum(m.ejected_until > now for m in self.members.values())
         others = any(m is not member and m.is_available(now) for m in self.members.values())
-        if member.ejected_until <= now and others and (ejected + 1) * 2 <= len(self.members):
+        if others and (ejected + 1) * 2 <= len(self.members):
             member.ejected_until = member.outlier.eject(now)
-            if self._observer:
-                self._observer.member_ejected(member)
             self.changed()
 
-    def count(self, verdict: Verdict) -> int:
-        """How many members have this probe verdict."""
-        return sum(member.probe is verdict for member in self.members.values())
+    def noted(self, member: Member, has_changed: bool) -> None:
+        """A probe spoke of this member; `has_changed`: otherwise than before."""
+        if not member.has_passed and member.probe is Verdict.PASSING and not member.refusing:
+            member.has_passed = has_changed = True
+            if self.ready_since is None:
+                self.ready_since = self.clock()
+        if has_changed:
+            self.changed()

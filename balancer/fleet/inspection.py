@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import orjson
 
-from balancer.fleet.member import Member
+from balancer.fleet.line import Line
+from balancer.fleet.member import UNKNOWN_LIMIT
 
 LEAST_LIMIT = 16
 TOKENS_PER_REQUEST = 256
@@ -20,39 +21,39 @@ class Facts:
     capacity_tokens: int | None = None
 
 
-async def read_facts(client: httpx.AsyncClient, member: Member, timeout: float) -> Facts:
-    """Asks SGLang's /server_info and /v1/loads; a replica that has neither is not an error."""
-    info = await _read(client, member.url + "/server_info", timeout)
-    loads = await _read(client, member.url + "/v1/loads?include=core", timeout)
-    entries = loads.get("loads")
-    first = entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else loads
+async def read_facts(line: Line, timeout: float) -> Facts:
+    """Asks SGLang's /v1/loads and /server_info, `timeout` seconds each; a replica that has neither is no error.
+
+    Raises Unheard when it does not answer: SGLang's /server_info waits for the scheduler, so for a long prefill.
+    """
+    loads = await _read(line, "/v1/loads?include=core", timeout)
+    info = await _read(line, "/server_info", timeout)
+    entries = loads.get("loads")  # one for each data-parallel rank
+    ranks = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    capacity = _sum(ranks, "max_total_num_tokens") or _sum([info], "max_total_num_tokens")
+    running = _sum(ranks, "max_running_requests") or _sum([info], "max_running_requests")
     seed = info.get("random_seed")
-    capacity = _positive(info.get("max_total_num_tokens"))
-    running = _positive(first.get("max_running_requests")) or _positive(info.get("max_running_requests"))
-    return Facts(
-        identity=None if seed is None else str(seed),
-        limit=limit_of(running, capacity),
-        capacity_tokens=capacity,
-    )
+    return Facts(None if seed is None else str(seed), limit_of(running, capacity), capacity)
 
 
 def limit_of(max_running_requests: int | None, capacity_tokens: int | None) -> int | None:
     """How many generating requests a member may hold: what it runs at once, less where its KV pool is small."""
-    if max_running_requests is None:
-        return None
     if capacity_tokens is None:
         return max_running_requests
-    return min(max_running_requests, max(LEAST_LIMIT, capacity_tokens // TOKENS_PER_REQUEST))
+    return min(max_running_requests or UNKNOWN_LIMIT, max(LEAST_LIMIT, capacity_tokens // TOKENS_PER_REQUEST))
 
 
-async def _read(client: httpx.AsyncClient, url: str, timeout: float) -> dict[str, Any]:
+async def _read(line: Line, path: str, timeout: float) -> dict[str, Any]:
+    answer = await line.ask(path, timeout)
     try:
-        answer = await client.get(url, timeout=timeout)
-        body = answer.json() if answer.status_code == 200 else {}
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+        body = orjson.loads(answer.body) if answer.status == 200 else {}
+    except ValueError:
         return {}
     return body if isinstance(body, dict) else {}
 
 
-def _positive(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+def _sum(entries: list[dict[str, Any]], name: str) -> int | None:
+    """None where an entry has no such whole number above zero."""
+    values = [entry.get(name) for entry in entries]
+    numbers = [value for value in values if type(value) is int and value > 0]
+    return sum(numbers) if numbers and len(numbers) == len(values) else None

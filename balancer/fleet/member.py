@@ -90,6 +90,8 @@ class Listed:
         try:
             parts = urlsplit(self.url)
             usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            usable = usable and parts.netloc.isascii() and self.url == f"{parts.scheme}://{parts.netloc}"
+            usable = usable and "@" not in self.url
         except ValueError:
             usable = False
         if not usable:
@@ -106,7 +108,7 @@ class Member:
 
     id: int
     listed: Listed
-    since: float
+    since: float  # when its life began, as far as is known here
     outlier: Outlier
     readiness: ReadinessProbe
     host: str = ""
@@ -131,6 +133,7 @@ class Member:
     busy_since: float = 0.0
     turn: int = 0  # when it was last chosen, counted in choices
 
+    launched_at: float = 0.0
     requests_total: int = 0
     failures_total: int = 0
     cached_tokens_total: int = 0
@@ -141,7 +144,8 @@ class Member:
         self.is_https = parts.scheme == "https"
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if self.is_https else 80)
-        self.authority = parts.netloc.rpartition("@")[2].encode("idna" if not parts.netloc.isascii() else "ascii")
+        self.authority = parts.netloc.encode()
+        self.launched_at = self.since - (self.listed.launched_seconds or 0.0)
 
     @property
     def name(self) -> str:
@@ -150,6 +154,24 @@ class Member:
     @property
     def url(self) -> str:
         return self.listed.url
+
+    def is_other_life(self, listed: Listed) -> bool:
+        """Does the engine speak of another start of this replica than the one known here?"""
+        before, now = self.listed.state, listed.state
+        return now != before and (now == "PROVISIONING" or (now == "RUNNING" and before != "PROVISIONING"))
+
+    def listed_again(self, listed: Listed, now: float) -> None:
+        """The same life is listed again, perhaps with news."""
+        if listed.state != self.listed.state == "PROVISIONING":
+            self.since = now
+        if listed.launched_seconds is not None:
+            self.launched_at = now - listed.launched_seconds
+        self.listed = listed
+
+    @property
+    def is_leaving(self) -> bool:
+        """Was it told to finish what it has, here or by its engine?"""
+        return self.draining or self.listed.state == "SHUTTING_DOWN"
 
     @property
     def probe(self) -> Verdict:
@@ -164,21 +186,23 @@ class Member:
         """Since when it fails; only meaningful while `probe` is failing."""
         return min(q.since for q in (self.ready, self.service) if q.verdict is Verdict.FAILING)
 
+    def is_failing_for(self, seconds: float, now: float) -> bool:
+        """Has a probe failed for longer than that?"""
+        return self.probe is Verdict.FAILING and now - self.failing_since() > seconds
+
     def status(self, now: float) -> Status:
         """The displayed status: the first row of behaviour's table that fits."""
-        probe = self.probe
-        if self.listed.state in ("PROVISIONING", "FAILED", "SHUTTING_DOWN"):
+        if self.listed.state in ("PROVISIONING", "FAILED"):
             return Status(self.listed.state)
-        if self.draining:
+        if self.is_leaving:
             return Status.DRAINING if self.in_flight else Status.SHUTTING_DOWN
         if not self.has_passed and now - self.since > self.readiness.initial_delay_seconds:
             return Status.FAILED_INITIAL_DELAY
         if not self.has_passed:
             return Status.STARTING
-        patience = self.readiness.consecutive_failure_threshold_timeout
-        if probe is Verdict.FAILING and now - self.failing_since() > patience:
+        if self.is_failing_for(self.readiness.consecutive_failure_threshold_timeout, now):
             return Status.FAILED_PROBING
-        if self.refusing or probe is not Verdict.PASSING:
+        if self.refusing or self.probe is not Verdict.PASSING:
             return Status.NOT_READY
         if self.ejected_until > now:
             return Status.EJECTED
@@ -187,7 +211,3 @@ class Member:
     def is_available(self, now: float) -> bool:
         """May it be given requests at all? A full member is available."""
         return self.status(now) is Status.READY
-
-    def is_full(self, now: float) -> bool:
-        """Is it at its limit, or did it say so itself a moment ago?"""
-        return self.generating >= self.limit or self.full_until > now

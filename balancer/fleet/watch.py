@@ -1,0 +1,212 @@
+"""The watch over one member: two loops, one for our own question (`/ready`), one for the service's readiness probe."""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+from urllib.parse import quote
+
+import orjson
+
+from balancer.fleet.fleet import Fleet
+from balancer.fleet.inspection import read_facts
+from balancer.fleet.line import Line, NotAsked, Refused, Unheard
+from balancer.fleet.member import Member, Verdict
+
+log = logging.getLogger("groundserve")
+
+# SGLang answers these by making a token; /health_generate always does.
+TOKEN_PATHS = ("/health", "/health_generate")
+SILENT_PATH = "/health_generate"
+# Time to the next question while the service's answer is not (or no longer surely) a pass, in seconds.
+SOON = 1.0
+# However much hurries, /ready is not asked more often than once in this many seconds.
+LEAST_GAP = 0.02
+
+
+class LineTo(Protocol):
+    def __call__(self, member: Member, *, when_broken: Callable[[], None] | None = None) -> Line: ...
+
+
+class Watch:
+    """Asks one member until it is stopped, and tells the fleet. `line_to` makes a line to it."""
+
+    def __init__(self, member: Member, fleet: Fleet, line_to: LineTo, jitter: random.Random) -> None:
+        self._hurry = asyncio.Event()  # ask /ready now
+        self._member = member
+        self._fleet = fleet
+        self._line_to = line_to
+        self._jitter = jitter
+        self._came_up = asyncio.Event()  # /ready began to pass: ask the service's question now
+        self._was_refused = False
+        self._trouble = ""  # why it could not be asked, as last logged
+        self._vouched_at = 0.0  # when the service's probe last passed
+        self._ready_line = line_to(member, when_broken=self._hurry.set)
+        self._service_line = line_to(member)
+        self._inspected: int | None = None  # the ready line's breaks when we last knew who answers
+        self.tasks = [asyncio.ensure_future(self._watch_ready()), asyncio.ensure_future(self._watch_service())]
+
+    def stop(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+
+    def refused(self) -> None:
+        """A request found nothing listening: ask again, and not on a connection from before."""
+        self._was_refused = True
+        self._ready_line.close()
+        self._hurry.set()
+
+    # Ours: /ready
+
+    async def _watch_ready(self) -> None:
+        interval = self._fleet.settings.ready_interval
+        pause = interval * self._jitter.random()  # members that joined together are soon asked apart
+        with contextlib.closing(self._ready_line):
+            while True:
+                self._hurry.clear()
+                await self._safely(self._ask_ready)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._jittered(pause)):
+                        await self._hurry.wait()
+                        await asyncio.sleep(LEAST_GAP)
+                pause = interval
+
+    async def _ask_ready(self) -> None:
+        member, fleet = self._member, self._fleet
+        if member.listed.state != "RUNNING":
+            return
+        try:
+            answer = await self._ready_line.ask("/ready", fleet.settings.ready_timeout)
+        except Refused:
+            self._was_refused = True
+            fleet.noted(member, member.ready.refused(fleet.clock()))
+            return
+        except Unheard:
+            fleet.noted(member, member.ready.failed(fleet.clock()))
+            return
+        was_refusing = member.refusing
+        if answer.status == 503:
+            member.refusing = True
+            fleet.noted(member, not was_refusing)
+        elif answer.status not in (200, 404):
+            fleet.noted(member, member.ready.failed(fleet.clock()))
+        elif not await self._is_another():
+            # 404 is an older SGLang, without /ready: there the service's probe alone decides.
+            member.refusing = False
+            fleet.noted(member, member.ready.passed(fleet.clock()) or was_refusing)
+            self._came_up.set()
+
+    async def _is_another(self) -> bool:
+        """Is what answers now not the process that we knew? Then a new member has taken over.
+
+        The replica is only asked where it may be so: at first, after a refusal, after the line broke.
+        """
+        member, settings, breaks = self._member, self._fleet.settings, self._ready_line.breaks
+        if self._inspected == breaks and not self._was_refused:
+            return False
+        is_passing = member.ready.verdict is Verdict.PASSING
+        # A member that passes is not kept from its next /ready by a long prefill.
+        timeout = min(settings.ready_interval, settings.ready_timeout) if is_passing else settings.ready_timeout
+        with contextlib.closing(self._line_to(member)) as line:
+            try:
+                facts = await read_facts(line, timeout)
+            except Unheard:
+                return False  # who it is will be asked again after the next /ready
+        if facts.identity and member.identity:
+            is_another = facts.identity != member.identity
+        else:
+            is_another = self._was_refused and member.has_passed
+        if is_another:
+            self._fleet.restarted(member)
+            return True
+        self._inspected, self._was_refused = breaks, False
+        member.identity = facts.identity or member.identity
+        member.capacity_tokens = facts.capacity_tokens or member.capacity_tokens
+        if settings.max_in_flight is None:
+            member.limit = facts.limit or member.limit
+        return False
+
+    # The service's: readiness_probe
+
+    async def _watch_service(self) -> None:
+        member, interval = self._member, self._fleet.readiness.endpoint_probe_interval_seconds
+        with contextlib.closing(self._service_line):
+            while True:
+                if member.ready.verdict is not Verdict.PASSING:
+                    self._came_up.clear()
+                    await self._came_up.wait()
+                await self._safely(self._judge_service)
+                is_sure = member.service.verdict is Verdict.PASSING and not member.service.failures
+                await asyncio.sleep(self._jittered(interval if is_sure else min(interval, SOON)))
+
+    async def _judge_service(self) -> None:
+        member, fleet = self._member, self._fleet
+        if self._makes_tokens() and member.service.verdict is Verdict.PASSING:
+            if self._flows():
+                fleet.noted(member, member.service.passed(fleet.clock()))
+                return
+            if self._is_at_work():
+                return
+        try:
+            passes = await self._ask_service()
+        except Unheard:
+            if self._is_at_work():
+                return  # a long prefill keeps anything waiting
+            passes = False
+        now = fleet.clock()
+        if passes:
+            self._vouched_at = now
+        fleet.noted(member, member.service.passed(now) if passes else member.service.failed(now))
+
+    def _makes_tokens(self) -> bool:
+        """Does the service's question cost the replica a generation?"""
+        return self._fleet.readiness.path in TOKEN_PATHS or self._fleet.readiness.post_data is not None
+
+    def _flows(self) -> bool:
+        """Bytes that came from it lately prove as much as a made-up token would."""
+        return self._fleet.clock() - self._member.last_byte_at < self._fleet.readiness.endpoint_probe_interval_seconds
+
+    def _is_at_work(self) -> bool:
+        """It holds requests and is silent: a long prefill looks like that, so it is left alone for a while."""
+        return self._member.generating > 0 and not self._is_too_silent()
+
+    def _is_too_silent(self) -> bool:
+        member = self._member
+        heard_at = max(member.last_byte_at, member.busy_since, self._vouched_at)
+        return member.generating > 0 and self._fleet.clock() - heard_at > self._fleet.settings.silence_timeout
+
+    async def _ask_service(self) -> bool:
+        probe = self._fleet.readiness
+        if self._makes_tokens() and self._is_too_silent():
+            answer = await self._service_line.ask(SILENT_PATH, self._fleet.settings.silence_timeout)
+            if answer.status != 404:
+                return answer.status == 200
+        fields = {"Accept": "*/*", **({} if probe.post_data is None else {"Content-Type": "application/json"})}
+        fields |= probe.headers
+        answer = await self._service_line.ask(
+            quote(probe.path, safe="%/?:@!$&'()*+,;=-._~[]"),
+            probe.timeout_seconds,
+            "GET" if probe.post_data is None else "POST",
+            b"".join(f"{name}: {value}\r\n".encode() for name, value in fields.items()),
+            None if probe.post_data is None else orjson.dumps(probe.post_data),
+        )
+        return answer.status == 200
+
+    # Both
+
+    async def _safely(self, ask: Callable[[], Awaitable[None]]) -> None:
+        """A watch that ended would leave its member as it is for ever: so it goes on, whatever happens."""
+        try:
+            await ask()
+            self._trouble = ""
+        except Exception as error:
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.warning(
+                    "replica %s could not be asked: %s", self._member.name, error, exc_info=type(error) is not NotAsked
+                )
+
+    def _jittered(self, seconds: float) -> float:
+        return seconds * self._jitter.uniform(0.8, 1.0)
