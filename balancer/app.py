@@ -87,7 +87,7 @@ class Balancer:
         self.keys = Keys(config.api_keys) if config.api_keys else None
         self.certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         replica_tls = replica_context(config.replica_ca)
-        self.prober = Prober(self.fleet, config.replica_key)
+        self.prober = Prober(self.fleet, config.replica_key, replica_tls)
         self.discovery = DnsDiscovery(config.discover, self.fleet) if config.discover else None
         self.pool = Pool(settings, loop, replica_tls)
         self.fleet.when_left.append(self.pool.forget)
