@@ -11,6 +11,8 @@ import orjson
 from tests.lab.asked import Asked
 
 DONE = b"[DONE]"
+QUEUE_FULL = "The request queue is full."
+WORDS = tuple(f" t{position:02}" for position in range(100))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,17 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "reasoning_tokens": 0,
-            "completion_tokens_details": None,
         }
+
+    def in_full(self) -> dict[str, Any]:
+        """As everywhere but at the end of a streamed text completion."""
+        return {**self.as_json(), "completion_tokens_details": None}
+
+
+def words(count: int) -> list[str]:
+    """The text of `count` tokens: four bytes each, as tests/lab/prompts.py reads text, so that an answer which a
+    conversation sends back is the tokens that were made."""
+    return [WORDS[position % len(WORDS)] for position in range(count)]
 
 
 def error(status: int, message: str, kind: str) -> bytes:
@@ -64,7 +75,7 @@ def whole(generation: Generation, usage: Usage, seconds: float) -> bytes:
         "created": generation.created,
         "model": generation.asked.model,
         "choices": [_choice(said, "length")],
-        "usage": usage.as_json(),
+        "usage": usage.in_full(),
         "metadata": {"weight_version": "default", "weight_versions": _weight_versions(usage)},
     }
     return orjson.dumps(body)
@@ -94,9 +105,20 @@ def last(generation: Generation, usage: Usage) -> list[bytes]:
     chunks = []
     if generation.asked.kind == "chat":
         chunks.append(_chunk(generation, [_choice(_delta(), "length")]))
-    if generation.asked.include_usage and generation.asked.kind != "generate":
-        chunks.append(_chunk(generation, [], usage=usage.as_json()))
-    return [*chunks, DONE]
+    return [*chunks, *_ending(generation, usage)]
+
+
+def refused(generation: Generation) -> list[bytes]:
+    """What is streamed, with status 200, to a streaming request that found the queue full."""
+    refusal = b'{"error":' + error(503, QUEUE_FULL, "SERVICE_UNAVAILABLE") + b"}"
+    return [refusal, *_ending(generation, Usage(0, 0, 0))]
+
+
+def _ending(generation: Generation, usage: Usage) -> list[bytes]:
+    if not generation.asked.include_usage or generation.asked.kind == "generate":
+        return [DONE]
+    said = usage.in_full() if generation.asked.kind == "chat" else usage.as_json()
+    return [_chunk(generation, [], usage=said), DONE]
 
 
 def _delta(**said: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Asked:
             raise BadRequest(f"max_tokens must be at least 1, got {wanted!r}")
         return cls(
             kind=kind,
-            model=str(body.get("model", knobs.model)),
+            model=str(body.get("model", knobs.served_model)),
             stream=body.get("stream") is True,
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
             tokens=knobs.tokens or wanted,

@@ -61,13 +61,17 @@ class Knobs:
     service_status: int | Literal["hang", "reset"] = 200  # /server_info, /v1/loads, /model_info, /v1/models, /metrics
 
     # What it says about itself.
-    model: str = "lab"
+    served_model: str = "lab"
     api_key: str = ""  # wanted as a bearer token, and shown in clear by /server_info
-    max_running_requests: int = 64
-    max_total_tokens: int = 65536
-    max_queued_requests: int | None = None  # faithful mode: more waiting than this is refused
-    abort_delay: float | None = None  # from the client's leaving to the abort; None: 0 plain, SGLang's faithful
     random_seed: int = 0  # 0: drawn at each start
+    max_running_requests: int = 64  # plain mode; in faithful mode the model's
+    max_total_tokens: int = 65536  # plain mode; in faithful mode the model's
+
+    # How it ends what nobody waits for, and how its health is found (SGLang: 2, 4, 20).
+    abort_delay_stream: float = 0.0  # from the client's leaving to the abort of a streaming request
+    abort_delay: float = 0.0  # the same of one that is not streamed
+    health_timeout: float = 20.0  # faithful mode: /health without any token for this long is a failure
+    stuck: bool = False  # faithful mode: the scheduler hangs, the server answers on
 
     def change(self, **changes: Any) -> "Knobs":
         """These knobs with changes. Raises BadKnob with the nearest known name, or what the value may be."""
@@ -80,6 +84,13 @@ class Knobs:
             values[name] = _checked(name, value, known[name].type)
         return dataclasses.replace(self, **values)
 
+    def abort_delay_for(self, stream: bool) -> float:
+        return self.abort_delay_stream if stream else self.abort_delay
+
+
+# What a real SGLang has, where the defaults above are there for quick tests.
+FAITHFUL = Knobs(abort_delay_stream=2.0, abort_delay=4.0)
+
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
     if name in ("headers", "interim"):
@@ -90,8 +101,8 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         accepted = value in get_args(kind)
     elif name in ("ready", "health", "service_status"):
         accepted = value in ("hang", "reset") or type(value) is int
-    elif kind is float or name == "abort_delay":
-        accepted = type(value) in (int, float) or (value is None and name == "abort_delay")
+    elif kind is float:
+        accepted = type(value) in (int, float)
     else:
         accepted = isinstance(value, kind) and (type(value) is not bool or kind is bool)
     if not accepted:

@@ -53,11 +53,11 @@ class Request:
         "aborted",
         "arrived_at",
         "cached_tokens",
-        "computed",
         "finish_step",
         "finished_at",
         "first_token_at",
         "joined_step",
+        "kept",
         "made",
         "node",
         "number",
@@ -89,9 +89,9 @@ class Request:
         # The scheduler's own:
         self.number = 0
         self.tokens = prompt  # to prefill: the prompt and, after a retraction, what was made
-        self.computed = 0  # tokens of it in the pool, in the tree or private
-        self.private = 0  # tokens in the pool outside the tree
-        self.node: Node | None = None  # locked
+        self.node: Node | None = None  # the deepest node of it in the tree, locked
+        self.kept = 0  # bytes of it in the tree, up to that node
+        self.private = 0  # tokens of it in the pool but not in the tree
         self.made = 0  # tokens made before it joined the batch
         self.joined_step = 0
         self.finish_step = 0
@@ -122,6 +122,7 @@ class ReplicaModel:
         self.requests_total = 0
         self.aborted_total = 0
         self.retracted_total = 0
+        self._page_bytes = self.settings.page_size * TOKEN
         self._numbers = count(1)
         self._order = count()
         self._private = 0  # tokens in the pool that are not in the tree
@@ -142,7 +143,7 @@ class ReplicaModel:
     @property
     def used_tokens(self) -> int:
         """Tokens of the pool that requests hold: what /v1/loads calls used."""
-        return self._private + self.cache.locked
+        return self._private + self.cache.held
 
     @property
     def free_tokens(self) -> int:
@@ -260,7 +261,7 @@ class ReplicaModel:
         to_make = self._to_make - self._steps * len(self.running)
         self._blocked = False
         if self._chunked is not None:
-            new = min(budget, len(self._chunked.tokens) // TOKEN - self._chunked.computed)
+            new = min(budget, (len(self._chunked.tokens) - self._chunked.kept) // TOKEN - self._chunked.private)
             self._take(new)
             batch.append((self._chunked, new))
             budget -= new
@@ -270,12 +271,11 @@ class ReplicaModel:
                 break
             request = self.waiting[0]
             total = len(request.tokens) // TOKEN
-            node, cached = self.cache.match(request.tokens[:-TOKEN])
-            self.cache.lock(node)
+            node, cached = self.cache.hold(request.tokens[:-TOKEN])
             output = request.output_tokens - request.made
             wanted = total - cached + output + settings.reserve * to_make
             if wanted > self.free_tokens + self.cache.evictable and (self.running or batch):
-                self.cache.unlock(node)
+                self.cache.let_go(node)
                 self._blocked = True
                 break
             self.waiting.popleft()
@@ -284,7 +284,7 @@ class ReplicaModel:
             budget -= new
             to_make += output
             request.node = node
-            request.computed = cached
+            request.kept = cached * TOKEN
             if request.started_at is None:
                 request.started_at = at
                 request.cached_tokens = cached
@@ -304,12 +304,13 @@ class ReplicaModel:
         batch, self._prefilling = self._prefilling, []
         self._chunked = None
         for request, new in batch:
-            request.computed += new
             request.private += new
-            self._keep(request, request.tokens[: request.computed * TOKEN])
-            if request.computed * TOKEN < len(request.tokens):
+            computed = request.kept // TOKEN + request.private
+            if computed * TOKEN < len(request.tokens):
+                self._keep(request, request.tokens[: computed * TOKEN])
                 self._chunked = request
                 continue
+            self._keep(request, request.tokens)
             request.made += 1
             self.output_tokens_total += 1
             if request.first_token_at is None:
@@ -368,33 +369,30 @@ class ReplicaModel:
 
     def _leave(self, request: Request, at: float) -> None:
         """Finished or aborted: its tokens go to the tree, all but the last, which was never computed."""
-        computed = request.tokens[: request.computed * TOKEN]
         if request.made > 1:
-            computed = request.prompt + self._output(request, request.made - 1)
-        self._keep(request, computed)
+            self._keep(request, request.prompt + self._output(request, request.made - 1))
         self._release(request)
         request.finished_at = at
         self._over.append(request)
 
     def _keep(self, request: Request, computed: bytes) -> None:
-        """Move what is computed from the request's private tokens to the tree, and lock it there."""
-        before = request.node
-        assert before is not None
-        node, _ = self.cache.insert(self.cache.root, computed)
-        self.cache.lock(node)
-        self.cache.unlock(before)
-        request.node = node
-        rest = len(computed) // TOKEN % self.settings.page_size
+        """Move what is computed from the request's private tokens to the tree, whole pages, and lock it there."""
+        node = request.node
+        assert node is not None
+        whole = len(computed) - len(computed) % self._page_bytes
+        if whole > request.kept:
+            request.node = self.cache.extend(node, computed[request.kept : whole])
+            request.kept = whole
+        rest = (len(computed) - whole) // TOKEN
         self._private -= request.private - rest
         request.private = rest
 
     def _release(self, request: Request) -> None:
         assert request.node is not None
-        self.cache.unlock(request.node)
+        self.cache.let_go(request.node)
         request.node = None
         self._private -= request.private
         request.private = 0
-        request.computed = 0
 
     def _retract(self, at: float) -> None:
         """The pool is full: the request that made the least goes back to the queue, to be prefilled again."""

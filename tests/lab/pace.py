@@ -11,22 +11,27 @@ from tests.lab.knobs import Knobs
 class Pace(Protocol):
     """Waited on by the server for each token of one generation."""
 
-    prompt_tokens: int
-    cached_tokens: int  # known once the first token came
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def cached_tokens(self) -> int:
+        """Known once the first token came."""
 
     async def token(self, position: int) -> None:
         """Return when the token at `position`, from 0, is due."""
 
-    def leave(self) -> None:
-        """The generation is over: finished, cut or left by its client."""
+    def abort(self) -> bool:
+        """Stop generating. False when it was over already."""
 
 
 class PlainPace:
     """Fixed latencies from the knobs; nothing is ever cached."""
 
+    cached_tokens = 0
+
     def __init__(self, knobs: Knobs, asked: Asked) -> None:
         self.prompt_tokens = max(1, asked.body_length // 4)
-        self.cached_tokens = 0
         self._knobs = knobs
 
     async def token(self, position: int) -> None:
@@ -34,8 +39,8 @@ class PlainPace:
         if delay:
             await asyncio.sleep(delay)
 
-    def leave(self) -> None:
-        return
+    def abort(self) -> bool:
+        return True
 
 
 def usage(pace: Pace, completion_tokens: int) -> Usage:

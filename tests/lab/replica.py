@@ -9,6 +9,8 @@
         replica.seen.last.headers                  # tests/lab/seen.py: every request, byte for byte
         assert replica.seen.malformed == []        # nothing came that is no HTTP/1.1
 
+`LabReplica(model=ModelSettings(...))` takes its timing, caching and limits from tests/lab/model.py (faithful mode).
+
 /v1/chat/completions, /v1/completions and /generate generate; /health, /health_generate, /ready, /server_info,
 /v1/loads, /model_info, /v1/models and /metrics inform; every other path echoes: 200, any method, with the
 request's own body and content type (or as the knobs say).
@@ -20,38 +22,52 @@ next two requests; {"refuse": true}; {"drop_connections": true}), `GET /lab/knob
 """
 
 import asyncio
-import contextlib
 import random
 import socket
 from collections import deque
 from typing import Any, Self
 
-import orjson
-
-from tests.lab import answers, service
-from tests.lab.http1 import Connection, Exchange
-from tests.lab.knobs import BadKnob, Knobs
+from tests.lab import service
+from tests.lab.control import control
+from tests.lab.exchange import Exchange
+from tests.lab.http1 import Connection
+from tests.lab.knobs import FAITHFUL, Knobs
+from tests.lab.live import LiveModel
+from tests.lab.model import ModelSettings
 from tests.lab.pace import PlainPace
 from tests.lab.seen import Seen
-from tests.lab.serving import serve, silence, standard_headers
+from tests.lab.serving import serve, silence
 
 PROBES = ("/ready", "/health", "/health_generate")
+OPEN_TO_ALL = ("/ready", "/health", "/metrics")  # without SGLang's key
 
 
 class LabReplica:
     """One simulated replica, listening while the `async with` block runs."""
 
-    def __init__(self, knobs: Knobs | None = None, *, host: str = "127.0.0.1", port: int = 0, **changes: Any) -> None:
-        self.knobs = (knobs or Knobs()).change(**changes)
+    def __init__(
+        self,
+        knobs: Knobs | None = None,
+        *,
+        model: ModelSettings | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        **changes: Any,
+    ) -> None:
+        """`model` makes it faithful: timing, caching and limits come from a ReplicaModel. Raises BadKnob."""
+        self.knobs = (knobs or (Knobs() if model is None else FAITHFUL)).change(**changes)
+        self.live = None if model is None else LiveModel(model)
         self.seen = Seen()
         self.host = host
         self.port = port
         self.random_seed = 0
         self.exiting = False  # SIGTERM was received: /ready and /health say 503
+        self._warming = False
         self._next: deque[Knobs] = deque()
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._control: asyncio.Server | None = None
         self._held: socket.socket | None = None
 
     @property
@@ -68,7 +84,9 @@ class LabReplica:
         if self.seen.crashes:
             raise AssertionError("the lab replica itself failed:\n" + "\n".join(self.seen.crashes))
 
-    async def start(self) -> None:
+    async def start(self, warming: bool = False) -> None:
+        """Listen. `warming`: /ready and /health say 503 until `warmed_up`, as SGLang's do while it warms up."""
+        self._warming = warming
         self.random_seed = self.knobs.random_seed or random.SystemRandom().getrandbits(30)
         if self._held is None:
             # Held for as long as the replica lives, so that nobody takes the port while it refuses.
@@ -76,11 +94,28 @@ class LabReplica:
             self.port = self._held.getsockname()[1]
         await self.accept()
 
+    def warmed_up(self) -> None:
+        self._warming = False
+
+    async def open_control(self) -> str:
+        """Listen for /lab requests on a port of their own, where no fault applies. Returns its URL."""
+        seen, knobs, connections = Seen(), Knobs(), set[Connection]()
+
+        def connection() -> Connection:
+            return Connection(seen, lambda: knobs, lambda exchange: control(self, exchange), connections, self._tasks)
+
+        self._control = await asyncio.get_running_loop().create_server(connection, self.host, 0)
+        return f"http://{self.host}:{self._control.sockets[0].getsockname()[1]}"
+
     async def stop(self) -> None:
         """Reset what is open and stop listening."""
         self.refuse()
+        if self._control is not None:
+            self._control.close()
         self.drop_connections()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.live is not None:
+            self.live.close()
         if self._held is not None:
             self._held.close()
             self._held = None
@@ -88,6 +123,8 @@ class LabReplica:
     def set(self, **changes: Any) -> None:
         """Change knobs from the next request on. Raises BadKnob."""
         self.knobs = self.knobs.change(**changes)
+        if self.live is not None and "stuck" in changes:
+            self.live.stick(self.knobs.stuck)
 
     def refuse(self) -> None:
         """Stop listening: connects are refused, the port stays bound, open connections live on."""
@@ -123,10 +160,12 @@ class LabReplica:
         return Connection(self.seen, lambda: self.knobs, self._answer, self._connections, self._tasks)
 
     async def _answer(self, exchange: Exchange) -> None:
-        path, _, query = exchange.head.target.partition("?")
+        path = exchange.head.target.partition("?")[0]
         if path.startswith("/lab/"):
-            self.seen.probes.append(exchange.record)
-            await control(self, exchange, path, query)
+            await control(self, exchange)
+        elif not self._may_enter(exchange, path):
+            await exchange.read_body()
+            await exchange.reply(401, service.JSON, b'{"error":"Unauthorized"}')
         elif path in PROBES or path in service.PATHS:
             self.seen.probes.append(exchange.record)
             await exchange.read_body()
@@ -135,7 +174,12 @@ class LabReplica:
             knobs = self._next.popleft() if self._next else self.knobs
             self.seen.requests.append(exchange.record)
             self.seen.changed()
-            await serve(exchange, knobs, self.seen, PlainPace)
+            await serve(exchange, knobs, self.seen, PlainPace if self.live is None else self.live.pace)
+
+    def _may_enter(self, exchange: Exchange, path: str) -> bool:
+        if not self.knobs.api_key or path.startswith(OPEN_TO_ALL):
+            return True
+        return exchange.record.header("authorization") == f"Bearer {self.knobs.api_key}"
 
     async def _inform(self, exchange: Exchange, path: str) -> None:
         knobs = self.knobs
@@ -152,59 +196,25 @@ class LabReplica:
         if wanted == "reset":
             exchange.connection.cut("reset")
         status = int(wanted)
-        if path in PROBES and self.exiting:
-            status = 503
         content_type, body = "", b""
         if status == 404:
             content_type, body = service.JSON, b'{"detail":"Not Found"}'
-        elif path not in PROBES and status == 200:
-            load = service.load_from(self.seen, knobs)
+        elif path in PROBES:
+            status = status if status != 200 or await self._probe_passes(path) else 503
+        elif status == 200:
+            load = service.load_from(self.seen, knobs) if self.live is None else self.live.load()
             content_type, body = service.describe(path, knobs, self.random_seed, self.seen, load)
-        await reply(exchange, status, content_type, body)
+        await exchange.reply(status, content_type, body)
+
+    async def _probe_passes(self, path: str) -> bool:
+        if self.exiting or self._warming:
+            return False
+        if self.live is None:
+            return True
+        return self.live.is_healthy if path == "/ready" else await self.live.check_health(self.knobs.health_timeout)
 
 
-async def reply(exchange: Exchange, status: int, content_type: str, body: bytes) -> None:
-    """An answer that no fault touches."""
-    await exchange.write(exchange.head_bytes(status, standard_headers(content_type), "auto", len(body)))
-    if body and exchange.head.method != "HEAD":
-        await exchange.write(body)
-    await exchange.finish()
+if __name__ == "__main__":
+    from tests.lab.process import main
 
-
-async def control(replica: LabReplica, exchange: Exchange, path: str, query: str) -> None:
-    """Answer /lab/knobs and /lab/seen."""
-    await exchange.read_body()
-    match exchange.head.method, path:
-        case "POST", "/lab/knobs":
-            try:
-                await _turn(replica, orjson.loads(exchange.body))
-            except ValueError as error:
-                await reply(exchange, 400, service.JSON, answers.error(400, str(error), "BadKnob"))
-                return
-            await reply(exchange, 200, service.JSON, orjson.dumps(replica.knobs))
-        case "GET", "/lab/knobs":
-            await reply(exchange, 200, service.JSON, orjson.dumps(replica.knobs))
-        case "GET", "/lab/seen":
-            after = int(query.partition("after=")[2] or -1)
-            with contextlib.suppress(AssertionError):
-                await replica.seen.until(lambda seen: seen.version > after, timeout=5.0)
-            await reply(exchange, 200, service.JSON, orjson.dumps(replica.seen.as_json()))
-        case _:
-            await reply(exchange, 404, service.JSON, answers.error(404, f"no {path} in the lab", "NotFound"))
-
-
-async def _turn(replica: LabReplica, asked: Any) -> None:
-    if not isinstance(asked, dict):
-        raise BadKnob(f"knobs are an object, not {asked!r}")
-    count = asked.pop("next", None)
-    refuse, drop = asked.pop("refuse", None), asked.pop("drop_connections", False)
-    if count is None:
-        replica.set(**asked)
-    else:
-        replica.next(count, **asked)
-    if refuse:
-        replica.refuse()
-    elif refuse is False:
-        await replica.accept()
-    if drop:
-        replica.drop_connections()
+    main()

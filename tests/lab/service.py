@@ -66,15 +66,15 @@ def describe(path: str, knobs: Knobs, random_seed: int, seen: Seen, load: Load) 
 
 
 def _models(knobs: Knobs) -> dict[str, Any]:
-    card = {"id": knobs.model, "object": "model", "created": int(time.time()), "owned_by": "sglang"}
-    return {"object": "list", "data": [card | {"root": knobs.model, "parent": None, "max_model_len": 4096}]}
+    card = {"id": knobs.served_model, "object": "model", "created": int(time.time()), "owned_by": "sglang"}
+    return {"object": "list", "data": [card | {"root": knobs.served_model, "parent": None, "max_model_len": 4096}]}
 
 
 def _model_info(knobs: Knobs) -> dict[str, Any]:
     return {
-        "model_path": knobs.model,
-        "served_model_name": knobs.model,
-        "tokenizer_path": knobs.model,
+        "model_path": knobs.served_model,
+        "served_model_name": knobs.served_model,
+        "tokenizer_path": knobs.served_model,
         "is_generation": True,
         "preferred_sampling_params": None,
         "weight_version": "default",
@@ -91,11 +91,10 @@ def _model_info(knobs: Knobs) -> dict[str, Any]:
 
 def _server_info(knobs: Knobs, random_seed: int, load: Load) -> dict[str, Any]:
     arguments = {
-        "model_path": knobs.model,
-        "tokenizer_path": knobs.model,
-        "served_model_name": knobs.model,
+        "model_path": knobs.served_model,
+        "tokenizer_path": knobs.served_model,
+        "served_model_name": knobs.served_model,
         "max_running_requests": None,
-        "max_queued_requests": knobs.max_queued_requests,
         "page_size": 1,
         "random_seed": random_seed,
         "api_key": knobs.api_key or None,
@@ -136,7 +135,8 @@ def _loads(load: Load) -> dict[str, Any]:
 
 
 def _metrics(knobs: Knobs, seen: Seen, load: Load) -> bytes:
-    shard = f'engine_type="unified",model_name="{knobs.model}",moe_ep_rank="0",pp_rank="0",tp_rank="0"'
+    service = f'engine_type="unified",model_name="{knobs.served_model}"'
+    shard = f'{service},moe_ep_rank="0",pp_rank="0",tp_rank="0"'
     gauges = {
         "num_running_reqs": load.running,
         "num_queue_reqs": load.waiting,
@@ -146,16 +146,10 @@ def _metrics(knobs: Knobs, seen: Seen, load: Load) -> bytes:
         "cache_hit_rate": load.cache_hit_rate,
         "max_total_num_tokens": load.total_tokens,
     }
-    # Like SGLang's, the counters are there from their first count on.
-    counters = {
-        "num_requests_total": seen.generations_finished,
-        "num_aborted_requests_total": seen.generations_aborted,
-    }
     lines = []
     for name, value in gauges.items():
         lines += [f"# TYPE sglang:{name} gauge", f"sglang:{name}{{{shard}}} {float(value)}"]
-    service = f'engine_type="unified",model_name="{knobs.model}"'
-    for name, count in counters.items():
-        if count:
-            lines += [f"# TYPE sglang:{name} counter", f"sglang:{name}{{{service}}} {float(count)}"]
+    if seen.generations_aborted:  # SGLang's counters are there from their first count on
+        name = "sglang:num_aborted_requests_total"
+        lines += [f"# TYPE {name} counter", f"{name}{{{service}}} {float(seen.generations_aborted)}"]
     return ("\n".join(lines) + "\n").encode()

@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from email.utils import formatdate
 from typing import Never
 
 from tests.lab import answers
 from tests.lab.asked import Asked, BadRequest, Kind
-from tests.lab.http1 import Exchange
+from tests.lab.exchange import Exchange, standard_headers
 from tests.lab.knobs import Knobs
+from tests.lab.model import QueueFull
 from tests.lab.pace import Pace, usage
 from tests.lab.seen import Seen
 
@@ -17,20 +17,9 @@ GENERATING: dict[str, Kind] = {
     "/v1/completions": "completion",
     "/generate": "generate",
 }
-QUEUE_FULL = "The request queue is full."
 PIECE = bytes(65536)
 
 PaceFor = Callable[[Knobs, Asked], Pace]
-
-
-def standard_headers(content_type: str) -> list[tuple[str, str]]:
-    """The headers that SGLang's every answer has."""
-    ordinary = [("date", formatdate(usegmt=True)), ("server", "uvicorn")]
-    return ordinary + ([("content-type", content_type)] if content_type else []) + [("vary", "Origin")]
-
-
-class QueueFull(Exception):
-    """The replica's own queue is at its limit."""
 
 
 async def silence() -> Never:
@@ -130,7 +119,7 @@ async def serve(exchange: Exchange, knobs: Knobs, seen: Seen, pace_for: PaceFor)
     if knobs.raw is not None:
         await _raw(exchange, knobs, knobs.raw.encode("latin-1"))
     elif knobs.status >= 400:
-        message = QUEUE_FULL if knobs.status == 503 else "what the test asked for"
+        message = answers.QUEUE_FULL if knobs.status == 503 else "what the test asked for"
         ordinary = answers.error(knobs.status, message, str(knobs.status))
         body = ordinary if knobs.body is None else knobs.body.encode()
         await sender.whole(knobs.status, "application/json", body)
@@ -170,43 +159,53 @@ async def _generate(sender: Sender, kind: Kind, seen: Seen, pace_for: PaceFor) -
     exchange, knobs = sender.exchange, sender.knobs
     try:
         asked = Asked.read(kind, exchange.body, knobs)
-    except BadRequest as error:
-        await sender.whole(400, "application/json", answers.error(400, str(error), "Bad Request"))
-        return
-    try:
+        generation = answers.Generation(asked, words=answers.words(asked.tokens))
         pace = pace_for(knobs, asked)
-    except QueueFull:
-        await _refuse(sender, asked.stream)
+    except BadRequest as error:
+        await sender.whole(400, "application/json", answers.error(400, str(error), "BadRequestError"))
         return
-    generation = answers.Generation(asked, words=[f" t{position % 100:02}" for position in range(asked.tokens)])
+    except QueueFull:
+        await _refuse(sender, generation)
+        return
     exchange.record.generated = True
     seen.generations_started += 1
     seen.changed()
-    finished = False
     try:
         if asked.stream:
             await _stream(sender, generation, pace, seen)
         else:
             await _answer_whole(sender, generation, pace, seen)
-        finished = True
-    finally:
-        if finished:
-            seen.generations_finished += 1
-        else:
-            pace.leave()
+    except BaseException:
+        _abort(exchange, pace, seen, knobs.abort_delay_for(asked.stream))
+        raise
+    seen.generations_finished += 1
+    seen.changed()
+
+
+def _abort(exchange: Exchange, pace: Pace, seen: Seen, delay: float) -> None:
+    """End a generation that nobody waits for: after SGLang's delay when its client left, at once otherwise."""
+
+    def now() -> None:
+        if pace.abort():
             seen.generations_aborted += 1
+        else:
+            seen.generations_finished += 1
         seen.changed()
 
+    if delay and exchange.record.outcome == "client_left":
+        asyncio.get_running_loop().call_later(delay, now)
+    else:
+        now()
 
-async def _refuse(sender: Sender, stream: bool) -> None:
+
+async def _refuse(sender: Sender, generation: answers.Generation) -> None:
     # As SGLang does: only a request that is not streamed learns of a full queue from its status.
-    if not stream:
-        await sender.whole(503, "application/json", answers.error(503, QUEUE_FULL, "503"))
+    if not generation.asked.stream:
+        await sender.whole(503, "application/json", answers.error(503, answers.QUEUE_FULL, "503"))
         return
-    refusal = answers.error(503, QUEUE_FULL, "SERVICE_UNAVAILABLE")
     await sender.head(200, "text/event-stream; charset=utf-8", None)
-    await sender.body(answers.event(b'{"error":' + refusal + b"}"))
-    await sender.body(answers.event(answers.DONE))
+    for data in answers.refused(generation):
+        await sender.body(answers.event(data))
     await sender.exchange.finish()
 
 

@@ -1,0 +1,73 @@
+"""The prompt of a request as the model's tokens: four bytes of text are one, an image is as many as it is told."""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from tests.lab.asked import Asked, BadRequest
+from tests.lab.radix import TOKEN
+
+SYSTEM = "You are a helpful AI assistant."
+
+
+def text_tokens(text: str) -> bytes:
+    """Four bytes of UTF-8 a token, the last one filled up. Equal beginnings give equal tokens."""
+    data = text.encode()
+    return data + bytes(-len(data) % TOKEN)
+
+
+def image_tokens(image: str, count: int) -> bytes:
+    """`count` tokens, all the same, known by the image's digest: so SGLang pads an image, and so KV is reused."""
+    return hashlib.sha256(image.encode()).digest()[:TOKEN] * count
+
+
+def prompt_tokens(asked: Asked, tokens_per_image: int) -> bytes:
+    """The whole prompt. Raises BadRequest when there is none."""
+    body = asked.body
+    if asked.kind == "chat":
+        prompt = b"".join(_chat(body, tokens_per_image))
+    elif asked.kind == "completion":
+        prompt = _flat(body.get("prompt"))
+    else:
+        images = body.get("image_data") or []
+        images = images if isinstance(images, list) else [images]
+        told = body.get("text") if body.get("text") is not None else body.get("input_ids")
+        prompt = b"".join(image_tokens(str(image), tokens_per_image) for image in images) + _flat(told)
+    if not prompt:
+        raise BadRequest("the prompt is empty")
+    return prompt
+
+
+def _chat(body: dict[str, Any], tokens_per_image: int) -> Iterator[bytes]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+        raise BadRequest("Messages cannot be empty.")
+    if body.get("tools"):
+        yield text_tokens(orjson.dumps(body["tools"]).decode())
+    if messages[0].get("role") != "system":
+        yield text_tokens(f"<|system|>{SYSTEM}<|end|>")
+    for message in messages:
+        yield text_tokens(f"<|{message.get('role')}|>")
+        content = message.get("content")
+        parts: list[dict[str, Any]] = content if isinstance(content, list) else [{"text": content or ""}]
+        for part in parts:
+            if part.get("type") == "image_url":
+                yield image_tokens(str(part["image_url"]["url"]), tokens_per_image)
+            else:
+                yield text_tokens(str(part.get("text", "")))
+        yield text_tokens("<|end|>")
+    yield text_tokens("<|assistant|>")
+
+
+def _flat(told: Any) -> bytes:
+    """A string, token ids, or a list of either."""
+    if isinstance(told, str):
+        return text_tokens(told)
+    if isinstance(told, int):
+        return struct.pack(">I", told % 2**32)
+    if isinstance(told, list):
+        return b"".join(_flat(part) for part in told)
+    raise BadRequest(f"a prompt is text or token ids, not {told!r}")

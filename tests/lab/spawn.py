@@ -1,0 +1,134 @@
+"""A lab replica in its own process, for tests that kill, stop and restart it.
+
+async with spawn_replica("--faithful", token_interval=0.02) as replica:
+    ...                                          # send requests to replica.url
+    await replica.set(status=503)                # as LabReplica.set; next, refuse, accept, drop_connections too
+    await replica.until(lambda seen: seen["generations_started"] == 3)
+    replica.send_signal(signal.SIGSTOP)          # SIGKILL, SIGTERM, SIGCONT
+    assert await replica.wait() == 0
+"""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+
+
+class SpawnedReplica:
+    """The process, and its control port."""
+
+    def __init__(self, process: asyncio.subprocess.Process, control: str) -> None:
+        self.process = process
+        self.url = ""  # known once it is ready
+        self._control = httpx.AsyncClient(base_url=control, timeout=30.0)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    async def ready(self) -> None:
+        """Wait until it listens."""
+        self.url = await _line(self.process, "ready")
+
+    async def set(self, **changes: Any) -> None:
+        await self._turn(changes)
+
+    async def next(self, count: int = 1, **changes: Any) -> None:
+        await self._turn({"next": count, **changes})
+
+    async def refuse(self) -> None:
+        await self._turn({"refuse": True})
+
+    async def accept(self) -> None:
+        await self._turn({"refuse": False})
+
+    async def drop_connections(self) -> None:
+        await self._turn({"drop_connections": True})
+
+    async def _turn(self, changes: dict[str, Any]) -> None:
+        answer = await self._control.post("/lab/knobs", json=changes)
+        if answer.is_error:
+            raise ValueError(answer.json()["message"])
+
+    async def seen(self, after: int = -1) -> dict[str, Any]:
+        """What tests/lab/seen.py's Seen.as_json says, once its version is above `after` or 5 s have passed."""
+        answer = await self._control.get("/lab/seen", params={"after": after})
+        seen: dict[str, Any] = answer.raise_for_status().json()
+        return seen
+
+    async def until(self, claim: Callable[[dict[str, Any]], object], timeout: float = 10.0) -> dict[str, Any]:
+        """Wait until the claim holds for what it saw. Raises TimeoutError."""
+        async with asyncio.timeout(timeout):
+            seen = await self.seen()
+            while not claim(seen):
+                seen = await self.seen(after=seen["version"])
+            return seen
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def wait(self) -> int:
+        """Its exit code, negative for a signal."""
+        return await self.process.wait()
+
+    async def close(self) -> None:
+        await self._control.aclose()
+        await _end(self.process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
+
+
+async def _line(process: asyncio.subprocess.Process, word: str) -> str:
+    assert process.stdout is not None
+    line = (await process.stdout.readline()).decode().split()
+    if len(line) != 2 or line[0] != word:
+        raise RuntimeError(f"the lab replica said {line}, not {word!r}")
+    return line[1]
+
+
+@contextlib.asynccontextmanager
+async def spawn_replica(
+    *flags: str, wait: bool = True, port: int = 0, host: str = "127.0.0.1", **knobs: Any
+) -> AsyncIterator[SpawnedReplica]:
+    """Start one, on a port of its own unless given, ready unless `wait` is False, and kill it in the end."""
+    turned = [text for name, value in knobs.items() for text in (f"--{name.replace('_', '-')}", _said(value))]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tests.lab.replica",
+        *("--host", host, "--port", str(port)),
+        *turned,
+        *flags,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+    try:
+        replica = SpawnedReplica(process, await _line(process, "control"))
+    except BaseException:
+        await _end(process)
+        raise
+    try:
+        if wait:
+            await replica.ready()
+        yield replica
+    finally:
+        await replica.close()
+
+
+def _said(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
