@@ -105,6 +105,7 @@ async def drain(
                 break
             await asyncio.sleep(_TICK)
         else:
+            await asyncio.sleep(_TICK)  # the stock one blocks the loop: let the last answers out first
             server.server_status = status.Up  # all was answered: the stock one need not hurry
     await stock(server)
 

@@ -1,0 +1,94 @@
+"""Two real SGLang replicas on the CPU and the balancer in front, started once; one more that sees, when asked for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.running import Balancer, Program, Replica
+
+_started: list[Program] = []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in here:
+        item.add_marker(pytest.mark.timeout(600))  # the first to ask starts replicas, and may make their models
+    # Sorting is stable: only tests that end replicas move, to the end.
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.failed and Path(__file__).parent in item.path.parents:
+        for program in _started:
+            report.sections.append((f"end of the log of {program.name}", program.tail()))
+    return report
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def pair(logs: Path) -> Iterator[list[Replica]]:
+    replicas = [Replica("smollm2-135m", logs / f"smollm2-{n}.log") for n in (1, 2)]
+    _started.extend(replicas)
+    try:
+        for replica in replicas:
+            replica.wait_ready()
+        yield replicas
+    finally:
+        for replica in replicas:
+            replica.end()
+
+
+@pytest.fixture
+def replicas(pair: list[Replica]) -> list[Replica]:
+    """Two replicas of smollm2-135m, both ready whatever the test before did to them."""
+    for replica in pair:
+        if replica.process.poll() is not None:
+            replica.restart()
+    for replica in pair:
+        replica.wait_ready()
+    return pair
+
+
+@pytest.fixture(scope="session")
+def in_front(pair: list[Replica], logs: Path) -> Iterator[Balancer]:
+    balancer = Balancer(logs / "balancer.log", pair)
+    _started.append(balancer)
+    yield balancer
+    balancer.end()
+
+
+@pytest.fixture
+def balancer(in_front: Balancer, replicas: list[Replica]) -> Balancer:
+    """The balancer in front of both replicas, which it has found ready."""
+    assert replicas
+    in_front.wait_all_ready()
+    return in_front
+
+
+@pytest.fixture
+def endpoint(balancer: Balancer) -> str:
+    return balancer.url
+
+
+@pytest.fixture(scope="session")
+def eyes(logs: Path) -> Iterator[str]:
+    """The endpoint of a balancer in front of one replica of tiny-llava."""
+    replica = Replica("tiny-llava", logs / "tiny-llava.log")
+    _started.append(replica)
+    try:
+        replica.wait_ready()
+        balancer = Balancer(logs / "balancer-eyes.log", [replica])
+        _started.append(balancer)
+        balancer.wait_all_ready()
+        yield balancer.url
+        balancer.end()
+    finally:
+        replica.end()

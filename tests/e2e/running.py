@@ -1,0 +1,136 @@
+"""Real programs that tests start on loopback: python -m replica on the CPU, python -m balancer in front of it."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+START = 480.0  # seconds a replica may take on a busy machine; alone it takes about 30
+_LIBC = ctypes.CDLL(None)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def until(true: Callable[[], bool], seconds: float, what: str) -> None:
+    """Waits for something that another process does and tells nobody of."""
+    give_up = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < give_up, f"not within {seconds:g} s: {what}"
+        time.sleep(0.1)
+
+
+def _die_with_pytest() -> None:
+    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed test run leaves nothing behind
+
+
+class Program:
+    """A child process whose output goes to a file, which is shown when a test fails."""
+
+    def __init__(self, name: str, log: Path, *arguments: str, **environ: str) -> None:
+        self.name = name
+        self.log = log
+        self._arguments = arguments
+        self._environ = environ
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **self._environ},
+                preexec_fn=_die_with_pytest,
+            )
+
+    def tail(self, lines: int = 40) -> str:
+        text = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return "\n".join(line[:300] for line in text)
+
+    def check_alive(self) -> bool:
+        """True, so that it can stand in a condition that is waited for; an early end fails the test at once."""
+        assert self.process.poll() is None, f"{self.name} ended with {self.process.returncode}:\n{self.tail()}"
+        return True
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(timeout=30)
+
+
+class Replica(Program):
+    """python -m replica on the CPU. A generous keep-alive aside, all is as a person starts it."""
+
+    def __init__(self, model: str, log: Path) -> None:
+        self.model = model
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        flags = ("-m", "replica", "--device", "cpu", "--model", model, "--port", str(self.port))
+        # A deep health check that fails soon, so that a test need not wait a minute for one that does.
+        super().__init__(f"{model} on {self.port}", log, *flags, SGLANG_HEALTH_CHECK_TIMEOUT="5", OMP_NUM_THREADS="1")
+
+    def restart(self) -> None:
+        """A dead replica again, on the same port."""
+        self.process = self._start()
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait_ready(self) -> None:
+        until(lambda: self.is_ready() or not self.check_alive(), START, f"{self.name} is ready")
+
+    def children(self) -> list[int]:
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for file in threads for pid in file.read_text().split()]
+
+    def scheduler(self) -> int:
+        """The process that generates."""
+        (pid,) = (pid for pid in self.children() if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        return pid
+
+    def figure(self, name: str) -> float:
+        """The sum of one of SGLang's metrics over its labels; 0 before it first appears."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + "{", name + " ")))
+
+
+class Balancer(Program):
+    """python -m balancer in front of replicas."""
+
+    def __init__(self, log: Path, replicas: list[Replica], *flags: str) -> None:
+        listed = [part for replica in replicas for part in ("--replica", replica.url)]
+        ports = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+        super().__init__("balancer", log, "-m", "balancer", *ports, *flags, *listed)
+        until(lambda: self.check_alive() and self._said("admin on ") != "", 30, "the balancer listens")
+        self.url = self._said("listening on ")
+        self.admin = self._said("admin on ")
+
+    def _said(self, before: str) -> str:
+        lines = self.log.read_text().splitlines()
+        return next((line.removeprefix(before) for line in lines if line.startswith(before)), "")
+
+    def statuses(self) -> list[str]:
+        """The displayed status of each replica, in the order they were given."""
+        replicas = httpx.get(f"{self.admin}/status", timeout=10).json()["replicas"]
+        return [replica["status"] for replica in replicas]
+
+    def wait_all_ready(self) -> None:
+        until(lambda: self.check_alive() and set(self.statuses()) == {"READY"}, 60, "all replicas are READY")
