@@ -140,7 +140,8 @@ def _show(patterns: Sequence[str], how: Display, console: Console | None = None)
 
 def scale(name: str, replicas: int) -> int:
     _ask(name, {"do": "scale", "replicas": replicas})
-    print(f"{name}: {replicas} replicas from now on; groundserve status {name} shows how far it is")
+    count = "1 replica" if replicas == 1 else f"{replicas} replicas"
+    print(f"{name}: {count} from now on; groundserve status {name} shows how far it is")
     return 0
 
 

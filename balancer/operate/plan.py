@@ -9,6 +9,9 @@ from balancer.schema import Operation
 # The balancer's words for a replica that will not become ready any more.
 UNUSABLE = ("FAILED_INITIAL_DELAY", "FAILED_PROBING")
 
+# A replica that was never ready is given up after this many starts: loading a model only to fail takes minutes.
+FIRST_STARTS = 3
+
 
 class Stage(enum.Enum):
     """Where a replica is in its life, as its engine knows it."""
@@ -102,7 +105,8 @@ def ended(replica: Replica, reason: str, is_hopeless: bool, now: float, operatio
     """The replica after its process ended unasked: waiting for its next start, or given up."""
     failures = replica.failures + 1
     changed = replace(replica, failures=failures, reason=reason, status="", in_flight=0, ready_since=None)
-    if failures >= operation.restart_limit or (is_hopeless and not replica.was_ready):
+    limit = operation.restart_limit if replica.was_ready else min(FIRST_STARTS, operation.restart_limit)
+    if failures >= limit or (is_hopeless and not replica.was_ready):
         return replace(changed, stage=Stage.GIVEN_UP)
     return replace(changed, stage=Stage.WAITING, start_at=now + backoff(failures, operation))
 

@@ -40,7 +40,8 @@ class Lines:
         for name, row in rows.items():
             if self._statuses.get(name) != row.status:
                 seconds = time.monotonic() - self._began
-                self.say(f"{name}  {row.status:<13} {seconds:6.1f} s" + (f"  {row.reason}" if row.reason else ""))
+                why = f"  {row.reason}" if row.status.startswith("FAILED") else ""
+                self.say(f"{name}  {row.status:<13} {seconds:6.1f} s{why}")
         for name in self._statuses.keys() - rows.keys():
             self.say(f"{name}  gone")
         self._statuses = {name: row.status for name, row in rows.items()}
