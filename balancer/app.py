@@ -37,9 +37,13 @@ from balancer.routing.prefix_aware import PrefixAware
 from balancer.settings import PolicyName, ReadinessProbe, Settings
 from balancer.views.access_log import AccessLog
 from balancer.views.admin import admin_app
+from balancer.views.feed import Feed
 from balancer.views.guard import Guard, is_loopback_name
+from balancer.views.history import History
 from balancer.views.metrics import BalancerCollector, metrics_router, registry_of
+from balancer.views.playground import playground_router
 from balancer.views.public import public_app
+from balancer.views.site import add_page
 from balancer.views.snapshot import ServiceFacts
 from balancer.views.tally import Tallies
 
@@ -128,6 +132,15 @@ class Balancer:
             buffered=lambda: self.doors.buffered,
         )
         admin.include_router(metrics_router(registry_of(figures)))
+        self.history = History(self.fleet, self.admission, self.tallies)
+        self.feed = Feed(self.facts, self.fleet, self.admission, self.tallies, self.history)
+        add_page(admin, self.feed)
+        self._own_client = httpx.AsyncClient(
+            verify=self.certificate.own_context if self.certificate else True,
+            trust_env=False,
+            timeout=httpx.Timeout(None, connect=5),
+        )
+        admin.include_router(playground_router(lambda: _reachable(self.endpoint), self._own_client))
         self._sockets = [_bound(*config.listen), _bound(*config.admin)]
         guarded = Guard(admin, is_loopback_name(config.admin[0]), config.admin_key is not None)
         self._servers = [
@@ -181,6 +194,7 @@ class Balancer:
 
     async def stop(self) -> None:
         """Ends every loop and closes every socket."""
+        self.feed.close()
         for server in self._servers:
             server.should_exit = True
         sweep = self._tasks.pop()
@@ -191,6 +205,7 @@ class Balancer:
         await self.prober.stop()
         self.pool.close()
         await self._client.aclose()
+        await self._own_client.aclose()
         self.access_log.flush()
 
     async def _sweep(self) -> None:
@@ -202,6 +217,7 @@ class Balancer:
                 self.pool.sweep(now)
                 self.admission.expire()
                 self.access_log.flush()
+                self.history.take(now)
                 if self.keys is not None:
                     self.keys.reload()
                 if self.certificate is not None:
@@ -297,6 +313,11 @@ def _bound(host: str, port: int) -> socket.socket:
 def _url(listener: socket.socket, is_tls: bool = False) -> str:
     host, port = listener.getsockname()[:2]
     return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _reachable(endpoint: str) -> str:
+    """The endpoint as this process itself reaches it: 0.0.0.0 and :: are every address, and none to connect to."""
+    return endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def _networks(texts: tuple[str, ...]) -> tuple[Network, ...]:

@@ -224,7 +224,7 @@ class _Relay:
         now = self._member.last_byte_at  # when this very piece was read
         if self._record.first_byte is None:
             self._record.first_byte = now - self._record.received_at
-        elif self._gaps is not None and now != self._last_at:
+        elif self._gaps is not None:
             self._gaps.note(now - self._last_at)
         self._last_at = now
         self._reply.body(data)

@@ -15,12 +15,19 @@ CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
 class Certificate:
-    """The endpoint's certificate chain and private key, PEM files both. Raises ConfigError when they do not fit."""
+    """The endpoint's certificate chain and private key, PEM files both. Raises ConfigError when they do not fit.
+
+    `own_context` is for asking this very endpoint from inside: by the certificate itself, whatever name it is for.
+    """
 
     def __init__(self, chain: Path, key: Path) -> None:
         self._chain, self._key = chain, key
         self._watch = FileWatch(chain, key)
         self.context = self._loaded()
+        self.own_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.own_context.check_hostname = False
+        self.own_context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        self.own_context.load_verify_locations(chain)
 
     def reload(self) -> None:
         """Takes up a renewed certificate for connections to come; a pair that does not fit leaves the old one."""
@@ -29,6 +36,7 @@ class Certificate:
         try:
             self._loaded()  # tried on a context of its own: a half-loaded pair would break every handshake
             self.context.load_cert_chain(self._chain, self._key, _no_password)
+            self.own_context.load_verify_locations(self._chain)
         except (ConfigError, OSError) as error:
             log.warning("%s; the certificate stays as it was", error)
         else:
@@ -58,15 +66,6 @@ def replica_context(authorities: Path | None) -> ssl.SSLContext:
         raise ConfigError(f"--replica-ca {authorities}: no PEM certificate in it") from None
     except OSError as error:
         raise ConfigError(f"--replica-ca {authorities}: {error.strerror}") from None
-
-
-def own_context(chain: Path) -> ssl.SSLContext:
-    """For asking our own endpoint from this very process: the certificate in the file, whatever name it is for."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    context.load_verify_locations(chain)
-    return context
 
 
 def _no_password() -> NoReturn:

@@ -48,13 +48,33 @@ class Histogram:
         return sum(self.counts)
 
 
+class Gaps(Histogram):
+    """Spans between the pieces of streams. Pieces that came together are one gap, yet each counts as a piece."""
+
+    __slots__ = ("together",)
+
+    def __init__(self) -> None:
+        super().__init__(GAP)
+        self.together = 0
+
+    def note(self, value: float) -> None:
+        if value:
+            super().note(value)
+        else:
+            self.together += 1
+
+    @property
+    def pieces(self) -> int:
+        return self.count + self.together
+
+
 @dataclass(slots=True)
 class MemberTally:
     """What was counted for one member, or for the requests that no member answered."""
 
     requests: defaultdict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT))
-    gaps: Histogram = field(default_factory=lambda: Histogram(GAP))
+    gaps: Gaps = field(default_factory=Gaps)
     duration: Histogram = field(default_factory=lambda: Histogram(DURATION))
     connect: Histogram = field(default_factory=lambda: Histogram(CONNECT))
     misjudged: Histogram = field(default_factory=lambda: Histogram(MISJUDGED))
@@ -62,7 +82,7 @@ class MemberTally:
     completion_tokens: int = 0
     cached_tokens: int = 0
     predicted_tokens: float = 0.0
-    # Of answers that came in one piece: the tokens of a stream are seen as they flow, by `gaps`.
+    # Of answers that came in one piece; what streams is seen as it flows, by `gaps`.
     whole_tokens: int = 0
 
 
@@ -116,7 +136,7 @@ class Tallies:
         if record.prompt_tokens is not None:
             self._note_tokens(record, tally, record.prompt_tokens)
 
-    def gaps(self, member: Member) -> Histogram:
+    def gaps(self, member: Member) -> Gaps:
         """Where the spans between one member's streamed pieces are noted, in seconds."""
         return self.members.get(member.name, self.nobody).gaps
 

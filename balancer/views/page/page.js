@@ -1,0 +1,174 @@
+// The service, its replicas and its routing, as the feed tells it each second.
+import { $, arrange, element, facts, number, say, seconds, share, span } from "./dom.js";
+import { change } from "./admin.js";
+import { draw, spark } from "./spark.js";
+import { startPlayground } from "./playground.js";
+
+const history = { kept: 180, service: [], replicas: new Map() };
+const statuses = new Map();
+
+const GOOD = ["READY"];
+const BAD = ["FAILED", "FAILED_INITIAL_DELAY", "FAILED_PROBING", "NOT_READY", "EJECTED"];
+
+function badge(node, status) {
+  say(node, status);
+  node.className = `badge ${GOOD.includes(status) ? "good" : BAD.includes(status) ? "bad" : ""}`;
+}
+
+const SERVICE_SPARKS = [["Requests a second", "requests_per_second"], ["In flight", "in_flight"], ["Waiting in the queue", "queue_depth"]];
+const REPLICA_SPARKS = [
+  ["Tokens a second", "tokens_per_second", number, null],
+  ["Time to first token", "ttft_seconds", seconds, null],
+  ["Cached share of prompts", "cached_share", share, 1],
+];
+
+function showService(service) {
+  say($("service-name"), service.name);
+  document.title = `${service.name}: ${service.status.toLowerCase().replaceAll("_", " ")}`;
+  badge($("service-status"), service.status);
+  facts($("service"), [
+    ["Endpoint", service.endpoint],
+    ["Replicas ready", `${service.ready} of ${service.total}`],
+    ["In flight", number(service.in_flight)],
+    ["Waiting", number(service.queue_depth)],
+    ["Policy", service.policy],
+    ["Version", service.version],
+    ["Up", span(service.uptime_seconds)],
+  ]);
+  $("service-reason").hidden = !service.reason;
+  say($("service-reason"), service.reason ?? "");
+}
+
+function makeCard(replica) {
+  const button = element("button", { type: "button" });
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    const failure = await change(`replicas/${replica.id}/${button.dataset.verb}`);
+    button.disabled = false;
+    const place = card.querySelector(".failure");
+    place.hidden = !failure;
+    say(place, failure);
+  });
+  const heading = element("h3", { id: `replica-${replica.id}` });
+  const card = element("article", { className: "card" },
+    element("header", {}, heading, element("span", { className: "badge" }), button),
+    element("p", { className: "about" }),
+    element("p", { className: "failure", hidden: true, role: "alert" }),
+    element("dl", { className: "facts" }),
+    element("div", { className: "sparks" }, ...REPLICA_SPARKS.map(([title]) => spark(title))));
+  card.setAttribute("aria-labelledby", heading.id);
+  return card;
+}
+
+function updateCard(card, replica) {
+  say(card.querySelector("h3"), replica.name);
+  badge(card.querySelector(".badge"), replica.status);
+  const about = [`replica ${replica.id}`, `version ${replica.version}`, replica.endpoint, replica.infra, replica.resources,
+    `launched ${span(replica.launched_seconds)} ago`, replica.reason];
+  say(card.querySelector(".about"), about.filter((part) => part && part !== "-").join(" · "));
+  const button = card.querySelector("button");
+  button.dataset.verb = replica.draining ? "undrain" : "drain";
+  say(button, replica.draining ? "Undrain" : "Drain");
+  button.setAttribute("aria-label", `${replica.draining ? "Undrain" : "Drain"} ${replica.name}`);
+  facts(card.querySelector("dl"), [
+    ["In flight", `${number(replica.in_flight)} of ${number(replica.limit)}`],
+    ["Tokens a second", number(replica.tokens_per_second)],
+    ["First token", seconds(replica.ttft_seconds)],
+    ["Cached", share(replica.cached_share)],
+    ["Requests", number(replica.requests_total)],
+    ["Failures", number(replica.failures_total)],
+  ]);
+}
+
+function showReplicas(replicas) {
+  $("no-replicas").hidden = replicas.length > 0;
+  arrange($("cards"), replicas, (replica) => replica.id, makeCard, updateCard);
+  const news = [];
+  for (const { id, name, status } of replicas) {
+    if (statuses.has(id) && statuses.get(id) !== status) news.push(`${name} is ${status.toLowerCase().replaceAll("_", " ")}`);
+    statuses.set(id, status);
+  }
+  const present = new Set(replicas.map((replica) => replica.id));
+  for (const id of statuses.keys()) {
+    if (!present.has(id)) {
+      statuses.delete(id);
+      history.replicas.delete(id);
+    }
+  }
+  if (news.length) say($("announcer"), news.join(", "));
+}
+
+function showDecisions(decisions) {
+  $("no-decisions").hidden = decisions.length > 0;
+  const number_ = "number";
+  arrange($("rows"), decisions, (decision) => decision.id,
+    () => element("tr", {}, ...["", "text", "", "text", "", number_, number_, number_, number_, number_, ""]
+      .map((name) => element("td", { className: name }))),
+    (row, d) => {
+      row.className = d.status >= 500 ? "bad" : "";
+      const cached = d.prompt_tokens ? `${number(d.cached_tokens)} of ${number(d.prompt_tokens)}` : "–";
+      [`${span(d.ago_seconds)} ago`, d.path, d.replica || "–", d.reason || "–", String(d.status), number(d.attempts),
+        seconds(d.queued_seconds), seconds(d.ttft_seconds), seconds(d.duration_seconds), cached, d.key || "–"]
+        .forEach((text, index) => say(row.children[index], text));
+      row.children[1].title = d.path;
+      row.children[3].title = d.reason;
+    });
+}
+
+function drawHistory() {
+  [...$("service-sparks").children].forEach((figure, index) => {
+    const field = SERVICE_SPARKS[index][1];
+    draw(figure, history.service.map((sample) => sample[field]), history.kept, number);
+  });
+  for (const card of $("cards").children) {
+    const samples = history.replicas.get(Number(card.dataset.key)) ?? [];
+    [...card.querySelectorAll(".spark")].forEach((figure, index) => {
+      const [, field, words, highest] = REPLICA_SPARKS[index];
+      draw(figure, samples.map((sample) => sample[field]), history.kept, words, highest);
+    });
+  }
+}
+
+function noteHistory({ data }) {
+  const told = JSON.parse(data);
+  history.kept = told.kept;
+  history.service = told.service;
+  history.replicas = new Map(Object.entries(told.replicas).map(([id, samples]) => [Number(id), samples]));
+}
+
+function noteSample({ data }) {
+  const told = JSON.parse(data);
+  history.service = [...history.service, told.service].slice(-history.kept);
+  for (const [id, sample] of Object.entries(told.replicas)) {
+    // The replica began anew if it has fewer samples than were seen of it.
+    const before = (history.replicas.get(Number(id)) ?? []).slice(-history.kept);
+    history.replicas.set(Number(id), [...before, sample].slice(-sample.count));
+  }
+}
+
+function show({ data }) {
+  const told = JSON.parse(data);
+  showService(told.service);
+  showReplicas(told.replicas);
+  showDecisions(told.decisions);
+  drawHistory();
+  document.body.dataset.live = "yes";
+}
+
+function watch() {
+  const feed = new EventSource("feed");
+  feed.addEventListener("history", noteHistory);
+  feed.addEventListener("sample", noteSample);
+  feed.addEventListener("state", show);
+  feed.addEventListener("open", () => say($("connection"), ""));
+  feed.addEventListener("error", () => {
+    document.body.dataset.live = "no";
+    say($("connection"), "The balancer does not answer; trying again …");
+    // A browser tries again by itself after a lost connection, yet not after an answer that is no feed.
+    if (feed.readyState === EventSource.CLOSED) setTimeout(watch, 3000);
+  });
+}
+
+$("service-sparks").append(...SERVICE_SPARKS.map(([title]) => spark(title)));
+watch();
+startPlayground();

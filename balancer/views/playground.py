@@ -1,0 +1,83 @@
+"""The playground's requests, passed on to our own serving port: they meet the same door, queue and policy as any."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+from fastapi import APIRouter, Request
+from fastapi.responses import Response, StreamingResponse
+
+from balancer.errors import ServeError
+
+SENT = ("content-type", "content-length", "authorization")
+RETURNED = ("content-type", "retry-after", "x-request-id", "x-replica-id", "x-route-reason")
+
+
+def playground_router(endpoint: Callable[[], str], client: httpx.AsyncClient) -> APIRouter:
+    """Routes under /playground. A page of the admin port calls these only, so nothing of another origin is needed."""
+    router = APIRouter(prefix="/playground")
+
+    @router.get("/v1/models")
+    async def models(request: Request) -> Response:
+        """The endpoint's own list of models."""
+        return await _passed_on(request, client, endpoint() + "/v1/models")
+
+    @router.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        """A chat through the endpoint, streamed as it comes."""
+        return await _passed_on(request, client, endpoint() + "/v1/chat/completions")
+
+    return router
+
+
+async def _passed_on(request: Request, client: httpx.AsyncClient, url: str) -> Response:
+    headers = {name: request.headers[name] for name in SENT if name in request.headers}
+    is_read = asyncio.Event()
+    message = client.build_request(
+        request.method,
+        url,
+        headers={**headers, "X-Route-Explain": "1", "Accept-Encoding": "identity"},
+        content=_body_of(request, is_read) if request.method == "POST" else None,
+    )
+    sending = asyncio.ensure_future(client.send(message, stream=True))
+    leaving = asyncio.ensure_future(_left(request, is_read))
+    try:
+        await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():
+            return Response(status_code=499)  # nobody is there to read it
+        answer = sending.result()
+    except httpx.HTTPError:
+        refusal = ServeError(502, "endpoint_unreachable", "The endpoint did not answer; the balancer's log says why.")
+        return Response(refusal.body, refusal.status, media_type="application/json")
+    finally:
+        for task in (sending, leaving):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await leaving
+    kept = {name: answer.headers[name] for name in RETURNED if name in answer.headers}
+    return StreamingResponse(_pieces(answer), answer.status_code, {**kept, "Cache-Control": "no-store"})
+
+
+async def _body_of(request: Request, is_read: asyncio.Event) -> AsyncIterator[bytes]:
+    async for piece in request.stream():
+        yield piece
+    is_read.set()
+
+
+async def _left(request: Request, is_read: asyncio.Event) -> None:
+    """Returns when the browser is gone: the request must not wait in the queue, or at a replica, for nobody."""
+    if request.method == "POST":
+        await is_read.wait()
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for piece in answer.aiter_raw():
+            yield piece
+    except httpx.HTTPError:
+        return  # the endpoint broke the stream off, and has said so in it
+    finally:
+        await answer.aclose()
