@@ -18,8 +18,8 @@ function badge(node, status) {
 const SERVICE_SPARKS = [["Requests a second", "requests_per_second"], ["In flight", "in_flight"], ["Waiting in the queue", "queue_depth"]];
 const REPLICA_SPARKS = [
   ["Tokens a second", "tokens_per_second", number, null],
-  ["Time to first token", "ttft_seconds", seconds, null],
-  ["Cached share of prompts", "cached_share", share, 1],
+  ["First token after", "ttft_seconds", seconds, null],
+  ["Prompts cached", "cached_share", share, 1],
 ];
 
 function showService(service) {
@@ -37,6 +37,10 @@ function showService(service) {
   ]);
   $("service-reason").hidden = !service.reason;
   say($("service-reason"), service.reason ?? "");
+  [...$("service-sparks").children].forEach((figure, index) => {
+    const values = history.service.map((sample) => sample[SERVICE_SPARKS[index][1]]);
+    draw(figure, values, history.kept, number, values.at(-1));
+  });
 }
 
 function makeCard(replica) {
@@ -72,12 +76,14 @@ function updateCard(card, replica) {
   button.setAttribute("aria-label", `${replica.draining ? "Undrain" : "Drain"} ${replica.name}`);
   facts(card.querySelector("dl"), [
     ["In flight", `${number(replica.in_flight)} of ${number(replica.limit)}`],
-    ["Tokens a second", number(replica.tokens_per_second)],
-    ["First token", seconds(replica.ttft_seconds)],
-    ["Cached", share(replica.cached_share)],
     ["Requests", number(replica.requests_total)],
     ["Failures", number(replica.failures_total)],
   ]);
+  const samples = history.replicas.get(replica.id) ?? [];
+  [...card.querySelectorAll(".spark")].forEach((figure, index) => {
+    const [, field, words, highest] = REPLICA_SPARKS[index];
+    draw(figure, samples.map((sample) => sample[field]), history.kept, words, replica[field], highest);
+  });
 }
 
 function showReplicas(replicas) {
@@ -115,20 +121,6 @@ function showDecisions(decisions) {
     });
 }
 
-function drawHistory() {
-  [...$("service-sparks").children].forEach((figure, index) => {
-    const field = SERVICE_SPARKS[index][1];
-    draw(figure, history.service.map((sample) => sample[field]), history.kept, number);
-  });
-  for (const card of $("cards").children) {
-    const samples = history.replicas.get(Number(card.dataset.key)) ?? [];
-    [...card.querySelectorAll(".spark")].forEach((figure, index) => {
-      const [, field, words, highest] = REPLICA_SPARKS[index];
-      draw(figure, samples.map((sample) => sample[field]), history.kept, words, highest);
-    });
-  }
-}
-
 function noteHistory({ data }) {
   const told = JSON.parse(data);
   history.kept = told.kept;
@@ -151,7 +143,6 @@ function show({ data }) {
   showService(told.service);
   showReplicas(told.replicas);
   showDecisions(told.decisions);
-  drawHistory();
   document.body.dataset.live = "yes";
 }
 

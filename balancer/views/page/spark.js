@@ -19,8 +19,9 @@ export function spark(title) {
   return figure;
 }
 
-// `values`: oldest first, null where nothing was measured. `kept`: how many fill the whole width. `words`: a value in words.
-export function draw(figure, values, kept, words, highest = null) {
+// `values`: oldest first, null where nothing was measured; `kept` of them fill the width. `words` puts a value in words,
+// `now` is the one to name, `highest` the top of the scale where that is known.
+export function draw(figure, values, kept, words, now, highest = null) {
   const measured = values.filter((value) => value != null);
   const top = highest ?? Math.max(...measured, 0);
   const step = WIDTH / Math.max(kept - 1, 1);
@@ -39,8 +40,7 @@ export function draw(figure, values, kept, words, highest = null) {
     pen = "L";
   });
   figure.querySelector("path").setAttribute("d", line);
-  const last = measured.length ? words(measured[measured.length - 1]) : "–";
-  say(figure.querySelector("figcaption").lastElementChild, last);
+  say(figure.querySelector("figcaption").lastElementChild, words(now));
   const most = measured.length ? words(Math.max(...measured)) : "nothing yet";
-  figure.querySelector("svg").setAttribute("aria-label", `${figure.dataset.title}, last ${last}, highest in 15 minutes ${most}`);
+  figure.querySelector("svg").setAttribute("aria-label", `${figure.dataset.title}: now ${words(now)}, highest in 15 minutes ${most}`);
 }
