@@ -28,6 +28,7 @@ class Figures:
     ttft_p50_added_ms: Figure
     ttft_p99_added_ms: Figure
     gap_p99_added_ms: Figure
+    events_per_read: Figure  # above 1 it lagged, and what it relayed in one piece looks cheaper than it is
     idle_mib: Figure
     stream_kib: Figure
 
@@ -63,6 +64,7 @@ def figures(rounds: Sequence[Round], direct: Sequence[Round], memory: dict) -> F
         ttft_p50_added_ms=added("ttft_p50"),
         ttft_p99_added_ms=added("ttft_p99"),
         gap_p99_added_ms=added("gap_p99"),
+        events_per_read=over("streams", lambda ours, _: ours["events_per_read"]),
         idle_mib=figure([memory["before"] / 2**20]),
         stream_kib=per_stream,
     )

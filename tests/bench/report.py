@@ -42,19 +42,14 @@ def delay_table(rows: Mapping[str, Figures]) -> str:
             plain(row.ttft_p50_added_ms, "+.2f"),
             plain(row.ttft_p99_added_ms, "+.2f"),
             plain(row.gap_p99_added_ms, "+.2f"),
+            plain(row.events_per_read, ".2f"),
             plain(row.idle_mib, ".0f"),
             plain(row.stream_kib, ".1f"),
         ]
         for name, row in rows.items()
     ]
-    head = [
-        "balancer",
-        "TTFT p50 added, ms",
-        "TTFT p99 added, ms",
-        "gap p99 added, ms",
-        "MiB idle",
-        "KiB per open stream",
-    ]
+    head = ["balancer", "TTFT p50 added, ms", "TTFT p99 added, ms", "gap p99 added, ms"]
+    head += ["events per read", "MiB idle", "KiB per open stream"]
     return markdown(head, lines)
 
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tests.bench.install import Unavailable
 from tests.bench.peers import ROOT, Launch
 from tests.bench.replica import COUNTS
 
+SMALL_REQUEST, SMALL_ANSWER = messages.small_request(), messages.small_answer()
 START_LIMIT = 60.0  # seconds to the first right answer; SkyServe's first look for replicas comes after five
 
 
@@ -53,10 +54,7 @@ def replicas() -> Iterator[tuple[str, str]]:
 
 def counts(replica: str) -> list[int]:
     """How many chat requests each of the replicas has seen."""
-    connection = http.client.HTTPConnection(*address(replica), timeout=10)
-    with contextlib.closing(connection):
-        connection.request("GET", COUNTS)
-        return json.loads(connection.getresponse().read())
+    return json.loads(fetch(replica + COUNTS)[1])
 
 
 def load(mode: str, target: Running, count: int, seconds: float, warmup: float, seed: int = 0) -> dict:
@@ -72,8 +70,8 @@ def load(mode: str, target: Running, count: int, seconds: float, warmup: float, 
 
 
 @contextlib.contextmanager
-def running(name: str, launch: Launch, port: int, log: Path) -> Iterator[Running]:
-    """The program once it answers as it should; Unavailable, with the end of its log, when it does not."""
+def started(name: str, launch: Launch, log: Path) -> Iterator[subprocess.Popen]:
+    """The program with its output in `log`; all of its processes are stopped at the end."""
     with log.open("ab") as output:
         try:
             process = subprocess.Popen(
@@ -83,39 +81,65 @@ def running(name: str, launch: Launch, port: int, log: Path) -> Iterator[Running
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # so that its children are stopped with it
+                start_new_session=True,
             )
         except OSError as error:
             raise Unavailable(f"{name} does not start: {error}") from error
     try:
-        _wait_until_right(name, process, port, log)
-        yield Running(f"http://127.0.0.1:{port}", process.pid)
+        yield process
     finally:
         _stop(process)
 
 
-def _wait_until_right(name: str, process: subprocess.Popen, port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_LIMIT
-    last = "no answer yet"
+@contextlib.contextmanager
+def running(
+    name: str, launch: Launch, port: int, log: Path, body: bytes = SMALL_REQUEST, expected: bytes | None = SMALL_ANSWER
+) -> Iterator[Running]:
+    """A balancer once it answers `body` as `expected` (None: with anything) and, if it tells, has both replicas ready.
+
+    Raises Unavailable, with the end of its log, when it does not come to that.
+    """
+    url = f"http://127.0.0.1:{port}"
+
+    def trouble() -> str | None:
+        if launch.census is not None:
+            status, census = fetch(launch.census.url)
+            if status != 200 or launch.census.ready(json.loads(census)) < 2:
+                return f"it has not found both replicas ready yet: {census[:300]!r}"
+        status, answer = fetch(url + messages.CHAT_PATH, body)
+        return None if status == 200 and expected in (None, answer) else f"{status} {answer[:120]!r}"
+
+    with started(name, launch, log) as process:
+        wait(name, process, log, trouble, START_LIMIT)
+        yield Running(url, process.pid)
+
+
+def wait(name: str, process: subprocess.Popen, log: Path, trouble: Callable[[], str | None], limit: float) -> None:
+    """Until there is no trouble any more. Raises Unavailable after `limit` seconds, or when the process ends."""
+    deadline = time.monotonic() + limit
+    last: str | None = "no answer yet"
     while time.monotonic() < deadline:
         if process.poll() is not None:
             said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             raise Unavailable(f"{name} ended with {process.returncode}: {said[-1]}; all of it is in {log}")
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        with contextlib.closing(connection):
-            try:
-                headers = {"Content-Type": "application/json"}
-                connection.request("POST", messages.CHAT_PATH, messages.small_request(), headers)
-                answer = connection.getresponse()
-                body = answer.read()
-            except (OSError, http.client.HTTPException) as error:
-                last = repr(error)
-            else:
-                if answer.status == 200 and body == messages.small_answer():
-                    return
-                last = f"{answer.status} {body[:120]!r}"
+        try:
+            last = trouble()
+        except (OSError, http.client.HTTPException) as error:
+            last = repr(error)
+        if last is None:
+            return
         time.sleep(0.1)
-    raise Unavailable(f"{name} did not answer rightly in {START_LIMIT:.0f} s, last: {last}; its log is {log}")
+    raise Unavailable(f"{name} was not ready in {limit:.0f} s, last: {last}; its log is {log}")
+
+
+def fetch(url: str, body: bytes | None = None) -> tuple[int, bytes]:
+    """Status and body of a GET, or with a body of a POST of JSON."""
+    connection = http.client.HTTPConnection(*address(url), timeout=30)
+    with contextlib.closing(connection):
+        path = "/" + url.split("/", 3)[3]
+        connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"} if body else {})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -125,4 +149,6 @@ def _stop(process: subprocess.Popen) -> None:
             os.killpg(process.pid, request)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
-            return
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # children that outlive it

@@ -83,6 +83,7 @@ async def paced(url: str, count: int, ramp: float, seed: int, phase: Phase) -> d
     before = sum(stream.events for stream in opened)
     measured = await phase.run()
     count = sum(stream.events for stream in opened) - before
+    reads = sum(1 for stream in opened for at, _ in stream.arrivals if measured["start"] <= at <= measured["end"])
     try:
         async with asyncio.timeout(PATIENCE):
             for stream in opened:
@@ -97,6 +98,7 @@ async def paced(url: str, count: int, ramp: float, seed: int, phase: Phase) -> d
         **measured,
         "count": count,
         "sent": len(opened),
+        "events_per_read": count / max(reads, 1),
         "ttft_p50": quantile(ttft, 0.5) if ttft else None,
         "ttft_p99": quantile(ttft, 0.99) if ttft else None,
         "gap_p99": quantile(between, 0.99) if between else None,
