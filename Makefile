@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` says what there is; what CI runs is what a person runs.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test check lock
+.PHONY: help install up down test docker-test check lock
 
 # The first of these that runs (a version manager's stub may stand in for a Python that is not there).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -10,6 +10,8 @@ BIN := .venv/bin
 MODEL ?= smollm2
 REPLICAS ?= 2
 SERVICE = $(patsubst smollm2-135m,smollm2,$(MODEL))
+# Made once, here and not by the replicas, so that a person sees it being made.
+EMBEDDED = $(filter smollm2-135m tiny-llava,$(patsubst smollm2,smollm2-135m,$(MODEL)))
 
 help: ## this list
 	@echo "Settings: MODEL=$(MODEL) REPLICAS=$(REPLICAS) PYTHON=$(PYTHON) TESTS=$(TESTS)"
@@ -21,6 +23,7 @@ install: ## make .venv from the lock files, if it is missing or stale
 
 up: install ## serve MODEL with REPLICAS replicas on http://localhost:30001, on this machine, without Docker
 	@test -f docker/services/$(SERVICE).yaml || { echo "make up: no service for MODEL=$(MODEL); there are: $$(cd docker/services && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 1; }
+	@$(if $(EMBEDDED),$(BIN)/python -m replica.models $(EMBEDDED))
 	@$(BIN)/groundserve up docker/services/$(SERVICE).yaml --env REPLICAS=$(REPLICAS)
 
 down: ## stop what make up started
@@ -28,6 +31,10 @@ down: ## stop what make up started
 
 test: install ## all tests that need neither GPU nor Docker, the real SGLang included (TESTS=tests/replica for a part)
 	@$(BIN)/python -m pytest $(TESTS)
+
+docker-test: install ## all tests of the images and compose.yaml; needs Docker, builds images, takes minutes
+	@docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1 || { echo "make docker-test: no Docker engine with Compose v2 answers: start it, or get it from docs.docker.com/engine/install" >&2; exit 1; }
+	@$(BIN)/python -m pytest -m docker --durations=5 tests/e2e/docker
 
 check: install ## format, lint and types
 	@$(BIN)/ruff format --check .
