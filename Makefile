@@ -26,7 +26,7 @@ up: install ## serve MODEL with REPLICAS replicas on http://localhost:30001, on 
 	@$(if $(EMBEDDED),$(BIN)/python -m replica.models $(EMBEDDED))
 	@$(BIN)/groundserve up docker/services/$(SERVICE).yaml --env REPLICAS=$(REPLICAS)
 
-down: ## stop what make up started
+down: ## stop what make up started, and every other service that groundserve runs here
 	@if [ -x $(BIN)/groundserve ]; then $(BIN)/groundserve down --all; else echo "nothing is installed, so nothing runs"; fi
 
 test: install ## all tests that need neither GPU nor Docker, the real SGLang included (TESTS=tests/replica for a part)

@@ -186,7 +186,7 @@ def main(names: list[str]) -> None:
         if name not in embedded:
             sys.exit(f"replica.models: {name} is not an embedded model: there are {', '.join(embedded)}")
         try:
-            print(ensure(name, models_dir(os.environ)))
+            ensure(name, models_dir(os.environ))
         except MakingError as error:
             sys.exit(f"replica.models: {error}")
 
