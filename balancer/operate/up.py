@@ -19,7 +19,7 @@ from balancer.operate.controller import Controller
 from balancer.operate.engine import CannotStart
 from balancer.operate.front import Front
 from balancer.operate.local import LocalEngine
-from balancer.operate.ports import is_free
+from balancer.operate.ports import free_ports, is_free
 from balancer.operate.recipe import Recipe
 from balancer.operate.state import ServiceFolder
 from balancer.views.progress import Lines, Moving
@@ -39,16 +39,15 @@ class Addresses:
 
 
 def addresses(listen: str | None, admin: str | None) -> Addresses:
-    """What was asked for, else the first free pair from 30001 on; raises ConfigError when a port is taken."""
-    for flag, address in (("--listen", listen), ("--admin", admin)):
-        if address is not None and not is_free(*_split(flag, address)):
-            raise ConfigError(f"{flag} {address}: the port is in use: stop what listens there, or give another one")
-    if listen is not None and admin is not None:
-        return Addresses(listen, admin)
+    """What was asked for, port 0 being any free one; else the first free pair from 30001 on.
+
+    Raises ConfigError when a port that was asked for is taken.
+    """
+    asked = [None if a is None else _usable(flag, a) for flag, a in (("--listen", listen), ("--admin", admin))]
     for port in range(_FIRST_PORT, _LAST_PORT, 2):
-        mine = Addresses(listen or f"127.0.0.1:{port}", admin or f"127.0.0.1:{port + 1}")
-        if all(is_free(*_split("", address)) for address in (mine.listen, mine.admin)):
-            return mine
+        pair = Addresses(asked[0] or f"127.0.0.1:{port}", asked[1] or f"127.0.0.1:{port + 1}")
+        if all(asked) or all(is_free(*_split(address)) for address in (pair.listen, pair.admin)):
+            return pair
     raise ConfigError(f"no two ports are free between {_FIRST_PORT} and {_LAST_PORT}: give --listen and --admin")
 
 
@@ -185,8 +184,18 @@ def _is_settled(row: ReplicaRow) -> bool:
     return row.status in ("READY", "FAILED")
 
 
-def _split(flag: str, address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal() or not 0 < int(port) < 65536:
+def _usable(flag: str, address: str) -> str:
+    host, port = _split(address)
+    if not host or not 0 <= port < 65536:
         raise ConfigError(f"{flag} {address}: write HOST:PORT, as in 127.0.0.1:30001")
-    return host.strip("[]") or "127.0.0.1", int(port)
+    if port == 0:
+        return f"{address.rpartition(':')[0]}:{free_ports(1)[0]}"
+    if not is_free(host, port):
+        raise ConfigError(f"{flag} {address}: the port is in use: stop what listens there, or give another one")
+    return address
+
+
+def _split(address: str) -> tuple[str, int]:
+    """Host and port; port -1 where there is none."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port) if port.isdecimal() else -1

@@ -1,0 +1,145 @@
+"""groundserve as a person types it: real processes, with a state folder and free ports of its own for each test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).parents[2]
+# A replica from the lab that starts at once and ends at once.
+LAB = f"exec {sys.executable} -m tests.lab.replica --exit-look 0.02 --port $GROUNDSERVE_PORT"
+ANY_PORT = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+PATIENCE = 40.0
+
+T = TypeVar("T")
+
+
+class Groundserve:
+    """The command in a folder of its own. `stop_all` ends whatever a failed test left running."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environ = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "PYTHONPATH": str(ROOT)}
+        self._ups: list[Up] = []
+
+    def service(self, name: str, run: str = LAB, replicas: int = 2, more: str = "") -> Path:
+        """A service file whose replicas are looked at often."""
+        path = self.folder / f"{name}.yaml"
+        script = "".join(f"\n  {line}" for line in run.splitlines())
+        path.write_text(
+            f"service:\n  replicas: {replicas}\n"
+            "  readiness_probe: {path: /health, endpoint_probe_interval_seconds: 0.2}\n"
+            f"x-groundserve: {{ready_interval: 0.1, restart_backoff: 0.1}}\n{more}\nrun: |{script}\n"
+        )
+        return path
+
+    def __call__(self, *arguments: str | Path, code: int = 0) -> str:
+        """What the command prints; asserts its exit code. Standard error comes last."""
+        done = subprocess.run(
+            [sys.executable, "-m", "balancer.cli", *map(str, arguments)],
+            env=self.environ,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def up(self, *arguments: str | Path) -> "Up":
+        """`groundserve up` in the foreground, still starting."""
+        self._ups.append(Up(self, [*map(str, arguments), *ANY_PORT]))
+        return self._ups[-1]
+
+    def status(self, name: str) -> dict[str, Any]:
+        shown: list[dict[str, Any]] = json.loads(self("status", name, "--json"))
+        return shown[0]
+
+    def until(self, name: str, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first status of a service that fits."""
+        return until(lambda: self.status(name), is_so)
+
+    def processes(self) -> dict[int, str]:
+        """Everything alive that was started below this test, by the state folder in its environment."""
+        mark = f"XDG_STATE_HOME={self.environ['XDG_STATE_HOME']}".encode()
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdecimal() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    found[int(entry.name)] = b" ".join(words).decode()
+            except OSError:
+                continue
+        return found
+
+    def until_nothing_runs(self) -> None:
+        until(self.processes, lambda processes: not processes)
+
+    def stop_all(self) -> None:
+        for up in self._ups:
+            up.process.kill()
+            up.process.wait()
+            up.reader.join()
+        for process in self.processes():
+            os.kill(process, signal.SIGKILL)
+
+
+class Up:
+    """A `groundserve up` in the foreground, and what it printed so far."""
+
+    def __init__(self, groundserve: Groundserve, arguments: list[str]) -> None:
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "balancer.cli", "up", *arguments],
+            env=groundserve.environ,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def until_up(self) -> "Up":
+        self.until("stop   groundserve down")
+        return self
+
+    def until(self, text: str) -> str:
+        """The first line with this text."""
+        found = until(lambda: [line for line in self.lines if text in line], bool, lambda: "".join(self.lines))
+        return found[0]
+
+    def end(self, number: signal.Signals) -> int:
+        """Its exit code after this signal."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        code = self.process.wait(timeout=PATIENCE)
+        self.reader.join()
+        return code
+
+    @property
+    def text(self) -> str:
+        return "".join(self.lines)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as out:
+            self.lines.extend(iter(out.readline, ""))
+
+
+def until(look: Callable[[], T], is_so: Callable[[T], bool], explain: Callable[[], object] = str) -> T:
+    """What `look` shows once it fits; looks again and again, for a bounded time."""
+    give_up = time.monotonic() + PATIENCE
+    while not is_so(seen := look()):
+        assert time.monotonic() < give_up, f"still {seen!r} {explain()}"
+        time.sleep(0.05)
+    return seen

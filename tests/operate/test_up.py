@@ -1,0 +1,272 @@
+"""`groundserve up` and what ends it, with real processes."""
+
+import os
+import shlex
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.operate.command_line import ANY_PORT, LAB, Groundserve, until
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def replica_processes(groundserve: Groundserve) -> list[int]:
+    return [pid for pid, line in groundserve.processes().items() if "tests.lab.replica" in line and "leash" not in line]
+
+
+def test_up_says_how_it_goes_and_prints_a_command_that_answers(groundserve: Groundserve) -> None:
+    up = groundserve.up(groundserve.service("lab")).until_up()
+    assert "lab-1  STARTING" in up.text
+    assert "lab-2  READY" in up.text
+    assert "lab is up after" in up.until(": 2 replicas at http://127.0.0.1:")
+    command = up.text.partition("try    ")[2].partition("look ")[0]
+    # As curl would do it, for machines that have none.
+    program, url, _, header, _, body = shlex.split(command.replace("\\\n", " "))
+    answer = httpx.post(url, content=body, headers=[header.split(": ")])
+    assert program == "curl"
+    assert answer.json()["object"] == "chat.completion"
+    assert url.startswith(groundserve("status", "--endpoint", "lab").strip())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_everything(groundserve: Groundserve, number: signal.Signals) -> None:
+    up = groundserve.up(groundserve.service("lab")).until_up()
+    assert up.end(number) == 0
+    assert "lab is down" in up.text
+    assert groundserve.processes() == {}
+    assert groundserve("status") == "No existing services.\n"
+
+
+def test_a_signal_before_anything_is_ready_ends_everything(groundserve: Groundserve) -> None:
+    up = groundserve.up(groundserve.service("lab", f"{LAB} --start-delay 600"))
+    up.until("lab-2  STARTING")
+    assert up.end(signal.SIGTERM) == 0
+    assert groundserve.processes() == {}
+
+
+def test_killed_with_9_it_leaves_nothing_behind_and_comes_up_again(groundserve: Groundserve) -> None:
+    # The server is nobody's direct child here: a shell stands between, and one process has left the session.
+    script = f"(setsid sleep 1000 &)\n{LAB.removeprefix('exec ')}\ntrue"
+    service = groundserve.service("lab", script)
+    up = groundserve.up(service).until_up()
+    assert sum("sleep 1000" in line and "leash" not in line for line in groundserve.processes().values()) >= 2
+    assert up.end(signal.SIGKILL) == -signal.SIGKILL
+    groundserve.until_nothing_runs()
+    assert groundserve("status") == "No existing services.\n"
+    assert groundserve.up(service).until_up().end(signal.SIGTERM) == 0
+
+
+def test_a_second_up_of_the_same_name_says_so(groundserve: Groundserve) -> None:
+    service = groundserve.service("lab")
+    groundserve.up(service).until_up()
+    endpoint = groundserve("status", "--endpoint").strip()
+    said = groundserve("up", service, code=1)
+    assert said.count("\n") == 1
+    assert f"lab is up already at {endpoint}" in said
+    assert groundserve.status("lab")["service"]["ready"] == 2
+
+
+def test_two_services_live_side_by_side(groundserve: Groundserve) -> None:
+    groundserve.up(groundserve.service("one", replicas=1)).until_up()
+    groundserve.up(groundserve.service("two", replicas=1)).until_up()
+    first, second = (groundserve("status", "--endpoint", name).strip() for name in ("one", "two"))
+    assert first != second
+    assert [httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code for url in (first, second)] == [200, 200]
+    assert "one-1" not in groundserve("status", "tw*")
+    assert groundserve("down", "o?e") == "one is down\n"
+    assert groundserve.status("two")["service"]["status"] == "READY"
+    assert groundserve("down", "--all") == "two is down\n"
+    groundserve.until_nothing_runs()
+
+
+def test_detached_it_returns_when_ready_and_down_ends_it(groundserve: Groundserve) -> None:
+    said = groundserve("up", "-d", groundserve.service("lab"), *ANY_PORT)
+    assert "lab is up after" in said
+    assert groundserve.status("lab")["service"]["ready"] == 2
+    assert groundserve("down", "lab") == "lab is down\n"
+    assert groundserve.processes() == {}
+
+
+def test_detached_it_returns_with_the_reason_when_it_cannot_come_up(groundserve: Groundserve) -> None:
+    said = groundserve(
+        "up", "-d", groundserve.service("lab", "echo the model is gone $GROUNDSERVE_PORT\nexit 2"), code=1
+    )
+    assert "exited with code 2: the model is gone" in said
+    assert groundserve.processes() == {}
+    assert "the model is gone" in groundserve("logs", "lab")
+
+
+def test_a_dead_replica_comes_back(groundserve: Groundserve) -> None:
+    up = groundserve.up(groundserve.service("lab")).until_up()
+    before = {row["name"]: row["endpoint"] for row in groundserve.status("lab")["replicas"]}
+    os.kill(replica_processes(groundserve)[0], signal.SIGKILL)
+    assert "killed by signal 9" in up.until("starts again in")
+    after = groundserve.until("lab", lambda status: status["service"]["ready"] == 2)
+    ends = {row["name"]: row["endpoint"] for row in after["replicas"]}
+    assert before.keys() == ends.keys()
+    assert sum(before[name] != ends[name] for name in before) == 1
+
+
+def test_a_dead_balancer_comes_back_at_the_same_endpoint_with_the_same_replicas(groundserve: Groundserve) -> None:
+    groundserve.up(groundserve.service("lab")).until_up()
+    before = groundserve.status("lab")
+    replicas = replica_processes(groundserve)
+    (balancer,) = (
+        pid for pid, line in groundserve.processes().items() if "-m balancer " in line and "leash" not in line
+    )
+    os.kill(balancer, signal.SIGKILL)
+    until(lambda: balancer in groundserve.processes(), lambda is_there: not is_there)
+
+    def answers() -> bool:
+        try:
+            url = f"{before['service']['endpoint']}/v1/chat/completions"
+            return httpx.post(url, json=CHAT).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    until(answers, bool)
+    assert replica_processes(groundserve) == replicas
+    after = groundserve.until("lab", lambda status: status["service"]["ready"] == 2)
+    assert [row["endpoint"] for row in after["replicas"]] == [row["endpoint"] for row in before["replicas"]]
+
+
+def test_a_service_that_cannot_start_is_failed_with_its_last_words(groundserve: Groundserve) -> None:
+    up = groundserve.up(groundserve.service("lab", "echo $GROUNDSERVE_PORT\necho out of memory >&2\nexit 1"))
+    assert up.wait() == 1
+    assert up.text.count("starts again in") == 4  # twice for each of two replicas
+    assert "groundserve: lab failed: exited with code 1: out of memory" in up.text
+    assert groundserve.processes() == {}
+
+
+def test_a_command_that_is_not_there_is_not_tried_again(groundserve: Groundserve) -> None:
+    up = groundserve.up(groundserve.service("lab", "exec no-such-program $GROUNDSERVE_PORT"))
+    assert up.wait() == 1
+    assert "starts again in" not in up.text
+    assert "no-such-program: not found" in up.text
+
+
+def test_one_of_two_given_up_leaves_a_service_that_serves(groundserve: Groundserve) -> None:
+    script = f"if [ $SKYPILOT_SERVE_REPLICA_ID = 1 ]; then echo no luck; exit 2; fi\n{LAB}"
+    up = groundserve.up(groundserve.service("lab", script)).until_up()
+    assert "lab-1 is given up: exited with code 2: no luck" in up.text
+    status = groundserve.status("lab")
+    assert (status["service"]["status"], status["service"]["ready"]) == ("READY", 1)
+    assert [row["status"] for row in status["replicas"]] == ["FAILED", "READY"]
+    assert "lab-1: exited with code 2: no luck" in groundserve("status")
+
+
+def test_ctrl_c_lets_an_answer_finish_and_a_second_one_does_not(groundserve: Groundserve) -> None:
+    slow = f"{LAB} --first-token-delay 1.5 --tokens 1"
+    up = groundserve.up(groundserve.service("lab", slow, replicas=1)).until_up()
+    url = f"{groundserve('status', '--endpoint').strip()}/v1/chat/completions"
+
+    def in_flight() -> int:
+        return int(groundserve.status("lab")["service"]["in_flight"])
+
+    with httpx.Client() as client, client.stream("POST", url, json={**CHAT, "stream": True}) as answer:
+        assert answer.status_code == 200
+        up.process.send_signal(signal.SIGINT)
+        up.until("once more ends at once")
+        assert "data: [DONE]" in list(answer.iter_lines())
+    assert up.wait() == 0
+    assert groundserve.processes() == {}
+
+    up = groundserve.up(groundserve.service("lab", f"{LAB} --first-token-delay 600", replicas=1)).until_up()
+    url = f"{groundserve('status', '--endpoint').strip()}/v1/chat/completions"
+    with httpx.Client(timeout=60) as client, client.stream("POST", url, json={**CHAT, "stream": True}):
+        until(in_flight, lambda count: count == 1)
+        up.process.send_signal(signal.SIGINT)
+        up.until("once more ends at once")
+        up.process.send_signal(signal.SIGINT)
+        assert up.wait() == 0
+    assert groundserve.processes() == {}
+
+
+def test_scaling_up_and_down_loses_nothing(groundserve: Groundserve) -> None:
+    slow = f"{LAB} --first-token-delay 1.0 --tokens 1"
+    groundserve.up(groundserve.service("lab", slow, replicas=1)).until_up()
+    assert "3 replicas from now on" in groundserve("scale", "lab", "3")
+    groundserve.until("lab", lambda status: status["service"]["ready"] == 3)
+    url = f"{groundserve('status', '--endpoint').strip()}/v1/chat/completions"
+    with httpx.Client() as client:
+        streams = [client.stream("POST", url, json={**CHAT, "stream": True}) for _ in range(3)]
+        answers = [stream.__enter__() for stream in streams]
+        members = {answer.headers["x-replica-id"] for answer in answers}
+        assert members == {"lab-1", "lab-2", "lab-3"}
+        groundserve("scale", "lab", "1")
+        assert all("data: [DONE]" in list(answer.iter_lines()) for answer in answers)
+        for stream in streams:
+            stream.__exit__(None, None, None)
+    status = groundserve.until("lab", lambda status: status["service"]["total"] == 1)
+    assert status["replicas"][0]["status"] == "READY"
+    until(lambda: len(replica_processes(groundserve)), lambda count: count == 1)
+    groundserve("scale", "lab", "0")
+    empty = groundserve.until("lab", lambda status: status["service"]["total"] == 0)
+    assert empty["service"]["status"] == "NO_REPLICA"
+
+
+def test_down_with_a_replica_id_replaces_that_replica(groundserve: Groundserve) -> None:
+    groundserve.up(groundserve.service("lab")).until_up()
+    assert "replica 1 finishes what it has" in groundserve("down", "lab", "--replica-id", "1")
+    status = groundserve.until(
+        "lab", lambda status: [row["id"] for row in status["replicas"]] == [2, 3] and status["service"]["ready"] == 2
+    )
+    assert [row["name"] for row in status["replicas"]] == ["lab-2", "lab-3"]
+    assert "lab has no replica 1; it has 2, 3" in groundserve("down", "lab", "--replica-id", "1", code=1)
+
+
+def test_a_port_that_was_asked_for_and_is_taken_stops_the_start(groundserve: Groundserve) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for flag in ("--listen", "--admin"):
+            said = groundserve("up", groundserve.service("lab"), flag, address, code=1)
+            assert f"{flag} {address}: the port is in use" in said
+    assert groundserve.processes() == {}
+
+
+def test_a_script_with_a_port_of_its_own_fails_when_that_is_taken(groundserve: Groundserve) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        service = groundserve.service("lab", f"serve --port {port}", replicas=1, more=f"resources: {{ports: {port}}}")
+        up = groundserve.up(service)
+        assert up.wait() == 1
+    assert f"lab failed: port {port} is in use by another program" in up.text
+
+
+def test_a_script_with_a_port_of_its_own_serves_one_replica(groundserve: Groundserve) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = f"exec {sys.executable} -m tests.lab.replica --exit-look 0.02 --port {port}"
+    more = f"resources: {{ports: {port}}}"
+    up = groundserve.up(groundserve.service("lab", script, replicas=1, more=more)).until_up()
+    assert groundserve.status("lab")["replicas"][0]["endpoint"] == f"http://127.0.0.1:{port}"
+    assert f"lab listens on port {port} only" in groundserve("scale", "lab", "2", code=1)
+    os.kill(replica_processes(groundserve)[0], signal.SIGKILL)
+    up.until("starts again in")
+    groundserve.until("lab", lambda status: status["service"]["ready"] == 1)
+
+
+def test_logs_show_what_replicas_and_balancer_print(groundserve: Groundserve) -> None:
+    service = groundserve.service("lab", f"echo one $SKYPILOT_SERVE_REPLICA_ID; echo two\n{LAB}")
+    groundserve.up(service).until_up()
+    assert {"lab-1 | one 1", "lab-1 | two", "lab-2 | one 2"} <= set(groundserve("logs", "lab").splitlines())
+    assert groundserve("logs", "lab", "2").startswith("one 2\ntwo\n")
+    assert groundserve("logs", "lab", "--tail", "1", "--balancer").count("\n") == 1
+    assert "there is no log of replica 9 of lab" in groundserve("logs", "lab", "9", code=1)
+    assert "services that ran here: lab" in groundserve("logs", "other", code=1)
+
+
+def test_secrets_reach_the_replica_and_nothing_else(groundserve: Groundserve, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    service = groundserve.service("lab", f'echo "$HUSH" > {told}\n{LAB}', replicas=1, more="envs: {HUSH: }")
+    up = groundserve.up(service, "--env", "HUSH=s3cret").until_up()
+    assert told.read_text() == "s3cret\n"
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file())
+    assert b"s3cret" not in kept + up.text.encode() + groundserve("status", "-v").encode()
+    groups = (tmp_path / "state/groundserve/lab").stat().st_mode
+    assert groups & 0o077 == 0
