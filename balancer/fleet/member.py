@@ -192,10 +192,12 @@ class Member:
 
     def status(self, now: float) -> Status:
         """The displayed status: the first row of behaviour's table that fits."""
-        if self.listed.state in ("PROVISIONING", "FAILED"):
-            return Status(self.listed.state)
+        if self.listed.state == "FAILED":
+            return Status.FAILED
         if self.is_leaving:
             return Status.DRAINING if self.in_flight else Status.SHUTTING_DOWN
+        if self.listed.state == "PROVISIONING":
+            return Status.PROVISIONING
         if not self.has_passed and now - self.since > self.readiness.initial_delay_seconds:
             return Status.FAILED_INITIAL_DELAY
         if not self.has_passed:

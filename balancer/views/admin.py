@@ -27,7 +27,7 @@ class ListedReplica(BaseModel):
     version: int = 1
     infra: str = "-"
     resources: str = "-"
-    launched_seconds: float | None = None
+    launched_seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
     state: Literal["PROVISIONING", "RUNNING", "FAILED", "SHUTTING_DOWN"] = "RUNNING"
     reason: str = ""
 

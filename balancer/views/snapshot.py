@@ -8,11 +8,12 @@ from balancer.routing.admission import Admission
 from balancer.views.status import ReplicaRow, ServiceRow, Snapshot
 
 HOPELESS = (Status.FAILED, Status.FAILED_INITIAL_DELAY, Status.FAILED_PROBING)
+LEAVING = (Status.DRAINING, Status.SHUTTING_DOWN)
 
 
 @dataclass(slots=True)
 class ServiceFacts:
-    """What the balancer was told of the service, and when it could first answer (loop time, seconds)."""
+    """What the balancer was told of the service."""
 
     name: str = "groundserve"
     version: str = "1"
@@ -20,7 +21,6 @@ class ServiceFacts:
     # The controller's word where it has one (FAILED, SHUTTING_DOWN, CONTROLLER_INIT), and its reason.
     status: str = ""
     reason: str = ""
-    first_ready_at: float | None = None
     is_leaving: bool = False
 
 
@@ -29,46 +29,44 @@ def take_snapshot(facts: ServiceFacts, fleet: Fleet, admission: Admission) -> Sn
     now = fleet.clock()
     members = list(fleet.members.values())
     statuses = [member.status(now) for member in members]
-    if Status.READY in statuses and facts.first_ready_at is None:
-        facts.first_ready_at = now
     service = ServiceRow(
         name=facts.name,
         version=",".join(str(v) for v in sorted({m.listed.version for m in members})) or facts.version,
-        status=_service_status(facts, statuses),
-        uptime_seconds=None if facts.first_ready_at is None else round(now - facts.first_ready_at, 3),
+        status=_service_status(facts, statuses, bool(fleet.available())),
+        uptime_seconds=None if fleet.ready_since is None else round(now - fleet.ready_since, 3),
         endpoint=facts.endpoint,
         policy=admission.policy.name,
         ready=statuses.count(Status.READY),
         total=len(members),
         queue_depth=admission.queue_depth,
-        in_flight=sum(member.in_flight for member in members),
+        in_flight=fleet.in_flight,
         reason=facts.reason,
     )
     rows = sorted((_row(member, now) for member in members), key=lambda row: row.id)
     return Snapshot(service, tuple(rows))
 
 
-def _service_status(facts: ServiceFacts, statuses: list[Status]) -> str:
+def _service_status(facts: ServiceFacts, statuses: list[Status], can_serve: bool) -> str:
     if facts.is_leaving:
         return "SHUTTING_DOWN"
     if facts.status in ("FAILED", "SHUTTING_DOWN"):
         return facts.status
-    if Status.READY in statuses:
+    if can_serve:
         return "READY"
-    if not statuses:
+    staying = [status for status in statuses if status not in LEAVING]
+    if not staying:
         return facts.status or "NO_REPLICA"
-    return "FAILED" if all(status in HOPELESS for status in statuses) else "REPLICA_INIT"
+    return "FAILED" if all(status in HOPELESS for status in staying) else "REPLICA_INIT"
 
 
 def _row(member: Member, now: float) -> ReplicaRow:
     listed = member.listed
-    launched = listed.launched_seconds
     return ReplicaRow(
         id=member.id,
         name=member.name,
         version=listed.version,
         endpoint=member.url,
-        launched_seconds=round(now - member.since if launched is None else launched, 3),
+        launched_seconds=round(now - member.launched_at, 3),
         infra=listed.infra,
         resources=listed.resources,
         status=member.status(now).value,

@@ -1,0 +1,63 @@
+"""Fleets whose clock is moved by hand, and members in any state, without a probe or a socket."""
+
+from typing import Any
+
+from balancer.fleet.fleet import Claim, Fleet
+from balancer.fleet.member import Listed, Member
+from balancer.settings import ReadinessProbe, Settings
+
+
+class Clock:
+    """The loop's time, moved by hand; seconds."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def move(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Chosen:
+    """What a policy says, without a policy."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+
+
+def listed(number: int, **more: Any) -> Listed:
+    return Listed(**{"name": f"r{number}", "url": f"http://127.0.0.1:{8000 + number}", "id": number} | more)
+
+
+def fleet_of(
+    size: int, clock: Clock, *, ready: bool = True, readiness: ReadinessProbe | None = None, **settings: Any
+) -> Fleet:
+    """That many members, all READY unless `ready` is False; other keywords are settings."""
+    fleet = Fleet(Settings(**settings), readiness or ReadinessProbe(), clock)
+    fleet.reconcile([listed(number) for number in range(1, size + 1)])
+    for member in fleet.members.values() if ready else ():
+        make_ready(fleet, member)
+    return fleet
+
+
+def make_ready(fleet: Fleet, member: Member) -> None:
+    """What two passing probes do."""
+    fleet.noted(member, member.ready.passed(fleet.clock()))
+    fleet.noted(member, member.service.passed(fleet.clock()))
+
+
+def claim(fleet: Fleet, *tried: Member, generating: bool = True) -> Claim[Chosen] | None:
+    """A place at the first member that has room."""
+    return fleet.claim(lambda members: Chosen(members[0]), generating, tried)
+
+
+def claimed(fleet: Fleet, *tried: Member, generating: bool = True) -> Claim[Chosen]:
+    place = claim(fleet, *tried, generating=generating)
+    assert place is not None
+    return place
+
+
+def fail(fleet: Fleet, member: Member, times: int = 5) -> None:
+    for _ in range(times):
+        fleet.failed(member)

@@ -1,0 +1,61 @@
+from balancer.fleet.ejection import CONSECUTIVE, WINDOW, WINDOW_FAILURES, Outlier
+
+
+def test_five_failures_in_a_row_are_enough_and_four_are_not() -> None:
+    outlier = Outlier(10, 300)
+    verdicts = [outlier.failed() for _ in range(CONSECUTIVE)]
+    assert verdicts == [False, False, False, False, True]
+
+
+def test_a_success_begins_the_row_again() -> None:
+    outlier = Outlier(10, 300)
+    for _ in range(CONSECUTIVE - 1):
+        outlier.failed()
+    outlier.succeeded()
+    assert not outlier.failed()
+
+
+def test_half_of_the_last_twenty_are_enough() -> None:
+    outlier = Outlier(10, 300)
+    verdicts = []
+    for _ in range(WINDOW // 2):
+        outlier.succeeded()
+        verdicts.append(outlier.failed())
+    assert verdicts == [False] * (WINDOW_FAILURES - 1) + [True]
+
+
+def test_old_outcomes_leave_the_window() -> None:
+    outlier = Outlier(10, 300)
+    for _ in range(3):
+        outlier.failed()
+    for _ in range(WINDOW):
+        outlier.succeeded()
+    for _ in range(WINDOW_FAILURES - 1):
+        outlier.succeeded()
+        assert not outlier.failed()
+
+
+def test_each_ejection_is_longer_up_to_the_longest() -> None:
+    outlier = Outlier(10, 45)
+    now, spans = 0.0, []
+    for _ in range(6):
+        until = outlier.eject(now)
+        spans.append(until - now)
+        now = until
+    assert spans == [10, 20, 30, 40, 45, 45]
+
+
+def test_a_member_that_stayed_in_long_enough_starts_again_at_the_first_span() -> None:
+    outlier = Outlier(10, 300)
+    back_at = outlier.eject(outlier.eject(0.0))
+    assert outlier.eject(back_at + 300) - (back_at + 300) == 30
+    back_at = back_at + 300 + 30
+    assert outlier.eject(back_at + 301) - (back_at + 301) == 10
+
+
+def test_an_ejection_forgets_what_led_to_it() -> None:
+    outlier = Outlier(10, 300)
+    for _ in range(CONSECUTIVE):
+        outlier.failed()
+    outlier.eject(0.0)
+    assert [outlier.failed() for _ in range(CONSECUTIVE)][-2:] == [False, True]

@@ -1,0 +1,567 @@
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from balancer.fleet.fleet import Claim, Fleet
+from balancer.fleet.member import Listed, Status, Verdict
+from tests.fleet.members import Chosen, claimed
+from tests.fleet.watched import INTERVAL, TIMEOUT, probes, statuses, until, until_ready, until_status, watched
+from tests.lab.replica import LabReplica
+
+
+def asked(replica: LabReplica, path: str) -> int:
+    return sum(probe.target.partition("?")[0] == path for probe in replica.seen.probes)
+
+
+async def restart(replica: LabReplica, **knobs: Any) -> LabReplica:
+    """Another replica at the same address, with an identity of its own."""
+    await replica.stop()
+    another = LabReplica(port=replica.port, **knobs)
+    await another.start()
+    return another
+
+
+def at_work(fleet: Fleet) -> Claim[Chosen]:
+    """A generating request in flight that has brought no byte yet."""
+    return claimed(fleet)
+
+
+# Becoming ready
+
+
+def test_a_member_is_ready_when_both_questions_pass() -> None:
+    async def play() -> None:
+        async with LabReplica(health=503) as replica, watched(replica) as fleet:
+            member = fleet.members[1]
+            await until(fleet, lambda: member.service.verdict is Verdict.FAILING)
+            assert member.ready.verdict is Verdict.PASSING
+            assert statuses(fleet) == ["STARTING"]
+            replica.set(health=200)
+            await until_ready(fleet)
+
+    asyncio.run(play())
+
+
+def test_the_service_is_not_asked_before_our_own_question_passes() -> None:
+    async def play() -> None:
+        async with LabReplica(ready=503) as replica, watched(replica) as fleet:
+            await replica.seen.until(lambda _: asked(replica, "/ready") >= 3)
+            assert asked(replica, "/health") == 0
+            replica.set(ready=200)
+            await until_ready(fleet)
+
+    asyncio.run(play())
+
+
+def test_a_replica_that_listens_later_becomes_ready_later() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica:
+            replica.refuse()
+            async with watched(replica) as fleet:
+                await probes(fleet, 1, 3)
+                assert statuses(fleet) == ["STARTING"]
+                await replica.accept()
+                await until_ready(fleet)
+
+    asyncio.run(play())
+
+
+def test_an_older_sglang_without_ready_is_judged_by_the_services_probe() -> None:
+    async def play() -> None:
+        async with LabReplica(ready=404) as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            replica.set(health=503)
+            await until_status(fleet, 1, Status.NOT_READY)
+
+    asyncio.run(play())
+
+
+def test_a_custom_probe_is_sent_as_the_service_says() -> None:
+    readiness = {
+        "path": "/v1/chat/completions?probe=a b",
+        "post_data": {"model": "m", "messages": [{"role": "user", "content": "hé"}], "max_tokens": 1},
+        "headers": {"X-Probe": "yes", "Authorization": "Bearer probe"},
+    }
+
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica, readiness=readiness) as fleet:
+            await until_ready(fleet)
+            seen = replica.seen.requests[0]
+            assert (seen.method, seen.target) == ("POST", "/v1/chat/completions?probe=a%20b")
+            assert seen.header("x-probe") == "yes"
+            assert seen.headers_named("authorization") == ["Bearer probe"]
+            assert seen.header("content-type") == "application/json"
+            assert "hé".encode() in seen.body
+            assert asked(replica, "/health") == 0
+            assert replica.seen.malformed == []
+
+    asyncio.run(play())
+
+
+def test_a_custom_get_probe_passes_by_200_alone() -> None:
+    async def play() -> None:
+        async with (
+            LabReplica(status=204) as replica,
+            watched(replica, readiness={"path": "/v1/anything", "headers": {"X-Probe": "1"}}) as fleet,
+        ):
+            await until(fleet, lambda: fleet.members[1].service.verdict is Verdict.FAILING)
+            assert replica.seen.last.method == "GET"
+            replica.set(status=0)
+            await until_ready(fleet)
+
+    asyncio.run(play())
+
+
+def test_replicas_with_a_key_are_asked_with_it() -> None:
+    async def play() -> None:
+        async with LabReplica(api_key="s3cret") as replica, watched(replica, api_key="s3cret") as fleet:
+            await until_ready(fleet)
+            assert fleet.members[1].identity == str(replica.random_seed)
+
+    asyncio.run(play())
+
+
+def test_limits_come_from_the_replica_before_it_is_given_a_request() -> None:
+    async def play() -> None:
+        async with (
+            LabReplica(max_running_requests=40, max_total_tokens=8192) as replica,
+            watched(replica) as fleet,
+        ):
+            await until_ready(fleet)
+            member = fleet.members[1]
+            assert (member.limit, member.capacity_tokens) == (32, 8192)
+
+    asyncio.run(play())
+
+
+def test_a_limit_that_was_set_stands() -> None:
+    async def play() -> None:
+        async with LabReplica(max_running_requests=40) as replica, watched(replica, max_in_flight=7) as fleet:
+            await until_ready(fleet)
+            assert (fleet.members[1].limit, fleet.members[1].capacity_tokens) == (7, 65536)
+
+    asyncio.run(play())
+
+
+# Ceasing to be ready
+
+
+def test_one_bad_answer_is_forgiven_and_two_in_a_row_are_not() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            member = fleet.members[1]
+            replica.set(ready=500)
+            await probes(fleet, 1, 1)
+            replica.set(ready=200)
+            assert (member.ready.failures, statuses(fleet)) == (1, ["READY"])
+            await probes(fleet, 1, 1)
+            assert member.ready.failures == 0
+            replica.set(ready=500)
+            await until_status(fleet, 1, Status.NOT_READY)
+            assert member.ready.failures == 2
+            replica.set(ready=200)
+            await until_ready(fleet)
+
+    asyncio.run(play())
+
+
+def test_one_503_stops_new_claims_at_once_and_a_200_lets_them_in_again() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            replica.set(ready=503)
+            member = await until_status(fleet, 1, Status.NOT_READY)
+            assert member.refusing
+            assert member.ready.verdict is Verdict.PASSING
+            replica.set(ready=200)
+            await until_ready(fleet)
+            assert fleet.members[1] is member
+
+    asyncio.run(play())
+
+
+def test_a_replica_that_dies_is_out_at_once_though_nobody_asks_it() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica, ready_interval=4.0) as fleet:
+            await until_ready(fleet)
+            await probes(fleet, 1, 1)  # now the line has been kept once, and the next question is seconds away
+            began = time.monotonic()
+            replica.refuse()
+            replica.drop_connections()
+            await until_status(fleet, 1, Status.NOT_READY)
+            assert time.monotonic() - began < 1.0
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("fault", [{"ready": "hang"}, {"black_hole": True}], ids=["hangs", "reads nothing"])
+def test_a_replica_that_does_not_answer_is_out_after_two_time_outs(fault: dict[str, Any]) -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            began = time.monotonic()
+            replica.set(**fault)
+            if "black_hole" in fault:
+                replica.drop_connections()
+            await until_status(fleet, 1, Status.NOT_READY)
+            took = time.monotonic() - began
+            assert took >= TIMEOUT
+            assert took < 2 * (INTERVAL + TIMEOUT) + 0.5  # a shared machine's own pauses
+            replica.set(ready=200, black_hole=False)
+            await until_ready(fleet)
+
+    asyncio.run(play())
+
+
+def test_a_hung_probe_delays_nobody() -> None:
+    async def play() -> None:
+        async with (
+            LabReplica(ready="hang") as hung,
+            LabReplica() as replica,
+            watched(hung, replica, ready_timeout=30.0) as fleet,
+        ):
+            await until_ready(fleet, 1)
+            replica.set(ready=503)
+            await until_status(fleet, 2, Status.NOT_READY)
+            replica.set(ready=200)
+            await until_ready(fleet, 1)
+            assert fleet.members[1].ready.verdict is Verdict.UNKNOWN
+
+    asyncio.run(play())
+
+
+def test_members_that_joined_together_are_asked_apart() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(*[replica.url] * 12, ready_interval=0.5) as fleet:
+            await until_ready(fleet)
+            seen = len(replica.seen.probes)
+            for number in fleet.members:
+                await probes(fleet, number, 1)
+            times = sorted(p.received_at for p in replica.seen.probes[seen:] if p.target == "/ready")
+            assert times[-1] - times[0] > 0.2
+
+    asyncio.run(play())
+
+
+# What requests tell
+
+
+def test_after_a_refused_request_only_a_new_connection_proves_that_it_listens() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            member = fleet.members[1]
+            replica.refuse()  # open connections live on, and so does the prober's
+            await probes(fleet, 1, 2)
+            assert statuses(fleet) == ["READY"]
+            fleet.refused(member)
+            await probes(fleet, 1, 3)
+            assert statuses(fleet) == ["NOT_READY"]
+            await replica.accept()
+            await until_ready(fleet)
+            assert fleet.members[1] is member  # its identity is the same
+
+    asyncio.run(play())
+
+
+def test_a_refused_request_has_the_member_asked_at_once() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica, ready_interval=30.0) as fleet:
+            await until_ready(fleet)
+            began = time.monotonic()
+            fleet.refused(fleet.members[1])
+            assert statuses(fleet) == ["NOT_READY"]
+            await until_ready(fleet)
+            assert time.monotonic() - began < 5.0
+
+    asyncio.run(play())
+
+
+def test_probes_keep_to_one_connection() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            await probes(fleet, 1, 10)
+            assert len({probe.connection for probe in replica.seen.probes if probe.target == "/ready"}) == 1
+            assert asked(replica, "/server_info") == 1
+
+    asyncio.run(play())
+
+
+def test_a_storm_of_refusals_is_no_storm_of_probes() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica, ready_interval=1.0) as fleet:
+            await until_ready(fleet)
+            before = asked(replica, "/ready")
+            for _ in range(300):
+                fleet.refused(fleet.members[1])
+                await asyncio.sleep(0.001)
+            took = 0.3
+            assert asked(replica, "/ready") - before <= 2 + 3 * took / 0.02
+
+    asyncio.run(play())
+
+
+# Token flow and long prefills
+
+
+def test_an_idle_member_is_asked_the_deep_question_again_and_again() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            before = asked(replica, "/health")
+            await replica.seen.until(lambda _: asked(replica, "/health") >= before + 3)
+
+    asyncio.run(play())
+
+
+def test_a_long_prefill_never_takes_a_member_out_and_is_not_asked_the_deep_question() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            with at_work(fleet):
+                replica.set(health=503)
+                await probes(fleet, 1, 3)  # one that was on its way may still come
+                before = asked(replica, "/health")
+                await probes(fleet, 1, 20)
+                assert asked(replica, "/health") == before
+                assert statuses(fleet) == ["READY"]
+                replica.set(health=200)
+
+    asyncio.run(play())
+
+
+def test_a_deep_question_that_a_prefill_overtakes_counts_for_nothing() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            replica.set(health="hang")
+            before = asked(replica, "/health")
+            await replica.seen.until(lambda _: asked(replica, "/health") > before)
+            with at_work(fleet) as member:
+                await asyncio.sleep(3 * TIMEOUT)
+                assert (member.service.failures, statuses(fleet)) == (0, ["READY"])
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    "readiness", [{"path": "/v1/models"}, {"path": "/v1/completions", "post_data": {"prompt": ""}}]
+)
+def test_a_prefill_that_keeps_any_probe_waiting_takes_nobody_out(readiness: dict[str, Any]) -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica, readiness=readiness) as fleet:
+            await until_ready(fleet)
+            with at_work(fleet):
+                replica.set(service_status="hang", hang="before_head")
+                await asyncio.sleep(4 * TIMEOUT)
+                assert statuses(fleet) == ["READY"]
+
+    asyncio.run(play())
+
+
+def test_bytes_that_flow_prove_as_much_as_a_probe() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            member = fleet.members[1]
+            replica.set(health=503)
+            member.last_byte_at = fleet.clock() + 3600
+            await probes(fleet, 1, 4)
+            before = asked(replica, "/health")
+            await probes(fleet, 1, 15)
+            assert asked(replica, "/health") == before
+            assert (member.service.failures, statuses(fleet)) == (0, ["READY"])
+            member.last_byte_at = 0.0
+            await until_status(fleet, 1, Status.NOT_READY)
+
+    asyncio.run(play())
+
+
+def test_a_hung_scheduler_is_found_out_after_the_silence_timeout() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica, silence_timeout=0.4) as fleet:
+            await until_ready(fleet)
+            with at_work(fleet):
+                began = time.monotonic()
+                replica.set(health=503)
+                await until_status(fleet, 1, Status.NOT_READY)
+                assert time.monotonic() - began >= 0.4
+                assert asked(replica, "/health_generate") >= 2
+
+    asyncio.run(play())
+
+
+def test_a_silent_member_that_makes_a_token_is_left_alone_for_another_silence_timeout() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica, silence_timeout=0.4) as fleet:
+            await until_ready(fleet)
+            with at_work(fleet):
+                began = time.monotonic()
+                await replica.seen.until(lambda _: asked(replica, "/health_generate") >= 3)
+                assert time.monotonic() - began >= 3 * 0.4
+                assert statuses(fleet) == ["READY"]
+
+    asyncio.run(play())
+
+
+# Identity
+
+
+def test_a_restart_between_two_probes_is_noticed_without_any_traffic() -> None:
+    async def play() -> None:
+        replica = LabReplica(random_seed=1)
+        await replica.start()
+        async with watched(replica, ready_interval=2.0) as fleet:
+            await until_ready(fleet)
+            await probes(fleet, 1, 1)
+            old = fleet.members[1]
+            old.requests_total = 5
+            replica = await restart(replica, random_seed=2)
+            await until(fleet, lambda: fleet.members[1] is not old)
+            new = await until_status(fleet, 1, Status.READY)
+            assert (new.identity, new.requests_total, new.url) == ("2", 0, old.url)
+        await replica.stop()
+
+    asyncio.run(play())
+
+
+def test_a_restart_behind_a_503_is_noticed() -> None:
+    async def play() -> None:
+        replica = LabReplica(random_seed=1)
+        await replica.start()
+        async with watched(replica) as fleet:
+            await until_ready(fleet)
+            old = fleet.members[1]
+            replica.set(ready=503)
+            await until_status(fleet, 1, Status.NOT_READY)
+            replica = await restart(replica, random_seed=2, ready=503)
+            await replica.seen.until(lambda _: asked(replica, "/ready") >= 2)
+            assert fleet.members[1] is old  # who it is does not matter before it can serve
+            replica.set(ready=200)
+            await until_ready(fleet)
+            assert fleet.members[1] is not old
+            assert fleet.members[1].identity == "2"
+        await replica.stop()
+
+    asyncio.run(play())
+
+
+def test_a_restart_leaves_no_ejection_behind_and_keeps_a_drain() -> None:
+    async def play() -> None:
+        replica = LabReplica()
+        await replica.start()
+        async with watched(replica) as fleet:
+            await until_ready(fleet)
+            old = fleet.members[1]
+            old.ejected_until = fleet.clock() + 3600
+            fleet.drain(old)
+            replica = await restart(replica)
+            await until(fleet, lambda: fleet.members[1] is not old)
+            await until(fleet, lambda: fleet.members[1].has_passed)
+            assert statuses(fleet) == ["SHUTTING_DOWN"]
+            fleet.undrain(fleet.members[1])
+            assert statuses(fleet) == ["READY"]
+        await replica.stop()
+
+    asyncio.run(play())
+
+
+def test_a_line_that_breaks_by_itself_makes_no_new_member() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            member, asked_before = fleet.members[1], asked(replica, "/server_info")
+            replica.drop_connections()
+            await replica.seen.until(lambda _: asked(replica, "/server_info") > asked_before)
+            await probes(fleet, 1, 2)
+            assert fleet.members[1] is member
+            assert statuses(fleet) == ["READY"]
+
+    asyncio.run(play())
+
+
+def test_a_replica_that_says_no_identity_is_new_when_it_refused_and_passes_again() -> None:
+    async def play() -> None:
+        async with LabReplica(service_status=404) as replica, watched(replica) as fleet:
+            await until_ready(fleet)
+            old = fleet.members[1]
+            replica.drop_connections()
+            await probes(fleet, 1, 3)
+            assert fleet.members[1] is old  # nothing was refused
+            replica.refuse()
+            replica.drop_connections()
+            await until_status(fleet, 1, Status.NOT_READY)
+            await replica.accept()
+            await until_ready(fleet)
+            assert fleet.members[1] is not old
+
+    asyncio.run(play())
+
+
+def test_one_that_cannot_say_who_it_is_amid_a_prefill_stays_in_and_is_asked_later() -> None:
+    async def play() -> None:
+        replica = LabReplica(random_seed=1)
+        await replica.start()
+        async with watched(replica) as fleet:
+            await until_ready(fleet)
+            old = fleet.members[1]
+            with at_work(fleet):
+                replica.set(service_status="hang")
+                replica.drop_connections()
+                await probes(fleet, 1, 5)
+                assert statuses(fleet) == ["READY"]
+            replica.set(service_status=200, random_seed=0)
+            replica.random_seed = 2  # as if it had been another process all along
+            await until(fleet, lambda: fleet.members[1] is not old)
+        await replica.stop()
+
+    asyncio.run(play())
+
+
+# Coming and going
+
+
+def test_a_member_that_left_is_asked_no_more_and_one_that_came_is() -> None:
+    async def play() -> None:
+        async with LabReplica() as first, LabReplica() as second, watched(first) as fleet:
+            await until_ready(fleet)
+            fleet.reconcile([Listed("r2", second.url, 2)])
+            await until_ready(fleet)
+            await first.seen.until(lambda seen: seen.connections_open == 0)
+            before = len(first.seen.probes)
+            await probes(fleet, 2, 4)
+            assert len(first.seen.probes) == before
+
+    asyncio.run(play())
+
+
+def test_a_replica_that_is_not_running_yet_is_not_asked() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, watched(replica) as fleet:
+            fleet.reconcile([Listed("r2", replica.url, 2, state="PROVISIONING")])
+            before = len(replica.seen.probes)
+            await asyncio.sleep(4 * INTERVAL)
+            assert asked(replica, "/ready") - before <= 1
+            fleet.reconcile([Listed("r2", replica.url, 2)])
+            await until_ready(fleet)
+
+    asyncio.run(play())
+
+
+def test_stopping_ends_every_task_and_connection() -> None:
+    async def play() -> None:
+        async with LabReplica() as replica, LabReplica(ready="hang", health="hang") as hung:
+            before = asyncio.all_tasks()
+            async with watched(replica, hung) as fleet:
+                await until_ready(fleet, 1)
+                await hung.seen.until(lambda _: asked(hung, "/ready") > 0)
+            await replica.seen.until(lambda seen: seen.connections_open == 0)
+            await hung.seen.until(lambda seen: seen.connections_open == 0)
+            ours = {task for task in asyncio.all_tasks() - before if "Watch" in repr(task.get_coro())}
+            assert ours == set()
+
+    asyncio.run(play())

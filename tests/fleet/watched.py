@@ -1,0 +1,77 @@
+"""Fleets that are probed for real: over real sockets, on the loop's own clock, at short intervals."""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from balancer.fleet.fleet import Fleet
+from balancer.fleet.member import Listed, Member, Status
+from balancer.fleet.probe import Prober
+from balancer.settings import ReadinessProbe, Settings
+from tests.lab.replica import LabReplica
+
+INTERVAL = 0.05
+TIMEOUT = 0.25
+
+
+@contextlib.asynccontextmanager
+async def watched(
+    *replicas: LabReplica | str,
+    readiness: dict[str, Any] | None = None,
+    api_key: str | None = None,
+    tls: ssl.SSLContext | None = None,
+    **settings: Any,
+) -> AsyncIterator[Fleet]:
+    """A fleet of these replicas (or addresses) under a prober. `readiness` and other keywords change the defaults."""
+    ours = {"ready_interval": INTERVAL, "ready_timeout": TIMEOUT} | settings
+    theirs = {"endpoint_probe_interval_seconds": INTERVAL, "timeout_seconds": TIMEOUT} | (readiness or {})
+    fleet = Fleet(Settings(**ours), ReadinessProbe(**theirs), asyncio.get_running_loop().time)
+    prober = Prober(fleet, api_key, tls, seed=1)
+    urls = [replica if isinstance(replica, str) else replica.url for replica in replicas]
+    fleet.reconcile([Listed(f"r{number}", url, number) for number, url in enumerate(urls, 1)])
+    try:
+        yield fleet
+    finally:
+        await prober.stop()
+
+
+async def until(fleet: Fleet, claim: Callable[[], object], timeout: float = 10.0) -> None:
+    """Wait until the claim holds; looked at after each change of the fleet. Raises AssertionError."""
+    changed = asyncio.Event()
+    fleet.when_room.append(changed.set)
+    try:
+        async with asyncio.timeout(timeout):
+            while not claim():
+                changed.clear()
+                await changed.wait()
+    except TimeoutError:
+        raise AssertionError(f"not so after {timeout} s: {statuses(fleet)}") from None
+    finally:
+        fleet.when_room.remove(changed.set)
+
+
+async def until_ready(fleet: Fleet, count: int | None = None) -> None:
+    wanted = len(fleet.members) if count is None else count
+    await until(fleet, lambda: statuses(fleet).count("READY") == wanted)
+
+
+async def until_status(fleet: Fleet, number: int, status: Status) -> Member:
+    """The member of that number, once it has that status."""
+    await until(fleet, lambda: fleet.members[number].status(fleet.clock()) is status)
+    return fleet.members[number]
+
+
+def statuses(fleet: Fleet) -> list[str]:
+    return [member.status(fleet.clock()).value for member in fleet.members.values()]
+
+
+async def probes(fleet: Fleet, number: int, count: int) -> None:
+    """Wait for that many more verdicts of our own question to a member."""
+    member = fleet.members[number]
+    question = member.ready
+    target = question.passes_total + question.failures_total + count
+    async with asyncio.timeout(10):
+        while question.passes_total + question.failures_total < target:  # noqa: ASYNC110 - nobody is told of each
+            await asyncio.sleep(INTERVAL / 5)
