@@ -8,9 +8,11 @@ from uuid import uuid4
 
 import orjson
 
-from tests.lab.asked import Asked
+from tests.lab import anthropic
+from tests.lab.asked import Asked, Kind
 
-DONE = b"[DONE]"
+DATA = b"data: "
+DONE = b"data: [DONE]"
 QUEUE_FULL = "The request queue is full."
 WORDS = tuple(f" t{position:02}" for position in range(100))
 
@@ -52,23 +54,36 @@ def words(count: int) -> list[str]:
 
 
 def error(status: int, message: str, kind: str) -> bytes:
-    """An error body, as the OpenAI paths and all HTTP errors of SGLang have it."""
+    """An error body, as the OpenAI paths and most HTTP errors of SGLang have it."""
     return orjson.dumps({"object": "error", "message": message, "type": kind, "param": None, "code": status})
 
 
-def event(data: bytes, end: str = "\n\n") -> bytes:
-    """One SSE event."""
-    return b"data: " + data + end.encode()
+def bad_request(kind: Kind, message: str) -> bytes:
+    """The body of a 400."""
+    if kind == "messages":
+        return anthropic.error("invalid_request_error", message)
+    return error(400, message, "BadRequestError")
+
+
+def queue_full(kind: Kind) -> bytes:
+    """The body of the 503 that a request meets which found the queue full."""
+    if kind == "messages":
+        return anthropic.error("overloaded_error", "Internal server error")
+    return error(503, QUEUE_FULL, "503")
 
 
 def whole(generation: Generation, usage: Usage, seconds: float) -> bytes:
     """The body of an answer that is not streamed. `seconds`: how long it took."""
-    text = "".join(generation.words[: usage.completion_tokens])
-    if generation.asked.kind == "generate":
-        return orjson.dumps(_generate(generation, text, usage, seconds))
-    said: dict[str, Any] = {"message": {"role": "assistant", "content": text, "reasoning_content": None}}
-    if generation.asked.kind == "completion":
-        said = {"text": text}
+    text = "".join(generation.words)
+    match generation.asked.kind:
+        case "generate":
+            return orjson.dumps(_generate(generation, text, usage, seconds))
+        case "messages":
+            return anthropic.whole(generation, usage)
+        case "completion":
+            said: dict[str, Any] = {"text": text}
+        case "chat":
+            said = {"message": {"role": "assistant", "content": text, "reasoning_content": None}}
     body = {
         "id": generation.rid,
         "object": "chat.completion" if generation.asked.kind == "chat" else "text_completion",
@@ -81,36 +96,52 @@ def whole(generation: Generation, usage: Usage, seconds: float) -> bytes:
     return orjson.dumps(body)
 
 
-def first(generation: Generation) -> bytes | None:
+# The events of a stream, each without the empty line that ends it.
+
+
+def first(generation: Generation, usage: Usage) -> list[bytes]:
     """What is streamed with the first token, before it."""
-    if generation.asked.kind != "chat":
-        return None
-    return _chunk(generation, [_choice(_delta(role="assistant", content=""), None)])
+    match generation.asked.kind:
+        case "chat":
+            return [_chunk(generation, [_choice(_delta(role="assistant", content=""), None)])]
+        case "messages":
+            return anthropic.first(generation, usage)
+        case _:
+            return []
 
 
 def token(generation: Generation, position: int, usage: Usage, seconds: float) -> bytes:
-    """The chunk of the token at `position`, from 0; of /generate it holds the whole text each time."""
+    """The token at `position`, from 0; of /generate it holds the whole text each time."""
     is_last = position + 1 == len(generation.words)
-    if generation.asked.kind == "generate":
-        text = "".join(generation.words[: position + 1])
-        return orjson.dumps(_generate(generation, text, usage, seconds if is_last else None))
-    if generation.asked.kind == "completion":
-        said = {"text": generation.words[position]}
-        return _chunk(generation, [_choice(said, "length" if is_last else None)], usage=None)
-    return _chunk(generation, [_choice(_delta(content=generation.words[position]), None)])
+    word = generation.words[position]
+    match generation.asked.kind:
+        case "chat":
+            return _chunk(generation, [_choice(_delta(content=word), None)])
+        case "messages":
+            return anthropic.token(word)
+        case "completion":
+            return _chunk(generation, [_choice({"text": word}, "length" if is_last else None)], usage=None)
+        case "generate":
+            text = "".join(generation.words[: position + 1])
+            return DATA + orjson.dumps(_generate(generation, text, usage, seconds if is_last else None))
 
 
 def last(generation: Generation, usage: Usage) -> list[bytes]:
-    """What is streamed after the last token, [DONE] included."""
-    chunks = []
-    if generation.asked.kind == "chat":
-        chunks.append(_chunk(generation, [_choice(_delta(), "length")]))
-    return [*chunks, *_ending(generation, usage)]
+    """What is streamed after the last token."""
+    match generation.asked.kind:
+        case "chat":
+            return [_chunk(generation, [_choice(_delta(), "length")]), *_ending(generation, usage)]
+        case "messages":
+            return anthropic.last(usage)
+        case _:
+            return _ending(generation, usage)
 
 
 def refused(generation: Generation) -> list[bytes]:
     """What is streamed, with status 200, to a streaming request that found the queue full."""
-    refusal = b'{"error":' + error(503, QUEUE_FULL, "SERVICE_UNAVAILABLE") + b"}"
+    if generation.asked.kind == "messages":
+        return anthropic.refused(generation, QUEUE_FULL)
+    refusal = DATA + b'{"error":' + error(503, QUEUE_FULL, "SERVICE_UNAVAILABLE") + b"}"
     return [refusal, *_ending(generation, Usage(0, 0, 0))]
 
 
@@ -130,7 +161,7 @@ def _choice(said: dict[str, Any], finish: str | None) -> dict[str, Any]:
 
 
 def _chunk(generation: Generation, choices: list[Any], **usage: Any) -> bytes:
-    return orjson.dumps(
+    return DATA + orjson.dumps(
         {
             "id": generation.rid,
             "object": "chat.completion.chunk" if generation.asked.kind == "chat" else "text_completion",

@@ -7,7 +7,7 @@ import orjson
 
 from tests.lab.knobs import Knobs
 
-Kind = Literal["chat", "completion", "generate"]
+Kind = Literal["chat", "completion", "generate", "messages"]
 ORDINARY_TOKENS = 8
 
 

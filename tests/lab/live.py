@@ -6,8 +6,9 @@ import math
 from tests.lab.answers import words
 from tests.lab.asked import Asked, BadRequest
 from tests.lab.knobs import Knobs
-from tests.lab.model import ModelSettings, ReplicaModel, Request, TooLong
+from tests.lab.model import ModelSettings, ReplicaModel, TooLong
 from tests.lab.prompts import image_tokens, prompt_tokens
+from tests.lab.request import Request
 from tests.lab.service import Load
 
 HEALTH_LOOK = 1.0  # seconds between two looks of /health at whether anything came
@@ -48,17 +49,16 @@ class LivePace:
 class LiveModel:
     """A ReplicaModel whose steps end when the loop's clock says so."""
 
-    def __init__(self, settings: ModelSettings, tokens_per_image: int = 576) -> None:
+    def __init__(self, settings: ModelSettings) -> None:
         self.model = ReplicaModel(settings)
         self.is_healthy = True  # what the last /health found
-        self._tokens_per_image = tokens_per_image
         self._paces: set[LivePace] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._stuck = False
 
     def pace(self, _: Knobs, asked: Asked) -> LivePace:
         """Start a generation. Raises QueueFull, or BadRequest for a prompt that cannot be served."""
-        prompt = prompt_tokens(asked, self._tokens_per_image)
+        prompt = prompt_tokens(asked, self.model.settings.image_tokens)
         try:
             return self._submit(Request(prompt, asked.tokens, "".join(words(asked.tokens)).encode()))
         except TooLong as error:

@@ -27,7 +27,7 @@ def image_tokens(image: str, count: int) -> bytes:
 def prompt_tokens(asked: Asked, tokens_per_image: int) -> bytes:
     """The whole prompt. Raises BadRequest when there is none."""
     body = asked.body
-    if asked.kind == "chat":
+    if asked.kind in ("chat", "messages"):
         prompt = b"".join(_chat(body, tokens_per_image))
     elif asked.kind == "completion":
         prompt = _flat(body.get("prompt"))
@@ -48,7 +48,7 @@ def _chat(body: dict[str, Any], tokens_per_image: int) -> Iterator[bytes]:
     if body.get("tools"):
         yield text_tokens(orjson.dumps(body["tools"]).decode())
     if messages[0].get("role") != "system":
-        yield text_tokens(f"<|system|>{SYSTEM}<|end|>")
+        yield text_tokens(f"<|system|>{body.get('system', SYSTEM)}<|end|>")
     for message in messages:
         yield text_tokens(f"<|{message.get('role')}|>")
         content = message.get("content")

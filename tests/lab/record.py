@@ -28,6 +28,8 @@ REQUESTS: list[tuple[str, str, str, dict[str, Any] | None]] = [
     ("completion stream with usage", "POST", "/v1/completions", TEXT | USAGE),
     ("generate", "POST", "/generate", GENERATE),
     ("generate stream", "POST", "/generate", GENERATE | STREAM),
+    ("messages", "POST", "/v1/messages", CHAT),
+    ("messages stream", "POST", "/v1/messages", CHAT | STREAM),
     ("chat without messages", "POST", "/v1/chat/completions", {"model": "any", "messages": []}),
     ("ready", "GET", "/ready", None),
     ("health", "GET", "/health", None),
@@ -59,11 +61,17 @@ def answer_shape(answer: httpx.Response) -> dict[str, Any]:
     if kind.startswith("application/json"):
         body = shape(answer.json())
     elif kind.startswith("text/event-stream"):
-        data = [event.removeprefix("data: ") for event in answer.text.strip().split("\n\n")]
-        body = [event if event == "[DONE]" else shape(json.loads(event)) for event in data]
+        body = [_event(event) for event in answer.text.strip().split("\n\n")]
     elif kind.startswith("text/plain"):
         body = sorted({_metric(line) for line in answer.text.splitlines() if line and line[0] != "#"})
     return {"status": answer.status_code, "content-type": kind, "headers": sorted(answer.headers), "body": body}
+
+
+def _event(event: str) -> Any:
+    """The name of an SSE event, where it has one, and the shape of its data."""
+    name, _, data = event.rpartition("data: ")
+    said = data if data == "[DONE]" else shape(json.loads(data))
+    return [name.strip(), said] if name else said
 
 
 def _metric(line: str) -> str:

@@ -11,9 +11,9 @@
 
 `LabReplica(model=ModelSettings(...))` takes its timing, caching and limits from tests/lab/model.py (faithful mode).
 
-/v1/chat/completions, /v1/completions and /generate generate; /health, /health_generate, /ready, /server_info,
-/v1/loads, /model_info, /v1/models and /metrics inform; every other path echoes: 200, any method, with the
-request's own body and content type (or as the knobs say).
+/v1/chat/completions, /v1/completions, /generate and /v1/messages generate; /health, /health_generate, /ready,
+/server_info, /v1/loads, /model_info, /v1/models and /metrics inform; every other path echoes: 200, any method, with
+the request's own body and content type (or as the knobs say).
 
 `python -m tests.lab.replica` is the same as a process of its own, for kill -9, SIGSTOP and SIGTERM
 (tests/lab/spawn.py), turned over HTTP: `POST /lab/knobs` ({"status": 503}; {"next": 2, "status": 503} for the

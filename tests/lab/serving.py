@@ -16,6 +16,7 @@ GENERATING: dict[str, Kind] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completion",
     "/generate": "generate",
+    "/v1/messages": "messages",
 }
 PIECE = bytes(65536)
 
@@ -79,9 +80,18 @@ class Sender:
         if cut:
             exchange.connection.cut(knobs.cut_by)
 
-    async def token(self, count: int, data: bytes) -> None:
+    def ended(self, event: bytes) -> bytes:
+        """An SSE event with its empty line, and all its line ends, as the knob says."""
+        end = self.knobs.event_end.encode()
+        return event.replace(b"\n", end[: len(end) // 2]) + end
+
+    async def event(self, event: bytes) -> None:
+        await self.body(self.ended(event))
+
+    async def token(self, count: int, event: bytes) -> None:
         """The event of a token, `count` tokens having been sent before it."""
         knobs, exchange = self.knobs, self.exchange
+        data = self.ended(event)
         if count == knobs.cut_after and knobs.cut == "mid_event":
             await exchange.write(exchange.framed(data[: len(data) // 2]))
             exchange.connection.cut(knobs.cut_by)
@@ -162,7 +172,7 @@ async def _generate(sender: Sender, kind: Kind, seen: Seen, pace_for: PaceFor) -
         generation = answers.Generation(asked, words=answers.words(asked.tokens))
         pace = pace_for(knobs, asked)
     except BadRequest as error:
-        await sender.whole(400, "application/json", answers.error(400, str(error), "BadRequestError"))
+        await sender.whole(400, "application/json", answers.bad_request(kind, str(error)))
         return
     except QueueFull:
         await _refuse(sender, generation)
@@ -201,11 +211,11 @@ def _abort(exchange: Exchange, pace: Pace, seen: Seen, delay: float) -> None:
 async def _refuse(sender: Sender, generation: answers.Generation) -> None:
     # As SGLang does: only a request that is not streamed learns of a full queue from its status.
     if not generation.asked.stream:
-        await sender.whole(503, "application/json", answers.error(503, answers.QUEUE_FULL, "503"))
+        await sender.whole(503, "application/json", answers.queue_full(generation.asked.kind))
         return
     await sender.head(200, "text/event-stream; charset=utf-8", None)
-    for data in answers.refused(generation):
-        await sender.body(answers.event(data))
+    for event in answers.refused(generation):
+        await sender.event(event)
     await sender.exchange.finish()
 
 
@@ -218,33 +228,35 @@ async def _answer_whole(sender: Sender, generation: answers.Generation, pace: Pa
     await sender.whole(sender.knobs.status or 200, "application/json", body)
 
 
-def _events(generation: answers.Generation, pace: Pace, since: Callable[[], float]) -> Iterator[list[bytes]]:
-    """The events of each token, in order; what follows the last token is one more item."""
+def _events(
+    generation: answers.Generation, pace: Pace, since: Callable[[], float]
+) -> Iterator[tuple[list[bytes], bytes]]:
+    """For each token what comes before it, and its own event; then what comes last, and nothing."""
     for position in range(len(generation.words)):
-        opening = answers.first(generation) if position == 0 else None
-        chunk = answers.token(generation, position, usage(pace, position + 1), since())
-        yield [chunk] if opening is None else [opening, chunk]
-    yield answers.last(generation, usage(pace, len(generation.words)))
+        used = usage(pace, position + 1)
+        opening = answers.first(generation, used) if position == 0 else []
+        yield opening, answers.token(generation, position, used, since())
+    yield answers.last(generation, usage(pace, len(generation.words))), b""
 
 
 async def _stream(sender: Sender, generation: answers.Generation, pace: Pace, seen: Seen) -> None:
     knobs = sender.knobs
-    end = knobs.event_end
 
     def since() -> float:
         return seen.now() - sender.exchange.record.received_at
 
     length = None
     if knobs.framing in ("content-length", "http/1.0+length"):
-        length = sum(len(answers.event(data, end)) for events in _events(generation, pace, since) for data in events)
+        events = [event for before, own in _events(generation, pace, lambda: 0.0) for event in (*before, own) if event]
+        length = sum(len(sender.ended(event)) for event in events)
     await sender.head(knobs.status or 200, "text/event-stream; charset=utf-8", length)
-    events = _events(generation, pace, since)
+    coming = _events(generation, pace, since)
     for position in range(len(generation.words)):
         await pace.token(position)
-        *before, chunk = next(events)
-        for data in before:
-            await sender.body(answers.event(data, end))
-        await sender.token(position, answers.event(chunk, end))
-    for data in next(events):
-        await sender.body(answers.event(data, end))
+        before, own = next(coming)
+        for event in before:
+            await sender.event(event)
+        await sender.token(position, own)
+    for event in next(coming)[0]:
+        await sender.event(event)
     await sender.exchange.finish()

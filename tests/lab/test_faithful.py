@@ -95,10 +95,13 @@ def test_an_image_counts_its_tokens_and_is_reused_at_its_position_only() -> None
 
 def test_a_full_queue_is_503_for_an_answer_and_an_error_event_for_a_stream() -> None:
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
-        tasks = []
+        takers = []
         for number in range(2):
-            tasks.append(asyncio.create_task(client.post("/v1/chat/completions", json=chat("x", tokens=150))))
+            long = client.post("/v1/chat/completions", json=chat("x", tokens=5000))
+            takers.append(asyncio.create_task(long))
             await replica.seen.until(partial(started, number + 1))
+        while (await client.get("/v1/loads")).json()["loads"][0]["num_running_reqs"] == 0:
+            pass
         load = (await client.get("/v1/loads?include=core")).json()["loads"][0]
         assert (load["num_running_reqs"], load["num_waiting_reqs"], load["max_running_requests"]) == (1, 1, 1)
         refused = await client.post("/v1/chat/completions", json=chat("x"))
@@ -108,9 +111,12 @@ def test_a_full_queue_is_503_for_an_answer_and_an_error_event_for_a_stream() -> 
         error, done = streamed.text.strip().split("\n\n")
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
         assert done == "data: [DONE]"
-        assert [(await task).status_code for task in tasks] == [200, 200]
+        for taker in takers:
+            taker.cancel()
+        await replica.seen.until(lambda seen: seen.generations_aborted == 2)
+        assert (await client.post("/v1/chat/completions", json=chat("x"))).status_code == 200
 
-    run(talk, ModelSettings(max_running_requests=1, max_queued_requests=1, itl_base=0.01))
+    run(talk, ModelSettings(max_running_requests=1, max_queued_requests=1, itl_base=0.01), abort_delay=0.0)
 
 
 def test_requests_in_a_batch_share_its_steps() -> None:

@@ -3,8 +3,9 @@ import random
 
 import pytest
 
-from tests.lab.model import ModelSettings, QueueFull, ReplicaModel, Request, TooLong
+from tests.lab.model import ModelSettings, QueueFull, ReplicaModel, TooLong
 from tests.lab.radix import TOKEN
+from tests.lab.request import Request
 
 SETTINGS = ModelSettings(
     prefill_rate=1000.0,
@@ -224,6 +225,20 @@ def test_no_more_than_the_running_limit_run_at_once() -> None:
     assert most == 8
     finished = [request.finished_at for request in requests]
     assert finished == sorted(finished, key=lambda at: at or 0.0)
+
+
+@pytest.mark.parametrize(("reserve", "waits"), [(0.0, False), (0.5, False), (1.0, True)])
+def test_room_is_kept_for_what_running_requests_may_still_make(reserve: float, waits: bool) -> None:
+    model = ReplicaModel(ModelSettings(max_total_tokens=1000, reserve=reserve))
+    first, second = Request(tokens(200, "a"), 300), Request(tokens(200, "b"), 400)
+    model.submit(first, 0.0)
+    model.advance(0.1)
+    model.submit(second, 0.1)
+    settle(model)
+    assert first.finished_at is not None
+    assert second.started_at is not None
+    assert (second.started_at >= first.finished_at) == waits
+    check(model)
 
 
 def test_a_full_queue_refuses_and_has_room_again_later() -> None:

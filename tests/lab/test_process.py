@@ -46,10 +46,10 @@ def test_a_spawned_replica_answers_is_turned_and_tells_what_it_saw() -> None:
 
 def test_a_slow_start_refuses_and_a_warm_up_is_not_ready() -> None:
     async def main() -> None:
-        async with spawn_replica("--start-delay", "0.3", "--warm-up", "0.3", wait=False) as replica:
-            began = time.monotonic()
+        began = time.monotonic()
+        async with spawn_replica("--start-delay", "1.0", "--warm-up", "2.0", wait=False) as replica:
             await replica.ready()
-            assert time.monotonic() - began >= 0.2
+            assert time.monotonic() - began >= 1.0
             async with client_of(replica) as client:
                 statuses: list[int] = []
                 while not statuses or statuses[-1] == 503:
@@ -94,13 +94,13 @@ def test_a_stopped_process_answers_again_when_it_goes_on() -> None:
 
 def test_stock_sigterm_ends_an_idle_replica_at_the_next_look_though_it_still_accepts() -> None:
     async def main() -> None:
-        async with spawn_replica("--exit-look", "1.0") as replica, client_of(replica) as client:
+        async with spawn_replica("--exit-look", "3.0") as replica, client_of(replica) as client:
             replica.send_signal(signal.SIGTERM)
             while (await client.get("/ready")).status_code != 503:
                 pass
             assert (await client.get("/health")).status_code == 503
             assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
-            async with asyncio.timeout(5.0):
+            async with asyncio.timeout(10.0):
                 assert await replica.wait() == 0
             assert await refused(replica)
 
@@ -137,7 +137,7 @@ def test_stock_sigterm_of_an_unhealthy_replica_does_not_drain() -> None:
 
 def test_with_the_plugin_sigterm_serves_on_for_the_grace_and_then_what_is_in_flight() -> None:
     async def main() -> None:
-        flags = ("--drain-plugin", "--drain-grace", "1.0", "--exit-look", "0.1")
+        flags = ("--drain-plugin", "--drain-grace", "2.0", "--exit-look", "0.1")
         async with spawn_replica(*flags, token_interval=0.5) as replica, client_of(replica) as client:
             replica.send_signal(signal.SIGTERM)
             began = time.monotonic()
@@ -147,7 +147,7 @@ def test_with_the_plugin_sigterm_serves_on_for_the_grace_and_then_what_is_in_fli
             answer = await client.post("/v1/chat/completions", json=CHAT)
             assert answer.json()["usage"]["completion_tokens"] == 4
             assert await replica.wait() == 0
-            assert time.monotonic() - began >= 1.0
+            assert time.monotonic() - began >= 2.0
 
     asyncio.run(main())
 
