@@ -17,7 +17,7 @@ import uvicorn
 
 from balancer import errors
 from balancer.errors import ConfigError
-from balancer.fleet.discovery import DnsDiscovery
+from balancer.fleet.discovery import DnsDiscovery, Resolve, resolve
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed
 from balancer.fleet.probe import Prober
@@ -76,9 +76,14 @@ class Config:
 
 
 class Balancer:
-    """One balancer in one event loop. `start` opens both ports, `leave` drains, `stop` ends everything."""
+    """One balancer in one event loop. `start` opens both ports, `leave` drains, `stop` ends everything.
 
-    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, log_descriptor: int = 1) -> None:
+    `look_up` is how names of replicas are resolved.
+    """
+
+    def __init__(
+        self, config: Config, loop: asyncio.AbstractEventLoop, log_descriptor: int = 1, look_up: Resolve = resolve
+    ) -> None:
         self.config = config
         self.loop = loop
         settings = config.settings
@@ -92,7 +97,7 @@ class Balancer:
         self.certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         replica_tls = replica_context(config.replica_ca)
         self.prober = Prober(self.fleet, config.replica_key, replica_tls)
-        self.discovery = DnsDiscovery(config.discover, self.fleet) if config.discover else None
+        self.discovery = DnsDiscovery(config.discover, self.fleet, look_up) if config.discover else None
         self.pool = Pool(settings, loop, replica_tls)
         self.fleet.when_left.append(self.pool.forget)
         self.access_log = AccessLog(log_descriptor, config.is_log_json)
@@ -226,8 +231,8 @@ class Balancer:
                 log.exception("the sweep failed; it goes on")
 
 
-async def run(config: Config) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once."""
+async def run(config: Config, look_up: Resolve = resolve) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. `look_up` resolves replicas' names."""
     loop = asyncio.get_running_loop()
     leaving, hurry = asyncio.Event(), asyncio.Event()
 
@@ -236,7 +241,7 @@ async def run(config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
-    balancer = Balancer(config, loop)
+    balancer = Balancer(config, loop, look_up=look_up)
     await balancer.start()
     print(f"listening on {balancer.endpoint}", file=sys.stderr)
     print(f"admin on {balancer.admin_endpoint}", file=sys.stderr, flush=True)
