@@ -1,5 +1,6 @@
 """Two real SGLang replicas on the CPU and the balancer in front, started once; one more that sees, when asked for."""
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,16 +80,30 @@ def endpoint(balancer: Balancer) -> str:
 
 
 @pytest.fixture(scope="session")
-def eyes(logs: Path) -> Iterator[str]:
-    """The endpoint of a balancer in front of one replica of tiny-llava."""
-    replica = Replica("tiny-llava", logs / "tiny-llava.log")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The key of the replica that sees."""
+    file = tmp_path_factory.mktemp("key") / "replica.key"
+    file.write_text(f"sk-{secrets.token_hex(16)}\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(logs: Path, key_file: Path) -> Iterator[Replica]:
+    """One replica that sees, and that wants a key of its clients."""
+    replica = Replica("tiny-llava", logs / "tiny-llava.log", SGLANG_API_KEY_FILE=str(key_file))
     _started.append(replica)
     try:
         replica.wait_ready()
-        balancer = Balancer(logs / "balancer-eyes.log", [replica])
-        _started.append(balancer)
-        balancer.wait_all_ready()
-        yield balancer.url
-        balancer.end()
+        yield replica
     finally:
         replica.end()
+
+
+@pytest.fixture(scope="session")
+def eyes(tiny_llava: Replica, key_file: Path, logs: Path) -> Iterator[str]:
+    """The endpoint of a balancer in front of it, which holds the key."""
+    balancer = Balancer(logs / "balancer-eyes.log", [tiny_llava], "--replica-key", str(key_file))
+    _started.append(balancer)
+    balancer.wait_all_ready()
+    yield balancer.url
+    balancer.end()

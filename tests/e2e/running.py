@@ -74,15 +74,16 @@ class Program:
 
 
 class Replica(Program):
-    """python -m replica on the CPU. A generous keep-alive aside, all is as a person starts it."""
+    """python -m replica on the CPU, with variables as in `environ`."""
 
-    def __init__(self, model: str, log: Path) -> None:
+    def __init__(self, model: str, log: Path, **environ: str) -> None:
         self.model = model
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         flags = ("-m", "replica", "--device", "cpu", "--model", model, "--port", str(self.port))
         # A deep health check that fails soon, so that a test need not wait a minute for one that does.
-        super().__init__(f"{model} on {self.port}", log, *flags, SGLANG_HEALTH_CHECK_TIMEOUT="5", OMP_NUM_THREADS="1")
+        environ |= {"SGLANG_HEALTH_CHECK_TIMEOUT": "5", "OMP_NUM_THREADS": "1"}
+        super().__init__(f"{model} on {self.port}", log, *flags, **environ)
 
     def restart(self) -> None:
         """A dead replica again, on the same port."""

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import httpx
 
 ROOT = Path(__file__).parents[3]
+# What the tests build, so that a person's own images keep their names.
+TAG = "test"
 
 T = TypeVar("T")
 
@@ -21,24 +23,26 @@ class CommandError(AssertionError):
 
 
 def docker(*arguments: str, environ: dict[str, str] | None = None, timeout: float = 600) -> str:
-    """Standard output of a docker command, run in the repository. Raises CommandError."""
+    """What a docker command says, run in the repository. Raises CommandError."""
     done = subprocess.run(
         ["docker", *arguments],
         cwd=ROOT,
         env={**os.environ, **(environ or {})},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if arguments[0] == "logs" else subprocess.PIPE,
         text=True,
         timeout=timeout,
         check=False,
     )
     if done.returncode:
-        raise CommandError(f"docker {' '.join(arguments)}: exit {done.returncode}\n{done.stdout}{done.stderr}"[-8000:])
+        said = f"{done.stdout}{done.stderr or ''}"[-8000:]
+        raise CommandError(f"docker {' '.join(arguments)}: exit {done.returncode}\n{said}")
     return done.stdout
 
 
 @dataclass(frozen=True)
 class Container:
-    """One container as `docker inspect` tells."""
+    """One container as `docker inspect` told it."""
 
     facts: dict[str, Any]
 
@@ -47,30 +51,42 @@ class Container:
         return str(self.facts["Id"])
 
     @property
-    def name(self) -> str:
-        return str(self.facts["Name"]).lstrip("/")
+    def number(self) -> int:
+        return int(self.facts["Config"]["Labels"]["com.docker.compose.container-number"])
 
     @property
     def image(self) -> str:
         return str(self.facts["Image"])
 
     @property
-    def address(self) -> str:
+    def member(self) -> str:
+        """What the balancer calls it."""
         (network,) = self.facts["NetworkSettings"]["Networks"].values()
-        return str(network["IPAddress"])
+        return f"{network['IPAddress']}:8000"
 
     @property
-    def state(self) -> dict[str, Any]:
-        return dict(self.facts["State"])
+    def is_healthy(self) -> bool:
+        return bool(self.facts["State"]["Health"]["Status"] == "healthy")
+
+    @property
+    def exit_code(self) -> int:
+        return int(self.facts["State"]["ExitCode"])
 
     @property
     def restarts(self) -> int:
         return int(self.facts["RestartCount"])
 
+    def again(self) -> "Container":
+        """The same container as it is now."""
+        return Container(json.loads(docker("inspect", self.id))[0])
+
+    def logs(self) -> str:
+        return docker("logs", self.id)
+
 
 @dataclass(frozen=True)
 class Project:
-    """`files` are compose files, `environ` the variables that .env.example explains. Ports are given by the engine."""
+    """`files` are compose files, `environ` the variables that .env.example explains. The engine chooses the ports."""
 
     name: str
     files: tuple[str, ...]
@@ -78,22 +94,27 @@ class Project:
 
     def compose(self, *arguments: str, timeout: float = 600, **environ: str) -> str:
         files = [part for file in self.files for part in ("-f", file)]
-        own = {"PORT": "0", "ADMIN_PORT": "0", "TAG": "test", **self.environ, **environ}
+        own = {"PORT": "0", "ADMIN_PORT": "0", "TAG": TAG, **self.environ, **environ}
         return docker("compose", "-p", self.name, *files, *arguments, environ=own, timeout=timeout)
 
-    def scale(self, count: int, **environ: str) -> None:
-        """What README.md says scaling is: nothing else is touched, and it returns when the new ones are ready."""
+    def up(self, **environ: str) -> None:
+        """From nothing, whatever a run before left behind, to a balancer that can answer."""
+        self.down()
+        self.compose("up", "-d", "--wait", **environ)
+
+    def scale(self, count: int) -> None:
+        """Scaling as README.md has it: nothing else is touched, and it returns when the new replicas are ready."""
         asked = ("--scale", f"replica={count}", "--wait", "replica")
-        self.compose("up", "-d", "--no-recreate", "--no-deps", *asked, **environ)
+        self.compose("up", "-d", "--no-recreate", "--no-deps", *asked)
 
     def down(self) -> None:
         self.compose("down", "--volumes", "--remove-orphans", "--timeout", "1")
 
-    def containers(self, service: str = "replica", *, every: bool = False) -> list[Container]:
-        """A service's containers in the order of their numbers; the stopped ones too if `every`."""
-        ids = self.compose("ps", "-q", *(["--all"] if every else []), service).split()
+    def containers(self, service: str = "replica") -> list[Container]:
+        """A service's containers, the stopped ones too, in the order of their numbers."""
+        ids = self.compose("ps", "-q", "--all", service).split()
         found = [Container(facts) for facts in json.loads(docker("inspect", *ids))] if ids else []
-        return sorted(found, key=lambda one: int(one.facts["Config"]["Labels"]["com.docker.compose.container-number"]))
+        return sorted(found, key=lambda one: one.number)
 
     def url(self, port: int = 30001) -> str:
         return "http://" + self.compose("port", "balancer", str(port)).strip()
@@ -103,14 +124,15 @@ class Project:
         answer = httpx.get(self.url(30002) + "/status", timeout=10)
         return dict(answer.raise_for_status().json())
 
-    def logs(self, service: str = "replica") -> str:
-        return self.compose("logs", "--no-color", service)
+    def ready(self) -> set[str]:
+        """The members that the balancer calls READY."""
+        return {row["name"] for row in self.status()["replicas"] if row["status"] == "READY"}
 
 
 def until(look: Callable[[], T], what: str, timeout: float = 60) -> T:
     """The first true value of `look`, asked again and again. Raises AssertionError."""
     give_up = time.monotonic() + timeout
     while not (seen := look()):
-        assert time.monotonic() < give_up, f"not within {timeout} s: {what}"
+        assert time.monotonic() < give_up, f"not within {timeout:g} s: {what}"
         time.sleep(0.2)
     return seen
