@@ -10,8 +10,8 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tests.bench.chart import chart
 from tests.bench.figures import Figures, check_counts, figures
 from tests.bench.install import Unavailable, cache_folder
 from tests.bench.peers import OURS, PEERS, Launch, Place
-from tests.bench.running import Running, counts, free_port, load, replicas, running
+from tests.bench.running import Running, counts, free_port, load, replicas, running, stop_on_sigterm
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -110,7 +110,6 @@ def run(
 
 
 def write(options: argparse.Namespace, launches: dict, rows: dict, raw: dict, unavailable: dict[str, str]) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
     result = {
         "command": " ".join(["python -m tests.bench.relay", *sys.argv[1:]]),
         "cpus": os.cpu_count(),
@@ -133,10 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Idle streams are two sockets each, in three processes that inherit this limit.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with tempfile.TemporaryDirectory(prefix="groundserve-bench-") as folder:
-        launches, rows, raw, unavailable = run(options, Path(folder))
-        write(options, launches, rows, raw, unavailable)
+    folder = (options.out / "relay-logs").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    launches, rows, raw, unavailable = run(options, folder)
+    write(options, launches, rows, raw, unavailable)
     problems = report.problems(rows, unavailable)
+    if not problems:
+        shutil.rmtree(folder)  # a line for each of some 100,000 requests, from each balancer
     for problem in problems:
         print(problem)
     print(f"results: {options.out}/relay.json, relay.md and relay.svg")
@@ -152,4 +155,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_on_sigterm()
     sys.exit(main())

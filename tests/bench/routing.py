@@ -21,7 +21,7 @@ from tests.bench.ask import Run, ask
 from tests.bench.install import Unavailable, cache_folder
 from tests.bench.peers import ONE_THREAD, Launch, Place, groundserve, nginx, sglang_router
 from tests.bench.report import markdown
-from tests.bench.running import fetch, free_port, running, started, wait
+from tests.bench.running import fetch, free_port, running, started, stop_on_sigterm, wait
 from tests.bench.stats import median, quantile
 from tests.bench.workload import FORMS, Form, hello, workload
 
@@ -89,12 +89,11 @@ def flush(urls: Sequence[str]) -> None:
 
 
 def measure(form: str, options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[Run]], dict[str, str]]:
-    """(runs by balancer, reasons by balancer that could not be measured)."""
+    """(runs by balancer, reasons by balancer that could not be measured). Raises Unavailable without replicas."""
     runs: dict[str, list[Run]] = {name: [] for name in options.only}
     unavailable: dict[str, str] = {}
-    kind = FORMS[form]
-    print(f"{form}: starting two replicas of {kind.model}", flush=True)
-    with sglang_replicas(kind, folder) as urls:
+    print(f"{form}: starting two replicas of {FORMS[form].model}", flush=True)
+    with sglang_replicas(FORMS[form], folder) as urls:
         for number in range(1, options.rounds + 1):
             requests = workload(form, GROUPS, options.requests, seed=number)
             turn = number % len(options.only)
@@ -102,15 +101,18 @@ def measure(form: str, options: argparse.Namespace, folder: Path) -> tuple[dict[
                 if name in unavailable:
                     continue
                 try:
-                    run = measure_run(name, kind, urls, requests, options.cache, folder)
+                    run = measure_run(name, FORMS[form], urls, requests, options.cache, folder)
                 except Unavailable as reason:
                     unavailable[name] = str(reason)
-                    print(f"  {name}: not measured: {reason}", flush=True)
-                    continue
-                runs[name].append(run)
-                words = f"FAILED: {run.errors[0]}" if run.errors else f"{run.seconds:.1f} s, cached {share(run):.2f}"
+                    del runs[name]
+                    words = f"not measured: {reason}"
+                else:
+                    runs[name].append(run)
+                    words = (
+                        f"FAILED: {run.errors[0]}" if run.errors else f"{run.seconds:.1f} s, cached {share(run):.2f}"
+                    )
                 print(f"  {form} round {number}: {name}: {words}", flush=True)
-    return {name: found for name, found in runs.items() if name not in unavailable}, unavailable
+    return runs, unavailable
 
 
 def measure_run(name: str, form: Form, urls: tuple[str, str], requests: list, cache: Path, folder: Path) -> Run:
@@ -202,4 +204,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_on_sigterm()
     sys.exit(main())

@@ -142,6 +142,11 @@ def fetch(url: str, body: bytes | None = None) -> tuple[int, bytes]:
         return answer.status, answer.read()
 
 
+def stop_on_sigterm() -> None:
+    """Lets a SIGTERM unwind like an exit, so that all that was started is stopped."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def _stop(process: subprocess.Popen) -> None:
     # Our balancer drains for some seconds after the first signal and ends at the second.
     for request, seconds in ((signal.SIGTERM, 0.2), (signal.SIGTERM, 2.0), (signal.SIGKILL, None)):

@@ -16,7 +16,7 @@ from tests.bench import messages, process_tree, relay, report
 from tests.bench.chart import chart
 from tests.bench.figures import Figure, Figures, check_counts, figures, ratio
 from tests.bench.install import Unavailable, call
-from tests.bench.peers import PEERS, Launch
+from tests.bench.peers import PEERS, ROOT, Launch
 from tests.bench.running import Running, counts, free_port, load, replicas, running
 from tests.bench.stats import median, quantile, spread
 from tests.bench.streams import gaps
@@ -268,3 +268,26 @@ def test_only_peers_that_exist_are_asked_for(capsys) -> None:
         relay.parse(["--only", "haproxy"])
     complaint = capsys.readouterr().err
     assert all(name in complaint for name in PEERS)
+
+
+# Starts a program as the measurements do, says both process ids, and waits for what ends it.
+STARTER = """
+import signal, sys
+from pathlib import Path
+from tests.bench.peers import Launch
+from tests.bench.running import started, stop_on_sigterm
+stop_on_sigterm()
+with started("peer", Launch([sys.executable, "-c", "import time; time.sleep(60)"]), Path(sys.argv[1])) as process:
+    print(process.pid, flush=True)
+    signal.pause()
+"""
+
+
+def test_a_measurement_that_is_stopped_stops_what_it_started(tmp_path) -> None:
+    command = [sys.executable, "-c", STARTER, str(tmp_path / "log")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        started = int(process.stdout.readline())
+        process.terminate()
+    assert process.returncode == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(started, 0)

@@ -70,7 +70,7 @@ def image_group(length: int, chance: random.Random) -> Callable[[str], Messages]
 
 
 def workload(form: str, groups: int, requests: int, seed: int) -> list[Messages]:
-    """Messages of `requests` requests, the same number (give or take one) of each group, in an order drawn by `seed`."""
+    """Messages of `requests` requests, as many (give or take one) of each group, in an order drawn by `seed`."""
     chance = random.Random(seed)
     make = image_group if form == "image" else text_group
     asks = [make(FORMS[form].prefix_tokens, chance) for _ in range(groups)]
