@@ -9,6 +9,7 @@ import pytest
 from tests.lab.model import ModelSettings
 from tests.lab.replica import LabReplica
 from tests.lab.seen import Seen
+from tests.lab.test_replica import ask_and_leave
 
 FAST = ModelSettings(prefill_rate=100_000.0, step_overhead=0.0, itl_base=0.005, itl_per_request=0.001)
 
@@ -172,16 +173,26 @@ def test_a_health_without_a_token_makes_it_unready_until_a_good_one() -> None:
 @pytest.mark.parametrize(("stream", "delay"), [(True, 0.3), (False, 0.6)])
 def test_a_client_that_leaves_is_aborted_after_sglangs_delay_and_frees_its_place(stream: bool, delay: float) -> None:
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
-        with pytest.raises(httpx.ReadTimeout):
-            await client.post("/v1/chat/completions", json=chat("x", tokens=5000, stream=stream), timeout=0.01)
-        await replica.seen.until(lambda seen: seen.requests and seen.last.outcome == "client_left")
-        left = replica.seen.now()
+        await ask_and_leave(replica, chat("x", tokens=5000, stream=stream))
         await replica.seen.until(lambda seen: seen.generations_aborted == 1)
-        assert replica.seen.now() - left >= delay - 0.05
+        left = replica.seen.last.ended_at
+        assert replica.seen.last.outcome == "client_left"
+        assert left is not None
+        assert replica.seen.now() - left >= delay
         metrics = (await client.get("/metrics")).text
         assert 'num_aborted_requests_total{engine_type="unified",model_name="lab"} 1.0' in metrics
 
     run(talk, ModelSettings(itl_base=0.05), abort_delay_stream=0.3, abort_delay=0.6)
+
+
+def test_messages_count_what_is_cached_apart() -> None:
+    async def talk(_: LabReplica, client: httpx.AsyncClient) -> None:
+        usages = [(await client.post("/v1/messages", json=chat("word " * 100))).json()["usage"] for _ in range(2)]
+        tokens = usages[0]["input_tokens"]
+        assert usages[0] == {"input_tokens": tokens, "output_tokens": 3, "cache_read_input_tokens": 0}
+        assert usages[1] == {"input_tokens": 1, "output_tokens": 3, "cache_read_input_tokens": tokens - 1}
+
+    run(talk, FAST)
 
 
 @pytest.mark.parametrize(

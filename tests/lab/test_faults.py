@@ -82,7 +82,9 @@ def test_a_stream_falls_silent_where_the_knob_says_until_its_client_leaves(hang:
 
         async def read() -> None:
             nonlocal came
-            async with client.stream("POST", "/v1/chat/completions", json=STREAM, timeout=0.2) as answer:
+            async with client.stream(
+                "POST", "/v1/chat/completions", json=STREAM, timeout=httpx.Timeout(10.0, read=0.5)
+            ) as answer:
                 async for text in answer.aiter_text():
                     came += text
 
@@ -122,7 +124,7 @@ def test_a_status_comes_in_sglangs_error_body_with_or_without_retry_after(status
 def test_a_black_hole_accepts_and_never_reads() -> None:
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
         with pytest.raises(httpx.ReadTimeout):
-            await client.post("/v1/chat/completions", json=CHAT, timeout=0.2)
+            await client.post("/v1/chat/completions", json=CHAT, timeout=httpx.Timeout(10.0, read=0.2))
         assert replica.seen.connections_accepted == 1
         assert replica.seen.requests == []
 
@@ -302,6 +304,16 @@ def test_writes_can_be_split_inside_events() -> None:
         assert b"".join(pieces).endswith(b"data: [DONE]\r\n\r\n")
 
     with_replica(talk, split=7, event_end="\r\n\r\n")
+
+
+def test_every_line_of_a_stream_can_end_in_crlf() -> None:
+    async def talk(_: LabReplica, client: httpx.AsyncClient) -> None:
+        text = (await client.post("/v1/messages", json=STREAM)).content
+        assert text.startswith(b"event: message_start\r\ndata: ")
+        assert text.endswith(b"\r\n\r\n")
+        assert text.count(b"\n") == text.count(b"\r\n")
+
+    with_replica(talk, event_end="\r\n\r\n")
 
 
 def test_next_applies_to_serving_paths_only_and_queues_up() -> None:

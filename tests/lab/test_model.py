@@ -227,13 +227,17 @@ def test_no_more_than_the_running_limit_run_at_once() -> None:
     assert finished == sorted(finished, key=lambda at: at or 0.0)
 
 
+@pytest.mark.parametrize("in_one_step", [False, True])
 @pytest.mark.parametrize(("reserve", "waits"), [(0.0, False), (0.5, False), (1.0, True)])
-def test_room_is_kept_for_what_running_requests_may_still_make(reserve: float, waits: bool) -> None:
+def test_room_is_kept_for_what_others_may_still_make(reserve: float, waits: bool, in_one_step: bool) -> None:
     model = ReplicaModel(ModelSettings(max_total_tokens=1000, reserve=reserve))
     first, second = Request(tokens(200, "a"), 300), Request(tokens(200, "b"), 400)
+    if in_one_step:
+        model.submit(Request(tokens(10, "c"), 1), 0.0)
     model.submit(first, 0.0)
-    model.advance(0.1)
-    model.submit(second, 0.1)
+    if not in_one_step:
+        model.advance(0.1)
+    model.submit(second, 0.1 if not in_one_step else 0.0)
     settle(model)
     assert first.finished_at is not None
     assert second.started_at is not None

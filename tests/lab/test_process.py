@@ -85,7 +85,7 @@ def test_a_stopped_process_answers_again_when_it_goes_on() -> None:
         async with spawn_replica() as replica, client_of(replica) as client:
             replica.send_signal(signal.SIGSTOP)
             with pytest.raises(httpx.ReadTimeout):
-                await client.get("/ready", timeout=0.3)
+                await client.get("/ready", timeout=httpx.Timeout(10.0, read=0.3))
             replica.send_signal(signal.SIGCONT)
             assert (await client.get("/ready")).status_code == 200
 
