@@ -9,8 +9,8 @@ from tests.e2e.running import Balancer
 
 
 def test_a_long_prefill_takes_no_replica_out(balancer: Balancer) -> None:
-    # Three prompts of some 3,900 tokens on two replicas, none of which shares a prefix with another.
-    prompts = ["".join(f" {start + n}" for n in range(1300)) for start in (1000, 3000, 5000)]
+    # Three prompts of some 3,800 tokens (five a number) on two replicas, none of which shares a prefix with another.
+    prompts = ["".join(f" {start + n}" for n in range(760)) for start in (1000, 3000, 5000)]
     statuses: list[int] = []
 
     def ask(prompt: str) -> None:

@@ -108,7 +108,7 @@ class Project:
         self.compose("up", "-d", "--no-recreate", "--no-deps", *asked)
 
     def down(self) -> None:
-        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "1")
+        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "0")
 
     def containers(self, service: str = "replica") -> list[Container]:
         """A service's containers, the stopped ones too, in the order of their numbers."""

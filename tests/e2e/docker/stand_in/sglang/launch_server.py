@@ -14,7 +14,7 @@ for flag in ("--host", "--port", "--random-seed"):
 parser.add_argument("--tp-size", default="1")
 given, _ = parser.parse_known_args()
 
-print(f"lab: GPUs {os.environ['CUDA_VISIBLE_DEVICES']}, tensor parallel size {given.tp_size}", flush=True)
+print(f"lab: GPUs {os.environ['CUDA_VISIBLE_DEVICES']}; tensor parallel size {given.tp_size}", flush=True)
 command = [sys.executable, "-m", "tests.lab.replica", "--drain-plugin"]
 command += ["--host", given.host, "--port", given.port, "--random-seed", given.random_seed]
 os.execv(sys.executable, [*command, *shlex.split(os.environ.get("LAB_FLAGS", ""))])
