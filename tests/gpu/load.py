@@ -1,0 +1,113 @@
+"""Sends streamed chat requests, so many at a time, and times every piece that comes back.
+
+A process of its own (`python3 -m tests.gpu.load JOB.json`), so that its work is not the balancer's.
+"""
+
+import asyncio
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvloop
+
+WORDS = "time year people way day man thing woman life child world school state family student group country".split()  # noqa: SIM905
+LIMIT = 120.0  # seconds for one answer
+
+
+def prompt(tokens: int, seed: int) -> str:
+    """About that many tokens, alike for one seed from the first word on."""
+    return " ".join(random.Random(seed).choices(WORDS, k=tokens))
+
+
+def bodies(job: dict[str, Any]) -> Iterator[bytes]:
+    """`requests` bodies: a system prompt of one of `groups` groups (0: each its own), then a question of its own."""
+    chance = random.Random(job["seed"])
+    order = [n % job["groups"] if job["groups"] else n for n in range(job["requests"])]
+    chance.shuffle(order)
+    systems: dict[int, str] = {}
+    for number, group in enumerate(order):
+        system = systems.setdefault(group, prompt(job["prefix_tokens"], 7_000_000 + job["seed"] * 10_000 + group))
+        yield json.dumps(
+            {
+                "model": job["model"],
+                "messages": [
+                    {"role": "system", "content": system},
+                    {"role": "user", "content": prompt(job["question_tokens"], job["seed"] * 100_000 + number)},
+                ],
+                "max_tokens": job["answer_tokens"],
+                "ignore_eos": True,
+                "temperature": 0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+        ).encode()
+
+
+async def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds in all, TTFT and gaps in seconds, tokens, cached tokens, errors."""
+    waiting = bodies(job)
+    figures: dict[str, Any] = {
+        "ttft": [],
+        "gaps": [],
+        "completion_tokens": 0,
+        "prompt_tokens": 0,
+        "cached_tokens": 0,
+        "errors": [],
+    }
+    where = urlsplit(job["url"])
+
+    async def work() -> None:
+        for body in waiting:
+            try:
+                async with asyncio.timeout(LIMIT):
+                    await answer(where.hostname or "", where.port or 80, body, figures)
+            except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError) as error:
+                figures["errors"].append(f"{type(error).__name__}: {error}"[:200])
+
+    start = time.monotonic()
+    await asyncio.gather(*(work() for _ in range(job["at_once"])))
+    return figures | {"seconds": time.monotonic() - start}
+
+
+async def answer(host: str, port: int, body: bytes, figures: dict[str, Any]) -> None:
+    """One answer on a connection of its own. Raises ValueError when it is not whole."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: lab\r\nContent-Type: application/json\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        sent = last = time.monotonic()
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b" 200 " not in head.split(b"\r\n", 1)[0]:
+            raise ValueError(f"{head[:80]!r} {(await reader.read(300))!r}")
+        tail = b""
+        first = True
+        while piece := await reader.read(65536):
+            now = time.monotonic()
+            if b"data: {" in piece:
+                (figures["ttft"] if first else figures["gaps"]).append(now - (sent if first else last))
+                first, last = False, now
+            tail = (tail + piece)[-2000:]
+        if b"data: [DONE]" not in tail:
+            raise ValueError(f"the stream was cut: it ends with {tail[-100:]!r}")
+        for name in ("completion_tokens", "prompt_tokens", "cached_tokens"):
+            found = re.findall(rb'"%b":\s*(\d+)' % name.encode(), tail)
+            figures[name] += int(found[-1]) if found else 0
+    finally:
+        writer.close()
+
+
+def main(path: str) -> None:
+    job = json.loads(Path(path).read_text())
+    json.dump(uvloop.run(run(job)), sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,118 @@
+"""Replicas, a balancer and a load generator as processes of their own, with logs, for the proof."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+
+@dataclass
+class Process:
+    """A started program; `url` is where it serves."""
+
+    name: str
+    url: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    def tail(self, lines: int = 25) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self, how: int = signal.SIGTERM, patience: float = 60.0) -> int:
+        """Ends it; returns the exit status. A child of its own session dies with it."""
+        if self.popen.poll() is None:
+            os.kill(self.popen.pid, how)
+        try:
+            return self.popen.wait(patience)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+            return self.popen.wait(10)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def start(name: str, argv: Sequence[str], url: str, folder: Path, **environ: str) -> Process:
+    log = folder / f"{name}.log"
+    with log.open("wb") as out:
+        popen = subprocess.Popen(
+            argv, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **environ}
+        )
+    return Process(name, url, popen, log)
+
+
+def replica(name: str, model: str, folder: Path, flags: Sequence[str] = (), **environ: str) -> Process:
+    """`python -m replica` with a lease of its own."""
+    port = free_port()
+    argv = [sys.executable, "-m", "replica", "--model", model, "--port", str(port), "--", *flags]
+    environ = {"LEASE_DIR": str(folder / f"leases-{name}")} | environ
+    return start(name, argv, f"http://127.0.0.1:{port}", folder, **environ)
+
+
+def wait_ready(process: Process, limit: float) -> float:
+    """Seconds until it answers /health with 200. Raises RuntimeError with its log."""
+    began = time.monotonic()
+    while time.monotonic() - began < limit:
+        if process.popen.poll() is not None:
+            raise RuntimeError(f"{process.name} ended with {process.popen.returncode}:\n{process.tail()}")
+        try:
+            if httpx.get(process.url + "/health", timeout=20, trust_env=False).status_code == 200:
+                return time.monotonic() - began
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise RuntimeError(f"{process.name} was not ready within {limit:g} s:\n{process.tail()}")
+
+
+def balancer(folder: Path, policy: str, replicas: Sequence[Process]) -> Process:
+    """`python -m balancer` in front of them; ready when all of them are."""
+    port, admin = free_port(), free_port()
+    argv = [sys.executable, "-m", "balancer", "--listen", f"127.0.0.1:{port}", "--admin", f"127.0.0.1:{admin}"]
+    for one in replicas:
+        argv += ["--replica", one.url]
+    process = start(f"balancer-{policy}", [*argv, "--policy", policy], f"http://127.0.0.1:{port}", folder)
+    began = time.monotonic()
+    while time.monotonic() - began < 60:
+        try:
+            status = httpx.get(f"http://127.0.0.1:{admin}/status", trust_env=False).json()["service"]
+            if status["ready"] == len(replicas):
+                return process
+        except (httpx.HTTPError, ValueError):
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"the balancer did not find its replicas ready:\n{process.tail()}")
+
+
+def cpu_seconds(process: Process) -> float:
+    """User and system time that the process has used."""
+    fields = Path(f"/proc/{process.popen.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def load(folder: Path, **job: Any) -> dict[str, Any]:
+    """Runs the load generator to its end and returns its figures."""
+    return finish(begin_load(folder, **job))
+
+
+def begin_load(folder: Path, **job: Any) -> subprocess.Popen[bytes]:
+    path = folder / f"job-{time.monotonic_ns()}.json"
+    path.write_text(json.dumps(job))
+    return subprocess.Popen([sys.executable, "-m", "tests.gpu.load", str(path)], stdout=subprocess.PIPE)
+
+
+def finish(running: subprocess.Popen[bytes], limit: float = 240.0) -> dict[str, Any]:
+    out, _ = running.communicate(timeout=limit)
+    figures: dict[str, Any] = json.loads(out)
+    return figures
