@@ -54,14 +54,18 @@ class Connection(asyncio.Protocol):
         self._seen.connections_open += 1
         self.number = self._seen.connections_accepted
         self._open.add(self)
-        if self._knobs().black_hole:
-            self.transport.pause_reading()
+        self._deaf = self._knobs().black_hole
+        if self._deaf:
+            # Not at once: uvloop begins to read only after this call.
+            asyncio.get_running_loop().call_soon(self.stop_reading)
         self.task = asyncio.get_running_loop().create_task(self._serve())
         self._tasks.add(self.task)
         self.task.add_done_callback(self._tasks.discard)
         self._seen.changed()
 
     def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
         self._buffer += data
         self._wake()
 
@@ -191,7 +195,8 @@ class Connection(asyncio.Protocol):
             self._seen.changed()
 
     def stop_reading(self) -> None:
-        self.transport.pause_reading()
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
 
     def cut(self, how: str) -> None:
         """End the connection: a reset, or a plain close after what was written."""

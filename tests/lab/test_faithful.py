@@ -178,7 +178,7 @@ def test_a_client_that_leaves_is_aborted_after_sglangs_delay_and_frees_its_place
         left = replica.seen.last.ended_at
         assert replica.seen.last.outcome == "client_left"
         assert left is not None
-        assert replica.seen.now() - left >= delay
+        assert replica.seen.now() - left >= delay - 0.01  # a loop's timers are that exact
         metrics = (await client.get("/metrics")).text
         assert 'num_aborted_requests_total{engine_type="unified",model_name="lab"} 1.0' in metrics
 

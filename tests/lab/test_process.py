@@ -92,6 +92,19 @@ def test_a_stopped_process_answers_again_when_it_goes_on() -> None:
     asyncio.run(main())
 
 
+def test_a_black_hole_is_turned_on_and_off_past_it() -> None:
+    async def main() -> None:
+        async with spawn_replica(black_hole=True) as replica, client_of(replica) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post("/v1/chat/completions", json=CHAT, timeout=httpx.Timeout(10.0, read=0.3))
+            await replica.set(black_hole=False)
+            assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+            seen = await replica.seen()
+            assert (seen["connections_accepted"], len(seen["requests"])) == (2, 1)
+
+    asyncio.run(main())
+
+
 def test_stock_sigterm_ends_an_idle_replica_at_the_next_look_though_it_still_accepts() -> None:
     async def main() -> None:
         async with spawn_replica("--exit-look", "3.0") as replica, client_of(replica) as client:

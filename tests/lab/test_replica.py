@@ -205,7 +205,7 @@ def test_an_abort_can_take_as_long_as_sglangs() -> None:
         await replica.seen.until(lambda seen: seen.generations_aborted == 1)
         left = replica.seen.last.ended_at
         assert left is not None
-        assert replica.seen.now() - left >= 0.3
+        assert replica.seen.now() - left >= 0.29  # a loop's timers are that exact
 
     with_replica(talk, token_interval=60.0, abort_delay=0.3)
 
