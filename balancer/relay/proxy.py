@@ -149,22 +149,28 @@ class Proxy:
         """One attempt at one member: on an idle connection if there is one, else (or after the race) on a new one."""
         message = request.message_for(member, self._replica_key)
         is_head = request.method == b"HEAD"
+        raced = False
         if connection := self.pool.idle_connection(member):
             client.take_from(connection)
             outcome = await connection.exchange(message, is_head, relay)
-            raced = self.pool.loop.time() - connection.sent_at < KEEP_ALIVE_RACE
-            if outcome is not Outcome.REFUSED and not (outcome is Outcome.LOST and raced):
+            raced = outcome is Outcome.LOST and self.pool.loop.time() - connection.sent_at < KEEP_ALIVE_RACE
+            if outcome is not Outcome.REFUSED and not raced:
                 return outcome
         began_at = self.pool.loop.time()
         try:
             connection = await self.pool.connect(member)
         except TimeoutError:
-            return Outcome.UNREACHED
+            outcome = Outcome.UNREACHED
         except OSError:
-            return Outcome.REFUSED
-        relay.connected(self.pool.loop.time() - began_at)
-        client.take_from(connection)
-        return await connection.exchange(message, is_head, relay)
+            outcome = Outcome.REFUSED
+        else:
+            relay.connected(self.pool.loop.time() - began_at)
+            client.take_from(connection)
+            return await connection.exchange(message, is_head, relay)
+        if raced:
+            relay.account(outcome)
+            return Outcome.LOST  # it may have begun on this before it went away: what was sent stays sent
+        return outcome
 
     def _record(self, request: Request) -> Record:
         return Record(request.id.decode("latin-1"), request.method.decode("latin-1"), request.path, request.received_at)

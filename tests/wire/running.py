@@ -1,0 +1,243 @@
+"""A balancer in a test's own loop, watched: whatever it leaves behind fails the test."""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import uvloop
+
+from balancer import app
+from balancer.app import Balancer, Config
+from balancer.fleet.ejection import Outlier
+from balancer.fleet.member import Listed, Member
+from balancer.settings import Settings
+from tests.lab.knobs import Knobs
+from tests.lab.replica import LabReplica
+from tests.wire.client import Answer, Client
+
+DEADLINE = 30.0  # seconds for one test
+SOON = 5.0  # for what should be there already
+
+
+def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Makes a plain test of a coroutine: on uvloop, as in production, and within DEADLINE."""
+
+    @functools.wraps(test)
+    def run(*arguments: Any, **named: Any) -> None:
+        async def bounded() -> None:
+            async with asyncio.timeout(DEADLINE):
+                await test(*arguments, **named)
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(bounded())
+
+    return run
+
+
+async def until(claim: Callable[[], object], what: str = "", within: float = SOON) -> None:
+    """Waits until the claim holds; AssertionError after `within` seconds."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + within
+    while not claim():
+        assert loop.time() < deadline, f"not so within {within} s: {what or claim}"
+        await asyncio.sleep(0.002)
+
+
+def in_house(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The same for a test of a module's `house`, which is as new before each test and checked after it."""
+
+    @functools.wraps(test)
+    def run(house: "House", **named: Any) -> None:
+        assert house.runner is not None
+
+        async def watched() -> None:
+            house.renew()
+            async with asyncio.timeout(DEADLINE):
+                await test(house, **named)
+                await house.emptied()
+
+        house.runner.run(watched())
+
+    return run
+
+
+class House:
+    """A running balancer, its replicas and its clients."""
+
+    def __init__(self, balancer: Balancer, replicas: tuple[LabReplica, ...], log_reader: int) -> None:
+        self.balancer = balancer
+        self.replicas = replicas
+        self.url = balancer.endpoint
+        self.clients: list[Client] = []
+        self.complaints: list[str] = []
+        self.runner: asyncio.Runner | None = None
+        self._log_reader = log_reader
+        self._log = b""
+
+    async def client(self, receive_buffer: int = 0) -> Client:
+        """A new connection, closed with the house."""
+        client = await Client.open(self.url, receive_buffer)
+        self.clients.append(client)
+        return client
+
+    async def ask(self, data: bytes, method: str = "POST") -> Answer:
+        """Sends on a connection of its own; the answer."""
+        client = await self.client()
+        await client.send(data)
+        answer = await client.answer(method)
+        client.leave()
+        return answer
+
+    def member(self, name: str) -> Member:
+        return next(m for m in self.balancer.fleet.members.values() if m.name == name)
+
+    def log(self) -> list[dict[str, Any]]:
+        """The access log's lines so far."""
+        while True:
+            self.balancer.access_log.flush()
+            try:
+                self._log += os.read(self._log_reader, 1 << 16)
+            except BlockingIOError:
+                return [orjson.loads(line) for line in self._log.splitlines()]
+
+    async def logged(self, count: int = 1) -> list[dict[str, Any]]:
+        """The log once it has `count` lines."""
+        await until(lambda: len(self.log()) >= count, f"{count} log lines")
+        assert len(self.log()) == count, self.log()
+        return self.log()
+
+    def is_at_rest(self) -> bool:
+        """Nothing in flight, nothing queued, nothing held."""
+        balancer = self.balancer
+        in_flight = [member.in_flight for member in balancer.fleet.members.values()]
+        generating = [member.generating for member in balancer.fleet.members.values()]
+        return not any((*in_flight, *generating, balancer.admission.queue_depth, balancer.pool.busy))
+
+    async def at_rest(self) -> None:
+        """Waits for that."""
+        balancer = self.balancer
+        await until(self.is_at_rest, f"{balancer.pool} queue={balancer.admission.queue_depth}")
+
+    async def ready(self, count: int) -> None:
+        """Waits until so many members may be given requests."""
+        fleet = self.balancer.fleet
+        await until(lambda: sum(m.is_available(fleet.clock()) for m in fleet.members.values()) == count, "ready", 10)
+
+    def renew(self) -> None:
+        """Forgets what earlier tests did."""
+        self.log()
+        self._log = b""
+        for replica in self.replicas:
+            replica.knobs = Knobs()
+            replica.seen.requests.clear()
+        settings = self.balancer.config.settings
+        for member in self.balancer.fleet.members.values():
+            member.full_until = member.ejected_until = 0.0
+            member.outlier = Outlier(settings.ejection_time, settings.max_ejection_time)
+            member.turn = 0
+        self.balancer.fleet.changed()
+
+    async def emptied(self) -> None:
+        """What must be true when all clients have gone, whatever happened before."""
+        for client in self.clients:
+            client.leave()
+        self.clients.clear()
+        await self.at_rest()
+        doors = self.balancer.doors
+        await until(lambda: not doors.connections, "client connections closed")
+        assert doors.buffered == 0, f"{doors.buffered} bytes of bodies counted, none held"
+        assert self.complaints == []
+        for replica in self.replicas:
+            assert replica.seen.malformed == []
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    *replicas: LabReplica, ready: int | None = None, config: dict[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[House]:
+    """A balancer in front of these replicas (members a, b, ...), once `ready` of them (all) are."""
+    loop = asyncio.get_running_loop()
+    complaints: list[str] = []
+    loop.set_exception_handler(lambda _, context: complaints.append(repr(context)))
+    listener = _Listener(complaints)
+    logging.getLogger().addHandler(listener)
+    connections = _connections()
+    log_reader, log_writer = os.pipe()
+    os.set_blocking(log_reader, False)
+    listed = tuple(Listed(chr(97 + n), replica.url) for n, replica in enumerate(replicas))
+    settings = {"drain_grace": 0, "drain_timeout": 0} | settings
+    whole = {"listen": ("127.0.0.1", 0), "admin": ("127.0.0.1", 0), "replicas": listed, "is_log_json": True}
+    balancer = Balancer(Config(**(whole | {"settings": Settings(**settings)} | (config or {}))), loop, log_writer)
+    await balancer.start()
+    house = House(balancer, replicas, log_reader)
+    house.complaints = complaints
+    try:
+        await house.ready(len(replicas) if ready is None else ready)
+        yield house
+        await house.emptied()
+    finally:
+        for client in house.clients:
+            client.leave()
+        await balancer.stop()
+        os.close(log_reader)
+        os.close(log_writer)
+        logging.getLogger().removeHandler(listener)
+    assert complaints == []
+    left = [task for task in asyncio.all_tasks() if _is_ours(task)]
+    assert left == [], "tasks left behind"
+    await until(lambda: _connections() <= connections, "connections left open")
+
+
+@contextlib.contextmanager
+def kept(*knobs: dict[str, Any], **settings: Any) -> Iterator[House]:
+    """A balancer for the tests of a module, in front of a replica for each of `knobs`."""
+    stack = contextlib.AsyncExitStack()
+
+    async def opened() -> House:
+        replicas = [await stack.enter_async_context(LabReplica(**knob)) for knob in knobs]
+        return await stack.enter_async_context(serving(*replicas, **settings))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        house = runner.run(opened())
+        house.runner = runner
+        try:
+            yield house
+        finally:
+            runner.run(stack.aclose())
+
+
+def each(table: dict[str, Any]) -> dict[str, Any]:
+    """A table of named rows as parametrize wants it."""
+    return {"argvalues": list(table.values()), "ids": list(table)}
+
+
+class _Listener(logging.Handler):
+    """Warnings and worse, from anybody: in a test nobody should have cause for one."""
+
+    def __init__(self, complaints: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._complaints = complaints
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._complaints.append(f"{record.name}: {record.getMessage()} {record.exc_info or ''}")
+
+
+def _connections() -> set[str]:
+    """The kernel's numbers of this process's TCP sockets."""
+    ours = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that listed them
+            ours.add(str(entry.readlink()).removeprefix("socket:[").removesuffix("]"))
+    lines = Path("/proc/net/tcp").read_text().splitlines() + Path("/proc/net/tcp6").read_text().splitlines()
+    return ours & {line.split()[9] for line in lines}
+
+
+def _is_ours(task: "asyncio.Task[Any]") -> bool:
+    code = getattr(task.get_coro(), "cr_code", None)
+    return code is not None and str(Path(app.__file__).parent) in code.co_filename

@@ -1,0 +1,402 @@
+"""What a request may meet: every outcome of an attempt, what the client gets, and what the replicas see."""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.lab.replica import LabReplica
+from tests.wire.client import CHAT, chat, request
+from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
+
+POST = request(body=chat())
+GET = request("GET", "/v1/models/lab")
+SENT_ON = {"GET": GET, "HEAD": request("HEAD", "/v1/models/lab"), "POST": POST}
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[House]:
+    with kept({}, {}, ejection_time=0.001) as house:
+        yield house
+
+
+def numbers(*replicas: LabReplica) -> list[int]:
+    """How many requests each saw."""
+    return [len(replica.seen.requests) for replica in replicas]
+
+
+async def the_line(house: House) -> dict[str, object]:
+    """The last line of the access log, once nothing is in flight any more."""
+    await house.at_rest()
+    return house.log()[-1]
+
+
+# No connection
+
+
+@pytest.mark.parametrize("method", METHODS)
+@on_uvloop
+async def test_a_refused_connection_sends_any_method_to_another_member(method: str) -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, ready_interval=60) as house:
+        a.refuse()
+        answer = await house.ask(request(method, CHAT, chat()), method)
+        assert answer.status == 200
+        assert answer.header("x-replica-id") == "b"
+        assert numbers(a, b) == [0, 1]
+        assert (await the_line(house))["attempts"] == 2
+        assert [m.name for m in house.balancer.fleet.available()] == ["b"], "unavailable at once"
+
+
+@on_uvloop
+async def test_each_member_that_refuses_is_tried_once_and_the_client_gets_502() -> None:
+    async with LabReplica() as a, LabReplica() as b, LabReplica() as c, serving(a, b, c, ready_interval=60) as house:
+        for replica in (a, b, c):
+            replica.refuse()
+        answer = await house.ask(POST)
+        assert (answer.status, answer.error["code"]) == (502, "replica_unreachable")
+        assert "safe to send it again" in answer.error["message"]
+        line = await the_line(house)
+        assert (line["status"], line["attempts"], line["error"]) == (502, 3, "replica_unreachable")
+        assert [m.failures_total for m in house.balancer.fleet.members.values()] == [1, 1, 1]
+
+
+@on_uvloop
+async def test_refused_connections_and_503s_cost_no_retry_budget() -> None:
+    async with (
+        LabReplica() as a,
+        LabReplica(status=503) as b,
+        LabReplica() as c,
+        LabReplica(cut="before_head") as d,
+        serving(a, b, c, d, ready_interval=60) as house,
+    ):
+        a.refuse()
+        budget = house.balancer.proxy.budget
+        while budget.withdraw(house.balancer.loop.time()):
+            pass
+        answer = await house.ask(POST)
+        assert (answer.status, answer.header("x-replica-id")) == (200, "c")
+        assert (await the_line(house))["attempts"] == 3
+        while budget.withdraw(house.balancer.loop.time()):
+            pass
+        assert (await house.ask(GET, "GET")).status == 502, "a sent request does"
+
+
+@on_uvloop
+async def test_a_connection_that_times_out_sends_any_method_to_another_member() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, ready_interval=60, connect_timeout=0.3) as house:
+        a.refuse()
+        with ExitStack() as stack:
+            deaf = stack.enter_context(socket.socket())
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            deaf.bind((a.host, a.port))
+            deaf.listen(0)
+            for _ in range(8):  # nobody accepts: once its queue is full, a connect gets no answer
+                filler = stack.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex((a.host, a.port))
+            answer = await house.ask(POST)
+        assert (answer.status, answer.header("x-replica-id")) == (200, "b")
+        line = await the_line(house)
+        assert line["attempts"] == 2
+        assert 0.3 <= line["duration"] < 1
+        assert house.member("a").failures_total == 1
+
+
+@on_uvloop
+async def test_nothing_available_is_503_within_50_ms() -> None:
+    async with LabReplica(ready=500) as a, serving(a, ready=0, start_wait=0) as house:
+        client = await house.client()
+        began = asyncio.get_running_loop().time()
+        await client.send(POST)
+        answer = await client.answer()
+        assert asyncio.get_running_loop().time() - began < 0.05
+        assert (answer.status, answer.error["code"]) == (503, "no_replica_ready")
+        assert answer.header("retry-after") == "5"
+        assert not answer.is_last, "the connection stays usable"
+
+
+# The keep-alive race
+
+
+@pytest.mark.parametrize("how", ["reset", "close"])
+@on_uvloop
+async def test_a_keep_alive_race_is_a_fresh_connection_to_the_same_member_within_one_attempt(how: str) -> None:
+    async with LabReplica() as a, LabReplica(ready=503) as b, serving(a, b, ready=1) as house:
+        assert (await house.ask(POST)).status == 200
+        a.set(race=how)
+        b.set(ready=200)
+        await house.ready(2)
+        house.member("b").turn = 99
+        answer = await house.ask(POST)
+        assert (answer.status, answer.header("x-replica-id")) == (200, "a")
+        assert [r.outcome for r in a.seen.requests] == ["answered", "raced", "answered"]
+        first, raced, fresh = (r.connection for r in a.seen.requests)
+        assert first == raced != fresh
+        assert numbers(b) == [0]
+        assert a.seen.generations_started == 2
+        assert (await the_line(house))["attempts"] == 1
+        assert house.member("a").failures_total == 0, "no fault of the member"
+
+
+@on_uvloop
+async def test_after_a_race_the_fresh_connection_is_not_repeated() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
+        assert (await house.ask(POST)).status == (await house.ask(POST)).status == 200
+        a.set(race="reset", cut="before_head")
+        answer = await house.ask(POST)
+        assert (answer.status, answer.error["code"]) == (502, "replica_lost")
+        assert [r.outcome for r in a.seen.requests] == ["answered", "raced", "cut"]
+        assert numbers(b) == [1]
+        assert (await the_line(house))["attempts"] == 1
+
+
+@on_uvloop
+async def test_a_reused_connection_that_closes_later_than_a_second_is_no_race() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
+        assert (await house.ask(POST)).status == (await house.ask(POST)).status == 200
+        a.set(head_delay=1.1, cut="before_head")
+        answer = await house.ask(POST)
+        assert (answer.status, answer.error["code"]) == (502, "replica_lost")
+        assert numbers(a, b) == [2, 1]
+
+
+@pytest.mark.parametrize(("method", "status", "seen_by_b"), [("POST", 502, 0), ("GET", 200, 1)])
+@on_uvloop
+async def test_a_post_that_was_sent_is_not_sent_elsewhere_when_the_fresh_connection_is_refused(
+    method: str, status: int, seen_by_b: int
+) -> None:
+    """As after kill -9: nobody knows whether the replica had begun."""
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, ready_interval=60) as house:
+        house.member("b").turn = 99
+        assert (await house.ask(POST)).status == 200
+        house.member("b").turn = 99
+        a.set(race="reset")
+        a.refuse()
+        answer = await house.ask(SENT_ON[method], method)
+        assert answer.status == status
+        assert numbers(a, b) == [2, seen_by_b]
+        if status == 502:
+            assert answer.error["code"] == "replica_lost"
+        assert [m.name for m in house.balancer.fleet.available()] == ["b"], "refused: unavailable at once"
+
+
+# Sent, and no answer
+
+
+@pytest.mark.parametrize(("method", "retry_sent", "moves"), [
+    ("GET", False, True), ("HEAD", False, True), ("POST", False, False), ("POST", True, True)
+])  # fmt: skip
+@on_uvloop
+async def test_a_reset_after_sending_moves_only_what_may_be_repeated(
+    method: str, retry_sent: bool, moves: bool
+) -> None:
+    async with LabReplica(cut="before_head") as a, LabReplica() as b, serving(a, b, retry_sent=retry_sent) as house:
+        answer = await house.ask(SENT_ON[method], method)
+        assert answer.status == (200 if moves else 502)
+        if not moves:
+            assert answer.error["code"] == "replica_lost"
+            assert "may have been processed" in answer.error["message"]
+        assert numbers(a, b) == [1, int(moves)]
+        assert (await the_line(house))["attempts"] == 1 + moves
+        assert house.member("a").failures_total == 1
+
+
+@on_uvloop
+async def test_a_sent_request_is_repeated_at_three_members_at_most() -> None:
+    async with (
+        LabReplica(cut="before_head") as a,
+        LabReplica(cut="before_head") as b,
+        LabReplica(cut="before_head") as c,
+        LabReplica() as d,
+        serving(a, b, c, d) as house,
+    ):
+        answer = await house.ask(GET, "GET")
+        assert (answer.status, answer.error["code"]) == (502, "replica_lost")
+        assert numbers(a, b, c, d) == [1, 1, 1, 0]
+
+
+@on_uvloop
+async def test_repeats_of_sent_requests_stay_within_the_retry_budget() -> None:
+    async with (
+        LabReplica(cut="before_head") as a,
+        LabReplica(cut="before_head") as b,
+        serving(a, b, ejection_time=0.001) as house,
+    ):
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        for _ in range(50):
+            assert (await house.ask(GET, "GET")).status == 502
+        repeats = sum(numbers(a, b)) - 50
+        assert 3 <= repeats <= 3 + 0.2 * 50 + 3 * (loop.time() - began) + 1
+
+
+@pytest.mark.parametrize("partial", ["mid_head", "interim"])
+@on_uvloop
+async def test_a_head_that_breaks_off_is_502_and_not_repeated(partial: str) -> None:
+    raw = {"interim": {"raw": "HTTP/1.1 100 Continue\r\n\r\n", "raw_then": "reset"}, "mid_head": {"cut": "mid_head"}}
+    async with LabReplica(**raw[partial]) as a, LabReplica() as b, serving(a, b) as house:
+        answer = await house.ask(GET, "GET")
+        assert (answer.status, answer.error["code"]) == (502, "replica_bad_answer")
+        assert numbers(a, b) == [1, 0]
+
+
+HANGS = {
+    "no head": {"hang": "before_head"},
+    "half a head": {"raw": "HTTP/1.1 200 OK\r\nContent-", "raw_then": "hang"},
+    "only an interim answer": {"raw": "HTTP/1.1 102 Processing\r\n\r\n", "raw_then": "hang"},
+    "nothing reads the body": {"early": "close", "hang": "before_head"},
+}
+
+
+@pytest.mark.parametrize("hang", **each(HANGS))
+@on_uvloop
+async def test_no_head_within_first_byte_timeout_is_504_and_the_exchange_is_closed(hang: dict[str, object]) -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, first_byte_timeout=0.3, ready_interval=60) as house:
+        a.set(**hang)
+        answer = await house.ask(request(body=chat(padding="x" * 10_000_000)))
+        assert (answer.status, answer.error["code"]) == (504, "first_byte_timeout")
+        assert numbers(a, b) == [1, 0]
+        if not hang.get("early"):  # it does not read, so it does not notice
+            await a.seen.until(lambda seen: seen.last.outcome == "client_left")
+        a.drop_connections()
+        await a.seen.until(lambda seen: seen.generations_started == seen.generations_aborted)
+        line = await the_line(house)
+        assert (line["status"], line["attempts"], line["member"]) == (504, 1, "a")
+        assert house.member("a").failures_total == 1
+
+
+# Busy
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+@on_uvloop
+async def test_a_busy_replica_sends_the_request_to_another_member_and_counts_as_full(method: str) -> None:
+    async with LabReplica(status=503, retry_after="7") as a, LabReplica() as b, serving(a, b) as house:
+        answer = await house.ask(SENT_ON[method], method)
+        assert (answer.status, answer.header("x-replica-id")) == (200, "b")
+        full_for = house.member("a").full_until - house.balancer.fleet.clock()
+        assert 6 < full_for <= 7
+        house.member("b").turn = 99
+        assert (await house.ask(POST)).header("x-replica-id") == "b", "full: not its turn"
+        assert numbers(a, b) == [1, 2]
+        assert house.member("a").failures_total == 0, "busy is not broken"
+        assert [line["attempts"] for line in await house.logged(2)] == [2, 1]
+
+
+@pytest.mark.parametrize(("said", "full_for", "told"), [
+    ("", 1, "1"), ("3", 3, "3"), ("0", 1, "1"), ("-1", 1, "1"), ("soon", 1, "1"), ("9999", 60, "60"),
+    ("Wed, 21 Oct 2099 07:28:00 GMT", 1, "1"),
+])  # fmt: skip
+@in_house
+async def test_all_busy_is_503_with_retry_after(house: House, said: str, full_for: float, told: str) -> None:
+    for replica in house.replicas:
+        replica.set(status=503, retry_after=said)
+    answer = await house.ask(POST)
+    assert (answer.status, answer.error["code"]) == (503, "replicas_busy")
+    assert answer.header("retry-after") == told
+    assert numbers(*house.replicas) == [1, 1]
+    for name in "ab":
+        assert full_for - 0.5 < house.member(name).full_until - house.balancer.fleet.clock() <= full_for
+
+
+@on_uvloop
+async def test_a_member_that_was_busy_is_used_again_when_its_time_is_over() -> None:
+    async with LabReplica() as a, serving(a) as house:
+        a.next(1, status=503)
+        assert (await house.ask(POST)).status == 503
+        answer = await house.ask(POST)  # waits in the queue for as long as the replica is full
+        assert answer.status == 200
+        line = (await house.logged(2))[1]
+        assert 0.5 < line["queued"] < 2
+
+
+# Answers that are the replica's own
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 408, 413, 422, 429, 499, 500, 501, 502, 504, 599])
+@in_house
+async def test_other_errors_of_a_replica_pass_unchanged_and_are_not_repeated(house: House, status: int) -> None:
+    knobs = {"status": status, "body": '{"odd": "body"}', "retry_after": "11"}
+    # The lab names each status by http.HTTPStatus, which does not know these.
+    if status in (499, 599):
+        knobs = {"raw": f'HTTP/1.1 {status} Odd\r\nretry-after: 11\r\ncontent-length: 15\r\n\r\n{{"odd": "body"}}'}
+    house.replicas[0].set(**knobs)
+    failures = house.member("a").failures_total
+    answer = await house.ask(POST)
+    assert (answer.status, answer.body) == (status, b'{"odd": "body"}')
+    assert answer.header("retry-after") == "11"
+    assert numbers(*house.replicas) == [1, 0]
+    line = await the_line(house)
+    assert (line["status"], line["attempts"]) == (status, 1)
+    assert house.member("a").failures_total - failures == (status in (500, 502, 504))
+
+
+MANGLED = {
+    "no HTTP": "hello\r\n\r\n",
+    "another protocol": "ICY 200 OK\r\n\r\n",
+    "no status": "HTTP/1.1 OK\r\n\r\n",
+    "a status of four digits": "HTTP/1.1 2000 OK\r\n\r\n",
+    "an upgrade": "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nxyz",
+    "two lengths": "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    "a length and chunks": "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "a length that is none": "HTTP/1.1 200 OK\r\nContent-Length: ten\r\n\r\n",
+    "a bare CR in a field": "HTTP/1.1 200 OK\r\nA: b\rX: y\r\nContent-Length: 0\r\n\r\n",
+    "a NUL in a field": "HTTP/1.1 200 OK\r\nA: b\0c\r\nContent-Length: 0\r\n\r\n",
+    "bare LFs": "HTTP/1.1 200 OK\nContent-Length: 0\n\n",
+    "a folded field": "HTTP/1.1 200 OK\r\nA: b\r\n c\r\nContent-Length: 0\r\n\r\n",
+    "a status below 100": "HTTP/1.1 099 Odd\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("raw", **each(MANGLED))
+@in_house
+async def test_an_answer_that_is_no_http_is_502_and_its_connection_is_dropped(house: House, raw: str) -> None:
+    house.replicas[0].set(raw=raw)
+    failures = house.member("a").failures_total
+    answer = await house.ask(POST)
+    assert (answer.status, answer.error["code"]) == (502, "replica_bad_answer")
+    assert numbers(*house.replicas) == [1, 0]
+    await house.at_rest()
+    assert house.balancer.pool.idle_connection(house.member("a")) is None
+    assert house.member("a").failures_total - failures == 1
+
+
+# Whatever happens
+
+FAULTS = {
+    **{
+        cut: {"cut": cut} for cut in ("before_head", "mid_head", "after_head", "after_tokens", "mid_event", "mid_chunk")
+    },
+    **{f"hang {hang}": {"hang": hang} for hang in ("before_head", "after_head", "after_tokens")},
+    "race": {"race": "reset"},
+    "500": {"status": 500},
+    "503": {"status": 503},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("fault", **each(FAULTS))
+@on_uvloop
+async def test_no_fault_makes_a_post_generate_twice_or_reach_a_member_twice(
+    fault: dict[str, object], stream: bool
+) -> None:
+    async with (
+        LabReplica(**fault) as a,
+        LabReplica(**fault) as b,
+        serving(a, b, first_byte_timeout=0.3, idle_timeout=0.3) as house,
+    ):
+        for _ in range(2 if "race" in fault else 0):
+            await house.ask(POST)
+        warm = a.seen.generations_started + b.seen.generations_started
+        answer = await house.ask(request(body=chat(stream=stream), headers=(("X-Request-Id", "once"),)))
+        await house.at_rest()
+        assert a.seen.generations_started + b.seen.generations_started - warm <= 1
+        for replica in (a, b):
+            assert len([r for r in replica.seen.requests if r.id == "once" and r.outcome != "raced"]) <= 1
+            assert replica.seen.malformed == []
+        if answer.status == 200 and "race" not in fault:
+            assert b"[DONE]" not in answer.body
+            assert not (answer.is_whole and stream)
