@@ -15,6 +15,7 @@ from balancer.settings import Settings
 
 MAX_PIPELINED = 32  # requests read ahead on one connection
 MAX_READ_AHEAD = 1 << 20  # bytes of their bodies
+PIECE_COST = 64  # bytes that a piece of a body costs beside its content
 MAX_SWALLOWED = 64 << 10  # of a refused request's body, to keep the connection usable
 LINGER = 2.0  # seconds a refused client has to read our answer before the connection is cut
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -51,7 +52,7 @@ class Doors:
         self.refuse = refuse
         self.trusted = trusted
         self.connections: set[ClientConnection] = set()
-        self.buffered = 0  # bytes of request bodies held, over all connections
+        self.buffered = 0  # bytes that request bodies take, over all connections
         self.is_closing = False
 
     def sweep(self, now: float) -> None:
@@ -77,8 +78,10 @@ class ClientConnection(asyncio.Protocol):
         self._peer = Peer(b"unknown", False, b"http")
         self._url = b""
         self._headers: Headers = []
-        self._head_size = 0
         self._is_in_head = False
+        self._read_size = 0  # bytes of the current read
+        self._head_room = 0  # bytes of the read in which the head began: its share of them is at most that
+        self._unfruitful = 0  # bytes that came since, or since the last read that brought some of a body
         self._reading: Request | None = None  # its head is whole, its body still coming
         self._queue: deque[Request] = deque()  # the first one is being answered
         self._task: asyncio.Task[None] | None = None
@@ -104,37 +107,43 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_deaf or self._parser is None:
             return
-        if not self._is_in_head:
+        if self._reading is not None:
             self._since = self._doors.loop.time()
-            self._head_size = 0
-        self._head_size += len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            # Nothing is upgraded here: what follows this request is the next one.
-            self._parser = self._new_parser()
-            self.data_received(data[upgrade.args[0] :])
-        except httptools.HttpParserError as error:
-            if isinstance(error.__context__, Exception):
-                raise  # ours, not the client's
-            self._refuse_now(errors.bad_request(f"Malformed request ({str(error).rstrip('.').lower()})."))
-        if self._is_in_head and self._head_size > self._settings.max_head_bytes:
+        self._read_size = len(data)
+        self._unfruitful += len(data)
+        unread: bytes | memoryview = data
+        while unread and not self._is_deaf:
+            try:
+                self._parser.feed_data(unread)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                # Nothing is upgraded here: what follows this request is the next one.
+                self._parser = self._new_parser()
+                unread = memoryview(unread)[upgrade.args[0] :]
+            except httptools.HttpParserError as error:
+                if isinstance(error.__context__, Exception):
+                    raise  # ours, not the client's
+                self._refuse_now(errors.bad_request(f"Malformed request ({str(error).rstrip('.').lower()})."))
+        if self._unfruitful > self._settings.max_head_bytes and (self._is_in_head or self._reading is not None):
             self._refuse_now(errors.head_too_large(self._settings.max_head_bytes))
         if len(self._queue) > 1 and self._has_read_enough():
             self._transport.pause_reading()  # type: ignore[union-attr]
 
     def eof_received(self) -> None:
-        """Who says no more is taken to have left, as every common proxy does; asyncio closes the connection."""
+        """Who says no more is taken to have left, as every common proxy does.
+
+        asyncio closes the connection when all is sent; who left amid an answer may never take the rest of it.
+        """
+        if self._task is not None:
+            self._transport.abort()  # type: ignore[union-attr]
 
     def connection_lost(self, error: Exception | None) -> None:
         self._doors.connections.discard(self)
         self._parser = None  # it holds this connection, which holds it
         if self._task is not None:
             self._task.cancel()
-        for request in (*self._queue, *([self._reading] if self._reading else [])):
-            self._doors.buffered -= request.body_size
-        self._queue.clear()
-        self._reading = self._source = None
+        self._drop_requests()
+        self._source = None
 
     def pause_writing(self) -> None:
         self._is_blocked = True
@@ -151,6 +160,8 @@ class ClientConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._is_in_head = True
+        self._since = self._doors.loop.time()
+        self._head_room, self._unfruitful = self._read_size, 0
         self._url = b""
         self._headers = []
 
@@ -165,13 +176,13 @@ class ClientConnection(asyncio.Protocol):
         parser, doors, limit = self._parser, self._doors, self._settings.max_head_bytes
         assert parser is not None
         self._is_in_head = False
+        if self._is_deaf:
+            return
         request = Request(parser.get_method(), self._url, parser.get_http_version(), doors.loop.time())
         request.keeps_alive = parser.should_keep_alive()
         self._reading = request
-        if self._is_deaf:
-            return
         try:
-            if self._head_size > limit and sum(len(n) + len(v) + 4 for n, v in self._headers) + len(self._url) > limit:
+            if self._head_room + self._unfruitful > limit and self._head_size() > limit:
                 raise errors.head_too_large(limit)
             read_head(request, self._headers, self._peer)
             if request.length is not None and request.length > self._settings.max_body_bytes:
@@ -183,13 +194,18 @@ class ClientConnection(asyncio.Protocol):
             if request.expects_continue and not self._queue:
                 self.write(CONTINUE)
 
+    def _head_size(self) -> int:
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+
     def on_body(self, data: bytes) -> None:
+        self._unfruitful = 0
         request = self._reading
         if request is None or request.refusal is not None:
             return
         request.body.append(data)
         request.body_size += len(data)
-        self._doors.buffered += len(data)
+        request.held += len(data) + PIECE_COST
+        self._doors.buffered += len(data) + PIECE_COST
         if request.body_size > self._settings.max_body_bytes:
             self._refuse_now(errors.body_too_large(self._settings.max_body_bytes))
         elif self._doors.buffered > self._settings.max_buffered_bytes:
@@ -221,7 +237,7 @@ class ClientConnection(asyncio.Protocol):
         request = self._reading or Request(b"-", b"", "1.1", self._doors.loop.time())
         request.id = request.id or new_request_id()
         request.refusal = error
-        request.body.clear()
+        self._release(request)
         self._is_in_head, self._is_deaf, self._lingers, self._reading = False, True, True, None
         self._queue.append(request)
         if len(self._queue) == 1:
@@ -230,6 +246,8 @@ class ClientConnection(asyncio.Protocol):
     # Answering
 
     def _answer_next(self) -> None:
+        if not self._queue or self._transport.is_closing():  # type: ignore[union-attr]
+            return
         doors, request = self._doors, self._queue[0]
         keeps_alive = request.keeps_alive and not doors.is_closing and not (self._is_deaf and len(self._queue) == 1)
         self._reply = reply = Reply(request, self, keeps_alive)
@@ -253,32 +271,49 @@ class ClientConnection(asyncio.Protocol):
         self._task = self._reply = self._source = None
         if not self._queue:
             return  # the client left in this very moment
-        request = self._queue.popleft()
-        self._doors.buffered -= request.body_size
+        self._release(self._queue.popleft())
         self._since = self._doors.loop.time()
         if not keep or (self._doors.is_closing and not self._queue):
             self._close()
         elif self._queue:
             self._transport.resume_reading()  # type: ignore[union-attr]
-            self._answer_next()
+            # Not from here: thousands may wait, and each would be a few calls deeper.
+            self._doors.loop.call_soon(self._answer_next)
         elif self._reading is not None and self._reading.expects_continue and self._reading.refusal is None:
             self.write(CONTINUE)
 
     def _has_read_enough(self) -> bool:
         return len(self._queue) > MAX_PIPELINED or sum(r.body_size for r in self._queue) > MAX_READ_AHEAD
 
+    def _release(self, request: Request) -> None:
+        """The request's body is not needed any more."""
+        self._doors.buffered -= request.held
+        request.held = 0
+        request.body.clear()
+
+    def _drop_requests(self) -> None:
+        """Nothing more will be answered here."""
+        for request in self._queue:
+            self._release(request)
+        self._queue.clear()
+        if self._reading is not None:
+            self._release(self._reading)
+            self._reading = None
+
     # Closing
 
     def check_time(self, now: float) -> None:
         """Ends whatever waits too long on this connection. `now` is the loop's time in seconds."""
-        settings, waited = self._settings, now - self._since
-        if self._transport is None or self._transport.is_closing():
+        settings, waited, transport = self._settings, now - self._since, self._transport
+        if transport is None:
             return
-        if self._is_blocked:
+        if self._is_blocked or transport.is_closing():
             self._check_progress(now)
+        elif not transport.is_reading():
+            return  # that nothing comes is our own doing; should the client leave, the next bytes to it will tell
         elif self._lingers and not self._queue:
             if waited > LINGER:
-                self._transport.abort()
+                transport.abort()
         elif self._is_in_head:
             if waited > settings.head_timeout:
                 self._refuse_now(errors.request_timeout("head", settings.head_timeout))
@@ -286,7 +321,7 @@ class ClientConnection(asyncio.Protocol):
             if waited > settings.body_timeout:
                 self._refuse_now(errors.request_timeout("body", settings.body_timeout))
         elif not self._queue and waited > settings.keep_alive_timeout:
-            self._transport.close()
+            transport.close()
 
     def _check_progress(self, now: float) -> None:
         unsent = self._transport.get_write_buffer_size()  # type: ignore[union-attr]
@@ -314,6 +349,7 @@ class ClientConnection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
+        self._drop_requests()
         if self._lingers and transport.can_write_eof():
             self._since = self._doors.loop.time()
             transport.write_eof()

@@ -53,7 +53,7 @@ class Request:
     key: Key | None = None
     body: list[bytes] = field(default_factory=list)
     body_size: int = 0
-    is_complete: bool = False
+    held: int = 0  # bytes of memory that the body takes, as counted for all requests together
     refusal: ServeError | None = None
 
     @property
@@ -129,7 +129,8 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
             request.origin = value
             kept.append(b"%b: %b\r\n" % (name, value))
         elif action == "expect":
-            request.expects_continue = value.strip().lower() == b"100-continue"
+            # Who speaks HTTP/1.0 does not know interim answers, whatever else it says.
+            request.expects_continue = value.strip().lower() == b"100-continue" and request.version == "1.1"
         elif action == "explain":
             request.wants_explanation = value.strip() == b"1"
     if not request.id:
@@ -155,6 +156,8 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
 
 def _read_target(request: Request) -> None:
     target = request.target
+    if request.method == b"CONNECT":
+        return  # it names no path, and is refused for what it is
     if not target.startswith(b"/") and target != b"*":
         scheme, found, rest = target.partition(b"://")
         if not found or scheme.lower() not in (b"http", b"https"):

@@ -66,7 +66,7 @@ class ReplicaConnection(asyncio.Protocol):
         """
         if self._transport is None or self._transport.is_closing():
             return Outcome.REFUSED
-        self.has_answered = self.has_head = self._can_be_kept = self.is_paused = False
+        self.has_answered = self.has_head = self._can_be_kept = False
         self._has_no_body = is_head
         self._answer = answer
         self._outcome = self._pool.loop.create_future()
@@ -78,7 +78,7 @@ class ReplicaConnection(asyncio.Protocol):
         finally:
             self._answer = self._outcome = None
             self._pool.busy.discard(self)
-            if self._can_be_kept and self._transport.get_write_buffer_size() == 0:
+            if self._can_be_kept and not self.is_paused and self._transport.get_write_buffer_size() == 0:
                 self._pool.keep(self)
             else:
                 self._transport.abort()
