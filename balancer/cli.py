@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="groundserve",
         description="SkyServe for hardware you own: replicas of a model on this machine, behind one endpoint.",
+        epilog="GROUNDSERVE_ADMIN: the admin port that `status` asks when nothing is up here (http://127.0.0.1:30002).",
         allow_abbrev=False,
     )
     subcommands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

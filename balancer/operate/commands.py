@@ -27,7 +27,8 @@ from balancer.views.progress import COLOURS, Lines
 from balancer.views.status import ServiceRow, Snapshot
 from balancer.views.table import tables
 
-# Where a balancer that someone else started (Compose, by hand) answers by default.
+# The admin port that is asked when no service of our own is known: Compose's, or one started by hand.
+STRANGER = "GROUNDSERVE_ADMIN"
 _DEFAULT_ADMIN = "http://127.0.0.1:30002"
 # A controller that does not even answer gets this long, in seconds, to end by SIGTERM.
 _PATIENCE = 10.0
@@ -242,11 +243,12 @@ def _snapshot(folder: ServiceFolder) -> Snapshot:
 
 
 def _of_a_stranger() -> list[Snapshot]:
-    """The balancer at the default address, if one answers there."""
+    """The balancer at GROUNDSERVE_ADMIN or the default address, if one answers there."""
+    admin = os.environ.get(STRANGER, _DEFAULT_ADMIN).rstrip("/")
     try:
-        answer = httpx.get(f"{_DEFAULT_ADMIN}/status", timeout=5, trust_env=False)
+        answer = httpx.get(f"{admin}/status", timeout=5, trust_env=False)
         return [Snapshot.from_json(answer.raise_for_status().json())]
-    except (httpx.HTTPError, ValueError):
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return []
 
 

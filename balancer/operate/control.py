@@ -67,9 +67,9 @@ def ask(path: Path, request: Mapping[str, Any], say: Say | None = None, timeout:
 
     `say` gets what it says meanwhile; `timeout` is how long it may say nothing, in seconds.
     """
-    with _short(path) as short, socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(timeout)
-        try:
+    try:
+        with _short(path) as short, socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout)
             connection.connect(short)
             connection.sendall(json.dumps(request).encode() + b"\n")
             with connection.makefile("rb") as lines:
@@ -81,10 +81,10 @@ def ask(path: Path, request: Mapping[str, Any], say: Say | None = None, timeout:
                         return message["done"]
                     if say is not None:
                         say(message["say"])
-        except TimeoutError:
-            raise ConfigError(f"{path.parent.name}: its controller does not answer; see {path.parent}") from None
-        except OSError:
-            raise NotUp from None
+    except TimeoutError:
+        raise ConfigError(f"{path.parent.name}: its controller does not answer; see {path.parent}") from None
+    except OSError:
+        raise NotUp from None
     raise NotUp
 
 

@@ -1,0 +1,121 @@
+"""Nothing outlives a leash, whatever is done to it or to its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.operate.command_line import ROOT, until
+
+LEASH = [sys.executable, "-I", "-S", str(ROOT / "balancer/operate/leash.py")]
+# A child in a session of its own whose parent is gone: nothing ties it to the command any more.
+STRAY = "(setsid sleep 1000 &)"
+
+
+@pytest.fixture
+def marked(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """An environment by which everything below a test is found, and at last killed."""
+    environ = {**os.environ, "LEASH_TEST": str(tmp_path)}
+    yield environ
+    for process in alive(environ):
+        os.kill(process, signal.SIGKILL)
+
+
+def alive(environ: dict[str, str], word: str = "") -> list[int]:
+    """What is alive below a test, leashes left out; `word`: only processes of that program."""
+    mark, found = f"LEASH_TEST={environ['LEASH_TEST']}".encode(), []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                program, *arguments = (entry / "cmdline").read_text().split("\0")
+                if word in ("", Path(program).name) and LEASH[-1] not in arguments:
+                    found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def leashed(environ: dict[str, str], script: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([*LEASH, str(os.getpid()), "bash", "-c", script], env=environ)
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137), ("kill -TERM $$", 143)]
+)
+def test_the_exit_code_is_the_commands(marked: dict[str, str], script: str, code: int) -> None:
+    assert leashed(marked, script).wait(30) == code
+
+
+@pytest.mark.parametrize(("command", "code"), [("no-such-program", 127), ("/etc/hostname", 126)])
+def test_what_cannot_be_executed_is_said(marked: dict[str, str], command: str, code: int) -> None:
+    done = subprocess.run([*LEASH, str(os.getpid()), command], env=marked, capture_output=True, text=True, timeout=30)
+    assert done.returncode == code
+    assert done.stderr.startswith(f"{command}: ")
+
+
+def test_strays_go_when_the_command_ends(marked: dict[str, str]) -> None:
+    assert leashed(marked, f"{STRAY}; sleep 0.2; exit 3").wait(30) == 3
+    assert alive(marked) == []
+
+
+def test_strays_go_when_the_command_is_killed(marked: dict[str, str]) -> None:
+    leash = leashed(marked, f"{STRAY}; sleep 1001; true")
+    until(lambda: alive(marked, "sleep"), lambda found: len(found) == 2)
+    os.kill(*alive(marked, "bash"), signal.SIGKILL)
+    assert leash.wait(30) == 137
+    assert alive(marked) == []
+
+
+def test_sigterm_reaches_the_command_which_ends_in_its_own_time(marked: dict[str, str]) -> None:
+    leash = leashed(marked, "trap 'sleep 0.3; exit 5' TERM; while true; do sleep 0.05; done")
+    until(lambda: alive(marked, "sleep"), bool)
+    leash.terminate()
+    assert leash.wait(30) == 5
+
+
+def test_sigterm_reaches_what_a_shell_leaves_behind(marked: dict[str, str], tmp_path: Path) -> None:
+    server = (
+        f"trap 'echo asked > {tmp_path}/told; exit 0' TERM; echo up > {tmp_path}/up; while true; do sleep 0.05; done"
+    )
+    leash = leashed(marked, f'bash -c "{server}"; true')
+    until((tmp_path / "up").exists, bool)
+    leash.terminate()
+    assert leash.wait(30) == 143
+    assert (tmp_path / "told").read_text() == "asked\n"
+    assert alive(marked) == []
+
+
+def test_sighup_kills_everything_at_once(marked: dict[str, str]) -> None:
+    leash = leashed(marked, f"trap '' TERM HUP; {STRAY}; while true; do sleep 0.05; done")
+    until(lambda: alive(marked, "sleep"), bool)
+    leash.send_signal(signal.SIGHUP)
+    assert leash.wait(30) == 137
+    assert alive(marked) == []
+
+
+def test_everything_goes_when_the_parent_is_killed(marked: dict[str, str]) -> None:
+    command = ["bash", "-c", f"{STRAY}; sleep 1001; true"]
+    program = f"import os, subprocess; subprocess.run([*{LEASH!r}, str(os.getpid()), *{command!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", program], env=marked, start_new_session=True)
+    until(lambda: alive(marked, "sleep"), lambda found: len(found) == 2)
+    parent.kill()
+    parent.wait(30)
+    until(lambda: alive(marked), lambda found: not found)
+
+
+def test_the_command_goes_when_the_leash_itself_is_killed(marked: dict[str, str]) -> None:
+    leash = leashed(marked, "exec sleep 1001")
+    until(lambda: alive(marked, "sleep"), bool)
+    leash.kill()
+    leash.wait(30)
+    until(lambda: alive(marked), lambda found: not found)
+
+
+def test_a_leash_whose_parent_is_gone_already_starts_nothing(marked: dict[str, str], tmp_path: Path) -> None:
+    argv = [*LEASH, "1", "bash", "-c", f"echo started > {tmp_path}/started"]
+    assert subprocess.run(argv, env=marked, timeout=30).returncode == 128 + signal.SIGHUP
+    assert not (tmp_path / "started").exists()

@@ -1,0 +1,147 @@
+"""Decisions about replicas, in virtual time."""
+
+from dataclasses import replace
+
+import pytest
+
+from balancer.operate import plan
+from balancer.operate.plan import Drain, Forget, Replace, Replica, Stage, Start, Stop
+from balancer.schema import Operation
+
+OPERATION = Operation(restart_backoff=1, max_restart_backoff=8, restart_limit=5, stable_after=60)
+READY = Replica(1, 1, Stage.RUNNING, status="READY", was_ready=True)
+
+
+def decide(*replicas: Replica, wanted: dict[int, int], now: float = 0.0) -> list[plan.Action]:
+    return plan.decide(replicas, wanted, next_id=9, now=now, drain_timeout=100)
+
+
+def test_missing_replicas_are_started_side_by_side_under_new_numbers() -> None:
+    assert decide(wanted={1: 2}) == [Start(9, 1), Start(10, 1)]
+
+
+def test_nothing_is_done_when_all_is_as_wanted() -> None:
+    assert decide(READY, replace(READY, id=2, status="STARTING"), wanted={1: 2}) == []
+
+
+def test_a_waiting_replica_starts_when_its_time_has_come() -> None:
+    waiting = Replica(1, 1, Stage.WAITING, start_at=5)
+    assert decide(waiting, wanted={1: 1}, now=4.9) == []
+    assert decide(waiting, wanted={1: 1}, now=5.0) == [Start(1, 1)]
+
+
+@pytest.mark.parametrize("status", ["FAILED_INITIAL_DELAY", "FAILED_PROBING"])
+def test_an_unusable_replica_is_replaced(status: str) -> None:
+    assert decide(replace(READY, status=status), wanted={1: 1}) == [Replace(1, f"it was {status}")]
+
+
+@pytest.mark.parametrize("status", ["STARTING", "READY", "NOT_READY", "EJECTED", ""])
+def test_a_replica_that_may_recover_is_left_alone(status: str) -> None:
+    assert decide(replace(READY, status=status), wanted={1: 1}) == []
+
+
+def test_a_replica_given_up_stays_so_and_is_not_made_up_for() -> None:
+    assert decide(replace(READY, stage=Stage.GIVEN_UP), wanted={1: 1}) == []
+
+
+def test_scaling_down_takes_the_least_useful_first() -> None:
+    replicas = [
+        replace(READY, id=1, in_flight=3),
+        replace(READY, id=2, in_flight=1),
+        replace(READY, id=3, in_flight=1),
+        replace(READY, id=4, status="STARTING"),
+        replace(READY, id=5, stage=Stage.WAITING, start_at=99),
+        replace(READY, id=6, stage=Stage.GIVEN_UP),
+    ]
+    order: list[int] = []
+    for count in range(5, -1, -1):
+        (first,) = decide(*(r for r in replicas if r.id not in order), wanted={1: count})
+        assert isinstance(first, Forget if first.id in (5, 6) else Drain)
+        order.append(first.id)
+    assert order == [6, 5, 4, 3, 2, 1]
+
+
+def test_a_surplus_replica_that_is_unusable_is_not_replaced() -> None:
+    assert decide(replace(READY, status="FAILED_PROBING"), wanted={1: 0}) == [Drain(1)]
+
+
+def test_a_draining_replica_is_stopped_when_nothing_is_in_flight_or_time_is_up() -> None:
+    draining = replace(READY, stage=Stage.DRAINING, status="DRAINING", drained_at=10)
+    assert decide(draining, wanted={}, now=50) == []
+    assert decide(replace(draining, status="READY"), wanted={}, now=50) == []
+    assert decide(replace(draining, status="SHUTTING_DOWN"), wanted={}, now=50) == [Stop(1)]
+    assert decide(replace(draining, status=""), wanted={}, now=50) == [Stop(1)]
+    assert decide(draining, wanted={}, now=110.1) == [Stop(1)]
+
+
+def test_a_replica_on_its_way_out_is_made_up_for() -> None:
+    draining = replace(READY, stage=Stage.DRAINING, status="DRAINING")
+    assert decide(draining, replace(READY, id=2, stage=Stage.STOPPING), wanted={1: 1}) == [Start(9, 1)]
+
+
+def test_a_replica_that_is_being_replaced_is_not_made_up_for() -> None:
+    assert decide(replace(READY, stage=Stage.REPLACING), wanted={1: 1}) == []
+
+
+def test_versions_are_counted_apart() -> None:
+    old, new = READY, replace(READY, id=2, version=2)
+    assert decide(old, new, wanted={1: 1, 2: 2}) == [Start(9, 2)]
+    assert decide(old, new, wanted={2: 1}) == [Drain(1)]
+
+
+def test_back_off_doubles_up_to_its_longest() -> None:
+    assert [plan.backoff(failures, OPERATION) for failures in range(1, 7)] == [1, 2, 4, 8, 8, 8]
+    assert plan.backoff(10**6, OPERATION) == 8
+
+
+def test_a_replica_that_was_ready_is_given_up_after_the_limit() -> None:
+    replica, now, waits = READY, 0.0, []
+    while replica.stage is not Stage.GIVEN_UP:
+        replica = plan.ended(replica, "it died", False, now, OPERATION)
+        waits.append(replica.start_at - now)
+        now += 10
+        if replica.stage is Stage.WAITING:
+            replica = plan.started(replica, now)
+    assert waits[:4] == [1, 2, 4, 8]
+    assert (replica.failures, replica.reason, replica.restarts) == (5, "it died", 4)
+
+
+def test_a_replica_that_was_never_ready_is_given_up_sooner() -> None:
+    replica = Replica(1, 1)
+    for failures in (1, 2, 3):
+        assert replica.stage is not Stage.GIVEN_UP
+        replica = plan.ended(plan.started(replica, 0.0), "it died", False, 0.0, OPERATION)
+        assert replica.failures == failures
+    assert replica.stage is Stage.GIVEN_UP
+
+
+def test_what_would_end_the_same_way_is_not_tried_again() -> None:
+    never = plan.started(Replica(1, 1), 0.0)
+    assert plan.ended(never, "not found", True, 0.0, OPERATION).stage is Stage.GIVEN_UP
+    # It did work before: whatever is wrong now may pass.
+    assert plan.ended(READY, "not found", True, 0.0, OPERATION).stage is Stage.WAITING
+
+
+def test_being_ready_long_enough_wipes_out_failures_and_one_bad_look_does_not_count() -> None:
+    replica = replace(READY, failures=3, ready_since=None)
+    for now in (0.0, 30.0, 59.0):
+        replica = plan.observed(replica, "READY", 0, now, OPERATION)
+        assert replica.failures == 3
+    assert plan.observed(replica, "READY", 0, 60.0, OPERATION).failures == 0
+    interrupted = plan.observed(plan.observed(replica, "NOT_READY", 0, 59.5, OPERATION), "READY", 0, 60.0, OPERATION)
+    assert interrupted.failures == 3
+
+
+def test_the_reason_of_an_earlier_end_is_forgotten_once_ready() -> None:
+    replica = replace(READY, reason="it died", status="STARTING")
+    assert plan.observed(replica, "STARTING", 0, 0.0, OPERATION).reason == "it died"
+    assert plan.observed(replica, "READY", 0, 0.0, OPERATION).reason == ""
+
+
+def test_a_service_is_hopeless_when_all_that_is_wanted_was_given_up() -> None:
+    lost = replace(READY, stage=Stage.GIVEN_UP)
+    assert plan.is_hopeless([lost, replace(lost, id=2)], {1: 2})
+    assert plan.is_hopeless([lost, replace(READY, id=2, stage=Stage.DRAINING)], {1: 1})
+    assert not plan.is_hopeless([lost, replace(lost, id=2, stage=Stage.WAITING)], {1: 2})
+    assert not plan.is_hopeless([], {1: 0})
+    assert not plan.is_hopeless([], {1: 1})

@@ -1,0 +1,38 @@
+import socket
+
+import pytest
+
+from balancer.errors import ConfigError
+from balancer.operate.ports import REPLICA_PORTS, free_ports, is_free
+
+
+def test_free_ports_are_distinct_and_below_what_the_kernel_gives_away() -> None:
+    ports = free_ports(50)
+    assert len(set(ports)) == 50
+    assert set(ports) <= set(REPLICA_PORTS)
+    assert max(REPLICA_PORTS) < 32768
+
+
+def test_a_port_that_is_listened_on_is_passed_over() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.socket() as two:
+        taken = one.getsockname()[1]
+        two.bind(("127.0.0.1", 0))
+        free = two.getsockname()[1]
+        two.close()
+        assert not is_free("127.0.0.1", taken)
+        assert free_ports(1, [taken, free]) == [free]
+
+
+def test_too_few_free_ports_are_said_with_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"1 free ports are needed and {taken}-{taken} has 0: stop what listens"):
+            free_ports(1, [taken])
+
+
+@pytest.mark.parametrize(
+    ("host", "said"), [("192.0.2.1", "it is no address of this machine"), ("nowhere.invalid", "cannot listen on")]
+)
+def test_an_address_that_is_not_ours_is_said(host: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        is_free(host, 8000)

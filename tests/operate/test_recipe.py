@@ -1,0 +1,87 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from balancer.errors import ConfigError
+from balancer.operate.recipe import Recipe, recipe
+from balancer.spec import parse
+
+
+def made(text: str, **envs: str) -> Recipe:
+    return recipe(parse(text, source="x.yaml", envs=envs))
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        made(text)
+    return str(raised.value)
+
+
+def test_an_sglang_command_becomes_a_replica_of_our_own() -> None:
+    command = made(
+        "service: {}\nenvs: {M: a/b}\nrun: A=1 python -m sglang.launch_server --model-path $M --tp 2 --x y --port 8000"
+    ).command(3, 20500)
+    assert command.argv == (
+        *(sys.executable, "-P", "-m", "replica", "--model", "a/b", "--port", "20500", "--gpus", "2"),
+        *("--", "--x", "y"),
+    )
+    assert {k: command.envs[k] for k in ("M", "A", "SKYPILOT_SERVE_REPLICA_ID", "GROUNDSERVE_PORT")} == {
+        "M": "a/b",
+        "A": "1",
+        "SKYPILOT_SERVE_REPLICA_ID": "3",
+        "GROUNDSERVE_PORT": "20500",
+    }
+    # Wherever it is started, Python finds the project's packages.
+    assert (Path(command.envs["PYTHONPATH"].split(os.pathsep)[0]) / "replica/__main__.py").is_file()
+
+
+def test_gpus_a_replica_are_those_of_the_accelerators() -> None:
+    two = made("service: {}\nresources: {accelerators: {L4: 2}}\nrun: sglang serve --model-path a/b")
+    assert two.gpus == 2
+    run = "sglang serve --model-path a/b --tp $SKYPILOT_NUM_GPUS_PER_NODE"
+    assert made(f"service: {{}}\nresources: {{accelerators: 'L4:4'}}\nrun: {run}").gpus == 4
+
+
+def test_a_folder_of_a_model_is_found_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    launch = made(f"service: {{}}\nworkdir: {tmp_path}\nrun: sglang serve --model-path model")
+    assert launch.command(1, 1).argv[5] == str(tmp_path / "model")
+
+
+def test_any_other_script_is_run_as_it_is() -> None:
+    script = made("service: {}\nworkdir: /srv\nenvs: {A: 1}\nrun: serve --port ${GROUNDSERVE_PORT:-8000}\n")
+    command = script.command(2, 20501)
+    assert command.argv == ("bash", "-c", "serve --port ${GROUNDSERVE_PORT:-8000}")
+    assert command.workdir == Path("/srv")
+    assert (command.envs["A"], command.envs["GROUNDSERVE_PORT"]) == ("1", "20501")
+    assert "PYTHONPATH" not in command.envs
+    assert script.fixed_port is None
+
+
+def test_a_script_with_a_port_of_its_own_can_have_one_replica() -> None:
+    assert made("service: {ports: 8000}\nrun: serve").fixed_port == 8000
+    two = "service: {replicas: 2}\nresources: {ports: 8000}\nrun: serve"
+    assert "all replicas would listen on port 8000" in refusal(two)
+    unbounded = "service: {ports: 8000, replica_policy: {min_replicas: 1, target_qps_per_replica: 1}}\nrun: serve"
+    assert "all replicas would listen on port 8000" in refusal(unbounded)
+    assert "nothing says where a replica listens" in refusal("service: {}\nrun: serve")
+
+
+def test_the_readiness_probe_is_sglangs_own_where_the_file_is_silent() -> None:
+    assert made("service: {}\nrun: sglang serve --model-path a/b").readiness_probe.path == "/health"
+    assert made("service: {ports: 1}\nrun: serve").readiness_probe.path == "/"
+    assert made("service: {ports: 1, readiness_probe: /up}\nrun: serve").readiness_probe.path == "/up"
+
+
+def test_a_variable_without_a_value_is_asked_for() -> None:
+    text = "service: {}\nenvs: {HF_TOKEN: }\nrun: sglang serve --model-path a/b"
+    assert refusal(text) == "x.yaml: HF_TOKEN has no value: give it with --env HF_TOKEN=VALUE"
+    assert made(text, HF_TOKEN="x").command(1, 1).envs["HF_TOKEN"] == "x"
+
+
+def test_no_secret_is_in_a_recipes_repr() -> None:
+    text = "service: {}\nenvs: {HF_TOKEN: }\nrun: sglang serve --model-path a/b"
+    token = made(text, HF_TOKEN="hush")
+    assert "hush" not in repr(token) + repr(token.command(1, 1))
