@@ -281,7 +281,8 @@ def kill(proof: Proof, pair: list[Process]) -> None:
         figures = finish(running)
         proof.say(
             f"kill -9 of one of two under load (ready {seconds:.0f} s after its start):"
-            f" {160 - len(figures['errors'])} of 160 whole; {len(figures['errors'])} were on the killed one and ended as broken"
+            f" {160 - len(figures['errors'])} of 160 whole,"
+            f" {len(figures['errors'])} were on the killed one and were told so"
         )
         for line in sorted({error[:110] for error in figures["errors"]})[:3]:
             proof.say(f"- {line}")
