@@ -65,7 +65,7 @@ def figures(rounds: Sequence[Round], direct: Sequence[Round], memory: dict) -> F
         ttft_p99_added_ms=added("ttft_p99"),
         gap_p99_added_ms=added("gap_p99"),
         events_per_read=over("streams", lambda ours, _: ours["events_per_read"]),
-        idle_mib=figure([memory["before"] / 2**20]),
+        idle_mib=figure([memory["before"] / 2**20]) if "before" in memory else per_stream,
         stream_kib=per_stream,
     )
 

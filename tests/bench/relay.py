@@ -6,18 +6,18 @@ what drifts on the machine hits all alike. The figures are medians over the roun
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import resource
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.bench import report
 from tests.bench.chart import chart
-from tests.bench.figures import Figures, check_counts, figures
+from tests.bench.figures import Figures, check_counts, figures, first_error
 from tests.bench.install import Unavailable, cache_folder
 from tests.bench.peers import OURS, PEERS, Launch, Place
 from tests.bench.running import Running, counts, free_port, load, replicas, running, stop_on_sigterm
@@ -60,69 +60,81 @@ def measure_round(target: Running, replica: str, number: int, options: argparse.
 
 def say(name: str, number: int, results: dict[str, dict]) -> None:
     words = []
-    for mode, result in results.items():
+    for mode, unit in (("requests", "request"), ("streams", "event")):
+        result = results[mode]
         if result["errors"]:
-            words.append(f"{mode} FAILED: {next(iter(result['errors']))}")
+            words.append(f"{mode} FAILED: {first_error(result)}")
         elif result["cpu_seconds"] is not None:
-            words.append(f"{result['cpu_seconds'] / result['count'] * 1e6:.1f} µs per {mode.rstrip('s')}")
+            words.append(f"{result['cpu_seconds'] / result['count'] * 1e6:.1f} µs per {unit}")
     print(f"  round {number}: {name}: {', '.join(words) or 'measured'}", flush=True)
 
 
-def run(
-    options: argparse.Namespace, folder: Path
-) -> tuple[dict[str, Launch], dict[str, Figures], dict, dict[str, str]]:
-    """(launches, figures, raw results, reasons of those unavailable), by name."""
-    launches: dict[str, Launch] = {}
-    memory: dict[str, dict] = {}
-    unavailable: dict[str, str] = {}
-    ports: dict[str, int] = {}
+@dataclass
+class Outcome:
+    """By balancer: how it was started, its figures, what the load generator saw, or why there is nothing."""
+
+    launches: dict[str, Launch] = field(default_factory=dict)
+    rows: dict[str, Figures] = field(default_factory=dict)
+    memory: dict[str, dict] = field(default_factory=dict)
+    rounds: dict[str, list[dict]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+def run(options: argparse.Namespace, folder: Path) -> Outcome:
+    outcome = Outcome()
     with contextlib.ExitStack() as stack:
         urls = stack.enter_context(replicas())
         print("starting, and memory:", flush=True)
         targets = {"direct": Running(urls[0])}
         for name in options.only:
-            ports[name] = free_port()
-            (folder / name).mkdir()
-            log = folder / name / "output.log"
             try:
-                place = Place(ports[name], free_port(), urls, folder / name, options.cache)
-                launch = PEERS[name](place)
-                memory[name] = measure_memory(name, launch, ports[name], log, options)
-                targets[name] = stack.enter_context(running(name, launch, ports[name], log))
+                launch, memory, targets[name] = start(name, urls, options, folder, stack)
             except Unavailable as reason:
-                unavailable[name] = str(reason)
+                outcome.unavailable[name] = str(reason)
                 print(f"  {name}: not measured: {reason}", flush=True)
             else:
-                launches[name] = launch
-                print(
-                    f"  {name} {launch.version}: {memory[name].get('before', 0) / 2**20:.0f} MiB idle",
-                    flush=True,
-                )
-        rounds: dict[str, list] = {name: [] for name in targets}
+                outcome.launches[name], outcome.memory[name] = launch, memory
+                print(f"  {name} {launch.version}: {memory.get('before', 0) / 2**20:.0f} MiB idle", flush=True)
+        outcome.rounds = {name: [] for name in targets}
         names = list(targets)
         for number in range(1, options.rounds + 1):
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 results = measure_round(targets[name], urls[0], number, options)
                 say(name, number, results)
-                rounds[name].append(results)
-    rows = {name: figures(rounds[name], rounds["direct"], memory[name]) for name in launches}
-    return launches, rows, {"rounds": rounds, "memory": memory}, unavailable
+                outcome.rounds[name].append(results)
+    for name in outcome.launches:
+        outcome.rows[name] = figures(outcome.rounds[name], outcome.rounds["direct"], outcome.memory[name])
+    return outcome
 
 
-def write(options: argparse.Namespace, launches: dict, rows: dict, raw: dict, unavailable: dict[str, str]) -> None:
+def start(
+    name: str, urls: tuple[str, str], options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack
+) -> tuple[Launch, dict, Running]:
+    """The balancer, running until the stack ends, after its memory was measured. Raises Unavailable."""
+    place = Place(free_port(), free_port(), urls, folder / name, options.cache)
+    place.folder.mkdir()
+    log = place.folder / "output.log"
+    launch = PEERS[name](place)
+    memory = measure_memory(name, launch, place.port, log, options)
+    return launch, memory, stack.enter_context(running(name, launch, place.port, log))
+
+
+def write(options: argparse.Namespace, outcome: Outcome) -> None:
     result = {
         "command": " ".join(["python -m tests.bench.relay", *sys.argv[1:]]),
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg(),
-        "peers": {
-            name: {"version": launches[name].version, "figures": dataclasses.asdict(row)} for name, row in rows.items()
-        },
-        "unavailable": unavailable,
-        **raw,
+        "versions": {name: launch.version for name, launch in outcome.launches.items()},
+        "figures": {name: asdict(row) for name, row in outcome.rows.items()},
+        "unavailable": outcome.unavailable,
+        "rounds": outcome.rounds,
+        "memory": outcome.memory,
     }
     (options.out / "relay.json").write_text(json.dumps(result, indent=1))
-    (options.out / "relay.svg").write_text(chart(rows))
-    tables = "\n\n".join([report.cost_table(rows, launches), report.delay_table(rows)])
+    (options.out / "relay.svg").write_text(chart(outcome.rows))
+    tables = "\n\n".join(
+        [report.cost_table(outcome.rows, outcome.launches), report.delay_table(outcome.rows), report.NOTES]
+    )
     (options.out / "relay.md").write_text(tables + "\n")
     print(f"\n{tables}\n")
 
@@ -135,9 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = (options.out / "relay-logs").resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    launches, rows, raw, unavailable = run(options, folder)
-    write(options, launches, rows, raw, unavailable)
-    problems = report.problems(rows, unavailable)
+    outcome = run(options, folder)
+    write(options, outcome)
+    problems = report.problems(outcome.rows, outcome.unavailable)
     if not problems:
         shutil.rmtree(folder)  # a line for each of some 100,000 requests, from each balancer
     for problem in problems:
@@ -148,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(problem.startswith(f"{OURS}:") for problem in problems):
         print(f"{OURS} could not be measured", file=sys.stderr)
         return 1
-    verdicts = report.verdict(rows)
+    verdicts = report.verdict(outcome.rows)
     for kept, text in verdicts:
         print({True: "kept: ", False: "BROKEN: ", None: "not judged: "}[kept] + text)
     return int(not options.no_verdict and any(kept is False for kept, _ in verdicts))

@@ -256,7 +256,7 @@ def test_a_program_that_ends_or_is_missing_is_said_with_its_last_words(tmp_path)
 def test_a_short_run_measures_our_balancer_from_end_to_end(tmp_path, capsys) -> None:
     short = ["--rounds", "1", "--seconds", "0.3", "--connections", "4", "--streams", "10", "--idle-streams", "20"]
     assert relay.main(["--only", "groundserve", *short, "--out", str(tmp_path), "--cache", str(tmp_path)]) == 0
-    figures_ = json.loads((tmp_path / "relay.json").read_text())["peers"]["groundserve"]["figures"]
+    figures_ = json.loads((tmp_path / "relay.json").read_text())["figures"]["groundserve"]
     assert 1 < figures_["cpu_per_request_us"]["value"] < 100_000
     assert figures_["cpu_per_event_us"]["reason"] is None
     assert "not judged" in capsys.readouterr().out
