@@ -83,7 +83,7 @@ class Reply:
         if dropped:
             lines = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
         lines.append(b"X-Request-Id: %b\r\n%b%b" % (request.id, own, self.extra_fields))
-        if length is not None:
+        if length is not None and status != 204:
             lines.append(b"Content-Length: %d\r\n" % length)
         elif status >= 200 and status not in (204, 304):
             if request.version == "1.1":

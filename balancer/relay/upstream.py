@@ -84,9 +84,10 @@ class ReplicaConnection(asyncio.Protocol):
                 self._transport.abort()
 
     def finish(self, outcome: Outcome) -> None:
-        """Ends the exchange, if one is going on."""
+        """Ends the exchange, if one is going on; whatever comes after is not part of its answer."""
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_result(outcome)
+            self._answer = None
 
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
@@ -125,6 +126,7 @@ class ReplicaConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, Exception):
                 raise  # ours, not the replica's
+            self._can_be_kept = False
             self.finish(Outcome.BROKEN if self.has_head else Outcome.MANGLED)
 
     def eof_received(self) -> None:
@@ -143,12 +145,17 @@ class ReplicaConnection(asyncio.Protocol):
 
     # What the parser tells us
 
+    def on_message_begin(self) -> None:
+        self._headers = []  # there may be trailers of the one before
+        if self._answer is None:
+            self._can_be_kept = False  # it says more than it was asked
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
-        headers, self._headers = self._headers, []
+        headers = self._headers
         status = self._parser.get_status_code()
         self._is_interim = status < 200
         if self._is_interim or self._answer is None:
@@ -172,11 +179,11 @@ class ReplicaConnection(asyncio.Protocol):
             self.finish(Outcome.ANSWERED)
 
     def on_body(self, data: bytes) -> None:
-        if self._answer is not None and not self._outcome.done():  # type: ignore[union-attr]
+        if self._answer is not None:
             self._answer.on_body(data)
 
     def on_message_complete(self) -> None:
-        if self._is_interim or self._answer is None or self._outcome is None or self._outcome.done():
+        if self._is_interim or self._answer is None:
             return
         self._can_be_kept = self._parser.should_keep_alive()  # type: ignore[union-attr]
         self._answer.on_end()
