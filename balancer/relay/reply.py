@@ -70,6 +70,7 @@ class Reply:
         request = self.request
         lines = [STATUS_LINES[status]]
         dropped: set[bytes] = set()
+        is_encoded = False
         for name, value in headers:
             lowered = name.lower()
             if lowered not in NOT_PASSED_ON:
@@ -77,9 +78,11 @@ class Reply:
                 if lowered == b"content-type":
                     self.is_event_stream = value.startswith(b"text/event-stream")
                 elif lowered == b"content-encoding":
-                    self.is_event_stream = False
+                    is_encoded = True
             elif lowered == b"connection" and value.lower() not in (b"keep-alive", b"close"):
                 dropped.update(token.strip().lower() for token in value.split(b","))
+        if is_encoded or length is not None:
+            self.is_event_stream = False  # an event of ours would be read as something else, or as the end
         if dropped:
             lines = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
         lines.append(b"X-Request-Id: %b\r\n%b%b" % (request.id, own, self.extra_fields))

@@ -1,0 +1,152 @@
+"""Answers that break off: no client may take one for whole, and who reads events is told why."""
+
+import gzip
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.wire.client import CHAT, Answer, chat, request
+from tests.wire.running import House, each, in_house, kept
+
+STREAM = request(body=chat(stream=True, tokens=5))
+WHY = "What came so far is incomplete; send the request again."
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[House]:
+    with kept({}, idle_timeout=0.4) as house:
+        yield house
+
+
+def told(answer: Answer) -> dict[str, Any]:
+    """The error of the event with which the stream ends."""
+    assert not answer.is_whole
+    assert b"[DONE]" not in answer.body
+    event = answer.body.replace(b"\r\n", b"\n").split(b"\n\n")[-2]
+    body = orjson.loads(event.removeprefix(b"data: "))
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert error["message"].endswith(WHY)
+    assert (error["type"], error["code"], error["param"]) == ("server_error", "stream_broken", None)
+    return error
+
+
+AT_BOUNDARY = {
+    "reset": {"cut": "after_tokens", "cut_after": 2},
+    "closed": {"cut": "after_tokens", "cut_after": 2, "cut_by": "close"},
+    "before the first event": {"cut": "after_head"},
+    "CRLF line ends": {"cut": "after_tokens", "cut_after": 2, "event_end": "\r\n\r\n"},
+    "in small pieces": {"cut": "after_tokens", "cut_after": 2, "split": 1},
+    "silent": {"hang": "after_tokens", "hang_after": 2},
+    "silent from the first": {"hang": "after_head"},
+}
+
+
+@pytest.mark.parametrize("fault", **each(AT_BOUNDARY))
+@in_house
+async def test_a_stream_that_breaks_between_two_events_ends_with_one_that_says_so(
+    house: House, fault: dict[str, object]
+) -> None:
+    a = house.replicas[0]
+    failures = house.member("a").failures_total
+    a.set(**fault)
+    answer = await house.ask(STREAM)
+    assert answer.status == 200
+    error = told(answer)
+    assert ("silent for 0.4 s" in error["message"]) == ("hang" in fault)
+    await house.at_rest()
+    line = (await house.logged(1))[0]
+    assert (line["status"], line["attempts"], line["error"]) == (200, 1, "stream_broken")
+    assert house.member("a").failures_total == failures, "amid an answer nobody knows whose fault it was"
+    if "hang" in fault:
+        await a.seen.until(lambda seen: seen.last.outcome == "client_left")
+
+
+AMID = {
+    "amid an event": {"cut": "mid_event", "cut_after": 2},
+    "amid a chunk": {"cut": "mid_chunk", "cut_after": 2},
+    "between the line ends": {"cut": "after_tokens", "cut_after": 2, "event_end": "\n"},
+}
+
+
+@pytest.mark.parametrize("fault", **each(AMID))
+@in_house
+async def test_a_stream_that_breaks_amid_an_event_just_ends(house: House, fault: dict[str, object]) -> None:
+    house.replicas[0].set(**fault)
+    answer = await house.ask(STREAM)
+    assert not answer.is_whole
+    assert b"error" not in answer.body
+    assert b"[DONE]" not in answer.body
+
+
+ENCODED = {
+    "after the type": "Content-Type: text/event-stream\r\nContent-Encoding: gzip\r\n",
+    "before the type": "Content-Encoding: gzip\r\nContent-Type: text/event-stream\r\n",
+}
+
+
+@pytest.mark.parametrize("fields", **each(ENCODED))
+@in_house
+async def test_an_encoded_stream_gets_no_plain_event(house: House, fields: str) -> None:
+    data = gzip.compress(b"data: 1\n\n") + b"\n\n"  # bytes that look like an event's end
+    head = f"HTTP/1.1 200 OK\r\n{fields}Transfer-Encoding: chunked\r\n\r\n{len(data):x}\r\n"
+    house.replicas[0].set(raw=head + data.decode("latin-1") + "\r\n", raw_then="reset")
+    answer = await house.ask(STREAM)
+    assert (answer.body, answer.is_whole) == (data, False)
+
+
+@pytest.mark.parametrize("behind", ["", "data: 2\n\n"])
+@in_house
+async def test_a_stream_of_announced_length_is_not_filled_up(house: House, behind: str) -> None:
+    """An event of ours in place of the missing bytes would make it look whole."""
+    events = "data: 1\n\n" + behind
+    fields = f"Content-Type: text/event-stream\r\nContent-Length: {len(events) + 14}\r\n"
+    house.replicas[0].set(raw=f"HTTP/1.1 200 OK\r\n{fields}\r\n{events}", raw_then="close")
+    answer = await house.ask(STREAM)
+    assert (answer.body, answer.is_whole) == (events.encode(), False)
+
+
+@in_house
+async def test_the_anthropic_path_gets_anthropics_error_event(house: House) -> None:
+    house.replicas[0].set(
+        raw="HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+        "1f\r\nevent: message_start\ndata: {}\n\n\r\n",
+        raw_then="reset",
+    )
+    answer = await house.ask(request(path="/v1/messages", body=chat(stream=True)))
+    assert not answer.is_whole
+    assert answer.body.startswith(b"event: message_start\ndata: {}\n\nevent: error\ndata: ")
+    body = orjson.loads(answer.body.split(b"data: ")[-1])
+    assert body["type"] == "error"
+    assert body["error"]["type"] == "api_error"
+    assert body["error"]["message"].endswith(WHY)
+
+
+@in_house
+async def test_an_http_1_0_client_is_told_too(house: House) -> None:
+    house.replicas[0].set(cut="after_tokens", cut_after=2)
+    answer = await house.ask(request(body=chat(stream=True, tokens=5), version="1.0"))
+    assert b'"stream_broken"' in answer.body
+    assert b"[DONE]" not in answer.body
+
+
+@pytest.mark.parametrize("framing", ["content-length", "chunked"])
+@in_house
+async def test_an_answer_that_is_no_stream_just_ends(house: House, framing: str) -> None:
+    house.replicas[0].set(framing=framing, body="x" * 1000, cut="after_bytes", cut_after=500)
+    answer = await house.ask(request("GET", "/v1/models/lab"), "GET")
+    assert (answer.status, answer.body, answer.is_whole) == (200, b"x" * 500, False)
+    line = (await house.logged(1))[0]
+    assert (line["bytes_out"], line["error"]) == (500, "stream_broken")
+
+
+@in_house
+async def test_after_a_break_the_connection_serves_nothing_more(house: House) -> None:
+    house.replicas[0].next(1, cut="after_tokens", cut_after=1)
+    client = await house.client()
+    await client.send(STREAM + request("POST", CHAT, chat()))
+    assert not (await client.answer()).is_whole
+    assert await client.is_ended()
+    assert len(house.replicas[0].seen.requests) == 1
