@@ -15,11 +15,11 @@ function badge(node, status) {
   node.className = `badge ${GOOD.includes(status) ? "good" : BAD.includes(status) ? "bad" : ""}`;
 }
 
-const SERVICE_SPARKS = [["Requests a second", "requests_per_second"], ["In flight", "in_flight"], ["Waiting in the queue", "queue_depth"]];
+const SERVICE_SPARKS = [["Requests a second", "requests_per_second"], ["In flight", "in_flight"], ["Waiting", "queue_depth"]];
 const REPLICA_SPARKS = [
-  ["Tokens a second", "tokens_per_second", number, null],
-  ["First token after", "ttft_seconds", seconds, null],
-  ["Prompts cached", "cached_share", share, 1],
+  ["Tokens/s", "tokens_per_second", number, null],
+  ["First token", "ttft_seconds", seconds, null],
+  ["Cached", "cached_share", share, 1],
 ];
 
 function showService(service) {

@@ -1,0 +1,427 @@
+"""The page in a real browser, with a whole balancer and lab replicas behind it. A JavaScript error fails any test."""
+
+import asyncio
+import base64
+import json
+import re
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from balancer.app import Balancer
+from tests.e2e.page.browser import Browser, browser
+from tests.lab.knobs import Knobs
+from tests.lab.model import ModelSettings
+from tests.lab.replica import LabReplica
+from tests.views.serving import CHAT, chat, client_of, run, serving, stream, until
+
+SCREENSHOTS = Path(__file__).parents[3] / ".screenshots"
+READY = "document.querySelectorAll('#cards .badge.good').length === arguments[0]"
+ANSWERED = "!document.querySelector('[aria-busy]') && document.querySelectorAll('.theirs').length === arguments[0]"
+
+
+@asynccontextmanager
+async def page(
+    folder: Path, *replicas: LabReplica, expected: str = "", **config: Any
+) -> AsyncIterator[tuple[Balancer, Browser]]:
+    """A balancer before `replicas`, and a browser that shows its page: with nothing to complain of but `expected`."""
+    async with AsyncExitStack() as stack:
+        for replica in replicas:
+            await stack.enter_async_context(replica)
+        balancer = await stack.enter_async_context(serving(*replicas, **config))
+        tab = await stack.enter_async_context(browser(folder / "profile"))
+        await tab.open(balancer.admin_endpoint + "/")
+        await tab.until("document.body.dataset.live === 'yes'")
+        await tab.until(READY, len(replicas))
+        yield balancer, tab
+        assert [said for said in await tab.complaints() if not expected or expected not in said] == []
+
+
+def png(colour: tuple[int, int, int], size: int = 48) -> bytes:
+    """An image of one colour."""
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    rows = (b"\0" + bytes(colour) * size) * size
+    head = size.to_bytes(4, "big") * 2 + bytes((8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
+
+
+def asked(replica: LabReplica) -> dict[str, Any]:
+    return dict(json.loads(replica.seen.last.body))
+
+
+def test_it_shows_the_service_and_its_replicas(tmp_path: Path) -> None:
+    async def main() -> None:
+        shown = page(tmp_path, LabReplica(), LabReplica(), name="colours")
+        async with shown as (balancer, tab), client_of(balancer) as client:
+            assert await tab.text("#service-name") == "colours"
+            assert await tab.texts("#cards h3") == ["replica-1", "replica-2"]
+            facts = await tab.text("#service")
+            assert balancer.endpoint in facts
+            assert "2 of 2" in facts
+            for _ in range(3):
+                await client.post(CHAT, json=stream())
+            await tab.until("document.querySelectorAll('#rows tr').length >= 3")
+            first = (await tab.texts("#rows tr"))[0]
+            assert re.search(r"/v1/chat/completions\s+replica-[12]\s+in turn\s+200\s+1\s", first)
+            # The lines are there with the first samples, and say in words what they show.
+            await tab.until("document.querySelectorAll('.spark path[d*=M]').length >= 5")
+            label = await tab.run("return document.querySelector('.card .spark svg').getAttribute('aria-label')")
+            assert re.fullmatch(r"Tokens/s: now [\d.,]+, highest in 15 minutes [\d.,]+", label)
+            assert await tab.run("return document.title") == "colours: ready"
+
+    run(main())
+
+
+def test_it_shows_at_once_that_a_replica_died_came_back_or_left(tmp_path: Path) -> None:
+    async def main() -> None:
+        two = LabReplica()
+        async with page(tmp_path, LabReplica(), two) as (balancer, tab):
+            two.refuse()
+            two.drop_connections()
+            await tab.until("document.querySelector('#cards .badge.bad')?.innerText === 'NOT_READY'")
+            assert "replica-2 is not ready" in await tab.run("return document.getElementById('announcer').innerText")
+            assert "1 of 2" in await tab.text("#service")
+            await two.accept()
+            await tab.until(READY, 2)
+            balancer.fleet.reconcile([m.listed for m in balancer.fleet.members.values() if m.id == 1])
+            await tab.until("document.querySelectorAll('.card').length === 1")
+            balancer.fleet.reconcile([])
+            await tab.until("!document.getElementById('no-replicas').hidden")
+
+    run(main())
+
+
+def test_a_chat_streams_and_says_who_answered(tmp_path: Path) -> None:
+    async def main() -> None:
+        lab = LabReplica(model=ModelSettings(prefill_rate=100_000.0, itl_base=0.02))
+        async with page(tmp_path, lab) as (_, tab):
+            await tab.until("document.getElementById('model').value === 'lab'")
+            await tab.type("#prompt", "A long question that will be cached. " * 8)
+            await tab.press("\ue007")  # Enter
+            await tab.until("document.querySelector('.theirs p')?.innerText.length > 3")
+            assert await tab.run("return document.getElementById('stop').hidden") is False, "it shows while it streams"
+            await tab.until(ANSWERED, 1, timeout=30)
+            words = await tab.text(".theirs p")
+            assert len(words.split()) == 256
+            how = await tab.text(".theirs .how")
+            assert re.search(
+                r"from replica-1 · chosen: in turn · first token after [\d.]+ m?s · \d+ prompt tokens", how
+            )
+            assert re.search(r"256 tokens, [\d.]+ a second", how)
+            assert asked(lab)["model"] == "lab"
+            # The second turn carries the first one along, so most of it is cached.
+            await tab.run("document.getElementById('most').value = 4")
+            await tab.type("#prompt", "And now?")
+            await tab.click("#send")
+            await tab.until(ANSWERED, 2)
+            roles = [message["role"] for message in asked(lab)["messages"]]
+            assert roles == ["user", "assistant", "user"]
+            cached = re.search(r"(\d+) of them cached", (await tab.texts(".theirs .how"))[1])
+            assert cached
+            assert int(cached[1]) > 50
+            await tab.click("#anew")
+            assert await tab.texts(".said") == []
+
+    run(main())
+
+
+def test_images_go_along_whether_chosen_or_dropped(tmp_path: Path) -> None:
+    async def main() -> None:
+        red, blue = png((200, 30, 30)), png((30, 30, 200))
+        (chosen := tmp_path / "red.png").write_bytes(red)
+        lab = LabReplica()
+        async with page(tmp_path, lab) as (_, tab):
+            await tab.type("#files", str(chosen))
+            await tab.until("document.querySelectorAll('#pictures img').length === 1")
+            await tab.run(
+                """
+                const bytes = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+                const data = new DataTransfer();
+                data.items.add(new File([bytes], "blue.png", { type: "image/png" }));
+                data.items.add(new File(["no image"], "notes.txt", { type: "text/plain" }));
+                const event = new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+                document.getElementById("prompt").dispatchEvent(event);
+                """,
+                base64.b64encode(blue).decode(),
+            )
+            await tab.until("document.querySelectorAll('#pictures img').length === 2")
+            await tab.until("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+            await tab.type("#prompt", "Which colours?")
+            await tab.click("#send")
+            await tab.until(ANSWERED, 1)
+            *images, text = asked(lab)["messages"][0]["content"]
+            sent = [base64.b64decode(image["image_url"]["url"].partition("base64,")[2]) for image in images]
+            assert sent == [red, blue]
+            assert text == {"type": "text", "text": "Which colours?"}
+            assert await tab.run("return document.querySelectorAll('.mine img').length") == 2
+
+    run(main())
+
+
+def test_errors_are_shown_in_their_own_words(tmp_path: Path) -> None:
+    async def main() -> None:
+        lab = LabReplica()
+        async with page(tmp_path, lab, expected="the server responded with a status of") as (_, tab):
+
+            async def say_and_fail(number: int) -> str:
+                await tab.type("#prompt", "hello")
+                await tab.click("#send")
+                await tab.until(ANSWERED, number)
+                return (await tab.texts(".theirs .failure"))[-1]
+
+            lab.next(1, status=400)
+            assert await say_and_fail(1) == "what the test asked for"
+            lab.next(1, cut="after_tokens", cut_after=2)
+            assert "The stream ended early: the replica went away." in await say_and_fail(2)
+            lab.refuse()
+            lab.drop_connections()
+            await tab.until("!document.querySelector('#cards .badge.good')")
+            assert "No replica is ready." in await say_and_fail(3)
+            # A question that failed is no part of the conversation.
+            await lab.accept()
+            await tab.until(READY, 1)
+            await tab.type("#prompt", "again")
+            await tab.click("#send")
+            await tab.until(ANSWERED, 4)
+            assert [m["content"] for m in asked(lab)["messages"] if m["role"] == "user"] == ["hello", "again"]
+
+    run(main())
+
+
+def test_stopping_an_answer_ends_it_at_the_replica(tmp_path: Path) -> None:
+    async def main() -> None:
+        lab = LabReplica(token_interval=0.05, tokens=200)
+        async with page(tmp_path, lab) as (balancer, tab):
+            await tab.type("#prompt", "hello")
+            await tab.click("#send")
+            await tab.until("document.querySelector('.theirs p')?.innerText.length > 3")
+            await tab.click("#stop")
+            await lab.seen.until(lambda seen: seen.generations_aborted == 1, timeout=2)
+            await tab.until("document.querySelector('.theirs .failure')?.innerText === 'Stopped.'")
+            await until(lambda: not balancer.fleet.members[1].in_flight)
+
+    run(main())
+
+
+def test_drain_and_undrain_want_the_admin_key(tmp_path: Path) -> None:
+    async def main() -> None:
+        shown = page(tmp_path, LabReplica(), LabReplica(), admin_key="open sesame", expected="status of 401")
+        async with shown as (balancer, tab):
+            drain = "[aria-label='Drain replica-2']"
+            await tab.click(drain)
+            await tab.until("document.getElementById('admin').open")
+            await tab.type("#admin-key", "wrong")
+            await tab.press("\ue007")
+            await tab.until("document.getElementById('admin').open && !document.getElementById('admin-key').value")
+            assert not balancer.fleet.members[2].draining
+            await tab.type("#admin-key", "open sesame")
+            await tab.click("#admin button[value=use]")
+            await tab.until("document.querySelectorAll('.card .badge')[1].innerText === 'SHUTTING_DOWN'")
+            assert balancer.fleet.members[2].draining
+            # Known now, so it is not asked for again; and nowhere kept but in this page's memory.
+            await tab.click("[aria-label='Undrain replica-2']")
+            await tab.until(READY, 2)
+            assert not balancer.fleet.members[2].draining
+            kept = await tab.run("return [localStorage.length, sessionStorage.length, document.cookie]")
+            assert kept == [0, 0, ""]
+            assert "sesame" not in await tab.run("return document.documentElement.outerHTML + location.href")
+
+    run(main())
+
+
+def test_a_change_that_is_refused_says_why(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with page(tmp_path, LabReplica(), expected="status of 404") as (balancer, tab):
+            # The replica left a moment before the click.
+            await tab.run("document.querySelector('.card button').dataset.verb = '../../replicas/7/drain'")
+            await tab.click(".card button")
+            await tab.until("document.querySelector('.card .failure')?.hidden === false")
+            assert await tab.text(".card .failure") == "There is no replica 7; known are: 1."
+            assert not balancer.fleet.members[1].draining
+
+    run(main())
+
+
+HOSTILE = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"
+
+
+def test_what_replicas_and_clients_say_never_becomes_markup(tmp_path: Path) -> None:
+    async def main() -> None:
+        delta = {"choices": [{"index": 0, "delta": {"content": HOSTILE}}], "usage": None}
+        answer = f"data: {json.dumps(delta)}\n\ndata: [DONE]\n\n"
+        lab = LabReplica(Knobs(served_model=HOSTILE))
+        async with page(tmp_path, lab, name=HOSTILE) as (balancer, tab), client_of(balancer) as client:
+            await client.get(f"/v1/{HOSTILE}", params={"q": HOSTILE})
+            lab.next(1, body=answer, content_type="text/event-stream")
+            await tab.type("#prompt", HOSTILE)
+            await tab.click("#send")
+            await tab.until(ANSWERED, 1)
+            assert await tab.text(".theirs p") == HOSTILE
+            assert await tab.text(".mine p") == HOSTILE
+            assert await tab.text("#service-name") == HOSTILE
+            assert await tab.run("return document.getElementById('model').value") == HOSTILE
+            await tab.until("document.getElementById('rows').innerText.includes(arguments[0])", HOSTILE[:20])
+            outside = "return document.querySelectorAll('main img, script:not([src]), iframe').length"
+            assert await tab.run(outside) == 0
+            assert await tab.run("return window.hacked ?? null") is None
+
+    run(main())
+
+
+def test_it_asks_nothing_of_any_other_origin(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with page(tmp_path, LabReplica()) as (balancer, tab):
+            loaded = await tab.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+            assert len(loaded) >= 8
+            assert {url for url in loaded if not url.startswith(balancer.admin_endpoint + "/")} == set()
+
+    run(main())
+
+
+def test_it_comes_back_by_itself_when_the_balancer_does(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with LabReplica() as lab, browser(tmp_path / "profile") as tab:
+            async with serving(lab) as balancer:
+                await tab.open(balancer.admin_endpoint + "/")
+                await tab.until(READY, 1)
+                port = int(balancer.admin_endpoint.rpartition(":")[2])
+            await tab.until("document.getElementById('connection').innerText.includes('does not answer')")
+            async with serving(lab, admin=("127.0.0.1", port), name="again"):
+                await tab.until("document.getElementById('service-name').innerText === 'again'")
+                assert await tab.text("#connection") == ""
+
+    run(main())
+
+
+def keep(name: str, picture: bytes) -> None:
+    SCREENSHOTS.mkdir(exist_ok=True)
+    (SCREENSHOTS / name).write_bytes(picture)
+
+
+# Every text a person sees, with the contrast of its colour to what is behind it (WCAG 2.2, 1.4.3).
+FAINT = """
+const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+  .map((c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+const behind = (node) => {
+  for (let n = node; n; n = n.parentElement) {
+    const colour = rgb(getComputedStyle(n).backgroundColor);
+    if (colour.length === 3 || colour[3] === 1) return colour;
+  }
+  return [255, 255, 255];
+};
+const faint = [];
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const node = walker.currentNode.parentElement;
+  if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest("noscript, option")) continue;
+  const [a, b] = [light(rgb(getComputedStyle(node).color)), light(behind(node))];
+  const contrast = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+  if (contrast < 4.5) faint.push(`${contrast.toFixed(2)}: ${walker.currentNode.data.trim().slice(0, 40)}`);
+}
+return faint;
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_reads_well_on_a_phone_and_a_desk_in_light_and_dark(tmp_path: Path, scheme: str) -> None:
+    async def main() -> None:
+        one, two = (LabReplica(first_token_delay=0.08, token_interval=0.01) for _ in range(2))
+        gone = LabReplica()
+        async with page(tmp_path, one, two, gone, name="colours") as (balancer, tab), client_of(balancer) as client:
+            await tab.prefer(color_scheme=scheme)
+            gone.refuse()
+            gone.drop_connections()
+            for number in range(6):
+                await client.post(CHAT, json=stream(f"question {number}", max_tokens=20))
+            two.next(1, status=500)
+            while (await client.post(CHAT, json=chat())).status_code != 500:
+                pass
+            await tab.type("#prompt", "What does a balancer do?")
+            await tab.click("#send")
+            await tab.until(ANSWERED, 1)
+            await tab.until("document.querySelectorAll('.spark path[d*=M]').length >= 5")
+            for name, width, height in (("desk", 1200, 1000), ("phone", 390, 844)):
+                await tab.resize(width, height)
+                await tab.until("innerWidth === arguments[0]", width)
+                wide = await tab.run("return document.documentElement.scrollWidth - innerWidth")
+                assert wide <= 0, f"{name}: {wide} px stick out"
+                assert await tab.run(FAINT) == []
+                await tab.run("scrollTo(0, 0)")
+                keep(f"page-{name}-{scheme}.png", await tab.screenshot())
+            background = await tab.run("return getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", background))) < 150) is (scheme == "dark")
+
+    run(main())
+
+
+def test_it_can_be_used_by_keyboard_and_screen_reader(tmp_path: Path) -> None:
+    async def main() -> None:
+        lab = LabReplica()
+        async with page(tmp_path, lab) as (_, tab):
+            nodes = (await tab.tool("Accessibility.getFullAXTree"))["nodes"]
+            spoken = {"button", "link", "textbox", "spinbutton", "combobox", "image", "img", "region", "article", "log"}
+            seen = set()
+            for node in nodes:
+                role = node.get("role", {}).get("value", "")
+                if not node.get("ignored") and role in spoken:
+                    seen.add(role)
+                    assert node.get("name", {}).get("value", "").strip(), f"a {role} without a name: {node}"
+            assert {"button", "link", "textbox", "article"} <= seen
+            levels = await tab.run("return [...document.querySelectorAll('h1,h2,h3')].map((h) => Number(h.tagName[1]))")
+            assert levels[0] == 1
+            assert all(after - before <= 1 for before, after in pairwise(levels))
+            # Tab alone comes to everything, the first stop being the way past the rest.
+            stops = []
+            for _ in range(25):
+                await tab.press("\ue004")
+                stops.append(await tab.run("const a = document.activeElement; return a.id || a.className || a.tagName"))
+            assert stops[0] == "skip"
+            for wanted in ("prompt", "send", "files", "anew", "scroller"):
+                assert wanted in stops, stops
+            assert await tab.run(
+                "document.getElementById('prompt').focus();"
+                "return getComputedStyle(document.getElementById('prompt')).outlineStyle !== 'none'"
+            )
+            await tab.type("#prompt", "first line")
+            await tab.run("document.getElementById('prompt').value += '\\nsecond'")
+            await tab.press("\ue007")
+            await tab.until(ANSWERED, 1)
+            assert asked(lab)["messages"][0]["content"] == "first line\nsecond"
+
+    run(main())
+
+
+def test_fifty_replicas_and_many_viewers_are_no_trouble(tmp_path: Path) -> None:
+    async def main() -> None:
+        shown = page(tmp_path, LabReplica())
+        async with shown as (balancer, tab), client_of(balancer) as client:
+            (known,) = balancer.fleet.members.values()
+            many = [replace(known.listed, name=f"replica-{n}", id=n) for n in range(1, 51)]
+            balancer.fleet.reconcile(many)
+            await tab.until("document.querySelectorAll('.card').length === 50")
+            viewers = [asyncio.ensure_future(watch(client, balancer.admin_endpoint)) for _ in range(63)]
+            done = await asyncio.gather(*viewers)
+            assert all(done)
+            await tab.until("document.querySelectorAll('.card .badge.good').length === 50")
+
+    run(main())
+
+
+async def watch(client: Any, endpoint: str) -> bool:
+    """Reads the feed until its first state; True when that has replicas in it."""
+    async with client.stream("GET", endpoint + "/feed") as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith("data:") and '"decisions"' in line:
+                return '"READY"' in line or '"STARTING"' in line
+    return False
