@@ -258,7 +258,9 @@ class ClientConnection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Sends to the client; what it does not take is held, and its reply's source paused."""
-        self._transport.write(data)  # type: ignore[union-attr]
+        transport = self._transport
+        if transport is not None and not transport.is_closing():  # uvloop raises where asyncio only ignores it
+            transport.write(data)
 
     def take_from(self, source: Source) -> None:
         """The reply's bytes come from `source` now."""

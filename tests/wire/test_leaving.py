@@ -157,3 +157,19 @@ async def test_many_that_leave_at_once_leave_nothing_behind() -> None:
         assert {line["status"] for line in await house.logged(100)} == {499}
         await a.seen.until(lambda seen: seen.generations_aborted == seen.generations_started)
         assert a.seen.generations_started < 100
+
+
+@on_uvloop
+async def test_bytes_that_come_in_the_very_moment_of_its_leaving() -> None:
+    """Between its connection's end and its request's, the replica's bytes go nowhere."""
+    async with LabReplica(token_interval=0.01) as a, serving(a) as house:
+        client = await house.client()
+        await client.send(STREAM)
+        await client.until(b"t03")
+        (connection,) = house.balancer.doors.connections
+        (upstream,) = house.balancer.pool.busy
+        connection.eof_received()
+        await asyncio.sleep(0)  # the connection is lost, and its request is only about to be cancelled
+        upstream.data_received(b"a\r\ndata: {}\n\n\r\n")
+        await a.seen.until(lambda seen: seen.last.outcome == "client_left")
+        await house.at_rest()
