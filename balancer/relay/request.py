@@ -113,7 +113,7 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
         elif action == "length":
             request.length = int(value)
         elif action == "encoding":
-            encoding = value.strip().lower()
+            encoding += value.strip().lower()  # two fields are a list, and so not 'chunked' alone
         elif action == "connection":
             dropped = [*dropped, *(token.strip().lower() for token in value.split(b","))]
         elif action == "forwarded" and peer.is_trusted:
@@ -165,7 +165,9 @@ def _read_target(request: Request) -> None:
         slash = rest.find(b"/")
         target = rest[slash:] if slash >= 0 else b"/"
         request.target = target
-    request.path, request.kind = kind_of(target.partition(b"?")[0].partition(b"#")[0])
+    if b"#" in target:
+        raise errors.bad_request("A request target has no fragment.")  # some servers would cut it off, some not
+    request.path, request.kind = kind_of(target.partition(b"?")[0])
 
 
 def _forward(request: Request, forwarded: dict[bytes, bytes], peer: Peer) -> None:
