@@ -1,0 +1,66 @@
+"""Builds the images once, and starts the projects that several tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.docker.project import Project, docker
+
+# Twenty tokens a second, and what DNS shows a while before it can answer.
+LAB_FLAGS = "--start-delay 1 --warm-up 1 --token-interval 0.05"
+LAB_FILES = ("compose.yaml", "tests/e2e/docker/compose.lab.yaml")
+CPU_FILES = ("compose.yaml", "docker/compose.cpu.yaml")
+# Not the volume that a person's own replicas keep their leases in.
+LEASES = {"LEASE_VOLUME": "groundserve-test-leases"}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            # The first to ask for an image builds it; first in the list is the one that counts.
+            item.add_marker(pytest.mark.timeout(1500), append=False)
+
+
+def build_lab(project: Project, version: int = 1) -> None:
+    """Builds the balancer, and docker/replica.Dockerfile upon the lab's replica; another version is another image."""
+    project.compose("build", "balancer")
+    project.compose("--profile", "build", "build", "lab", LAB_VERSION=str(version))
+    project.compose("build", "replica")
+
+
+@pytest.fixture(scope="session")
+def lab_images() -> Project:
+    """The project that builds the images of the lab; it starts nothing."""
+    project = Project("groundserve-test-build", LAB_FILES)
+    build_lab(project)
+    return project
+
+
+@pytest.fixture(scope="session")
+def cpu_images() -> Project:
+    """The project that builds the images of real SGLang on a CPU; it starts nothing."""
+    project = Project("groundserve-test-build", CPU_FILES)
+    project.compose("build", "balancer")
+    project.compose("build", "replica", timeout=1400)
+    return project
+
+
+@pytest.fixture(scope="session")
+def running_lab(lab_images: Project) -> Iterator[Project]:
+    assert lab_images.files == LAB_FILES
+    project = Project("groundserve-test-lab", LAB_FILES, LEASES | {"REPLICAS": "2", "LAB_FLAGS": LAB_FLAGS})
+    project.up()
+    yield project
+    project.down()
+
+
+@pytest.fixture
+def lab(running_lab: Project) -> Project:
+    """A balancer and two lab replicas, ready, whatever the test before did to them."""
+    for one in running_lab.containers():
+        if not one.is_healthy:
+            docker("rm", "--force", one.id)
+    running_lab.scale(2)
+    return running_lab

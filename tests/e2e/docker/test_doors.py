@@ -1,0 +1,66 @@
+"""Who may do what: keys, TLS, and the admin port of the containers."""
+
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.docker.conftest import LAB_FILES, LEASES
+from tests.e2e.docker.project import Project
+
+pytestmark = pytest.mark.docker
+
+BODY = {"model": "any", "max_tokens": 2, "messages": [{"role": "user", "content": "Hello"}]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Keys, and a certificate for localhost, as files that the container's user can read."""
+    (tmp_path / "api-keys").write_text("a-caller:" + "0" * 64 + "\nsesame\n")
+    (tmp_path / "admin-key").write_text("open-up\n")
+    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+    kind = ("-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+    files = ("-keyout", tmp_path / "privkey.pem", "-out", tmp_path / "fullchain.pem")
+    subprocess.run(["openssl", "req", *kind, *names, *files], check=True, capture_output=True)
+    for file in tmp_path.iterdir():
+        file.chmod(0o644)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def guarded(lab_images: Project, folder: Path) -> Iterator[Project]:
+    given = {
+        "TLS_DIR": str(folder),
+        "API_KEYS_FILE": str(folder / "api-keys"),
+        "ADMIN_KEY_FILE": str(folder / "admin-key"),
+    }
+    assert lab_images.files == LAB_FILES
+    project = Project("groundserve-test-doors", (*LAB_FILES, "docker/compose.tls.yaml"), LEASES | given)
+    project.up()
+    yield project
+    project.down()
+
+
+def test_https_with_keys_and_an_admin_port_that_wants_its_own(guarded: Project, folder: Path) -> None:
+    endpoint = guarded.url().replace("http://", "https://") + "/v1/chat/completions"
+    trust = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
+    with httpx.Client(verify=trust, timeout=20) as client:
+        assert client.post(endpoint, json=BODY).status_code == 401
+        answer = client.post(endpoint, json=BODY, headers={"Authorization": "Bearer sesame"})
+        assert answer.status_code == 200, answer.text
+        drain = guarded.url(30002) + "/replicas/1/drain"
+        assert client.post(drain).status_code == 401
+        assert client.post(drain, headers={"Authorization": "Bearer open-up"}).status_code == 200
+
+
+def test_without_an_admin_key_the_admin_port_shows_and_changes_nothing(lab: Project) -> None:
+    assert len(lab.ready()) == 2
+    refused = httpx.post(lab.url(30002) + "/replicas/1/drain", timeout=10)
+    assert refused.status_code == 403
+    assert "--admin-key" in refused.json()["error"]["message"]
+    assert len(lab.ready()) == 2
