@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` says what there is; what CI runs is what a person runs.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test docker-test check lock
+.PHONY: help install up down test docker-test check bench bench-routing lock
 
 # The first of these that runs (a version manager's stub may stand in for a Python that is not there).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -40,6 +40,12 @@ check: install ## format, lint and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+bench: install ## what relaying costs, beside nginx, Envoy and the Rust routers (ARGS="--rounds 1" for a short one)
+	@$(BIN)/python -m tests.bench.relay $(ARGS)
+
+bench-routing: install ## what routing by prefix brings, on two real replicas (ARGS=...)
+	@$(BIN)/python -m tests.bench.routing $(ARGS)
 
 lock: ## write the lock files anew (needs uv)
 	@.ci/lock
