@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -233,6 +234,7 @@ class Balancer:
 
 async def run(config: Config, look_up: Resolve = resolve) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. `look_up` resolves replicas' names."""
+    _raise_file_limit()
     loop = asyncio.get_running_loop()
     leaving, hurry = asyncio.Event(), asyncio.Event()
 
@@ -330,6 +332,13 @@ def _networks(texts: tuple[str, ...]) -> tuple[Network, ...]:
         return tuple(ipaddress.ip_network(text, strict=False) for text in texts)
     except ValueError as error:
         raise ConfigError(f"trusted_proxies: {error}; write addresses or networks like 10.0.0.0/8") from None
+
+
+def _raise_file_limit() -> None:
+    """A request holds two descriptors, and many systems allow a process 1,024 unless it asks for what it may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 1 << 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most if 0 < most < enough else enough, most))
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -92,6 +92,12 @@ def buffers_full() -> ServeError:
     return ServeError(503, "buffers_full", message, retry_after=1, closes=True)
 
 
+def too_many_connections(limit: int) -> ServeError:
+    message = f"Your address has {limit} connections open here (max_connections_per_client). Close some, or reuse them."
+    kind = "rate_limit_error"
+    return ServeError(429, "too_many_connections", message, kind=kind, retry_after=1, closes=True)
+
+
 def queue_full(size: int) -> ServeError:
     message = f"Every replica is at its limit and {size} requests wait already. Try again shortly, or add replicas."
     return ServeError(429, "queue_full", message, kind="rate_limit_error", retry_after=5)

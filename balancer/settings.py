@@ -38,6 +38,9 @@ class Settings(BaseModel):
     body_timeout: float = Field(30, gt=0, description="silence allowed inside a request body; beyond: 408")
     keep_alive_timeout: float = Field(75, gt=0, description="time an idle client connection is kept")
     send_timeout: float = Field(300, gt=0, description="time a client may take nothing of its answer before it is cut")
+    max_connections_per_client: int = Field(
+        2048, gt=0, description="open connections of one address (IPv6: one /64) but a trusted proxy's; beyond: 429"
+    )
     connect_timeout: float = Field(2, gt=0, description="time a connection to a replica may take")
     first_byte_timeout: float = Field(600, gt=0, description="time a replica has to begin its answer; beyond: 504")
     idle_timeout: float = Field(120, gt=0, description="silence allowed inside an answer; beyond: a broken stream")

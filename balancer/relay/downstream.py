@@ -1,7 +1,7 @@
 """Our side towards the clients: strict HTTP/1.1 in, replies out in order, a client that leaves noticed at once."""
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -52,6 +52,7 @@ class Doors:
         self.refuse = refuse
         self.trusted = trusted
         self.connections: set[ClientConnection] = set()
+        self.origins: Counter[bytes] = Counter()  # open connections by client
         self.buffered = 0  # bytes that request bodies take, over all connections
         self.is_closing = False
 
@@ -103,6 +104,10 @@ class ClientConnection(asyncio.Protocol):
         self._peer = Peer.of(address[0] if isinstance(address, tuple) else "", is_tls, self._doors.trusted)
         self._since = self._doors.loop.time()
         self._doors.connections.add(self)
+        origin, limit = self._peer.origin, self._settings.max_connections_per_client
+        self._doors.origins[origin] += 1
+        if self._doors.origins[origin] > limit and not self._peer.is_trusted:
+            self._refuse_now(errors.too_many_connections(limit))
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf or self._parser is None:
@@ -139,6 +144,9 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._doors.connections.discard(self)
+        self._doors.origins[self._peer.origin] -= 1
+        if not self._doors.origins[self._peer.origin]:
+            del self._doors.origins[self._peer.origin]
         self._parser = None  # it holds this connection, which holds it
         if self._task is not None:
             self._task.cancel()

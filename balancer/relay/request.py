@@ -82,6 +82,8 @@ class Peer:
     address: bytes
     is_trusted: bool
     scheme: bytes
+    # What counts as one client: an IPv4 address, or the /64 that one household has.
+    origin: bytes = b""
 
     @classmethod
     def of(cls, address: str, is_tls: bool, trusted: Sequence[Network]) -> "Peer":
@@ -92,7 +94,8 @@ class Peer:
         if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped:
             parsed = parsed.ipv4_mapped
         is_trusted = any(parsed in network for network in trusted)
-        return cls(str(parsed).encode(), is_trusted, b"https" if is_tls else b"http")
+        origin = parsed.packed[:8]  # all of an IPv4 address
+        return cls(str(parsed).encode(), is_trusted, b"https" if is_tls else b"http", origin)
 
 
 def read_head(request: Request, headers: Headers, peer: Peer) -> None:
