@@ -125,27 +125,28 @@ def test_kill_9_costs_only_what_was_on_that_replica(lab: Project) -> None:
 
 
 def test_a_paused_replica_is_left_out_and_its_streams_go_on_afterwards(lab: Project) -> None:
-    async def pause() -> tuple[Traffic, str, float, float]:
+    async def pause() -> tuple[Traffic, list[Outcome], str, float]:
         async with traffic(lab.url(), CLIENTS, tokens=TOKENS) as seen:
             await seen.more(CLIENTS)
             victim = lab.containers()[0]
             await asyncio.to_thread(docker, "pause", victim.id)
             try:
-                await asyncio.to_thread(until, lambda: len(lab.ready()) == 1, "the paused replica is left out", 30)
-                left_out = time.monotonic()
-                await seen.more(CLIENTS // 2)
+                await asyncio.to_thread(until, lambda: len(lab.ready()) == 1, "the paused replica is left out")
+                # Others than the clients, who by now may all wait for the paused one.
+                async with httpx.AsyncClient(base_url=lab.url(), timeout=60) as client:
+                    others = await asyncio.gather(*(ask(client, Outcome(), TOKENS) for _ in range(6)))
             finally:
-                resumed = time.monotonic()
                 await asyncio.to_thread(docker, "unpause", victim.id)
+            resumed = time.monotonic()
             await ready(lab, 2)
-            await seen.more(2 * CLIENTS)
-        return seen, victim.member, left_out, resumed
+            await seen.more(3 * CLIENTS)
+        return seen, others, victim.member, resumed
 
-    seen, member, left_out, resumed = asyncio.run(pause())
-    assert seen.lost == []
-    meanwhile = [one for one in seen.outcomes if left_out < one.asked and one.ended < resumed]
-    assert meanwhile
-    assert member not in {one.member for one in meanwhile}
+    seen, others, member, resumed = asyncio.run(pause())
+    assert all(one.is_whole(TOKENS) and one.member != member for one in others), "the other replica answers"
+    waited = [one for one in seen.outcomes if one.member == member and one.asked < resumed < one.ended]
+    assert waited, "streams hung with the paused replica"
+    assert seen.lost == [], "and went on with it"
     assert any(one.member == member and one.asked > resumed for one in seen.outcomes), "it is used again"
 
 

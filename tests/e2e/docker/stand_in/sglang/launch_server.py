@@ -17,4 +17,6 @@ given, _ = parser.parse_known_args()
 print(f"lab: GPUs {os.environ['CUDA_VISIBLE_DEVICES']}; tensor parallel size {given.tp_size}", flush=True)
 command = [sys.executable, "-m", "tests.lab.replica", "--drain-plugin"]
 command += ["--host", given.host, "--port", given.port, "--random-seed", given.random_seed]
+# SGLang has it from its environment, where python -m replica put it.
+command += ["--keep-alive", os.environ["SGLANG_TIMEOUT_KEEP_ALIVE"]]
 os.execv(sys.executable, [*command, *shlex.split(os.environ.get("LAB_FLAGS", ""))])
