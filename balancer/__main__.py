@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="groundserve: %(levelname)s: %(message)s")
+    logging.getLogger("groundserve").setLevel(logging.INFO)
     try:
         uvloop.run(app.run(config_from(options)))
     except ConfigError as error:

@@ -145,6 +145,7 @@ class Balancer:
             verify=self.certificate.own_context if self.certificate else True,
             trust_env=False,
             timeout=httpx.Timeout(None, connect=5),
+            limits=httpx.Limits(max_keepalive_connections=0),
         )
         admin.include_router(playground_router(lambda: _reachable(self.endpoint), self._own_client))
         self._sockets = [_bound(*config.listen), _bound(*config.admin)]

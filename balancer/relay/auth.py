@@ -75,7 +75,7 @@ class Keys:
                 known.name, known.limit = key.name, key.limit
                 fresh[digest] = known
         self._known = fresh
-        log.warning("%s: %d keys taken up", self._path, len(fresh))
+        log.info("%s: %d keys taken up", self._path, len(fresh))
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._known.values())

@@ -40,7 +40,7 @@ class Certificate:
         except (ConfigError, OSError) as error:
             log.warning("%s; the certificate stays as it was", error)
         else:
-            log.warning("%s: new certificate taken up", self._chain)
+            log.info("%s: new certificate taken up", self._chain)
 
     def _loaded(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -1,7 +1,6 @@
 """A whole balancer in the test's own event loop, with lab replicas behind it."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,10 +8,10 @@ from typing import Any
 import httpx
 import uvloop
 
-from balancer.app import Balancer, Config
+from balancer.app import Balancer
 from balancer.fleet.member import Listed
-from balancer.settings import Settings
 from tests.lab.replica import LabReplica
+from tests.wire import running
 
 CHAT = "/v1/chat/completions"
 
@@ -33,28 +32,13 @@ def stream(text: str = "hello", **more: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def serving(
-    *replicas: LabReplica, settings: dict[str, Any] | None = None, log: int | None = None, **config: Any
+    *replicas: LabReplica, settings: dict[str, Any] | None = None, **config: Any
 ) -> AsyncIterator[Balancer]:
-    """A balancer on free ports in front of `replicas`, all of them ready. `log` is a descriptor for its access log."""
+    """A balancer on free ports in front of `replicas` (replica-1, replica-2, ...), all of them ready."""
     listed = tuple(Listed(f"replica-{number}", replica.url) for number, replica in enumerate(replicas, 1))
-    quick = {"drain_grace": 0, "drain_timeout": 0.1, "ready_interval": 0.1, **(settings or {})}
-    ports = {"listen": ("127.0.0.1", 0), "admin": ("127.0.0.1", 0)}
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    balancer = Balancer(
-        Config(**{**ports, "replicas": listed, "settings": Settings(**quick), **config}),
-        asyncio.get_running_loop(),
-        nowhere if log is None else log,
-    )
-    await balancer.start()
-    try:
-        await until(lambda: len(balancer.fleet.available()) == len(replicas))
-        yield balancer
-    finally:
-        hurry = asyncio.Event()
-        hurry.set()
-        await balancer.leave(hurry)
-        await balancer.stop()
-        os.close(nowhere)
+    quick = {"ready_interval": 0.1, **(settings or {})}
+    async with running.serving(*replicas, config={"replicas": listed, **config}, **quick) as house:
+        yield house.balancer
 
 
 @asynccontextmanager
