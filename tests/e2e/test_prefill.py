@@ -9,8 +9,8 @@ from tests.e2e.running import Balancer
 
 
 def test_a_long_prefill_takes_no_replica_out(balancer: Balancer) -> None:
-    # Three prompts of some 3,800 tokens (five a number) on two replicas, none of which shares a prefix with another.
-    prompts = ["".join(f" {start + n}" for n in range(760)) for start in (1000, 3000, 5000)]
+    # For each replica a prompt of some 3,800 tokens, five a number; they share no prefix.
+    prompts = ["".join(f" {start + n}" for n in range(760)) for start in (1000, 3000)]
     statuses: list[int] = []
 
     def ask(prompt: str) -> None:
@@ -28,6 +28,6 @@ def test_a_long_prefill_takes_no_replica_out(balancer: Balancer) -> None:
     took = time.monotonic() - began
     for asker in askers:
         asker.join()
-    assert statuses == [200, 200, 200]
+    assert statuses == [200, 200]
     assert took > 2, "the prefill was too short to show anything"
     assert seen == {"READY"}
