@@ -1,4 +1,4 @@
-"""groundserve: up, status, scale, logs, down, check. Parsing only; what is done is in balancer/operate."""
+"""groundserve: up, status, scale, update, logs, down, check. Parsing only; what is done is in balancer/operate."""
 
 import argparse
 import os
@@ -31,7 +31,8 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "up":
             recipe = commands.recipe_from(_source(options))
-            return commands.up(recipe, options.listen, options.admin, is_detached=options.detach)
+            doors = ["--open"] if options.open else ["--api-keys", options.api_keys] if options.api_keys else []
+            return commands.up(recipe, options.listen, options.admin, doors, is_detached=options.detach)
         case "check":
             return commands.check(_source(options))
         case "status":
@@ -39,6 +40,8 @@ def _run(options: argparse.Namespace) -> int:
             return commands.status(options.names, how)
         case "scale":
             return commands.scale(options.name, options.replicas)
+        case "update":
+            return commands.update(options.name, _source(options), options.mode)
         case "logs":
             return commands.logs(options.name, options.id, options.balancer, options.follow, options.tail)
         case _:
@@ -51,7 +54,7 @@ def _source(options: argparse.Namespace) -> commands.Source:
         envs |= _env_file(path)
     envs |= dict(_pair(text, "--env") for text in options.env)
     secrets = dict(_pair(text, "--secret") for text in options.secret)
-    return commands.Source(options.service, options.service_name, envs, secrets)
+    return commands.Source(options.service, getattr(options, "service_name", None), envs, secrets)
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:
@@ -99,10 +102,13 @@ def _parser() -> argparse.ArgumentParser:
 
     up = command("up", "bring a service up and stay its controller")
     _add_source(up)
+    _add_name(up)
     up.add_argument("-d", "--detach", action="store_true", help="go on in the background once it is up")
     up.add_argument("--on", choices=("auto", "local"), default="auto", help="what runs the replicas (default: auto)")
     up.add_argument("--listen", metavar="HOST:PORT", help="the endpoint (default: 127.0.0.1, 30001 or the next free)")
     up.add_argument("--admin", metavar="HOST:PORT", help="status and drain (default: the port after the endpoint's)")
+    up.add_argument("--api-keys", metavar="FILE", help="the keys that clients must have, one a line")
+    up.add_argument("--open", action="store_true", help="beyond loopback: everyone may use it")
     up.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
 
     status = command("status", "show services and their replicas")
@@ -115,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     scale = command("scale", "change how many replicas a service has")
     scale.add_argument("name", metavar="NAME")
     scale.add_argument("replicas", metavar="N", type=_count, help="replicas from now on")
+
+    update = command("update", "change a running service to what a file says, and back if that does not become ready")
+    update.add_argument("name", metavar="NAME")
+    _add_source(update)
+    update.add_argument("--mode", choices=("rolling", "blue_green"), default="rolling", help="default: rolling")
+    update.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
 
     logs = command("logs", "show what the replicas of a service print")
     logs.add_argument("name", metavar="NAME")
@@ -131,12 +143,16 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command("check", "say what a service file would do here, and start nothing")
     _add_source(check)
+    _add_name(check)
     return parser
+
+
+def _add_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", "--service-name", metavar="NAME", help="default: the file's `name`, else its stem")
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("service", metavar="SERVICE.yaml", help="a SkyServe service file")
-    parser.add_argument("-n", "--service-name", metavar="NAME", help="default: the file's `name`, else its stem")
     parser.add_argument("--env", action="append", default=[], metavar="K=V", help="set one of the file's envs")
     parser.add_argument("--env-file", action="append", default=[], type=Path, metavar="FILE", help="K=V lines")
     parser.add_argument("--secret", action="append", default=[], metavar="K=V", help="set one of its secrets")

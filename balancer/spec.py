@@ -15,6 +15,7 @@ from balancer.schema import Operation, Service, Task
 from balancer.settings import PolicyName, ReadinessProbe, Settings
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
+_HERE = Path()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Spec:
     settings: Settings
     operation: Operation
     run: str
+    # The folder that relative paths start from, and the one that replicas run in.
+    base: Path
     workdir: Path
     # Variables of the replicas' commands, secrets among them: never printed.
     envs: Mapping[str, str] = field(repr=False)
@@ -53,6 +56,14 @@ class Spec:
         return self.service.load_balancing_policy
 
     @property
+    def tls(self) -> tuple[Path, Path] | None:
+        """The endpoint's certificate and key."""
+        files = self.service.tls
+        if files is None:
+            return None
+        return self.base / Path(files.certfile).expanduser(), self.base / Path(files.keyfile).expanduser()
+
+    @property
     def min_replicas(self) -> int:
         if self.service.replica_policy is not None:
             return self.service.replica_policy.min_replicas
@@ -75,7 +86,7 @@ class Spec:
 
     def for_balancer(self, readiness_probe: ReadinessProbe) -> str:
         """The YAML that one balancer process needs: variables filled in; no envs, secrets or commands."""
-        service = self.service.model_dump(mode="json", exclude_unset=True, exclude={"readiness_probe"})
+        service = self.service.model_dump(mode="json", exclude_unset=True, exclude={"readiness_probe", "tls"})
         service["readiness_probe"] = readiness_probe.model_dump(mode="json", exclude_none=True)
         ours = self.settings.model_dump(mode="json", exclude_unset=True)
         ours |= self.operation.model_dump(mode="json", exclude_unset=True)
@@ -90,13 +101,17 @@ def load(
     secrets: Mapping[str, str] = NOTHING,
 ) -> Spec:
     """The service that a file describes; raises ConfigError with one line that names file, line and key."""
+    return parse(read(path), source=str(path), name=name, envs=envs, secrets=secrets)
+
+
+def read(path: str | Path) -> str:
+    """The file's text; raises ConfigError when there is none."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as failure:
         raise ConfigError(f"{path}: {failure.strerror}: give the path of a service YAML") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text: give the path of a service YAML") from None
-    return parse(text, source=str(path), name=name, envs=envs, secrets=secrets)
 
 
 def parse(
@@ -106,8 +121,12 @@ def parse(
     name: str | None = None,
     envs: Mapping[str, str] = NOTHING,
     secrets: Mapping[str, str] = NOTHING,
+    base: Path = _HERE,
 ) -> Spec:
-    """As load, from the file's text. `envs`, `secrets` and `name` override the file's own."""
+    """As load, from the file's text. `envs`, `secrets` and `name` override the file's own.
+
+    Relative paths in the file are relative to `base`.
+    """
     document = Document(text, source)
     if "service" not in document.data:
         raise ConfigError(f"{source}: there is no `service:` section, so there is nothing to serve")
@@ -127,7 +146,8 @@ def parse(
         settings=settings,
         operation=operation,
         run=task.run or "",
-        workdir=Path(task.workdir or ".").expanduser(),
+        base=base.absolute(),
+        workdir=(base / Path(task.workdir or ".").expanduser()).absolute(),
         envs=MappingProxyType(variables),
         missing_envs=missing,
         accelerators=MappingProxyType(accelerators),

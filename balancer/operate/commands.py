@@ -22,7 +22,7 @@ from balancer.operate.detach import detached
 from balancer.operate.launch import masked
 from balancer.operate.recipe import Recipe, recipe
 from balancer.operate.state import AlreadyUp, ServiceFolder, folders, state_root
-from balancer.spec import load
+from balancer.spec import load, read
 from balancer.views.progress import COLOURS, Lines
 from balancer.views.status import ServiceRow, Snapshot
 from balancer.views.table import tables
@@ -57,16 +57,13 @@ class Display:
 def recipe_from(source: Source) -> Recipe:
     """The file's recipe, fitted to this machine; warnings go to stderr. Raises ConfigError when it cannot run here."""
     spec = load(source.path, name=source.name, envs=source.envs, secrets=source.secrets)
-    made = recipe(spec)
-    there = machine.gpus() if made.launch is not None or made.gpus else ()
-    fitted, warnings = machine.fitted(made, spec.min_replicas, there, machine.available_gb())
-    machine.check_model(fitted)
-    for warning in (*spec.warnings, *fitted.notes, *warnings):
+    made, warnings = machine.fitted_here(recipe(spec))
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return fitted
+    return made
 
 
-def up(recipe: Recipe, listen: str | None, admin: str | None, is_detached: bool) -> int:
+def up(recipe: Recipe, listen: str | None, admin: str | None, doors: Sequence[str], is_detached: bool) -> int:
     name = recipe.spec.name
     folder = ServiceFolder(state_root(), name)
     try:
@@ -82,7 +79,7 @@ def up(recipe: Recipe, listen: str | None, admin: str | None, is_detached: bool)
             f"{folder.path}: {failure.strerror}: set XDG_STATE_HOME to a folder that can be written"
         ) from None
     with lock:
-        where_to = service_up.addresses(listen, admin)
+        where_to = service_up.addresses(listen, admin, doors)
 
         def work(progress: Lines, came_up: Callable[[], None]) -> int:
             folder.sign(lock)
@@ -143,6 +140,20 @@ def scale(name: str, replicas: int) -> int:
     _ask(name, {"do": "scale", "replicas": replicas})
     count = "1 replica" if replicas == 1 else f"{replicas} replicas"
     print(f"{name}: {count} from now on; groundserve status {name} shows how far it is")
+    return 0
+
+
+def update(name: str, source: Source, mode: str) -> int:
+    request = {
+        "do": "update",
+        "text": read(source.path),
+        "source": source.path,
+        "folder": str(Path.cwd()),
+        "envs": dict(source.envs),
+        "secrets": dict(source.secrets),
+        "mode": mode,
+    }
+    print(_ask(name, request, timeout=None))
     return 0
 
 
@@ -209,12 +220,12 @@ def log_lines(paths: Mapping[str, Path], tail: int | None, follow: bool) -> Iter
             time.sleep(0.2)
 
 
-def _ask(name: str, request: Mapping[str, Any]) -> Any:
+def _ask(name: str, request: Mapping[str, Any], timeout: float | None = 10) -> Any:
     folder = ServiceFolder(state_root(), name)
     if not folder.is_up():
         raise ConfigError(_unknown(name))
     try:
-        return control.ask(folder.socket, request)
+        return control.ask(folder.socket, request, say=print, timeout=timeout)
     except control.NotUp:
         raise ConfigError(f"{name} is just starting or ending: try again in a moment") from None
 

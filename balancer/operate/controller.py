@@ -5,30 +5,22 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from balancer.errors import ConfigError
 from balancer.operate import plan
 from balancer.operate.engine import CannotStart, Engine
 from balancer.operate.front import Front
 from balancer.operate.plan import Action, Drain, Forget, Replace, Replica, Stage, Start, Stop
+from balancer.operate.readiness import Readiness
 from balancer.operate.recipe import Recipe
-from balancer.views.status import ServiceRow, Snapshot
+from balancer.operate.report import Report
+from balancer.operate.rollout import Mode
+from balancer.operate.traffic import Traffic
+from balancer.operate.wanted import Outcome, Wanted
+from balancer.views.status import Snapshot
 
 # Seconds between two looks when nothing happens; whatever ends is looked at at once.
 _PERIOD = 0.5
-
-# The balancer's contract for where a replica is. That a running one drains is for the balancer to say.
-_STATES = {
-    Stage.WAITING: "PROVISIONING",
-    Stage.RUNNING: "RUNNING",
-    Stage.DRAINING: "RUNNING",
-    Stage.STOPPING: "SHUTTING_DOWN",
-    Stage.REPLACING: "SHUTTING_DOWN",
-    Stage.GIVEN_UP: "FAILED",
-}
-# A replica that never got a port is listed under one where nothing listens: discard.
-_NOWHERE = "http://127.0.0.1:9"
 
 
 class Controller:
@@ -50,19 +42,21 @@ class Controller:
     ) -> None:
         """`wake` is set by engine and front when something ended. `say` gets lines for a person, `show` snapshots."""
         self.name = name
-        self.recipe = recipe
-        self.target = recipe.spec.min_replicas
+        self.wanted = Wanted(recipe)
         self.replicas: dict[int, Replica] = {}
-        self.snapshot = _nothing_yet(name, front.endpoint)
         self._engine = engine
         self._front = front
         self._wake = wake
         self._say = say
         self._show = show
         self._clock = clock
+        self._report = Report(name, lambda: front.endpoint, engine.infra)
+        self.snapshot = self._report.nothing_yet()
+        self._traffic = Traffic()
+        self._readiness = Readiness()
         self._next_id = 1
-        self._endpoints: dict[int, str] = {}
         self._condemned: set[int] = set()
+        self._updates: list[asyncio.Future[Outcome]] = []
         self._is_closing = False
         self._hurry = asyncio.Event()
         self._stopping: set[asyncio.Task[None]] = set()
@@ -86,20 +80,8 @@ class Controller:
         self._wake.set()
 
     def scale(self, target: int) -> None:
-        """Wants that many replicas from now on, and tries again those given up.
-
-        Raises ConfigError where the load decides, or the script can have one replica only.
-        """
-        policy = self.recipe.spec.service.replica_policy
-        if policy is not None and self.recipe.spec.autoscales:
-            most = "as many as fit" if policy.max_replicas is None else policy.max_replicas
-            raise ConfigError(
-                f"{self.name} scales with its load, {policy.min_replicas} to {most}: "
-                "change its replica_policy with groundserve update"
-            )
-        if self.recipe.fixed_port is not None and target > 1:
-            raise ConfigError(f"{self.name} listens on port {self.recipe.fixed_port} only: it can have one replica")
-        self.target = target
+        """Wants that many replicas from now on, and tries again those given up. Raises ConfigError."""
+        self.wanted.scale(target)
         for replica in self.replicas.values():
             if replica.stage is Stage.GIVEN_UP:
                 self._keep(replace(replica, stage=Stage.WAITING, failures=0, start_at=0.0))
@@ -113,23 +95,46 @@ class Controller:
         self._condemned.add(id)
         self._wake.set()
 
-    def _wanted(self) -> dict[int, int]:
-        return {self.recipe.version: self.target}
+    async def update(self, recipe: Recipe, mode: Mode) -> Outcome:
+        """Wants this version from now on; returns when all is of it, or when it failed and the old one is back.
+
+        Raises ConfigError when it cannot come that way.
+        """
+        before = self.wanted.serving
+        self.wanted.update(recipe, mode)
+        if self.wanted.coming is None:
+            # The same processes serve: only what the balancer does with them is new.
+            for replica in self.replicas.values():
+                if replica.version == before.version:
+                    self._keep(replace(replica, version=recipe.version))
+            await self._front.renew(recipe)
+            self._wake.set()
+            return Outcome(recipe.version)
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._updates.append(outcome)
+        self._wake.set()
+        return await outcome
 
     async def _step(self) -> None:
         await self._front.keep_up()
         for over in self._engine.ended():
             self._lost(over.id, over.reason, over.is_hopeless)
         await self._tell()
+        await self._look_at_hidden()
         now = self._clock()
-        timeout = self.recipe.spec.settings.drain_timeout
+        counts, outcome = self.wanted.counts(self.replicas.values(), self._traffic.take(), now)
+        if outcome is not None:
+            await self._updated(outcome)
+        timeout = self.wanted.serving.spec.settings.drain_timeout
         actions: list[Action] = [Drain(id) for id in self._condemned if id in self.replicas]
         self._condemned.clear()
-        actions += plan.decide(self.replicas.values(), self._wanted(), self._next_id, now, timeout)
+        actions += plan.decide(self.replicas.values(), counts, self._next_id, now, timeout)
         # A drain that a balancer forgot, because it is a new process, is told again.
         for replica in self.replicas.values():
             if replica.stage is Stage.DRAINING and replica.status not in ("DRAINING", "SHUTTING_DOWN", ""):
                 await self._front.drain(replica.id)
+        if self._front.is_leaving:
+            actions = [action for action in actions if not isinstance(action, Stop)]
         if actions:
             await asyncio.gather(*(self._act(action) for action in actions))
             await self._tell()
@@ -156,7 +161,7 @@ class Controller:
             self._keep(Replica(id, version))
         self._keep(plan.started(self.replicas[id], self._clock()))
         try:
-            await self._engine.start(id, self.recipe)
+            await self._engine.start(id, self.wanted.recipes[version])
         except CannotStart as failure:
             self._lost(id, str(failure), is_hopeless=False)
 
@@ -164,7 +169,7 @@ class Controller:
         """Ends a replica's process without waiting for it; `reason`: it starts again afterwards."""
 
         async def stop() -> None:
-            await self._engine.stop(id, self.recipe.spec.operation.stop_grace)
+            await self._engine.stop(id, self.wanted.serving.spec.operation.stop_grace)
             if reason is None:
                 self._forget(id)
             else:
@@ -183,63 +188,70 @@ class Controller:
             self._forget(id)
             return
         now = self._clock()
-        replica = plan.ended(replica, reason, is_hopeless, now, self.recipe.spec.operation)
+        operation = self.wanted.recipes[replica.version].spec.operation
+        replica = plan.ended(replica, reason, is_hopeless, now, operation)
         self._keep(replica)
         if replica.stage is Stage.GIVEN_UP:
-            self._say(f"{self._name_of(id)} is given up: {reason}")
+            self._say(f"{self.name}-{id} is given up: {reason}")
         else:
-            self._say(f"{self._name_of(id)} ended, starts again in {replica.start_at - now:.3g} s: {reason}")
+            self._say(f"{self.name}-{id} ended, starts again in {replica.start_at - now:.3g} s: {reason}")
+
+    async def _updated(self, outcome: Outcome) -> None:
+        if outcome.failure:
+            self._say(f"{self.name} stays at version {self.wanted.serving.version}: {outcome.failure}")
+        else:
+            self._say(f"{self.name} is at version {outcome.version}")
+            await self._front.renew(self.wanted.serving)
+        for waiting in self._updates:
+            waiting.set_result(outcome)
+        self._updates.clear()
+
+    async def _look_at_hidden(self) -> None:
+        """Asks the replicas that the balancer must not know yet whether they are ready."""
+        coming = self.wanted.coming
+        if coming is None or self.wanted.hidden is None:
+            return
+        endpoints = {running.id: running.endpoint for running in self._engine.running()}
+        asked = [r for r in self.replicas.values() if r.version == coming.version and r.stage is Stage.RUNNING]
+        answers = await asyncio.gather(
+            *(self._readiness.ask(endpoints.get(replica.id), coming.readiness_probe) for replica in asked)
+        )
+        for replica, is_ready in zip(asked, answers, strict=True):
+            status = "READY" if is_ready else "STARTING"
+            self._keep(plan.observed(replica, status, 0, self._clock(), coming.spec.operation))
 
     async def _tell(self) -> None:
         """Gives the balancer the list, and takes what it says of each replica."""
-        service: dict[str, Any] = {
-            "name": self.name,
-            "version": str(self.recipe.version),
-            "endpoint": self._front.endpoint,
-            "status": "",
-            "reason": "",
-        }
         if self._is_closing:
-            service["status"] = "SHUTTING_DOWN"
-        elif plan.is_hopeless(self.replicas.values(), self._wanted()):
-            service["status"] = "FAILED"
-            service["reason"] = next((r.reason for r in self.replicas.values() if r.reason), "")
-        snapshot = await self._front.tell(service, self._listing())
+            word, reason = "SHUTTING_DOWN", ""
+        elif plan.is_hopeless(self.replicas.values(), self.wanted.target):
+            word, reason = "FAILED", next((r.reason for r in self.replicas.values() if r.reason), "")
+        else:
+            word, reason = "", ""
+        now = self._clock()
+        self._report.noted(self._engine.running())
+        listing = self._report.listing(self.replicas.values(), self.wanted, now)
+        snapshot = await self._front.tell(self._report.service(self.wanted, word, reason), listing)
         if snapshot is None:
             return
-        now = self._clock()
+        self._traffic.note(snapshot)
         for row in snapshot.replicas:
             replica = self.replicas.get(row.id)
             if replica is not None and replica.stage in (Stage.RUNNING, Stage.DRAINING):
-                operation = self.recipe.spec.operation
+                operation = self.wanted.recipes[replica.version].spec.operation
                 self._keep(plan.observed(replica, row.status, row.in_flight, now, operation))
-        self.snapshot = snapshot
-        self._show(snapshot)
-
-    def _listing(self) -> list[dict[str, Any]]:
-        self._endpoints |= {running.id: running.endpoint for running in self._engine.running()}
-        now = self._clock()
-        return [
-            {
-                "id": replica.id,
-                "name": self._name_of(replica.id),
-                "endpoint": self._endpoints.get(replica.id, _NOWHERE),
-                "version": replica.version,
-                "infra": self._engine.infra,
-                "resources": self.recipe.resources,
-                "launched_seconds": max(0.0, now - replica.launched_at) if replica.launched_at else 0.0,
-                "state": _STATES[replica.stage],
-                "restarts": replica.restarts,
-                "reason": replica.reason,
-            }
-            for replica in self.replicas.values()
-        ]
+        self.snapshot = self._report.shown(snapshot, self.replicas.values(), self.wanted, now)
+        self._show(self.snapshot)
 
     async def _end(self) -> None:
         """Balancer first, so that nobody is cut off; then the replicas, which have nothing left to do."""
         self._is_closing = True
+        for waiting in self._updates:
+            waiting.set_result(Outcome(0, "it was taken down"))
+        self._updates.clear()
         await self._tell()
         await self._front.stop(self._hurry)
+        await self._readiness.close()
         ids = [running.id for running in self._engine.running()]
 
         async def stop_all(grace: float) -> None:
@@ -250,33 +262,12 @@ class Controller:
             await stop_all(0.0)
 
         hurrying = asyncio.create_task(hurry())
-        await stop_all(self.recipe.spec.operation.stop_grace)
+        await stop_all(self.wanted.serving.spec.operation.stop_grace)
         hurrying.cancel()
         await asyncio.gather(*self._stopping)
-
-    def _name_of(self, id: int) -> str:
-        return f"{self.name}-{id}"
 
     def _keep(self, replica: Replica) -> None:
         self.replicas[replica.id] = replica
 
     def _forget(self, id: int) -> None:
         self.replicas.pop(id, None)
-        self._endpoints.pop(id, None)
-
-
-def _nothing_yet(name: str, endpoint: str) -> Snapshot:
-    """What there is to say before the balancer answers."""
-    service = ServiceRow(
-        name=name,
-        version="-",
-        status="CONTROLLER_INIT",
-        uptime_seconds=None,
-        endpoint=endpoint,
-        policy="-",
-        ready=0,
-        total=0,
-        queue_depth=0,
-        in_flight=0,
-    )
-    return Snapshot(service)

@@ -41,13 +41,24 @@ def available_gb(meminfo: Path = Path("/proc/meminfo")) -> float:
     return int(fields["MemAvailable"].split()[0]) * 1024 / 1e9
 
 
-def fitted(recipe: Recipe, count: int, there: tuple[Gpu, ...], memory: float) -> tuple[Recipe, list[str]]:
+def fitted_here(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
+    """The recipe fitted to this machine, and all there is to warn of; raises ConfigError when it cannot run here."""
+    there = gpus() if recipe.launch is not None or recipe.gpus else ()
+    made, warnings = fitted(recipe, recipe.spec.min_replicas, there, available_gb(), running)
+    check_model(made)
+    return made, [*recipe.spec.warnings, *recipe.notes, *warnings]
+
+
+def fitted(
+    recipe: Recipe, count: int, there: tuple[Gpu, ...], memory: float, running: int = 0
+) -> tuple[Recipe, list[str]]:
     """The recipe with what one replica gets here, and warnings; raises ConfigError when `count` replicas do not fit.
 
-    `memory` is what is free, in GB.
+    `memory` is what is free, in GB, beside the service's own `running` replicas.
     """
     spec, warnings = recipe.spec, []
-    if spec.memory is not None and spec.memory * count > memory:
+    fits = None if not spec.memory else running + int(memory / spec.memory)
+    if spec.memory is not None and spec.memory * (count - running) > memory:
         raise ConfigError(
             f"{_replicas(count)} of {spec.name} want {spec.memory * count:g} GB of memory, {memory:.1f} GB are free: "
             "stop something, or run fewer replicas"
@@ -69,13 +80,15 @@ def fitted(recipe: Recipe, count: int, there: tuple[Gpu, ...], memory: float) ->
             has += f" and {len(there) - len(whole)} split by MIG"
         what = "run fewer replicas" if len(whole) >= each else "smollm2 and tiny-llava run without"
         raise ConfigError(f"{_replicas(count)} of {spec.name} want {_gpus(each)} each{wanted}; {has}: {what}")
+    elif each:
+        fits = len(whole) // each if fits is None else min(fits, len(whole) // each)
     known = [kind for kind in spec.accelerators if any(_is_a(gpu.name, kind) for gpu in whole)]
     if each and whole and spec.accelerators and not known:
         kinds = ", ".join(spec.accelerators)
         warnings.append(f"{spec.source}: resources.accelerators: none of {kinds} is here; {whole[0].name} is used")
     kind = known[0] if known else whole[0].name.removeprefix("NVIDIA ") if whole else "GPU"
     resources = f"{each}x {kind}" if each else "1x CPU"
-    return replace(recipe, gpus=each, resources=resources), warnings
+    return replace(recipe, gpus=each, resources=resources, fits=fits), warnings
 
 
 def _is_a(name: str, kind: str) -> bool:

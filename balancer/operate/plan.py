@@ -169,7 +169,7 @@ def _usefulness(replica: Replica) -> tuple[bool, bool, int, int]:
     return replica.stage is Stage.RUNNING, replica.status == "READY", replica.in_flight, -replica.id
 
 
-def is_hopeless(replicas: Iterable[Replica], wanted: Mapping[int, int]) -> bool:
+def is_hopeless(replicas: Iterable[Replica], total: int) -> bool:
     """Has every replica that is wanted been given up?"""
     mine = [replica for replica in replicas if replica.is_wanted]
-    return bool(mine) and sum(wanted.values()) > 0 and all(replica.stage is Stage.GIVEN_UP for replica in mine)
+    return bool(mine) and total > 0 and all(replica.stage is Stage.GIVEN_UP for replica in mine)

@@ -45,6 +45,8 @@ class Recipe:
     fixed_port: int | None
     # What the tables say under RESOURCES.
     resources: str
+    # The most replicas that this machine holds; None: nothing says what one takes.
+    fits: int | None
     # For a person: what of the script is not run, and the like.
     notes: tuple[str, ...]
 
@@ -56,6 +58,10 @@ class Recipe:
     @property
     def model(self) -> str | None:
         return self.launch.model if self.launch else None
+
+    def starts_like(self, other: "Recipe") -> bool:
+        """Would a replica of the other recipe be the very same process?"""
+        return self.fixed_port == other.fixed_port and self.command(0, 0) == other.command(0, 0)
 
     def command(self, id: int, port: int) -> Command:
         envs = {**self.spec.envs, REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
@@ -104,7 +110,7 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
                 f"{spec.source}: all replicas would listen on port {spec.port} of this machine: "
                 f"let `run:` listen on ${{{PORT}:-{spec.port}}}, or ask for one replica"
             )
-    return Recipe(version, spec, launch, gpus, fixed_port, resources, tuple(notes))
+    return Recipe(version, spec, launch, gpus, fixed_port, resources, None, tuple(notes))
 
 
 def python(module: str) -> tuple[str, ...]:

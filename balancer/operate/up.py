@@ -5,23 +5,24 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 from rich.console import Console
 
 from balancer.errors import ConfigError
-from balancer.operate import control
+from balancer.operate import control, machine
 from balancer.operate.child import tail
 from balancer.operate.controller import Controller
 from balancer.operate.engine import CannotStart
-from balancer.operate.front import Front
+from balancer.operate.front import Addresses, Front
 from balancer.operate.local import LocalEngine
 from balancer.operate.ports import free_ports, is_free
-from balancer.operate.recipe import Recipe
+from balancer.operate.recipe import Recipe, recipe
 from balancer.operate.state import ServiceFolder
+from balancer.spec import parse
 from balancer.views.progress import Lines, Moving
 from balancer.views.status import ReplicaRow, Snapshot
 
@@ -30,35 +31,27 @@ _FIRST_PORT = 30001
 _LAST_PORT = 30999
 
 
-@dataclass(frozen=True, slots=True)
-class Addresses:
-    """Where the balancer listens, HOST:PORT each."""
-
-    listen: str
-    admin: str
-
-
-def addresses(listen: str | None, admin: str | None) -> Addresses:
+def addresses(listen: str | None, admin: str | None, doors: Sequence[str] = ()) -> Addresses:
     """What was asked for, port 0 being any free one; else the first free pair from 30001 on.
 
     Raises ConfigError when a port that was asked for is taken.
     """
     asked = [None if a is None else _usable(flag, a) for flag, a in (("--listen", listen), ("--admin", admin))]
     for port in range(_FIRST_PORT, _LAST_PORT, 2):
-        pair = Addresses(asked[0] or f"127.0.0.1:{port}", asked[1] or f"127.0.0.1:{port + 1}")
+        pair = Addresses(asked[0] or f"127.0.0.1:{port}", asked[1] or f"127.0.0.1:{port + 1}", tuple(doors))
         if all(asked) or all(is_free(*_split(address)) for address in (pair.listen, pair.admin)):
             return pair
     raise ConfigError(f"no two ports are free between {_FIRST_PORT} and {_LAST_PORT}: give --listen and --admin")
 
 
-def run(recipe: Recipe, folder: ServiceFolder, where: Addresses, progress: Lines, on_up: Callable[[], None]) -> int:
+def run(first: Recipe, folder: ServiceFolder, where: Addresses, progress: Lines, on_up: Callable[[], None]) -> int:
     """Runs the service until it is told to end; the exit code. The caller holds the folder's lock.
 
     `on_up` is called once, when the service came up and all was said about it.
     """
 
     async def serve() -> int:
-        return await _Up(recipe, folder, where, progress, on_up).run()
+        return await _Up(first, folder, where, progress, on_up).run()
 
     return asyncio.run(serve())
 
@@ -75,21 +68,22 @@ class _Up:
     """One service from its start to its end."""
 
     def __init__(
-        self, recipe: Recipe, folder: ServiceFolder, where: Addresses, progress: Lines, on_up: Callable[[], None]
+        self, first: Recipe, folder: ServiceFolder, where: Addresses, progress: Lines, on_up: Callable[[], None]
     ) -> None:
-        self._recipe = recipe
+        self._recipe = first
         self._folder = folder
         self._progress = progress
         self._on_up = on_up
         self._is_up = False
         self._failure = ""
+        self._version = first.version
         self._began = time.monotonic()
         self._ended = asyncio.Event()
         wake = asyncio.Event()
         engine = LocalEngine(folder, wake.set)
-        front = Front(where.listen, where.admin, self._front_flags(), folder.balancer_log, wake.set)
-        self._endpoint = front.endpoint
-        self._controller = Controller(recipe.spec.name, recipe, engine, front, wake, progress.say, self._look)
+        front = Front(folder, where, first, wake.set)
+        self._front = front
+        self._controller = Controller(first.spec.name, first, engine, front, wake, progress.say, self._look)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -109,15 +103,6 @@ class _Up:
         self._progress.say(f"{self._recipe.spec.name} is down")
         return 0
 
-    def _front_flags(self) -> list[str]:
-        spec = self._recipe.spec
-        service_file = self._folder.write_service_file(spec.for_balancer(self._recipe.readiness_probe))
-        flags = ["--service", str(service_file)]
-        if "drain_grace" not in spec.settings.model_fields_set:
-            # There is no other load balancer in front that has to notice first that this one leaves.
-            flags += ["--set", "drain_grace=0"]
-        return flags
-
     def _signalled(self) -> None:
         self._progress.finish()
         self._progress.say("stopping: answers in flight are finished first; once more ends at once")
@@ -132,7 +117,7 @@ class _Up:
         if service.status == "FAILED":
             self._failure = f"{service.reason}\n  everything it said: groundserve logs {self._recipe.spec.name}"
             self._controller.close()
-        elif service.total == self._controller.target and all(_is_settled(row) for row in snapshot.replicas):
+        elif service.total == self._controller.wanted.target and all(_is_settled(row) for row in snapshot.replicas):
             self._is_up = True
             self._greeting = asyncio.create_task(self._greet(service.ready))
 
@@ -140,7 +125,9 @@ class _Up:
         name = self._recipe.spec.name
         self._progress.finish()
         count = "no replica" if ready == 0 else "1 replica" if ready == 1 else f"{ready} replicas"
-        self._progress.say(f"\n{name} is up after {time.monotonic() - self._began:.0f} s: {count} at {self._endpoint}")
+        self._progress.say(
+            f"\n{name} is up after {time.monotonic() - self._began:.0f} s: {count} at {self._front.endpoint}"
+        )
         if ready:
             self._progress.say(f"try    {await self._example()}")
         self._progress.say(f"look   groundserve status {name}")
@@ -150,14 +137,15 @@ class _Up:
     async def _example(self) -> str:
         """A command that this very service answers."""
         try:
-            async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
-                answer = await client.get(f"{self._endpoint}/v1/models")
+            # Its own certificate may be one that nobody here knows.
+            async with httpx.AsyncClient(trust_env=False, timeout=5, verify=False) as client:
+                answer = await client.get(f"{self._front.endpoint}/v1/models")
                 model = answer.json()["data"][0]["id"]
         except (httpx.HTTPError, ValueError, LookupError, TypeError):
-            return f"curl {self._endpoint}{self._recipe.readiness_probe.path}"
+            return f"curl {self._front.endpoint}{self._recipe.readiness_probe.path}"
         body = {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
         return (
-            f"curl {self._endpoint}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f"curl {self._front.endpoint}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
             f"         -d '{json.dumps(body)}'"
         )
 
@@ -171,6 +159,8 @@ class _Up:
             case {"do": "replace", "id": int(id)}:
                 self._controller.replace_replica(id)
                 return None
+            case {"do": "update"}:
+                return await self._update(request, say)
             case {"do": "down"}:
                 self._controller.close()
                 await self._ended.wait()
@@ -178,6 +168,30 @@ class _Up:
         raise ConfigError(
             f"{self._recipe.spec.name} runs under another version of groundserve: take it down and up again"
         )
+
+    async def _update(self, request: Mapping[str, Any], say: control.Say) -> str:
+        name, running = self._recipe.spec.name, self._controller.wanted.target
+        try:
+            spec = parse(
+                request["text"],
+                source=request["source"],
+                name=name,
+                envs=request["envs"],
+                secrets=request["secrets"],
+                base=Path(request["folder"]),
+            )
+            mode = request["mode"]
+        except KeyError as missing:
+            raise ConfigError(f"{name} runs under another version of groundserve: it wants {missing}") from None
+        self._version += 1
+        made, warnings = await asyncio.to_thread(machine.fitted_here, recipe(spec, self._version), running)
+        for warning in warnings:
+            say(f"warning: {warning}")
+        say(f"{name} goes from version {self._controller.wanted.serving.version} to {self._version}, {mode}")
+        outcome = await self._controller.update(made, mode)
+        if outcome.failure:
+            raise ConfigError(f"{name} stays at version {self._controller.wanted.serving.version}: {outcome.failure}")
+        return f"{name} is at version {outcome.version}"
 
 
 def _is_settled(row: ReplicaRow) -> bool:

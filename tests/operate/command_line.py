@@ -1,5 +1,7 @@
 """groundserve as a person types it: real processes, with a state folder and free ports of its own for each test."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -35,14 +37,17 @@ class Groundserve:
         }
         self._ups: list[Up] = []
 
-    def service(self, name: str, run: str = LAB, replicas: int = 2, more: str = "") -> Path:
-        """A service file whose replicas are looked at often."""
+    def service(
+        self, name: str, run: str = LAB, replicas: int | dict[str, float] = 2, more: str = "", **ours: object
+    ) -> Path:
+        """A service file whose replicas are looked at often; `replicas` may be a replica_policy, `ours` settings."""
         path = self.folder / f"{name}.yaml"
+        service = {"readiness_probe": {"path": "/health", "endpoint_probe_interval_seconds": 0.2}}
+        count = {"replicas": replicas} if isinstance(replicas, int) else {"replica_policy": replicas}
+        settings = {"ready_interval": 0.1, "restart_backoff": 0.1, **ours}
         script = "".join(f"\n  {line}" for line in run.splitlines())
         path.write_text(
-            f"service:\n  replicas: {replicas}\n"
-            "  readiness_probe: {path: /health, endpoint_probe_interval_seconds: 0.2}\n"
-            f"x-groundserve: {{ready_interval: 0.1, restart_backoff: 0.1}}\n{more}\nrun: |{script}\n"
+            f"service: {json.dumps(service | count)}\nx-groundserve: {json.dumps(settings)}\n{more}\nrun: |{script}\n"
         )
         return path
 
@@ -97,7 +102,8 @@ class Groundserve:
             up.process.wait()
             up.reader.join()
         for process in self.processes():
-            os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
 
 class Up:

@@ -140,8 +140,8 @@ def test_the_reason_of_an_earlier_end_is_forgotten_once_ready() -> None:
 
 def test_a_service_is_hopeless_when_all_that_is_wanted_was_given_up() -> None:
     lost = replace(READY, stage=Stage.GIVEN_UP)
-    assert plan.is_hopeless([lost, replace(lost, id=2)], {1: 2})
-    assert plan.is_hopeless([lost, replace(READY, id=2, stage=Stage.DRAINING)], {1: 1})
-    assert not plan.is_hopeless([lost, replace(lost, id=2, stage=Stage.WAITING)], {1: 2})
-    assert not plan.is_hopeless([], {1: 0})
-    assert not plan.is_hopeless([], {1: 1})
+    assert plan.is_hopeless([lost, replace(lost, id=2)], 2)
+    assert plan.is_hopeless([lost, replace(READY, id=2, stage=Stage.DRAINING)], 1)
+    assert not plan.is_hopeless([lost, replace(lost, id=2, stage=Stage.WAITING)], 2)
+    assert not plan.is_hopeless([], 0)
+    assert not plan.is_hopeless([], 1)

@@ -1,0 +1,130 @@
+"""A service as the controller tells it to the balancer, and the balancer's snapshot as it is shown to a person."""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from typing import Any
+
+from balancer.operate.engine import Running
+from balancer.operate.plan import Replica, Stage
+from balancer.operate.wanted import Wanted
+from balancer.views.status import ReplicaRow, ServiceRow, Snapshot
+
+# The balancer's contract for where a replica is. That a running one drains is for the balancer to say.
+_STATES = {
+    Stage.WAITING: "PROVISIONING",
+    Stage.RUNNING: "RUNNING",
+    Stage.DRAINING: "RUNNING",
+    Stage.STOPPING: "SHUTTING_DOWN",
+    Stage.REPLACING: "SHUTTING_DOWN",
+    Stage.GIVEN_UP: "FAILED",
+}
+# A replica that never got a port is listed under one where nothing listens: discard.
+_NOWHERE = "http://127.0.0.1:9"
+# While a service sleeps the balancer is told of a replica that is on its way, so that the first request waits for it.
+_SLEEPER = 1 << 30
+
+
+class Report:
+    """Remembers where each replica listened last."""
+
+    def __init__(self, name: str, endpoint: Callable[[], str], infra: str) -> None:
+        self._name = name
+        self._endpoint = endpoint
+        self._infra = infra
+        self._endpoints: dict[int, str] = {}
+
+    def noted(self, running: Iterable[Running]) -> None:
+        self._endpoints |= {one.id: one.endpoint for one in running}
+
+    def service(self, wanted: Wanted, word: str, reason: str) -> dict[str, Any]:
+        """`word` overrides what the balancer makes of its replicas; empty: it decides."""
+        return {
+            "name": self._name,
+            "version": str(wanted.newest.version),
+            "endpoint": self._endpoint(),
+            "status": word,
+            "reason": reason,
+        }
+
+    def listing(self, replicas: Collection[Replica], wanted: Wanted, now: float) -> list[dict[str, Any]]:
+        listed = [
+            {
+                "id": replica.id,
+                "name": f"{self._name}-{replica.id}",
+                "endpoint": self._endpoints.get(replica.id, _NOWHERE),
+                "version": replica.version,
+                "infra": self._infra,
+                "resources": wanted.recipes[replica.version].resources,
+                "launched_seconds": _age(replica, now),
+                "state": _STATES[replica.stage],
+                "restarts": replica.restarts,
+                "reason": replica.reason,
+            }
+            for replica in replicas
+            if replica.version != wanted.hidden
+        ]
+        if wanted.is_asleep and not listed:
+            reason = "asleep: starts with the first request"
+            listed.append(
+                {
+                    "id": _SLEEPER,
+                    "name": f"{self._name}-next",
+                    "endpoint": _NOWHERE,
+                    "state": "PROVISIONING",
+                    "reason": reason,
+                }
+            )
+        return listed
+
+    def shown(self, snapshot: Snapshot, replicas: Collection[Replica], wanted: Wanted, now: float) -> Snapshot:
+        """The snapshot without the sleeper and with the replicas that the balancer does not know yet."""
+        rows = [row for row in snapshot.replicas if row.id != _SLEEPER]
+        rows += [self._row(replica, wanted, now) for replica in replicas if replica.version == wanted.hidden]
+        service = replace(
+            snapshot.service,
+            version=",".join(str(version) for version in sorted({row.version for row in rows}))
+            or str(wanted.newest.version),
+            total=len(rows),
+        )
+        if not rows and service.status == "REPLICA_INIT":
+            service = replace(service, status="NO_REPLICA")
+        return Snapshot(service, tuple(sorted(rows, key=lambda row: row.id)))
+
+    def nothing_yet(self) -> Snapshot:
+        """What there is to say before the balancer answers."""
+        service = ServiceRow(
+            name=self._name,
+            version="-",
+            status="CONTROLLER_INIT",
+            uptime_seconds=None,
+            endpoint=self._endpoint(),
+            policy="-",
+            ready=0,
+            total=0,
+            queue_depth=0,
+            in_flight=0,
+        )
+        return Snapshot(service)
+
+    def _row(self, replica: Replica, wanted: Wanted, now: float) -> ReplicaRow:
+        return ReplicaRow(
+            id=replica.id,
+            name=f"{self._name}-{replica.id}",
+            version=replica.version,
+            endpoint=self._endpoints.get(replica.id, _NOWHERE),
+            launched_seconds=_age(replica, now),
+            infra=self._infra,
+            resources=wanted.recipes[replica.version].resources,
+            status=replica.status or "STARTING" if replica.stage is Stage.RUNNING else _STATES[replica.stage],
+            in_flight=0,
+            requests_total=0,
+            failures_total=0,
+            ejected_for_seconds=0.0,
+            cached_tokens_total=0,
+            prompt_tokens_total=0,
+            reason=replica.reason,
+        )
+
+
+def _age(replica: Replica, now: float) -> float:
+    return max(0.0, now - replica.launched_at) if replica.launched_at else 0.0

@@ -1,0 +1,157 @@
+"""Updates and autoscaling with real processes, under load that must not notice."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from tests.operate.command_line import LAB, Groundserve, until
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+
+
+class Streams:
+    """What a few clients saw who streamed one answer after the other."""
+
+    def __init__(self) -> None:
+        self.answered = 0
+        self.failed: list[str] = []
+        self.replicas: list[str] = []
+
+
+@contextmanager
+def streaming(groundserve: Groundserve, clients: int = 4) -> Iterator[Streams]:
+    seen, is_over = Streams(), threading.Event()
+    url = f"{groundserve('status', '--endpoint').strip()}/v1/chat/completions"
+
+    def client() -> None:
+        with httpx.Client(timeout=60) as http:
+            while not is_over.is_set():
+                try:
+                    with http.stream("POST", url, json=CHAT) as answer:
+                        lines = list(answer.iter_lines())
+                    if answer.status_code == 200 and "data: [DONE]" in lines:
+                        seen.answered += 1
+                        seen.replicas.append(answer.headers["x-replica-id"])
+                    else:
+                        seen.failed.append(f"{answer.status_code} {lines[-2:]}")
+                except httpx.HTTPError as failure:
+                    seen.failed.append(repr(failure))
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: seen.answered, lambda count: count > clients)
+        yield seen
+        before = seen.answered
+        until(lambda: seen.answered, lambda count: count > before + clients)
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+
+def better(groundserve: Groundserve, name: str = "better", run: str = LAB) -> str:
+    return str(groundserve.service(name, f"export BETTER=1\n{run} --token-interval 0.03"))
+
+
+def test_a_rolling_update_under_streams_loses_nothing(groundserve: Groundserve) -> None:
+    up = groundserve.up(groundserve.service("lab", f"{LAB} --token-interval 0.03")).until_up()
+    with streaming(groundserve) as seen:
+        said = groundserve("update", "lab", better(groundserve))
+        assert "lab goes from version 1 to 2, rolling" in said
+        assert said.endswith("lab is at version 2\n")
+    assert seen.failed == []
+    assert set(seen.replicas) == {"lab-1", "lab-2", "lab-3", "lab-4"}
+    status = groundserve.status("lab")
+    assert status["service"]["version"] == "2"
+    assert [(row["id"], row["version"], row["status"]) for row in status["replicas"]] == [
+        (3, 2, "READY"),
+        (4, 2, "READY"),
+    ]
+    assert "lab is at version 2" in up.text
+
+
+def test_both_versions_are_shown_while_an_update_runs(groundserve: Groundserve) -> None:
+    groundserve.up(groundserve.service("lab", replicas=1)).until_up()
+    slow = groundserve.service("slow", f"{LAB} --start-delay 3", replicas=1)
+    update = threading.Thread(target=groundserve, args=("update", "lab", slow))
+    update.start()
+    status = groundserve.until("lab", lambda status: len(status["replicas"]) == 2)
+    assert (status["service"]["version"], status["service"]["status"]) == ("1,2", "READY")
+    assert "is being updated to version 2" in groundserve("update", "lab", slow, code=1)
+    update.join()
+    assert groundserve.status("lab")["service"]["version"] == "2"
+
+
+def test_a_blue_green_update_under_streams_loses_nothing_and_switches_as_a_whole(groundserve: Groundserve) -> None:
+    groundserve.up(groundserve.service("lab", f"{LAB} --token-interval 0.03")).until_up()
+    with streaming(groundserve) as seen:
+        assert "lab is at version 2" in groundserve("update", "lab", better(groundserve), "--mode", "blue_green")
+    assert seen.failed == []
+    old = max(at for at, name in enumerate(seen.replicas) if name in ("lab-1", "lab-2"))
+    new = min(at for at, name in enumerate(seen.replicas) if name in ("lab-3", "lab-4"))
+    # Answers that were under way at the switch end after it, and the balancer needs a moment to find all ready.
+    assert old - new < len(seen.replicas) / 2
+    assert {row["version"] for row in groundserve.status("lab")["replicas"]} == {2}
+
+
+def test_a_version_that_cannot_start_is_taken_back_and_nobody_notices(groundserve: Groundserve) -> None:
+    groundserve.up(groundserve.service("lab", f"{LAB} --token-interval 0.03")).until_up()
+    broken = groundserve.service("broken", "echo $GROUNDSERVE_PORT; echo no such model; exit 3")
+    with streaming(groundserve) as seen:
+        said = groundserve("update", "lab", broken, code=1)
+        assert "groundserve: lab stays at version 1: exited with code 3: no such model" in said
+        groundserve.until("lab", lambda status: [row["id"] for row in status["replicas"]] == [1, 2])
+    assert seen.failed == []
+    assert groundserve.status("lab")["service"]["version"] == "1"
+
+
+def test_a_file_that_cannot_be_is_refused_and_changes_nothing(groundserve: Groundserve) -> None:
+    service = groundserve.service("lab", replicas=1)
+    groundserve.up(service).until_up()
+    before = groundserve.status("lab")["replicas"][0]["endpoint"]
+    bad = groundserve.folder / "bad.yaml"
+    bad.write_text("service: {replica: 1}")
+    assert "service.replica is unknown" in groundserve("update", "lab", bad, code=1)
+    assert "No such file" in groundserve("update", "lab", "nowhere.yaml", code=1)
+    assert "no service other is up here" in groundserve("update", "other", service, code=1)
+    assert groundserve.status("lab")["replicas"][0]["endpoint"] == before
+
+
+def test_a_policy_changes_without_touching_replicas(groundserve: Groundserve) -> None:
+    service = groundserve.service("lab")
+    groundserve.up(service).until_up()
+    before = [row["endpoint"] for row in groundserve.status("lab")["replicas"]]
+    service.write_text(service.read_text().replace("service: {", 'service: {"load_balancing_policy": "least_load", '))
+    assert "lab is at version 2" in groundserve("update", "lab", service)
+    status = groundserve.until(
+        "lab", lambda status: status["service"]["policy"] == "least_load" and status["service"]["ready"] == 2
+    )
+    assert [(row["endpoint"], row["version"]) for row in status["replicas"]] == [(url, 2) for url in before]
+
+
+def test_a_service_asleep_wakes_for_a_request_which_waits(groundserve: Groundserve) -> None:
+    policy = {"min_replicas": 0, "max_replicas": 2, "upscale_delay_seconds": 0, "downscale_delay_seconds": 2}
+    service = groundserve.service("lab", replicas=policy, target_in_flight_per_replica=2)
+    up = groundserve.up(service).until_up()
+    assert "no replica at" in up.text
+    assert groundserve.status("lab")["service"]["status"] == "NO_REPLICA"
+    assert groundserve.status("lab")["replicas"] == []
+    url = f"{groundserve('status', '--endpoint').strip()}/v1/chat/completions"
+    assert httpx.post(url, json=CHAT, timeout=60).status_code == 200
+    groundserve.until("lab", lambda status: status["service"]["total"] == 0)
+    assert "scales with its load, 0 to 2" in groundserve("scale", "lab", "2", code=1)
+
+
+def test_replicas_follow_the_load_up_and_down(groundserve: Groundserve) -> None:
+    policy = {"min_replicas": 1, "max_replicas": 4, "upscale_delay_seconds": 1, "downscale_delay_seconds": 2}
+    slow = f"{LAB} --token-interval 0.1"
+    service = groundserve.service("lab", slow, replicas=policy, target_in_flight_per_replica=2)
+    groundserve.up(service).until_up()
+    with streaming(groundserve, clients=8) as seen:
+        groundserve.until("lab", lambda status: status["service"]["ready"] == 4)
+    assert seen.failed == []
+    groundserve.until("lab", lambda status: status["service"]["total"] == 1)

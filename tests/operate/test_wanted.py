@@ -1,0 +1,165 @@
+"""What is wanted of which version, without a process."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from balancer.errors import ConfigError
+from balancer.operate.plan import Replica, Stage
+from balancer.operate.recipe import Recipe, recipe
+from balancer.operate.traffic import Traffic
+from balancer.operate.wanted import Load, Outcome, Wanted
+from balancer.spec import parse
+from balancer.views.status import ReplicaRow, ServiceRow, Snapshot
+
+
+def made(version: int = 1, run: str = "serve $GROUNDSERVE_PORT", service: str = "replicas: 2", **more: Any) -> Recipe:
+    text = f"service: {{{service}}}\nrun: {run}\n"
+    return replace(recipe(parse(text, source="x.yaml"), version), **more)
+
+
+def ready(id: int, version: int = 1) -> Replica:
+    return Replica(id, version, Stage.RUNNING, status="READY", was_ready=True)
+
+
+AUTOSCALED = "replica_policy: {min_replicas: 0, max_replicas: 3, target_qps_per_replica: 1}"
+
+
+def test_scaling_is_what_was_said() -> None:
+    wanted = Wanted(made())
+    assert wanted.counts([], Load(), 0.0) == ({1: 2}, None)
+    wanted.scale(5)
+    assert wanted.counts([], Load(), 0.0) == ({1: 5}, None)
+
+
+@pytest.mark.parametrize(
+    ("first", "target", "said"),
+    [
+        (made(service=AUTOSCALED), 2, "x scales with its load, 0 to 3: change its replica_policy"),
+        (made(run="serve", service="ports: 80"), 2, "x listens on port 80 only: it can have one replica"),
+        (made(fits=3), 4, "x with 4 replicas does not fit: this machine holds 3"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused(first: Recipe, target: int, said: str) -> None:
+    wanted = Wanted(first)
+    before = wanted.target
+    with pytest.raises(ConfigError, match=said):
+        wanted.scale(target)
+    assert wanted.target == before
+
+
+def test_the_load_decides_where_the_file_says_so() -> None:
+    wanted = Wanted(made(service=AUTOSCALED))
+    assert wanted.is_asleep
+    assert wanted.counts([], Load(queued=1), 0.0) == ({1: 1}, None)
+    assert not wanted.is_asleep
+
+
+def test_an_update_replaces_one_by_one_and_is_then_what_serves() -> None:
+    wanted = Wanted(made())
+    wanted.update(made(2, "serve --better $GROUNDSERVE_PORT"), "rolling")
+    assert wanted.newest.version == 2
+    assert wanted.counts([ready(1), ready(2)], Load(), 0.0) == ({1: 2, 2: 1}, None)
+    assert wanted.counts([ready(1), ready(2), ready(3, 2)], Load(), 0.0) == ({1: 1, 2: 1}, None)
+    assert wanted.counts([ready(3, 2), ready(4, 2)], Load(), 0.0) == ({1: 0, 2: 2}, Outcome(2))
+    assert (wanted.serving.version, wanted.coming) == (2, None)
+    assert wanted.counts([ready(3, 2), ready(4, 2)], Load(), 0.0) == ({2: 2}, None)
+
+
+def test_a_failed_update_leaves_the_old_version() -> None:
+    wanted = Wanted(made())
+    wanted.update(made(2, "serve --worse $GROUNDSERVE_PORT"), "rolling")
+    lost = Replica(3, 2, Stage.GIVEN_UP, reason="no such flag")
+    assert wanted.counts([ready(1), ready(2), lost], Load(), 0.0) == ({1: 2, 2: 0}, Outcome(2, "no such flag"))
+    assert (wanted.serving.version, wanted.coming) == (1, None)
+
+
+def test_blue_green_hides_the_new_version_until_it_is_ready_and_the_balancer_has_seen_so() -> None:
+    wanted = Wanted(made())
+    wanted.update(made(2, "serve --better $GROUNDSERVE_PORT"), "blue_green")
+    old = [ready(1), ready(2)]
+    assert wanted.hidden == 2
+    assert wanted.counts(old, Load(), 0.0) == ({1: 2, 2: 2}, None)
+    both = [*old, ready(3, 2), ready(4, 2)]
+    assert wanted.counts(both, Load(), 0.0) == ({1: 2, 2: 2}, None)
+    assert wanted.hidden is None
+    starting = [*old, *(replace(replica, status="STARTING") for replica in both[2:])]
+    assert wanted.counts(starting, Load(), 0.0) == ({1: 2, 2: 2}, None)
+    assert wanted.counts(both, Load(), 0.0) == ({1: 0, 2: 2}, None)
+    assert wanted.counts(both[2:], Load(), 0.0) == ({1: 0, 2: 2}, Outcome(2))
+
+
+def test_what_changes_only_the_balancer_touches_no_replica() -> None:
+    wanted = Wanted(made())
+    wanted.update(made(2, service="replicas: 3, load_balancing_policy: least_load"), "rolling")
+    assert (wanted.serving.version, wanted.coming, wanted.target) == (2, None, 3)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "mode", "said"),
+    [
+        (made(), made(2, "b $GROUNDSERVE_PORT", fits=3), "blue_green", "wants both versions side by side, 4 replicas"),
+        (
+            made(run="serve", service="ports: 80"),
+            made(2, "better", service="ports: 80"),
+            "blue_green",
+            "both versions would listen on port 80",
+        ),
+        (
+            made(),
+            made(2, "b $GROUNDSERVE_PORT", service="replicas: 2, readiness_probe: /up"),
+            "rolling",
+            "replicas and readiness_probe change together: use --mode blue_green",
+        ),
+    ],
+)
+def test_an_update_that_cannot_come_that_way_is_refused(first: Recipe, second: Recipe, mode: Any, said: str) -> None:
+    wanted = Wanted(first)
+    with pytest.raises(ConfigError, match=said):
+        wanted.update(second, mode)
+    assert (wanted.newest, wanted.coming) == (first, None)
+
+
+def test_one_update_at_a_time() -> None:
+    wanted = Wanted(made())
+    wanted.update(made(2, "b $GROUNDSERVE_PORT"), "rolling")
+    with pytest.raises(ConfigError, match="x is being updated to version 2: wait for its end"):
+        wanted.update(made(3, "c $GROUNDSERVE_PORT"), "rolling")
+
+
+def test_two_versions_on_one_port_take_turns() -> None:
+    wanted = Wanted(made(run="serve", service="ports: 80"))
+    wanted.update(made(2, "better", service="ports: 80"), "rolling")
+    assert wanted.counts([ready(1)], Load(), 0.0) == ({1: 0, 2: 0}, None)
+    assert wanted.counts([], Load(), 0.0) == ({1: 0, 2: 1}, None)
+
+
+# What arrived
+
+
+def snapshot(*totals: tuple[int, int], queued: int = 0, in_flight: int = 0) -> Snapshot:
+    service = ServiceRow("x", "1", "READY", 1.0, "http://e", "round_robin", 1, 1, queued, in_flight)
+    rows = (
+        ReplicaRow(id, f"x-{id}", 1, f"http://{id}", 1.0, "local", "1x CPU", "READY", 0, total, 0, 0.0, 0, 0)
+        for id, total in totals
+    )
+    return Snapshot(service, tuple(rows))
+
+
+def test_arrivals_are_what_the_replicas_totals_grew_by() -> None:
+    traffic = Traffic()
+    traffic.note(snapshot((1, 5), (2, 7)))
+    assert traffic.take() == Load(12, 0, 0)
+    traffic.note(snapshot((1, 6), (2, 7), queued=3, in_flight=2))
+    traffic.note(snapshot((1, 8), (2, 7), queued=1, in_flight=4))
+    assert traffic.take() == Load(3, 4, 1)
+    assert traffic.take() == Load(0, 4, 1)
+
+
+def test_replicas_that_come_go_or_count_anew_make_no_negative_load() -> None:
+    traffic = Traffic()
+    traffic.note(snapshot((1, 50), (2, 70)))
+    traffic.take()
+    traffic.note(snapshot((2, 4), (3, 1)))
+    assert traffic.take().arrived == 5
