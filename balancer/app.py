@@ -38,6 +38,7 @@ from balancer.routing.prefix_aware import PrefixAware
 from balancer.settings import PolicyName, ReadinessProbe, Settings
 from balancer.views.access_log import AccessLog
 from balancer.views.admin import admin_app
+from balancer.views.admin_connection import AdminConnection
 from balancer.views.feed import Feed
 from balancer.views.guard import Guard, is_loopback_name
 from balancer.views.history import History
@@ -152,7 +153,7 @@ class Balancer:
         guarded = Guard(admin, is_loopback_name(config.admin[0]), config.admin_key is not None)
         self._servers = [
             _Server(_uvicorn(own, self._connection, self.certificate)),
-            _Server(_uvicorn(guarded)),
+            _Server(_uvicorn(guarded, AdminConnection)),
         ]
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -286,7 +287,7 @@ def _policy(config: Config) -> Policy:
             return InstanceAwareLeastLoad(config.target_qps)
 
 
-def _uvicorn(app: Any, http: Any = "httptools", certificate: Certificate | None = None) -> uvicorn.Config:
+def _uvicorn(app: Any, http: Any, certificate: Certificate | None = None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=http,

@@ -1,5 +1,6 @@
 """What every request on the admin port passes first: rules against hostile web pages, and the security headers."""
 
+import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -16,6 +17,7 @@ READING = ("GET", "HEAD", "OPTIONS")
 # Its requests go on to the serving port, which has its own limits and wants its own keys.
 PLAYGROUND = "/playground/"
 MAX_BODY = 1 << 20
+BODY_TIMEOUT = 30.0  # seconds of silence allowed inside a body
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -64,9 +66,20 @@ class Guard:
                 ]
             await send(message)
 
+        is_read = False
+
+        async def receive_in_time() -> Message:
+            nonlocal is_read
+            if is_read:
+                return await receive()
+            async with asyncio.timeout(BODY_TIMEOUT):
+                message = await receive()
+            is_read = not message.get("more_body", False)
+            return message
+
         refusal = self._refusal(scope)
         if refusal is None:
-            await self._app(scope, receive, send_with_headers)
+            await self._app(scope, receive_in_time, send_with_headers)
         else:
             await _answer(refusal, send_with_headers)
 

@@ -80,6 +80,8 @@ class Moving(Lines):
 
     def __rich__(self) -> Group:
         table = Table.grid(padding=(0, 2))
+        if self._snapshot is None:
+            table.add_row(self._spinner, Text("starting the balancer"))
         for row in self._snapshot.replicas if self._snapshot else ():
             mark = Text("●", COLOURS.get(row.status, "cyan")) if _is_settled(row) else self._spinner
             age = Text(f"{row.launched_seconds:.0f} s", justify="right")

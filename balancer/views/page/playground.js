@@ -17,19 +17,23 @@ async function findModels() {
   return models.length > 0;
 }
 
+function follow() {
+  $("talk").scrollTop = $("talk").scrollHeight;
+}
+
 function show(className, text, images = []) {
   const said = element("p", { textContent: text });
   const how = element("p", { className: "how" });
   const bubble = element("div", { className: `said ${className}` },
     ...images.map((url, index) => element("img", { src: url, alt: `image ${index + 1}` })), said, how);
   $("talk").append(bubble);
-  $("talk").scrollTop = $("talk").scrollHeight;
+  follow();
   return { bubble, said, how };
 }
 
 function fail(bubble, message) {
   bubble.append(element("p", { className: "failure", role: "alert", textContent: message }));
-  $("talk").scrollTop = $("talk").scrollHeight;
+  follow();
 }
 
 function content(text, images) {
@@ -92,9 +96,9 @@ async function ask(text, images) {
         times.first ||= times.last;
         whole += piece;
         said.append(piece);
-        $("talk").scrollTop = $("talk").scrollHeight;
       }
       say(how, describe(answer, times, usage));
+      follow();
     }
   } catch (error) {
     if (error.name === "AbortError") fail(bubble, "Stopped.");
