@@ -51,7 +51,7 @@ class Controller:
         self._show = show
         self._clock = clock
         self._report = Report(name, lambda: front.endpoint, engine.infra)
-        self.snapshot = self._report.nothing_yet()
+        self.snapshot = self._report.alone([], self.wanted, 0.0)
         self._traffic = Traffic()
         self._readiness = Readiness()
         self._next_id = 1
@@ -233,6 +233,9 @@ class Controller:
         listing = self._report.listing(self.replicas.values(), self.wanted, now)
         snapshot = await self._front.tell(self._report.service(self.wanted, word, reason), listing)
         if snapshot is None:
+            if not self._front.has_answered:
+                self.snapshot = self._report.alone(self.replicas.values(), self.wanted, now)
+                self._show(self.snapshot)
             return
         self._traffic.note(snapshot)
         for row in snapshot.replicas:

@@ -90,21 +90,21 @@ class Report:
             service = replace(service, status="NO_REPLICA")
         return Snapshot(service, tuple(sorted(rows, key=lambda row: row.id)))
 
-    def nothing_yet(self) -> Snapshot:
-        """What there is to say before the balancer answers."""
+    def alone(self, replicas: Collection[Replica], wanted: Wanted, now: float) -> Snapshot:
+        """What there is to show before the balancer ever answered."""
         service = ServiceRow(
             name=self._name,
-            version="-",
+            version=str(wanted.newest.version),
             status="CONTROLLER_INIT",
             uptime_seconds=None,
             endpoint=self._endpoint(),
-            policy="-",
+            policy=wanted.newest.spec.policy or "round_robin",
             ready=0,
-            total=0,
+            total=len(replicas),
             queue_depth=0,
             in_flight=0,
         )
-        return Snapshot(service)
+        return Snapshot(service, tuple(self._row(replica, wanted, now) for replica in replicas))
 
     def _row(self, replica: Replica, wanted: Wanted, now: float) -> ReplicaRow:
         return ReplicaRow(

@@ -114,6 +114,8 @@ class _Up:
         if self._is_up or self._failure:
             return
         service = snapshot.service
+        if service.status == "CONTROLLER_INIT":
+            return
         if service.status == "FAILED":
             self._failure = f"{service.reason}\n  everything it said: groundserve logs {self._recipe.spec.name}"
             self._controller.close()

@@ -1,16 +1,20 @@
 """`groundserve up` and what ends it, with real processes."""
 
+import contextlib
 import os
+import pty
+import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.operate.command_line import ANY_PORT, LAB, Groundserve, until
+from tests.operate.command_line import ANY_PORT, LAB, ROOT, Groundserve, until
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -270,3 +274,36 @@ def test_secrets_reach_the_replica_and_nothing_else(groundserve: Groundserve, tm
     assert b"s3cret" not in kept + up.text.encode() + groundserve("status", "-v").encode()
     groups = (tmp_path / "state/groundserve/lab").stat().st_mode
     assert groups & 0o077 == 0
+
+
+def test_on_a_terminal_the_replicas_move_until_they_are_ready(groundserve: Groundserve) -> None:
+    may_go_on = groundserve.folder / "may-go-on"
+    wait = f"echo loading shards\nuntil [ -e {may_go_on} ]; do sleep 0.05; done"
+    service = groundserve.service("lab", f"{wait}\n{LAB}")
+    ours, theirs = pty.openpty()
+    up = subprocess.Popen(
+        [sys.executable, "-m", "balancer.cli", "up", str(service), *ANY_PORT],
+        env={**groundserve.environ, "TERM": "xterm", "COLUMNS": "100"},
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    seen = ""
+    with open(ours, "rb", buffering=0) as terminal:  # noqa: PTH123 - a descriptor
+        while "stop   groundserve down lab" not in seen:
+            seen += terminal.read(4096).decode(errors="replace")
+            if "loading shards" in seen:
+                may_go_on.touch()
+        up.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # EIO: the other side is closed
+            while chunk := terminal.read(4096):
+                seen += chunk.decode(errors="replace")
+    assert up.wait(timeout=60) == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen)
+    assert re.search(r"lab-1 +STARTING +\d+ s", plain)
+    assert re.search(r"● +lab-2 +READY", plain)
+    assert "lab is up after" in plain
+    assert "lab is down" in plain
