@@ -1,0 +1,105 @@
+"""python -m tests.chaos: many seeded steps, then how long the balancer takes to notice things with default settings."""
+
+import argparse
+import asyncio
+import random
+import signal
+import statistics
+import sys
+import time
+
+from tests.chaos.faults import GONE, Faults
+from tests.chaos.judge import Judge
+from tests.chaos.load import Load
+from tests.chaos.run import Report, play
+from tests.chaos.stage import Violation, stage
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.partition(":")[2].strip())
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
+    parser.add_argument("--by", choices=("both", "list", "dns"), default="both", help="how replicas are discovered")
+    flags = parser.parse_args()
+    ways = {"both": ("list", "dns"), "list": ("list",), "dns": ("dns",)}[flags.by]
+    shares = [flags.steps // len(ways) + (flags.steps % len(ways) if way == ways[0] else 0) for way in ways]
+    print(f"seed {flags.seed}: {' and '.join(f'{s} steps by {w}' for w, s in zip(ways, shares, strict=True))}")
+    for way, share in zip(ways, shares, strict=True):
+        try:
+            report = asyncio.run(play(flags.seed, share, way == "dns", Teller(share)))
+        except Violation as violation:
+            print(f"\n{violation}\n\nagain: python -m tests.chaos --by {way} --seed {flags.seed} --steps {share}")
+            return 1
+        _print(way, report)
+    print("\nHow long it takes with the default settings (probe each 1 s, time-out 5 s), in seconds:")
+    for name, took, bound in asyncio.run(_noticing()):
+        print(f"  {name:42} {took:7.3f}   at most {bound:g}")
+        if took > bound:
+            return 1
+    return 0
+
+
+class Teller:
+    """Shows how far a run is: one line that is written anew on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.began = time.monotonic()
+
+    def __call__(self, step: int, name: str, requests: int) -> None:
+        took = time.monotonic() - self.began
+        line = f"step {step}/{self.steps}, {requests} requests, {took:.0f} s: {name}"
+        if sys.stdout.isatty():
+            print(f"\r{line:100}", end="\n" if step == self.steps else "", flush=True)
+        elif step % 50 == 0 or step == self.steps:
+            print(line, flush=True)
+
+
+def _print(way: str, report: Report) -> None:
+    print(
+        f"\nby {way}: {sum(report.steps.values())} steps, {report.requests} requests in {report.seconds:.0f} s, clean"
+    )
+    print("  faults: " + ", ".join(f"{name} {count}" for name, count in sorted(report.steps.items())))
+    print("  answers: " + ", ".join(f"{end} {count}" for end, count in sorted(report.ends.items())))
+    print(f"  attempts beyond the first: {report.attempts}; sent again after the keep-alive race: {report.sent_again}")
+    print(f"  left behind: nothing beyond {report.descriptors} descriptors and {report.tasks or 'uncounted'} tasks")
+    print("  seconds                                     times   median      max")
+    for name, took in sorted(report.measured.items()):
+        print(f"    {name:40} {len(took):6} {statistics.median(took):8.3f} {max(took):8.3f}")
+
+
+async def _noticing() -> list[tuple[str, float, float]]:
+    """What was measured, how long it took, and what behaviour.md allows."""
+    async with stage(2, False, has_defaults=True) as here:
+        judge, load = Judge(here), Load(here.port, "", 0)
+        load.runs.set()
+        faults = Faults(here, load, judge, random.Random(0))
+        first = here.replicas[0]
+        found = []
+        await faults.all_ready(20)
+
+        async def noticed(name: str, bound: float, *wanted: str | None) -> None:
+            found.append((name, await faults.until(first, wanted, bound, name), bound))
+
+        await asyncio.sleep(2.5)
+        first.signal(signal.SIGKILL)
+        await noticed("kill -9, without traffic, to not ready", 1.0, *GONE)
+        await first.ended()
+        await first.start()
+        await noticed("listening again to ready", 3.0, "READY")
+        first.signal(signal.SIGSTOP)
+        await noticed("SIGSTOP to not ready", 12.0, *GONE)
+        first.signal(signal.SIGCONT)
+        await noticed("SIGCONT to ready", 2.0, "READY")
+        await first.tell("refuse")
+        for number in range(10):
+            await faults.one_more(f"refused-{number}")
+        await judge.until_logged(load.got)
+        judge.judge(load.got)
+        found.append(("requests of 10 that met a refusal", float(judge.attempts), 1.0))
+        await here.stop()
+        return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,141 @@
+"""One request as a client sees it, byte for byte: what came, and how it ended."""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+# How it ended. whole: an answer complete in its framing. broken: a stream that ended early and said so as promised.
+# ugly: an answer that ended early in any other way. left: the client went away. hung: nothing for LONGEST. no door:
+# the balancer took no connection, or closed it without an answer.
+End = Literal["whole", "broken", "cut", "ugly", "left", "hung", "no door"]
+LONGEST = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What to send. `leaves_after`: the client goes away after so many bytes of the answer's body."""
+
+    id: str
+    method: str
+    path: str
+    body: bytes = b""
+    stream: bool = False
+    leaves_after: int | None = None
+
+
+@dataclass(slots=True)
+class Got:
+    """What came of a wish. Times are CLOCK_MONOTONIC."""
+
+    wish: Wish
+    began: float
+    ended: float = 0.0
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    end: End = "no door"
+    why: str = ""
+
+    @property
+    def replica(self) -> str:
+        return self.headers.get("x-replica-id", "")
+
+    @property
+    def code(self) -> str:
+        """The code of an error answer, or the empty string."""
+        try:
+            return str(json.loads(self.body)["error"]["code"])
+        except (ValueError, KeyError, TypeError):
+            return ""
+
+    def __str__(self) -> str:
+        wish = self.wish
+        said = f"{self.status} {self.code} {self.end} {self.why}".strip()
+        return f"{wish.id} {wish.method} {wish.path}{' (stream)' if wish.stream else ''}: {said} from {self.replica}"
+
+
+async def ask(port: int, wish: Wish) -> Got:
+    """Send one request to the balancer on this port and read its answer to the end."""
+    got = Got(wish, time.monotonic())
+    try:
+        async with asyncio.timeout(LONGEST):
+            await _exchange(port, got)
+    except TimeoutError:
+        got.end, got.why = "hung", f"nothing whole within {LONGEST:g} s; so far {got.body[-80:]!r}"
+    except OSError as error:
+        got.end, got.why = "no door", str(error)
+    got.ended = time.monotonic()
+    return got
+
+
+async def _exchange(port: int, got: Got) -> None:
+    wish = got.wish
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        head = f"{wish.method} {wish.path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {wish.id}\r\n"
+        if wish.body:
+            head += f"Content-Type: application/json\r\nContent-Length: {len(wish.body)}\r\n"
+        writer.write(head.encode() + b"\r\n" + wish.body)
+        try:
+            await _read(reader, got)
+        except asyncio.IncompleteReadError as error:
+            got.body += error.partial
+            got.end, got.why = ("no door", "closed without an answer") if not got.status else ended_early(got)
+    finally:
+        writer.transport.abort()
+
+
+async def _read(reader: asyncio.StreamReader, got: Got) -> None:
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    got.status = int(lines[0].split()[1])
+    got.headers = {
+        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)
+    }
+    got.end = "whole"
+    if got.wish.method == "HEAD" or got.status == 204:
+        return
+    if got.headers.get("transfer-encoding") == "chunked":
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            await _body(reader, got, size)
+            await reader.readexactly(2)
+            if got.end == "left":
+                return
+        await reader.readexactly(2)
+    else:
+        await _body(reader, got, int(got.headers["content-length"]))
+    if got.status == 200 and got.wish.stream and not is_finished(got):
+        got.end, got.why = "ugly", f"a whole stream without its end: {got.body[-80:]!r}"
+
+
+async def _body(reader: asyncio.StreamReader, got: Got, size: int) -> None:
+    got.body += await reader.readexactly(size)
+    if got.status == 200 and got.wish.leaves_after is not None and len(got.body) >= got.wish.leaves_after:
+        got.end = "left"
+
+
+def is_finished(got: Got) -> bool:
+    end = b"event: message_stop" if got.wish.path == "/v1/messages" else b"data: [DONE]"
+    return end in got.body[-200:]
+
+
+def ended_early(got: Got) -> tuple[End, str]:
+    """Does an answer that is not whole end as promised? At an event boundary with an error event, else bare."""
+    if not got.wish.stream or got.status != 200:
+        return "cut", ""
+    if is_finished(got):
+        return "broken", "after its last event"
+    relayed, _, last = got.body.removesuffix(b"\n\n").rpartition(b"\n\n")
+    if got.body.endswith(b"\n\n"):
+        error = last.removeprefix(b"event: error\n").removeprefix(b"data: ")
+        try:
+            message = json.loads(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            return "ugly", f"ended at an event boundary without a word: {last[-80:]!r}"
+        if last.startswith(b"event: error") != (got.wish.path == "/v1/messages"):
+            return "ugly", f"an error event of the wrong kind: {last[:80]!r}"
+        return "broken", str(message)
+    if not got.body:
+        return "ugly", "broke off before its first event without a word"
+    return "broken", f"amid an event, after {len(relayed)} bytes"

@@ -1,0 +1,353 @@
+"""The faults: each disturbs some replicas for a moment, looks what the balancer makes of it, and undoes it."""
+
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+from balancer.settings import Settings
+from tests.chaos.client import Wish
+from tests.chaos.judge import Fault, Judge
+from tests.chaos.load import Load
+from tests.chaos.replica import DRAIN_GRACE, Replica
+from tests.chaos.stage import Stage, Violation
+
+LOOK = 0.02  # seconds between two looks at the balancer's status
+# What a shared machine may take for itself, on top of any bound; seconds.
+SLACK = 1.0
+GONE = ("NOT_READY", "STARTING", "EJECTED", None)
+
+
+@dataclass(slots=True)
+class Faults:
+    """`measured` is what each thing took, in seconds, by its name."""
+
+    stage: Stage
+    load: Load
+    judge: Judge
+    chance: random.Random
+    measured: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    playing: str = "nothing yet"
+    interval: float = 0.0
+    timeout: float = 0.0
+
+    def __post_init__(self) -> None:
+        settings = Settings(**self.stage.settings)
+        self.interval, self.timeout = settings.ready_interval, settings.ready_timeout
+
+    @property
+    def detection(self) -> float:
+        """What behaviour.md allows for a replica that answers nothing; seconds."""
+        return 2 * (self.interval + self.timeout)
+
+    @property
+    def news(self) -> float:
+        """How long a change of the list may take to be known; seconds."""
+        return 1.6 if self.stage.is_dns else 0.5
+
+    def all(self) -> dict[str, tuple[int, Callable[[], Awaitable[None]]]]:
+        """Each fault with its weight."""
+        return {
+            "kill": (6, self.kill),
+            "kill and restart at once": (6, self.kill_and_restart_at_once),
+            "stop": (4, self.stop),
+            "terminate": (4, self.terminate),
+            "swap": (2, self.swap),
+            "black hole": (3, self.black_hole),
+            "slow": (4, self.slow),
+            "long prefill": (3, self.long_prefill),
+            "flap": (6, self.flap),
+            "refuse": (6, self.refuse),
+            "cut": (12, self.cut),
+            "hang": (3, self.hang),
+            "errors": (4, self.errors),
+            "busy": (5, self.busy),
+            "keep-alive race": (5, self.race),
+            "drop idle connections": (5, self.drop),
+            "drain": (5, self.drain),
+            "shrink and grow": (5 if not self.stage.is_dns else 3, self.shrink_and_grow),
+            "names fail": (4 if self.stage.is_dns else 0, self.names_fail),
+            "all refuse": (2, self.all_refuse),
+            "all killed": (2, self.all_killed),
+        }
+
+    async def one(self) -> str:
+        """Plays one of them; its name."""
+        faults = self.all()
+        self.playing = self.chance.choices(list(faults), [weight for weight, _ in faults.values()])[0]
+        await faults[self.playing][1]()
+        return self.playing
+
+    # Parts
+
+    def victim(self) -> Replica:
+        return self.chance.choice(self.stage.replicas)
+
+    @contextlib.asynccontextmanager
+    async def fault(self, kind: str, *victims: Replica) -> AsyncIterator[Fault]:
+        """What goes wrong at these replicas in the block is this fault's doing."""
+        fault = Fault(kind, {self.stage.name_of(victim) for victim in victims})
+        self.judge.faults.append(fault)
+        yield fault
+        fault.ended = time.monotonic()
+
+    async def hold(self, least: float = 0.05, most: float = 0.4) -> None:
+        await asyncio.sleep(self.chance.uniform(least, most))
+
+    async def until(self, replica: Replica, wanted: tuple[str | None, ...], within: float, what: str) -> float:
+        """Seconds until the balancer says one of these of the replica (None: does not know it)."""
+        began = time.monotonic()
+        said: str | None = "?"
+        while time.monotonic() - began < within + SLACK:
+            said = (await self.stage.statuses()).get(self.stage.name_of(replica))
+            if said in wanted:
+                took = time.monotonic() - began
+                self.measured[what].append(took)
+                return took
+            await asyncio.sleep(LOOK)
+        raise Violation(f"{what}: {self.stage.name_of(replica)} is {said} after {within} s and not {wanted}")
+
+    async def never(self, replica: Replica, unwanted: tuple[str | None, ...], seconds: float, why: str) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            said = (await self.stage.statuses()).get(self.stage.name_of(replica))
+            if said in unwanted:
+                raise Violation(f"{self.stage.name_of(replica)} is {said}: {why}")
+            await asyncio.sleep(LOOK)
+
+    async def all_ready(self, within: float = 5.0) -> None:
+        wanted = {self.stage.name_of(replica): "READY" for replica in self.stage.replicas}
+        began = time.monotonic()
+        while (said := await self.stage.statuses()) != wanted:
+            if time.monotonic() - began > within + SLACK:
+                raise Violation(f"not all are READY {within} s after everything was well again: {said}")
+            await asyncio.sleep(LOOK)
+
+    async def one_more(self, id: str) -> None:
+        """A request that has to succeed."""
+        body = json.dumps({"prompt": "go", "max_tokens": 1}).encode()
+        got = await self.load.ask(Wish(id, "POST", "/v1/completions", body))
+        if (got.status, got.end) != (200, "whole"):
+            raise Violation(f"not saved: {got}")
+
+    async def _kill(self, replica: Replica) -> None:
+        self.judge.killed[replica.address].append(time.monotonic())
+        replica.signal(signal.SIGKILL)
+
+    # Processes
+
+    async def kill(self) -> None:
+        victim = self.victim()
+        async with self.fault("kill", victim):
+            await self._kill(victim)
+            await self.until(victim, GONE, 0.2, "kill -9 to not ready")
+            await victim.ended()
+            await self.hold(0.0, 0.3)
+            await victim.start()
+        await self.until(victim, ("READY",), self._recovery(), "listening to ready")
+
+    def _recovery(self) -> float:
+        """Two probes of ours, and one of the service's."""
+        return 2 * self.interval + 0.3
+
+    async def kill_and_restart_at_once(self) -> None:
+        """Another process at the address before anybody may have noticed that the first is gone."""
+        victim = self.victim()
+        async with self.fault("kill", victim):
+            killed = time.monotonic()
+            await self._kill(victim)
+            await victim.ended()
+            await victim.start()
+            began = time.monotonic()
+            while await self._born(victim) < killed:
+                if time.monotonic() - began > 1.0 + SLACK:
+                    raise Violation(f"{victim.address} was restarted and is not known as a new member after 1 s")
+                await asyncio.sleep(LOOK)
+            self.measured["restart at once to new member"].append(time.monotonic() - began)
+        await self.until(victim, ("READY",), self._recovery(), "listening to ready")
+
+    async def _born(self, replica: Replica) -> float:
+        """When, for the balancer, this replica's life began at the earliest; CLOCK_MONOTONIC."""
+        asked = time.monotonic()
+        rows = (await self.stage.status())["replicas"]
+        return max(asked - row["launched_seconds"] for row in rows if row["name"] == self.stage.name_of(replica))
+
+    async def stop(self) -> None:
+        victim = self.victim()
+        async with self.fault("stop", victim):
+            victim.signal(signal.SIGSTOP)
+            await self.until(victim, GONE, self.detection, "SIGSTOP to not ready")
+            await self.hold()
+            victim.signal(signal.SIGCONT)
+        await self.until(victim, ("READY",), self._recovery(), "SIGCONT to ready")
+
+    async def terminate(self) -> None:
+        """The replica's own drain, as our plug-in does it: nothing is lost."""
+        victim = self.victim()
+        victim.signal(signal.SIGTERM)
+        await self.until(victim, GONE, DRAIN_GRACE, "SIGTERM to not ready")
+        await victim.ended()
+        await victim.start()
+        await self.until(victim, ("READY",), self._recovery(), "listening to ready")
+
+    async def swap(self) -> None:
+        """Two replicas come back at each other's address, one after the other."""
+        pair = self.chance.sample(self.stage.replicas, 2)
+        async with self.fault("swap", *pair):
+            for replica in pair:
+                await self._kill(replica)
+            await asyncio.gather(*(replica.ended() for replica in pair))
+            for replica in reversed(pair):
+                await replica.start()
+        await self.all_ready()
+
+    # Sockets
+
+    async def black_hole(self) -> None:
+        victim = self.victim()
+        async with self.fault("hole", victim), self.fault("cut", victim):
+            await victim.tell("set", black_hole=True)
+            await victim.tell("drop")
+            await self.until(victim, GONE, self.detection, "black hole to not ready")
+            await victim.tell("set", black_hole=False)
+        await self.until(victim, ("READY",), self._recovery() + self.timeout, "hole to ready")
+
+    async def refuse(self) -> None:
+        """Nothing listens any more, and what is open lives on: nobody notices but by connecting."""
+        victim = self.victim()
+        await victim.tell("refuse")
+        for number in range(3):
+            await self.one_more(f"refuse-{time.monotonic_ns()}-{number}")
+        await self.hold()
+        await victim.tell("accept")
+
+    async def drop(self) -> None:
+        victim = self.victim()
+        async with self.fault("cut", victim):
+            await victim.tell("drop")
+        await self.hold(0.0, 0.2)
+
+    async def cut(self) -> None:
+        where = ["before_head", "mid_head", "after_head", "after_tokens", "mid_event", "mid_chunk", "after_bytes"]
+        victim = self.victim()
+        async with self.fault("cut", victim):
+            by, after = self.chance.choice(["reset", "close"]), self.chance.choice([1, 2, 5])
+            await victim.tell("set", cut=self.chance.choice(where), cut_by=by, cut_after=after)
+            await self.hold()
+            await victim.tell("set", cut="")
+            await self.load.pause()  # an answer that began under the fault goes on under it
+            self.load.runs.set()
+
+    async def race(self) -> None:
+        """A reused connection ends exactly when its next request comes: that request goes out again, and well."""
+        victim = self.victim()
+        await victim.tell("set", race=self.chance.choice(["reset", "close"]))
+        await self.hold()
+        await victim.tell("set", race="")
+
+    # Behaviour
+
+    async def slow(self) -> None:
+        victim = self.victim()
+        delay = self.chance.uniform(0.05, 0.5)
+        await victim.tell("set", head_delay=delay, ready_delay=0.1, health_delay=0.1)
+        await self.never(victim, GONE, self.chance.uniform(0.2, 0.6), "it is only slow")
+        await victim.tell("set", head_delay=0.0, ready_delay=0.0, health_delay=0.0)
+
+    async def long_prefill(self) -> None:
+        """Not a byte for longer than any probe's time-out, and what waits for the scheduler hangs."""
+        victim = self.victim()
+        await victim.tell("set", first_token_delay=0.9, service_status="hang")
+        await self.never(victim, GONE, 0.9, "a long prefill takes no member out")
+        await victim.tell("set", first_token_delay=0.0, service_status=200)
+        await self.hold(0.0, 0.1)
+
+    async def flap(self) -> None:
+        victim = self.victim()
+        for _ in range(self.chance.randint(1, 3)):
+            await victim.tell("set", ready=self.chance.choice([503, 503, 500, "reset"]))
+            await self.hold(0.02, 0.3)
+            await victim.tell("set", ready=200)
+            await self.hold(0.02, 0.2)
+
+    async def hang(self) -> None:
+        victim = self.victim()
+        async with self.fault("hang", victim):
+            where = self.chance.choice(["before_head", "after_head", "after_tokens"])
+            await victim.tell("set", hang=where, hang_after=self.chance.choice([1, 3]))
+            await self.hold()
+            await victim.tell("set", hang="")
+            await self.load.pause()
+            self.load.runs.set()
+
+    async def errors(self) -> None:
+        """500s are passed on as they are, and five in a row eject."""
+        victim = self.victim()
+        async with self.fault("errors", victim):
+            await victim.tell("set", status=500)
+            await self.hold(0.1, 0.6)
+            await victim.tell("set", status=0)
+
+    async def busy(self) -> None:
+        victim = self.victim()
+        await victim.tell("set", status=503, retry_after=self.chance.choice(["", "1"]))
+        await self.never(victim, GONE, self.chance.uniform(0.1, 0.4), "busy is not broken")
+        await victim.tell("set", status=0, retry_after="")
+
+    # The list
+
+    async def drain(self) -> None:
+        victim = self.victim()
+        number = await self.stage.id_of(victim)
+        await self.stage.post(f"/replicas/{number}/drain")
+        await self.until(victim, ("SHUTTING_DOWN",), self.stage.settings["first_byte_timeout"], "drain to empty")
+        empty = time.monotonic()
+        restarts = self.chance.random() < 0.3
+        if restarts:
+            await victim.kill()
+            await victim.start()
+        await self.hold()
+        if late := self.judge.generated_at(victim, since=empty):
+            raise Violation(f"a drained replica was given a request: {late}")
+        await self.stage.post(f"/replicas/{number}/undrain")
+        await self.until(victim, ("READY",), self._recovery(), "undrain to ready")
+
+    async def shrink_and_grow(self) -> None:
+        leaves = self.chance.sample(self.stage.replicas, self.chance.randint(1, len(self.stage.replicas) - 1))
+        await self.stage.list_replicas([replica for replica in self.stage.replicas if replica not in leaves])
+        for replica in leaves:
+            await self.until(replica, (None,), self.news, "shrink to gone")
+        await self.hold(0.0, 0.2)
+        await self.stage.list_replicas(self.stage.replicas)
+        for replica in leaves:
+            await self.until(replica, ("READY",), self.news + self._recovery(), "grow to ready")
+
+    async def names_fail(self) -> None:
+        self.stage.answer_names(error=self.chance.choice(["nxdomain", "servfail", "timeout"]))
+        for replica in self.stage.replicas:
+            await self.never(replica, (*GONE, None), 0.4, "the name server fails, and it does not")
+        await self.stage.list_replicas(self.stage.replicas)
+
+    # All of them
+
+    async def all_refuse(self) -> None:
+        async with self.fault("all gone", *self.stage.replicas):
+            await asyncio.gather(*(replica.tell("refuse") for replica in self.stage.replicas))
+            await asyncio.gather(*(replica.tell("drop") for replica in self.stage.replicas))
+            await self.hold()
+            await asyncio.gather(*(replica.tell("accept") for replica in self.stage.replicas))
+            await self.all_ready()
+
+    async def all_killed(self) -> None:
+        async with self.fault("all gone", *self.stage.replicas):
+            for replica in self.stage.replicas:
+                await self._kill(replica)
+            await asyncio.gather(*(replica.ended() for replica in self.stage.replicas))
+            await self.hold()
+            await asyncio.gather(*(replica.start() for replica in self.stage.replicas))
+            await self.all_ready()

@@ -1,0 +1,144 @@
+"""Whether what happened was promised: each request's end against the faults of its time, each generation counted."""
+
+import asyncio
+import itertools
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.chaos.client import Got
+from tests.chaos.replica import Replica
+from tests.chaos.stage import Stage, Violation
+
+# A reused connection that closes this soon after a request was sent was closing already: behaviour.md lets that
+# request go out again, to the same member. Seconds, and a little for the machine.
+RACE = 1.0 + 0.2
+# How long a fault may still show in requests that began after its end; seconds.
+ECHO = 0.1
+
+# Which faults of the replica in question may explain an answer that is not whole.
+CUTS = {"kill", "cut", "swap", "all gone"}
+STALLS = {"stop", "hole", "hang"}
+MAY_END: dict[tuple[str, int, str], set[str]] = {
+    ("broken", 200, ""): CUTS | STALLS,
+    ("cut", 200, ""): CUTS | STALLS,
+    ("whole", 502, "replica_lost"): CUTS,
+    ("whole", 502, "replica_bad_answer"): CUTS,
+    ("whole", 504, "first_byte_timeout"): STALLS,
+    ("whole", 500, ""): {"errors"},
+    # Only where nobody else is there.
+    ("whole", 502, "replica_unreachable"): {"all gone"},
+    ("whole", 503, "no_replica_ready"): {"all gone"},
+}
+
+
+@dataclass(slots=True)
+class Fault:
+    """One disturbance of some replicas, named as the balancer names them. Times are CLOCK_MONOTONIC."""
+
+    kind: str
+    victims: set[str]
+    began: float = field(default_factory=time.monotonic)
+    ended: float = float("inf")
+
+    def overlaps(self, got: Got) -> bool:
+        return self.began <= got.ended and got.began <= self.ended + ECHO
+
+
+@dataclass(slots=True)
+class Judge:
+    """Reads the balancer's log and the replicas' journal as they grow."""
+
+    stage: Stage
+    faults: list[Fault] = field(default_factory=list)
+    logged: dict[str, dict[str, Any]] = field(default_factory=dict)
+    generated: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+    ended: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # id, address
+    killed: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # times, by address
+    sent_again: int = 0  # requests, by the keep-alive race
+    attempts: int = 0  # beyond each request's first
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _read: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    async def until_logged(self, gots: list[Got]) -> None:
+        """The balancer writes its log a few times a second."""
+        until = time.monotonic() + 5.0
+        self._read_log()
+        while any(got.wish.id not in self.logged for got in gots) and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+            self._read_log()
+
+    def judge(self, gots: list[Got]) -> None:
+        """Raises Violation for the first that was not promised. Call it while nothing is in flight."""
+        self._read_log()
+        self._read_journal()
+        for got in gots:
+            entry = self.logged.get(got.wish.id)
+            if entry is None:
+                raise Violation(f"the balancer's log has no line for {got}")
+            self._judge_end(got, entry)
+            self._judge_generations(got)
+        for got in gots:  # they are settled, and the run is long
+            del self.logged[got.wish.id]
+            self.generated.pop(got.wish.id, None)
+        if self.logged:
+            raise Violation(f"the balancer logged requests that no client made: {list(self.logged.values())[:3]}")
+        self.faults = [fault for fault in self.faults if fault.ended == float("inf")]
+
+    def _judge_end(self, got: Got, entry: dict[str, Any]) -> None:
+        member = got.replica or entry.get("member", "")
+        self.attempts += max(0, entry["attempts"] - 1)
+        code = got.code or (entry.get("error", "") if got.wish.method == "HEAD" else "")
+        self.counts[f"{got.end} {got.status} {code}".strip()] += 1
+        if got.end == "left" and entry["status"] not in (200, 499):
+            raise Violation(f"{got}: logged as {entry['status']}")
+        if (got.end == "whole" and got.status == 200) or got.end == "left":
+            return
+        then = [fault for fault in self.faults if fault.overlaps(got)]
+        may = MAY_END.get((got.end, got.status, code), set())
+        if not any(fault.kind in may and (not member or member in fault.victims) for fault in then):
+            around = [f for f in self.faults if f.began <= got.ended and got.began <= f.ended + 1]
+            raise Violation(f"no fault explains {got}\n  log: {entry}\n  faults then: {around}")
+        if got.wish.method != "POST" and code == "replica_lost" and all(fault.kind != "all gone" for fault in then):
+            raise Violation(f"a {got.wish.method} that was not tried elsewhere: {got}\n  log: {entry}")
+
+    def _judge_generations(self, got: Got) -> None:
+        made = self.generated.get(got.wish.id, [])
+        is_ok = got.end == "whole" and got.status == 200
+        if is_ok and got.wish.method == "POST" and not made:
+            raise Violation(f"answered, though no replica generated it: {got}")
+        for earlier, later in itertools.pairwise(made):
+            ends = self.ended[got.wish.id, earlier["address"]] + self.killed[earlier["address"]]
+            end = min((at for at in ends if at >= earlier["at"]), default=float("inf"))
+            raced = earlier["reused"] and end - earlier["at"] <= RACE and later["address"] == earlier["address"]
+            if not raced:
+                raise Violation(f"generated twice: {got}\n  {earlier}\n  {later}\n  log: {self.logged[got.wish.id]}")
+            self.sent_again += 1
+
+    def generated_at(self, replica: Replica, since: float) -> list[dict[str, Any]]:
+        """What that replica began to generate since then."""
+        self._read_journal()
+        entries = [entry for made in self.generated.values() for entry in made]
+        return [entry for entry in entries if entry["address"] == replica.address and entry["at"] > since]
+
+    def _read_log(self) -> None:
+        for entry in self._new_lines(str(self.stage.log)):
+            if entry["id"] in self.logged:
+                raise Violation(f"logged twice: {entry}")
+            self.logged[entry["id"]] = entry
+
+    def _read_journal(self) -> None:
+        for entry in self._new_lines(str(self.stage.journal)):
+            if entry["what"] == "generated":
+                self.generated[entry["id"]].append(entry)
+            else:
+                self.ended[entry["id"], entry["address"]].append(entry["at"])
+
+    def _new_lines(self, path: str) -> list[dict[str, Any]]:
+        with open(path, "rb") as file:  # noqa: PTH123
+            file.seek(self._read[path])
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._read[path] += len(whole + newline)
+        return [json.loads(line) for line in whole.splitlines()]

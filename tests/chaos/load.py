@@ -1,0 +1,75 @@
+"""Steady load: some clients that ask one thing after the other, streamed or not, and sometimes leave."""
+
+import asyncio
+import json
+import random
+from dataclasses import dataclass, field
+
+from tests.chaos.client import Got, Wish, ask
+
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/messages")
+THINK = (0.01, 0.08)  # seconds between two requests of a client
+
+
+@dataclass(slots=True)
+class Load:
+    """`got` is what came so far. While `runs` is unset, clients finish what they have and wait."""
+
+    port: int
+    seed: str
+    clients: int
+    got: list[Got] = field(default_factory=list)
+    runs: asyncio.Event = field(default_factory=asyncio.Event)
+    busy: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def start(self) -> None:
+        self._idle.set()
+        self.runs.set()
+        self._tasks = [asyncio.ensure_future(self._client(number)) for number in range(self.clients)]
+
+    async def pause(self) -> None:
+        """Returns when nothing is in flight any more."""
+        self.runs.clear()
+        await self._idle.wait()
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def ask(self, wish: Wish) -> Got:
+        """One request more than the clients', judged with theirs."""
+        self.busy += 1
+        self._idle.clear()
+        got = await ask(self.port, wish)
+        self.got.append(got)
+        self.busy -= 1
+        if not self.busy:
+            self._idle.set()
+        return got
+
+    async def _client(self, number: int) -> None:
+        chance = random.Random(f"{self.seed} client {number}")
+        count = 0
+        while True:
+            await self.runs.wait()
+            count += 1
+            await self.ask(wish(chance, f"c{number}-{count}"))
+            await asyncio.sleep(chance.uniform(*THINK))
+
+
+def wish(chance: random.Random, id: str) -> Wish:
+    """Any of the things that clients ask."""
+    kind = chance.random()
+    if kind < 0.12:
+        return Wish(id, chance.choice(["GET", "HEAD"]), "/v1/whatever")
+    path = chance.choice(GENERATING)
+    stream = chance.random() < 0.65
+    tokens = chance.choice([1, 3, 8, 8, 20, 40])
+    body = {"model": "lab", "stream": stream, "max_tokens": tokens, "messages": [{"role": "user", "content": "go"}]}
+    if path == "/v1/completions":
+        body |= {"prompt": "go"}
+    leaves_after = chance.choice([1, 400]) if stream and tokens >= 8 and chance.random() < 0.1 else None
+    return Wish(id, "POST", path, json.dumps(body).encode(), stream, leaves_after)

@@ -1,0 +1,156 @@
+"""A lab replica in a process of its own that notes each generation in a file, which outlives its kill."""
+
+import asyncio
+import ctypes
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tests.lab.process import PR_SET_PDEATHSIG, until_exit
+from tests.lab.replica import LabReplica
+from tests.lab.seen import Seen, SeenRequest
+
+# Forked from one process that has everything imported: a restart takes milliseconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.chaos.replica"])
+DRAIN_GRACE = 0.5
+
+
+class Journal(Seen):
+    """What the replica sees, written down as it happens: a line for each generation and for each request's end.
+
+    Times are CLOCK_MONOTONIC, which all processes of a machine share.
+    """
+
+    def __init__(self, file: int, address: str) -> None:
+        super().__init__()
+        self.file = file
+        self.address = address
+        self.unread = 0  # requests[unread:] are not followed yet
+        self.followed: dict[int, SeenRequest] = {}
+        self.generating: set[int] = set()
+        self.used: set[int] = set()  # connections that carried a request before
+
+    def changed(self) -> None:
+        super().changed()
+        for request in self.requests[self.unread :]:
+            self.followed[request.number] = request
+            self.unread += 1
+        for number, request in list(self.followed.items()):
+            if request.generated and number not in self.generating:
+                self.generating.add(number)
+                self._write("generated", request, reused=request.connection in self.used)
+            if request.outcome != "open":
+                del self.followed[number]
+                self.used.add(request.connection)
+                self._write("ended", request, outcome=request.outcome)
+
+    def _write(self, what: str, request: SeenRequest, **more: Any) -> None:
+        line = {"what": what, "id": request.id, "address": self.address, "at": time.monotonic(), **more}
+        os.write(self.file, json.dumps(line).encode() + b"\n")
+
+
+def run(host: str, port: int, journal: str, pipe: Connection, knobs: dict[str, Any]) -> None:
+    """The process's whole life."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a run that dies leaves no replica behind
+    asyncio.run(_serve(host, port, journal, pipe, knobs))
+
+
+async def _serve(host: str, port: int, journal: str, pipe: Connection, knobs: dict[str, Any]) -> None:
+    loop = asyncio.get_running_loop()
+    replica = LabReplica(host=host, port=port, **knobs)
+    file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    replica.seen = Journal(file, f"{host}:{port}")
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    commands: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+    loop.add_reader(pipe.fileno(), lambda: commands.put_nowait(pipe.recv()))
+    await replica.start()
+    pipe.send("listening")
+
+    async def obey() -> None:
+        while True:
+            match await commands.get():
+                case "set", changes:
+                    replica.set(**changes)
+                case "refuse", _:
+                    # asyncio forgets a connection that it accepted, and had not set up yet, when the listener closes.
+                    await asyncio.sleep(0)
+                    replica.refuse()
+                case "accept", _:
+                    await replica.accept()
+                case "drop", _:
+                    replica.drop_connections()
+            pipe.send("done")
+
+    obeying = asyncio.ensure_future(obey())
+    await stop.wait()
+    await until_exit(replica, 0.0, 5.0, DRAIN_GRACE)
+    obeying.cancel()
+    os._exit(1 if replica.seen.crashes else 0)
+
+
+@dataclasses.dataclass(slots=True)
+class Replica:
+    """One address, and the process that listens there, if any."""
+
+    number: int
+    host: str
+    port: int
+    journal: Path
+    knobs: dict[str, Any]
+    process: Any = None
+    pipe: Connection | None = None
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+    async def start(self) -> None:
+        """Returns when it listens."""
+        self.pipe, theirs = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(
+            target=run, args=(self.host, self.port, str(self.journal), theirs, self.knobs), daemon=True
+        )
+        await asyncio.to_thread(self.process.start)
+        theirs.close()
+        await self._hear("listening")
+
+    async def tell(self, command: str, **changes: Any) -> None:
+        """Returns when it is so: set, refuse, accept, drop."""
+        assert self.pipe is not None
+        self.pipe.send((command, changes))
+        await self._hear("done")
+
+    async def _hear(self, word: str) -> None:
+        assert self.pipe is not None
+        if not await asyncio.to_thread(self.pipe.poll, 20) or self.pipe.recv() != word:
+            raise RuntimeError(f"the replica at {self.address} does not say {word!r}")
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    async def ended(self) -> None:
+        """Wait until the process is gone."""
+        await asyncio.to_thread(self.process.join, 20)
+        if self.process.exitcode is None:
+            raise RuntimeError(f"the replica at {self.address} does not end")
+        if self.pipe is not None:
+            self.pipe.close()
+        self.process.close()
+        self.process = None
+
+    async def kill(self) -> None:
+        if self.process is not None:
+            self.signal(signal.SIGKILL)
+            await self.ended()

@@ -1,0 +1,100 @@
+"""One run of chaos: steps of faults under load, everything looked at after each, leaks counted now and then."""
+
+import asyncio
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tests.chaos.faults import Faults
+from tests.chaos.judge import Judge
+from tests.chaos.load import Load
+from tests.chaos.stage import Stage, Violation, stage
+
+REPLICAS = 4
+CLIENTS = 5
+# Steps between two counts of what is left behind.
+LEAKS_EVERY = 20
+# What has to be gone after nothing happened for a while is gone within this; seconds.
+SETTLED = 5.0
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run saw: requests by how they ended, faults by name, seconds by what was measured."""
+
+    requests: int = 0
+    seconds: float = 0.0
+    ends: dict[str, int] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    measured: dict[str, list[float]] = field(default_factory=dict)
+    sent_again: int = 0
+    attempts: int = 0
+    descriptors: int = 0
+    tasks: int = 0
+
+
+async def play(seed: int, steps: int, is_dns: bool, tell: Callable[[int, str, int], None]) -> Report:
+    """Plays that many steps; raises Violation with all that is known of it. `tell` hears of each step."""
+    began, report = time.monotonic(), Report()
+    chance = random.Random(f"{seed} {'dns' if is_dns else 'list'}")
+    async with stage(REPLICAS, is_dns) as here:
+        judge, load = Judge(here), Load(here.port, str(seed), CLIENTS)
+        faults = Faults(here, load, judge, chance)
+        step = 0
+        try:
+            await faults.all_ready(within=20)
+            load.start()
+            await asyncio.sleep(1.0)
+            await look(here, judge, load, report)
+            report.descriptors, report.tasks = await settled(here)
+            for step in range(1, steps + 1):
+                load.runs.set()
+                name = await faults.one()
+                await faults.all_ready()
+                await look(here, judge, load, report)
+                report.steps[name] += 1
+                if step % LEAKS_EVERY == 0 or step == steps:
+                    await no_leaks(here, report)
+                tell(step, name, report.requests)
+            await here.stop()
+        except Violation as violation:
+            raise Violation(f"step {step} ({faults.playing}): {violation}") from None
+        finally:
+            await load.stop()
+    report.ends, report.measured, report.sent_again = dict(judge.counts), dict(faults.measured), judge.sent_again
+    report.attempts = judge.attempts
+    report.seconds = time.monotonic() - began
+    return report
+
+
+async def look(here: Stage, judge: Judge, load: Load, report: Report) -> None:
+    """The invariants after a step, with nothing in flight; raises Violation."""
+    await load.pause()
+    gots, load.got = load.got, []
+    report.requests += len(gots)
+    await judge.until_logged(gots)
+    judge.judge(gots)
+    service = (await here.status())["service"]
+    left = {key: service[key] for key in ("in_flight", "queue_depth") if service[key]}
+    if left:
+        raise Violation(f"nothing is in flight, and the balancer says {left}")
+    if service["status"] != "READY":
+        raise Violation(f"all replicas are READY, and the service is {service['status']}")
+    if here.complaints:
+        raise Violation("the balancer complains: " + "\n".join(here.complaints[-20:]))
+
+
+async def settled(here: Stage) -> tuple[int, int]:
+    """Descriptors and tasks of the balancer once idle connections had their time."""
+    await asyncio.sleep(2 * here.settings["upstream_keep_alive"])
+    return here.descriptors(), await here.tasks() if here.is_dns else 0
+
+
+async def no_leaks(here: Stage, report: Report) -> None:
+    began = time.monotonic()
+    while (now := await settled(here)) > (report.descriptors, report.tasks) or now[1] > report.tasks:
+        if time.monotonic() - began > SETTLED:
+            before = (report.descriptors, report.tasks)
+            raise Violation(f"left behind: {now} descriptors and tasks, where there were {before} at the beginning")

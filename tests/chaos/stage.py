@@ -1,0 +1,217 @@
+"""What a run of chaos plays on: some replicas, a balancer process before them, and what it says of them."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.client import Wish, ask
+from tests.chaos.replica import Replica
+
+ROOT = Path(__file__).parents[2]
+# Everything that waits in a balancer, made short, so that a fault takes a second and not a minute; seconds.
+SETTINGS: dict[str, Any] = {
+    "ready_interval": 0.1,
+    "ready_timeout": 0.4,
+    "connect_timeout": 0.5,
+    "first_byte_timeout": 2.0,
+    "idle_timeout": 1.5,
+    "upstream_keep_alive": 0.5,
+    "silence_timeout": 5.0,
+    "ejection_time": 0.3,
+    "max_ejection_time": 0.6,
+    "drain_grace": 0.1,
+    "drain_timeout": 5.0,
+    "start_wait": 10.0,
+    "max_in_flight": 3,  # so that requests wait when replicas are missing
+}
+READINESS: dict[str, Any] = {"endpoint_probe_interval_seconds": 0.3, "timeout_seconds": 0.5}
+
+
+class Violation(AssertionError):
+    """A promise that did not hold."""
+
+
+@dataclass(slots=True)
+class Stage:
+    """`is_dns`: the balancer finds the replicas by a name; else by --replica and `PUT /replicas`."""
+
+    folder: Path
+    replicas: list[Replica]
+    is_dns: bool
+    settings: dict[str, Any]
+    readiness: dict[str, Any]
+    port: int = 0
+    admin_port: int = 0
+    process: asyncio.subprocess.Process | None = None
+    complaints: list[str] = field(default_factory=list)  # what the balancer said on stderr
+    listening: asyncio.Future[None] | None = None
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "requests.log"
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal"
+
+    def name_of(self, replica: Replica) -> str:
+        return replica.address if self.is_dns else f"replica-{replica.number}"
+
+    # The balancer
+
+    async def start(self) -> None:
+        await asyncio.gather(*(replica.start() for replica in self.replicas))
+        (self.folder / "names").write_text(json.dumps({"addresses": [replica.host for replica in self.replicas]}))
+        config = self.folder / "config.json"
+        if self.is_dns:
+            said = {
+                "names": str(self.folder / "names"),
+                "discover": f"dns://replica:{self.replicas[0].port}",
+                "settings": self.settings,
+                "readiness": self.readiness,
+            }
+            config.write_text(json.dumps(said))
+            command = ["-m", "tests.chaos.names", str(config)]
+        else:
+            service = {"service": {"replicas": 1, "readiness_probe": {"path": "/health", **self.readiness}}}
+            service |= {"resources": {"ports": 8000}, "run": "sglang serve", "x-groundserve": self.settings}
+            config.write_text(json.dumps(service))  # JSON is YAML
+            command = ["-m", "balancer", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--log-format", "json"]
+            command += ["--service", str(config)]
+            command += [word for replica in self.replicas for word in ("--replica", replica.url)]
+        with self.log.open("wb") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, *command, stdout=log, stderr=asyncio.subprocess.PIPE, cwd=ROOT
+            )
+        assert self.process.stderr is not None
+        ports = {}
+        while len(ports) < 2:
+            line = (await self.process.stderr.readline()).decode()
+            if not line.startswith(("listening on ", "admin on ")):
+                rest = await self.process.stderr.read()
+                raise RuntimeError(f"the balancer does not start: {line}{rest.decode()}")
+            ports[line.split()[0]] = int(line.rpartition(":")[2])
+        self.port, self.admin_port = ports["listening"], ports["admin"]
+        self.listening = asyncio.ensure_future(self._listen())
+
+    async def _listen(self) -> None:
+        assert self.process is not None
+        assert self.process.stderr is not None
+        async for line in self.process.stderr:
+            if b"WARNING: DNS " not in line:
+                self.complaints.append(line.decode().rstrip())
+
+    async def stop(self) -> None:
+        """Ends the balancer as an operator would; raises Violation when it does not end cleanly."""
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(15):
+                code = await self.process.wait()
+                assert self.listening is not None
+                await self.listening
+        except TimeoutError:
+            raise Violation("the balancer does not end within 15 s of SIGTERM") from None
+        if code:
+            raise Violation(f"the balancer ended with {code}: {self.complaints[-5:]}")
+
+    # What it says
+
+    async def status(self) -> dict[str, Any]:
+        got = await ask(self.admin_port, Wish("", "GET", "/status"))
+        if got.status != 200 or got.end != "whole":
+            raise Violation(f"/status: {got}")
+        said: dict[str, Any] = json.loads(got.body)
+        return said
+
+    async def statuses(self) -> dict[str, str]:
+        """Each replica's status by its name."""
+        return {row["name"]: row["status"] for row in (await self.status())["replicas"]}
+
+    async def post(self, path: str) -> None:
+        got = await ask(self.admin_port, Wish("", "POST", path))
+        if got.status != 200:
+            raise Violation(f"POST {path}: {got.status} {got.body!r}")
+
+    async def id_of(self, replica: Replica) -> int:
+        rows = (await self.status())["replicas"]
+        return next(int(row["id"]) for row in rows if row["name"] == self.name_of(replica))
+
+    async def list_replicas(self, replicas: list[Replica]) -> None:
+        """Makes these the service's replicas, in the way that this balancer learns of them."""
+        if self.is_dns:
+            self.answer_names(addresses=[replica.host for replica in replicas])
+            return
+        body = [{"id": r.number, "name": self.name_of(r), "endpoint": r.url} for r in replicas]
+        got = await ask(self.admin_port, Wish("", "PUT", "/replicas", json.dumps({"replicas": body}).encode()))
+        if got.status != 200:
+            raise Violation(f"PUT /replicas: {got.status} {got.body!r}")
+
+    def answer_names(self, **answer: Any) -> None:
+        spare = self.folder / "names.next"
+        spare.write_text(json.dumps(answer))
+        spare.replace(self.folder / "names")
+
+    def descriptors(self) -> int:
+        assert self.process is not None
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    async def tasks(self) -> int:
+        """How many tasks live in its loop; only where `is_dns`, for only that balancer tells."""
+        assert self.process is not None
+        told = self.folder / "names.tasks"
+        told.unlink(missing_ok=True)
+        self.process.send_signal(signal.SIGUSR1)
+        async with asyncio.timeout(10):
+            while not told.exists():  # noqa: ASYNC110 - a file
+                await asyncio.sleep(0.01)
+        return int(told.read_text())
+
+
+def free_port(hosts: list[str]) -> int:
+    """A port that is free at all of these addresses."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            port = 0
+            try:
+                for host in hosts:
+                    holder = stack.enter_context(socket.socket())
+                    holder.bind((host, port))
+                    port = holder.getsockname()[1]
+            except OSError:
+                continue
+            return port
+
+
+@contextlib.asynccontextmanager
+async def stage(count: int, is_dns: bool, has_defaults: bool = False) -> AsyncIterator[Stage]:
+    """A balancer before `count` replicas, at addresses of their own; all ended when the block is.
+
+    `has_defaults`: its settings are those that it has by itself, not the short ones.
+    """
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name:
+        folder = Path(name)
+        hosts = [f"127.0.0.{number + 1}" for number in range(1, count + 1)]
+        port = free_port(hosts)
+        knobs = {"token_interval": 0.01}
+        replicas = [Replica(n, host, port, folder / "journal", knobs) for n, host in enumerate(hosts, 1)]
+        short = ({}, {}) if has_defaults else (SETTINGS, READINESS)
+        here = Stage(folder, replicas, is_dns, *short)
+        try:
+            await here.start()
+            yield here
+        finally:
+            if here.process is not None and here.process.returncode is None:
+                here.process.kill()
+                await here.process.wait()
+            for replica in replicas:
+                await replica.kill()

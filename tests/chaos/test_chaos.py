@@ -1,0 +1,183 @@
+"""A short form of `python -m tests.chaos`, and that its judge does not let pass what it is there to find."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.client import End, Got, Wish, ended_early
+from tests.chaos.judge import Fault, Judge
+from tests.chaos.run import play
+from tests.chaos.stage import Stage, Violation
+
+STEPS = 12
+
+
+@pytest.mark.parametrize(("way", "seed"), [("list", 1), ("dns", 2)])
+def test_every_promise_holds_under_seeded_faults(way: str, seed: int) -> None:
+    report = asyncio.run(play(seed, STEPS, way == "dns", lambda *_: None))
+    assert sum(report.steps.values()) == STEPS
+    assert report.ends["whole 200"] > STEPS
+
+
+# The judge
+
+
+class Court:
+    """A judge over a log and a journal that the test writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.judge = Judge(Stage(folder, [], False, {}, {}))
+        self.log({})
+        self.journal()
+
+    def log(self, *entries: dict[str, Any]) -> None:
+        ordinary = {"id": "r", "status": 200, "member": "replica-1", "attempts": 1}
+        lines = [json.dumps(ordinary | entry) for entry in entries if entry]
+        (self.folder / "requests.log").write_text("".join(line + "\n" for line in lines))
+
+    def journal(self, *entries: dict[str, Any]) -> None:
+        ordinary = {"what": "generated", "id": "r", "address": "a:1", "at": 10.0, "reused": False}
+        (self.folder / "journal").write_text("".join(json.dumps(ordinary | entry) + "\n" for entry in entries))
+
+    def says(self, got: Got) -> None:
+        self.judge.judge([got])
+
+
+def got(end: End = "whole", status: int = 200, code: str = "", method: str = "POST", replica: str = "replica-1") -> Got:
+    """An answer from 10 s to 11 s."""
+    body = json.dumps({"error": {"code": code}}).encode() if code else b""
+    headers = {"x-replica-id": replica} if replica else {}
+    return Got(Wish("r", method, "/v1/completions"), 10.0, 11.0, status, headers, body, end)
+
+
+@pytest.fixture
+def court(tmp_path: Path) -> Court:
+    return Court(tmp_path)
+
+
+def test_a_whole_answer_generated_once_is_well(court: Court) -> None:
+    court.log({"id": "r"})
+    court.journal({})
+    court.says(got())
+    assert court.judge.counts == {"whole 200": 1}
+
+
+@pytest.mark.parametrize(
+    ("journal", "said"),
+    [
+        ([], "no replica generated it"),
+        ([{}, {"at": 10.5, "address": "b:1"}], "generated twice"),
+        ([{"reused": True}, {"at": 10.5, "address": "b:1"}], "generated twice"),
+        ([{}, {"what": "ended", "at": 10.1}, {"at": 10.2}], "generated twice"),
+        ([{"reused": True}, {"what": "ended", "at": 12.0}, {"at": 12.1}], "generated twice"),
+        ([{"reused": True}, {"at": 10.2}], "generated twice"),
+    ],
+    ids=["not", "elsewhere", "elsewhere after reuse", "no reuse", "no race", "never ended"],
+)
+def test_generations_are_counted(court: Court, journal: list[dict[str, Any]], said: str) -> None:
+    court.log({"id": "r"})
+    court.journal(*journal)
+    with pytest.raises(Violation, match=said):
+        court.says(got())
+
+
+def test_the_keep_alive_race_alone_may_generate_again_at_the_same_address(court: Court) -> None:
+    court.log({"id": "r"})
+    court.journal({"reused": True}, {"what": "ended", "at": 10.4}, {"at": 10.5})
+    court.says(got())
+    assert court.judge.sent_again == 1
+
+
+LOST = {"status": 502, "code": "replica_lost"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_explained"),
+    [
+        (Fault("kill", {"replica-1"}, 10.5, 10.6), True),
+        (Fault("kill", {"replica-1"}, 9.0, 9.95), True),
+        (Fault("kill", {"replica-1"}, 9.0, 9.5), False),
+        (Fault("kill", {"replica-1"}, 11.1, 12.0), False),
+        (Fault("kill", {"replica-2"}, 10.5, 10.6), False),
+        (Fault("stop", {"replica-1"}, 10.5, 10.6), False),
+    ],
+    ids=["amid it", "just before", "long before", "after", "of another", "of another kind"],
+)
+def test_only_a_fault_of_its_time_and_replica_explains_a_failure(
+    court: Court, fault: Fault, is_explained: bool
+) -> None:
+    court.log({"status": 502})
+    court.judge.faults.append(fault)
+    if is_explained:
+        court.says(got(**LOST))
+    else:
+        with pytest.raises(Violation, match="no fault explains"):
+            court.says(got(**LOST))
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "code"),
+    [
+        ("ugly", 200, ""),
+        ("hung", 0, ""),
+        ("no door", 0, ""),
+        ("whole", 500, "internal_error"),
+        ("whole", 429, "queue_full"),
+        ("whole", 502, "replica_unreachable"),
+        ("whole", 503, "no_replica_ready"),
+    ],
+)
+def test_some_ends_are_never_explained_by_one_replicas_fault(court: Court, end: End, status: int, code: str) -> None:
+    court.log({"status": status})
+    court.judge.faults += [Fault(kind, {"replica-1"}, 10.0, 11.0) for kind in ("kill", "cut", "stop", "hole", "errors")]
+    with pytest.raises(Violation, match="no fault explains"):
+        court.says(got(end, status, code))
+
+
+def test_a_get_that_was_lost_has_to_be_tried_elsewhere(court: Court) -> None:
+    court.log({"status": 502})
+    court.judge.faults.append(Fault("kill", {"replica-1"}, 10.0, 11.0))
+    with pytest.raises(Violation, match="not tried elsewhere"):
+        court.says(got(**LOST, method="GET"))
+
+
+def test_each_request_has_one_line_in_the_log(court: Court) -> None:
+    with pytest.raises(Violation, match="no line for"):
+        court.says(got())
+    court.log({"id": "r"}, {"id": "r"})
+    with pytest.raises(Violation, match="logged twice"):
+        court.says(got())
+
+
+def test_what_no_client_asked_is_not_in_the_log(court: Court) -> None:
+    court.log({"id": "r"}, {"id": "ghost"})
+    court.journal({})
+    with pytest.raises(Violation, match="that no client made"):
+        court.says(got())
+
+
+EVENT = b'data: {"choices": []}\n\n'
+ERROR = b'data: {"error": {"message": "the replica went away."}}\n\n'
+ANTHROPIC = b'event: error\ndata: {"type": "error", "error": {"message": "the replica went away."}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "end"),
+    [
+        ("/v1/completions", EVENT + ERROR, "broken"),
+        ("/v1/completions", ERROR, "broken"),
+        ("/v1/messages", EVENT + ANTHROPIC, "broken"),
+        ("/v1/completions", EVENT + b'data: {"cho', "broken"),
+        ("/v1/completions", EVENT, "ugly"),
+        ("/v1/completions", b"", "ugly"),
+        ("/v1/messages", EVENT + ERROR, "ugly"),
+        ("/v1/completions", EVENT + ANTHROPIC, "ugly"),
+    ],
+)
+def test_a_broken_stream_ends_as_promised_or_is_ugly(path: str, body: bytes, end: End) -> None:
+    stream = Got(Wish("r", "POST", path, stream=True), 0.0, status=200, body=body)
+    assert ended_early(stream)[0] == end
