@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import contextlib
 import os
+import re
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -127,32 +129,47 @@ def driver() -> str:
 @asynccontextmanager
 async def browser(folder: Path) -> AsyncIterator[Browser]:
     """A fresh Chromium with a profile of its own in `folder`; it is gone when the block ends."""
-    process = await asyncio.create_subprocess_exec(
-        driver(),
-        "--port=0",
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        async with httpx.AsyncClient(base_url=await _address(process), timeout=60, trust_env=False) as client:
-            options = {"args": [*FLAGS, f"--user-data-dir={folder}"], "binary": shutil.which("chromium")}
-            wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-            answer = await client.post("/session", json={"capabilities": {"alwaysMatch": wanted}})
-            session = answer.raise_for_status().json()["value"]["sessionId"]
-            try:
-                yield Browser(client, session)
-            finally:
-                await client.delete(f"/session/{session}")
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: the driver, and a Chromium that would not go
-        await process.wait()
+    async with driven() as address, httpx.AsyncClient(base_url=address, timeout=60, trust_env=False) as client:
+        options = {"args": [*FLAGS, f"--user-data-dir={folder}"], "binary": shutil.which("chromium")}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        answer = await client.post("/session", json={"capabilities": {"alwaysMatch": wanted}})
+        session = answer.raise_for_status().json()["value"]["sessionId"]
+        try:
+            yield Browser(client, session)
+        finally:
+            await client.delete(f"/session/{session}")
 
 
-async def _address(process: asyncio.subprocess.Process) -> str:
+@asynccontextmanager
+async def driven() -> AsyncIterator[str]:
+    """The address of a chromedriver. It takes a free port of IPv4, and gives up if IPv6 has that one taken: so again."""
+    for _ in range(5):
+        process = await asyncio.create_subprocess_exec(
+            driver(),
+            "--port=0",
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            said, port = await _port(process)
+            if port:
+                yield f"http://127.0.0.1:{port}"
+                return
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: the driver, and a Chromium that would not go
+            await process.wait()
+    raise AssertionError(f"chromedriver does not start: {said}")
+
+
+async def _port(process: asyncio.subprocess.Process) -> tuple[str, int]:
+    """What it said until it listened, or ended, and where it listens; 0 for nowhere."""
     assert process.stdout is not None
-    async with asyncio.timeout(30):
+    said = ""
+    async with asyncio.timeout(60):
         async for line in process.stdout:
-            if b"started successfully on port" in line:
-                return f"http://127.0.0.1:{int(line.rpartition(b'port ')[2].strip(b'. ' + bytes([10])))}"
-    raise AssertionError("chromedriver ended before it listened")
+            said += line.decode(errors="replace")
+            if found := re.search(r"started successfully on port (\d+)", said):
+                return said, int(found[1])
+    return said, 0

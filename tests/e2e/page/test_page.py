@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import re
-import zlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -16,12 +15,12 @@ import pytest
 
 from balancer.app import Balancer
 from tests.e2e.page.browser import Browser, browser
+from tests.e2e.page.pictures import keep, png
 from tests.lab.knobs import Knobs
 from tests.lab.model import ModelSettings
 from tests.lab.replica import LabReplica
 from tests.views.serving import CHAT, chat, client_of, run, serving, stream, until
 
-SCREENSHOTS = Path(__file__).parents[3] / ".screenshots"
 READY = "document.querySelectorAll('#cards .badge.good').length === arguments[0]"
 ANSWERED = "!document.querySelector('[aria-busy]') && document.querySelectorAll('.theirs').length === arguments[0]"
 
@@ -41,17 +40,6 @@ async def page(
         await tab.until(READY, len(replicas))
         yield balancer, tab
         assert [said for said in await tab.complaints() if not expected or expected not in said] == []
-
-
-def png(colour: tuple[int, int, int], size: int = 48) -> bytes:
-    """An image of one colour."""
-
-    def part(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    rows = (b"\0" + bytes(colour) * size) * size
-    head = size.to_bytes(4, "big") * 2 + bytes((8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
 
 
 def asked(replica: LabReplica) -> dict[str, Any]:
@@ -300,11 +288,6 @@ def test_it_comes_back_by_itself_when_the_balancer_does(tmp_path: Path) -> None:
                 assert await tab.text("#connection") == ""
 
     run(main())
-
-
-def keep(name: str, picture: bytes) -> None:
-    SCREENSHOTS.mkdir(exist_ok=True)
-    (SCREENSHOTS / name).write_bytes(picture)
 
 
 # Every text a person sees, with the contrast of its colour to what is behind it (WCAG 2.2, 1.4.3).
