@@ -123,6 +123,13 @@ def unreachable() -> ServeError:
     return ServeError(502, "replica_unreachable", message)
 
 
+def out_of_sockets(why: str) -> ServeError:
+    message = (
+        f"The balancer cannot open a connection ({why}). Try again shortly; if it stays, raise `ulimit -n` for it."
+    )
+    return ServeError(503, "out_of_sockets", message, retry_after=1)
+
+
 def lost() -> ServeError:
     message = (
         "The replica went away before it answered. The request may have been processed: send it again if that is safe."

@@ -17,8 +17,8 @@ import httptools
 from balancer.fleet.member import Member
 
 LARGEST_ANSWER = 1 << 20
-# These say that this machine or process has run out of something, and nothing of the replica.
-OUR_OWN = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
+# What connecting may end in for want of something on our side: it says nothing of the replica.
+OUR_OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
 
 class Unheard(Exception):
@@ -100,7 +100,7 @@ class Line:
         except (TimeoutError, socket.gaierror):
             raise  # neither says that nothing listens
         except OSError as error:
-            if error.errno in OUR_OWN:
+            if error.errno in OUR_OWN_LIMITS:
                 raise NotAsked(str(error)) from None
             raise Refused(str(error)) from None
         return connection

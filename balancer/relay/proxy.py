@@ -8,6 +8,7 @@ from typing import Any
 from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.fleet import Fleet
+from balancer.fleet.line import OUR_OWN_LIMITS
 from balancer.fleet.member import Member
 from balancer.relay.auth import OPEN_PATHS, Keys, bears
 from balancer.relay.cors import Cors
@@ -161,7 +162,9 @@ class Proxy:
             connection = await self.pool.connect(member)
         except TimeoutError:
             outcome = Outcome.UNREACHED
-        except OSError:
+        except OSError as error:
+            if error.errno in OUR_OWN_LIMITS:
+                raise errors.out_of_sockets(str(error.strerror)) from None
             outcome = Outcome.REFUSED
         else:
             relay.connected(self.pool.loop.time() - began_at)

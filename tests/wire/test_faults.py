@@ -1,6 +1,7 @@
 """What a request may meet: every outcome of an attempt, what the client gets, and what the replicas see."""
 
 import asyncio
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ import pytest
 
 from tests.lab.replica import LabReplica
 from tests.wire.client import CHAT, chat, request
-from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
+from tests.wire.running import House, each, in_house, kept, on_uvloop, serving, until
 
 POST = request(body=chat())
 GET = request("GET", "/v1/models/lab")
@@ -103,6 +104,26 @@ async def test_a_connection_that_times_out_sends_any_method_to_another_member() 
         assert line["attempts"] == 2
         assert 0.3 <= line["duration"] < 1
         assert house.member("a").failures_total == 1
+
+
+@on_uvloop
+async def test_a_shortage_of_sockets_is_503_and_nobodys_fault() -> None:
+    async with LabReplica() as a, serving(a, ready_interval=60) as house:
+        client = await house.client()
+        await client.send(POST[:20])
+        await until(lambda: house.balancer.doors.connections)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # nothing new can be opened
+        try:
+            await client.send(POST[20:])
+            answer = await client.answer()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert (answer.status, answer.error["code"], answer.header("retry-after")) == (503, "out_of_sockets", "1")
+        member = house.member("a")
+        assert (member.failures_total, member.is_available(house.balancer.fleet.clock())) == (0, True)
+        await client.send(POST)
+        assert (await client.answer()).status == 200
 
 
 @on_uvloop
