@@ -67,9 +67,8 @@ def not_found(path: str) -> ServeError:
     return ServeError(404, "not_found", message)
 
 
-def method_not_allowed(method: str) -> ServeError:
-    allow = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-    return ServeError(405, "method_not_allowed", f"{method} is not relayed. Use one of {allow}.", allow=allow)
+def method_not_allowed(method: str, allow: str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS") -> ServeError:
+    return ServeError(405, "method_not_allowed", f"{method} is not served here. Use one of {allow}.", allow=allow)
 
 
 def request_timeout(what: str, seconds: float) -> ServeError:

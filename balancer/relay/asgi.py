@@ -30,6 +30,10 @@ async def answer(app: App, request: Request, reply: Reply) -> None:
             body.append(message.get("body", b""))
 
     await app(_scope(request), receive, send)
+    # The app may speak for a replica; from a replica itself the field would be dropped.
+    reply.extra_fields += b"".join(
+        b"X-Replica-Id: %b\r\n" % value for name, value in headers if name == b"x-replica-id"
+    )
     reply.whole(status, headers, b"".join(body))
 
 

@@ -24,7 +24,6 @@ class Cors:
         """A browser asks whether it may send the real request; no key comes with that."""
         return (
             request.method == b"OPTIONS"
-            and b"ccess-" in request.fields
             and b"access-control-request-method:" in request.fields.lower()
             and self._allowed(request) is not None
         )

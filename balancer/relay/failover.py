@@ -40,11 +40,10 @@ class RetryBudget:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """May the request go to another member after this outcome, and does that cost the budget?"""
+    """May the request go to another member after this outcome?"""
 
-    any_method: bool = False
-    safe_methods: bool = False
-    costs_budget: bool = False
+    any_method: bool = False  # no replica took it: it goes on at once
+    safe_methods: bool = False  # a replica may have taken it: for a GET or HEAD, and at the budget's cost
     # Does it speak against the member? (A refused connection is dealt with at once, not counted.)
     is_failure: bool = False
 
@@ -53,7 +52,7 @@ RULES = {
     Outcome.REFUSED: Rule(any_method=True),
     Outcome.UNREACHED: Rule(any_method=True, is_failure=True),
     Outcome.BUSY: Rule(any_method=True),
-    Outcome.LOST: Rule(safe_methods=True, costs_budget=True, is_failure=True),
+    Outcome.LOST: Rule(safe_methods=True, is_failure=True),
     Outcome.SILENT: Rule(is_failure=True),
     Outcome.MANGLED: Rule(is_failure=True),
     Outcome.BROKEN: Rule(),

@@ -26,6 +26,7 @@ log = logging.getLogger("groundserve")
 
 CLIENT_LEFT = 499  # nginx's status for it, only ever seen in logs and metrics
 SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
+OWN_METHODS = (b"GET", b"HEAD")
 BROKEN_STATUSES = (500, 502, 504)
 KEEP_ALIVE_RACE = 1.0  # seconds within which a reused connection that closes was closing already
 
@@ -69,7 +70,10 @@ class Proxy:
             if not self.settings.admin_paths or not bears(request.authorization, self._admin_key):
                 raise errors.not_found(request.path)
             request.authorization = b""
-        elif self._keys is not None and request.path not in OPEN_PATHS:
+            return
+        if request.kind is Kind.OWN and request.method not in OWN_METHODS:
+            raise errors.method_not_allowed(request.method.decode("latin-1"), "GET, HEAD")
+        if self._keys is not None and request.path not in OPEN_PATHS:
             request.key = self._keys.admit(request.authorization)
             request.authorization = b""  # it is for this door; a replica has another key, or none
 

@@ -7,9 +7,9 @@ from typing import Protocol
 from balancer.fleet.member import Member
 
 _FIGURES = {
-    "prompt_tokens": re.compile(rb'"prompt_tokens":\s*(\d+)'),
-    "completion_tokens": re.compile(rb'"completion_tokens":\s*(\d+)'),
-    "cached_tokens": re.compile(rb'"cached_tokens":\s*(\d+)'),
+    "prompt_tokens": re.compile(rb'"prompt_tokens":\s*(\d{1,15})(?!\d)'),
+    "completion_tokens": re.compile(rb'"completion_tokens":\s*(\d{1,15})(?!\d)'),
+    "cached_tokens": re.compile(rb'"cached_tokens":\s*(\d{1,15})(?!\d)'),
 }
 
 

@@ -28,8 +28,8 @@ def public_app(fleet: Fleet, is_leaving: Callable[[], bool], client: httpx.Async
         """As /health, and 503 from the moment the balancer was told to stop: whoever sends traffic here may look on."""
         return _say(bool(fleet.available()) and not is_leaving())
 
-    @app.api_route("/server_info", methods=["GET"])
-    @app.api_route("/get_server_info", methods=["GET"])
+    @app.api_route("/server_info", methods=["GET", "HEAD"])
+    @app.api_route("/get_server_info", methods=["GET", "HEAD"])
     async def server_info() -> Response:
         """A ready replica's configuration. SGLang shows its API key there; here nothing secret passes."""
         for member in list(fleet.available()):

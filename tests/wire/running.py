@@ -204,9 +204,9 @@ def kept(*knobs: dict[str, Any], **settings: Any) -> Iterator[House]:
         return await stack.enter_async_context(serving(*replicas, **settings))
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        house = runner.run(opened())
-        house.runner = runner
         try:
+            house = runner.run(opened())
+            house.runner = runner
             yield house
         finally:
             runner.run(stack.aclose())

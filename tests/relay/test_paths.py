@@ -1,0 +1,71 @@
+"""The allow-list, and that no route of SGLang's is on it by oversight."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from balancer.relay.paths import Kind, kind_of, normalise
+
+# What SGLang serves that everybody may use; every other route of its is its operator's.
+FOR_EVERYBODY = {
+    Kind.GENERATING: {
+        "/generate", "/classify", "/encode", "/v1/audio/transcriptions", "/v1/chat/completions", "/v1/classify",
+        "/v1/completions", "/v1/decisions", "/v1/embeddings", "/v1/messages", "/v1/realtime", "/v1/rerank",
+        "/v1/responses", "/v1/score", "/v1/systemone",
+    },
+    Kind.PLAIN: {
+        "/detokenize", "/get_model_info", "/model_info", "/tokenize", "/v1/detokenize", "/v1/messages/count_tokens",
+        "/v1/models", "/v1/models/{model:path}", "/v1/tokenize",
+    },
+    Kind.OWN: {"/health", "/ready", "/server_info", "/get_server_info"},
+}  # fmt: skip
+
+
+def test_only_these_routes_of_the_real_sglang_are_reachable() -> None:
+    """A new version's new route is nobody's, unless it is under /v1/: then it must be decided on, here."""
+    found = importlib.util.find_spec("sglang")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("no SGLang installed here; make install brings it")
+    source = Path(found.submodule_search_locations[0], "srt/entrypoints/http_server.py").read_text()
+    routes = set(re.findall(r'@app\.(?:get|post|put|patch|delete|api_route|head|websocket)\(\s*"([^"]+)"', source))
+    assert len(routes) > 50
+    for kind, expected in FOR_EVERYBODY.items():
+        assert {route for route in routes if kind_of(route.encode())[1] is kind} == expected, kind
+
+
+@pytest.mark.parametrize(
+    ("raw", "path"),
+    [
+        (b"/v1/models", "/v1/models"),
+        (b"/", "/"),
+        (b"//", "/"),
+        (b"///a//b///", "/a/b"),
+        (b"/a/./b/.", "/a/b"),
+        (b"/a/../b", "/b"),
+        (b"/../../a", "/a"),
+        (b"/a/b/..", "/a"),
+        (b"/%61/%2e%2e/b", "/b"),
+        (b"/a%2fb", "/a/b"),
+        (b"/a%5cb", "/a/b"),
+        (b"\\a", "/a"),
+        (b"/a%252fb", "/a%2fb"),
+        (b"/%zz", "/%zz"),
+        (b"/%", "/%"),
+        (b"/%C3%A4", "/\xc3\xa4"),
+        (b"/a%00", "/a\0"),
+        (b"*", "/*"),
+        (b"", "/"),
+    ],
+)
+def test_normalise(raw: bytes, path: str) -> None:
+    assert normalise(raw) == path
+
+
+@pytest.mark.parametrize(
+    "raw", [b"/v1/models", b"/flush_cache", b"/v1/" + b"x" * 200, b"/" + b"../" * 60 + b"generate"]
+)
+def test_what_is_remembered_is_what_would_be_found(raw: bytes) -> None:
+    assert kind_of(raw) == kind_of(raw)
+    assert kind_of(raw)[0] == normalise(raw)
