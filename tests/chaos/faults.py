@@ -110,7 +110,8 @@ class Faults:
                 self.measured[what].append(took)
                 return took
             await asyncio.sleep(LOOK)
-        raise Violation(f"{what}: {self.stage.name_of(replica)} is {said} after {within} s and not {wanted}")
+        probes = await self.stage.probes_of(replica)
+        raise Violation(f"{what}: {self.stage.name_of(replica)} is {said} after {within} s and not {wanted}; {probes}")
 
     async def never(self, replica: Replica, unwanted: tuple[str | None, ...], seconds: float, why: str) -> None:
         until = time.monotonic() + seconds

@@ -137,6 +137,12 @@ class Stage:
         """Each replica's status by its name."""
         return {row["name"]: row["status"] for row in (await self.status())["replicas"]}
 
+    async def probes_of(self, replica: Replica) -> str:
+        """How the replica's probes went, by /metrics: for whoever has to find out why one is not ready."""
+        lines = (await ask(self.admin_port, Wish("", "GET", "/metrics"))).body.decode().splitlines()
+        label = f'replica="{self.name_of(replica)}"'
+        return "; ".join(line for line in lines if line.startswith("groundserve_probes_total") and label in line)
+
     async def post(self, path: str) -> None:
         got = await ask(self.admin_port, Wish("", "POST", path))
         if got.status != 200:

@@ -1,0 +1,164 @@
+"""Requests that wait for a place, while the fleet changes under them."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from balancer.errors import ServeError
+from balancer.fleet.fleet import Fleet
+from balancer.routing.admission import Admission, Ask
+from balancer.routing.policies import RoundRobin
+from balancer.routing.prompt import Prompt
+from tests.fleet.members import Clock, claimed, fail, fleet_of, listed, make_ready
+
+
+class Queue:
+    """An admission whose one waiting request is asked about."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.admission = Admission(fleet, RoundRobin())
+        self.waiting: asyncio.Task[str] | None = None
+
+    async def ask(self) -> None:
+        """Has one more request wait."""
+        self.waiting = asyncio.ensure_future(self._wait())
+        await asyncio.sleep(0)
+        assert self.admission.queue_depth == 1
+
+    async def _wait(self) -> str:
+        ask = Ask(Prompt("/v1/completions", [b"{}"]), is_generating=True)
+        assert self.admission.claim_now(ask) is None
+        with await self.admission.claim(ask) as member:
+            return member.name
+
+    async def said(self) -> str | None:
+        """The name of the member that it got, or the code of its refusal; None while it waits."""
+        assert self.waiting is not None
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if not self.waiting.done():
+            return None
+        assert self.admission.queue_depth == 0
+        error = self.waiting.exception()
+        if error is None:
+            return self.waiting.result()
+        assert isinstance(error, ServeError)
+        return error.code
+
+
+Change = Callable[[Fleet], object]
+
+
+def third_joins(fleet: Fleet) -> None:
+    fleet.reconcile([listed(1), listed(2), listed(3)])
+    make_ready(fleet, fleet.members[3])
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (third_joins, "r3"),
+        (lambda fleet: fleet.undrain(fleet.members[2]), "r2"),
+    ],
+    ids=["a member joins and becomes ready", "a drain is taken back"],
+)
+def test_a_waiting_request_goes_where_room_appears_at_once(change: Change, got: str) -> None:
+    async def play() -> None:
+        fleet = fleet_of(2, Clock(), max_in_flight=1)
+        fleet.drain(fleet.members[2])
+        with claimed(fleet):
+            queue = Queue(fleet)
+            await queue.ask()
+            assert await queue.said() is None
+            change(fleet)
+            assert await queue.said() == got
+        assert fleet.in_flight == 0
+
+    asyncio.run(play())
+
+
+def test_a_waiting_request_goes_to_a_member_that_has_finished_another() -> None:
+    async def play() -> None:
+        fleet = fleet_of(1, Clock(), max_in_flight=1)
+        queue = Queue(fleet)
+        with claimed(fleet):
+            await queue.ask()
+            assert await queue.said() is None
+        assert await queue.said() == "r1"
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("arrange", "seconds"),
+    [
+        (lambda fleet: [fleet.drain(fleet.members[2]), fleet.busy(fleet.members[1], 3)], 3.0),
+        (lambda fleet: [fail(fleet, fleet.members[1]), fleet.busy(fleet.members[2], 60)], 10.0),
+    ],
+    ids=["a busy member's time is over", "an ejection ends"],
+)
+def test_a_waiting_request_is_woken_when_a_time_is_over(arrange: Change, seconds: float) -> None:
+    async def play() -> None:
+        clock = Clock()
+        fleet = fleet_of(2, clock)
+        arrange(fleet)
+        queue = Queue(fleet)
+        await queue.ask()
+        clock.move(seconds - 0.1)
+        queue.admission.expire()
+        assert await queue.said() is None
+        clock.move(0.1)
+        queue.admission.expire()
+        assert await queue.said() == "r1"
+
+    asyncio.run(play())
+
+
+def test_a_waiting_request_is_refused_when_nobody_is_left() -> None:
+    async def play() -> None:
+        fleet = fleet_of(2, Clock(), max_in_flight=1)
+        with claimed(fleet), claimed(fleet):
+            queue = Queue(fleet)
+            await queue.ask()
+            fleet.reconcile([listed(2)])
+            queue.admission.expire()
+            assert await queue.said() is None  # one is still there, though full
+            fleet.refused(fleet.members[2])
+            queue.admission.expire()
+            assert await queue.said() == "no_replica_ready"
+
+    asyncio.run(play())
+
+
+def test_a_waiting_request_waits_on_while_a_replica_is_on_its_way() -> None:
+    async def play() -> None:
+        fleet = fleet_of(1, Clock(), max_in_flight=1)
+        with claimed(fleet):
+            queue = Queue(fleet)
+            await queue.ask()
+            fleet.reconcile([listed(2, state="PROVISIONING")])
+            queue.admission.expire()
+            assert await queue.said() is None
+            fleet.reconcile([listed(2)])
+            make_ready(fleet, fleet.members[2])
+            assert await queue.said() == "r2"
+
+    asyncio.run(play())
+
+
+def test_a_waiting_request_survives_the_restart_of_the_only_replica() -> None:
+    async def play() -> None:
+        fleet = fleet_of(1, Clock(), max_in_flight=1)
+        with claimed(fleet):
+            queue = Queue(fleet)
+            await queue.ask()
+            fleet.restarted(fleet.members[1])
+            queue.admission.expire()
+            assert await queue.said() is None
+            make_ready(fleet, fleet.members[1])
+            assert await queue.said() == "r1"
+        assert fleet.in_flight == 0
+
+    asyncio.run(play())
