@@ -1,6 +1,7 @@
 """A place now, a bounded wait in one queue, or a clear no."""
 
 import asyncio
+import contextlib
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -35,13 +36,14 @@ class Admission:
     def __init__(self, fleet: Fleet, policy: Policy) -> None:
         self.fleet = fleet
         self.policy = policy
-        self._queue: deque[_Waiter] = deque()
+        self._queue: deque[_Waiter] = deque()  # generating requests
+        self._plain: deque[_Waiter] = deque()  # others: they need a replica, and no room there
         fleet.when_room.append(self.assign)
         fleet.when_left.append(lambda member: self.policy.forget(member))
 
     @property
     def queue_depth(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._plain)
 
     def claim_now(self, ask: Ask) -> Place | None:
         """A place at once, or None where the request would have to wait."""
@@ -58,11 +60,12 @@ class Admission:
             wait = settings.start_wait
         else:
             wait = settings.queue_timeout
-        if len(self._queue) >= settings.queue_size:
+        if self.queue_depth >= settings.queue_size:
             raise errors.queue_full(settings.queue_size)
         place: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(ask, place, self.fleet.clock() + wait)
-        self._queue.append(waiter)
+        queue = self._queue if ask.is_generating else self._plain
+        queue.append(waiter)
         try:
             return await place
         except asyncio.CancelledError:
@@ -70,23 +73,26 @@ class Admission:
                 place.result().__exit__(None, None, None)  # given while the client was leaving
             raise
         finally:
-            self._queue.remove(waiter)
+            with contextlib.suppress(ValueError):  # who got a place has left the queue already
+                queue.remove(waiter)
 
     def assign(self) -> None:
         """Gives places to those who wait, first come first served."""
-        for waiter in list(self._queue):
-            if waiter.place.done():
-                continue  # it is leaving by itself
-            if claim := self._claim(waiter.ask):
-                waiter.place.set_result(claim)
-            elif not waiter.ask.tried:
-                break  # who comes later has no better chance; only earlier attempts narrow a request's choice
+        for queue in (self._plain, self._queue):
+            for waiter in list(queue):
+                if waiter.place.done():
+                    continue  # it is leaving by itself
+                if claim := self._claim(waiter.ask):
+                    queue.remove(waiter)
+                    waiter.place.set_result(claim)
+                elif not waiter.ask.tried:
+                    break  # who comes later has no better chance; only earlier attempts narrow a request's choice
 
     def expire(self) -> None:
         """Says no to those who waited out, or who wait for nothing. Call it a few times a second."""
         self.assign()
         now = self.fleet.clock()
-        for waiter in list(self._queue):
+        for waiter in (*self._plain, *self._queue):
             if not waiter.place.done() and (refusal := self._refusal(waiter, now)):
                 waiter.place.set_exception(refusal)
 

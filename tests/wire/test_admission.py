@@ -1,0 +1,212 @@
+"""The bounded wait in front of full replicas: who waits, who is told no, and what they are told."""
+
+import asyncio
+
+import pytest
+
+from balancer.routing.admission import Ask
+from balancer.routing.prompt import Prompt
+from tests.lab.replica import LabReplica
+from tests.wire.client import Client, chat, request
+from tests.wire.running import House, on_uvloop, serving, until
+
+POST = request(body=chat())
+MODELS = request("GET", "/v1/models/lab")
+
+
+async def waiting(house: House, count: int, first: int = 0) -> list[Client]:
+    """So many clients more, each with a request that waits behind those before it."""
+    clients = []
+    for number in range(first, first + count):
+        client = await house.client()
+        await client.send(request(body=chat(), headers=(("X-Request-Id", f"n{number}"),)))
+        await until(lambda depth=number - first + 1: house.balancer.admission.queue_depth == depth)  # type: ignore[misc]
+        clients.append(client)
+    return clients
+
+
+async def occupied(house: House, count: int = 1) -> list[Client]:
+    """So many requests that keep their places."""
+    clients = [await house.client() for _ in range(count)]
+    for client in clients:
+        await client.send(request(body=chat(stream=True, tokens=100_000)))
+    await until(lambda: sum(m.generating for m in house.balancer.fleet.members.values()) == count)
+    return clients
+
+
+@on_uvloop
+async def test_beyond_the_limits_requests_wait_and_are_served_in_the_order_of_their_coming() -> None:
+    async with (
+        LabReplica(token_interval=0.01) as a,
+        LabReplica(token_interval=0.01) as b,
+        serving(a, b, max_in_flight=1) as house,
+    ):
+        holders = await occupied(house, 2)
+        clients = await waiting(house, 5)
+        assert [m.in_flight for m in house.balancer.fleet.members.values()] == [1, 1]
+        for holder in holders:
+            holder.leave()
+        for client in clients:
+            answer = await client.answer()
+            assert answer.status == 200
+        served = sorted((r for r in (*a.seen.requests, *b.seen.requests) if r.id.startswith("n")), key=lambda r: (
+                r.received_at + (0 if r in a.seen.requests else b.seen.started - a.seen.started)))  # fmt: skip
+        assert [r.id for r in served] == [f"n{n}" for n in range(5)]
+        lines = [line for line in await house.logged(7) if line["status"] == 200]
+        assert all(line["queued"] > 0 for line in lines)
+
+
+@on_uvloop
+async def test_no_member_ever_holds_more_than_its_limit() -> None:
+    async with (
+        LabReplica(head_delay=0.02) as a,
+        LabReplica(head_delay=0.02) as b,
+        serving(a, b, max_in_flight=3) as house,
+    ):
+        clients = [await house.client() for _ in range(30)]
+        most = 0
+        for client in clients:
+            await client.send(POST)
+        async with asyncio.TaskGroup() as group:
+            answers = [group.create_task(client.answer()) for client in clients]
+            while not all(answer.done() for answer in answers):
+                most = max(most, *(m.generating for m in house.balancer.fleet.members.values()))
+                await asyncio.sleep(0)
+        assert most == 3
+        assert {answer.result().status for answer in answers} == {200}
+        assert a.seen.generations_started + b.seen.generations_started == 30
+
+
+@on_uvloop
+async def test_only_generating_posts_count_and_wait() -> None:
+    async with LabReplica(token_interval=0.01) as a, serving(a, max_in_flight=1, queue_size=1) as house:
+        await occupied(house)
+        await waiting(house, 1)
+        for data in (MODELS, request("POST", "/v1/tokenize", b"{}"), request("OPTIONS"), request("GET", "/health")):
+            answer = await house.ask(data, data.partition(b" ")[0].decode())
+            assert answer.status == 200
+        assert house.member("a").generating == 1
+
+
+@on_uvloop
+async def test_a_full_queue_is_429_with_retry_after() -> None:
+    async with LabReplica(token_interval=0.01) as a, serving(a, max_in_flight=1, queue_size=2) as house:
+        await occupied(house)
+        await waiting(house, 2)
+        answer = await house.ask(POST)
+        assert (answer.status, answer.error["code"], answer.header("retry-after")) == (429, "queue_full", "5")
+        assert answer.error["type"] == "rate_limit_error"
+        assert not answer.is_last, "the connection stays usable"
+
+
+@on_uvloop
+async def test_a_queue_of_no_size_says_no_at_once() -> None:
+    async with LabReplica(token_interval=0.01) as a, serving(a, max_in_flight=1, queue_size=0) as house:
+        await occupied(house)
+        assert (await house.ask(POST)).error["code"] == "queue_full"
+
+
+@on_uvloop
+async def test_who_waited_out_is_told_429() -> None:
+    async with LabReplica(token_interval=0.01) as a, serving(a, max_in_flight=1, queue_timeout=0.4) as house:
+        await occupied(house)
+        began = asyncio.get_running_loop().time()
+        answer = await house.ask(POST)
+        assert 0.4 <= asyncio.get_running_loop().time() - began < 1.5
+        assert (answer.status, answer.error["code"], answer.header("retry-after")) == (429, "queue_timeout", "5")
+        line = house.log()[-1]
+        assert (line["attempts"], line["error"]) == (0, "queue_timeout")
+
+
+@on_uvloop
+async def test_who_waits_when_the_last_member_goes_is_told_503() -> None:
+    async with LabReplica(token_interval=0.01) as a, serving(a, max_in_flight=1, start_wait=0) as house:
+        await occupied(house)
+        (client,) = await waiting(house, 1)
+        house.balancer.fleet.drain(house.member("a"))
+        answer = await client.answer()
+        assert (answer.status, answer.error["code"], answer.header("retry-after")) == (503, "no_replica_ready", "5")
+
+
+@on_uvloop
+async def test_who_waits_gets_the_place_of_a_member_that_joins() -> None:
+    async with (
+        LabReplica(token_interval=0.01) as a,
+        LabReplica(ready=503) as b,
+        serving(a, b, ready=1, max_in_flight=1, ready_interval=0.1) as house,
+    ):
+        await occupied(house)
+        (client,) = await waiting(house, 1)
+        b.set(ready=200)
+        answer = await client.answer()
+        assert (answer.status, answer.header("x-replica-id")) == (200, "b")
+
+
+@on_uvloop
+async def test_while_a_replica_starts_requests_wait_for_it() -> None:
+    async with LabReplica(ready=500) as a, serving(a, ready=0, ready_interval=0.1) as house:
+        clients = await waiting(house, 3)
+        a.set(ready=200)
+        for client in clients:
+            assert (await client.answer()).status == 200
+
+
+@on_uvloop
+async def test_who_waited_out_for_a_start_is_told_503() -> None:
+    async with LabReplica(ready=500) as a, serving(a, ready=0, start_wait=0.4) as house:
+        answer = await house.ask(POST)
+        assert (answer.status, answer.error["code"], answer.header("retry-after")) == (503, "no_replica_ready", "5")
+        assert 0.3 < house.log()[-1]["duration"] < 1.5
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@on_uvloop
+async def test_what_does_not_count_gets_through_when_a_replica_comes_up_behind_a_full_queue(method: str) -> None:
+    async with (
+        LabReplica(ready=500, token_interval=0.01) as a,
+        serving(a, ready=0, max_in_flight=1, ready_interval=0.1) as house,
+    ):
+        holders = [await house.client() for _ in range(3)]
+        for depth, holder in enumerate(holders, 1):
+            await holder.send(request(body=chat(stream=True, tokens=100_000)))
+            await until(lambda depth=depth: house.balancer.admission.queue_depth == depth)  # type: ignore[misc]
+        client = await house.client()
+        await client.send(request(method, "/v1/models/lab"))
+        await until(lambda: house.balancer.admission.queue_depth == 4)
+        a.set(ready=200)
+        assert (await client.answer(method)).status == 200
+
+
+@on_uvloop
+async def test_a_place_that_is_free_is_not_waited_for_behind_one_who_has_just_got_his() -> None:
+    """Two places are given back, and one waits: the other place is for whoever comes in that very turn of the loop."""
+    async with LabReplica() as a, serving(a, max_in_flight=2) as house:
+        admission = house.balancer.admission
+        ask = Ask(Prompt("/v1/completions", []), is_generating=True)
+        held = [admission.claim_now(ask), admission.claim_now(ask)]
+        waiter = asyncio.ensure_future(admission.claim(ask))
+        await asyncio.sleep(0)
+        assert admission.queue_depth == 1
+        for place in held:
+            assert place is not None
+            place.__exit__(None, None, None)
+        free = admission.claim_now(ask)
+        assert free is not None
+        for place in (free, await waiter):
+            place.__exit__(None, None, None)
+
+
+@on_uvloop
+async def test_a_place_given_in_the_moment_of_leaving_is_given_on() -> None:
+    async with LabReplica() as a, serving(a, max_in_flight=1) as house:
+        admission = house.balancer.admission
+        ask = Ask(Prompt("/v1/completions", []), is_generating=True)
+        held = admission.claim_now(ask)
+        first, second = (asyncio.ensure_future(admission.claim(ask)) for _ in range(2))
+        await asyncio.sleep(0)
+        assert held is not None
+        held.__exit__(None, None, None)  # the place is the first one's now, who does not know it yet
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        (await second).__exit__(None, None, None)
