@@ -10,7 +10,8 @@ from fastapi.responses import Response, StreamingResponse
 
 from balancer.errors import ServeError
 
-SENT = ("content-type", "content-length", "authorization")
+SENT = ("authorization",)
+SENT_WITH_BODY = ("authorization", "content-type", "content-length")
 RETURNED = ("content-type", "retry-after", "x-request-id", "x-replica-id", "x-route-reason")
 
 
@@ -32,13 +33,15 @@ def playground_router(endpoint: Callable[[], str], client: httpx.AsyncClient) ->
 
 
 async def _passed_on(request: Request, client: httpx.AsyncClient, url: str) -> Response:
-    headers = {name: request.headers[name] for name in SENT if name in request.headers}
+    has_body = request.method == "POST"
+    sent = SENT_WITH_BODY if has_body else SENT
+    headers = {name: request.headers[name] for name in sent if name in request.headers}
     is_read = asyncio.Event()
     message = client.build_request(
         request.method,
         url,
         headers={**headers, "X-Route-Explain": "1", "Accept-Encoding": "identity"},
-        content=_body_of(request, is_read) if request.method == "POST" else None,
+        content=_body_of(request, is_read) if has_body else None,
     )
     sending = asyncio.ensure_future(client.send(message, stream=True))
     leaving = asyncio.ensure_future(_left(request, is_read))
