@@ -20,8 +20,8 @@ class ClosedLoop:
         self.seconds: list[float] = []  # of each answer
         self.errors: Counter[str] = Counter()
         self.stopping = False
-        self.idle = asyncio.Event()  # nothing in flight any more
-        self.in_flight = 0
+        self.idle = asyncio.Event()  # stopped, and all connections are closed
+        self.in_flight = 0  # connections that are open or being opened
         self.sent = 0
         self.connecting: set[asyncio.Task[None]] = set()
 
@@ -45,7 +45,6 @@ class ClosedLoop:
         }
 
     def connect(self) -> None:
-        """Takes a place in the loop, in flight until `leave`."""
         self.in_flight += 1
         task = asyncio.create_task(self._connect())
         self.connecting.add(task)
@@ -60,9 +59,15 @@ class ClosedLoop:
         else:
             worker.send()
 
+    def lost(self) -> None:
+        """A connection is closed; another takes its place, as nginx asks after each thousandth request."""
+        if not self.stopping:
+            self.connect()
+        self.leave()
+
     def leave(self) -> None:
         self.in_flight -= 1
-        if not self.in_flight:
+        if self.stopping and not self.in_flight:
             self.idle.set()
 
 
@@ -90,14 +95,12 @@ class Worker(Exchange):
             self.loop.errors[f"status {status}, body {body[:80]!r}"] += 1
         if keep_alive and not self.loop.stopping:
             self.send()
-            return
-        self.transport.close()
-        self.loop.leave()
-        if not self.loop.stopping:
-            self.loop.connect()  # nginx closes a connection after each thousandth request
+        else:
+            self.transport.close()
 
     def failed(self, reason: str) -> None:
         self.loop.errors[reason] += 1
-        self.loop.leave()
-        if not self.loop.stopping:
-            self.loop.connect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.loop.lost()

@@ -26,7 +26,7 @@ class Stream(Exchange):
         self.arrivals: list[tuple[float, int]] = []  # when, and how many events were whole by then
         self.error: str | None = None
         self.first = asyncio.Event()
-        self.done = asyncio.Event()
+        self.closed = asyncio.Event()
 
     @property
     def events(self) -> int:
@@ -49,14 +49,16 @@ class Stream(Exchange):
     def completed(self, status: int, keep_alive: bool) -> None:
         if status != 200 or self.offset != len(self.expected):
             self.error = self.error or f"status {status}, ended after {self.events} events"
-        self.transport.close()
         self.first.set()
-        self.done.set()
+        self.transport.close()
 
     def failed(self, reason: str) -> None:
         self.error = self.error or reason
         self.first.set()
-        self.done.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.closed.set()
 
 
 async def connect(url: str, count: int, events: int, idle: bool = False) -> list[Stream]:
@@ -77,21 +79,12 @@ async def paced(url: str, count: int, ramp: float, seed: int, phase: Phase) -> d
     for stream in opened:
         loop.call_later(chance.uniform(0, ramp), stream.send)
     await asyncio.sleep(ramp)
-    async with asyncio.timeout(PATIENCE):
-        for stream in opened:
-            await stream.first.wait()
+    await wait_for({stream: stream.first for stream in opened}, PATIENCE)
     before = sum(stream.events for stream in opened)
     measured = await phase.run()
     count = sum(stream.events for stream in opened) - before
     reads = sum(1 for stream in opened for at, _ in stream.arrivals if measured["start"] <= at <= measured["end"])
-    try:
-        async with asyncio.timeout(PATIENCE):
-            for stream in opened:
-                await stream.done.wait()
-    except TimeoutError:
-        for stream in opened:
-            if not stream.done.is_set():
-                stream.fail(f"after {PATIENCE:.0f} s more, {stream.events} events had come")
+    await wait_for({stream: stream.closed for stream in opened}, PATIENCE)
     ttft = [stream.ttft for stream in opened if stream.events]
     between = [gap for stream in opened for gap in gaps(stream.arrivals, measured["start"], measured["end"])]
     return {
@@ -104,6 +97,20 @@ async def paced(url: str, count: int, ramp: float, seed: int, phase: Phase) -> d
         "gap_p99": quantile(between, 0.99) if between else None,
         "errors": dict(Counter(stream.error for stream in opened if stream.error).most_common(5)),
     }
+
+
+async def wait_for(marks: dict[Stream, asyncio.Event], seconds: float) -> bool:
+    """Whether all events come within `seconds`; streams that are late have failed."""
+    try:
+        async with asyncio.timeout(seconds):
+            for mark in marks.values():
+                await mark.wait()
+    except TimeoutError:
+        for stream, mark in marks.items():
+            if not mark.is_set():
+                stream.fail(f"{seconds:.0f} s late, after {stream.events} events")
+        return False
+    return True
 
 
 def gaps(arrivals: list[tuple[float, int]], start: float, end: float) -> list[float]:
@@ -124,19 +131,16 @@ async def idle(url: str, count: int, pid: int, settle: float) -> dict[str, objec
         opened += batch
         for stream in batch:
             stream.send()
-        try:
-            async with asyncio.timeout(PATIENCE / 4):
-                for stream in batch:
-                    await stream.first.wait()
-        except TimeoutError:
+        if not await wait_for({stream: stream.first for stream in batch}, PATIENCE / 4):
             break
     await asyncio.sleep(settle)
     after = process_tree.memory_bytes(pid)
     alive = [stream for stream in opened if stream.events and stream.waiting]
     errors = Counter(stream.error for stream in opened if stream.error)
-    if len(alive) < count and not errors:
+    if len(alive) < count:
         errors[f"only {len(alive)} of {count} streams at once got their first event"] = count - len(alive)
     for stream in opened:
         stream.waiting = False
         stream.transport.close()
+        await stream.closed.wait()
     return {"before": before, "after": after, "count": len(alive), "errors": dict(errors.most_common(5))}

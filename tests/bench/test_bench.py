@@ -1,5 +1,6 @@
 """The measurements themselves are held to what is known."""
 
+import asyncio
 import json
 import os
 import socketserver
@@ -12,12 +13,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.bench import messages, process_tree, relay, report
+from tests.bench import load, messages, process_tree, relay, report
 from tests.bench.chart import chart
 from tests.bench.figures import Figure, Figures, check_counts, figures, ratio
 from tests.bench.install import Unavailable, call
 from tests.bench.peers import PEERS, ROOT, Launch
-from tests.bench.running import Running, counts, free_port, load, replicas, running
+from tests.bench.running import counts, free_port, replicas, running
 from tests.bench.stats import median, quantile, spread
 from tests.bench.streams import gaps
 
@@ -64,6 +65,12 @@ def server_that_says(answer: bytes) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def generate(mode: str, url: str, **options: float) -> dict:
+    """What the load generator finds, in this process."""
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return asyncio.run(load.run(load.parse([mode, url, *flags])))
 
 
 def test_quantiles_are_samples_that_enough_others_do_not_exceed() -> None:
@@ -115,20 +122,19 @@ def test_gaps_are_between_events_inside_the_phase() -> None:
 
 def test_every_request_and_event_that_the_load_counts_arrived() -> None:
     with replicas() as urls:
-        target = Running(urls[1])
-        loop = load("requests", target, count=8, seconds=0.5, warmup=0.1)
+        loop = generate("requests", urls[1], count=8, seconds=0.5, warmup=0.1)
         assert loop["errors"] == {}
         assert counts(urls[0]) == [0, loop["sent"]]
         assert 0 < loop["count"] < loop["sent"]
         assert loop["cpu_seconds"] is None
 
-        streams = load("streams", target, count=20, seconds=0.5, warmup=0.2)
+        streams = generate("streams", urls[1], count=20, seconds=0.5, warmup=0.2)
         assert streams["errors"] == {}
         assert streams["sent"] == 20
         assert 0 < streams["count"] <= 20 * (0.2 + 1.25 * 0.5 + 0.25) * 50
         assert streams["gap_p99"] >= 1 / 50
 
-        idle = load("idle", Running(urls[0], pid=os.getpid()), count=60, seconds=0, warmup=0)
+        idle = generate("idle", urls[0], count=60, seconds=0, warmup=0, pid=os.getpid())
         assert (idle["count"], idle["errors"]) == (60, {})
         assert idle["before"] > 1 << 20
 
@@ -147,13 +153,13 @@ def test_every_request_and_event_that_the_load_counts_arrived() -> None:
 )
 def test_a_wrong_answer_is_an_error_not_a_fast_one(mode: str, answer: bytes, complaint: str) -> None:
     with server_that_says(answer) as url:
-        result = load(mode, Running(url), count=1, seconds=0.1, warmup=0.1)
+        result = generate(mode, url, count=1, seconds=0.05, warmup=0.05)
     assert complaint in next(iter(result["errors"]))
     assert not result.get("count")
 
 
 def test_nobody_there_is_an_error() -> None:
-    result = load("requests", Running(f"http://127.0.0.1:{free_port()}"), count=1, seconds=0.1, warmup=0.1)
+    result = generate("requests", f"http://127.0.0.1:{free_port()}", count=1, seconds=0.05, warmup=0.05)
     assert "connect" in next(iter(result["errors"]))
 
 

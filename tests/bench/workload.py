@@ -23,7 +23,7 @@ service
 class Form:
     """What a workload is made of: the model, tokens of each group's beginning, and of a replica's KV pool.
 
-    The pool holds four of eight groups with what is running, so that it pays to keep each group on one replica.
+    The pool holds four of eight groups beside what is running, so that it pays to keep each group on one replica.
     """
 
     model: str
@@ -32,8 +32,8 @@ class Form:
 
 
 # The model with eyes computes in float16, which a plain CPU does some six times slower: its beginnings are shorter,
-# so that a cold one takes about as long.
-FORMS = {"text": Form("smollm2-135m", 1000, 4600), "image": Form("tiny-llava", 330, 1520)}
+# so that a cold one takes about as long. The image and its template's system message add 60 tokens.
+FORMS = {"text": Form("smollm2-135m", 1000, 4600), "image": Form("tiny-llava", 330, 1760)}
 QUESTIONS = (
     "What is it about?",
     "Which word comes first?",
