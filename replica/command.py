@@ -86,7 +86,7 @@ def _environ(settings: Settings, preset: Preset, gpus: Sequence[Gpu], environ: M
     }
     if not gpus:
         # SGLang warns of each kernel that a CPU lacks, in each of its processes, at each start.
-        defaults |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::UserWarning"}
+        defaults |= {"OMP_NUM_THREADS": "1", "SGLANG_CPU_WORKERS": "1", "PYTHONWARNINGS": "ignore::UserWarning"}
     made = {name: value for name, value in defaults.items() if name not in environ}
     if gpus:
         # Indices, not UUIDs: SGLang 0.5.23 reads each as an int for tensor parallelism (custom all-reduce,

@@ -1,8 +1,8 @@
 """The GPU lease: one flock per GPU in a directory that all replicas of a host share.
 
-The descriptors stay open over exec, so the kernel frees a GPU when SGLang's main process dies, however it
-dies: its children close what they inherit. Compose gives each replica of a service the same devices, all of
-them; this is what makes one replica use one GPU.
+The descriptors stay open over exec, so the kernel frees a GPU when SGLang's main process dies, however it dies: its
+children close what they inherit, or end with it (replica/plugin.py). Compose gives each replica of a service the same
+devices, all of them; this is what makes one replica use one GPU.
 """
 
 import errno

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import sys
+import threading
 import time
 import types
 from collections.abc import Awaitable, Callable
@@ -39,6 +40,7 @@ def register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     sys.argv[:] = fill_in_key(sys.argv)
+    end_forks_with_parent()
     HookRegistry.register(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", drain, HookType.AROUND
     )
@@ -53,6 +55,30 @@ def register_hooks() -> None:
 
 def _on_cpu() -> bool:
     return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+
+
+def end_forks_with_parent() -> None:
+    """Makes each process that this one forks end, within a second, when this one is gone.
+
+    SGLang forks workers for images at the first request that has some, and nothing ends them when the main process is
+    killed: they would keep its port open and its GPU lease locked for ever. Its other children see to it themselves.
+    A thread that looks, because the kernel's own way (PR_SET_PDEATHSIG) ends a child with the thread that forked it.
+    """
+    parent = 0
+
+    def remember() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    os.register_at_fork(
+        before=remember,
+        after_in_child=lambda: threading.Thread(target=watch, name="ends with its parent", daemon=True).start(),
+    )
 
 
 def fill_in_key(argv: list[str]) -> list[str]:

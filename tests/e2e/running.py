@@ -32,6 +32,14 @@ def until(true: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.1)
 
 
+def is_running(pid: int) -> bool:
+    """Not so of a process that has ended and whose parent has not asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def _die_with_pytest() -> None:
     _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed test run leaves nothing behind
 
@@ -98,13 +106,17 @@ class Replica(Program):
     def wait_ready(self) -> None:
         until(lambda: self.is_ready() or not self.check_alive(), START, f"{self.name} is ready")
 
-    def children(self) -> list[int]:
-        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(pid) for file in threads for pid in file.read_text().split()]
+    def offspring(self) -> list[int]:
+        """Its children, and theirs."""
+        found = [self.process.pid]
+        for pid in found:
+            for file in Path(f"/proc/{pid}/task").glob("*/children"):
+                found += [int(child) for child in file.read_text().split()]
+        return found[1:]
 
     def scheduler(self) -> int:
         """The process that generates."""
-        (pid,) = (pid for pid in self.children() if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        (pid,) = (pid for pid in self.offspring() if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
         return pid
 
     def figure(self, name: str) -> float:

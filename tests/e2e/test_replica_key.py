@@ -22,5 +22,5 @@ def test_the_key_is_in_no_log_and_in_no_process_list(tiny_llava: Replica, key_fi
     assert "api_key" in tiny_llava.log.read_text()  # SGLang does print its arguments
     for log in logs.iterdir():
         assert key not in log.read_text(errors="replace"), log.name
-    for pid in [tiny_llava.process.pid, *tiny_llava.children()]:
+    for pid in [tiny_llava.process.pid, *tiny_llava.offspring()]:
         assert key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()

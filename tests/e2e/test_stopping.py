@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.running import Balancer, Replica, until
+from tests.e2e.images import data_url, seen_in
+from tests.e2e.running import Balancer, Replica, is_running, until
 
 pytestmark = pytest.mark.last
 GRACE = 5.0  # seconds that a replica goes on serving after SIGTERM
@@ -61,7 +63,7 @@ def test_a_killed_replica_is_missed_by_nobody_and_comes_back(balancer: Balancer,
     for asker in askers:
         asker.start()
     until(lambda: sum(r.figure("sglang:num_running_reqs") for r in replicas) >= 1, 60, "requests run")
-    children = replicas[0].children()
+    children = replicas[0].offspring()
     assert len(children) >= 2
     replicas[0].process.kill()
     replicas[0].process.wait()
@@ -71,11 +73,27 @@ def test_a_killed_replica_is_missed_by_nobody_and_comes_back(balancer: Balancer,
     for asker in askers:
         asker.join()
     assert sorted(statuses) == [200, 200, 502, 502]
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 15, "its children are gone too")
+    until(lambda: not any(is_running(pid) for pid in children), 15, "its children are gone too")
     replicas[0].restart()
     replicas[0].wait_ready()
     balancer.wait_all_ready()
     assert [generate(balancer.url, 4).status_code for _ in range(4)] == [200] * 4
+
+
+def test_a_killed_replica_with_image_workers_leaves_no_process_and_its_port_free(
+    eyes: str, tiny_llava: Replica
+) -> None:
+    assert seen_in(eyes, data_url("red")) == "red"
+    children = tiny_llava.offspring()
+    names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children]
+    assert any(b"launch_server" in name for name in names), "SGLang forks its image workers"
+    tiny_llava.process.kill()
+    tiny_llava.process.wait()
+    until(lambda: not any(is_running(pid) for pid in children), 30, "all its processes are gone")
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", tiny_llava.port))
+        again.listen()
 
 
 def test_stopping_a_replica_behind_the_balancer_loses_no_request(balancer: Balancer, replicas: list[Replica]) -> None:

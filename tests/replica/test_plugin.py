@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from replica.gpu import Gpu
+from replica.lease import holder
 from replica.plugin import drain, fill_in_key, mask_keys
 
 
@@ -132,6 +134,38 @@ def test_keys_are_masked_in_sglangs_own_log() -> None:
         "tokenizer_path": "t",
         "port": 1,
     }
+
+
+FORK = """
+import os, time
+from pathlib import Path
+from replica import gpu, lease, plugin
+plugin.end_forks_with_parent()
+there = gpu.list_gpus({"REPLICA_PRETEND_GPUS": "1"})
+held = lease.take(there, 1, Path(os.environ["LEASES"]), wait=0, note="a parent")
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_forked_worker_ends_with_its_parent_and_frees_the_lease(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    command, environ = [sys.executable, "-c", FORK], {"LEASES": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environ) as parent:
+        assert parent.stdout is not None
+        child = Path(f"/proc/{parent.stdout.readline().strip()}/stat")
+        assert child.exists()
+        gpu = Gpu(0, "GPU-pretended-0", "pretended GPU", 81920, 0)
+        assert holder(gpu, tmp_path) is not None
+        parent.kill()
+        parent.wait()
+        give_up = time.monotonic() + 30
+        # Z: ended, and not yet asked how by whoever has adopted it.
+        while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        assert holder(gpu, tmp_path) is None
 
 
 # In a process of its own: SGLang's imports have effects that do not go away.
