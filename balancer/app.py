@@ -188,16 +188,15 @@ class Balancer:
         `hurry` set ends the waiting at once.
         """
         settings = self.config.settings
-        self.facts.is_leaving = self.doors.is_closing = True
+        self.facts.is_leaving = self.doors.is_leaving = True
         await _wait(hurry, settings.drain_grace)
         self._servers[0].should_exit = True
         self.doors.close()
         deadline = self.loop.time() + settings.drain_timeout
         while self.doors.connections and self.loop.time() < deadline and not hurry.is_set():
             await _wait(hurry, min(0.05, settings.drain_timeout))
-        broken = errors.stream_broken("the balancer is shutting down.")
         for connection in list(self.doors.connections):
-            connection.break_off(broken)
+            connection.break_off("the balancer is shutting down.")
         await asyncio.sleep(0.05)
 
     async def stop(self) -> None:

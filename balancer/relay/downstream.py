@@ -54,7 +54,8 @@ class Doors:
         self.connections: set[ClientConnection] = set()
         self.origins: Counter[bytes] = Counter()  # open connections by client
         self.buffered = 0  # bytes that request bodies take, over all connections
-        self.is_closing = False
+        self.is_leaving = False  # set it, and every answer says that it is its connection's last
+        self.is_closed = False
 
     def sweep(self, now: float) -> None:
         """Ends what took too long; call it a few times a second. `now` is the loop's time in seconds."""
@@ -62,8 +63,8 @@ class Doors:
             connection.check_time(now)
 
     def close(self) -> None:
-        """From now on an answer is its connection's last, and idle connections go."""
-        self.is_closing = True
+        """Nobody new comes in, and a connection ends with the answers that are under way on it; idle ones at once."""
+        self.is_leaving = self.is_closed = True
         for connection in list(self.connections):
             connection.close_if_idle()
 
@@ -257,7 +258,7 @@ class ClientConnection(asyncio.Protocol):
         if not self._queue or self._transport.is_closing():  # type: ignore[union-attr]
             return
         doors, request = self._doors, self._queue[0]
-        keeps_alive = request.keeps_alive and not doors.is_closing and not (self._is_deaf and len(self._queue) == 1)
+        keeps_alive = request.keeps_alive and not doors.is_leaving and not (self._is_deaf and len(self._queue) == 1)
         self._reply = reply = Reply(request, self, keeps_alive)
         if request.refusal is not None:
             doors.refuse(request, reply, request.refusal)
@@ -283,7 +284,7 @@ class ClientConnection(asyncio.Protocol):
             return  # the client left in this very moment
         self._release(self._queue.popleft())
         self._since = self._doors.loop.time()
-        if not keep or (self._doors.is_closing and not self._queue):
+        if not keep or (self._doors.is_closed and not self._queue):
             self._close()
         elif self._queue:
             self._transport.resume_reading()  # type: ignore[union-attr]
@@ -345,11 +346,11 @@ class ClientConnection(asyncio.Protocol):
         if not self._queue and self._reading is None and not self._is_in_head:
             self._close()
 
-    def break_off(self, error: ServeError) -> None:
-        """Ends the answer in progress, if any, as broken; then the connection."""
+    def break_off(self, why: str) -> None:
+        """Ends the answer in progress, if any, as broken, or says 503 where none has begun; then the connection."""
         if self._task is not None and self._reply is not None:
             reply, task = self._reply, self._task
-            reply.refuse(error)
+            reply.refuse(errors.stream_broken(why) if reply.has_begun else errors.shutting_down())
             task.cancel()
         else:
             self._close()

@@ -82,13 +82,12 @@ class Proxy:
         record = self._record(request)
         reply.extra_fields = self._cors.fields(request)
         reply.refuse(error)
-        self._finish(record, request, reply, error)
+        self._finish(record, request, reply)
 
     async def serve(self, request: Request, reply: Reply, client: ClientConnection) -> None:
         """One request's whole way. Cancelled when the client leaves."""
         record = self._record(request)
         reply.extra_fields = self._cors.fields(request)
-        error: ServeError | None = None
         key = request.key
         if key is not None:
             if key.is_at_limit:  # others of its requests came through the door while this one's body was read
@@ -102,20 +101,19 @@ class Proxy:
                 await self._answer_own(request, reply)
             else:
                 await self._relay(request, reply, client, record)
-        except ServeError as refusal:
-            error = refusal
+        except ServeError as error:
             reply.refuse(error)
         except asyncio.CancelledError:
             if not reply.is_over:
                 record.status = CLIENT_LEFT
         except Exception:
             log.exception("request %s failed here", record.id)
-            error = ServeError(500, "internal_error", "The balancer failed on this request; its log says why.")
-            reply.refuse(error)
+            message = "The balancer failed on this request; its log says why."
+            reply.refuse(ServeError(500, "internal_error", message))
         finally:
             if key is not None:
                 key.in_flight -= 1
-            self._finish(record, request, reply, error)
+            self._finish(record, request, reply)
 
     async def _relay(self, request: Request, reply: Reply, client: ClientConnection, record: Record) -> None:
         """Attempts at one member after the other, until one answers or nothing is left; raises ServeError."""
@@ -144,9 +142,9 @@ class Proxy:
             sent += outcome not in (Outcome.REFUSED, Outcome.UNREACHED)
             now = self.pool.loop.time()
             error = final_error(outcome, self.settings, relay.retry_after)
-            if not may_repeat(outcome, request.method, sent, self.settings, self.budget, now):
-                raise error
             if not self.fleet.has_other(ask.tried):
+                raise error
+            if not may_repeat(outcome, request.method, sent, self.settings, self.budget, now):
                 raise error
             record.retries += (outcome.value,)
 
@@ -182,15 +180,15 @@ class Proxy:
     def _record(self, request: Request) -> Record:
         return Record(request.id.decode("latin-1"), request.method.decode("latin-1"), request.path, request.received_at)
 
-    def _finish(self, record: Record, request: Request, reply: Reply, error: ServeError | None) -> None:
+    def _finish(self, record: Record, request: Request, reply: Reply) -> None:
         record.status = record.status or reply.status
         record.duration = self.pool.loop.time() - request.received_at
         record.bytes_in = request.body_size
         record.bytes_out = reply.bytes_sent
         record.is_stream = reply.is_event_stream
         record.key = request.key.name if request.key else ""
-        if error is not None:
-            record.error = error.code
+        if reply.error is not None:
+            record.error = reply.error.code
         self._observer.finished(record)
 
 

@@ -41,6 +41,7 @@ class Reply:
         "_last_but_one",
         "_wire",
         "bytes_sent",
+        "error",
         "extra_fields",
         "is_chunked",
         "is_event_stream",
@@ -54,6 +55,7 @@ class Reply:
         self.extra_fields = extra_fields
         self.status = 0
         self.bytes_sent = 0
+        self.error: ServeError | None = None  # the one of ours with which it was answered or broken off
         self.is_chunked = False
         self.is_event_stream = False
         self.is_over = False
@@ -130,6 +132,7 @@ class Reply:
         if self.has_begun:
             self.break_off(error)
             return
+        self.error = error
         headers = [(b"Content-Type", b"application/json")]
         if error.retry_after is not None:
             headers.append((b"Retry-After", b"%d" % error.retry_after))
@@ -147,6 +150,7 @@ class Reply:
         """
         if self.is_over:
             return
+        self.error = error
         if self.is_event_stream and self.is_at_boundary():
             self.body(error.event(self.request.path))
         self.is_over = True
