@@ -213,7 +213,7 @@ class Fleet:
     def refused(self, member: Member) -> None:
         """The data path found nothing listening: unavailable at once, and asked again at once."""
         member.failures_total += 1
-        if member.ready.refused(self.clock()):
+        if member.ready.surely_failed(self.clock()):
             self.changed()
         self._tell(self.when_refused, member)
 

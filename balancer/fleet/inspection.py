@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from balancer.fleet.line import Line
+from balancer.fleet.line import Line, Unheard
 from balancer.fleet.member import UNKNOWN_LIMIT
 
 LEAST_LIMIT = 16
@@ -14,26 +14,29 @@ TOKENS_PER_REQUEST = 256
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`identity` changes with each start; `limit` is in requests, `capacity_tokens` in tokens; None: not said."""
+    """`identity` changes with each start; `limit` is in requests, `capacity_tokens` in tokens; None: not said.
+
+    `is_whole` is False where the replica did not come to say who it is: SGLang's scheduler has to, between two steps.
+    """
 
     identity: str | None = None
     limit: int | None = None
     capacity_tokens: int | None = None
+    is_whole: bool = True
 
 
 async def read_facts(line: Line, timeout: float) -> Facts:
-    """Asks SGLang's /v1/loads and /server_info, `timeout` seconds each; a replica that has neither is no error.
-
-    Raises Unheard when it does not answer: SGLang's /server_info waits for the scheduler, so for a long prefill.
-    """
+    """Asks SGLang's /v1/loads and /server_info, `timeout` seconds each; a replica that has neither is no error."""
     loads = await _read(line, "/v1/loads?include=core", timeout)
     info = await _read(line, "/server_info", timeout)
+    is_whole = loads is not None and info is not None
+    loads, info = loads or {}, info or {}
     entries = loads.get("loads")  # one for each data-parallel rank
     ranks = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     capacity = _sum(ranks, "max_total_num_tokens") or _sum([info], "max_total_num_tokens")
     running = _sum(ranks, "max_running_requests") or _sum([info], "max_running_requests")
     seed = info.get("random_seed")
-    return Facts(None if seed is None else str(seed), limit_of(running, capacity), capacity)
+    return Facts(None if seed is None else str(seed), limit_of(running, capacity), capacity, is_whole)
 
 
 def limit_of(max_running_requests: int | None, capacity_tokens: int | None) -> int | None:
@@ -43,8 +46,12 @@ def limit_of(max_running_requests: int | None, capacity_tokens: int | None) -> i
     return min(max_running_requests or UNKNOWN_LIMIT, max(LEAST_LIMIT, capacity_tokens // TOKENS_PER_REQUEST))
 
 
-async def _read(line: Line, path: str, timeout: float) -> dict[str, Any]:
-    answer = await line.ask(path, timeout)
+async def _read(line: Line, path: str, timeout: float) -> dict[str, Any] | None:
+    """The JSON object there, empty where there is none; None: no answer came."""
+    try:
+        answer = await line.ask(path, timeout)
+    except Unheard:
+        return None
     try:
         body = orjson.loads(answer.body) if answer.status == 200 else {}
     except ValueError:

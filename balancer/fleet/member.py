@@ -59,8 +59,8 @@ class Question:
             return False
         return self._turn(Verdict.FAILING, now)
 
-    def refused(self, now: float) -> bool:
-        """Notes that nothing listens there any more, which needs no second opinion; True when the verdict changed."""
+    def surely_failed(self, now: float) -> bool:
+        """Notes a failure that needs no second opinion (nothing listens there); True when the verdict changed."""
         self.failures = max(self.failures, FAILURES_TO_FAIL)
         self.failures_total += 1
         return self._turn(Verdict.FAILING, now)

@@ -17,9 +17,8 @@ from balancer.fleet.member import Member, Verdict
 
 log = logging.getLogger("groundserve")
 
-# SGLang answers these by making a token; /health_generate always does.
+# SGLang answers these by making a token.
 TOKEN_PATHS = ("/health", "/health_generate")
-SILENT_PATH = "/health_generate"
 # Time to the next question while the service's answer is not (or no longer surely) a pass, in seconds.
 SOON = 1.0
 # However much hurries, /ready is not asked more often than once in this many seconds.
@@ -42,7 +41,7 @@ class Watch:
         self._came_up = asyncio.Event()  # /ready began to pass: ask the service's question now
         self._was_refused = False
         self._trouble = ""  # why it could not be asked, as last logged
-        self._vouched_at = 0.0  # when the service's probe last passed
+        self._alive_at = 0.0  # when it last proved, amid a silence, that it still works
         self._ready_line = line_to(member, when_broken=self._hurry.set)
         self._service_line = line_to(member)
         self._inspected: int | None = None  # the ready line's breaks when we last knew who answers
@@ -81,7 +80,7 @@ class Watch:
             answer = await self._ready_line.ask("/ready", fleet.settings.ready_timeout)
         except Refused:
             self._was_refused = True
-            fleet.noted(member, member.ready.refused(fleet.clock()))
+            fleet.noted(member, member.ready.surely_failed(fleet.clock()))
             return
         except Unheard:
             fleet.noted(member, member.ready.failed(fleet.clock()))
@@ -110,18 +109,16 @@ class Watch:
         # A member that passes is not kept from its next /ready by a long prefill.
         timeout = min(settings.ready_interval, settings.ready_timeout) if is_passing else settings.ready_timeout
         with contextlib.closing(self._line_to(member)) as line:
-            try:
-                facts = await read_facts(line, timeout)
-            except Unheard:
-                return False  # who it is will be asked again after the next /ready
+            facts = await read_facts(line, timeout)
         if facts.identity and member.identity:
             is_another = facts.identity != member.identity
         else:
-            is_another = self._was_refused and member.has_passed
+            is_another = facts.is_whole and self._was_refused and member.has_passed
         if is_another:
             self._fleet.restarted(member)
             return True
-        self._inspected, self._was_refused = breaks, False
+        if facts.is_whole:  # else who it is will be asked again after the next /ready
+            self._inspected, self._was_refused = breaks, False
         member.identity = facts.identity or member.identity
         member.capacity_tokens = facts.capacity_tokens or member.capacity_tokens
         if settings.max_in_flight is None:
@@ -143,6 +140,9 @@ class Watch:
 
     async def _judge_service(self) -> None:
         member, fleet = self._member, self._fleet
+        if self._is_too_silent():
+            await self._judge_silence()
+            return
         if self._makes_tokens() and member.service.verdict is Verdict.PASSING:
             if self._flows():
                 fleet.noted(member, member.service.passed(fleet.clock()))
@@ -156,9 +156,24 @@ class Watch:
                 return  # a long prefill keeps anything waiting
             passes = False
         now = fleet.clock()
-        if passes:
-            self._vouched_at = now
         fleet.noted(member, member.service.passed(now) if passes else member.service.failed(now))
+
+    async def _judge_silence(self) -> None:
+        """It holds requests and has not said a byte for long: does its scheduler hang, or is a prefill that long?
+
+        SGLang answers /server_info between two steps of its scheduler, whenever that is. (/health_generate waits for
+        20 s at most; then it declares its own server unhealthy, so that a long prefill would take it out.)
+        """
+        member, fleet = self._member, self._fleet
+        try:
+            answer = await self._service_line.ask("/server_info", fleet.settings.silence_timeout)
+            is_alive = answer.status == 200 or await self._ask_service()
+        except Unheard:
+            is_alive = False
+        now = fleet.clock()
+        if is_alive:
+            self._alive_at = now
+        fleet.noted(member, member.service.passed(now) if is_alive else member.service.surely_failed(now))
 
     def _makes_tokens(self) -> bool:
         """Does the service's question cost the replica a generation?"""
@@ -174,15 +189,11 @@ class Watch:
 
     def _is_too_silent(self) -> bool:
         member = self._member
-        heard_at = max(member.last_byte_at, member.busy_since, self._vouched_at)
+        heard_at = max(member.last_byte_at, member.busy_since, self._alive_at)
         return member.generating > 0 and self._fleet.clock() - heard_at > self._fleet.settings.silence_timeout
 
     async def _ask_service(self) -> bool:
         probe = self._fleet.readiness
-        if self._makes_tokens() and self._is_too_silent():
-            answer = await self._service_line.ask(SILENT_PATH, self._fleet.settings.silence_timeout)
-            if answer.status != 404:
-                return answer.status == 200
         fields = {"Accept": "*/*", **({} if probe.post_data is None else {"Content-Type": "application/json"})}
         fields |= probe.headers
         answer = await self._service_line.ask(

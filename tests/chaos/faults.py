@@ -19,7 +19,7 @@ from tests.chaos.stage import Stage, Violation
 
 LOOK = 0.02  # seconds between two looks at the balancer's status
 # What a shared machine may take for itself, on top of any bound; seconds.
-SLACK = 1.0
+SLACK = 3.0
 GONE = ("NOT_READY", "STARTING", "EJECTED", None)
 
 

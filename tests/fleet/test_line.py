@@ -290,11 +290,22 @@ def test_a_body_that_is_no_json_says_nothing() -> None:
     asyncio.run(play())
 
 
-def test_a_replica_that_does_not_answer_is_unheard_and_no_replica_without_facts() -> None:
+def test_a_scheduler_too_busy_to_say_who_it_is_leaves_the_limits_known_and_the_facts_not_whole() -> None:
+    said = json.dumps(loads_of((64, 8192))).encode()
+
+    async def play() -> None:
+        async with talking(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(said), said), b"") as (member, _):
+            with line_to(member) as line:
+                assert await read_facts(line, 0.1) == Facts(None, 32, 8192, is_whole=False)
+
+    asyncio.run(play())
+
+
+def test_a_replica_that_does_not_answer_has_said_nothing_yet() -> None:
     async def play() -> None:
         async with LabReplica(service_status="hang") as replica:
-            with line_to(member_at(replica.url)) as line, pytest.raises(Unheard):
-                await read_facts(line, 0.1)
+            with line_to(member_at(replica.url)) as line:
+                assert await read_facts(line, 0.1) == Facts(is_whole=False)
 
     asyncio.run(play())
 

@@ -27,7 +27,7 @@ def member_with(**facts: Any) -> Member:
         member.ready.passed(NOW - 50)
         member.service.passed(NOW - 50)
     if failing_for is not None:
-        member.ready.refused(NOW - failing_for)
+        member.ready.surely_failed(NOW - failing_for)
     for name, value in facts.items():
         setattr(member, name, value)
     return member
@@ -110,7 +110,7 @@ def test_two_failures_in_a_row_undo_a_pass() -> None:
 def test_a_refusal_undoes_a_pass_at_once_and_one_pass_undoes_it() -> None:
     question = Question()
     question.passed(1.0)
-    assert question.refused(2.0)
+    assert question.surely_failed(2.0)
     assert (question.verdict, question.since) == (Verdict.FAILING, 2.0)
     assert question.passed(3.0)
     assert not question.failed(4.0)
@@ -120,7 +120,7 @@ def test_failing_counts_from_whichever_question_failed_first() -> None:
     member = member_with()
     member.service.failed(NOW - 30)
     member.service.failed(NOW - 20)
-    member.ready.refused(NOW - 10)
+    member.ready.surely_failed(NOW - 10)
     assert member.is_failing_for(19, NOW)
     assert not member.is_failing_for(20, NOW)
 

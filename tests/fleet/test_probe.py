@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -387,23 +388,52 @@ def test_a_hung_scheduler_is_found_out_after_the_silence_timeout() -> None:
             await until_ready(fleet)
             with at_work(fleet):
                 began = time.monotonic()
-                replica.set(health=503)
+                replica.set(health="hang", service_status="hang")
                 await until_status(fleet, 1, Status.NOT_READY)
-                assert time.monotonic() - began >= 0.4
-                assert asked(replica, "/health_generate") >= 2
+                assert 2 * 0.4 <= time.monotonic() - began < 2 * 0.4 + 1.0
+                replica.set(service_status=200)
+                await until_ready(fleet)
 
     asyncio.run(play())
 
 
-def test_a_silent_member_that_makes_a_token_is_left_alone_for_another_silence_timeout() -> None:
+def test_a_silent_member_whose_scheduler_answers_is_left_alone_for_another_silence_timeout() -> None:
     async def play() -> None:
         async with LabReplica() as replica, watched(replica, silence_timeout=0.4) as fleet:
             await until_ready(fleet)
             with at_work(fleet):
-                began = time.monotonic()
-                await replica.seen.until(lambda _: asked(replica, "/health_generate") >= 3)
+                replica.set(health=503)  # SGLang's own word for a prefill that long
+                began, before = time.monotonic(), asked(replica, "/server_info")
+                await replica.seen.until(lambda _: asked(replica, "/server_info") >= before + 3)
                 assert time.monotonic() - began >= 3 * 0.4
                 assert statuses(fleet) == ["READY"]
+
+    asyncio.run(play())
+
+
+def test_a_silent_server_that_is_no_sglang_is_asked_the_services_own_question() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                path = (await reader.readuntil(b"\r\n\r\n")).split()[1]
+                seen.append(path)
+                status = b"200 OK" if path in (b"/ready", b"/health") else b"404 Not Found"
+                writer.write(b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status)
+        writer.close()
+
+    seen: list[bytes] = []
+
+    async def play() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server, watched(url, silence_timeout=0.2) as fleet:
+            await until_ready(fleet)
+            with at_work(fleet):
+                began = len(seen)
+                await probes(fleet, 1, 20)
+                assert seen[began:].count(b"/server_info") >= 2
+                assert seen[began:].count(b"/health") >= 2
+                assert (fleet.members[1].service.failures, statuses(fleet)) == (0, ["READY"])
 
     asyncio.run(play())
 
