@@ -101,7 +101,8 @@ def _make_smollm2(out: Path, progress: Progress) -> None:
     )
     progress("smollm2-135m: writing the model", 1, 2)
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    # The template writes the start token itself; some versions of transformers would add another.
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, add_bos_token=False).save_pretrained(out)
     progress("smollm2-135m: writing the model", 2, 2)
 
 

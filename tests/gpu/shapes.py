@@ -27,6 +27,7 @@ LLAMA_2_7B = {
     "torch_dtype": "bfloat16",
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 # CLIP ViT-L/14 at 336 pixels, and LLaVA-1.6's way of cutting images into tiles.
 CLIP_L_336 = {
