@@ -438,6 +438,23 @@ def test_a_silent_server_that_is_no_sglang_is_asked_the_services_own_question() 
     asyncio.run(play())
 
 
+def test_a_deep_question_that_failed_once_is_asked_again_soon() -> None:
+    async def play() -> None:
+        readiness = {"endpoint_probe_interval_seconds": 4.0}
+        async with LabReplica(health=503) as replica, watched(replica, readiness=readiness) as fleet:
+            await until(fleet, lambda: fleet.members[1].service.verdict is Verdict.FAILING)
+            replica.set(health=200)
+            await until_ready(fleet)
+            passed = asked(replica, "/health")
+            replica.set(health=503)
+            await until_status(fleet, 1, Status.NOT_READY)
+            times = [probe.received_at for probe in replica.seen.probes if probe.target == "/health"][passed:]
+            assert len(times) == 2
+            assert times[1] - times[0] < 2.0  # half an interval
+
+    asyncio.run(play())
+
+
 # Identity
 
 
