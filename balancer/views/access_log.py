@@ -4,7 +4,7 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import orjson
 
@@ -55,10 +55,12 @@ class AccessLog:
     def _next_lines(self) -> bytes:
         lines = []
         if self._dropped and not self._records:
-            lines.append(b"groundserve: %d log lines dropped: whoever reads this log is too slow\n" % self._dropped)
+            why = "whoever reads this log is too slow"
+            lines.append(self._line(self._wall_clock(), {"dropped": self._dropped, "error": why}))
             self._dropped = 0
         while self._records and len(lines) < 64:
-            lines.append(self._line(*self._records.popleft()))
+            at, record = self._records.popleft()
+            lines.append(self._line(at, _fields(record)))
         return b"".join(lines)
 
 
@@ -86,13 +88,13 @@ def _fields(record: Record) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _json_line(at: float, record: Record) -> bytes:
-    return orjson.dumps({"time": round(at, 3), **_fields(record)}, option=orjson.OPT_APPEND_NEWLINE)
+def _json_line(at: float, fields: Mapping[str, object]) -> bytes:
+    return orjson.dumps({"time": round(at, 3), **fields}, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _text_line(at: float, record: Record) -> bytes:
+def _text_line(at: float, fields: Mapping[str, object]) -> bytes:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
-    words = " ".join(f"{name}={_printable(value)}" for name, value in _fields(record).items())
+    words = " ".join(f"{name}={_printable(value)}" for name, value in fields.items())
     return f"{stamp}Z {words}\n".encode("utf-8", "replace")
 
 

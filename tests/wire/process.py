@@ -43,6 +43,16 @@ class BalancerProcess:
         self.clients.append(client)
         return client
 
+    async def says(self, status: int) -> None:
+        """Waits until /ready answers so."""
+        async with asyncio.timeout(SOON * 4):
+            while True:
+                client = await self.client()
+                await client.send(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                if (await client.answer("GET")).status == status:
+                    return
+                await asyncio.sleep(0.02)
+
     async def end(self) -> int:
         """Waits for its end; the exit status."""
         async with asyncio.timeout(SOON * 2):
@@ -73,7 +83,7 @@ async def running(
             asyncio.ensure_future(_kept(process.stdout, balancer, "printed")),
             asyncio.ensure_future(_kept(process.stderr, balancer, "complained")),
         ]
-        await _ready(balancer)
+        await balancer.says(200)
         yield balancer
     finally:
         for client in balancer.clients:
@@ -87,15 +97,3 @@ async def running(
 async def _kept(stream: asyncio.StreamReader, balancer: BalancerProcess, name: str) -> None:
     while data := await stream.read(1 << 16):
         setattr(balancer, name, getattr(balancer, name) + data)
-
-
-async def _ready(balancer: BalancerProcess) -> None:
-    async with asyncio.timeout(SOON * 4):
-        while True:
-            client = await balancer.client()
-            await client.send(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            status = (await client.answer("GET")).status
-            client.leave()
-            if status == 200:
-                return
-            await asyncio.sleep(0.02)

@@ -97,14 +97,18 @@ class House:
     def member(self, name: str) -> Member:
         return next(m for m in self.balancer.fleet.members.values() if m.name == name)
 
-    def log(self) -> list[dict[str, Any]]:
-        """The access log's lines so far."""
+    def log_text(self) -> bytes:
+        """The access log so far."""
         while True:
             self.balancer.access_log.flush()
             try:
                 self._log += os.read(self._log_reader, 1 << 16)
             except BlockingIOError:
-                return [orjson.loads(line) for line in self._log.splitlines()]
+                return self._log
+
+    def log(self) -> list[dict[str, Any]]:
+        """Its lines, of JSON."""
+        return [orjson.loads(line) for line in self.log_text().splitlines()]
 
     async def logged(self, count: int = 1) -> list[dict[str, Any]]:
         """The log once it has `count` lines."""

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import signal
 
-import httpx
 import orjson
 import pytest
 
@@ -174,8 +173,7 @@ async def test_a_second_signal_ends_at_once_and_tells_the_streams(number: signal
         await client.send(request(body=chat(stream=True, tokens=100_000)))
         await client.until(b"t00")
         balancer.signal(signal.SIGTERM)
-        while (httpx.get(balancer.url + "/ready")).status_code == 200:
-            await asyncio.sleep(0.01)
+        await balancer.says(503)
         loop = asyncio.get_running_loop()
         began = loop.time()
         balancer.signal(number)

@@ -1,0 +1,171 @@
+"""The access log: one line a request, all there is to know about it, and nothing that is nobody's business."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import pytest
+
+from balancer.relay.record import Record
+from balancer.views.access_log import MAX_WAITING, AccessLog
+from tests.lab.replica import LabReplica
+from tests.wire.client import CHAT, chat, request
+from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
+
+POST = request(body=chat())
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[House]:
+    with kept({}) as house:
+        yield house
+
+
+@in_house
+async def test_a_line_tells_all_of_a_request(house: House) -> None:
+    body = chat(tokens=4, stream=True, stream_options={"include_usage": True})
+    answer = await house.ask(request(body=body, headers=(("X-Request-Id", "mine"),)))
+    line = (await house.logged(1))[0]
+    fixed = {
+        "id": "mine", "method": "POST", "path": CHAT, "status": 200, "member": "a", "attempts": 1, "reason": "in turn",
+        "bytes_in": len(body), "bytes_out": len(answer.body), "completion_tokens": 4, "cached_tokens": 0,
+    }  # fmt: skip
+    assert {name: line[name] for name in fixed} == fixed
+    assert line["prompt_tokens"] > 0
+    assert 0 <= line["queued"] <= line["ttft"] <= line["duration"] < 5
+    assert line["time"] > 1_700_000_000
+
+
+OUTCOMES: dict[str, tuple[bytes, dict[str, Any], dict[str, Any]]] = {
+    "relayed": (POST, {}, {"status": 200, "attempts": 1}),
+    "the replica's error": (POST, {"status": 429}, {"status": 429, "attempts": 1}),
+    "lost": (POST, {"cut": "before_head"}, {"status": 502, "attempts": 1, "error": "replica_lost"}),
+    "refused path": (request("GET", "/nowhere"), {}, {"status": 404, "attempts": 0, "error": "not_found"}),
+    "malformed": (b"nonsense\r\n\r\n", {}, {"status": 400, "attempts": 0, "method": "-", "path": "/"}),
+    "own": (request("GET", "/health"), {}, {"status": 200, "attempts": 0, "path": "/health"}),
+}
+
+
+@pytest.mark.parametrize("row", **each(OUTCOMES))
+@in_house
+async def test_every_request_has_one_line(house: House, row: tuple[bytes, dict[str, Any], dict[str, Any]]) -> None:
+    data, knobs, expected = row
+    house.replicas[0].set(**knobs)
+    answer = await house.ask(data, data.split(b" ")[0].decode())
+    line = (await house.logged(1))[0]
+    assert {name: line.get(name) for name in expected} == expected
+    assert line["id"] == answer.header("x-request-id")
+
+
+SECRET = "hunter2-do-not-log"
+SPOTS: dict[str, bytes] = {
+    "header": request(body=chat(), headers=(("Authorization", f"Bearer {SECRET}"), ("Cookie", SECRET))),
+    "body": request(body=chat(prompt=SECRET)),
+    "query": request("GET", f"/v1/models/lab?key={SECRET}"),
+    "query of a refused path": request("GET", f"/nowhere?key={SECRET}"),
+    "query of an absolute target": request("GET", f"http://wire.test/v1/models/lab?key={SECRET}"),
+    "user of an absolute target": request("GET", f"http://{SECRET}@wire.test/v1/models/lab"),
+    "a name": request("GET", "/v1/models/lab", headers=((f"X-{SECRET}", "1"),)),
+    "a method that is none": f"{SECRET} / HTTP/1.1\r\n\r\n".encode(),
+    "a malformed head": f"GET /v1/models/lab?{SECRET} HTTP/1.1\r\nHost : {SECRET}\r\n\r\n".encode(),
+    "a malformed length": f"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: {SECRET}\r\n\r\n".encode(),
+    "an id that is none": request("GET", "/v1/models/lab", headers=(("X-Request-Id", f"{SECRET}!"),)),
+    "a query behind %3F": request("GET", "/v1/models/lab?a=%3F" + SECRET),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", **each(SPOTS))
+@in_house
+async def test_no_secret_is_logged(house: House, data: bytes) -> None:
+    answer = await house.ask(data, data.split(b" ")[0].decode())
+    lines = orjson.dumps(await house.logged(1)).decode()
+    assert SECRET not in lines
+    assert SECRET.encode() not in answer.body or answer.status == 200, "nor repeated in an error"
+
+
+@on_uvloop
+async def test_no_key_of_the_service_is_logged() -> None:
+    knobs = {"replica_key": "inner-secret", "admin_key": "admin-secret"}
+    async with LabReplica(api_key="inner-secret") as a, serving(a, config=knobs, admin_paths=True) as house:
+        for key in ("inner-secret", "admin-secret", "wrong"):
+            await house.ask(request("POST", "/flush_cache", b"", (("Authorization", f"Bearer {key}"),)))
+            await house.ask(request(body=chat(), headers=(("Authorization", f"Bearer {key}"),)))
+        text = orjson.dumps(await house.logged(6)).decode()
+        for key in ("inner-secret", "admin-secret", "wrong"):
+            assert key not in text
+
+
+# Nobody writes into the log by what he asks for
+
+INJECTED = {
+    "line ends": ("/v1/a%0d%0afake=1", '"/v1/a\\r\\nfake=1"'),
+    "a space": ("/v1/a%20status=200", '"/v1/a status=200"'),
+    "a quote": ("/v1/a%20%22b", '"/v1/a \\"b"'),
+    "an escape sequence": ("/v1/a%1b[31m", '"/v1/a\\u001b[31m"'),
+    "beyond ASCII": ("/v1/caf%C3%A9%E2%80%AE", None),
+    "a NUL": ("/v1/a%00", '"/v1/a\\u0000"'),
+    "plain": ("/v1/a=b", "/v1/a=b"),
+}
+
+
+@pytest.mark.parametrize("is_json", [True, False], ids=["json", "text"])
+@pytest.mark.parametrize("row", **each(INJECTED))
+@on_uvloop
+async def test_a_path_stays_within_its_field_and_line(row: tuple[str, str | None], is_json: bool) -> None:
+    target, shown = row
+    async with LabReplica() as a, serving(a, config={"is_log_json": is_json}) as house:
+        await house.ask(request("GET", target))
+        await house.at_rest()
+        written = house.log_text()
+        assert written.count(b"\n") == 1
+        assert written.endswith(b"\n")
+        assert all(byte >= 32 for byte in written[:-1])
+        if is_json:
+            assert orjson.loads(written)["path"].startswith("/v1/")
+        elif shown is not None:
+            assert f" path={shown} status=".encode() in written
+
+
+# A reader that is slow, or gone
+
+
+def record(number: int) -> Record:
+    return Record(f"n{number}", "GET", "/", 0.0, status=200)
+
+
+def test_a_reader_that_does_not_keep_up_holds_nobody_up_and_is_told_how_much_it_missed() -> None:
+    reader, writer = os.pipe()
+    try:
+        log = AccessLog(writer, is_json=True, wall_clock=lambda: 0.0)
+        for number in range(MAX_WAITING + 5):
+            log.finished(record(number))
+        received = b""
+        log.flush()  # returns although nobody reads
+        os.set_blocking(reader, False)
+        while True:
+            try:
+                received += os.read(reader, 1 << 20)
+            except BlockingIOError:
+                break
+            log.flush()
+        lines = [orjson.loads(line) for line in received.splitlines()]
+        assert [line["id"] for line in lines[:-1]] == [f"n{number}" for number in range(MAX_WAITING)]
+        assert lines[-1]["dropped"] == 5
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_reader_that_is_gone_ends_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        log = AccessLog(writer, is_json=False)
+        for number in range(1000):
+            log.finished(record(number))
+        log.flush()
+        log.finished(record(1))
+        log.flush()
+    finally:
+        os.close(writer)
