@@ -17,7 +17,7 @@ ORDER = [
     {"routing"},
     {"relay"},
     {"operate", "views"},
-    {"app"},
+    {"listen", "app"},
     {"cli", "__main__"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
