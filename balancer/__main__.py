@@ -54,7 +54,9 @@ def config_from(options: argparse.Namespace) -> app.Config:
             f"--admin {options.admin} is not loopback: give --admin-key FILE, or say --open to let everyone who "
             "reaches it look"
         )
-    if bool(options.tls_cert) != bool(options.tls_key):
+    tls = described.service.tls if described and not options.tls_cert and not options.tls_key else None
+    tls_cert, tls_key = (tls.certfile, tls.keyfile) if tls else (options.tls_cert, options.tls_key)
+    if bool(tls_cert) != bool(tls_key):
         raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
     if options.discover and options.replica:
         raise ConfigError("--replica and --discover exclude each other: give one of them")
@@ -72,8 +74,8 @@ def config_from(options: argparse.Namespace) -> app.Config:
         replica_key=_key(options.replica_key, "--replica-key"),
         admin_key=admin_key,
         api_keys=_path(options.api_keys),
-        tls_cert=_path(options.tls_cert),
-        tls_key=_path(options.tls_key),
+        tls_cert=_path(tls_cert),
+        tls_key=_path(tls_key),
         replica_ca=_path(options.replica_ca),
         is_log_json=options.log_format == "json",
     )
@@ -137,7 +139,7 @@ def _joined(address: tuple[str, int]) -> str:
 
 
 def _path(text: str | None) -> Path | None:
-    return Path(text) if text else None
+    return Path(text).expanduser() if text else None
 
 
 def _key(path: str | None, flag: str) -> str | None:

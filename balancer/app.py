@@ -4,19 +4,15 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import resource
 import signal
-import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
-import uvicorn
 
-from balancer import errors
+from balancer import listen
 from balancer.errors import ConfigError
 from balancer.fleet.discovery import DnsDiscovery, Resolve, resolve
 from balancer.fleet.fleet import Fleet
@@ -52,7 +48,6 @@ from balancer.views.tally import Tallies
 log = logging.getLogger("groundserve")
 
 SWEEP = 0.25  # seconds between two looks at everything that can time out
-BACKLOG = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +138,17 @@ class Balancer:
         self.feed = Feed(self.facts, self.fleet, self.admission, self.tallies, self.history)
         add_page(admin, self.feed)
         self._own_client = httpx.AsyncClient(
-            verify=self.certificate.own_context if self.certificate else True,
+            verify=self.certificate.own_context if self.certificate else replica_tls,
             trust_env=False,
             timeout=httpx.Timeout(None, connect=5),
             limits=httpx.Limits(max_keepalive_connections=0),
         )
-        admin.include_router(playground_router(lambda: _reachable(self.endpoint), self._own_client))
-        self._sockets = [_bound(*config.listen), _bound(*config.admin)]
+        admin.include_router(playground_router(lambda: listen.reachable(self.endpoint), self._own_client))
+        self._sockets = [listen.bound(*config.listen), listen.bound(*config.admin)]
         guarded = Guard(admin, is_loopback_name(config.admin[0]), config.admin_key is not None)
         self._servers = [
-            _Server(_uvicorn(own, self._connection, self.certificate)),
-            _Server(_uvicorn(guarded, AdminConnection)),
+            listen.server(own, self._connection, self.certificate),
+            listen.server(guarded, AdminConnection),
         ]
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -163,11 +158,11 @@ class Balancer:
 
     @property
     def endpoint(self) -> str:
-        return _url(self._sockets[0], is_tls=self.certificate is not None)
+        return listen.url_of(self._sockets[0], is_tls=self.certificate is not None)
 
     @property
     def admin_endpoint(self) -> str:
-        return _url(self._sockets[1])
+        return listen.url_of(self._sockets[1])
 
     async def start(self) -> None:
         """Opens both ports and begins to watch the replicas."""
@@ -235,7 +230,7 @@ class Balancer:
 
 async def run(config: Config, look_up: Resolve = resolve) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. `look_up` resolves replicas' names."""
-    _raise_file_limit()
+    listen.raise_file_limit()
     loop = asyncio.get_running_loop()
     leaving, hurry = asyncio.Event(), asyncio.Event()
 
@@ -266,14 +261,6 @@ class _Observer:
         self._tallies.finished(record)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's accepting and its ASGI side, without its signal handlers: `run` decides the order of leaving."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 def _policy(config: Config) -> Policy:
     match config.policy:
         case "round_robin":
@@ -286,60 +273,11 @@ def _policy(config: Config) -> Policy:
             return InstanceAwareLeastLoad(config.target_qps)
 
 
-def _uvicorn(app: Any, http: Any, certificate: Certificate | None = None) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=http,
-        loop="none",
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        backlog=BACKLOG,
-        timeout_graceful_shutdown=1,
-        ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
-    )
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A bound socket; raises ConfigError with a line that says what is in the way."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another address or port") from None
-    listener.setblocking(False)
-    return listener
-
-
-def _url(listener: socket.socket, is_tls: bool = False) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _reachable(endpoint: str) -> str:
-    """The endpoint as this process itself reaches it: 0.0.0.0 and :: are every address, and none to connect to."""
-    return endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-
-
 def _networks(texts: tuple[str, ...]) -> tuple[Network, ...]:
     try:
         return tuple(ipaddress.ip_network(text, strict=False) for text in texts)
     except ValueError as error:
         raise ConfigError(f"trusted_proxies: {error}; write addresses or networks like 10.0.0.0/8") from None
-
-
-def _raise_file_limit() -> None:
-    """A request holds two descriptors, and many systems allow a process 1,024 unless it asks for what it may have."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = 1 << 20
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most if 0 < most < enough else enough, most))
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -1,0 +1,74 @@
+"""The sockets that the process listens on, and the servers behind them."""
+
+import contextlib
+import resource
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from balancer.errors import ConfigError
+from balancer.relay.tls import Certificate
+
+BACKLOG = 4096
+
+
+class Server(uvicorn.Server):
+    """uvicorn's accepting and its ASGI side, without its signal handlers: the app decides the order of leaving."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def server(app: Any, http: Any, certificate: Certificate | None = None) -> Server:
+    """A server of an ASGI app, whose connections are made by `http`."""
+    config = uvicorn.Config(
+        app,
+        http=http,
+        loop="none",
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=1,
+        ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
+    )
+    return Server(config)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A bound socket; raises ConfigError with a line that says what is in the way."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another address or port") from None
+    listener.setblocking(False)
+    return listener
+
+
+def url_of(listener: socket.socket, is_tls: bool = False) -> str:
+    """What a client asks for."""
+    host, port = listener.getsockname()[:2]
+    return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def reachable(endpoint: str) -> str:
+    """The endpoint as this process itself reaches it: 0.0.0.0 and :: are every address, and none to connect to."""
+    return endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+def raise_file_limit() -> None:
+    """A request holds two descriptors, and many systems allow a process 1,024 unless it asks for what it may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 1 << 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most if 0 < most < enough else enough, most))
