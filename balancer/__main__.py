@@ -54,8 +54,9 @@ def config_from(options: argparse.Namespace) -> app.Config:
             f"--admin {options.admin} is not loopback: give --admin-key FILE, or say --open to let everyone who "
             "reaches it look"
         )
-    tls = described.service.tls if described and not options.tls_cert and not options.tls_key else None
-    tls_cert, tls_key = (tls.certfile, tls.keyfile) if tls else (options.tls_cert, options.tls_key)
+    tls_cert, tls_key = _path(options.tls_cert), _path(options.tls_key)
+    if described and described.tls and not tls_cert and not tls_key:
+        tls_cert, tls_key = described.tls
     if bool(tls_cert) != bool(tls_key):
         raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
     if options.discover and options.replica:
@@ -74,8 +75,8 @@ def config_from(options: argparse.Namespace) -> app.Config:
         replica_key=_key(options.replica_key, "--replica-key"),
         admin_key=admin_key,
         api_keys=_path(options.api_keys),
-        tls_cert=_path(tls_cert),
-        tls_key=_path(tls_key),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
         replica_ca=_path(options.replica_ca),
         is_log_json=options.log_format == "json",
     )

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from balancer.__main__ import _parser, config_from
 from balancer.errors import ConfigError
 from balancer.fleet.member import Listed, Status
 from balancer.relay.tls import Certificate, replica_context
@@ -293,3 +294,13 @@ async def test_a_replica_that_is_not_who_it_should_be_gets_nothing(
             assert (await http.get("/health")).status_code == 503
             assert lab.seen.requests == []
             assert lab.seen.probes == []
+
+
+def test_a_service_files_tls_is_the_endpoints_and_flags_come_first(pair: Pair, tmp_path: Path) -> None:
+    service = tmp_path / "service.yaml"
+    service.write_text(f"service:\n  tls: {{certfile: {pair.cert}, keyfile: {pair.key}}}\nrun: x\n")
+    arguments = ["--service", str(service), "--listen", "127.0.0.1:0"]
+    config = config_from(_parser().parse_args(arguments))
+    assert (config.tls_cert, config.tls_key) == (pair.cert, pair.key)
+    config = config_from(_parser().parse_args([*arguments, "--tls-cert", "/other.crt", "--tls-key", "/other.key"]))
+    assert (config.tls_cert, config.tls_key) == (Path("/other.crt"), Path("/other.key"))
