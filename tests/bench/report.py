@@ -73,6 +73,8 @@ def verdict(rows: Mapping[str, Figures]) -> list[tuple[bool | None, str]]:
         theirs = [getattr(rows[peer], column) for peer in RUST_ROUTERS if peer in rows]
         share = ratio(getattr(rows[OURS], column), theirs)
         text = f"CPU per {what} at most the better Rust router's: {times(share)} of it"
+        if share is None:
+            text = f"CPU per {what}: no Rust router was measured beside it"
         found.append((None if share is None else share <= 1.0, text))
     return found
 

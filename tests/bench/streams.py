@@ -23,7 +23,7 @@ class Stream(Exchange):
         self.expected = expected
         self.offset = 0
         self.ttft = 0.0  # seconds from the request to the first byte of the body
-        self.arrivals: list[tuple[float, int]] = []  # when, and how many events were whole by then
+        self.arrivals: list[tuple[float, int]] = []  # of each read: when, and how many events were whole by then
         self.error: str | None = None
         self.first = asyncio.Event()
         self.closed = asyncio.Event()
@@ -32,19 +32,21 @@ class Stream(Exchange):
     def events(self) -> int:
         return min(self.offset, len(self.expected) - len(messages.DONE)) // messages.EVENT_BYTES
 
+    def data_received(self, data: bytes) -> None:
+        had = self.events
+        super().data_received(data)
+        if self.events > had:
+            self.arrivals.append((time.monotonic(), self.events))
+
     def on_body(self, body: bytes) -> None:
         if not self.expected.startswith(body, self.offset):
             status = self.parser.get_status_code()
             self.fail(f"status {status}, at byte {self.offset} of the body: {body[:80]!r}")
             return
-        now = time.monotonic()
         if not self.offset:
-            self.ttft = now - self.sent_at
+            self.ttft = time.monotonic() - self.sent_at
             self.first.set()
-        had = self.events
         self.offset += len(body)
-        if self.events > had:
-            self.arrivals.append((now, self.events))
 
     def completed(self, status: int, keep_alive: bool) -> None:
         if status != 200 or self.offset != len(self.expected):
