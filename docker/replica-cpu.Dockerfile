@@ -21,15 +21,17 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # nothing but SGLang.
 FROM sglang AS models
 COPY --from=package /opt/groundserve /opt/groundserve
-RUN PYTHONPATH=/opt/groundserve MODELS_DIR=/opt/models python3 -m replica.models
+RUN PYTHONPATH=/opt/groundserve MODELS_DIR=/opt/models python3 -m replica.models \
+    && chmod -R a+rX /opt/models
 
 FROM sglang
 LABEL org.opencontainers.image.title="groundserve replica on a CPU" \
       org.opencontainers.image.description="SGLang on a plain CPU, with two small models" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN mkdir -p /home/groundserve/.cache/huggingface /leases \
-    && chown -R 1000:1000 /home/groundserve \
-    && chmod 1777 /home/groundserve /home/groundserve/.cache /home/groundserve/.cache/huggingface /leases
+# 1777, as /tmp: whoever the container runs as may write there, and so may the volumes' later users. Empty, because
+# containers that start together on a new volume would all fill it from here, and fall over each other.
+RUN mkdir -p /home/groundserve/.cache /huggingface /leases \
+    && chmod 1777 /home/groundserve /home/groundserve/.cache /huggingface /leases
 COPY --from=models /opt/models /opt/models
 COPY --from=package /opt/groundserve /opt/groundserve
 COPY docker/healthcheck.py /opt/groundserve/
@@ -40,6 +42,7 @@ ENV PYTHONPATH=/opt/groundserve \
     USER=groundserve \
     REPLICA_DEVICE=cpu \
     REPLICA_HOST=0.0.0.0 \
+    HF_HOME=/huggingface \
     LEASE_DIR=/leases \
     MODELS_DIR=/opt/models
 USER 1000:1000

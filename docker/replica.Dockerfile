@@ -17,10 +17,10 @@ LABEL org.opencontainers.image.title="groundserve replica" \
       org.opencontainers.image.description="SGLang on a GPU of its own" \
       org.opencontainers.image.licenses="Apache-2.0"
 USER 0:0
-# 1777, as /tmp: whoever the container runs as may write there, and so may the volumes' later users.
-RUN mkdir -p /home/groundserve/.cache/huggingface /leases \
-    && chown -R 1000:1000 /home/groundserve \
-    && chmod 1777 /home/groundserve /home/groundserve/.cache /home/groundserve/.cache/huggingface /leases
+# 1777, as /tmp: whoever the container runs as may write there, and so may the volumes' later users. Empty, because
+# containers that start together on a new volume would all fill it from here, and fall over each other.
+RUN mkdir -p /home/groundserve/.cache /huggingface /leases \
+    && chmod 1777 /home/groundserve /home/groundserve/.cache /huggingface /leases
 COPY --from=package /opt/groundserve /opt/groundserve
 COPY docker/healthcheck.py /opt/groundserve/
 WORKDIR /home/groundserve
@@ -33,8 +33,10 @@ ENV PYTHONPATH=/opt/groundserve${PYTHONPATH:+:$PYTHONPATH} \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     REPLICA_DEVICE=cuda \
     REPLICA_HOST=0.0.0.0 \
+    HF_HOME=/huggingface \
     LEASE_DIR=/leases \
-    MODELS_DIR=/home/groundserve/.cache/huggingface/groundserve
+    MODELS_DIR=/huggingface/groundserve \
+    TRITON_CACHE_DIR=/home/groundserve/.cache/triton
 USER 1000:1000
 EXPOSE 8000
 # /ready, never /health: a failed /health makes SGLang exit without draining.

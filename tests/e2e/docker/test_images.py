@@ -92,6 +92,7 @@ def test_compose_takes_each_combination_of_overlays(overlays: tuple[str, ...]) -
         assert service["logging"]["options"] == {"max-size": "10m", "max-file": "3"}
     assert [port["published"] for port in balancer["ports"]] == ["30001", "30002"]
     assert balancer["read_only"] is True
+    assert balancer["pull_policy"] == replica["pull_policy"] == "never", "nobody else's image of that name"
     assert ("BALANCER_TLS_CERT" in balancer["environment"]) == ("docker/compose.tls.yaml" in overlays)
     assert ({"prometheus", "grafana"} <= set(services)) == ("docker/compose.monitoring.yaml" in overlays)
     assert told["volumes"]["leases"]["name"] == "groundserve-leases", "one for all projects of the machine"
