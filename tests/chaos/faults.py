@@ -263,8 +263,8 @@ class Faults:
     async def long_prefill(self) -> None:
         """Not a byte for longer than any probe's time-out, and what waits for the scheduler hangs."""
         victim = self.victim()
-        await victim.tell("set", first_token_delay=0.9, service_status="hang")
-        await self.never(victim, GONE, 0.9, "a long prefill takes no member out")
+        await victim.tell("set", first_token_delay=0.7, service_status="hang")
+        await self.never(victim, GONE, 0.8, "a long prefill takes no member out")
         await victim.tell("set", first_token_delay=0.0, service_status=200)
         await self.hold(0.0, 0.1)
 
