@@ -58,7 +58,7 @@ class PrefixAware:
         return min(lightest, key=lambda member: (round(occupancy(member), 1), member.turn))
 
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
-        self.index.learn(choice.member, sum(map(len, prompt.body)), prompt_tokens)
+        self.index.learn(choice.member, len(prompt.blocks), prompt_tokens)
         if not choice.matched or cached_tokens is None:
             return
         if cached_tokens >= DOUBT * choice.matched * prompt_tokens:

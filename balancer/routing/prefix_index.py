@@ -5,20 +5,21 @@ from collections import OrderedDict
 from balancer.fleet.member import Member
 from balancer.routing.prompt import BLOCK_BYTES
 
-# Before a member's answers say how many bytes of prompt it makes a token of: English is about 4.
-BYTES_PER_TOKEN = 4.0
+# Before a member's answers say how many tokens it makes of a block: English has about 4 bytes a token.
+TOKENS_PER_BLOCK = BLOCK_BYTES / 4
+LEARNING_RATE = 0.05
 UNKNOWN_CAPACITY = 65_536  # tokens
 
 
 class _Cache:
     """One member's blocks, the least recently used first."""
 
-    __slots__ = ("blocks", "bytes_per_token", "occupancy", "slot")
+    __slots__ = ("blocks", "occupancy", "slot", "tokens_per_block")
 
     def __init__(self, slot: int) -> None:
         self.slot = slot  # its bit in `PrefixIndex._owners`
         self.blocks: OrderedDict[int, None] = OrderedDict()  # a plain dict is slow to lose its oldest key
-        self.bytes_per_token = BYTES_PER_TOKEN
+        self.tokens_per_block = TOKENS_PER_BLOCK
         self.occupancy = 0.0
 
 
@@ -41,8 +42,8 @@ class PrefixIndex:
     def capacity(self, member: Member) -> int:
         """How many blocks of prompt this member's KV pool holds."""
         cache = self._caches.get(member)
-        bytes_per_token = cache.bytes_per_token if cache else BYTES_PER_TOKEN
-        return max(1, int((member.capacity_tokens or UNKNOWN_CAPACITY) * bytes_per_token) // BLOCK_BYTES)
+        tokens_per_block = cache.tokens_per_block if cache else TOKENS_PER_BLOCK
+        return max(1, int((member.capacity_tokens or UNKNOWN_CAPACITY) / tokens_per_block))
 
     def occupancy(self, member: Member) -> float:
         """The share of its KV pool that is probably in use, from 0 to 1."""
@@ -88,12 +89,12 @@ class PrefixIndex:
             self._disown(held.popitem(last=False)[0], bit)
         cache.occupancy = len(held) / capacity
 
-    def learn(self, member: Member, prompt_bytes: int, prompt_tokens: int) -> None:
-        """An answer told how many tokens a prompt of that many bytes made: a running mean, for the capacity."""
+    def learn(self, member: Member, blocks: int, tokens: int) -> None:
+        """An answer told how many tokens a prompt of that many blocks made: a running mean, for the capacity."""
         cache = self._caches.get(member)
-        if cache and prompt_tokens > 0:
-            seen = min(max(prompt_bytes / prompt_tokens, 0.5), 32.0)
-            cache.bytes_per_token += 0.05 * (seen - cache.bytes_per_token)
+        if cache and blocks and tokens > 0:
+            seen = min(max(tokens / blocks, TOKENS_PER_BLOCK / 8), TOKENS_PER_BLOCK * 8)
+            cache.tokens_per_block += LEARNING_RATE * (seen - cache.tokens_per_block)
 
     def forget(self, member: Member) -> None:
         """It left, restarted or flushed its cache."""

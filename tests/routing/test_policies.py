@@ -179,6 +179,18 @@ def test_an_answer_that_reused_nothing_twice_makes_it_forget_the_member() -> Non
     assert [member for member, _ in policy.index.matched(prompt.blocks)] == [one]
 
 
+def test_the_capacity_is_learned_from_answers_whose_request_is_gone_by_then() -> None:
+    """The relay lets go of a body with the answer's last byte, before the policy hears of it."""
+    policy = PrefixAware()
+    (member,) = fleet_of(1, capacity_tokens=64_000).members.values()
+    for number in range(100):
+        prompt = chat(system(number, 6_000))
+        choice = policy.choose([member], prompt)
+        prompt.body.clear()
+        policy.answered(choice, prompt, prompt_tokens=1_000, cached_tokens=0)
+    assert 1_400 <= policy.index.capacity(member) <= 1_600  # six bytes a token
+
+
 def test_a_member_that_left_is_forgotten() -> None:
     fleet = fleet_of(2)
     policy = PrefixAware()

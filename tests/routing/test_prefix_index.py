@@ -69,15 +69,24 @@ def test_a_member_that_is_forgotten_leaves_nothing_behind_and_its_slot_is_used_a
     assert len(index) == 0
 
 
-def test_a_prompt_that_makes_few_tokens_of_many_bytes_leaves_room_for_more_blocks() -> None:
+def test_a_member_that_makes_few_tokens_of_a_block_has_room_for_more_of_them() -> None:
     (one,) = members(1, 100)
     index = PrefixIndex()
     index.add(one, [1])
     before = index.capacity(one)
     for _ in range(200):
-        index.learn(one, prompt_bytes=8_000, prompt_tokens=1_000)
+        index.learn(one, blocks=30, tokens=30 * BLOCK_BYTES // 8)
     assert before == 100
     assert 195 <= index.capacity(one) <= 200
+
+
+def test_a_prompt_too_short_for_a_block_says_nothing_of_the_capacity() -> None:
+    (one,) = members(1, 100)
+    index = PrefixIndex()
+    index.add(one, [1])
+    index.learn(one, blocks=0, tokens=12)
+    index.learn(one, blocks=3, tokens=0)
+    assert index.capacity(one) == 100
 
 
 def test_a_million_distinct_prompts_leave_the_index_as_small_as_the_pools() -> None:
