@@ -33,6 +33,8 @@ class Feed:
         self._history = history
         self._closing = asyncio.Event()
         self._viewers = 0
+        self._state_event = b""
+        self._state_at = -PERIOD
 
     def close(self) -> None:
         """Ends every stream: viewers may come back to the next process."""
@@ -52,7 +54,7 @@ class Feed:
                 if self._history.taken != seen:
                     seen = self._history.taken
                     yield _event("sample", self._last_sample())
-                yield _event("state", self._state())
+                yield self._latest_state()
                 try:
                     async with asyncio.timeout(PERIOD):
                         await self._closing.wait()
@@ -61,8 +63,14 @@ class Feed:
         finally:
             self._viewers -= 1
 
-    def _state(self) -> dict[str, Any]:
+    def _latest_state(self) -> bytes:
+        """The state as of now, or of half a second ago: it is put together once for all viewers."""
         now = self._fleet.clock()
+        if now - self._state_at >= PERIOD / 2:
+            self._state_event, self._state_at = _event("state", self._state(now)), now
+        return self._state_event
+
+    def _state(self, now: float) -> dict[str, Any]:
         state = take_snapshot(self._facts, self._fleet, self._admission).to_json()
         for row in state["replicas"]:
             member = self._fleet.members[row["id"]]
