@@ -17,7 +17,7 @@ from tests.chaos.load import Load
 from tests.chaos.replica import DRAIN_GRACE, Replica
 from tests.chaos.stage import Stage, Violation
 
-LOOK = 0.02  # seconds between two looks at the balancer's status
+LOOK = 0.03  # seconds between two looks at the balancer's status
 # What a shared machine may take for itself, on top of any bound; seconds.
 SLACK = 3.0
 GONE = ("NOT_READY", "STARTING", "EJECTED", None)
