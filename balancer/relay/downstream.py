@@ -17,7 +17,7 @@ MAX_PIPELINED = 32  # requests read ahead on one connection
 MAX_READ_AHEAD = 1 << 20  # bytes of their bodies
 PIECE_COST = 64  # bytes that a piece of a body costs beside its content
 MAX_SWALLOWED = 64 << 10  # of a refused request's body, to keep the connection usable
-LINGER = 2.0  # seconds a refused client has to read our answer before the connection is cut
+LINGER = 2.0  # seconds a client has to take its last answer and close, before the connection is cut
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -93,7 +93,7 @@ class ClientConnection(asyncio.Protocol):
         self._since = 0.0  # of the current wait: for the rest of a head, of a body, or for the next request
         self._is_blocked = False  # the client does not take what we send
         self._unsent = 0
-        self._lingers = False
+        self._is_over = False  # all is written that ever will be
 
     # What asyncio tells us
 
@@ -247,7 +247,7 @@ class ClientConnection(asyncio.Protocol):
         request.id = request.id or new_request_id()
         request.refusal = error
         self._release(request)
-        self._is_in_head, self._is_deaf, self._lingers, self._reading = False, True, True, None
+        self._is_in_head, self._is_deaf, self._reading = False, True, None
         self._queue.append(request)
         if len(self._queue) == 1:
             self._answer_next()
@@ -318,13 +318,14 @@ class ClientConnection(asyncio.Protocol):
         settings, waited, transport = self._settings, now - self._since, self._transport
         if transport is None:
             return
-        if self._is_blocked or transport.is_closing():
-            self._check_progress(now)
-        elif not transport.is_reading():
-            return  # that nothing comes is our own doing; should the client leave, the next bytes to it will tell
-        elif self._lingers and not self._queue:
+        unsent = transport.get_write_buffer_size()
+        if self._is_blocked or (unsent and (self._is_over or transport.is_closing())):
+            self._check_progress(now, unsent)
+        elif self._is_over:
             if waited > LINGER:
                 transport.abort()
+        elif not transport.is_reading():
+            return  # that nothing comes is our own doing; should the client leave, the next bytes to it will tell
         elif self._is_in_head:
             if waited > settings.head_timeout:
                 self._refuse_now(errors.request_timeout("head", settings.head_timeout))
@@ -334,8 +335,7 @@ class ClientConnection(asyncio.Protocol):
         elif not self._queue and waited > settings.keep_alive_timeout:
             transport.close()
 
-    def _check_progress(self, now: float) -> None:
-        unsent = self._transport.get_write_buffer_size()  # type: ignore[union-attr]
+    def _check_progress(self, now: float, unsent: int) -> None:
         if unsent != self._unsent:
             self._unsent, self._since = unsent, now
         elif now - self._since > self._settings.send_timeout:
@@ -344,7 +344,7 @@ class ClientConnection(asyncio.Protocol):
     def close_if_idle(self) -> None:
         """Closes unless a request is being read or answered."""
         if not self._queue and self._reading is None and not self._is_in_head:
-            self._close()
+            self._transport.close()  # type: ignore[union-attr]
 
     def break_off(self, why: str) -> None:
         """Ends the answer in progress, if any, as broken, or says 503 where none has begun; then the connection."""
@@ -356,14 +356,19 @@ class ClientConnection(asyncio.Protocol):
             self._close()
 
     def _close(self) -> None:
-        """Closes after what was written has gone out. A client that still sends gets time to read our answer."""
+        """Says that nothing more comes, and leaves the closing to the client.
+
+        Were we to close at once on a client that still sends, its kernel would drop what it has not read of our answer.
+        """
         transport = self._transport
-        if transport is None or transport.is_closing():
+        if transport is None or transport.is_closing() or self._is_over:
             return
         self._drop_requests()
-        if self._lingers and transport.can_write_eof():
-            self._since = self._doors.loop.time()
+        self._is_deaf = self._is_over = True
+        self._since = self._doors.loop.time()
+        if transport.can_write_eof():
             transport.write_eof()
+            transport.resume_reading()
         else:
             transport.close()
 

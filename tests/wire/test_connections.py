@@ -250,6 +250,27 @@ async def test_an_answer_that_a_slow_client_holds_at_its_end_holds_up_no_other(h
     assert (await client.answer()).status == 200
 
 
+@pytest.mark.parametrize("how", ["Connection: close", "HTTP/1.0"])
+@on_uvloop
+async def test_a_last_answer_comes_whole_to_a_client_that_sends_on(how: str) -> None:
+    """Closed at once, the kernel would answer what is sent with a reset, and throw away what is not read yet."""
+    async with LabReplica(body_mib=8) as a, serving(a) as house:
+        client = await house.client(receive_buffer=65536)
+        await client.send(get(version="1.0") if how == "HTTP/1.0" else get("/v1/models/lab", ("Connection", "close")))
+
+        async def sends_on() -> None:
+            with contextlib.suppress(ConnectionError):
+                for _ in range(200):
+                    await client.send(b"x" * 1000)
+                    await asyncio.sleep(0.005)
+
+        sending = asyncio.ensure_future(sends_on())
+        await house.at_rest()
+        await asyncio.sleep(0.1)
+        assert len((await client.answer("GET")).body) == 8 << 20
+        sending.cancel()
+
+
 @in_house
 async def test_head_requests_get_no_body_and_keep_the_connection(house: House) -> None:
     client = await house.client()
