@@ -1,14 +1,31 @@
 """The balancer's settings: meaning, unit and default of each, as `x-groundserve:` and `--set key=value` take them."""
 
 import difflib
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from balancer.errors import ConfigError
 
 PolicyName = Literal["round_robin", "least_load", "prefix_aware", "instance_aware_least_load"]
+
+
+def _field_name(name: str) -> str:
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        raise ValueError("should be the name of a header")
+    return name
+
+
+def _field_value(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("should be one line of printable characters")
+    return value
+
+
+FieldName = Annotated[str, AfterValidator(_field_name)]
+FieldValue = Annotated[str, AfterValidator(_field_value)]
 
 
 class ReadinessProbe(BaseModel):
@@ -18,7 +35,7 @@ class ReadinessProbe(BaseModel):
 
     path: str = Field("/health", description="path that answers 200 when a replica can serve")
     post_data: dict[str, Any] | None = Field(None, description="JSON body; with one the probe is a POST")
-    headers: dict[str, str] = Field({}, description="headers sent with the probe")
+    headers: dict[FieldName, FieldValue] = Field({}, description="headers sent with the probe")
     initial_delay_seconds: float = Field(1200, gt=0, description="time a new replica has to become ready")
     timeout_seconds: float = Field(15, gt=0, description="time one probe may take")
     endpoint_probe_interval_seconds: float = Field(10, gt=0, description="time between two probes")

@@ -8,7 +8,7 @@ import asyncio
 import errno
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -40,7 +40,7 @@ class Answer:
 
 
 class Line:
-    """Asks one question at a time. `tls` is for https members, `fields` are header lines that go with each question.
+    """Asks one question at a time. `tls` is for https members, `fields` are headers that go with each question.
 
     `when_broken` is called when a connection that has served before ends unannounced between two questions.
     """
@@ -49,28 +49,35 @@ class Line:
         self,
         member: Member,
         tls: ssl.SSLContext | None = None,
-        fields: bytes = b"",
+        fields: Mapping[str, str] | None = None,
         when_broken: Callable[[], None] | None = None,
     ) -> None:
         self.breaks = 0  # connections that ended unannounced: after each, another process may answer
         self._member = member
         self._tls = (tls or ssl.create_default_context()) if member.is_https else None
-        self._fields = fields
+        self._fields = {"host": member.authority.decode(), **(fields or {})}
         self._when_broken = when_broken
         self._connection: _Connection | None = None
 
     async def ask(
-        self, path: str, timeout: float, method: str = "GET", fields: bytes = b"", body: bytes | None = None
+        self,
+        path: str,
+        timeout: float,
+        method: str = "GET",
+        fields: Mapping[str, str] | None = None,
+        body: bytes = b"",
     ) -> Answer:
-        """The answer; raises Unheard (after `timeout` seconds at the latest) or NotAsked."""
-        head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b" % (
-            method.encode(),
-            path.encode(),
-            self._member.authority,
-            self._fields,
-            fields,
-        )
-        message = head + (b"\r\n" if body is None else b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        """The answer; raises Unheard (after `timeout` seconds at the latest) or NotAsked.
+
+        `path` and the names in `fields` are ASCII; a field replaces the line's own of the same name.
+        """
+        merged = self._fields
+        if fields:
+            merged = merged | {name.lower(): value for name, value in fields.items()}
+        if body:
+            merged = merged | {"content-length": str(len(body))}
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in merged.items()), "", ""]
+        message = "\r\n".join(lines).encode() + body
         try:
             async with asyncio.timeout(timeout):
                 if self._connection is not None and not self._connection.is_closed:

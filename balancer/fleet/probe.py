@@ -21,8 +21,8 @@ class Prober:
         self, fleet: Fleet, api_key: str | None = None, tls: ssl.SSLContext | None = None, seed: int | None = None
     ) -> None:
         self._fleet = fleet
-        key = f"Authorization: Bearer {api_key}\r\n".encode() if api_key else b""
-        self._line_to = functools.partial(Line, tls=tls, fields=key)
+        fields = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._line_to = functools.partial(Line, tls=tls, fields=fields)
         self._jitter = random.Random(seed)
         self._watches: dict[Member, Watch] = {}
         fleet.when_joined.append(self._joined)

@@ -194,15 +194,13 @@ class Watch:
 
     async def _ask_service(self) -> bool:
         probe = self._fleet.readiness
-        fields = {"Accept": "*/*", **({} if probe.post_data is None else {"Content-Type": "application/json"})}
-        fields |= probe.headers
-        answer = await self._service_line.ask(
-            quote(probe.path, safe="%/?:@!$&'()*+,;=-._~[]"),
-            probe.timeout_seconds,
-            "GET" if probe.post_data is None else "POST",
-            b"".join(f"{name}: {value}\r\n".encode() for name, value in fields.items()),
-            None if probe.post_data is None else orjson.dumps(probe.post_data),
-        )
+        path = quote(probe.path, safe="%/?:@!$&'()*+,;=-._~[]")
+        if probe.post_data is None:
+            answer = await self._service_line.ask(path, probe.timeout_seconds, fields=probe.headers)
+        else:
+            fields = {"content-type": "application/json"} | probe.headers
+            body = orjson.dumps(probe.post_data)
+            answer = await self._service_line.ask(path, probe.timeout_seconds, "POST", fields, body)
         return answer.status == 200
 
     # Both

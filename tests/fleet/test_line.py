@@ -64,15 +64,15 @@ def line_to(member: Member, **more: Any) -> Iterator[Line]:
 def test_a_question_carries_what_it_should_and_the_connection_is_kept() -> None:
     async def play() -> None:
         async with talking(EMPTY, EMPTY) as (member, connections):
-            with line_to(member, fields=b"Authorization: Bearer k\r\n") as line:
+            with line_to(member, fields={"authorization": "Bearer k"}) as line:
                 assert await line.ask("/ready", 5) == Answer(200, b"")
-                await line.ask("/p", 5, "POST", b"X-A: 1\r\n", b"{}")
+                await line.ask("/p", 5, "POST", {"X-A": "1", "Authorization": "Bearer own"}, b"{}")
             host = member.authority
             assert [connection.heard for connection in connections] == [
                 [
-                    b"GET /ready HTTP/1.1\r\nHost: %b\r\nAuthorization: Bearer k\r\n\r\n" % host,
-                    b"POST /p HTTP/1.1\r\nHost: %b\r\nAuthorization: Bearer k\r\nX-A: 1\r\nContent-Length: 2\r\n\r\n{}"
-                    % host,
+                    b"GET /ready HTTP/1.1\r\nhost: %b\r\nauthorization: Bearer k\r\n\r\n" % host,
+                    b"POST /p HTTP/1.1\r\nhost: %b\r\nauthorization: Bearer own\r\nx-a: 1\r\n" % host
+                    + b"content-length: 2\r\n\r\n{}",
                 ]
             ]
 
@@ -327,3 +327,18 @@ def test_a_limit_is_what_runs_at_once_less_where_the_pool_is_small(
     running: int | None, capacity: int | None, limit: int | None
 ) -> None:
     assert limit_of(running, capacity) == limit
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"X A": "1"}, "should be the name of a header"),
+        ({"": "1"}, "should be the name of a header"),
+        ({"X-A:": "1"}, "should be the name of a header"),
+        ({"X-A": "1\r\nX-B: 2"}, "should be one line"),
+        ({"X-A": "\0"}, "should be one line"),
+    ],
+)
+def test_headers_that_would_be_no_headers_are_refused_where_they_are_read(headers: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ReadinessProbe(headers=headers)

@@ -87,7 +87,7 @@ def test_a_custom_probe_is_sent_as_the_service_says() -> None:
     }
 
     async def play() -> None:
-        async with LabReplica() as replica, watched(replica, readiness=readiness) as fleet:
+        async with LabReplica() as replica, watched(replica, readiness=readiness, api_key="replicas") as fleet:
             await until_ready(fleet)
             seen = replica.seen.requests[0]
             assert (seen.method, seen.target) == ("POST", "/v1/chat/completions?probe=a%20b")
