@@ -35,8 +35,15 @@ async def read_facts(line: Line, timeout: float) -> Facts:
     ranks = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     capacity = _sum(ranks, "max_total_num_tokens") or _sum([info], "max_total_num_tokens")
     running = _sum(ranks, "max_running_requests") or _sum([info], "max_running_requests")
-    seed = info.get("random_seed")
-    return Facts(None if seed is None else str(seed), limit_of(running, capacity), capacity, is_whole)
+    return Facts(_identity(info), limit_of(running, capacity), capacity, is_whole)
+
+
+def _identity(info: dict[str, Any]) -> str | None:
+    """SGLang draws a seed at each start; where one is given to it, the time that its start took tells starts apart."""
+    seed, took = info.get("random_seed"), info.get("startup_time")
+    if seed is None:
+        return None
+    return f"{seed} {took.get('scheduler_e2e')}" if isinstance(took, dict) else str(seed)
 
 
 def limit_of(max_running_requests: int | None, capacity_tokens: int | None) -> int | None:

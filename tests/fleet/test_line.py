@@ -259,6 +259,8 @@ def loads_of(*ranks: tuple[object, object]) -> dict[str, Any]:
         (None, {"random_seed": 7, "max_running_requests": 48, "max_total_num_tokens": 65536}, Facts("7", 48, 65536)),
         (None, {"random_seed": 7, "max_total_num_tokens": 5120}, Facts("7", 20, 5120)),
         (loads_of((64, 0)), {"random_seed": 7, "max_total_num_tokens": 8192}, Facts("7", 32, 8192)),
+        (None, {"random_seed": 7, "startup_time": {"scheduler_e2e": 52.01, "load_weight": 8.7}}, Facts("7 52.01")),
+        (None, {"random_seed": 7, "startup_time": None}, Facts("7")),
         (loads_of((0, 0)), {}, Facts()),
         (loads_of(("many", True)), {"random_seed": None}, Facts()),
         ({"loads": "none"}, ["no object"], Facts()),
