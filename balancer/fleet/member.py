@@ -191,7 +191,7 @@ class Member:
         return self.probe is Verdict.FAILING and now - self.failing_since() > seconds
 
     def status(self, now: float) -> Status:
-        """The displayed status: the first row of behaviour's table that fits."""
+        """The displayed status: the first that fits, in this order."""
         if self.listed.state == "FAILED":
             return Status.FAILED
         if self.is_leaving:

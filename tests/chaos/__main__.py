@@ -8,11 +8,12 @@ import statistics
 import sys
 import time
 
-from tests.chaos.faults import GONE, Faults
+from tests.chaos.faults import Faults
 from tests.chaos.judge import Judge
 from tests.chaos.load import Load
 from tests.chaos.run import Report, play
 from tests.chaos.stage import Violation, stage
+from tests.chaos.watcher import GONE
 
 
 def main() -> int:
@@ -69,7 +70,7 @@ def _print(way: str, report: Report) -> None:
 
 
 async def _noticing() -> list[tuple[str, float, float]]:
-    """What was measured, how long it took, and what behaviour.md allows."""
+    """What was measured, how long it took, and what it may take."""
     async with stage(2, False, has_defaults=True) as here:
         judge, load = Judge(here), Load(here.port, "", 0)
         load.runs.set()

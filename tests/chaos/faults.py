@@ -1,54 +1,19 @@
 """The faults: each disturbs some replicas for a moment, looks what the balancer makes of it, and undoes it."""
 
 import asyncio
-import contextlib
-import json
-import random
 import signal
 import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
-from balancer.settings import Settings
-from tests.chaos.client import Wish
-from tests.chaos.judge import Fault, Judge
-from tests.chaos.load import Load
-from tests.chaos.replica import DRAIN_GRACE, Replica
-from tests.chaos.stage import Stage, Violation
-
-LOOK = 0.03  # seconds between two looks at the balancer's status
-# What a shared machine may take for itself, on top of any bound; seconds.
-SLACK = 3.0
-GONE = ("NOT_READY", "STARTING", "EJECTED", None)
+from tests.chaos.replica import DRAIN_GRACE
+from tests.chaos.stage import Violation
+from tests.chaos.watcher import GONE, LOOK, SLACK, Watcher
 
 
 @dataclass(slots=True)
-class Faults:
-    """`measured` is what each thing took, in seconds, by its name."""
-
-    stage: Stage
-    load: Load
-    judge: Judge
-    chance: random.Random
-    measured: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+class Faults(Watcher):
     playing: str = "nothing yet"
-    interval: float = 0.0
-    timeout: float = 0.0
-
-    def __post_init__(self) -> None:
-        settings = Settings(**self.stage.settings)
-        self.interval, self.timeout = settings.ready_interval, settings.ready_timeout
-
-    @property
-    def detection(self) -> float:
-        """What behaviour.md allows for a replica that answers nothing; seconds."""
-        return 2 * (self.interval + self.timeout)
-
-    @property
-    def news(self) -> float:
-        """How long a change of the list may take to be known; seconds."""
-        return 1.6 if self.stage.is_dns else 0.5
 
     def all(self) -> dict[str, tuple[int, Callable[[], Awaitable[None]]]]:
         """Each fault with its weight."""
@@ -83,100 +48,33 @@ class Faults:
         await faults[self.playing][1]()
         return self.playing
 
-    # Parts
-
-    def victim(self) -> Replica:
-        return self.chance.choice(self.stage.replicas)
-
-    @contextlib.asynccontextmanager
-    async def fault(self, kind: str, *victims: Replica) -> AsyncIterator[Fault]:
-        """What goes wrong at these replicas in the block is this fault's doing."""
-        fault = Fault(kind, {self.stage.name_of(victim) for victim in victims})
-        self.judge.faults.append(fault)
-        yield fault
-        fault.ended = time.monotonic()
-
-    async def hold(self, least: float = 0.05, most: float = 0.4) -> None:
-        await asyncio.sleep(self.chance.uniform(least, most))
-
-    async def until(self, replica: Replica, wanted: tuple[str | None, ...], within: float, what: str) -> float:
-        """Seconds until the balancer says one of these of the replica (None: does not know it)."""
-        began = time.monotonic()
-        said: str | None = "?"
-        while time.monotonic() - began < within + SLACK:
-            said = (await self.stage.statuses()).get(self.stage.name_of(replica))
-            if said in wanted:
-                took = time.monotonic() - began
-                self.measured[what].append(took)
-                return took
-            await asyncio.sleep(LOOK)
-        probes = await self.stage.probes_of(replica)
-        raise Violation(f"{what}: {self.stage.name_of(replica)} is {said} after {within} s and not {wanted}; {probes}")
-
-    async def never(self, replica: Replica, unwanted: tuple[str | None, ...], seconds: float, why: str) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            said = (await self.stage.statuses()).get(self.stage.name_of(replica))
-            if said in unwanted:
-                raise Violation(f"{self.stage.name_of(replica)} is {said}: {why}")
-            await asyncio.sleep(LOOK)
-
-    async def all_ready(self, within: float = 5.0) -> None:
-        wanted = {self.stage.name_of(replica): "READY" for replica in self.stage.replicas}
-        began = time.monotonic()
-        while (said := await self.stage.statuses()) != wanted:
-            if time.monotonic() - began > within + SLACK:
-                raise Violation(f"not all are READY {within} s after everything was well again: {said}")
-            await asyncio.sleep(LOOK)
-
-    async def one_more(self, id: str) -> None:
-        """A request that has to succeed."""
-        body = json.dumps({"prompt": "go", "max_tokens": 1}).encode()
-        got = await self.load.ask(Wish(id, "POST", "/v1/completions", body))
-        if (got.status, got.end) != (200, "whole"):
-            raise Violation(f"not saved: {got}")
-
-    async def _kill(self, replica: Replica) -> None:
-        self.judge.killed[replica.address].append(time.monotonic())
-        replica.signal(signal.SIGKILL)
-
     # Processes
 
     async def kill(self) -> None:
         victim = self.victim()
         async with self.fault("kill", victim):
-            await self._kill(victim)
+            await self.strike(victim)
             await self.until(victim, GONE, 0.2, "kill -9 to not ready")
             await victim.ended()
             await self.hold(0.0, 0.3)
             await victim.start()
-        await self.until(victim, ("READY",), self._recovery(), "listening to ready")
-
-    def _recovery(self) -> float:
-        """Two probes of ours, and one of the service's."""
-        return 2 * self.interval + 0.3
+        await self.until(victim, ("READY",), self.recovery(), "listening to ready")
 
     async def kill_and_restart_at_once(self) -> None:
         """Another process at the address before anybody may have noticed that the first is gone."""
         victim = self.victim()
         async with self.fault("kill", victim):
             killed = time.monotonic()
-            await self._kill(victim)
+            await self.strike(victim)
             await victim.ended()
             await victim.start()
             began = time.monotonic()
-            while await self._born(victim) < killed:
+            while await self.born(victim) < killed:
                 if time.monotonic() - began > 1.0 + SLACK:
                     raise Violation(f"{victim.address} was restarted and is not known as a new member after 1 s")
                 await asyncio.sleep(LOOK)
             self.measured["restart at once to new member"].append(time.monotonic() - began)
-        await self.until(victim, ("READY",), self._recovery(), "listening to ready")
-
-    async def _born(self, replica: Replica) -> float:
-        """When, for the balancer, this replica's life began at the earliest; CLOCK_MONOTONIC."""
-        asked = time.monotonic()
-        rows = (await self.stage.status())["replicas"]
-        return max(asked - row["launched_seconds"] for row in rows if row["name"] == self.stage.name_of(replica))
+        await self.until(victim, ("READY",), self.recovery(), "listening to ready")
 
     async def stop(self) -> None:
         victim = self.victim()
@@ -185,7 +83,7 @@ class Faults:
             await self.until(victim, GONE, self.detection, "SIGSTOP to not ready")
             await self.hold()
             victim.signal(signal.SIGCONT)
-        await self.until(victim, ("READY",), self._recovery(), "SIGCONT to ready")
+        await self.until(victim, ("READY",), self.recovery(), "SIGCONT to ready")
 
     async def terminate(self) -> None:
         """The replica's own drain, as our plug-in does it: nothing is lost."""
@@ -194,14 +92,14 @@ class Faults:
         await self.until(victim, GONE, DRAIN_GRACE, "SIGTERM to not ready")
         await victim.ended()
         await victim.start()
-        await self.until(victim, ("READY",), self._recovery(), "listening to ready")
+        await self.until(victim, ("READY",), self.recovery(), "listening to ready")
 
     async def swap(self) -> None:
         """Two replicas come back at each other's address, one after the other."""
         pair = self.chance.sample(self.stage.replicas, 2)
         async with self.fault("swap", *pair):
             for replica in pair:
-                await self._kill(replica)
+                await self.strike(replica)
             await asyncio.gather(*(replica.ended() for replica in pair))
             for replica in reversed(pair):
                 await replica.start()
@@ -216,7 +114,7 @@ class Faults:
             await victim.tell("drop")
             await self.until(victim, GONE, self.detection, "black hole to not ready")
             await victim.tell("set", black_hole=False)
-        await self.until(victim, ("READY",), self._recovery() + self.timeout, "hole to ready")
+        await self.until(victim, ("READY",), self.recovery() + self.timeout, "hole to ready")
 
     async def refuse(self) -> None:
         """Nothing listens any more, and what is open lives on: nobody notices but by connecting."""
@@ -316,7 +214,7 @@ class Faults:
         if late := self.judge.generated_at(victim, since=empty):
             raise Violation(f"a drained replica was given a request: {late}")
         await self.stage.post(f"/replicas/{number}/undrain")
-        await self.until(victim, ("READY",), self._recovery(), "undrain to ready")
+        await self.until(victim, ("READY",), self.recovery(), "undrain to ready")
 
     async def shrink_and_grow(self) -> None:
         leaves = self.chance.sample(self.stage.replicas, self.chance.randint(1, len(self.stage.replicas) - 1))
@@ -326,7 +224,7 @@ class Faults:
         await self.hold(0.0, 0.2)
         await self.stage.list_replicas(self.stage.replicas)
         for replica in leaves:
-            await self.until(replica, ("READY",), self.news + self._recovery(), "grow to ready")
+            await self.until(replica, ("READY",), self.news + self.recovery(), "grow to ready")
 
     async def names_fail(self) -> None:
         self.stage.answer_names(error=self.chance.choice(["nxdomain", "servfail", "timeout"]))
@@ -347,7 +245,7 @@ class Faults:
     async def all_killed(self) -> None:
         async with self.fault("all gone", *self.stage.replicas):
             for replica in self.stage.replicas:
-                await self._kill(replica)
+                await self.strike(replica)
             await asyncio.gather(*(replica.ended() for replica in self.stage.replicas))
             await self.hold()
             await asyncio.gather(*(replica.start() for replica in self.stage.replicas))

@@ -12,8 +12,8 @@ from tests.chaos.client import Got
 from tests.chaos.replica import Replica
 from tests.chaos.stage import Stage, Violation
 
-# A reused connection that closes this soon after a request was sent was closing already: behaviour.md lets that
-# request go out again, to the same member. Seconds, and a little for the machine.
+# A reused connection that closes this soon after a request was sent was closing already: the balancer sends that
+# request again, to the same member. Seconds, and a little for the machine.
 RACE = 1.0 + 0.2
 # How long a fault may still show in requests that began after its end; seconds.
 ECHO = 0.1

@@ -1,4 +1,4 @@
-"""behaviour.md's table from facts to status, row by row."""
+"""From facts to status, row by row."""
 
 from typing import Any
 
