@@ -5,6 +5,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import orjson
 
@@ -93,14 +94,19 @@ def _json_line(at: float, fields: Mapping[str, object]) -> bytes:
 
 
 def _text_line(at: float, fields: Mapping[str, object]) -> bytes:
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
-    words = " ".join(f"{name}={_printable(value)}" for name, value in fields.items())
-    return f"{stamp}Z {words}\n".encode("utf-8", "replace")
+    words = [_stamp(int(at))]
+    for name, value in fields.items():
+        words.append(f"{name}={_printable(value) if isinstance(value, str) else value}")
+    return (" ".join(words) + "\n").encode("utf-8", "replace")
 
 
-def _printable(value: object) -> str:
-    """The value without anything that could end the line or pass for another field."""
-    text = str(value)
+@lru_cache(maxsize=4)
+def _stamp(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+
+
+def _printable(text: str) -> str:
+    """The text without anything that could end the line or pass for another field."""
     if text.isascii() and text.isprintable() and " " not in text:
         return text
     return orjson.dumps(text).decode()
