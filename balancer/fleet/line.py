@@ -163,7 +163,7 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._parser is None:
+        if self._parser is None or self._answer is None or self._answer.done():
             self.close()  # nobody asked
             return
         try:

@@ -204,6 +204,21 @@ def test_an_idle_break_is_told_once_the_line_was_kept() -> None:
     asyncio.run(play())
 
 
+def test_bytes_that_nobody_asked_for_end_the_connection() -> None:
+    async def play() -> None:
+        async with talking(EMPTY, EMPTY) as (member, connections):
+            with line_to(member) as line:
+                await line.ask("/", 5)
+                connections[0].transport.write(EMPTY)
+                async with asyncio.timeout(5):
+                    while not line.breaks:  # noqa: ASYNC110 - nobody is told of it
+                        await asyncio.sleep(0.001)
+                assert await line.ask("/", 5) == Answer(200, b"")
+                assert len(connections) == 2
+
+    asyncio.run(play())
+
+
 def test_a_connection_that_ends_as_announced_is_no_break() -> None:
     async def play() -> None:
         told: list[None] = []
