@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.lab.knobs import Knobs
 from tests.lab.replica import LabReplica
 from tests.wire.client import Answer, Client
 
-DEADLINE = 30.0  # seconds for one test
+DEADLINE = 60.0  # seconds for one test
 SOON = 5.0  # for what should be there already
 
 
@@ -139,12 +140,15 @@ class House:
         self._log = b""
         for replica in self.replicas:
             replica.knobs = Knobs()
-            replica.seen.requests.clear()
+            seen = replica.seen
+            seen.requests.clear()
+            seen.generations_started = seen.generations_finished = seen.generations_aborted = 0
         settings = self.balancer.config.settings
         for member in self.balancer.fleet.members.values():
             member.full_until = member.ejected_until = 0.0
             member.outlier = Outlier(settings.ejection_time, settings.max_ejection_time)
-            member.turn = 0
+            member.turn = member.failures_total = 0
+            self.balancer.pool.forget(member)
         self.balancer.fleet.changed()
 
     async def emptied(self) -> None:
@@ -158,6 +162,9 @@ class House:
         assert doors.buffered == 0, f"{doors.buffered} bytes of bodies counted, none held"
         assert self.complaints == []
         for replica in self.replicas:
+            await replica.seen.until(
+                lambda seen: seen.generations_finished + seen.generations_aborted == seen.generations_started
+            )
             assert replica.seen.malformed == []
 
 
@@ -214,6 +221,22 @@ def kept(*knobs: dict[str, Any], **settings: Any) -> Iterator[House]:
             yield house
         finally:
             runner.run(stack.aclose())
+
+
+@contextlib.contextmanager
+def deaf(replica: LabReplica) -> Iterator[None]:
+    """Connects to the replica get no answer: what listens there now has a full queue, and never accepts."""
+    replica.refuse()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((replica.host, replica.port))
+        listener.listen(0)
+        for _ in range(8):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex((replica.host, replica.port))
+        yield
 
 
 def each(table: dict[str, Any]) -> dict[str, Any]:

@@ -1,21 +1,28 @@
 """A client that leaves, in each phase: the replica is told within 100 ms, and nobody is blamed."""
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 
 from tests.lab.replica import LabReplica
 from tests.wire.client import chat, request
-from tests.wire.running import House, on_uvloop, serving, until
+from tests.wire.running import House, deaf, in_house, kept, on_uvloop, serving, until
 
 POST = request(body=chat())
 STREAM = request(body=chat(stream=True, tokens=1000))
 HOW = pytest.mark.parametrize("how", ["close", "reset", "half"])
 
 
-async def leaves_no_trace(house: House, a: LabReplica, began: float) -> None:
+@pytest.fixture(scope="module")
+def house() -> Iterator[House]:
+    with kept({}) as house:
+        yield house
+
+
+async def leaves_no_trace(house: House, began: float) -> None:
     """The replica saw its client leave within 100 ms of `began`; one line says 499; the member is as good as before."""
-    await a.seen.until(lambda seen: seen.last.outcome == "client_left")
+    await house.replicas[0].seen.until(lambda seen: seen.last.outcome == "client_left")
     assert asyncio.get_running_loop().time() - began < 0.1
     await house.at_rest()
     line = (await house.logged(1))[0]
@@ -24,50 +31,55 @@ async def leaves_no_trace(house: House, a: LabReplica, began: float) -> None:
 
 
 @HOW
-@on_uvloop
-async def test_during_prefill(how: str) -> None:
-    async with LabReplica(head_delay=60) as a, serving(a) as house:
-        client = await house.client()
-        await client.send(POST)
-        await a.seen.until(lambda seen: seen.generations_started == 1)
-        began = asyncio.get_running_loop().time()
-        client.leave(how)
-        await leaves_no_trace(house, a, began)
-        await a.seen.until(lambda seen: seen.generations_aborted == 1)
+@in_house
+async def test_during_prefill(house: House, how: str) -> None:
+    a = house.replicas[0]
+    a.set(head_delay=60)
+    client = await house.client()
+    await client.send(POST)
+    await a.seen.until(lambda seen: seen.generations_started == 1)
+    began = asyncio.get_running_loop().time()
+    client.leave(how)
+    await leaves_no_trace(house, began)
+    await a.seen.until(lambda seen: seen.generations_aborted == 1)
 
 
 @HOW
-@on_uvloop
-async def test_during_a_stream(how: str) -> None:
-    async with LabReplica(token_interval=0.01) as a, serving(a) as house:
-        client = await house.client()
-        await client.send(STREAM)
-        await client.until(b"t03")
-        began = asyncio.get_running_loop().time()
-        client.leave(how)
-        await leaves_no_trace(house, a, began)
-        await a.seen.until(lambda seen: seen.generations_aborted == 1)
-        assert a.seen.last.tokens_sent < 50
+@in_house
+async def test_during_a_stream(house: House, how: str) -> None:
+    a = house.replicas[0]
+    a.set(token_interval=0.01)
+    client = await house.client()
+    await client.send(STREAM)
+    await client.until(b"t03")
+    began = asyncio.get_running_loop().time()
+    client.leave(how)
+    await leaves_no_trace(house, began)
+    await a.seen.until(lambda seen: seen.generations_aborted == 1)
+    assert a.seen.last.tokens_sent < 50
 
 
 @HOW
-@on_uvloop
-async def test_while_it_took_nothing_of_a_large_answer(how: str) -> None:
+@in_house
+async def test_while_it_took_nothing_of_a_large_answer(house: House, how: str) -> None:
     """The bytes that it never took must not stand between its leaving and our noticing."""
-    async with LabReplica(body_mib=64) as a, serving(a) as house:
-        client = await house.client(receive_buffer=4096)
-        await client.send(POST)
-        await until(lambda: any(upstream.is_paused for upstream in house.balancer.pool.busy), "held back")
-        began = asyncio.get_running_loop().time()
-        client.leave(how)
-        await leaves_no_trace(house, a, began)
+    house.replicas[0].set(body_mib=64)
+    client = await house.client(receive_buffer=4096)
+    await client.send(POST)
+    await until(lambda: any(upstream.is_paused for upstream in house.balancer.pool.busy), "held back")
+    began = asyncio.get_running_loop().time()
+    client.leave(how)
+    await leaves_no_trace(house, began)
 
 
 @HOW
-@on_uvloop
-async def test_in_the_queue(how: str) -> None:
-    async with LabReplica(head_delay=0.5) as a, serving(a, max_in_flight=1) as house:
-        first, second = await house.client(), await house.client()
+@in_house
+async def test_in_the_queue(house: House, how: str) -> None:
+    a, member = house.replicas[0], house.member("a")
+    a.set(head_delay=0.2)
+    first, second = await house.client(), await house.client()
+    usual, member.limit = member.limit, 1
+    try:
         await first.send(POST)
         await a.seen.until(lambda seen: seen.generations_started == 1)
         await second.send(POST)
@@ -77,27 +89,18 @@ async def test_in_the_queue(how: str) -> None:
         await until(lambda: house.balancer.admission.queue_depth == 0)
         assert asyncio.get_running_loop().time() - began < 0.1
         assert (await first.answer()).status == 200
-        left, answered = await house.logged(2)
-        assert (left["status"], left.get("member"), left["attempts"]) == (499, None, 0)
-        assert answered["status"] == 200
-        assert a.seen.generations_started == 1
+    finally:
+        member.limit = usual
+    left, answered = await house.logged(2)
+    assert (left["status"], left.get("member"), left["attempts"]) == (499, None, 0)
+    assert answered["status"] == 200
+    assert a.seen.generations_started == 1
 
 
 @on_uvloop
 async def test_during_connect() -> None:
     async with LabReplica() as a, serving(a, ready_interval=60) as house:
-        pool, connecting = house.balancer.pool, asyncio.Event()
-        a.refuse()  # and what listens there now never accepts: its queue is full
-        import socket
-
-        with socket.socket() as deaf:
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            deaf.bind((a.host, a.port))
-            deaf.listen(0)
-            fillers = [socket.socket() for _ in range(8)]
-            for filler in fillers:
-                filler.setblocking(False)
-                filler.connect_ex((a.host, a.port))
+        with deaf(a):
             client = await house.client()
             await client.send(POST)
             await until(lambda: house.member("a").in_flight == 1)
@@ -105,43 +108,40 @@ async def test_during_connect() -> None:
             client.leave()
             await house.at_rest()
             assert asyncio.get_running_loop().time() - began < 0.1
-            for filler in fillers:
-                filler.close()
         assert (await house.logged(1))[0]["status"] == 499
         assert house.member("a").failures_total == 0
-        assert not pool.busy
-        assert not connecting.is_set()
 
 
 @HOW
-@on_uvloop
-async def test_between_pipelined_requests(how: str) -> None:
-    async with LabReplica(token_interval=0.01) as a, serving(a) as house:
-        client = await house.client()
-        await client.send(POST + STREAM + POST + POST)
-        await client.answer()
-        await client.until(b"t03")
-        began = asyncio.get_running_loop().time()
-        client.leave(how)
-        await a.seen.until(lambda seen: seen.last.outcome == "client_left")
-        assert asyncio.get_running_loop().time() - began < 0.1
-        await house.at_rest()
-        assert [line["status"] for line in house.log()] == [200, 499]
-        assert a.seen.generations_started == 2, "what was read ahead is not served"
+@in_house
+async def test_between_pipelined_requests(house: House, how: str) -> None:
+    a = house.replicas[0]
+    a.set(token_interval=0.01)
+    client = await house.client()
+    await client.send(POST + STREAM + POST + POST)
+    await client.answer()
+    await client.until(b"t03")
+    began = asyncio.get_running_loop().time()
+    client.leave(how)
+    await a.seen.until(lambda seen: seen.last.outcome == "client_left")
+    assert asyncio.get_running_loop().time() - began < 0.1
+    await house.at_rest()
+    assert [line["status"] for line in house.log()] == [200, 499]
+    assert a.seen.generations_started == 2, "what was read ahead is not served"
 
 
 @HOW
 @pytest.mark.parametrize("sent", [b"P", POST[:20], POST[:-5], request(body=b"x" * 100_000)[:-5]])
-@on_uvloop
-async def test_amid_its_own_request(sent: bytes, how: str) -> None:
-    async with LabReplica() as a, serving(a) as house:
-        client = await house.client()
-        await client.send(sent)
-        await until(lambda: house.balancer.doors.connections)
-        client.leave(how)
-        await until(lambda: not house.balancer.doors.connections)
-        assert a.seen.requests == []
-        assert house.balancer.doors.buffered == 0
+@in_house
+async def test_amid_its_own_request(house: House, sent: bytes, how: str) -> None:
+    a = house.replicas[0]
+    client = await house.client()
+    await client.send(sent)
+    await until(lambda: house.balancer.doors.connections)
+    client.leave(how)
+    await until(lambda: not house.balancer.doors.connections)
+    assert a.seen.requests == []
+    assert house.balancer.doors.buffered == 0
 
 
 @on_uvloop
