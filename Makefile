@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` says what there is; what CI runs is what a person runs.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test docker-test check chaos bench bench-routing lock
+.PHONY: help install up down test docker-test check chaos bench bench-routing simulate lock
 
 # The first of these that runs (a version manager's stub may stand in for a Python that is not there).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -49,6 +49,9 @@ bench: install ## what relaying costs, beside nginx, Envoy and the Rust routers 
 
 bench-routing: install ## what routing by prefix brings, on two real replicas (ARGS=...)
 	@$(BIN)/python -m tests.bench.routing $(ARGS)
+
+simulate: install ## the routing policies in virtual time, beside others and an oracle (ARGS=--full)
+	@$(BIN)/python -m tests.lab.simulate $(ARGS)
 
 lock: ## write the lock files anew (needs uv)
 	@.ci/lock

@@ -9,7 +9,7 @@ from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member
 from balancer.routing.admission import Admission, Ask, Place
 from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
-from balancer.routing.prefix_aware import PrefixAware
+from balancer.routing.prefix_aware import FLUSHED_AFTER, PrefixAware
 from balancer.routing.prompt import Prompt
 from tests.routing.fleets import fleet_of, make_ready
 
@@ -163,20 +163,58 @@ def test_a_conversation_stays_where_its_cache_is() -> None:
     assert len(homes) == 1
 
 
-def test_an_answer_that_reused_nothing_twice_makes_it_forget_the_member() -> None:
+def test_answers_that_reused_nothing_make_it_forget_the_member() -> None:
     policy = PrefixAware()
     fleet = fleet_of(2)
     one, two = fleet.members.values()
     prompt, other = chat(system(1)), chat(system(2))
     policy.index.add(one, prompt.blocks)
     policy.index.add(one, other.blocks)
-    for _ in range(2):
+    for _ in range(FLUSHED_AFTER):
+        assert [member for member, _ in policy.index.matched(other.blocks)] == [one]
         choice = policy.choose([one, two], prompt)
         assert choice.member is one
         assert choice.matched == 1.0
         policy.answered(choice, prompt, prompt_tokens=1_000, cached_tokens=0)
     assert [member for member, _ in policy.index.matched(other.blocks)] == []
     assert [member for member, _ in policy.index.matched(prompt.blocks)] == [one]
+
+
+def test_misses_with_a_hit_between_them_are_no_flush() -> None:
+    """Requests of one prefix that are prefilled together all miss, and prefixes are evicted."""
+    policy = PrefixAware()
+    (one,) = fleet_of(1).members.values()
+    prompt = chat(system(1))
+    policy.index.add(one, prompt.blocks)
+    for number in range(4 * FLUSHED_AFTER):
+        choice = policy.choose([one], prompt)
+        assert choice.matched == 1.0
+        policy.answered(choice, prompt, prompt_tokens=1_000, cached_tokens=0 if number % FLUSHED_AFTER else 900)
+
+
+def test_a_chance_difference_in_load_is_no_reason_to_leave_a_prefix() -> None:
+    """Two members, 32 in flight, 22 of them at the one that has the prompt."""
+    fleet = fleet_of(2)
+    policy = PrefixAware()
+    one, two = fleet.members.values()
+    one.in_flight, two.in_flight = 22, 10
+    prompt = chat(system(1))
+    policy.index.add(one, prompt.blocks)
+    assert policy.choose([one, two], prompt).member is one
+    one.in_flight, two.in_flight = 31, 1
+    assert policy.choose([one, two], prompt).member is two
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_no_member_is_left_idle_while_the_others_share_a_hot_prefix(size: int) -> None:
+    fleet = fleet_of(size)
+    policy = PrefixAware()
+    *busy, idle = fleet.members.values()
+    prompt = chat(system(1))
+    for member in busy:
+        member.in_flight = 16
+        policy.index.add(member, prompt.blocks)
+    assert policy.choose([*busy, idle], prompt).member is idle
 
 
 def test_the_capacity_is_learned_from_answers_whose_request_is_gone_by_then() -> None:

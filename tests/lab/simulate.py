@@ -1,0 +1,123 @@
+"""`python -m tests.lab.simulate`: what the shipped policies bring, beside others and an oracle, in virtual time.
+
+The fleet, admission and policies of the balancer run unchanged before replica models; only the time and the replicas
+are not real. Figures repeat exactly for a seed, all but the cost of a choice, which is of this machine.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tests.lab.bars import bars
+from tests.lab.model import ModelSettings
+from tests.lab.simulator import POLICIES, Result, Simulation
+from tests.lab.workloads import WORKLOADS, Conversation, Writer, groups
+
+AT_ONCE = 16  # requests under way for each replica
+
+# Two replicas of Llama-2-7b's shape on one H200 as measured there, and two of SmolLM2-135M on a CPU.
+H200 = ModelSettings(
+    prefill_rate=16_000,
+    itl_base=0.005,
+    itl_per_request=0.0001,
+    max_total_tokens=65_536,
+    chunk_tokens=8192,
+    max_running_requests=256,
+)
+CPU = ModelSettings(prefill_rate=700, itl_base=0.09, itl_per_request=0.01, max_total_tokens=4600, chunk_tokens=2048)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scenario:
+    """A workload before so many replicas of one kind."""
+
+    name: str
+    replicas: int
+    conversations: Sequence[Conversation]
+    at_once: int
+    settings: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+
+    def run(self, policy: str) -> Result:
+        return Simulation(policy, self.settings, self.replicas).run(self.conversations, self.at_once)
+
+
+def h200(seed: int) -> Scenario:
+    """48 groups on 2,000-token prompts of 12 KB: more than one pool holds, less than two."""
+    writer = Writer(random.Random(seed), bytes_per_token=6)
+    return Scenario("two on an H200", 2, groups(writer, 48, 288, 2000, answer_tokens=32), 32, H200)
+
+
+def cpu(seed: int) -> Scenario:
+    """Eight groups on 1,000-token prompts, four to a pool."""
+    writer = Writer(random.Random(seed))
+    return Scenario("two on a CPU", 2, groups(writer, 8, 40, 1000, answer_tokens=16), 4, CPU)
+
+
+def scenario(name: str, replicas: int, seed: int) -> Scenario:
+    writer = Writer(random.Random(seed))
+    return Scenario(name, replicas, WORKLOADS[name](writer, replicas), AT_ONCE * replicas)
+
+
+def scenarios(replicas: Sequence[int], names: Sequence[str], seed: int) -> Iterator[Scenario]:
+    if 2 in replicas:
+        yield h200(seed)
+        yield cpu(seed)
+    for count in replicas:
+        for name in names:
+            yield scenario(name, count, seed)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.lab.simulate", description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="64 replicas too: minutes")
+    parser.add_argument("--replicas", nargs="+", type=int, metavar="N", help="how many; default 2 and 8")
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS], metavar="NAME")
+    parser.add_argument("--policy", nargs="+", choices=POLICIES, default=[*POLICIES], metavar="NAME")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the figures go there too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="goodput as bars, an SVG document")
+    options = parser.parse_args(argv)
+    options.replicas = options.replicas or ([2, 8, 64] if options.full else [2, 8])
+    if min(options.replicas) < 1:
+        parser.error("--replicas: at least one")
+    return options
+
+
+HEAD = (
+    f"{'':16} {'goodput/s':>9} {'TTFT mean':>9} {'p50':>7} {'p99':>7} {'cached':>7} {'spread':>7} {'errors':>6}"
+    f" {'choice us':>9}"
+)
+
+
+def line(policy: str, result: Result) -> str:
+    return (
+        f"{policy:16} {result.goodput:9.2f} {result.ttft_mean:9.3f} {result.ttft_p50:7.3f} {result.ttft_p99:7.3f}"
+        f" {result.cached:7.3f} {result.spread:7.2f} {result.errors:6} {result.choice_us:9.1f}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    began = time.monotonic()
+    rows: list[dict[str, object]] = []
+    for one in scenarios(options.replicas, options.workload, options.seed):
+        print(f"\n{one.name}, {one.replicas} replicas, {one.at_once} at once\n{HEAD}", flush=True)
+        for policy in options.policy:
+            result = one.run(policy)
+            print(line(policy, result), flush=True)
+            rows.append({"workload": one.name, "replicas": one.replicas, "policy": policy} | dataclasses.asdict(result))
+    print(f"\nTTFT in s of virtual time, spread: busiest member to mean. {time.monotonic() - began:.0f} s.")
+    if options.json:
+        options.json.write_text(json.dumps({"seed": options.seed, "rows": rows}, indent=1) + "\n")
+    if options.plot:
+        options.plot.write_text(bars(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What routing promises, held in virtual time; and that the simulator runs what it says."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.lab.simulate import Scenario, cpu, h200, main, scenario
+
+SHARING = ["uniform", "zipf", "chat", "images", "one prompt", "hot prompt"]
+
+
+def goodput(policy: str, scenarios: Sequence[Scenario]) -> float:
+    """Answered requests a second, over all of them."""
+    results = [one.run(policy) for one in scenarios]
+    assert all(result.errors == 0 for result in results)
+    return sum(result.requests for result in results) / sum(result.seconds for result in results)
+
+
+@pytest.mark.parametrize("replicas", [2, 8])
+@pytest.mark.parametrize("workload", SHARING)
+def test_prefix_aware_is_within_a_tenth_of_an_oracle_and_no_worse_than_least_load(workload: str, replicas: int) -> None:
+    one = scenario(workload, replicas, seed=2)
+    ours = goodput("prefix_aware", [one])
+    assert ours >= 0.9 * goodput("oracle", [one])
+    assert ours >= 0.97 * goodput("least_load", [one])
+
+
+@pytest.mark.parametrize("replicas", [2, 8])
+def test_where_nothing_is_shared_it_is_no_worse_than_least_load(replicas: int) -> None:
+    one = scenario("no sharing", replicas, seed=2)
+    assert goodput("prefix_aware", [one]) >= 0.97 * goodput("least_load", [one])
+
+
+@pytest.mark.parametrize("workload", ["one prompt", "hot prompt"])
+def test_one_prompt_that_all_share_leaves_no_member_over_60_percent(workload: str) -> None:
+    one = scenario(workload, 2, seed=2)
+    assert one.at_once == 32
+    assert one.run("prefix_aware").largest <= 0.6
+
+
+def test_two_pools_that_hold_all_prefixes_just_so_are_used_as_one() -> None:
+    """What an H200 with two replicas showed: routed by load, each pool holds what the other one holds."""
+    scenarios = [h200(seed) for seed in range(3)]
+    ours = goodput("prefix_aware", scenarios)
+    assert ours >= 1.6 * goodput("least_load", scenarios)
+    assert ours >= 0.9 * goodput("oracle", scenarios)
+    assert min(one.run("prefix_aware").cached for one in scenarios) >= 0.7
+
+
+def test_two_small_replicas_with_few_in_flight_keep_their_groups() -> None:
+    scenarios = [cpu(seed) for seed in range(5)]
+    ours = goodput("prefix_aware", scenarios)
+    assert ours >= 1.3 * goodput("round_robin", scenarios)
+    assert ours >= 0.95 * goodput("cache_aware", scenarios)
+
+
+def test_a_run_repeats_exactly_for_a_seed() -> None:
+    first, again = (scenario("chat", 2, seed=3).run("prefix_aware") for _ in range(2))
+    assert (first.seconds, first.cached, first.ttft_mean) == (again.seconds, again.cached, again.ttft_mean)
+
+
+def test_every_turn_of_every_conversation_is_answered() -> None:
+    one = scenario("chat", 2, seed=4)
+    assert one.run("least_load").requests == sum(len(turns) for turns in one.conversations)
+
+
+def test_the_command_prints_and_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, plot = tmp_path / "figures.json", tmp_path / "plot.svg"
+    policies = ["prefix_aware", "bounded_hashing"]
+    main(
+        ["--replicas", "3", "--workload", "images", "--policy", *policies, "--json", str(figures), "--plot", str(plot)]
+    )
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["policy"] for row in rows] == policies
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["requests"] == 3 * 60 * 6
+        assert f"{row['goodput']:.2f}" in printed
+        assert f">{row['goodput']:.1f}</text>" in plot.read_text()
