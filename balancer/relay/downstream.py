@@ -246,7 +246,7 @@ class ClientConnection(asyncio.Protocol):
         request = self._reading or Request(b"-", b"", "1.1", self._doors.loop.time())
         request.id = request.id or new_request_id()
         request.refusal = error
-        self._release(request)
+        self.release(request)
         self._is_in_head, self._is_deaf, self._reading = False, True, None
         self._queue.append(request)
         if len(self._queue) == 1:
@@ -282,7 +282,7 @@ class ClientConnection(asyncio.Protocol):
         self._task = self._reply = self._source = None
         if not self._queue:
             return  # the client left in this very moment
-        self._release(self._queue.popleft())
+        self.release(self._queue.popleft())
         self._since = self._doors.loop.time()
         if not keep or (self._doors.is_closed and not self._queue):
             self._close()
@@ -296,8 +296,8 @@ class ClientConnection(asyncio.Protocol):
     def _has_read_enough(self) -> bool:
         return len(self._queue) > MAX_PIPELINED or sum(r.body_size for r in self._queue) > MAX_READ_AHEAD
 
-    def _release(self, request: Request) -> None:
-        """The request's body is not needed any more."""
+    def release(self, request: Request) -> None:
+        """The request's body is not needed any more: it will not be sent again."""
         self._doors.buffered -= request.held
         request.held = 0
         request.body.clear()
@@ -305,10 +305,10 @@ class ClientConnection(asyncio.Protocol):
     def _drop_requests(self) -> None:
         """Nothing more will be answered here."""
         for request in self._queue:
-            self._release(request)
+            self.release(request)
         self._queue.clear()
         if self._reading is not None:
-            self._release(self._reading)
+            self.release(self._reading)
             self._reading = None
 
     # Closing

@@ -130,7 +130,7 @@ class Proxy:
                 choice = claim.choice
                 record.member, record.reason, record.matched = member.name, choice.reason, choice.matched
                 record.attempts += 1
-                relay = _Relay(self, member, request, reply, record)
+                relay = _Relay(self, member, request, reply, record, client)
                 outcome = await self._attempt(member, request, client, relay)
                 relay.account(outcome)
             if outcome is Outcome.ANSWERED:
@@ -150,12 +150,12 @@ class Proxy:
 
     async def _attempt(self, member: Member, request: Request, client: ClientConnection, relay: "_Relay") -> Outcome:
         """One attempt at one member: on an idle connection if there is one, else (or after the race) on a new one."""
-        message = request.message_for(member, self._replica_key)
+        head = request.head_for(member, self._replica_key)
         is_head = request.method == b"HEAD"
         raced = False
         if connection := self.pool.idle_connection(member):
             client.take_from(connection)
-            outcome = await connection.exchange(message, is_head, relay)
+            outcome = await connection.exchange(head, request.body, is_head, relay)
             raced = outcome is Outcome.LOST and self.pool.loop.time() - connection.sent_at < KEEP_ALIVE_RACE
             if outcome is not Outcome.REFUSED and not raced:
                 return outcome
@@ -171,7 +171,7 @@ class Proxy:
         else:
             relay.connected(self.pool.loop.time() - began_at)
             client.take_from(connection)
-            return await connection.exchange(message, is_head, relay)
+            return await connection.exchange(head, request.body, is_head, relay)
         if raced:
             relay.account(outcome)
             return Outcome.LOST  # it may have begun on this before it went away: what was sent stays sent
@@ -195,14 +195,28 @@ class Proxy:
 class _Relay:
     """A replica's answer on its way to the client: upstream calls it with each piece as it comes."""
 
-    __slots__ = ("_gaps", "_last_at", "_member", "_proxy", "_record", "_reply", "_request", "retry_after", "status")
+    __slots__ = (
+        "_client",
+        "_gaps",
+        "_last_at",
+        "_member",
+        "_proxy",
+        "_record",
+        "_reply",
+        "_request",
+        "retry_after",
+        "status",
+    )
 
-    def __init__(self, proxy: Proxy, member: Member, request: Request, reply: Reply, record: Record) -> None:
+    def __init__(
+        self, proxy: Proxy, member: Member, request: Request, reply: Reply, record: Record, client: ClientConnection
+    ) -> None:
         self._proxy = proxy
         self._member = member
         self._request = request
         self._reply = reply
         self._record = record
+        self._client = client
         self._gaps: Spans | None = None
         self._last_at = 0.0
         self.status = 0
@@ -227,6 +241,7 @@ class _Relay:
                 record.queued,
             )
         self._reply.begin(status, self._proxy._cors.without_foreign(headers), length, own)
+        self._client.release(self._request)  # the replica has it; long answers need not keep large prompts in memory
         if self._reply.is_event_stream:
             self._gaps = self._proxy._observer.gaps(self._member)
         return True

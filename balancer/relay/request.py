@@ -60,11 +60,11 @@ class Request:
     def is_generating(self) -> bool:
         return self.kind is Kind.GENERATING and self.method == b"POST"
 
-    def message_for(self, member: Member, api_key: bytes | None) -> Sequence[bytes]:
-        """The request as that member gets it, in pieces: the head, then the body as it came."""
+    def head_for(self, member: Member, api_key: bytes | None) -> bytes:
+        """The request's head as that member gets it; the body follows as it came."""
         target = self.target if self.target.startswith(b"/") else self.path.encode("latin-1")
         authorization = b"Bearer " + api_key if api_key is not None else self.authorization
-        head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n" % (
+        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n" % (
             self.method,
             target,
             member.authority,
@@ -72,7 +72,6 @@ class Request:
             b"Authorization: %b\r\n" % authorization if authorization else b"",
             b"Content-Length: %d\r\n" % self.body_size if self.length is not None or self.is_chunked else b"",
         )
-        return [head, *self.body]
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,8 +59,8 @@ class ReplicaConnection(asyncio.Protocol):
         self._ends_with_connection = False
         self._can_be_kept = False
 
-    async def exchange(self, message: Sequence[bytes], is_head: bool, answer: Answer) -> Outcome:
-        """Sends one request and feeds its answer to `answer`.
+    async def exchange(self, head: bytes, body: Sequence[bytes], is_head: bool, answer: Answer) -> Outcome:
+        """Sends one request, whose body is in pieces, and feeds its answer to `answer`.
 
         Cancelled or broken, it closes the connection: that is how SGLang learns to abort.
         """
@@ -72,7 +72,7 @@ class ReplicaConnection(asyncio.Protocol):
         self._outcome = self._pool.loop.create_future()
         self.sent_at = self.last_byte_at = self._pool.loop.time()
         self._pool.busy.add(self)
-        self._transport.writelines(message)
+        self._transport.writelines((head, *body))
         try:
             return await self._outcome
         finally:

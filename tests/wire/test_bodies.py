@@ -160,6 +160,20 @@ async def test_what_is_neither_head_nor_body_has_an_end(house: House, endless: b
     assert house.replicas[0].seen.requests == []
 
 
+@in_house
+async def test_a_body_is_held_until_its_answer_begins_and_no_longer(house: House) -> None:
+    """A stream may take minutes; its prompt, with images in it, is not needed again."""
+    house.replicas[0].set(head_delay=0.2, token_interval=0.01)
+    client = await house.client()
+    await client.send(request(body=chat(tokens=100_000, stream=True, images="x" * (MIB - 1000))))
+    await house.replicas[0].seen.until(lambda seen: seen.generations_started == 1)
+    assert house.balancer.doors.buffered > MIB - 1000, "it might have to be sent to another"
+    await client.until(b"t00")
+    assert house.balancer.doors.buffered == 0
+    client.leave()
+    assert (await house.logged(1))[0]["bytes_in"] > MIB - 1000
+
+
 # Expect: 100-continue
 
 EXPECT = ("Expect", "100-continue")
