@@ -144,7 +144,12 @@ def fetch(url: str, body: bytes | None = None) -> tuple[int, bytes]:
 
 def stop_on_sigterm() -> None:
     """Lets a SIGTERM unwind like an exit, so that all that was started is stopped."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+    def stop(number: int, _: object) -> None:
+        print("stopped by SIGTERM", file=sys.stderr)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def _stop(process: subprocess.Popen) -> None:
