@@ -15,7 +15,7 @@ function badge(node, status) {
   node.className = `badge ${GOOD.includes(status) ? "good" : BAD.includes(status) ? "bad" : ""}`;
 }
 
-const SERVICE_SPARKS = [["Requests a second", "requests_per_second"], ["In flight", "in_flight"], ["Waiting", "queue_depth"]];
+const SERVICE_SPARKS = [["Requests/s", "requests_per_second"], ["In flight", "in_flight"], ["Waiting", "queue_depth"]];
 const REPLICA_SPARKS = [
   ["Tokens/s", "tokens_per_second", number, null],
   ["First token", "ttft_seconds", seconds, null],
@@ -39,7 +39,7 @@ function showService(service) {
   say($("service-reason"), service.reason ?? "");
   [...$("service-sparks").children].forEach((figure, index) => {
     const values = history.service.map((sample) => sample[SERVICE_SPARKS[index][1]]);
-    draw(figure, values, history.kept, number, values.at(-1));
+    draw(figure, values, number, values.at(-1));
   });
 }
 
@@ -82,7 +82,7 @@ function updateCard(card, replica) {
   const samples = history.replicas.get(replica.id) ?? [];
   [...card.querySelectorAll(".spark")].forEach((figure, index) => {
     const [, field, words, highest] = REPLICA_SPARKS[index];
-    draw(figure, samples.map((sample) => sample[field]), history.kept, words, replica[field], highest);
+    draw(figure, samples.map((sample) => sample[field]), words, replica[field], highest);
   });
 }
 

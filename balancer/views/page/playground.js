@@ -50,9 +50,7 @@ function describe(answer, times, usage) {
   if (usage) {
     const cached = usage.prompt_tokens_details?.cached_tokens;
     parts.push(`${usage.prompt_tokens} prompt tokens${cached == null ? "" : `, ${cached} of them cached`}`);
-    const took = (times.last - times.first) / 1000;
-    const rate = usage.completion_tokens > 1 && took > 0 ? `, ${((usage.completion_tokens - 1) / took).toFixed(1)} a second` : "";
-    parts.push(`${usage.completion_tokens} tokens${rate}`);
+    parts.push(`${usage.completion_tokens} tokens in ${seconds((times.last - times.sent) / 1000)}`);
   }
   return parts.join(" · ");
 }

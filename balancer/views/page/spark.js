@@ -4,6 +4,7 @@ import { element, say } from "./dom.js";
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 180;
 const HEIGHT = 40;
+const FEWEST = 24; // samples that fill the width while there are few: two minutes
 
 export function spark(title) {
   const svg = document.createElementNS(SVG, "svg");
@@ -19,12 +20,13 @@ export function spark(title) {
   return figure;
 }
 
-// `values`: oldest first, null where nothing was measured; `kept` of them fill the width. `words` puts a value in words,
-// `now` is the one to name, `highest` the top of the scale where that is known.
-export function draw(figure, values, kept, words, now, highest = null) {
+// `values`: oldest first, null where nothing was measured. `words` puts a value in words, `now` is the one to name,
+// `highest` the top of the scale where that is known.
+export function draw(figure, values, words, now, highest = null) {
+  const kept = Math.max(values.length, FEWEST);
   const measured = values.filter((value) => value != null);
   const top = highest ?? Math.max(...measured, 0);
-  const step = WIDTH / Math.max(kept - 1, 1);
+  const step = WIDTH / (kept - 1);
   const first = kept - values.length;
   let line = "";
   let pen = "M";

@@ -142,7 +142,7 @@ async def browser(folder: Path) -> AsyncIterator[Browser]:
 
 @asynccontextmanager
 async def driven() -> AsyncIterator[str]:
-    """The address of a chromedriver. It takes a free port of IPv4, and gives up if IPv6 has that one taken: so again."""
+    """The address of a chromedriver. It takes a free port of IPv4, and gives up if IPv6 has it taken: so again."""
     for _ in range(5):
         process = await asyncio.create_subprocess_exec(
             driver(),

@@ -37,7 +37,9 @@ def test_a_real_model_answers_and_the_page_shows_how(balancer: Balancer, tmp_pat
             for number in range(12):
                 await talk(client, number)
             await tab.until("document.getElementById('model').value === 'smollm2-135m'")
-            await tab.run("document.getElementById('most').value = 40")
+            await tab.run(
+                "document.getElementById('temperature').value = 0; document.getElementById('most').value = 40"
+            )
             await tab.type("#prompt", "What is the capital of France?")
             await tab.click("#send")
             await tab.until(ANSWERED, timeout=240)
@@ -48,7 +50,7 @@ def test_a_real_model_answers_and_the_page_shows_how(balancer: Balancer, tmp_pat
             )
             # A sample after the last answer, so that the cards show the cache that the shared prompt filled.
             await tab.until(
-                "[...document.querySelectorAll('.card')].every((card) => / [5-9]\\d %/.test(' ' + card.innerText))"
+                "[...document.querySelectorAll('.card')].every((card) => /\\b[5-9]\\d %/.test(card.innerText))"
             )
             await tab.run("document.activeElement.blur(); scrollTo(0, 0)")
             keep("real-chat.png", await tab.screenshot())
@@ -66,7 +68,7 @@ def test_a_real_model_names_the_colour_of_a_dropped_image(tiny_llava: Replica, k
             await tab.until("document.getElementById('model').value === 'tiny-llava'")
             await tab.type("#files", str(tmp_path / "picture.png"))
             await tab.until("document.querySelectorAll('#pictures img').length === 1")
-            await tab.run("document.getElementById('temperature').value = 0; document.getElementById('most').value = 1")
+            await tab.run("document.getElementById('temperature').value = 0; document.getElementById('most').value = 8")
             await tab.type("#prompt", "What color is this image?")
             await tab.click("#send")
             await tab.until(ANSWERED, timeout=240)
