@@ -268,7 +268,8 @@ class ClientConnection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         """Sends to the client; what it does not take is held, and its reply's source paused."""
         transport = self._transport
-        if transport is not None and not transport.is_closing():  # uvloop raises where asyncio only ignores it
+        # A replica's bytes may come between a connection's end and its request's; uvloop raises then.
+        if transport is not None and not self._is_over and not transport.is_closing():
             transport.write(data)
 
     def take_from(self, source: Source) -> None:

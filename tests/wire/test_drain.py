@@ -117,6 +117,20 @@ async def test_what_is_not_over_after_drain_timeout_ends_as_a_broken_stream_or_5
         assert lines[503]["error"] == "shutting_down"
 
 
+@on_uvloop
+async def test_bytes_that_come_in_the_moment_in_which_a_stream_is_broken_off_go_nowhere() -> None:
+    async with LabReplica(token_interval=0.01) as a, serving(a) as house:
+        client = await house.client()
+        await client.send(request(body=chat(stream=True, tokens=100_000)))
+        await client.until(b"t00")
+        (connection,) = house.balancer.doors.connections
+        (upstream,) = house.balancer.pool.busy
+        connection.break_off("a test ends it.")
+        upstream.data_received(b"a\r\ndata: {}\n\n\r\n")
+        assert (await client.rest()).endswith(b"\n\n\r\n"), "our own event is the last"
+        await a.seen.until(lambda seen: seen.generations_aborted == 1)
+
+
 # As a process
 
 
