@@ -22,15 +22,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
     parser.add_argument("--by", choices=("both", "list", "dns"), default="both", help="how replicas are discovered")
     flags = parser.parse_args()
-    ways = {"both": ("list", "dns"), "list": ("list",), "dns": ("dns",)}[flags.by]
-    shares = [flags.steps // len(ways) + (flags.steps % len(ways) if way == ways[0] else 0) for way in ways]
-    print(f"seed {flags.seed}: {' and '.join(f'{s} steps by {w}' for w, s in zip(ways, shares, strict=True))}")
-    for way, share in zip(ways, shares, strict=True):
-        try:
-            report = asyncio.run(play(flags.seed, share, way == "dns", Teller(share)))
-        except Violation as violation:
-            print(f"\n{violation}\n\nagain: python -m tests.chaos --by {way} --seed {flags.seed} --steps {share}")
-            return 1
+    half = flags.steps // 2
+    shares = {"both": {"list": flags.steps - half, "dns": half}}.get(flags.by, {flags.by: flags.steps})
+    print(f"seed {flags.seed}: " + " beside ".join(f"{share} steps by {way}" for way, share in shares.items()))
+    try:
+        reports = asyncio.run(_play(flags.seed, shares))
+    except* Violation as violations:
+        print(f"\n{violations.exceptions[0]}")
+        return 1
+    for way, report in reports.items():
         _print(way, report)
     print("\nHow long it takes with the default settings (probe each 1 s, time-out 5 s), in seconds:")
     for name, took, bound in asyncio.run(_noticing()):
@@ -40,16 +40,32 @@ def main() -> int:
     return 0
 
 
+async def _play(seed: int, shares: dict[str, int]) -> dict[str, Report]:
+    """Runs side by side, one for each way of discovery; the first violation ends them all."""
+
+    async def one(way: str, steps: int) -> Report:
+        try:
+            return await play(seed, steps, way == "dns", Teller(way, steps))
+        except Violation as violation:
+            again = f"python -m tests.chaos --by {way} --seed {seed} --steps {steps}"
+            raise Violation(f"by {way}, {violation}\n\nagain: {again}") from None
+
+    async with asyncio.TaskGroup() as group:
+        runs = {way: group.create_task(one(way, steps)) for way, steps in shares.items()}
+    return {way: run.result() for way, run in runs.items()}
+
+
 class Teller:
     """Shows how far a run is: one line that is written anew on a terminal, now and then a line elsewhere."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, way: str, steps: int) -> None:
+        self.way = way
         self.steps = steps
         self.began = time.monotonic()
 
     def __call__(self, step: int, name: str, requests: int) -> None:
         took = time.monotonic() - self.began
-        line = f"step {step}/{self.steps}, {requests} requests, {took:.0f} s: {name}"
+        line = f"by {self.way}: step {step}/{self.steps}, {requests} requests, {took:.0f} s: {name}"
         if sys.stdout.isatty():
             print(f"\r{line:100}", end="\n" if step == self.steps else "", flush=True)
         elif step % 50 == 0 or step == self.steps:
