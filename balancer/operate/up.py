@@ -145,7 +145,9 @@ class _Up:
                 model = answer.json()["data"][0]["id"]
         except (httpx.HTTPError, ValueError, LookupError, TypeError):
             return f"curl {self._front.endpoint}{self._recipe.readiness_probe.path}"
-        body = {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+        question = {"role": "user", "content": "What is the capital of France?"}
+        # Without a limit a small model may ramble for minutes on a CPU.
+        body = {"model": model, "messages": [question], "max_tokens": 32, "temperature": 0}
         return (
             f"curl {self._front.endpoint}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
             f"         -d '{json.dumps(body)}'"
