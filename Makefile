@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` says what there is; what CI runs is what a person runs.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test docker-test check chaos bench bench-routing simulate lock
+.PHONY: help install up down test docker-test check chaos bench bench-routing simulate lock fuzz
 
 # The first of these that runs (a version manager's stub may stand in for a Python that is not there).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -40,6 +40,9 @@ check: install ## format, lint and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+fuzz: install ## hostile bytes for a minute (ARGS="--seconds 600 --seed 7")
+	@$(BIN)/python -m tests.wire.fuzz --seconds 60 $(ARGS)
 
 chaos: install ## 1,000 seeded faults under load, every promise looked at after each (ARGS="--steps 100 --seed 7")
 	@$(BIN)/python -m tests.chaos --steps 1000 $(ARGS)
