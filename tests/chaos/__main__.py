@@ -27,7 +27,10 @@ def main() -> int:
     print(f"seed {flags.seed}: " + " beside ".join(f"{share} steps by {way}" for way, share in shares.items()))
     try:
         reports = asyncio.run(_play(flags.seed, shares))
-    except* Violation as violations:
+    except ExceptionGroup as group:
+        violations, others = group.split(Violation)
+        if violations is None or others is not None:
+            raise
         print(f"\n{violations.exceptions[0]}")
         return 1
     for way, report in reports.items():
