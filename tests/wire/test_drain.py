@@ -86,6 +86,8 @@ async def test_the_port_closes_idle_connections_go_and_what_is_under_way_is_fini
             answer = await asking.answer()
             assert (answer.status, answer.is_last) == (200, True)
             assert (await busy.rest()).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            for client in (asking, busy):
+                client.leave()
             await task
             with pytest.raises(ConnectionRefusedError):
                 await house.client()
@@ -174,6 +176,7 @@ async def test_sigterm_finishes_a_stream_then_the_process_ends_with_0() -> None:
         await client.until(b"t00")
         balancer.signal(signal.SIGTERM)
         assert (await client.rest()).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        client.leave()
         assert await balancer.end() == 0
         line = orjson.loads(balancer.printed.splitlines()[-1])
         assert (line["status"], line["path"]) == (200, "/v1/chat/completions")

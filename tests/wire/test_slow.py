@@ -138,12 +138,12 @@ async def test_a_client_that_takes_nothing_is_cut_after_send_timeout() -> None:
 
 @on_uvloop
 async def test_a_slow_client_that_takes_a_little_now_and_then_is_not_cut() -> None:
-    async with LabReplica(body_mib=16) as a, serving(a, send_timeout=0.6) as house:
+    async with LabReplica(body_mib=16) as a, serving(a, send_timeout=0.4) as house:
         client = await house.client(receive_buffer=65536)
         await client.send(POST)
         loop = asyncio.get_running_loop()
         began, size = loop.time(), 0
-        while loop.time() - began < 2:
+        while loop.time() - began < 1.3:
             assert await client.more()
             size += len(client.received)
             client.received = b""
@@ -159,7 +159,7 @@ async def test_a_slow_client_that_takes_a_little_now_and_then_is_not_cut() -> No
 @on_uvloop
 async def test_a_client_that_leaves_its_answer_lying_is_cut_too(fields: tuple[tuple[str, str], ...]) -> None:
     """The answer is over, and below what counts as held back: still the connection must end one day."""
-    async with LabReplica() as a, serving(a, send_timeout=0.6, keep_alive_timeout=0.3) as house:
+    async with LabReplica() as a, serving(a, send_timeout=0.3, keep_alive_timeout=0.2) as house:
         a.next(1, body_mib=64.0)
         probing = await house.client(receive_buffer=4096)
         await probing.send(POST)
