@@ -18,10 +18,12 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --quiet --root-user-action=ignore --no-deps --target /opt/groundserve .
 
 # Half a gigabyte and a minute, spent once here: a replica then starts without a network, and scaling waits for
-# nothing but SGLang.
+# nothing but SGLang. Of replica/ only what makes models, so that no other change makes them anew.
 FROM sglang AS models
-COPY --from=package /opt/groundserve /opt/groundserve
-RUN PYTHONPATH=/opt/groundserve MODELS_DIR=/opt/models python3 -m replica.models \
+WORKDIR /build
+COPY replica/__init__.py replica/command.py replica/gpu.py replica/models.py replica/plugin.py replica/presets.py \
+     replica/settings.py replica/tiny_llava.py replica/
+RUN MODELS_DIR=/opt/models python3 -m replica.models \
     && chmod -R a+rX /opt/models
 
 FROM sglang

@@ -41,7 +41,7 @@ def test_scaling_real_replicas_under_sparse_traffic_loses_nothing(service: Proje
             await seen.more(2)
             for count in (1, 2):
                 await asyncio.to_thread(service.scale, count)
-                until(lambda count=count: len(service.ready()) == count, f"{count} ready replicas")
+                await asyncio.to_thread(until, lambda n=count: len(service.ready()) == n, f"{count} ready replicas")
                 await seen.more(4)
         return seen
 
