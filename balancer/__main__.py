@@ -11,7 +11,8 @@ from typing import Any, get_args
 import uvloop
 import yaml
 
-from balancer import app, spec
+from balancer import process, spec
+from balancer.config import Config
 from balancer.errors import ConfigError
 from balancer.fleet.member import Listed
 from balancer.settings import PolicyName, ReadinessProbe, Settings
@@ -20,19 +21,23 @@ from balancer.views.guard import is_loopback_name
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until told to stop; 0 after a clean end, 1 when it cannot start, 2 for wrong usage."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="groundserve: %(levelname)s: %(message)s")
     logging.getLogger("groundserve").setLevel(logging.INFO)
     try:
-        uvloop.run(app.run(config_from(options)))
+        uvloop.run(process.run(config_from(options), reread=lambda: config_from(options)))
     except ConfigError as error:
         print(f"groundserve: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def config_from(options: argparse.Namespace) -> app.Config:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags, with their environment twins filled in."""
+    return _parser().parse_args(arguments)
+
+
+def config_from(options: argparse.Namespace) -> Config:
     """The process's configuration; raises ConfigError with one line."""
     described = spec.load(options.service) if options.service else None
     values: dict[str, Any] = described.settings.model_dump(exclude_unset=True) if described else {}
@@ -62,7 +67,7 @@ def config_from(options: argparse.Namespace) -> app.Config:
     if options.discover and options.replica:
         raise ConfigError("--replica and --discover exclude each other: give one of them")
     replicas = tuple(Listed(name=f"replica-{n}", url=_http(url), id=n) for n, url in enumerate(options.replica, 1))
-    return app.Config(
+    return Config(
         listen=listen,
         admin=admin,
         policy=options.policy or (described.policy if described else None) or "round_robin",
@@ -70,6 +75,7 @@ def config_from(options: argparse.Namespace) -> app.Config:
         replicas=replicas,
         discover=options.discover,
         name=described.name if described else "groundserve",
+        service_file=_path(options.service),
         settings=settings,
         readiness=(described.readiness_probe if described else None) or ReadinessProbe(),
         replica_key=_key(options.replica_key, "--replica-key"),
@@ -105,7 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     flag("--policy", choices=get_args(PolicyName), help="which replica gets a request (default: round_robin)")
     flag("--replica", action="append", metavar="URL", help="a replica, http://HOST:PORT; may be repeated")
     flag("--discover", metavar="dns://NAME:PORT", help="find the replicas by DNS instead")
-    flag("--service", metavar="FILE", help="a service file: readiness probe, policy and x-groundserve settings")
+    flag(
+        "--service",
+        metavar="FILE",
+        help="a service file: readiness probe, policy, x-groundserve; looked at anew when it changes",
+    )
     flag("--set", action="append", metavar="KEY=VALUE", help="one setting; may be repeated")
     flag("--api-keys", metavar="FILE", help="who may use the endpoint: a line each, NAME:SHA256 or the key itself")
     flag("--open", action="store_true", help="listen beyond loopback for everyone, without keys")

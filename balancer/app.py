@@ -2,22 +2,16 @@
 
 import asyncio
 import contextlib
-import gc
 import ipaddress
 import logging
-import signal
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 
 from balancer import listen
+from balancer.config import Config, Reread
 from balancer.errors import ConfigError
 from balancer.fleet.discovery import DnsDiscovery, Resolve, resolve
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Listed
 from balancer.fleet.probe import Prober
 from balancer.relay import asgi
 from balancer.relay.auth import Keys
@@ -29,10 +23,10 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Network, Request
 from balancer.relay.tls import Certificate, replica_context
 from balancer.relay.upstream import Pool
+from balancer.relay.watch import FileWatch
 from balancer.routing.admission import Admission
 from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import PrefixAware
-from balancer.settings import PolicyName, ReadinessProbe, Settings
 from balancer.views.access_log import AccessLog
 from balancer.views.admin import admin_app
 from balancer.views.admin_connection import AdminConnection
@@ -51,39 +45,24 @@ log = logging.getLogger("groundserve")
 SWEEP = 0.25  # seconds between two looks at everything that can time out
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What one balancer process is told at its start. Addresses are (host, port); port 0 takes a free one."""
-
-    listen: tuple[str, int] = ("127.0.0.1", 30001)
-    admin: tuple[str, int] = ("127.0.0.1", 30002)
-    policy: PolicyName = "round_robin"
-    target_qps: Mapping[str, float] = field(default_factory=dict)  # by GPU type, for instance_aware_least_load
-    replicas: tuple[Listed, ...] = ()
-    discover: str | None = None
-    name: str = "groundserve"
-    settings: Settings = field(default_factory=Settings)
-    readiness: ReadinessProbe = field(default_factory=ReadinessProbe)
-    replica_key: str | None = None
-    admin_key: str | None = None
-    api_keys: Path | None = None
-    tls_cert: Path | None = None  # the endpoint's, with tls_key; both or neither
-    tls_key: Path | None = None
-    replica_ca: Path | None = None  # certificates that https replicas are checked by; the machine's own if none
-    is_log_json: bool = False
-
-
 class Balancer:
     """One balancer in one event loop. `start` opens both ports, `leave` drains, `stop` ends everything.
 
-    `look_up` is how names of replicas are resolved.
+    `look_up` is how names of replicas are resolved, `reread` what the configuration is by now.
     """
 
     def __init__(
-        self, config: Config, loop: asyncio.AbstractEventLoop, log_descriptor: int = 1, look_up: Resolve = resolve
+        self,
+        config: Config,
+        loop: asyncio.AbstractEventLoop,
+        log_descriptor: int = 1,
+        look_up: Resolve = resolve,
+        reread: Reread | None = None,
     ) -> None:
         self.config = config
         self.loop = loop
+        self._reread = reread
+        self._service_watch = FileWatch(config.service_file) if config.service_file else None
         settings = config.settings
         self.facts = ServiceFacts(config.name)
         self.tallies = Tallies()
@@ -125,7 +104,8 @@ class Balancer:
             self.proxy.refuse,
             _networks(settings.trusted_proxies),
         )
-        admin = admin_app(self.facts, self.fleet, self.admission, self.discovery is None, lambda: config.admin_key)
+        list_replicas = self.discovery.told if self.discovery else self.fleet.reconcile
+        admin = admin_app(self.facts, self.fleet, self.admission, list_replicas, lambda: config.admin_key)
         figures = BalancerCollector(
             self.fleet,
             self.admission,
@@ -178,6 +158,26 @@ class Balancer:
         while not all(server.started for server in self._servers):  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
 
+    def renew(self, config: Config) -> None:
+        """Goes by another policy, other numbers, another readiness probe from now on, while requests go on.
+
+        What a process is started with stays: addresses, the list of replicas, files of keys and certificates.
+        Raises ConfigError, and changes nothing, where the new configuration cannot be used.
+        """
+        before, settings = self.config, self.fleet.settings
+        trusted = _networks(config.settings.trusted_proxies)
+        settings.renew(config.settings)
+        self.fleet.renew(config.readiness)
+        self.doors.trusted = trusted
+        self.proxy.cors = Cors(settings.cors_origins)
+        if (config.policy, config.target_qps) != (before.policy, before.target_qps):
+            self.admission.policy = _policy(config)
+        if config.name != before.name:
+            self.facts.name = config.name
+        if (config.tls_cert, config.tls_key) != (before.tls_cert, before.tls_key):
+            log.warning("another certificate file is taken up at the next start only")
+        self.config = config
+
     async def leave(self, hurry: asyncio.Event) -> None:
         """Drains: not ready any more, port still open; then port closed, answers in flight finish; the rest break.
 
@@ -225,32 +225,20 @@ class Balancer:
                     self.keys.reload()
                 if self.certificate is not None:
                     self.certificate.reload()
+                self._reload()
             except Exception:
                 log.exception("the sweep failed; it goes on")
 
-
-async def run(config: Config, look_up: Resolve = resolve) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. `look_up` resolves replicas' names."""
-    listen.raise_file_limit()
-    loop = asyncio.get_running_loop()
-    leaving, hurry = asyncio.Event(), asyncio.Event()
-
-    def signalled() -> None:
-        (hurry if leaving.is_set() else leaving).set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled)
-    balancer = Balancer(config, loop, look_up=look_up)
-    await balancer.start()
-    # What is here now stays; and requests leave no cycles, so the collector may look seldom: it took a twentieth of
-    # the time per request.
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-    print(f"listening on {balancer.endpoint}", file=sys.stderr)
-    print(f"admin on {balancer.admin_endpoint}", file=sys.stderr, flush=True)
-    await leaving.wait()
-    await balancer.leave(hurry)
-    await balancer.stop()
+    def _reload(self) -> None:
+        """Takes up a service file that changed; a mistake in it leaves all as it was."""
+        if self._service_watch is None or self._reread is None or not self._service_watch.has_changed():
+            return
+        try:
+            self.renew(self._reread())
+        except ConfigError as error:
+            log.warning("%s; all stays as it was", error)
+        else:
+            log.info("%s: taken up", self.config.service_file)
 
 
 class _Observer:

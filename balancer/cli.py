@@ -31,8 +31,8 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "up":
             recipe = commands.recipe_from(_source(options))
-            doors = ["--open"] if options.open else ["--api-keys", options.api_keys] if options.api_keys else []
-            return commands.up(recipe, options.listen, options.admin, doors, is_detached=options.detach)
+            doors = commands.Doors(options.listen, options.admin, options.open, options.api_keys)
+            return commands.up(recipe, doors, is_detached=options.detach)
         case "check":
             return commands.check(_source(options))
         case "status":

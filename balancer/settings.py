@@ -43,9 +43,12 @@ class ReadinessProbe(BaseModel):
 
 
 class Settings(BaseModel):
-    """All numbers of one balancer. Times are in seconds, sizes in bytes."""
+    """All numbers of one balancer. Times are in seconds, sizes in bytes.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    One object for the whole process: `renew` changes it in place, and whoever holds it goes by the new numbers.
+    """
+
+    model_config = ConfigDict(extra="forbid")
 
     # The relay
     max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body; beyond: 413")
@@ -89,6 +92,11 @@ class Settings(BaseModel):
     # Leaving
     drain_grace: float = Field(5, ge=0, description="time the port stays open after SIGTERM, with /ready at 503")
     drain_timeout: float = Field(600, ge=0, description="time answers in flight have after that")
+
+    def renew(self, other: "Settings") -> None:
+        """Takes over the other's numbers."""
+        for name in type(self).model_fields:
+            setattr(self, name, getattr(other, name))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "x-groundserve") -> "Settings":

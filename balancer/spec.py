@@ -84,11 +84,14 @@ class Spec:
             return False
         return policy.target_qps_per_replica is not None or self.operation.target_in_flight_per_replica is not None
 
-    def for_balancer(self, readiness_probe: ReadinessProbe) -> str:
-        """The YAML that one balancer process needs: variables filled in; no envs, secrets or commands."""
+    def for_balancer(self, readiness_probe: ReadinessProbe, defaults: Mapping[str, Any] = NOTHING) -> str:
+        """The YAML that one balancer process needs: variables filled in; no envs, secrets or commands.
+
+        `defaults` are settings that hold where the file does not say.
+        """
         service = self.service.model_dump(mode="json", exclude_unset=True, exclude={"readiness_probe", "tls"})
         service["readiness_probe"] = readiness_probe.model_dump(mode="json", exclude_none=True)
-        ours = self.settings.model_dump(mode="json", exclude_unset=True)
+        ours = {**defaults, **self.settings.model_dump(mode="json", exclude_unset=True)}
         ours |= self.operation.model_dump(mode="json", exclude_unset=True)
         return yaml.safe_dump({"name": self.name, "service": service, "x-groundserve": ours}, sort_keys=False)
 

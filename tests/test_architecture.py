@@ -17,7 +17,7 @@ ORDER = [
     {"routing"},
     {"relay"},
     {"operate", "views"},
-    {"listen", "app"},
+    {"config", "listen", "app", "process"},
     {"cli", "__main__"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}

@@ -15,6 +15,8 @@ log = logging.getLogger("groundserve")
 
 INTERVAL = 1.0
 LOOK_UP_TIMEOUT = 5.0
+# How long an engine's list stands after it was last told, in seconds. A controller tells it twice a second.
+TOLD_STANDS = 10.0
 # How long the last answer stands when DNS fails or knows no replica; members that answer stay even longer, in seconds.
 GRACE = 30.0
 
@@ -37,7 +39,8 @@ async def resolve(name: str, port: int) -> list[str]:
 class DnsDiscovery:
     """Keeps a fleet at what `dns://NAME:PORT` says. Works for Compose, Swarm's tasks.NAME, a headless Service.
 
-    The TTL is not looked at: Docker's says ten minutes, and its answers are true within a second.
+    The TTL is not looked at: Docker's says ten minutes, and its answers are true within a second. An engine that tells
+    its list knows more, and is believed as long as it goes on telling; DNS takes over when it is gone.
     """
 
     def __init__(self, source: str, fleet: Fleet, resolve: Resolve = resolve) -> None:
@@ -48,6 +51,8 @@ class DnsDiscovery:
         self._fleet = fleet
         self._resolve = resolve
         self._answered_at = fleet.clock()
+        self._told: dict[str, Listed] = {}  # by address, what an engine said of it last
+        self._told_until = float("-inf")
         self._is_failing = False
         self._task: asyncio.Task[None] | None = None
 
@@ -65,6 +70,12 @@ class DnsDiscovery:
             await self.look_up()
             await asyncio.sleep(INTERVAL)
 
+    def told(self, listing: Sequence[Listed]) -> None:
+        """An engine says which replicas there are; raises ConfigError as `Fleet.reconcile` does."""
+        self._fleet.reconcile(listing)
+        self._told = {listed.url: listed for listed in listing}
+        self._told_until = self._fleet.clock() + TOLD_STANDS
+
     async def look_up(self) -> None:
         """Asks once and reconciles; a failure, or an answer without a record, leaves the fleet as it is for a while.
 
@@ -78,6 +89,8 @@ class DnsDiscovery:
             addresses = []
             why = str(error) or "no answer in time"
         now = self._fleet.clock()
+        if now < self._told_until:
+            return
         if addresses:
             if self._is_failing:
                 log.warning("DNS knows %s again: %d addresses", self._name, len(addresses))
@@ -94,4 +107,6 @@ class DnsDiscovery:
 
     def _listed(self, address: str) -> Listed:
         place = f"[{address}]:{self._port}" if ":" in address else f"{address}:{self._port}"
-        return Listed(name=place, url=f"http://{place}", infra="dns")
+        url = f"http://{place}"
+        told = self._told.get(url)
+        return told if told and told.state == "RUNNING" else Listed(name=place, url=url, infra="dns")

@@ -15,8 +15,8 @@ class Outlier:
     """
 
     def __init__(self, base: float, longest: float) -> None:
-        self._base = base
-        self._longest = longest
+        self.base = base
+        self.longest = longest
         self.ejections_total = 0
         self._in_a_row = 0
         self._recent: deque[bool] = deque(maxlen=WINDOW)
@@ -37,11 +37,11 @@ class Outlier:
 
     def eject(self, now: float) -> float:
         """Starts an ejection; returns the time at which it ends."""
-        if now - self._back_at > self._longest:
+        if now - self._back_at > self.longest:
             self._ejections = 0
         self._ejections += 1
         self.ejections_total += 1
         self._in_a_row = 0
         self._recent.clear()
-        self._back_at = now + min(self._base * self._ejections, self._longest)
+        self._back_at = now + min(self.base * self._ejections, self.longest)
         return self._back_at

@@ -6,7 +6,7 @@ from typing import Generic, Protocol, TypeVar
 
 from balancer.errors import ConfigError
 from balancer.fleet.ejection import Outlier
-from balancer.fleet.member import Listed, Member, Status, Verdict
+from balancer.fleet.member import UNKNOWN_LIMIT, Listed, Member, Status, Verdict
 from balancer.settings import ReadinessProbe, Settings
 
 Clock = Callable[[], float]
@@ -69,6 +69,7 @@ class Fleet:
         self.when_joined: list[Callable[[Member], None]] = []
         self.when_left: list[Callable[[Member], None]] = []
         self.when_refused: list[Callable[[Member], None]] = []
+        self.is_asleep = False  # there are no replicas only because nobody asks: who waits wakes one
         self.in_flight = 0  # requests at members, those that left among them
         self.turns = 0  # choices made
         self.ready_since: float | None = None  # when a member was ready for the first time
@@ -81,7 +82,8 @@ class Fleet:
     def reconcile(self, listing: Iterable[Listed]) -> None:
         """Makes the members those of `listing`. Same name, address, id and life is the same member, all else is new.
 
-        Raises ConfigError, and changes nothing, when two entries have one name or one id.
+        A number that was made up here, because nobody gave one, gives way to the one that is given now. Raises
+        ConfigError, and changes nothing, when two entries have one name or one id.
         """
         wanted = list(listing)
         ids = {listed.id for listed in wanted if listed.id is not None}
@@ -96,16 +98,18 @@ class Fleet:
             number = listed.id
             if number is None:
                 number = member.id if member and member.id not in ids else self._next_id(ids)
-            if member is None or member.id != number or member.is_other_life(listed):
+            if member is None or member.is_other_life(listed) or (member.id != number and member.listed.id is not None):
                 member = self._new_member(listed, number)
             else:
+                member.id = number
                 member.listed_again(listed, self.clock())
             self.members[number] = member
         for member in before.values():
             if not self.has(member):
                 self._tell(self.when_left, member)
+        stayed = set(before.values())
         for member in self.members.values():
-            if before.get(member.id) is not member:
+            if member not in stayed:
                 self._tell(self.when_joined, member)
         self.changed()
 
@@ -133,9 +137,21 @@ class Fleet:
         self._last_id = max(self._last_id, number)
         outlier = Outlier(self.settings.ejection_time, self.settings.max_ejection_time)
         member = Member(number, listed, self.clock(), outlier, self.readiness)
-        if self.settings.max_in_flight:
-            member.limit = self.settings.max_in_flight
+        member.limit = self.limit_of(member)
         return member
+
+    def limit_of(self, member: Member) -> int:
+        """How many generating requests it may hold: as set, else as it says itself, else what is safe to assume."""
+        return self.settings.max_in_flight or member.own_limit or UNKNOWN_LIMIT
+
+    def renew(self, readiness: ReadinessProbe) -> None:
+        """Settings or the readiness probe changed: members are judged by them from now on."""
+        self.readiness = readiness
+        for member in self.members.values():
+            member.readiness = readiness
+            member.limit = self.limit_of(member)
+            member.outlier.base, member.outlier.longest = self.settings.ejection_time, self.settings.max_ejection_time
+        self.changed()
 
     def _tell(self, hooks: list[Callable[[Member], None]], member: Member) -> None:
         for hook in hooks:
@@ -187,7 +203,9 @@ class Fleet:
     def is_starting(self) -> bool:
         """Is a replica on its way that has not been ready yet and still may become so?"""
         now = self.clock()
-        return any(m.status(now) in (Status.PROVISIONING, Status.STARTING) for m in self.members.values())
+        return self.is_asleep or any(
+            m.status(now) in (Status.PROVISIONING, Status.STARTING) for m in self.members.values()
+        )
 
     def room_made(self) -> None:
         """A place was given back, or a member became available: whoever waits may look again."""

@@ -74,7 +74,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One replica as discovery or an engine lists it; `state` is the engine's word, RUNNING where nobody says more."""
+    """One replica as discovery or an engine lists it; `state` is the engine's word, RUNNING where nobody says more.
+
+    `url` is empty while the engine has no place for it yet.
+    """
 
     name: str
     url: str
@@ -87,6 +90,8 @@ class Listed:
     reason: str = ""
 
     def __post_init__(self) -> None:
+        if not self.url and self.state != "RUNNING":
+            return
         try:
             parts = urlsplit(self.url)
             usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -127,6 +132,7 @@ class Member:
     generating: int = 0
 
     limit: int = UNKNOWN_LIMIT
+    own_limit: int | None = None  # what the replica says of itself
     capacity_tokens: int | None = None
     identity: str | None = None
     last_byte_at: float = 0.0

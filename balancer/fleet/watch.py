@@ -60,8 +60,8 @@ class Watch:
     # Ours: /ready
 
     async def _watch_ready(self) -> None:
-        interval = self._fleet.settings.ready_interval
-        pause = interval * self._jitter.random()  # members that joined together are soon asked apart
+        settings = self._fleet.settings
+        pause = settings.ready_interval * self._jitter.random()  # members that joined together are soon asked apart
         with contextlib.closing(self._ready_line):
             while True:
                 self._hurry.clear()
@@ -70,7 +70,7 @@ class Watch:
                     async with asyncio.timeout(self._jittered(pause)):
                         await self._hurry.wait()
                         await asyncio.sleep(LEAST_GAP)
-                pause = interval
+                pause = settings.ready_interval
 
     async def _ask_ready(self) -> None:
         member, fleet = self._member, self._fleet
@@ -121,20 +121,21 @@ class Watch:
             self._inspected, self._was_refused = breaks, False
         member.identity = facts.identity or member.identity
         member.capacity_tokens = facts.capacity_tokens or member.capacity_tokens
-        if settings.max_in_flight is None:
-            member.limit = facts.limit or member.limit
+        member.own_limit = facts.limit or member.own_limit
+        member.limit = self._fleet.limit_of(member)
         return False
 
     # The service's: readiness_probe
 
     async def _watch_service(self) -> None:
-        member, interval = self._member, self._fleet.readiness.endpoint_probe_interval_seconds
+        member = self._member
         with contextlib.closing(self._service_line):
             while True:
                 if member.ready.verdict is not Verdict.PASSING:
                     self._came_up.clear()
                     await self._came_up.wait()
                 await self._safely(self._judge_service)
+                interval = self._fleet.readiness.endpoint_probe_interval_seconds
                 is_sure = member.service.verdict is Verdict.PASSING and not member.service.failures
                 await asyncio.sleep(self._jittered(interval if is_sure else min(interval, SOON)))
 

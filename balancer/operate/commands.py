@@ -63,7 +63,17 @@ def recipe_from(source: Source) -> Recipe:
     return made
 
 
-def up(recipe: Recipe, listen: str | None, admin: str | None, doors: Sequence[str], is_detached: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """Where `up` lets clients in, and whom; None: as it finds best."""
+
+    listen: str | None = None
+    admin: str | None = None
+    is_open: bool = False
+    api_keys: str | None = None
+
+
+def up(recipe: Recipe, doors: Doors, is_detached: bool) -> int:
     name = recipe.spec.name
     folder = ServiceFolder(state_root(), name)
     try:
@@ -79,7 +89,7 @@ def up(recipe: Recipe, listen: str | None, admin: str | None, doors: Sequence[st
             f"{folder.path}: {failure.strerror}: set XDG_STATE_HOME to a folder that can be written"
         ) from None
     with lock:
-        where_to = service_up.addresses(listen, admin, doors)
+        where_to = service_up.addresses(doors.listen, doors.admin, doors.is_open, doors.api_keys)
 
         def work(progress: Lines, came_up: Callable[[], None]) -> int:
             folder.sign(lock)

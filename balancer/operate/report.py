@@ -18,10 +18,6 @@ _STATES = {
     Stage.REPLACING: "SHUTTING_DOWN",
     Stage.GIVEN_UP: "FAILED",
 }
-# A replica that never got a port is listed under one where nothing listens: discard.
-_NOWHERE = "http://127.0.0.1:9"
-# While a service sleeps the balancer is told of a replica that is on its way, so that the first request waits for it.
-_SLEEPER = 1 << 30
 
 
 class Report:
@@ -44,14 +40,15 @@ class Report:
             "endpoint": self._endpoint(),
             "status": word,
             "reason": reason,
+            "is_asleep": wanted.is_asleep,
         }
 
     def listing(self, replicas: Collection[Replica], wanted: Wanted, now: float) -> list[dict[str, Any]]:
-        listed = [
+        return [
             {
                 "id": replica.id,
                 "name": f"{self._name}-{replica.id}",
-                "endpoint": self._endpoints.get(replica.id, _NOWHERE),
+                "endpoint": self._endpoints.get(replica.id, ""),
                 "version": replica.version,
                 "infra": self._infra,
                 "resources": wanted.recipes[replica.version].resources,
@@ -63,22 +60,10 @@ class Report:
             for replica in replicas
             if replica.version != wanted.hidden
         ]
-        if wanted.is_asleep and not listed:
-            reason = "asleep: starts with the first request"
-            listed.append(
-                {
-                    "id": _SLEEPER,
-                    "name": f"{self._name}-next",
-                    "endpoint": _NOWHERE,
-                    "state": "PROVISIONING",
-                    "reason": reason,
-                }
-            )
-        return listed
 
     def shown(self, snapshot: Snapshot, replicas: Collection[Replica], wanted: Wanted, now: float) -> Snapshot:
-        """The snapshot without the sleeper and with the replicas that the balancer does not know yet."""
-        rows = [row for row in snapshot.replicas if row.id != _SLEEPER]
+        """The snapshot with the replicas that the balancer does not know yet."""
+        rows = list(snapshot.replicas)
         rows += [self._row(replica, wanted, now) for replica in replicas if replica.version == wanted.hidden]
         service = replace(
             snapshot.service,
@@ -86,8 +71,6 @@ class Report:
             or str(wanted.newest.version),
             total=len(rows),
         )
-        if not rows and service.status == "REPLICA_INIT":
-            service = replace(service, status="NO_REPLICA")
         return Snapshot(service, tuple(sorted(rows, key=lambda row: row.id)))
 
     def alone(self, replicas: Collection[Replica], wanted: Wanted, now: float) -> Snapshot:
@@ -111,7 +94,7 @@ class Report:
             id=replica.id,
             name=f"{self._name}-{replica.id}",
             version=replica.version,
-            endpoint=self._endpoints.get(replica.id, _NOWHERE),
+            endpoint=self._endpoints.get(replica.id, ""),
             launched_seconds=_age(replica, now),
             infra=self._infra,
             resources=wanted.recipes[replica.version].resources,

@@ -18,7 +18,8 @@ class ServiceFolder:
         self.name = name
         self.path = root / name
         self.socket = self.path / "control.sock"
-        self.service_file = self.path / "service.yaml"
+        # A folder of its own, because a container is given folders: a file it would go on seeing as it was.
+        self.service_file = self.path / "balancer" / "service.yaml"
         self.balancer_log = self.path / "balancer.log"
         self.controller_log = self.path / "controller.log"
 
@@ -64,9 +65,18 @@ class ServiceFolder:
         return False
 
     def write_service_file(self, text: str) -> Path:
-        """Keeps it from other users: a readiness probe's headers may hold a key."""
-        with os.fdopen(os.open(self.service_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(text)
+        """Makes the file anew, whole at any moment, for a balancer that looks at it again and again.
+
+        A readiness probe's headers may hold a key. Other users are kept from it by our own folder's mode; inside a
+        container that is given only the inner folder, its user can read it.
+        """
+        inner = self.service_file.parent
+        inner.mkdir(exist_ok=True)
+        inner.chmod(0o755)
+        fresh = self.service_file.with_suffix(".new")
+        fresh.write_text(text)
+        fresh.chmod(0o644)
+        fresh.replace(self.service_file)
         return self.service_file
 
     def replica_log(self, id: int) -> Path:

@@ -5,7 +5,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from balancer.operate import control, machine
 from balancer.operate.child import tail
 from balancer.operate.controller import Controller
 from balancer.operate.engine import CannotStart
-from balancer.operate.front import Addresses, Front
+from balancer.operate.front import Addresses
 from balancer.operate.local import LocalEngine
+from balancer.operate.local_front import LocalFront
 from balancer.operate.ports import free_ports, is_free
 from balancer.operate.recipe import Recipe, recipe
 from balancer.operate.state import ServiceFolder
@@ -31,14 +32,14 @@ _FIRST_PORT = 30001
 _LAST_PORT = 30999
 
 
-def addresses(listen: str | None, admin: str | None, doors: Sequence[str] = ()) -> Addresses:
+def addresses(listen: str | None, admin: str | None, is_open: bool = False, api_keys: str | None = None) -> Addresses:
     """What was asked for, port 0 being any free one; else the first free pair from 30001 on.
 
     Raises ConfigError when a port that was asked for is taken.
     """
     asked = [None if a is None else _usable(flag, a) for flag, a in (("--listen", listen), ("--admin", admin))]
     for port in range(_FIRST_PORT, _LAST_PORT, 2):
-        pair = Addresses(asked[0] or f"127.0.0.1:{port}", asked[1] or f"127.0.0.1:{port + 1}", tuple(doors))
+        pair = Addresses(asked[0] or f"127.0.0.1:{port}", asked[1] or f"127.0.0.1:{port + 1}", is_open, api_keys)
         if all(asked) or all(is_free(*_split(address)) for address in (pair.listen, pair.admin)):
             return pair
     raise ConfigError(f"no two ports are free between {_FIRST_PORT} and {_LAST_PORT}: give --listen and --admin")
@@ -81,7 +82,7 @@ class _Up:
         self._ended = asyncio.Event()
         wake = asyncio.Event()
         engine = LocalEngine(folder, wake.set)
-        front = Front(folder, where, first, wake.set)
+        front = LocalFront(folder, where, first, wake.set)
         self._front = front
         self._controller = Controller(first.spec.name, first, engine, front, wake, progress.say, self._look)
 

@@ -55,7 +55,7 @@ class Proxy:
         self.budget = RetryBudget()
         self._observer = observer
         self._answer_own = answer_own
-        self._cors = cors
+        self.cors = cors
         self._replica_key = replica_key
         self._keys = keys
         self._admin_key = admin_key
@@ -64,7 +64,7 @@ class Proxy:
         """Refuses by the head alone, before a body is read; raises ServeError."""
         if request.method not in SERVED_METHODS:
             raise errors.method_not_allowed(request.method.decode("latin-1"))
-        if self._cors.is_preflight(request):
+        if self.cors.is_preflight(request):
             return
         if request.kind is Kind.ADMIN:
             if not self.settings.admin_paths or not bears(request.authorization, self._admin_key):
@@ -80,14 +80,14 @@ class Proxy:
     def refuse(self, request: Request, reply: Reply, error: ServeError) -> None:
         """Answers a request that never got to `serve`."""
         record = self._record(request)
-        reply.extra_fields = self._cors.fields(request)
+        reply.extra_fields = self.cors.fields(request)
         reply.refuse(error)
         self._finish(record, request, reply)
 
     async def serve(self, request: Request, reply: Reply, client: ClientConnection) -> None:
         """One request's whole way. Cancelled when the client leaves."""
         record = self._record(request)
-        reply.extra_fields = self._cors.fields(request)
+        reply.extra_fields = self.cors.fields(request)
         key = request.key
         if key is not None:
             if key.is_at_limit:  # others of its requests came through the door while this one's body was read
@@ -95,8 +95,8 @@ class Proxy:
                 return
             key.in_flight += 1
         try:
-            if self._cors.is_preflight(request):
-                reply.whole(204, self._cors.preflight(request), b"")
+            if self.cors.is_preflight(request):
+                reply.whole(204, self.cors.preflight(request), b"")
             elif request.kind is Kind.OWN:
                 await self._answer_own(request, reply)
             else:
@@ -240,7 +240,7 @@ class _Relay:
                 record.attempts,
                 record.queued,
             )
-        self._reply.begin(status, self._proxy._cors.without_foreign(headers), length, own)
+        self._reply.begin(status, self._proxy.cors.without_foreign(headers), length, own)
         self._client.release(self._request)  # the replica has it; long answers need not keep large prompts in memory
         if self._reply.is_event_stream:
             self._gaps = self._proxy._observer.gaps(self._member)

@@ -1,7 +1,7 @@
 """FastAPI routes of the admin port: status, the list of replicas, drain and undrain."""
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Header, HTTPException
@@ -23,7 +23,7 @@ class ListedReplica(BaseModel):
 
     id: int | None = Field(None, ge=1)
     name: str = Field(min_length=1, max_length=200, pattern=r"^[\w.:\[\]-]+$")
-    endpoint: str
+    endpoint: str = Field("", description="empty while it has none; a RUNNING one has")
     version: int = 1
     infra: str = "-"
     resources: str = "-"
@@ -55,6 +55,7 @@ class ServiceWord(BaseModel):
     endpoint: str | None = None
     status: str = ""
     reason: str = ""
+    is_asleep: bool = Field(False, description="a request that finds no replica makes the engine start one")
 
 
 class Replicas(BaseModel):
@@ -70,10 +71,10 @@ def admin_app(
     facts: ServiceFacts,
     fleet: Fleet,
     admission: Admission,
-    may_list: bool,
+    list_replicas: Callable[[Sequence[Listed]], None],
     admin_key: Callable[[], str | None],
 ) -> FastAPI:
-    """The admin port's app. `may_list`: the replicas come by `PUT /replicas`, not from DNS."""
+    """The admin port's app. `list_replicas` takes the list of `PUT /replicas`; it raises ConfigError."""
     app = FastAPI(title="groundserve admin")
 
     def with_key(authorization: Annotated[str, Header()] = "") -> None:
@@ -132,10 +133,8 @@ def admin_app(
 
     @app.put("/replicas", dependencies=changing)
     async def replicas(wanted: Replicas) -> Response:
-        if not may_list:
-            raise HTTPException(409, "The replicas come from --discover; start with --replica to list them here.")
         try:
-            fleet.reconcile([replica.listed() for replica in wanted.replicas])
+            list_replicas([replica.listed() for replica in wanted.replicas])
         except ConfigError as error:
             raise HTTPException(422, str(error)) from None
         if wanted.service is not None:
@@ -144,6 +143,7 @@ def admin_app(
             facts.version = str(said.version or facts.version)
             facts.endpoint = said.endpoint or facts.endpoint
             facts.status, facts.reason = said.status, said.reason
+            fleet.is_asleep = said.is_asleep
         return await status()
 
     return app

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import uvloop
 
-from balancer import app
+from balancer import process
+from balancer.config import Config
 from balancer.settings import ReadinessProbe, Settings
 
 
@@ -39,20 +40,20 @@ class Names:
                 return sorted(said["addresses"])
 
 
-async def serve(file: Path, config: app.Config) -> None:
+async def serve(file: Path, config: Config) -> None:
     def tell() -> None:
         spare = file.with_suffix(".new")
         spare.write_text(str(len(asyncio.all_tasks())))
         spare.replace(file.with_suffix(".tasks"))
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
-    await app.run(config, Names(file))
+    await process.run(config, Names(file))
 
 
 def main(path: str) -> None:
     said = json.loads(Path(path).read_text())
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="groundserve: %(levelname)s: %(message)s")
-    config = app.Config(
+    config = Config(
         listen=("127.0.0.1", 0),
         admin=("127.0.0.1", 0),
         discover=said["discover"],

@@ -89,8 +89,6 @@ class Replica(Program):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         flags = ("-m", "replica", "--device", "cpu", "--model", model, "--port", str(self.port))
-        # A deep health check that fails soon, so that a test need not wait a minute for one that does.
-        environ |= {"SGLANG_HEALTH_CHECK_TIMEOUT": "5", "OMP_NUM_THREADS": "1"}
         super().__init__(f"{model} on {self.port}", log, *flags, **environ)
 
     def restart(self) -> None:

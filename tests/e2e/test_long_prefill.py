@@ -26,9 +26,7 @@ def test_a_prefill_longer_than_the_probes_time_out_takes_no_replica_out(
     probe = {"path": path, "timeout_seconds": PATIENCE, "endpoint_probe_interval_seconds": PATIENCE}
     if path == "/health":
         probe["timeout_seconds"] = 5  # it takes a second even when nothing else is to do
-        # SkyServe's default: one that is under way when the prefill begins is SGLang's own to fail, and these replicas
-        # of the tests give up after 5 s where ours have 60.
-        probe["endpoint_probe_interval_seconds"] = 10
+        probe["endpoint_probe_interval_seconds"] = 10  # SkyServe's default
     service = tmp_path / "service.yaml"
     described = {"readiness_probe": probe, "replicas": 1}
     service.write_text(json.dumps({"service": described, "resources": {"ports": 8000}, "run": "sglang serve"}))

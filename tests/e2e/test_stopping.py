@@ -134,7 +134,8 @@ def fail_a_health_check(replica: Replica) -> None:
     scheduler = replica.scheduler()
     os.kill(scheduler, signal.SIGSTOP)
     try:
-        assert httpx.get(f"{replica.url}/health_generate", timeout=60).status_code == 503
+        # A minute is what `python -m replica` lets SGLang wait for its token.
+        assert httpx.get(f"{replica.url}/health_generate", timeout=90).status_code == 503
     finally:
         os.kill(scheduler, signal.SIGCONT)
     assert not replica.is_ready()

@@ -93,11 +93,15 @@ def test_logs_are_in_order_of_their_numbers(tmp_path: Path) -> None:
     assert [path.stem for path in folder.replica_logs()] == ["replica-1", "replica-9", "replica-10"]
 
 
-def test_the_balancers_file_and_the_folder_are_private(tmp_path: Path) -> None:
+def test_the_balancers_file_is_for_a_containers_user_inside_a_folder_that_is_private(tmp_path: Path) -> None:
     folder = ServiceFolder(tmp_path, "x")
     folder.claim().close()
-    assert folder.write_service_file("a: 1").stat().st_mode & 0o777 == 0o600
+    file = folder.write_service_file("a: 1")
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert file.parent.stat().st_mode & 0o777 == 0o755
     assert folder.path.stat().st_mode & 0o777 == 0o700
+    folder.write_service_file("a: 2")
+    assert [(one.name, one.read_text()) for one in file.parent.iterdir()] == [("service.yaml", "a: 2")]
 
 
 @pytest.mark.parametrize(

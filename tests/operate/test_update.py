@@ -1,12 +1,16 @@
 """Updates and autoscaling with real processes, under load that must not notice."""
 
+import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 
 from tests.operate.command_line import LAB, Groundserve, until
+from tests.security.certificates import Authority
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 
@@ -121,16 +125,46 @@ def test_a_file_that_cannot_be_is_refused_and_changes_nothing(groundserve: Groun
     assert groundserve.status("lab")["replicas"][0]["endpoint"] == before
 
 
-def test_a_policy_changes_without_touching_replicas(groundserve: Groundserve) -> None:
+def test_policy_and_limits_change_under_streams_with_the_same_processes_and_nothing_is_lost(
+    groundserve: Groundserve,
+) -> None:
+    service = groundserve.service("lab", f"{LAB} --token-interval 0.03", queue_size=7)
+    groundserve.up(service).until_up()
+    before = [row["endpoint"] for row in groundserve.status("lab")["replicas"]]
+    processes = set(groundserve.processes())
+    text = service.read_text().replace("service: {", 'service: {"load_balancing_policy": "least_load", ')
+    service.write_text(text.replace('"queue_size": 7', '"queue_size": 9'))
+    with streaming(groundserve) as seen:
+        assert "lab is at version 2" in groundserve("update", "lab", service)
+        status = groundserve.until("lab", lambda status: status["service"]["policy"] == "least_load")
+    assert seen.failed == []
+    assert [(row["endpoint"], row["version"]) for row in status["replicas"]] == [(url, 2) for url in before]
+    assert set(groundserve.processes()) == processes, "the balancer took it up as it runs"
+
+
+def test_a_certificate_comes_with_another_balancer_and_the_same_replicas(
+    groundserve: Groundserve, tmp_path: Path
+) -> None:
     service = groundserve.service("lab")
     groundserve.up(service).until_up()
     before = [row["endpoint"] for row in groundserve.status("lab")["replicas"]]
-    service.write_text(service.read_text().replace("service: {", 'service: {"load_balancing_policy": "least_load", '))
+    authority = Authority(tmp_path)
+    pair = authority.sign("localhost", "DNS:localhost", "IP:127.0.0.1")
+    tls = {"certfile": str(pair.cert), "keyfile": str(pair.key)}
+    service.write_text(service.read_text().replace("service: {", f'service: {{"tls": {json.dumps(tls)}, '))
     assert "lab is at version 2" in groundserve("update", "lab", service)
-    status = groundserve.until(
-        "lab", lambda status: status["service"]["policy"] == "least_load" and status["service"]["ready"] == 2
-    )
-    assert [(row["endpoint"], row["version"]) for row in status["replicas"]] == [(url, 2) for url in before]
+    url = groundserve("status", "--endpoint").strip()
+    assert url.startswith("https://127.0.0.1:")
+    until(lambda: answers(url, authority.pair.cert), bool)
+    assert [row["endpoint"] for row in groundserve.status("lab")["replicas"]] == before
+
+
+def answers(url: str, authority: Path) -> bool:
+    with httpx.Client(verify=ssl.create_default_context(cafile=str(authority))) as client:
+        try:
+            return client.get(f"{url}/health").status_code == 200
+        except httpx.ConnectError:
+            return False
 
 
 def test_a_service_asleep_wakes_for_a_request_which_waits(groundserve: Groundserve) -> None:

@@ -1,9 +1,9 @@
 """replica/models.py: a model appears whole or not at all, and is made once. tests/e2e serves what it makes."""
 
 import fcntl
+import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -19,20 +19,19 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["smollm2-135m"]
 
 
-def test_a_process_that_waited_for_another_finds_the_model_made(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_process_that_waited_for_another_finds_the_model_made(tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waiter = threading.Thread(target=models.ensure, args=("smollm2-135m", tmp_path))
-        waiter.start()
-        said = ""
-        while "waiting for another replica" not in said:
-            said += capsys.readouterr().out
-            assert waiter.is_alive()
-        (tmp_path / "smollm2-135m").mkdir()
-    waiter.join(timeout=30)
-    assert not waiter.is_alive()
+        command = [sys.executable, "-m", "replica.models", "smollm2-135m"]
+        environ = {**os.environ, "MODELS_DIR": str(tmp_path)}
+        waiting = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True)
+        assert waiting.stdout is not None
+        with waiting, waiting.stdout:
+            assert "waiting for another replica" in waiting.stdout.readline()
+            (tmp_path / "smollm2-135m").mkdir()
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert waiting.wait(timeout=60) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "smollm2-135m"]
 
 
 def without_a_network(folder: Path) -> subprocess.CompletedProcess[str]:

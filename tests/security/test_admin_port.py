@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from balancer.__main__ import _parser, config_from
+from balancer.__main__ import config_from, parse
 from balancer.errors import ConfigError
 from balancer.views.guard import MAX_BODY, Guard, Message, is_loopback_name
 from tests.lab.replica import LabReplica
@@ -252,7 +252,7 @@ async def test_it_has_room_for_64_viewers_and_says_so_to_the_next() -> None:
     ],
 )
 def test_beyond_loopback_the_start_wants_to_know_who_may(arguments: str, said: str | None) -> None:
-    options = _parser().parse_args(arguments.split())
+    options = parse(arguments.split())
     if said is None:
         config_from(options)
         return

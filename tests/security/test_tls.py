@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from balancer.__main__ import _parser, config_from
+from balancer.__main__ import config_from, parse
 from balancer.errors import ConfigError
 from balancer.fleet.member import Listed, Status
 from balancer.relay.tls import Certificate, replica_context
@@ -300,7 +300,7 @@ def test_a_service_files_tls_is_the_endpoints_and_flags_come_first(pair: Pair, t
     service = tmp_path / "service.yaml"
     service.write_text(f"service:\n  tls: {{certfile: {pair.cert}, keyfile: {pair.key}}}\nrun: x\n")
     arguments = ["--service", str(service), "--listen", "127.0.0.1:0"]
-    config = config_from(_parser().parse_args(arguments))
+    config = config_from(parse(arguments))
     assert (config.tls_cert, config.tls_key) == (pair.cert, pair.key)
-    config = config_from(_parser().parse_args([*arguments, "--tls-cert", "/other.crt", "--tls-key", "/other.key"]))
+    config = config_from(parse([*arguments, "--tls-cert", "/other.crt", "--tls-key", "/other.key"]))
     assert (config.tls_cert, config.tls_key) == (Path("/other.crt"), Path("/other.key"))

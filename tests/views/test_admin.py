@@ -20,11 +20,11 @@ from tests.fleet.members import Clock, claimed, fail, fleet_of, listed, make_rea
 class Admin:
     """The admin app over a fleet, asked without a socket."""
 
-    def __init__(self, fleet: Fleet, *, may_list: bool = True, key: str | None = None, **facts: Any) -> None:
+    def __init__(self, fleet: Fleet, *, key: str | None = None, **facts: Any) -> None:
         self.fleet = fleet
         self.facts = ServiceFacts(**facts)
         self.admission = Admission(fleet, RoundRobin())
-        self.app: FastAPI = admin_app(self.facts, fleet, self.admission, may_list, lambda: key)
+        self.app: FastAPI = admin_app(self.facts, fleet, self.admission, fleet.reconcile, lambda: key)
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         async def play() -> httpx.Response:
@@ -222,12 +222,23 @@ def test_a_body_that_is_no_list_is_refused_in_one_line(body: bytes) -> None:
     assert answer.json()["error"]["message"].startswith("body")
 
 
-def test_with_discovery_the_list_is_not_anybodys_to_put() -> None:
-    admin = Admin(fleet_of(1, Clock()), may_list=False)
-    answer = admin.put(replica(2))
-    assert answer.status_code == 409
-    assert "--discover" in answer.json()["error"]["message"]
-    assert list(admin.fleet.members) == [1]
+def test_a_replica_without_a_place_yet_is_listed_without_an_endpoint() -> None:
+    admin = Admin(fleet_of(0, Clock()))
+    answer = admin.put(replica(1, endpoint="", state="PROVISIONING"))
+    assert answer.status_code == 200
+    assert [(row["endpoint"], row["status"]) for row in answer.json()["replicas"]] == [("", "PROVISIONING")]
+    refused = admin.put(replica(1, endpoint=""))
+    assert refused.status_code == 422, "one that runs has a place"
+    assert "write http://HOST:PORT" in refused.json()["error"]["message"]
+
+
+def test_a_service_asleep_says_so_and_has_no_replica() -> None:
+    admin = Admin(fleet_of(1, Clock()))
+    answer = admin.put(service={"is_asleep": True})
+    assert answer.json()["service"]["status"] == "NO_REPLICA"
+    assert admin.fleet.is_starting(), "who asks waits for a replica to come"
+    admin.put(service={})
+    assert not admin.fleet.is_starting()
 
 
 # The admin key

@@ -63,7 +63,7 @@ def test_the_latencies_of_a_stream_are_what_the_replica_took() -> None:
             await client.post(CHAT, json=chat(max_tokens=2))
             ttft, gaps = "groundserve_time_to_first_token_seconds", "groundserve_inter_token_latency_seconds"
             assert await value(balancer, client, ttft + "_count") == 1, "an answer in one piece has no first token"
-            assert 0.2 <= await value(balancer, client, ttft + "_sum") < 0.4
+            assert 0.199 <= await value(balancer, client, ttft + "_sum") < 0.4, "timers may be early by a clock's tick"
             assert await value(balancer, client, ttft + "_bucket", le="0.1") == 0
             assert await value(balancer, client, ttft + "_bucket", le="0.5") == 1
             # Eight gaps between nine tokens; what follows the last token may come a moment later.

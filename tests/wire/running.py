@@ -14,7 +14,8 @@ import orjson
 import uvloop
 
 from balancer import app
-from balancer.app import Balancer, Config
+from balancer.app import Balancer
+from balancer.config import Config, Reread
 from balancer.fleet.ejection import Outlier
 from balancer.fleet.member import Listed, Member
 from balancer.settings import Settings
@@ -170,7 +171,11 @@ class House:
 
 @contextlib.asynccontextmanager
 async def serving(
-    *replicas: LabReplica, ready: int | None = None, config: dict[str, Any] | None = None, **settings: Any
+    *replicas: LabReplica,
+    ready: int | None = None,
+    config: dict[str, Any] | None = None,
+    reread: Reread | None = None,
+    **settings: Any,
 ) -> AsyncIterator[House]:
     """A balancer in front of these replicas (members a, b, ...), once `ready` of them (all) are."""
     loop = asyncio.get_running_loop()
@@ -184,7 +189,8 @@ async def serving(
     listed = tuple(Listed(chr(97 + n), replica.url) for n, replica in enumerate(replicas))
     settings = {"drain_grace": 0, "drain_timeout": 0} | settings
     whole = {"listen": ("127.0.0.1", 0), "admin": ("127.0.0.1", 0), "replicas": listed, "is_log_json": True}
-    balancer = Balancer(Config(**(whole | {"settings": Settings(**settings)} | (config or {}))), loop, log_writer)
+    told = Config(**(whole | {"settings": Settings(**settings)} | (config or {})))
+    balancer = Balancer(told, loop, log_writer, reread=reread)
     await balancer.start()
     house = House(balancer, replicas, log_reader)
     house.complaints = complaints

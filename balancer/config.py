@@ -1,0 +1,34 @@
+"""What one balancer process is told at its start, resolved once from flags, environment and service file."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from balancer.fleet.member import Listed
+from balancer.settings import PolicyName, ReadinessProbe, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Addresses are (host, port); port 0 takes a free one."""
+
+    listen: tuple[str, int] = ("127.0.0.1", 30001)
+    admin: tuple[str, int] = ("127.0.0.1", 30002)
+    policy: PolicyName = "round_robin"
+    target_qps: Mapping[str, float] = field(default_factory=dict)  # by GPU type, for instance_aware_least_load
+    replicas: tuple[Listed, ...] = ()
+    discover: str | None = None
+    name: str = "groundserve"
+    service_file: Path | None = None  # looked at again and again: what changes in it is taken up
+    settings: Settings = field(default_factory=Settings)
+    readiness: ReadinessProbe = field(default_factory=ReadinessProbe)
+    replica_key: str | None = None
+    admin_key: str | None = None
+    api_keys: Path | None = None
+    tls_cert: Path | None = None  # the endpoint's, with tls_key; both or neither
+    tls_key: Path | None = None
+    replica_ca: Path | None = None  # certificates that https replicas are checked by; the machine's own if none
+    is_log_json: bool = False
+
+
+Reread = Callable[[], Config]

@@ -1,0 +1,102 @@
+"""A service file that changes is taken up while requests go on; a mistake in it leaves all as it was."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from balancer.__main__ import config_from, parse
+from tests.lab.replica import LabReplica
+from tests.wire.client import chat, request
+from tests.wire.running import House, on_uvloop, serving, until
+
+FILE = """
+name: {name}
+service: {{readiness_probe: {{path: {path}}}, replicas: 1, load_balancing_policy: {policy}}}
+x-groundserve: {{max_in_flight: {limit}, queue_size: {queue}, drain_grace: 0, drain_timeout: 0}}
+"""
+USUAL = {"name": "first", "path": "/health", "policy": "round_robin", "limit": 1, "queue": 0}
+
+
+@asynccontextmanager
+async def described(folder: Path, *replicas: LabReplica) -> AsyncIterator[tuple[House, Path]]:
+    """A balancer that goes by a service file, and that file."""
+    file = folder / "service.yaml"
+    file.write_text(FILE.format(**USUAL))
+    options = parse(["--service", str(file)])
+    config = config_from(options)
+    told = {"settings": config.settings, "policy": config.policy, "name": config.name, "service_file": file}
+    async with serving(*replicas, config=told, reread=lambda: config_from(options)) as house:
+        yield house, file
+
+
+def write(file: Path, **changes: object) -> None:
+    """A new file in the old one's place, as an editor or a controller leaves it."""
+    fresh = file.with_suffix(".new")
+    fresh.write_text(FILE.format(**(USUAL | changes)))
+    fresh.replace(file)
+
+
+@on_uvloop
+async def test_another_policy_and_other_limits_hold_at_once_and_streams_go_on(tmp_path: Path) -> None:
+    async with LabReplica(token_interval=0.05) as a, described(tmp_path, a) as (house, file):
+        stream = await house.client()
+        await stream.send(request(body=chat(tokens=20, stream=True)))
+        await a.seen.until(lambda seen: seen.generations_started == 1)
+        refused = await house.ask(request(body=chat()))
+        assert (refused.status, refused.error["code"]) == (429, "queue_full")
+        write(file, policy="prefix_aware", limit=2, name="second")
+        await until(lambda: house.balancer.admission.policy.name == "prefix_aware")
+        assert (await house.ask(request(body=chat(tokens=2)))).status == 200
+        answer = await stream.answer()
+        assert answer.status == 200
+        assert b"[DONE]" in answer.body
+        assert house.balancer.facts.name == "second"
+
+
+@on_uvloop
+async def test_what_stays_the_same_keeps_what_it_knows(tmp_path: Path) -> None:
+    async with LabReplica() as a, described(tmp_path, a) as (house, file):
+        write(file, policy="prefix_aware")
+        await until(lambda: house.balancer.admission.policy.name == "prefix_aware")
+        policy = house.balancer.admission.policy
+        write(file, policy="prefix_aware", limit=7)
+        await until(lambda: house.member("a").limit == 7)
+        assert house.balancer.admission.policy is policy, "with its index of prefixes"
+
+
+@on_uvloop
+async def test_another_readiness_probe_is_asked_from_now_on(tmp_path: Path) -> None:
+    async with LabReplica() as a, described(tmp_path, a) as (house, file):
+        write(file, path="/v1/models")
+        await until(lambda: house.balancer.fleet.readiness.path == "/v1/models")
+        assert house.member("a").readiness.path == "/v1/models"
+        assert (await house.ask(request(body=chat()))).status == 200
+
+
+@on_uvloop
+async def test_a_mistake_in_the_file_is_logged_and_changes_nothing(tmp_path: Path) -> None:
+    async with LabReplica() as a, described(tmp_path, a) as (house, file):
+        write(file, limit="many", policy="least_load")
+        await until(lambda: house.complaints)
+        (complaint,) = house.complaints
+        assert "max_in_flight" in complaint
+        assert "all stays as it was" in complaint
+        house.complaints.clear()
+        assert house.balancer.admission.policy.name == "round_robin"
+        assert house.member("a").limit == 1
+        file.unlink()
+        await until(lambda: house.complaints)
+        assert "give the path of a service YAML" in house.complaints[0]
+        house.complaints.clear()
+        write(file, limit=3)
+        await until(lambda: house.member("a").limit == 3)
+
+
+@on_uvloop
+async def test_what_a_process_is_started_with_stays(tmp_path: Path) -> None:
+    async with LabReplica() as a, described(tmp_path, a) as (house, _file):
+        endpoint = house.balancer.endpoint
+        house.balancer.renew(replace(house.balancer.config, listen=("127.0.0.1", 1), replicas=()))
+        assert (await house.ask(request(body=chat()))).status == 200
+        assert house.balancer.endpoint == endpoint
