@@ -1,4 +1,4 @@
-"""groundserve: up, status, scale, update, logs, down, check. Parsing only; what is done is in balancer/operate."""
+"""groundserve: up, status, scale, update, logs, down, check. Parsing only; balancer/operate does it."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balancer.errors import ConfigError
-from balancer.operate import commands
+from balancer.operate import commands, look
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,18 +32,18 @@ def _run(options: argparse.Namespace) -> int:
         case "up":
             recipe = commands.recipe_from(_source(options))
             doors = commands.Doors(options.listen, options.admin, options.open, options.api_keys)
-            return commands.up(recipe, doors, is_detached=options.detach)
+            return commands.up(recipe, doors, options.on, is_detached=options.detach)
         case "check":
             return commands.check(_source(options))
         case "status":
-            how = commands.Display(options.endpoint, options.json, options.verbose, options.watch)
-            return commands.status(options.names, how)
+            how = look.Display(options.endpoint, options.json, options.verbose, options.watch)
+            return look.status(options.names, how)
         case "scale":
             return commands.scale(options.name, options.replicas)
         case "update":
             return commands.update(options.name, _source(options), options.mode)
         case "logs":
-            return commands.logs(options.name, options.id, options.balancer, options.follow, options.tail)
+            return look.logs(options.name, options.id, options.balancer, options.follow, options.tail)
         case _:
             return commands.down(options.names, options.all, options.replica_id)
 
@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_source(up)
     _add_name(up)
     up.add_argument("-d", "--detach", action="store_true", help="go on in the background once it is up")
-    up.add_argument("--on", choices=("auto", "local"), default="auto", help="what runs the replicas (default: auto)")
+    up.add_argument(
+        "--on", choices=("auto", "local", "compose"), default="auto", help="what runs the replicas (default: auto)"
+    )
     up.add_argument("--listen", metavar="HOST:PORT", help="the endpoint (default: 127.0.0.1, 30001 or the next free)")
     up.add_argument("--admin", metavar="HOST:PORT", help="status and drain (default: the port after the endpoint's)")
     up.add_argument("--api-keys", metavar="FILE", help="the keys that clients must have, one a line")

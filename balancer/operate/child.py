@@ -60,6 +60,10 @@ class Child:
         self.signal(signal.SIGHUP)
         await self._watch
 
+    async def ended(self) -> None:
+        """Returns when it is gone."""
+        await asyncio.shield(self._watch)
+
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)

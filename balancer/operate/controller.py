@@ -64,6 +64,7 @@ class Controller:
     async def run(self) -> None:
         """Works until closed; then all is down. Raises CannotStart when there can be no balancer."""
         try:
+            await self._adopt()
             while not self._is_closing:
                 self._wake.clear()
                 await self._step()
@@ -114,6 +115,19 @@ class Controller:
         self._updates.append(outcome)
         self._wake.set()
         return await outcome
+
+    async def _adopt(self) -> None:
+        """Goes on with the replicas that an earlier controller left running."""
+        found = await self._engine.found()
+        if not found:
+            return
+        self.wanted.adopt(found)
+        now = self._clock()
+        for one in found:
+            launched_at = now - one.launched_seconds
+            self._keep(Replica(one.id, one.version, Stage.RUNNING, launched_at, was_ready=True))
+        self._next_id = max(one.id for one in found) + 1
+        self._say(f"{self.name}: found {len(found)} of its replicas running")
 
     async def _step(self) -> None:
         await self._front.keep_up()
@@ -268,6 +282,7 @@ class Controller:
         await stop_all(self.wanted.serving.spec.operation.stop_grace)
         hurrying.cancel()
         await asyncio.gather(*self._stopping)
+        await self._engine.close()
 
     def _keep(self, replica: Replica) -> None:
         self.replicas[replica.id] = replica

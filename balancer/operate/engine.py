@@ -1,8 +1,7 @@
-"""What an engine can do: start a replica, stop it, list what runs, show its log. Others decide."""
+"""What an engine can do: start a replica, stop it, list what runs, tell what ended. Others decide."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from balancer.operate.recipe import Recipe
 
@@ -13,10 +12,21 @@ class CannotStart(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A replica that the engine runs. `launched_seconds` is its age."""
+    """A replica that the engine runs. `name` is the balancer's for it, `launched_seconds` its age."""
 
     id: int
+    name: str
     endpoint: str
+    launched_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A replica that an earlier controller left running; `digest` is that of the recipe it was started by."""
+
+    id: int
+    version: int
+    digest: str
     launched_seconds: float
 
 
@@ -28,12 +38,26 @@ class Ended:
     reason: str
     is_hopeless: bool = False
 
+    @classmethod
+    def by(cls, id: int, code: int, last_words: str) -> Self:
+        """By its exit code (128 + the signal, where one ended it) and the last line that it printed."""
+        how = f"killed by signal {code - 128}" if code > 128 else f"exited with code {code}"
+        return cls(id, f"{how}: {last_words}" if last_words else how, code in _HOPELESS)
+
+
+# Exit codes that mean that the command itself is wrong: bad usage (2), a bad configuration (sysexits' 78), and bash's
+# and env's "cannot be executed" (126) and "not found" (127).
+_HOPELESS = {2, 78, 126, 127}
+
 
 class Engine(Protocol):
     """One way to run replicas."""
 
     # What the status tables say under INFRA.
     infra: str
+
+    async def found(self) -> tuple[Found, ...]:
+        """Takes over what an earlier controller left running. Call it once, before all else."""
 
     async def start(self, id: int, recipe: Recipe) -> None:
         """Starts a replica under a number that is free; raises CannotStart."""
@@ -47,5 +71,5 @@ class Engine(Protocol):
     def ended(self) -> tuple[Ended, ...]:
         """What ended unasked since the last call."""
 
-    def log(self, id: int) -> Path:
-        """The file with what this replica prints; it need not exist yet."""
+    async def close(self) -> None:
+        """Removes what is left when all replicas are gone."""

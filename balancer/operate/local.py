@@ -3,18 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from balancer.errors import ConfigError
 from balancer.operate.child import Child, tail
-from balancer.operate.engine import CannotStart, Ended, Running
+from balancer.operate.engine import CannotStart, Ended, Found, Running
 from balancer.operate.ports import REPLICA_PORTS, free_ports, is_free
 from balancer.operate.recipe import Recipe
 from balancer.operate.state import ServiceFolder
-
-# Exit codes that mean that the command itself is wrong: bad usage (2), a bad configuration (sysexits' 78), and bash's
-# and env's "cannot be executed" (126) and "not found" (127).
-_HOPELESS = {2, 78, 126, 127}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +31,13 @@ class LocalEngine:
         self._ports: dict[int, int] = {}
         self._stopping: set[int] = set()
 
+    async def found(self) -> tuple[Found, ...]:
+        """Nothing: children do not outlive their controller."""
+        return ()
+
     async def start(self, id: int, recipe: Recipe) -> None:
         port = self._ports[id] = self._port(id, recipe.fixed_port)
-        child = await Child.start(recipe.command(id, port), self.log(id), self._on_change)
+        child = await Child.start(recipe.command(id, port), self._folder.replica_log(id), self._on_change)
         self._replicas[id] = _Replica(child, f"http://127.0.0.1:{port}", time.monotonic())
 
     async def stop(self, id: int, grace: float) -> None:
@@ -54,7 +53,7 @@ class LocalEngine:
     def running(self) -> tuple[Running, ...]:
         now = time.monotonic()
         return tuple(
-            Running(id, replica.endpoint, now - replica.started)
+            Running(id, f"{self._folder.name}-{id}", replica.endpoint, now - replica.started)
             for id, replica in self._replicas.items()
             if replica.child.code is None
         )
@@ -65,11 +64,11 @@ class LocalEngine:
         for id, child in over:
             if id not in self._stopping:
                 del self._replicas[id]
-                found.append(Ended(id, _why(child), child.code in _HOPELESS))
+                found.append(Ended.by(id, child.code or 0, next(iter(tail(child.log, 1)), "")))
         return tuple(found)
 
-    def log(self, id: int) -> Path:
-        return self._folder.replica_log(id)
+    async def close(self) -> None:
+        """Nothing is left."""
 
     def _port(self, id: int, fixed: int | None) -> int:
         if fixed is not None:
@@ -82,10 +81,3 @@ class LocalEngine:
             return free_ports(1, [port for port in REPLICA_PORTS if port not in taken])[0]
         except ConfigError as failure:
             raise CannotStart(str(failure)) from None
-
-
-def _why(child: Child) -> str:
-    code = child.code or 0
-    how = f"killed by signal {code - 128}" if code > 128 else f"exited with code {code}"
-    last = tail(child.log, 1)
-    return f"{how}: {last[0]}" if last else how

@@ -1,5 +1,7 @@
 """How one replica of a service is started on this machine: its command, its variables, where it listens."""
 
+import hashlib
+import json
 import os
 import re
 import sys
@@ -64,21 +66,32 @@ class Recipe:
         return self.fixed_port == other.fixed_port and self.command(0, 0) == other.command(0, 0)
 
     def command(self, id: int, port: int) -> Command:
-        envs = {**self.spec.envs, REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
+        """The process of a replica on this host."""
+        envs = self.envs(id, port)
         if self.launch is None:
             return Command(("bash", "-c", self.spec.run), envs, self.spec.workdir)
-        argv = [
-            *python("replica"),
-            "--model",
-            _absolute(self.launch.model, self.spec.workdir),
-            "--port",
-            str(port),
-        ]
+        return Command((*python("replica"), *self.arguments(port)), with_packages(envs), self.spec.workdir)
+
+    def envs(self, id: int, port: int) -> dict[str, str]:
+        """What a replica finds in its environment; secrets may be among it."""
+        own = {REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
+        return {**self.spec.envs, **own, **(self.launch.envs if self.launch else {})}
+
+    def arguments(self, port: int) -> tuple[str, ...]:
+        """Those of `python -m replica`, where the script starts SGLang."""
+        assert self.launch is not None
+        arguments = ["--model", _absolute(self.launch.model, self.spec.workdir), "--port", str(port)]
         if self.gpus:
-            argv += ["--gpus", str(self.gpus)]
+            arguments += ["--gpus", str(self.gpus)]
         if self.launch.flags:
-            argv += ["--", *self.launch.flags]
-        return Command(tuple(argv), with_packages({**envs, **self.launch.envs}), self.spec.workdir)
+            arguments += ["--", *self.launch.flags]
+        return tuple(arguments)
+
+    @property
+    def digest(self) -> str:
+        """Equal where replicas are started alike, and different elsewhere; tells nothing of what went in."""
+        made = json.dumps([self.arguments(0) if self.launch else self.spec.run, sorted(self.envs(0, 0).items())])
+        return hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
 def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:

@@ -21,16 +21,23 @@ _STATES = {
 
 
 class Report:
-    """Remembers where each replica listened last."""
+    """Remembers what each replica was called and where it listened last."""
 
     def __init__(self, name: str, endpoint: Callable[[], str], infra: str) -> None:
         self._name = name
         self._endpoint = endpoint
         self._infra = infra
-        self._endpoints: dict[int, str] = {}
+        self._places: dict[int, Running] = {}
 
     def noted(self, running: Iterable[Running]) -> None:
-        self._endpoints |= {one.id: one.endpoint for one in running}
+        self._places |= {one.id: one for one in running}
+
+    def _named(self, id: int) -> str:
+        return self._places[id].name if id in self._places else f"{self._name}-{id}"
+
+    def _at(self, id: int) -> str:
+        """Empty while it has no place yet."""
+        return self._places[id].endpoint if id in self._places else ""
 
     def service(self, wanted: Wanted, word: str, reason: str) -> dict[str, Any]:
         """`word` overrides what the balancer makes of its replicas; empty: it decides."""
@@ -47,8 +54,8 @@ class Report:
         return [
             {
                 "id": replica.id,
-                "name": f"{self._name}-{replica.id}",
-                "endpoint": self._endpoints.get(replica.id, ""),
+                "name": self._named(replica.id),
+                "endpoint": self._at(replica.id),
                 "version": replica.version,
                 "infra": self._infra,
                 "resources": wanted.recipes[replica.version].resources,
@@ -92,9 +99,9 @@ class Report:
     def _row(self, replica: Replica, wanted: Wanted, now: float) -> ReplicaRow:
         return ReplicaRow(
             id=replica.id,
-            name=f"{self._name}-{replica.id}",
+            name=self._named(replica.id),
             version=replica.version,
-            endpoint=self._endpoints.get(replica.id, ""),
+            endpoint=self._at(replica.id),
             launched_seconds=_age(replica, now),
             infra=self._infra,
             resources=wanted.recipes[replica.version].resources,

@@ -1,14 +1,24 @@
 """The folder of one service under XDG_STATE_HOME: its lock, control socket, logs, and the balancer's service file."""
 
 import fcntl
+import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
 
 class AlreadyUp(Exception):
     """Another `groundserve up` runs this service."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Where a balancer that outlived its controller listens, HOST:PORT each."""
+
+    listen: str
+    admin: str
 
 
 class ServiceFolder:
@@ -22,6 +32,9 @@ class ServiceFolder:
         self.service_file = self.path / "balancer" / "service.yaml"
         self.balancer_log = self.path / "balancer.log"
         self.controller_log = self.path / "controller.log"
+        self.admin_key_file = self.path / "admin.key"
+        # What outlives its controller says here where it is found; only while it is to be there.
+        self._left_file = self.path / "left.json"
 
     def claim(self) -> TextIO:
         """Makes the folder and locks it for as long as the file stays open, however the process ends.
@@ -63,6 +76,20 @@ class ServiceFolder:
         except BlockingIOError:
             return True
         return False
+
+    @property
+    def left(self) -> Left | None:
+        """Where the service serves on without its controller; None where nothing was left."""
+        if self.is_up() or not self._left_file.exists():
+            return None
+        return Left(**json.loads(self._left_file.read_text()))
+
+    def leave(self, left: Left) -> None:
+        """From now on the service would outlive its controller."""
+        self._left_file.write_text(json.dumps(asdict(left)))
+
+    def left_nothing(self) -> None:
+        self._left_file.unlink(missing_ok=True)
 
     def write_service_file(self, text: str) -> Path:
         """Makes the file anew, whole at any moment, for a balancer that looks at it again and again.

@@ -13,16 +13,15 @@ import httpx
 from rich.console import Console
 
 from balancer.errors import ConfigError
-from balancer.operate import control, machine
+from balancer.operate import control, engines, machine
 from balancer.operate.child import tail
+from balancer.operate.compose_project import Project
 from balancer.operate.controller import Controller
 from balancer.operate.engine import CannotStart
 from balancer.operate.front import Addresses
-from balancer.operate.local import LocalEngine
-from balancer.operate.local_front import LocalFront
 from balancer.operate.ports import free_ports, is_free
 from balancer.operate.recipe import Recipe, recipe
-from balancer.operate.state import ServiceFolder
+from balancer.operate.state import Left, ServiceFolder
 from balancer.spec import parse
 from balancer.views.progress import Lines, Moving
 from balancer.views.status import ReplicaRow, Snapshot
@@ -32,11 +31,19 @@ _FIRST_PORT = 30001
 _LAST_PORT = 30999
 
 
-def addresses(listen: str | None, admin: str | None, is_open: bool = False, api_keys: str | None = None) -> Addresses:
-    """What was asked for, port 0 being any free one; else the first free pair from 30001 on.
+def addresses(
+    listen: str | None,
+    admin: str | None,
+    is_open: bool = False,
+    api_keys: str | None = None,
+    left: Left | None = None,
+) -> Addresses:
+    """What was asked for, port 0 being any free one; else where it was left; else the first free pair from 30001 on.
 
     Raises ConfigError when a port that was asked for is taken.
     """
+    if left is not None and listen in (None, left.listen) and admin in (None, left.admin):
+        return Addresses(left.listen, left.admin, is_open, api_keys)  # taken, by the service itself
     asked = [None if a is None else _usable(flag, a) for flag, a in (("--listen", listen), ("--admin", admin))]
     for port in range(_FIRST_PORT, _LAST_PORT, 2):
         pair = Addresses(asked[0] or f"127.0.0.1:{port}", asked[1] or f"127.0.0.1:{port + 1}", is_open, api_keys)
@@ -45,14 +52,22 @@ def addresses(listen: str | None, admin: str | None, is_open: bool = False, api_
     raise ConfigError(f"no two ports are free between {_FIRST_PORT} and {_LAST_PORT}: give --listen and --admin")
 
 
-def run(first: Recipe, folder: ServiceFolder, where: Addresses, progress: Lines, on_up: Callable[[], None]) -> int:
+def run(
+    first: Recipe,
+    folder: ServiceFolder,
+    where: Addresses,
+    on: Project | None,
+    progress: Lines,
+    on_up: Callable[[], None],
+) -> int:
     """Runs the service until it is told to end; the exit code. The caller holds the folder's lock.
 
-    `on_up` is called once, when the service came up and all was said about it.
+    `on`: in containers of that Compose project; None: as our children. `on_up` is called once, when the service came up
+    and all was said about it.
     """
 
     async def serve() -> int:
-        return await _Up(first, folder, where, progress, on_up).run()
+        return await _Up(first, folder, where, on, progress, on_up).run()
 
     return asyncio.run(serve())
 
@@ -69,7 +84,13 @@ class _Up:
     """One service from its start to its end."""
 
     def __init__(
-        self, first: Recipe, folder: ServiceFolder, where: Addresses, progress: Lines, on_up: Callable[[], None]
+        self,
+        first: Recipe,
+        folder: ServiceFolder,
+        where: Addresses,
+        on: Project | None,
+        progress: Lines,
+        on_up: Callable[[], None],
     ) -> None:
         self._recipe = first
         self._folder = folder
@@ -81,10 +102,8 @@ class _Up:
         self._began = time.monotonic()
         self._ended = asyncio.Event()
         wake = asyncio.Event()
-        engine = LocalEngine(folder, wake.set)
-        front = LocalFront(folder, where, first, wake.set)
-        self._front = front
-        self._controller = Controller(first.spec.name, first, engine, front, wake, progress.say, self._look)
+        engine, self._front = engines.parts(on, first, folder, where, wake)
+        self._controller = Controller(first.spec.name, first, engine, self._front, wake, progress.say, self._look)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -97,6 +116,7 @@ class _Up:
                 self._failure = str(failure)
             finally:
                 self._progress.finish()
+                self._folder.left_nothing()
                 self._ended.set()
         if self._failure:
             self._progress.say(f"groundserve: {self._recipe.spec.name} failed: {self._failure}")
@@ -188,7 +208,7 @@ class _Up:
             mode = request["mode"]
         except KeyError as missing:
             raise ConfigError(f"{name} runs under another version of groundserve: it wants {missing}") from None
-        self._version += 1
+        self._version = max(self._version, self._controller.wanted.newest.version) + 1
         made, warnings = await asyncio.to_thread(machine.fitted_here, recipe(spec, self._version), running)
         for warning in warnings:
             say(f"warning: {warning}")

@@ -4,11 +4,12 @@ No process and no socket: the controller asks, with its clock.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from balancer.errors import ConfigError
 from balancer.operate import rollout
 from balancer.operate.autoscale import Autoscaler, rule_for
+from balancer.operate.engine import Found
 from balancer.operate.plan import Replica
 from balancer.operate.recipe import Recipe
 from balancer.operate.rollout import Mode, Verdict
@@ -58,6 +59,24 @@ class Wanted:
         if self.coming is None or self._mode == "rolling" or self._is_switched:
             return None
         return self.coming.version
+
+    def adopt(self, found: Collection[Found]) -> None:
+        """Begins where an earlier controller ended: with its versions, and on to our own where theirs is another.
+
+        How the others were started is not known any more; should one of them end meanwhile, it comes back as ours.
+        """
+        ours, digest = self.serving, self.serving.digest
+        alike = {one.version for one in found if one.digest == digest}
+        others = {one.version for one in found} - alike
+        for version in others:
+            self.recipes[version] = replace(ours, version=version)
+        newest = max(alike | others)
+        version = newest if newest in alike else newest + 1
+        ours = self.recipes[version] = replace(ours, version=version)
+        if others:
+            self.serving, self.coming = self.recipes[max(others)], ours
+        else:
+            self.serving = ours
 
     def scale(self, target: int) -> None:
         """Raises ConfigError where the load decides, or the machine or the script cannot have so many."""

@@ -122,13 +122,15 @@ class Up:
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
 
-    def until_up(self) -> "Up":
-        self.until("stop   groundserve down")
+    def until_up(self, patience: float = PATIENCE) -> "Up":
+        self.until("stop   groundserve down", patience)
         return self
 
-    def until(self, text: str) -> str:
+    def until(self, text: str, patience: float = PATIENCE) -> str:
         """The first line with this text."""
-        found = until(lambda: [line for line in self.lines if text in line], bool, lambda: "".join(self.lines))
+        found = until(
+            lambda: [line for line in self.lines if text in line], bool, lambda: "".join(self.lines), patience
+        )
         return found[0]
 
     def end(self, number: signal.Signals) -> int:
@@ -151,9 +153,11 @@ class Up:
             self.lines.extend(iter(out.readline, ""))
 
 
-def until(look: Callable[[], T], is_so: Callable[[T], bool], explain: Callable[[], object] = str) -> T:
-    """What `look` shows once it fits; looks again and again, for a bounded time."""
-    give_up = time.monotonic() + PATIENCE
+def until(
+    look: Callable[[], T], is_so: Callable[[T], bool], explain: Callable[[], object] = str, patience: float = PATIENCE
+) -> T:
+    """What `look` shows once it fits; looks again and again, for `patience` seconds."""
+    give_up = time.monotonic() + patience
     while not is_so(seen := look()):
         assert time.monotonic() < give_up, f"still {seen!r} {explain()}"
         time.sleep(0.05)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from balancer.errors import ConfigError
+from balancer.operate.engine import Found
 from balancer.operate.plan import Replica, Stage
 from balancer.operate.recipe import Recipe, recipe
 from balancer.operate.traffic import Traffic
@@ -163,3 +164,42 @@ def test_replicas_that_come_go_or_count_anew_make_no_negative_load() -> None:
     traffic.take()
     traffic.note(snapshot((2, 4), (3, 1)))
     assert traffic.take().arrived == 5
+
+
+# What an earlier controller left running
+
+
+def test_replicas_of_the_same_recipe_are_gone_on_with_under_their_version() -> None:
+    ours = made()
+    wanted = Wanted(ours)
+    wanted.adopt([Found(1, 3, ours.digest, 60.0), Found(2, 3, ours.digest, 50.0)])
+    assert wanted.serving.version == wanted.newest.version == 3
+    assert wanted.counts([ready(1, 3), ready(2, 3)], Load(), 0.0) == ({3: 2}, None)
+
+
+def test_replicas_of_another_recipe_are_replaced_by_a_rolling_update() -> None:
+    wanted = Wanted(made())
+    wanted.adopt([Found(1, 2, "another", 60.0), Found(2, 2, "another", 50.0)])
+    assert (wanted.serving.version, wanted.newest.version, wanted.hidden) == (2, 3, None)
+    counts, outcome = wanted.counts([ready(1, 2), ready(2, 2)], Load(), 0.0)
+    assert (counts, outcome) == ({2: 2, 3: 1}, None)
+    assert wanted.recipes[2].version == 2
+
+
+def test_an_update_that_was_under_way_goes_on() -> None:
+    ours = made()
+    wanted = Wanted(ours)
+    wanted.adopt([Found(1, 1, "old", 60.0), Found(2, 2, ours.digest, 5.0)])
+    assert (wanted.serving.version, wanted.newest.version) == (1, 2)
+    everything = [ready(1, 1), ready(2, 2)]
+    assert wanted.counts(everything, Load(), 0.0)[0][2] == 2
+    counts, outcome = wanted.counts([ready(2, 2), ready(3, 2)], Load(), 1.0)
+    assert (counts, outcome) == ({1: 0, 2: 2}, Outcome(2))
+    assert wanted.serving.version == 2
+
+
+def test_versions_that_came_after_ours_are_left_behind_too() -> None:
+    ours = made()
+    wanted = Wanted(ours)
+    wanted.adopt([Found(1, 1, ours.digest, 60.0), Found(2, 2, "broken", 5.0)])
+    assert (wanted.serving.version, wanted.newest.version) == (2, 3)

@@ -1,0 +1,216 @@
+"""`groundserve up --on compose`: the same commands, on containers that outlive the command."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.docker.conftest import CPU_FILES, LAB_FILES, LEASES
+from tests.e2e.docker.project import ROOT, TAG, Project, docker
+from tests.operate.command_line import Groundserve, until
+from tests.operate.test_update import CHAT, streaming
+
+pytestmark = pytest.mark.docker
+
+NAME = "test-engine"
+FLAGS = "--start-delay 0.5 --token-interval 0.03"
+RUN = "python -m replica --model lab/lab"
+
+
+class OnCompose(Groundserve):
+    """groundserve with the images of the lab, and eight pretended GPUs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.environ |= {"COMPOSE_FILE": ":".join(LAB_FILES), "TAG": TAG, "REPLICA_PRETEND_GPUS": "8", **LEASES}
+
+    def file(self, replicas: int = 2, flags: str = FLAGS, more: str = "") -> Path:
+        return self.service(NAME, RUN, replicas, f"envs: {{LAB_FLAGS: {json.dumps(flags)}}}\n{more}", stop_grace=10)
+
+    def start(self, file: Path) -> str:
+        return self("up", file, "--on", "compose", "-d")
+
+    def containers(self, service: str = "replica") -> list[str]:
+        """The ids of the project's containers, ended ones too."""
+        labels = (f"com.docker.compose.project=groundserve-{NAME}", f"com.docker.compose.service={service}")
+        return docker(
+            "ps", "-aq", "--no-trunc", *(part for one in labels for part in ("--filter", f"label={one}"))
+        ).split()
+
+    def controller(self) -> int:
+        return int((self.folder / "state/groundserve" / NAME / "lock").read_text())
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self('status', '--endpoint', NAME).strip()}/ready", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def ask(self) -> httpx.Response:
+        return httpx.post(f"{self('status', '--endpoint', NAME).strip()}/v1/chat/completions", json=CHAT, timeout=60)
+
+
+@pytest.fixture
+def groundserve(lab_images: Project, tmp_path: Path) -> Iterator[OnCompose]:
+    assert lab_images.files == LAB_FILES
+    command = OnCompose(tmp_path)
+    yield command
+    command.stop_all()
+    for service in ("replica", "balancer"):
+        if left := command.containers(service):
+            docker("rm", "--force", *left)
+    Project(f"groundserve-{NAME}", LAB_FILES, LEASES).down()
+
+
+def test_up_scale_replace_logs_and_down_are_as_on_the_host(groundserve: OnCompose) -> None:
+    said = groundserve.start(groundserve.file())
+    assert f"{NAME} is up after" in said
+    rows = groundserve.status(NAME)["replicas"]
+    assert [(row["id"], row["infra"], row["resources"], row["status"]) for row in rows] == [
+        (1, "compose", "1x pretended GPU", "READY"),
+        (2, "compose", "1x pretended GPU", "READY"),
+    ]
+    answer = groundserve.ask()
+    assert answer.status_code == 200
+    assert answer.headers["x-replica-id"] in {row["name"] for row in rows}
+    groundserve("scale", NAME, "3")
+    status = groundserve.until(NAME, lambda status: status["service"]["ready"] == 3)
+    leased = {groundserve("logs", NAME, str(row["id"])).split("lab: GPUs ")[1][0] for row in status["replicas"]}
+    assert len(leased) == 3, "each its own GPU"
+    groundserve("down", NAME, "--replica-id", "2", "-y")
+    status = groundserve.until(
+        NAME, lambda status: [row["id"] for row in status["replicas"] if row["status"] == "READY"] == [1, 3, 4]
+    )
+    groundserve("scale", NAME, "1")
+    groundserve.until(NAME, lambda status: status["service"]["total"] == 1)
+    assert len(groundserve.containers()) == 1
+    assert groundserve("down", NAME) == f"{NAME} is down\n"
+    assert groundserve.containers() == groundserve.containers("balancer") == []
+    assert groundserve("status") == "No existing services.\n"
+    groundserve.until_nothing_runs()
+
+
+def test_updates_under_streams_lose_nothing_and_a_broken_version_is_taken_back(groundserve: OnCompose) -> None:
+    file = groundserve.file()
+    groundserve.start(file)
+    balancer = groundserve.containers("balancer")
+    with streaming(groundserve) as seen:
+        better = groundserve.file(flags=f"{FLAGS} --max-running-requests 32")
+        assert f"{NAME} is at version 2" in groundserve("update", NAME, better)
+        broken = groundserve.file(flags="--no-such-flag")
+        said = groundserve("update", NAME, broken, code=1)
+        assert f"{NAME} stays at version 2: exited with code 2" in said
+        assert "--no-such-flag" in said
+        policy = groundserve.file(flags=f"{FLAGS} --max-running-requests 32")
+        policy.write_text(policy.read_text().replace("service: {", 'service: {"load_balancing_policy": "least_load", '))
+        assert f"{NAME} is at version 4" in groundserve("update", NAME, policy)
+        status = groundserve.until(NAME, lambda status: status["service"]["policy"] == "least_load")
+    assert seen.failed == []
+    assert [(row["id"], row["version"], row["status"]) for row in status["replicas"]] == [
+        (3, 4, "READY"),
+        (4, 4, "READY"),
+    ]
+    assert groundserve.containers("balancer") == balancer, "one balancer through all of it"
+
+
+def test_replicas_and_balancer_outlive_a_killed_controller_and_the_next_up_finds_them(groundserve: OnCompose) -> None:
+    file = groundserve.file()
+    groundserve.start(file)
+    replicas, balancer = groundserve.containers(), groundserve.containers("balancer")
+    with streaming(groundserve) as seen:
+        os.kill(groundserve.controller(), signal.SIGKILL)
+        groundserve.until_nothing_runs()
+        before = seen.answered
+        time.sleep(12)  # past the time for which an engine's list stands; then DNS alone says where they are
+        assert seen.answered > before
+        assert groundserve.ask().status_code == 200, "status still knows the endpoint"
+        assert "its controller is gone" in groundserve("scale", NAME, "3", code=1)
+        said = groundserve.start(file)
+        assert f"{NAME}: found 2 of its replicas running" in said
+        assert [row["id"] for row in groundserve.status(NAME)["replicas"]] == [1, 2]
+    assert seen.failed == []
+    assert (groundserve.containers(), groundserve.containers("balancer")) == (replicas, balancer)
+
+
+def test_up_with_another_file_after_a_killed_controller_is_an_update(groundserve: OnCompose) -> None:
+    groundserve.start(groundserve.file())
+    os.kill(groundserve.controller(), signal.SIGKILL)
+    groundserve.until_nothing_runs()
+    with streaming(groundserve) as seen:
+        groundserve.start(groundserve.file(replicas=1, flags=f"{FLAGS} --max-running-requests 32"))
+        status = groundserve.until(NAME, lambda status: status["service"]["total"] == 1)
+    assert seen.failed == []
+    assert [(row["id"], row["version"], row["status"]) for row in status["replicas"]] == [(3, 2, "READY")]
+
+
+def test_what_is_left_can_be_taken_down_without_its_controller(groundserve: OnCompose) -> None:
+    groundserve.start(groundserve.file(replicas=1))
+    os.kill(groundserve.controller(), signal.SIGKILL)
+    groundserve.until_nothing_runs()
+    assert NAME in groundserve("status")
+    assert groundserve("down", NAME) == f"{NAME} is down\n"
+    assert groundserve.containers() == groundserve.containers("balancer") == []
+    assert groundserve("status") == "No existing services.\n"
+
+
+def test_a_killed_replica_is_started_again_and_a_killed_balancer_comes_back(groundserve: OnCompose) -> None:
+    groundserve.start(groundserve.file())
+    (first, _second) = groundserve.containers()
+    docker("kill", "--signal", "KILL", first)
+    groundserve.until(NAME, lambda status: status["service"]["ready"] == 1)
+    status = groundserve.until(NAME, lambda status: status["service"]["ready"] == 2)
+    assert [row["id"] for row in status["replicas"]] == [1, 2]
+    assert first not in groundserve.containers()
+    (balancer,) = groundserve.containers("balancer")
+    os.kill(int(docker("inspect", "-f", "{{.State.Pid}}", balancer)), signal.SIGKILL)
+    until(lambda: int(docker("inspect", "-f", "{{.RestartCount}}", balancer)), bool)
+    until(groundserve.is_ready, bool)
+    assert groundserve.ask().status_code == 200
+
+
+def test_a_service_that_cannot_start_fails_with_the_replicas_own_words(groundserve: OnCompose) -> None:
+    said = groundserve("up", groundserve.file(flags="--no-such-flag"), "--on", "compose", code=1)
+    assert f"{NAME} failed: exited with code 2" in said
+    assert "--no-such-flag" in said
+    assert groundserve.containers() == groundserve.containers("balancer") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "run", "words"),
+    [
+        (["--admin", "0.0.0.0:0"], RUN, "published on 127.0.0.1 only"),
+        (["--listen", "0.0.0.0:0"], RUN, "give --api-keys FILE, or say --open"),
+        ([], "./serve.sh $GROUNDSERVE_PORT", "use --on local"),
+    ],
+)
+def test_what_compose_cannot_do_is_refused_in_one_line(
+    groundserve: OnCompose, arguments: list[str], run: str, words: str
+) -> None:
+    said = groundserve("up", groundserve.service(NAME, run), "--on", "compose", *arguments, code=1)
+    assert words in said
+    assert len(said.splitlines()) == 1
+    assert groundserve.containers("balancer") == []
+
+
+def test_real_sglang_comes_up_answers_and_goes_down(cpu_images: Project, tmp_path: Path) -> None:
+    assert cpu_images.files == CPU_FILES
+    command = Groundserve(tmp_path)
+    command.environ |= {"COMPOSE_FILE": ":".join(CPU_FILES), "TAG": TAG, **LEASES}
+    file = ROOT / "docker/services/smollm2.yaml"
+    try:
+        up = command.up(file, "-n", NAME, "--env", "REPLICAS=1", "--on", "compose").until_up(patience=300)
+        url = command("status", "--endpoint", NAME).strip()
+        question = {"role": "user", "content": "What is the capital of France?"}
+        body = {"model": "smollm2-135m", "messages": [question], "max_tokens": 16, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert "Paris" in answer.json()["choices"][0]["message"]["content"]
+        assert up.end(signal.SIGINT) == 0
+    finally:
+        command.stop_all()
+        Project(f"groundserve-{NAME}", CPU_FILES, LEASES).down()
+    assert f"{NAME} is down" in up.text

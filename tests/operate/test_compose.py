@@ -1,0 +1,190 @@
+"""What the Compose engine tells Docker, without a Docker engine; tests/e2e/docker/test_engine.py has one."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from balancer.errors import ConfigError
+from balancer.operate import compose_project, engines
+from balancer.operate.compose import replica_overlay
+from balancer.operate.compose_front import admin_key, environ
+from balancer.operate.compose_project import Container, name_of
+from balancer.operate.front import Addresses
+from balancer.operate.recipe import Recipe, recipe
+from balancer.operate.state import Left, ServiceFolder
+from balancer.operate.up import addresses
+from balancer.spec import parse
+
+LOOPBACK = Addresses("127.0.0.1:30001", "127.0.0.1:30002")
+
+
+def made(run: str = "sglang serve --model-path a/b --x y", more: str = "", **changes: object) -> Recipe:
+    text = f"service: {{ports: 8000}}\n{more}\nrun: {run}\n"
+    return replace(recipe(parse(text, source="x.yaml"), version=4), **changes)
+
+
+def folder_at(path: Path) -> ServiceFolder:
+    path.mkdir(parents=True, exist_ok=True)
+    return ServiceFolder(path.parent, path.name)
+
+
+# A replica's container
+
+
+def test_a_replicas_overlay_is_its_command_its_variables_and_who_it_is() -> None:
+    one = made(more="envs: {HF_TOKEN: s3cr3t, PRICE: 5$}", gpus=2)
+    overlay = replica_overlay(7, one)
+    assert overlay["command"] == ["--model", "a/b", "--port", "8000", "--gpus", "2", "--", "--x", "y"]
+    assert overlay["environment"]["HF_TOKEN"] == "s3cr3t"
+    assert overlay["environment"]["SKYPILOT_SERVE_REPLICA_ID"] == "7"
+    assert overlay["environment"]["PRICE"] == "5$$", "Compose would fill a single dollar in"
+    assert overlay["labels"] == {
+        "groundserve.id": "7",
+        "groundserve.version": "4",
+        "groundserve.digest": one.digest,
+    }
+    assert "s3cr3t" not in str(overlay["labels"])
+    assert overlay["restart"] == "no", "the controller starts it again, with a pause and a limit"
+    assert "volumes" not in overlay
+
+
+def test_a_models_folder_is_shown_to_the_container_where_it_is_on_the_host(tmp_path: Path) -> None:
+    overlay = replica_overlay(1, made(f"sglang serve --model-path {tmp_path}"))
+    assert overlay["volumes"] == [f"{tmp_path}:{tmp_path}:ro"]
+    assert str(tmp_path) in overlay["command"]
+
+
+def test_a_digest_tells_recipes_apart_by_what_they_start() -> None:
+    assert made().digest == made(version=9).digest, "a version is only a number"
+    others = [made("sglang serve --model-path a/b --x z"), made(more="envs: {A: b}"), made(gpus=1)]
+    assert len({made().digest, *(other.digest for other in others)}) == 4
+
+
+def test_a_container_is_read_from_what_docker_says() -> None:
+    facts = {
+        "Id": "abc",
+        "State": {"StartedAt": "2026-01-02T03:04:05.123456789Z", "Running": True, "ExitCode": 0},
+        "Config": {"Labels": {"groundserve.id": "1"}},
+        "RestartCount": 2,
+        "NetworkSettings": {"Networks": {"a": {"IPAddress": ""}, "b": {"IPAddress": "172.18.0.3"}}},
+    }
+    container = Container.of(facts)
+    assert (container.address, container.restarts, container.is_running) == ("172.18.0.3", 2, True)
+    assert container.age > 0
+
+
+@pytest.mark.parametrize(
+    ("service", "project"), [("sglang-llava", "groundserve-sglang-llava"), ("My.Model_2", "groundserve-my-model_2")]
+)
+def test_a_projects_name_is_one_that_compose_takes(service: str, project: str) -> None:
+    assert name_of(service) == project
+
+
+# The balancer's container
+
+
+def test_compose_gets_addresses_keys_and_time_to_drain_from_the_environment(tmp_path: Path) -> None:
+    where = Addresses("0.0.0.0:80", "127.0.0.1:81", api_keys="keys.txt")
+    told = environ(where, made(more="x-groundserve: {drain_timeout: 90}"), folder_at(tmp_path / "x"))
+    assert (told["BIND"], told["PORT"], told["ADMIN_PORT"]) == ("0.0.0.0", "80", "81")
+    assert told["API_KEYS_FILE"] == str(Path("keys.txt").absolute())
+    assert told["STOP_GRACE_PERIOD"] == "120s"
+
+
+def test_the_admin_key_is_made_once_and_is_for_us_and_the_container(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path / "x")
+    key = admin_key(folder)
+    assert len(key) >= 32
+    assert admin_key(folder) == key
+    assert stat.S_IMODE(folder.admin_key_file.stat().st_mode) == 0o644
+
+
+# Which engine
+
+
+@pytest.fixture
+def docker_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A docker command on the path that ends with this exit code, whatever it is asked."""
+
+    def say(code: int) -> None:
+        command = tmp_path / "docker"
+        command.write_text(f"#!/bin/sh\nexit {code}\n")
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return say
+
+
+def test_auto_is_local_where_sglang_is_installed(docker_says: Callable[[int], None]) -> None:
+    docker_says(0)
+    assert engines.chosen("auto", made()) == "local"
+    assert engines.chosen("local", made()) == "local"
+    assert engines.chosen("compose", made()) == "compose"
+
+
+def test_compose_without_an_engine_says_what_to_do(docker_says: Callable[[int], None]) -> None:
+    docker_says(1)
+    with pytest.raises(ConfigError, match="no Docker engine with Compose v2 answers: start it, or use --on local"):
+        engines.chosen("compose", made())
+
+
+def test_compose_without_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="no Docker engine with Compose v2 answers"):
+        engines.chosen("compose", made())
+
+
+def test_compose_runs_sglang_only() -> None:
+    with pytest.raises(ConfigError, match="Compose runs the replica's image: use --on local"):
+        engines.chosen("compose", made("./serve.sh $GROUNDSERVE_PORT"))
+
+
+def test_an_installation_without_the_checkout_cannot_build_images(tmp_path: Path) -> None:
+    """As `pip install` leaves it: the package alone, elsewhere."""
+    shutil.copytree(Path(compose_project.__file__).parents[1], tmp_path / "balancer")
+    code = "from balancer.operate.compose_project import check_engine as c; c()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "which this installation has not: run it in a clone of groundserve, or use --on local" in done.stderr
+
+
+def test_compose_file_of_the_environment_comes_before_our_own_overlay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_at(tmp_path / "x")
+    monkeypatch.delenv("COMPOSE_FILE", raising=False)
+    usual = engines.project(made(), folder, LOOPBACK).command("ps", overlays=[tmp_path / "ours.json"])
+    files = [usual[at + 1] for at, word in enumerate(usual) if word == "-f"]
+    assert [Path(file).name for file in files] == ["compose.yaml", "compose.cpu.yaml", "ours.json"]
+    on_gpus = engines.project(made(gpus=1), folder, LOOPBACK).command("ps")
+    assert [Path(word).name for word in on_gpus if word.endswith(".yaml")] == ["compose.yaml"]
+    monkeypatch.setenv("COMPOSE_FILE", "compose.yaml:mine.yaml")
+    mine = engines.project(made(), folder, LOOPBACK).command("ps")
+    assert [Path(word).name for word in mine if word.endswith(".yaml")] == ["compose.yaml", "mine.yaml"]
+
+
+# What a controller left
+
+
+def test_a_service_comes_up_again_where_it_was_left() -> None:
+    left = Left("127.0.0.1:1234", "127.0.0.1:1235")
+    assert addresses(None, None, left=left) == Addresses("127.0.0.1:1234", "127.0.0.1:1235")
+    assert addresses("127.0.0.1:1234", None, left=left).listen == "127.0.0.1:1234", "its own port is not in its way"
+    assert addresses("127.0.0.1:0", None, left=left).listen != "127.0.0.1:1234", "unless another is asked for"
+
+
+def test_what_is_left_is_known_while_no_controller_holds_the_folder(tmp_path: Path) -> None:
+    folder = ServiceFolder(tmp_path, "x")
+    with folder.claim():
+        folder.leave(Left("a:1", "b:2"))
+        assert folder.left is None, "it has its controller"
+    assert folder.left == Left("a:1", "b:2")
+    folder.left_nothing()
+    assert folder.left is None
+    folder.left_nothing()
