@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` says what there is; what CI runs is what a person runs.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test docker-test check chaos bench bench-routing simulate lock fuzz
+.PHONY: help install up down test docker-test check chaos bench bench-features bench-routing simulate lock fuzz
 
 # The first of these that runs (a version manager's stub may stand in for a Python that is not there).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -49,6 +49,9 @@ chaos: install ## 1,000 seeded faults under load, every promise looked at after 
 
 bench: install ## what relaying costs, beside nginx, Envoy and the Rust routers (ARGS="--rounds 1" for a short one)
 	@$(BIN)/python -m tests.bench.relay $(ARGS)
+
+bench-features: install ## what metrics, keys and routing by prefix cost, beside the same balancer without (ARGS=...)
+	@$(BIN)/python -m tests.bench.features $(ARGS)
 
 bench-routing: install ## what routing by prefix brings, on two real replicas (ARGS=...)
 	@$(BIN)/python -m tests.bench.routing $(ARGS)

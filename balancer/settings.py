@@ -76,6 +76,9 @@ class Settings(BaseModel):
     max_in_flight: int | None = Field(
         None, gt=0, description="generating requests a replica may hold; none: from its own memory"
     )
+    max_pending: int | None = Field(
+        None, gt=0, description="requests a replica may hold that it has not begun to answer; none: no such limit"
+    )
     queue_size: int = Field(1024, ge=0, description="requests that may wait for room; beyond: 429")
     queue_timeout: float = Field(60, gt=0, description="time a request waits for room; beyond: 429")
     start_wait: float = Field(600, ge=0, description="time a request waits for a replica that is being started")

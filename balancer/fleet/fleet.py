@@ -25,7 +25,7 @@ C = TypeVar("C", bound=Chosen)
 class Claim(Generic[C]):
     """A place at one member, given back when the `with` block ends."""
 
-    __slots__ = ("_fleet", "_is_generating", "choice", "member")
+    __slots__ = ("_fleet", "_is_generating", "_is_pending", "choice", "member")
 
     def __init__(self, fleet: "Fleet", choice: C, is_generating: bool) -> None:
         self.choice = choice
@@ -40,6 +40,15 @@ class Claim(Generic[C]):
         member.in_flight += 1
         member.generating += is_generating
         member.requests_total += 1
+        self._is_pending = is_generating and fleet.settings.max_pending is not None
+        member.pending += self._is_pending
+
+    def begun(self) -> None:
+        """The member has begun to answer: what waits here may follow."""
+        if self._is_pending:
+            self._is_pending = False
+            self.member.pending = max(0, self.member.pending - 1)
+            self._fleet.room_made()
 
     def __enter__(self) -> Member:
         return self.member
@@ -50,7 +59,10 @@ class Claim(Generic[C]):
         self._fleet.in_flight -= 1
         self.member.in_flight -= 1
         self.member.generating -= self._is_generating
-        self._fleet.room_made()
+        if self._is_pending:
+            self.begun()
+        else:
+            self._fleet.room_made()
 
 
 class Fleet:
@@ -184,7 +196,7 @@ class Fleet:
     ) -> Claim[C] | None:
         """Chooses a member with room that was not tried and takes a place at it; None where there is none.
 
-        Only generating requests count against a member's limit.
+        Only generating requests count against a member's limits.
         """
         candidates = self.available()
         if tried:
@@ -192,6 +204,8 @@ class Fleet:
         if is_generating:
             now = self.clock()
             candidates = [m for m in candidates if m.generating < m.limit and m.full_until <= now]
+            if (most := self.settings.max_pending) is not None:
+                candidates = [m for m in candidates if m.pending < most]
         if not candidates:
             return None
         return Claim(self, choose(candidates), is_generating)
@@ -238,6 +252,13 @@ class Fleet:
     def busy(self, member: Member, seconds: float) -> None:
         """It answered 503: full for that long, yet not broken."""
         member.full_until = self.clock() + seconds
+
+    def reported(self, member: Member, waiting: int) -> None:
+        """It says how many requests wait in its own queue, which is truer than what is made of first bytes here."""
+        has_room = waiting < member.pending
+        member.pending = waiting
+        if has_room:
+            self.room_made()
 
     def succeeded(self, member: Member) -> None:
         member.outlier.succeeded()

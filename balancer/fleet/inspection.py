@@ -25,17 +25,30 @@ class Facts:
     is_whole: bool = True
 
 
+async def read_waiting(line: Line, timeout: float) -> int | None:
+    """How many requests wait in the replica's own queue; None where it does not say so within `timeout` seconds."""
+    ranks = _ranks(await _read(line, "/v1/loads?include=core", timeout) or {})
+    values = [rank.get("num_waiting_reqs") for rank in ranks]
+    numbers = [value for value in values if type(value) is int and value >= 0]
+    return sum(numbers) if numbers and len(numbers) == len(values) else None
+
+
 async def read_facts(line: Line, timeout: float) -> Facts:
     """Asks SGLang's /v1/loads and /server_info, `timeout` seconds each; a replica that has neither is no error."""
     loads = await _read(line, "/v1/loads?include=core", timeout)
     info = await _read(line, "/server_info", timeout)
     is_whole = loads is not None and info is not None
     loads, info = loads or {}, info or {}
-    entries = loads.get("loads")  # one for each data-parallel rank
-    ranks = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    ranks = _ranks(loads)
     capacity = _sum(ranks, "max_total_num_tokens") or _sum([info], "max_total_num_tokens")
     running = _sum(ranks, "max_running_requests") or _sum([info], "max_running_requests")
     return Facts(_identity(info), limit_of(running, capacity), capacity, is_whole)
+
+
+def _ranks(loads: dict[str, Any]) -> list[dict[str, Any]]:
+    """An entry for each data-parallel rank."""
+    entries = loads.get("loads")
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def _identity(info: dict[str, Any]) -> str | None:

@@ -130,6 +130,7 @@ class Member:
     full_until: float = 0.0
     in_flight: int = 0
     generating: int = 0
+    pending: int = 0  # generating requests that it probably has not begun on; only kept where max_pending is set
 
     limit: int = UNKNOWN_LIMIT
     own_limit: int | None = None  # what the replica says of itself

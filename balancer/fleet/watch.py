@@ -1,4 +1,4 @@
-"""The watch over one member: two loops, one for our own question (`/ready`), one for the service's readiness probe."""
+"""The watch over one member: loops for our own question (`/ready`), the service's readiness probe, and its queue."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from urllib.parse import quote
 import orjson
 
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.inspection import read_facts
+from balancer.fleet.inspection import read_facts, read_waiting
 from balancer.fleet.line import Line, NotAsked, Refused, Unheard
 from balancer.fleet.member import Member, Verdict
 
@@ -44,8 +44,10 @@ class Watch:
         self._alive_at = 0.0  # when it last proved, amid a silence, that it still works
         self._ready_line = line_to(member, when_broken=self._hurry.set)
         self._service_line = line_to(member)
+        self._queue_line = line_to(member)
         self._inspected: int | None = None  # the ready line's breaks when we last knew who answers
-        self.tasks = [asyncio.ensure_future(self._watch_ready()), asyncio.ensure_future(self._watch_service())]
+        loops = (self._watch_ready(), self._watch_service(), self._watch_queue())
+        self.tasks = [asyncio.ensure_future(loop) for loop in loops]
 
     def stop(self) -> None:
         for task in self.tasks:
@@ -204,7 +206,23 @@ class Watch:
             answer = await self._service_line.ask(path, probe.timeout_seconds, "POST", fields, body)
         return answer.status == 200
 
-    # Both
+    # Its own queue, where requests are held here rather than there
+
+    async def _watch_queue(self) -> None:
+        member, settings = self._member, self._fleet.settings
+        with contextlib.closing(self._queue_line):
+            while True:
+                await asyncio.sleep(self._jittered(settings.ready_interval))
+                if settings.max_pending is not None and member.pending:
+                    await self._safely(self._ask_queue)
+
+    async def _ask_queue(self) -> None:
+        # A line and a loop of its own: SGLang answers between two steps of its scheduler, be that after 20 s.
+        waiting = await read_waiting(self._queue_line, self._fleet.settings.silence_timeout)
+        if waiting is not None:
+            self._fleet.reported(self._member, waiting)
+
+    # All
 
     async def _safely(self, ask: Callable[[], Awaitable[None]]) -> None:
         """A watch that ended would leave its member as it is for ever: so it goes on, whatever happens."""

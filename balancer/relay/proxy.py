@@ -19,7 +19,7 @@ from balancer.relay.record import Record, RequestObserver, Spans
 from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 from balancer.relay.upstream import Outcome, Pool
-from balancer.routing.admission import Admission, Ask
+from balancer.routing.admission import Admission, Ask, Place
 from balancer.routing.prompt import Prompt
 
 log = logging.getLogger("groundserve")
@@ -53,7 +53,7 @@ class Proxy:
         self.admission = admission
         self.pool = pool
         self.budget = RetryBudget()
-        self._observer = observer
+        self.observer = observer
         self._answer_own = answer_own
         self.cors = cors
         self._replica_key = replica_key
@@ -130,7 +130,7 @@ class Proxy:
                 choice = claim.choice
                 record.member, record.reason, record.matched = member.name, choice.reason, choice.matched
                 record.attempts += 1
-                relay = _Relay(self, member, request, reply, record, client)
+                relay = _Relay(self, claim, request, reply, record, client)
                 outcome = await self._attempt(member, request, client, relay)
                 relay.account(outcome)
             if outcome is Outcome.ANSWERED:
@@ -189,13 +189,14 @@ class Proxy:
         record.key = request.key.name if request.key else ""
         if reply.error is not None:
             record.error = reply.error.code
-        self._observer.finished(record)
+        self.observer.finished(record)
 
 
 class _Relay:
     """A replica's answer on its way to the client: upstream calls it with each piece as it comes."""
 
     __slots__ = (
+        "_claim",
         "_client",
         "_gaps",
         "_last_at",
@@ -209,10 +210,11 @@ class _Relay:
     )
 
     def __init__(
-        self, proxy: Proxy, member: Member, request: Request, reply: Reply, record: Record, client: ClientConnection
+        self, proxy: Proxy, claim: Place, request: Request, reply: Reply, record: Record, client: ClientConnection
     ) -> None:
         self._proxy = proxy
-        self._member = member
+        self._claim = claim
+        self._member = claim.member
         self._request = request
         self._reply = reply
         self._record = record
@@ -243,13 +245,14 @@ class _Relay:
         self._reply.begin(status, self._proxy.cors.without_foreign(headers), length, own)
         self._client.release(self._request)  # the replica has it; long answers need not keep large prompts in memory
         if self._reply.is_event_stream:
-            self._gaps = self._proxy._observer.gaps(self._member)
+            self._gaps = self._proxy.observer.gaps(self._member)
         return True
 
     def on_body(self, data: bytes) -> None:
         now = self._member.last_byte_at  # when this very piece was read
         if self._record.first_byte is None:
             self._record.first_byte = now - self._record.received_at
+            self._claim.begun()
         elif self._gaps is not None:
             self._gaps.note(now - self._last_at)
         self._last_at = now

@@ -1,8 +1,10 @@
 """A closed loop of small requests: each connection sends the next one when its last answer is whole."""
 
 import asyncio
+import itertools
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from tests.bench import messages
 from tests.bench.exchange import Exchange, address, chat_post
@@ -11,12 +13,12 @@ from tests.bench.stats import quantile
 
 
 class ClosedLoop:
-    """Keeps `connections` requests in flight at `url`."""
+    """Keeps `connections` requests in flight at `url`, of these bodies in turn."""
 
-    def __init__(self, url: str, connections: int) -> None:
+    def __init__(self, url: str, connections: int, bodies: Sequence[bytes], key: str = "") -> None:
         self.address = address(url)
         self.connections = connections
-        self.request = chat_post(url, messages.small_request())
+        self.requests = itertools.cycle([chat_post(url, body, key) for body in bodies])
         self.seconds: list[float] = []  # of each answer
         self.errors: Counter[str] = Counter()
         self.stopping = False
@@ -75,13 +77,14 @@ class Worker(Exchange):
     """One connection of the loop."""
 
     def __init__(self, loop: ClosedLoop) -> None:
-        super().__init__(loop.request)
+        super().__init__(b"")
         self.loop = loop
         self.expected = messages.small_answer()
         self.body = b""
 
     def send(self) -> None:
         self.loop.sent += 1
+        self.request = next(self.loop.requests)
         super().send()
 
     def on_body(self, body: bytes) -> None:

@@ -65,11 +65,13 @@ def address(url: str) -> tuple[str, int]:
     return parts.hostname, parts.port
 
 
-def chat_post(url: str, body: bytes) -> bytes:
-    """The bytes of one chat request, with the headers of a usual client."""
+def chat_post(url: str, body: bytes, key: str = "") -> bytes:
+    """The bytes of one chat request, with the headers of a usual client, and with its key if it has one."""
     host, port = address(url)
+    bearer = f"Authorization: Bearer {key}\r\n" if key else ""
     head = (
         f"POST {CHAT_PATH} HTTP/1.1\r\nHost: {host}:{port}\r\nUser-Agent: groundserve-bench\r\nAccept: */*\r\n"
+        f"{bearer}"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import uvloop
 
-from tests.bench import streams
+from tests.bench import messages, streams
 from tests.bench.closed_loop import ClosedLoop
 from tests.bench.phase import Phase
 
@@ -25,15 +25,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0, help="of the phase that counts")
     parser.add_argument("--warmup", type=float, default=1.0, help="seconds before it: warm-up, ramp, or settling")
     parser.add_argument("--seed", type=int, default=0, help="of the times at which streams start")
+    parser.add_argument("--key", default="", help="API key that goes with each request")
+    parser.add_argument("--prompt-kib", type=int, default=0, help="of the closed loop: prompts that share beginnings")
     return parser.parse_args(argv)
 
 
 async def run(options: argparse.Namespace) -> dict[str, object]:
     phase = Phase(options.seconds, options.pid)
     if options.mode == "requests":
-        return await ClosedLoop(options.url, options.count).run(options.warmup, phase)
+        small = [messages.small_request()]
+        bodies = messages.long_requests(options.prompt_kib, options.seed) if options.prompt_kib else small
+        return await ClosedLoop(options.url, options.count, bodies, options.key).run(options.warmup, phase)
     if options.mode == "streams":
-        return await streams.paced(options.url, options.count, options.warmup, options.seed, phase)
+        return await streams.paced(options.url, options.count, options.warmup, options.seed, phase, options.key)
     return await streams.idle(options.url, options.count, options.pid, options.warmup)
 
 

@@ -1,5 +1,6 @@
 """What travels in the measurements: known to both ends, so that every relayed byte is checked."""
 
+import random
 from functools import cache
 
 import orjson
@@ -27,6 +28,24 @@ def small_request() -> bytes:
     padding = REQUEST_BYTES - len(_chat_body(messages=turns, max_tokens=32, temperature=0.0))
     turns[1]["content"] = ("What is the capital of France, and why? " * 10)[:padding]
     return _chat_body(messages=turns, max_tokens=32, temperature=0.0)
+
+
+def long_requests(kib: int, seed: int, groups: int = 16, count: int = 512) -> list[bytes]:
+    """`count` chat requests with prompts of that many KiB, half of each shared by its group."""
+    chance = random.Random(seed)
+    half = kib << 9
+    systems = [chance.randbytes(half // 2).hex() for _ in range(groups)]
+    return [
+        _chat_body(
+            messages=[
+                {"role": "system", "content": systems[number % groups]},
+                {"role": "user", "content": chance.randbytes(half // 2).hex()},
+            ],
+            max_tokens=32,
+            temperature=0.0,
+        )
+        for number in range(count)
+    ]
 
 
 def stream_request(events: int, idle: bool = False) -> bytes:

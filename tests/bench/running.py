@@ -57,10 +57,10 @@ def counts(replica: str) -> list[int]:
     return json.loads(fetch(replica + COUNTS)[1])
 
 
-def load(mode: str, target: Running, count: int, seconds: float, warmup: float, seed: int = 0) -> dict:
-    """What one run of the load generator measured, with what went wrong under "errors"."""
+def load(mode: str, target: Running, count: int, seconds: float, warmup: float, seed: int = 0, *more: str) -> dict:
+    """What one run of the load generator measured, with what went wrong under "errors"; `more` are its other flags."""
     command = [sys.executable, "-m", "tests.bench.load", mode, target.url, "--count", str(count)]
-    command += ["--seconds", str(seconds), "--warmup", str(warmup), "--seed", str(seed)]
+    command += ["--seconds", str(seconds), "--warmup", str(warmup), "--seed", str(seed), *more]
     if target.pid is not None:
         command += ["--pid", str(target.pid)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds + 180, check=False)
@@ -93,7 +93,13 @@ def started(name: str, launch: Launch, log: Path) -> Iterator[subprocess.Popen]:
 
 @contextlib.contextmanager
 def running(
-    name: str, launch: Launch, port: int, log: Path, body: bytes = SMALL_REQUEST, expected: bytes | None = SMALL_ANSWER
+    name: str,
+    launch: Launch,
+    port: int,
+    log: Path,
+    body: bytes = SMALL_REQUEST,
+    expected: bytes | None = SMALL_ANSWER,
+    key: str = "",
 ) -> Iterator[Running]:
     """A balancer once it answers `body` as `expected` (None: with anything) and, if it tells, has both replicas ready.
 
@@ -106,7 +112,7 @@ def running(
             status, census = fetch(launch.census.url)
             if status != 200 or launch.census.ready(json.loads(census)) < 2:
                 return f"it has not found both replicas ready yet: {census[:300]!r}"
-        status, answer = fetch(url + messages.CHAT_PATH, body)
+        status, answer = fetch(url + messages.CHAT_PATH, body, key)
         return None if status == 200 and expected in (None, answer) else f"{status} {answer[:120]!r}"
 
     with started(name, launch, log) as process:
@@ -132,12 +138,15 @@ def wait(name: str, process: subprocess.Popen, log: Path, trouble: Callable[[], 
     raise Unavailable(f"{name} was not ready in {limit:.0f} s, last: {last}; its log is {log}")
 
 
-def fetch(url: str, body: bytes | None = None) -> tuple[int, bytes]:
+def fetch(url: str, body: bytes | None = None, key: str = "") -> tuple[int, bytes]:
     """Status and body of a GET, or with a body of a POST of JSON."""
+    fields = {"Content-Type": "application/json"} if body else {}
+    if key:
+        fields["Authorization"] = f"Bearer {key}"
     connection = http.client.HTTPConnection(*address(url), timeout=30)
     with contextlib.closing(connection):
         path = "/" + url.split("/", 3)[3]
-        connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"} if body else {})
+        connection.request("POST" if body else "GET", path, body, fields)
         answer = connection.getresponse()
         return answer.status, answer.read()
 

@@ -63,20 +63,20 @@ class Stream(Exchange):
         self.closed.set()
 
 
-async def connect(url: str, count: int, events: int, idle: bool = False) -> list[Stream]:
+async def connect(url: str, count: int, events: int, idle: bool = False, key: str = "") -> list[Stream]:
     """`count` connections that have sent nothing yet: TTFT is to leave the client's own connect out."""
     loop = asyncio.get_running_loop()
-    request = chat_post(url, messages.stream_request(events, idle))
+    request = chat_post(url, messages.stream_request(events, idle), key)
     expected = messages.stream_body(events)
     return [(await loop.create_connection(lambda: Stream(request, expected), *address(url)))[1] for _ in range(count)]
 
 
-async def paced(url: str, count: int, ramp: float, seed: int, phase: Phase) -> dict[str, object]:
+async def paced(url: str, count: int, ramp: float, seed: int, phase: Phase, key: str = "") -> dict[str, object]:
     """Starts `count` streams at random times within `ramp` seconds, so that events do not come in step."""
     loop = asyncio.get_running_loop()
     # The last quarter is for streams to be still running when the phase ends, however late it started.
     events = int((ramp + 1.25 * phase.seconds + 0.25) * EVENTS_A_SECOND)
-    opened = await connect(url, count, events)
+    opened = await connect(url, count, events, key=key)
     chance = random.Random(seed)
     for stream in opened:
         loop.call_later(chance.uniform(0, ramp), stream.send)

@@ -244,6 +244,32 @@ def test_a_claim_is_given_back_when_the_request_fails() -> None:
     assert fleet.in_flight == fleet.members[1].in_flight == 0
 
 
+def test_a_member_with_too_much_that_it_has_not_begun_on_gets_no_more_until_it_begins_or_says_so() -> None:
+    fleet = fleet_of(1, Clock(), max_pending=2)
+    looked: list[int] = []
+    fleet.when_room.append(lambda: looked.append(fleet.members[1].pending))
+    first, second = claimed(fleet), claimed(fleet)
+    assert claim(fleet) is None
+    assert claim(fleet, generating=False) is not None
+    first.begun()
+    first.begun()
+    assert looked == [1], "whoever waits may look again, once"
+    third = claimed(fleet)
+    assert claim(fleet) is None
+    fleet.reported(fleet.members[1], 0)
+    fourth = claimed(fleet)
+    assert fleet.members[1].pending == 1
+    for place in (first, second, third, fourth):
+        place.__exit__(None, None, None)
+    assert (fleet.members[1].pending, fleet.members[1].generating) == (0, 0)
+
+
+def test_without_that_setting_nothing_is_counted() -> None:
+    fleet = fleet_of(1, Clock())
+    with claimed(fleet):
+        assert fleet.members[1].pending == 0
+
+
 def test_only_generating_requests_count_against_the_limit() -> None:
     fleet = fleet_of(1, Clock(), max_in_flight=2)
     places = [claimed(fleet), claimed(fleet)]

@@ -18,7 +18,7 @@ from tests.lab.model import ModelSettings
 from tests.lab.simulator import POLICIES, Result, Simulation
 from tests.lab.workloads import WORKLOADS, Conversation, Writer, groups
 
-AT_ONCE = 16  # requests under way for each replica
+AT_ONCE = 16  # requests under way for each replica, unless --at-once says otherwise
 
 # Two replicas of Llama-2-7b's shape on one H200 as measured there, and two of SmolLM2-135M on a CPU.
 H200 = ModelSettings(
@@ -42,8 +42,8 @@ class Scenario:
     at_once: int
     settings: ModelSettings = dataclasses.field(default_factory=ModelSettings)
 
-    def run(self, policy: str) -> Result:
-        return Simulation(policy, self.settings, self.replicas).run(self.conversations, self.at_once)
+    def run(self, policy: str, max_pending: int | None = None) -> Result:
+        return Simulation(policy, self.settings, self.replicas, max_pending).run(self.conversations, self.at_once)
 
 
 def h200(seed: int) -> Scenario:
@@ -58,18 +58,18 @@ def cpu(seed: int) -> Scenario:
     return Scenario("two on a CPU", 2, groups(writer, 8, 40, 1000, answer_tokens=16), 4, CPU)
 
 
-def scenario(name: str, replicas: int, seed: int) -> Scenario:
+def scenario(name: str, replicas: int, seed: int, at_once: int = AT_ONCE) -> Scenario:
     writer = Writer(random.Random(seed))
-    return Scenario(name, replicas, WORKLOADS[name](writer, replicas), AT_ONCE * replicas)
+    return Scenario(name, replicas, WORKLOADS[name](writer, replicas), at_once * replicas)
 
 
-def scenarios(replicas: Sequence[int], names: Sequence[str], seed: int) -> Iterator[Scenario]:
-    if 2 in replicas:
+def scenarios(replicas: Sequence[int], names: Sequence[str], seed: int, at_once: int) -> Iterator[Scenario]:
+    if 2 in replicas and at_once == AT_ONCE:
         yield h200(seed)
         yield cpu(seed)
     for count in replicas:
         for name in names:
-            yield scenario(name, count, seed)
+            yield scenario(name, count, seed, at_once)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -79,6 +79,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS], metavar="NAME")
     parser.add_argument("--policy", nargs="+", choices=POLICIES, default=[*POLICIES], metavar="NAME")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, metavar="N", help="a replica, default %(default)s")
+    parser.add_argument("--max-pending", type=int, metavar="N", help="hold requests back as the setting does")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures go there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="goodput as bars, an SVG document")
     options = parser.parse_args(argv)
@@ -105,10 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     began = time.monotonic()
     rows: list[dict[str, object]] = []
-    for one in scenarios(options.replicas, options.workload, options.seed):
+    for one in scenarios(options.replicas, options.workload, options.seed, options.at_once):
         print(f"\n{one.name}, {one.replicas} replicas, {one.at_once} at once\n{HEAD}", flush=True)
         for policy in options.policy:
-            result = one.run(policy)
+            result = one.run(policy, options.max_pending)
             print(line(policy, result), flush=True)
             rows.append({"workload": one.name, "replicas": one.replicas, "policy": policy} | dataclasses.asdict(result))
     print(f"\nTTFT in s of virtual time, spread: busiest member to mean. {time.monotonic() - began:.0f} s.")

@@ -210,3 +210,57 @@ async def test_a_place_given_in_the_moment_of_leaving_is_given_on() -> None:
         with pytest.raises(asyncio.CancelledError):
             await first
         (await second).__exit__(None, None, None)
+
+
+# Held here rather than in a replica's own queue
+
+
+@on_uvloop
+async def test_a_stream_waits_here_until_the_one_before_it_has_its_first_token() -> None:
+    async with (
+        LabReplica(first_token_delay=0.3, token_interval=0.05) as a,
+        serving(a, max_pending=1) as house,
+    ):
+        clients = [await house.client() for _ in range(3)]
+        for client in clients:
+            await client.send(request(body=chat(stream=True, tokens=20)))
+        await until(lambda: house.balancer.admission.queue_depth == 2)
+        member = house.member("a")
+        most = 0
+        async with asyncio.TaskGroup() as group:
+            answers = [group.create_task(client.answer()) for client in clients]
+            while not all(answer.done() for answer in answers):
+                assert member.pending <= 1
+                most = max(most, member.generating)
+                await asyncio.sleep(0.001)
+        assert most == 3, "what has begun does not hold others back"
+        assert all(b"[DONE]" in answer.result().body for answer in answers)
+        assert member.pending == 0
+
+
+@on_uvloop
+async def test_answers_in_one_piece_follow_each_other_as_the_replica_says_that_nothing_waits_there() -> None:
+    async with LabReplica(head_delay=0.5) as a, serving(a, max_pending=1, ready_interval=0.05) as house:
+        clients = [await house.client() for _ in range(3)]
+        for client in clients:
+            await client.send(POST)
+        await a.seen.until(lambda seen: seen.generations_started == 3)
+        assert a.seen.generations_finished == 0, "none of them had to end first"
+        for client in clients:
+            assert (await client.answer()).status == 200
+        assert house.member("a").pending == 0
+
+
+@on_uvloop
+async def test_a_client_that_leaves_before_its_first_token_makes_room_for_the_next() -> None:
+    async with LabReplica(first_token_delay=30) as a, serving(a, max_pending=1, ready_interval=60) as house:
+        first, second = await house.client(), await house.client()
+        for client in (first, second):
+            await client.send(request(body=chat(stream=True)))
+        await until(lambda: house.balancer.admission.queue_depth == 1)
+        first.leave()
+        await until(lambda: house.balancer.admission.queue_depth == 0)
+        assert house.member("a").pending == 1
+        second.leave()
+        await house.at_rest()
+        assert house.member("a").pending == 0

@@ -1,0 +1,150 @@
+"""`python -m tests.bench.features`: what our own features cost, each beside the same balancer without it, in one run.
+
+Metrics and keys against a balancer without either; routing by prefix against taking turns, before 64 replicas with
+prompts of 4 KiB. As in `tests.bench.relay` the loads are put on one after the other, in another order each round, and
+the figures are medians over the rounds of CPU time in microseconds.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from tests.bench.figures import Figure, figure, first_error
+from tests.bench.install import Unavailable
+from tests.bench.peers import Launch, Place, groundserve
+from tests.bench.report import markdown, ranged
+from tests.bench.running import Running, free_port, load, replicas, running, stop_on_sigterm
+
+KEY = "sk-bench"
+FLEET = 64
+PROMPT_KIB = 4
+UNMETERED, METERED, KEYED = "no metrics, no keys", "metrics", "metrics and keys"
+TURNS, PREFIX = "64 replicas, in turn", "64 replicas, prefix_aware"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One balancer, and what the load generator is told beside what it is told for all."""
+
+    launch: Launch
+    flags: tuple[str, ...] = ()
+    key: str = ""
+    loads: tuple[str, ...] = ("requests", "streams")
+
+
+def variants(urls: tuple[str, str], folder: Path, cache: Path) -> dict[str, tuple[int, Variant]]:
+    """By name: the port and how it is started and loaded."""
+    keys = folder / "keys.txt"
+    keys.write_text(f"bench:{sha256(KEY.encode()).hexdigest()}\n")
+    many = tuple(url for _ in range(FLEET // 2) for url in urls)
+    long = ("--prompt-kib", str(PROMPT_KIB))
+
+    def ours(*flags: str, policy: str = "round_robin", at: tuple[str, ...] = urls) -> tuple[int, Launch]:
+        port = free_port()
+        launch = groundserve(Place(port, free_port(), at, folder, cache), policy)  # type: ignore[arg-type]
+        return port, replace(launch, command=[*launch.command, *flags])
+
+    port, plain = ours()
+    bare = replace(plain, command=[word.replace("balancer", "tests.bench.unmetered") for word in plain.command])
+    found = {UNMETERED: (port, Variant(bare))}
+    port, launch = ours()
+    found[METERED] = port, Variant(launch)
+    port, launch = ours("--api-keys", str(keys))
+    found[KEYED] = port, Variant(launch, ("--key", KEY), KEY)
+    for name, policy in ((TURNS, "round_robin"), (PREFIX, "prefix_aware")):
+        port, launch = ours(policy=policy, at=many)
+        found[name] = port, Variant(launch, long, loads=("requests",))
+    return found
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Figure]]:
+    """By variant and load: CPU per request and per event, in microseconds. Raises Unavailable."""
+    samples: dict[str, dict[str, list[float]]] = {}
+    with contextlib.ExitStack() as stack:
+        urls = stack.enter_context(replicas())
+        chosen = variants(urls, folder, folder)
+        targets: dict[str, Running] = {}
+        for number, (name, (port, variant)) in enumerate(chosen.items()):
+            log = folder / f"{number}.log"
+            targets[name] = stack.enter_context(running(name, variant.launch, port, log, key=variant.key))
+            samples[name] = {mode: [] for mode in variant.loads}
+        names = list(chosen)
+        for number in range(1, options.rounds + 1):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                variant = chosen[name][1]
+                for mode in variant.loads:
+                    count = 32 if mode == "requests" else 100
+                    result = load(mode, targets[name], count, options.seconds, 1.0, number, *variant.flags)
+                    if result["errors"]:
+                        raise Unavailable(f"{name}: {first_error(result)}")
+                    samples[name][mode].append(result["cpu_seconds"] / result["count"] * 1e6)
+                said = ", ".join(f"{found[-1]:.1f} µs a {mode[:-1]}" for mode, found in samples[name].items())
+                print(f"  round {number}: {name}: {said}", flush=True)
+    return {name: {mode: figure(found) for mode, found in by.items()} for name, by in samples.items()}
+
+
+def verdict(rows: dict[str, dict[str, Figure]]) -> list[tuple[bool, str]]:
+    """Each promise about these costs, and whether it is kept."""
+
+    def ratio(name: str, base: str, mode: str) -> float:
+        return (rows[name][mode].value or 0.0) / (rows[base][mode].value or 1.0)
+
+    found = []
+    for mode in ("requests", "streams"):
+        more = ratio(KEYED, UNMETERED, mode) - 1
+        found.append((more <= 0.10, f"{mode}: metrics and keys cost {more:+.0%} of a balancer without, promised +10%"))
+    more = ratio(PREFIX, TURNS, "requests") - 1
+    found.append((more <= 0.30, f"a choice by prefix among {FLEET} costs {more:+.0%} of relaying, promised +30%"))
+    return found
+
+
+def table(rows: dict[str, dict[str, Figure]]) -> str:
+    head = ["groundserve with", "CPU µs per request", "CPU µs per event"]
+    cells = [
+        [name, *(ranged(by[mode]) if mode in by else "-" for mode in ("requests", "streams"))]
+        for name, by in rows.items()
+    ]
+    return markdown(head, cells)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.features", description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each load in each round, default %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(".bench"), help="folder of the results, default %(default)s")
+    options = parser.parse_args(argv)
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds must be at least 1, --seconds above 0")
+    folder = (options.out / "features-logs").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        rows = measure(options, folder)
+    except Unavailable as reason:
+        print(f"not measured: {reason}", file=sys.stderr)
+        return 1
+    shutil.rmtree(folder)
+    verdicts = verdict(rows)
+    result = {
+        "command": " ".join(["python -m tests.bench.features", *sys.argv[1:]]),
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "microseconds": {name: {mode: vars(found) for mode, found in by.items()} for name, by in rows.items()},
+    }
+    (options.out / "features.json").write_text(json.dumps(result, indent=1))
+    print(f"\n{table(rows)}\n")
+    for kept, text in verdicts:
+        print(("kept: " if kept else "BROKEN: ") + text)
+    return int(not all(kept for kept, _ in verdicts))
+
+
+if __name__ == "__main__":
+    stop_on_sigterm()
+    sys.exit(main())
