@@ -11,7 +11,7 @@ the least loaded, a new prefix goes where the KV pool has most room.
 from collections.abc import Sequence
 
 from balancer.fleet.member import Member
-from balancer.routing.policies import Choice
+from balancer.routing.policies import Choice, turn
 from balancer.routing.prefix_index import PrefixIndex
 from balancer.routing.prompt import Prompt
 
@@ -42,10 +42,11 @@ class PrefixAware:
         loads = _loads(members)
         least = min(loads)
         weight = LOAD_WEIGHT / (max(LEAST_MEAN, sum(loads) / len(loads)) + least)
-        load_of = dict(zip(members, loads, strict=True))
+        found = self.index.matched(blocks)
+        load_of = dict(zip(members, loads, strict=True)) if found else {}
         best: Member | None = None
         best_score, matched = LEAST_SHARE, 0
-        for member, depth in self.index.matched(blocks):
+        for member, depth in found:
             share = depth / len(blocks)
             if share < best_score or (load := load_of.get(member)) is None:
                 continue  # no load would make it the best; or it is full, or tried already
@@ -60,9 +61,11 @@ class PrefixAware:
 
     def _roomiest(self, members: Sequence[Member], loads: Sequence[float], least: float) -> Member:
         """Among the least loaded members the one whose pool has most room for a new prefix; then in turn."""
-        occupancy = self.index.occupancy
         lightest = [member for member, load in zip(members, loads, strict=True) if load - least < 1]
-        return min(lightest, key=lambda member: (round(occupancy(member), 1), member.turn))
+        occupied = self.index.occupancy
+        tenths = [int(occupied.get(member, 0.0) * 10) for member in lightest]
+        roomiest = min(tenths)
+        return min((one for one, tenth in zip(lightest, tenths, strict=True) if tenth == roomiest), key=turn)
 
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
         self.index.learn(choice.member, len(prompt.blocks), prompt_tokens)

@@ -14,13 +14,12 @@ UNKNOWN_CAPACITY = 65_536  # tokens
 class _Cache:
     """One member's blocks, the least recently used first."""
 
-    __slots__ = ("blocks", "occupancy", "slot", "tokens_per_block")
+    __slots__ = ("blocks", "slot", "tokens_per_block")
 
     def __init__(self, slot: int) -> None:
         self.slot = slot  # its bit in `PrefixIndex._owners`
         self.blocks: OrderedDict[int, None] = OrderedDict()  # a plain dict is slow to lose its oldest key
         self.tokens_per_block = TOKENS_PER_BLOCK
-        self.occupancy = 0.0
 
 
 class PrefixIndex:
@@ -34,6 +33,8 @@ class PrefixIndex:
         self._owners: dict[int, int] = {}
         self._caches: dict[Member, _Cache] = {}
         self._members: dict[int, Member] = {}  # by slot
+        # The share of its KV pool that is probably in use, from 0 to 1; who is not in it has an empty one.
+        self.occupancy: dict[Member, float] = {}
 
     def __len__(self) -> int:
         """How many different blocks are known."""
@@ -44,11 +45,6 @@ class PrefixIndex:
         cache = self._caches.get(member)
         tokens_per_block = cache.tokens_per_block if cache else TOKENS_PER_BLOCK
         return max(1, int((member.capacity_tokens or UNKNOWN_CAPACITY) / tokens_per_block))
-
-    def occupancy(self, member: Member) -> float:
-        """The share of its KV pool that is probably in use, from 0 to 1."""
-        cache = self._caches.get(member)
-        return cache.occupancy if cache else 0.0
 
     def matched(self, blocks: list[int]) -> list[tuple[Member, int]]:
         """The members that have the first block, and how many of the first blocks each has."""
@@ -87,7 +83,7 @@ class PrefixIndex:
         capacity = self.capacity(member)
         for _ in range(len(held) - capacity):
             self._disown(held.popitem(last=False)[0], bit)
-        cache.occupancy = len(held) / capacity
+        self.occupancy[member] = len(held) / capacity
 
     def learn(self, member: Member, blocks: int, tokens: int) -> None:
         """An answer told how many tokens a prompt of that many blocks made: a running mean, for the capacity."""
@@ -99,6 +95,7 @@ class PrefixIndex:
     def forget(self, member: Member) -> None:
         """It left, restarted or flushed its cache."""
         cache = self._caches.pop(member, None)
+        self.occupancy.pop(member, None)
         if cache:
             del self._members[cache.slot]
             for block in cache.blocks:

@@ -9,18 +9,25 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
+import orjson
+
+from balancer.routing.prompt import Prompt
 from tests.bench.figures import Figure, figure, first_error
 from tests.bench.install import Unavailable
+from tests.bench.messages import CHAT_PATH
 from tests.bench.peers import Launch, Place, groundserve
 from tests.bench.report import markdown, ranged
 from tests.bench.running import Running, free_port, load, replicas, running, stop_on_sigterm
+from tests.bench.stats import median
 
 KEY = "sk-bench"
 FLEET = 64
@@ -105,6 +112,27 @@ def verdict(rows: dict[str, dict[str, Figure]]) -> list[tuple[bool, str]]:
     return found
 
 
+def cutting() -> tuple[float, float]:
+    """What cutting a prompt into routing blocks takes: microseconds per KiB of text, and per MiB of embedded image."""
+
+    def body(part: dict[str, object]) -> bytes:
+        return orjson.dumps({"model": "bench", "messages": [{"role": "user", "content": [part]}]})
+
+    def microseconds(raw: bytes) -> float:
+        times = []
+        for _ in range(20):
+            prompt = Prompt(CHAT_PATH, [raw])
+            began = time.perf_counter()
+            assert prompt.blocks
+            times.append(time.perf_counter() - began)
+        return median(times) * 1e6
+
+    image = "data:image/png;base64," + random.Random(1).randbytes(8 << 20).hex()  # 16 MiB
+    text = random.Random(2).randbytes(32 << 10).hex()  # 64 KiB
+    per_image = microseconds(body({"type": "image_url", "image_url": {"url": image}})) / 16
+    return microseconds(body({"type": "text", "text": text})) / 64, per_image
+
+
 def table(rows: dict[str, dict[str, Figure]]) -> str:
     head = ["groundserve with", "CPU µs per request", "CPU µs per event"]
     cells = [
@@ -136,10 +164,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": " ".join(["python -m tests.bench.features", *sys.argv[1:]]),
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg(),
+        "cutting_microseconds": dict(zip(("kib_of_text", "mib_of_image"), cutting(), strict=True)),
         "microseconds": {name: {mode: vars(found) for mode, found in by.items()} for name, by in rows.items()},
     }
     (options.out / "features.json").write_text(json.dumps(result, indent=1))
     print(f"\n{table(rows)}\n")
+    text, image = result["cutting_microseconds"].values()
+    print(f"cutting a prompt into blocks: {text:.1f} µs per KiB of text, {image:.0f} µs per MiB of image\n")
     for kept, text in verdicts:
         print(("kept: " if kept else "BROKEN: ") + text)
     return int(not all(kept for kept, _ in verdicts))

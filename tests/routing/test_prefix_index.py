@@ -32,8 +32,8 @@ def test_each_member_matches_as_deep_as_what_it_got() -> None:
     assert matched(index, [1, 2, 3, 4, 5]) == {"r1": 4, "r2": 2}
     assert matched(index, [7, 2, 3]) == {}
     assert matched(index, []) == {}
-    assert index.occupancy(one) == 0.04
-    assert index.occupancy(three) == 0.0
+    assert index.occupancy[one] == 0.04
+    assert three not in index.occupancy
 
 
 def test_the_end_of_the_oldest_prefix_is_evicted_first() -> None:
@@ -69,6 +69,7 @@ def test_a_member_that_is_forgotten_leaves_nothing_behind_and_its_slot_is_used_a
     index.forget(two)
     index.forget(three)
     assert len(index) == 0
+    assert index.occupancy == {}
 
 
 def test_a_member_that_makes_few_tokens_of_a_block_has_room_for_more_of_them() -> None:

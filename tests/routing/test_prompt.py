@@ -2,6 +2,7 @@
 
 import base64
 import random
+import tracemalloc
 from typing import Any
 
 import orjson
@@ -147,3 +148,15 @@ def test_a_body_in_pieces_is_joined_once_and_passed_on_whole() -> None:
 
 def test_a_huge_prompt_makes_a_bounded_number_of_blocks() -> None:
     assert len(blocks(messages=[user("word " * 400_000)])) == MAX_BLOCKS
+
+
+def test_an_images_bytes_are_read_where_they_stand_and_not_copied() -> None:
+    messages = [user(image(data_url("iVBORw0K" * (2 << 20))), text("What is it?"))]  # 16 MiB
+    prompt = Prompt("/v1/chat/completions", [orjson.dumps({"model": "m", "messages": messages})])
+    tracemalloc.start()
+    try:
+        assert len(prompt.blocks) >= IMAGE_BLOCKS
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 10
