@@ -18,7 +18,8 @@ MAX_BLOCKS = 2048
 # Bodies over this size are searched for embedded images, which are hashed where they stand and never parsed.
 LARGE_BODY = 16 << 10
 IMAGE_MARK = "\x00image:"
-EMBEDDED = re.compile(rb'"(?:data:[^",]{0,200},)?[A-Za-z0-9+/=\\]{256}')  # how the string of one begins
+# How the string of one begins. Of backslashes only those before a slash: else a text of \u4e2d and its like is one.
+EMBEDDED = re.compile(rb'"(?:data:[^",]{0,200},)?(?:[A-Za-z0-9+/=]|\\/){256}')
 
 Piece = str | bytes  # text, or an image's digest
 
@@ -126,18 +127,23 @@ def _chat(request: dict[str, Any]) -> Iterator[Piece]:
 
 def _content(content: Any) -> Iterator[Piece]:
     if isinstance(content, str):
-        yield content
+        yield from _text(content)
     for part in content if isinstance(content, list) else ():
         if not isinstance(part, dict):
             continue
         if isinstance(text := part.get("text"), str):
-            yield text
+            yield from _text(text)
         elif isinstance(image := part.get("image_url"), dict):
             yield from _image(image.get("url"))
         elif isinstance(source := part.get("source"), dict):
             yield from _image(source.get("data") or source.get("url"))
         else:
             yield orjson.dumps(part).decode()
+
+
+def _text(value: str) -> Iterator[Piece]:
+    """A text; a long one without a space was taken for an image, and counts as one."""
+    yield value.removeprefix(IMAGE_MARK).encode() if value.startswith(IMAGE_MARK) else value
 
 
 def _image(value: Any) -> Iterator[Piece]:
@@ -177,7 +183,7 @@ def _responses(request: dict[str, Any]) -> Iterator[Piece]:
 def _text_or_ids(value: Any) -> Iterator[Piece]:
     """A text, a list of texts (a batch: its first is as good a guide as any), or token ids."""
     if isinstance(value, str):
-        yield value
+        yield from _text(value)
     elif isinstance(value, list) and value:
         if isinstance(value[0], int):
             yield orjson.dumps(value).decode()

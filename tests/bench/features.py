@@ -128,7 +128,7 @@ def cutting() -> tuple[float, float]:
         return median(times) * 1e6
 
     image = "data:image/png;base64," + random.Random(1).randbytes(8 << 20).hex()  # 16 MiB
-    text = random.Random(2).randbytes(32 << 10).hex()  # 64 KiB
+    text = random.Random(2).randbytes(32 << 10).hex(" ", 4)[: 64 << 10]  # words of eight letters
     per_image = microseconds(body({"type": "image_url", "image_url": {"url": image}})) / 16
     return microseconds(body({"type": "text", "text": text})) / 64, per_image
 

@@ -1,6 +1,7 @@
 """Request bodies to routing blocks: what shares a prefix, and what must not."""
 
 import base64
+import json
 import random
 import tracemalloc
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from balancer.routing.prompt import BLOCK_BYTES, IMAGE_BLOCKS, MAX_BLOCKS, Prompt
+from balancer.routing.prompt import BLOCK_BYTES, IMAGE_BLOCKS, LARGE_BODY, MAX_BLOCKS, Prompt
 
 SYSTEM = "You are the clerk of a lending library. " * 40
 IMAGE = base64.b64encode(random.Random(1).randbytes(60_000)).decode()
@@ -160,3 +161,36 @@ def test_an_images_bytes_are_read_where_they_stand_and_not_copied() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 64 << 10
+
+
+CHINESE = "图书馆的管理员请回答读者的问题。" * 300
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate"])
+def test_a_long_text_in_escapes_is_no_image(path: str) -> None:
+    """As Python's json.dumps writes it unless told otherwise."""
+
+    def cut(ending: str) -> list[int]:
+        said = CHINESE + ending
+        body = {"messages": [user(said)], "prompt": said, "text": said}
+        raw = json.dumps(body).encode()
+        assert len(raw) > LARGE_BODY
+        return Prompt(path, [raw]).blocks
+
+    one, other = cut("开馆时间?" * 20), cut("谁写的?" * 20)
+    assert len(CHINESE.encode()) // BLOCK_BYTES <= shared(one, other) + 1 <= len(one)
+
+
+def test_a_long_text_without_a_space_counts_as_an_image_and_is_equal_where_it_is_equal() -> None:
+    random_text = random.Random(4).randbytes(20_000).hex()
+    one, other = (blocks(messages=[user(random_text), user(SYSTEM + ending)]) for ending in ("a" * 300, "b" * 300))
+    assert shared(one, other) >= IMAGE_BLOCKS + WHOLE_BLOCKS_OF_SYSTEM - 1
+    assert len(blocks(prompt=random_text, path="/v1/completions")) == IMAGE_BLOCKS
+
+
+def test_an_image_with_escaped_slashes_is_an_image() -> None:
+    """As PHP writes it."""
+    slashed = json.dumps({"messages": [user(image(data_url(IMAGE)), text("a"))]}).replace("/", "\\/").encode()
+    plain = slashed.replace(b"\\/", b"/")
+    assert len(Prompt("/v1/chat/completions", [slashed]).blocks) == IMAGE_BLOCKS
+    assert len(Prompt("/v1/chat/completions", [plain]).blocks) == IMAGE_BLOCKS
