@@ -1,6 +1,7 @@
 """The access log: one line a request, all there is to know about it, and nothing that is nobody's business."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,6 +130,33 @@ async def test_a_path_stays_within_its_field_and_line_of_text_too() -> None:
             assert one_printable_line(line)
             if shown is not None:
                 assert f" path={shown} status=".encode() in line
+
+
+WHOLE = Record(
+    "an-id", "POST", CHAT, 5.0, 200, "a", 2, 0.25, None, ("busy",), True, 0.5, 1.5, 10, 20, 30, 40, 20, "in turn", 0.75,
+    "a caller", "stream_broken",
+)  # fmt: skip
+BARE = Record("an-id", "-", "/", 5.0)
+
+
+@pytest.mark.parametrize("record", [WHOLE, BARE], ids=["whole", "bare"])
+def test_a_line_of_text_has_the_fields_of_one_of_json_in_their_order(record: Record) -> None:
+    def line(is_json: bool) -> str:
+        reading, writing = os.pipe()
+        log = AccessLog(writing, is_json, lambda: 1_700_000_000.0)
+        log.finished(record)
+        log.flush()
+        os.close(writing)
+        with os.fdopen(reading) as whole:
+            return whole.read()
+
+    told = orjson.loads(line(is_json=True))
+    stamp, *words = shlex.split(line(is_json=False))
+    assert stamp == "2023-11-14T22:13:20Z"
+    pairs = [word.partition("=") for word in words]
+    assert ["time", *(name for name, _, _ in pairs)] == list(told)
+    for name, _, value in pairs:
+        assert type(told[name])(value) == told[name]
 
 
 def one_printable_line(text: bytes) -> bool:
