@@ -6,11 +6,7 @@ from typing import Protocol
 
 from balancer.fleet.member import Member
 
-_FIGURES = {
-    "prompt_tokens": re.compile(rb'"prompt_tokens":\s*(\d{1,15})(?!\d)'),
-    "completion_tokens": re.compile(rb'"completion_tokens":\s*(\d{1,15})(?!\d)'),
-    "cached_tokens": re.compile(rb'"cached_tokens":\s*(\d{1,15})(?!\d)'),
-}
+_FIGURE = re.compile(rb'"(prompt|completion|cached)_tokens":\s*(\d{1,15})(?!\d)')
 
 
 @dataclass(slots=True)
@@ -44,11 +40,16 @@ class Record:
 
     def read_usage(self, tail: bytes) -> None:
         """Takes the token counts from the end of an answer, where OpenAI's and SGLang's formats have them."""
-        if b"_tokens" not in tail:
+        first = tail.find(b'_tokens":')
+        if first < 0:
             return
-        for name, pattern in _FIGURES.items():
-            if found := pattern.findall(tail):
-                setattr(self, name, int(found[-1]))
+        found = dict(_FIGURE.findall(tail, max(0, first - len(b'"completion'))))  # of several the last one holds
+        if prompt := found.get(b"prompt"):
+            self.prompt_tokens = int(prompt)
+        if completion := found.get(b"completion"):
+            self.completion_tokens = int(completion)
+        if cached := found.get(b"cached"):
+            self.cached_tokens = int(cached)
 
 
 class Spans(Protocol):
