@@ -1,6 +1,7 @@
 """The models that a replica knows by name, and what any other name or folder means."""
 
 import difflib
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +94,8 @@ def resolve(model: str) -> Preset:
             raise ModelError(f"{model} is no model folder: it has no config.json")
         weights = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
         need = weights / 2**30 + 1.5
-        return Preset(folder.name, str(folder.resolve()), folder.name, gpu_gib=need, cpu_gib=need)
+        path = str(folder.resolve())
+        return Preset(folder.name, path, folder.name, overrides=_overrides(folder), gpu_gib=need, cpu_gib=need)
     if model.startswith((".", "/", "~")):
         raise ModelError(f"there is no folder {model}: give a model's folder, a Hugging Face id, or one of {_names()}")
     if not _HUB_ID.fullmatch(model):
@@ -103,6 +105,16 @@ def resolve(model: str) -> Preset:
             f"unknown model {model}: {meant}There are {_names()}; or give a folder, or a Hugging Face id (org/name)"
         )
     return Preset(model.rpartition("/")[2], model, model)
+
+
+def _overrides(folder: Path) -> dict[str, str]:
+    """What SGLang cannot read in a folder's config.json: it wants the whole path of a vision tower that lies inside."""
+    try:
+        tower = json.loads((folder / "config.json").read_text()).get("mm_vision_tower", "")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{folder}: its config.json cannot be read: {error}") from None
+    lies_inside = tower and not Path(tower).is_absolute() and (folder / tower).is_dir()
+    return {"mm_vision_tower": f"{{folder}}/{tower}"} if lies_inside else {}
 
 
 def _names() -> str:

@@ -37,6 +37,20 @@ def test_a_folder_with_a_config_is_a_model_that_needs_room_for_its_weights(tmp_p
     assert preset.cpu_gib == pytest.approx(4.5)
 
 
+def test_a_vision_tower_inside_a_folder_is_given_to_sglang_by_its_whole_path(tmp_path: Path) -> None:
+    (tmp_path / "eyes").mkdir()
+    for tower, overrides in (("eyes", {"mm_vision_tower": "{folder}/eyes"}), ("openai/clip", {}), (str(tmp_path), {})):
+        (tmp_path / "config.json").write_text(json.dumps({"mm_vision_tower": tower}))
+        assert resolve(str(tmp_path)).overrides == overrides
+
+
+@pytest.mark.parametrize("config", ["{", "[]"])
+def test_a_folder_with_a_broken_config_is_refused(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=r"its config\.json cannot be read"):
+        resolve(str(tmp_path))
+
+
 def test_any_other_hugging_face_id_is_served_under_its_own_name() -> None:
     preset = resolve("Qwen/Qwen2.5-0.5B-Instruct")
     assert (preset.model, preset.served_name) == ("Qwen/Qwen2.5-0.5B-Instruct",) * 2
