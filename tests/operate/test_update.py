@@ -3,58 +3,16 @@
 import json
 import ssl
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
 from tests.operate.command_line import LAB, Groundserve, until
+from tests.operate.streaming import CHAT, streaming
 from tests.security.certificates import Authority
 
-CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
-
-
-class Streams:
-    """What a few clients saw who streamed one answer after the other."""
-
-    def __init__(self) -> None:
-        self.answered = 0
-        self.failed: list[str] = []
-        self.replicas: list[str] = []
-
-
-@contextmanager
-def streaming(groundserve: Groundserve, clients: int = 4) -> Iterator[Streams]:
-    seen, is_over = Streams(), threading.Event()
-    url = f"{groundserve('status', '--endpoint').strip()}/v1/chat/completions"
-
-    def client() -> None:
-        with httpx.Client(timeout=60) as http:
-            while not is_over.is_set():
-                try:
-                    with http.stream("POST", url, json=CHAT) as answer:
-                        lines = list(answer.iter_lines())
-                    if answer.status_code == 200 and "data: [DONE]" in lines:
-                        seen.answered += 1
-                        seen.replicas.append(answer.headers["x-replica-id"])
-                    else:
-                        seen.failed.append(f"{answer.status_code} {lines[-2:]}")
-                except httpx.HTTPError as failure:
-                    seen.failed.append(repr(failure))
-
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        until(lambda: seen.answered, lambda count: count > clients)
-        yield seen
-        before = seen.answered
-        until(lambda: seen.answered, lambda count: count > before + clients)
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join()
+def endpoint(groundserve: Groundserve) -> str:
+    return groundserve("status", "--endpoint").strip()
 
 
 def better(groundserve: Groundserve, name: str = "better", run: str = LAB) -> str:
@@ -63,7 +21,7 @@ def better(groundserve: Groundserve, name: str = "better", run: str = LAB) -> st
 
 def test_a_rolling_update_under_streams_loses_nothing(groundserve: Groundserve) -> None:
     up = groundserve.up(groundserve.service("lab", f"{LAB} --token-interval 0.03")).until_up()
-    with streaming(groundserve) as seen:
+    with streaming(endpoint(groundserve)) as seen:
         said = groundserve("update", "lab", better(groundserve))
         assert "lab goes from version 1 to 2, rolling" in said
         assert said.endswith("lab is at version 2\n")
@@ -92,7 +50,7 @@ def test_both_versions_are_shown_while_an_update_runs(groundserve: Groundserve) 
 
 def test_a_blue_green_update_under_streams_loses_nothing_and_switches_as_a_whole(groundserve: Groundserve) -> None:
     groundserve.up(groundserve.service("lab", f"{LAB} --token-interval 0.03")).until_up()
-    with streaming(groundserve) as seen:
+    with streaming(endpoint(groundserve)) as seen:
         assert "lab is at version 2" in groundserve("update", "lab", better(groundserve), "--mode", "blue_green")
     assert seen.failed == []
     old = max(at for at, name in enumerate(seen.replicas) if name in ("lab-1", "lab-2"))
@@ -105,7 +63,7 @@ def test_a_blue_green_update_under_streams_loses_nothing_and_switches_as_a_whole
 def test_a_version_that_cannot_start_is_taken_back_and_nobody_notices(groundserve: Groundserve) -> None:
     groundserve.up(groundserve.service("lab", f"{LAB} --token-interval 0.03")).until_up()
     broken = groundserve.service("broken", "echo $GROUNDSERVE_PORT; echo no such model; exit 3")
-    with streaming(groundserve) as seen:
+    with streaming(endpoint(groundserve)) as seen:
         said = groundserve("update", "lab", broken, code=1)
         assert "groundserve: lab stays at version 1: exited with code 3: no such model" in said
         groundserve.until("lab", lambda status: [row["id"] for row in status["replicas"]] == [1, 2])
@@ -134,7 +92,7 @@ def test_policy_and_limits_change_under_streams_with_the_same_processes_and_noth
     processes = set(groundserve.processes())
     text = service.read_text().replace("service: {", 'service: {"load_balancing_policy": "least_load", ')
     service.write_text(text.replace('"queue_size": 7', '"queue_size": 9'))
-    with streaming(groundserve) as seen:
+    with streaming(endpoint(groundserve)) as seen:
         assert "lab is at version 2" in groundserve("update", "lab", service)
         status = groundserve.until("lab", lambda status: status["service"]["policy"] == "least_load")
     assert seen.failed == []
@@ -185,7 +143,7 @@ def test_replicas_follow_the_load_up_and_down(groundserve: Groundserve) -> None:
     slow = f"{LAB} --token-interval 0.1"
     service = groundserve.service("lab", slow, replicas=policy, target_in_flight_per_replica=2)
     groundserve.up(service).until_up()
-    with streaming(groundserve, clients=8) as seen:
+    with streaming(endpoint(groundserve), clients=8) as seen:
         groundserve.until("lab", lambda status: status["service"]["ready"] == 4)
     assert seen.failed == []
     groundserve.until("lab", lambda status: status["service"]["total"] == 1)
