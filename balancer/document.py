@@ -19,6 +19,9 @@ Model = TypeVar("Model", bound=BaseModel)
 # SkyServe's own pattern: $NAME and ${NAME}, nothing else.
 _VARIABLE = re.compile(r"\$\{?\b([a-zA-Z_][a-zA-Z0-9_]*)\b\}?")
 
+# Where pydantic speaks of Python, to people who write YAML.
+_WORDS = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "should be keys with their values")
+
 
 @dataclass(frozen=True, slots=True)
 class NoMeaning:
@@ -78,7 +81,7 @@ class Document:
         path = self._existing((*under, *first["loc"]))
         if first["type"] == "missing":
             raise self.fault(path, f"lacks '{first['loc'][-1]}'")
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        message = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         raise self.fault(path, f"{message}{self._quoted(path)}")
 
     def unknown_key(self, path: KeyPath, known: Collection[str]) -> ConfigError:

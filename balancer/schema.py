@@ -18,7 +18,8 @@ Setup = Annotated[
 ]
 Image = Annotated[Any, NoMeaning("replicas run in this machine's own environment")]
 Recovery = Annotated[Any, NoMeaning("a replica that dies is always started again")]
-Pool = Annotated[Any, Refused("job pools have no endpoint to serve; write `service:` with `replicas:`")]
+NO_POOLS = "job pools have no endpoint to serve; write `service:` with `replicas:`"
+Pool = Annotated[Any, Refused(NO_POOLS)]
 Stored = Annotated[Any, Refused("there is no secret store here; give the value with --secret NAME=VALUE")]
 
 
@@ -32,6 +33,18 @@ def _starts_with_slash(path: str) -> str:
     if not path.startswith("/"):
         raise ValueError("should start with a slash (/)")
     return path
+
+
+def _one_machine(count: int) -> int:
+    if count != 1:
+        raise ValueError("should be 1: a replica runs on one machine")
+    return count
+
+
+def _folder(value: object) -> object:
+    if isinstance(value, dict):
+        raise ValueError("should be a folder: nothing is cloned here, so clone it and give its path")
+    return value
 
 
 def _lower(value: object) -> object:
@@ -166,10 +179,10 @@ class Task(_Section):
     resources: Resources = Resources()
     envs: dict[str, Any] | None = None
     secrets: dict[str, Any] | list[str] | None = None
-    workdir: str | None = None
+    workdir: Annotated[str | None, BeforeValidator(_folder)] = None
     setup: Setup = None
     run: str | None = None
-    num_nodes: int = Field(1, ge=1, le=1)
+    num_nodes: Annotated[int, BeforeValidator(_no_bool), AfterValidator(_one_machine)] = 1
     x_groundserve: dict[str, Any] | None = Field(default=None, alias="x-groundserve")
     file_mounts: Files = None
     file_mounts_mapping: Sky = None

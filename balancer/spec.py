@@ -11,7 +11,7 @@ import yaml
 
 from balancer.document import Document, KeyPath, fill_in
 from balancer.errors import ConfigError
-from balancer.schema import Operation, Service, Task
+from balancer.schema import NO_POOLS, Operation, Service, Task
 from balancer.settings import PolicyName, ReadinessProbe, Settings
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -34,8 +34,8 @@ class Spec:
     workdir: Path
     # Variables of the replicas' commands, secrets among them: never printed.
     envs: Mapping[str, str] = field(repr=False)
-    # Names in envs: or secrets: that have no value yet.
-    missing_envs: tuple[str, ...]
+    # Names in envs: or secrets: that have no value yet, and the flag that gives them one: --env, --secret.
+    missing: Mapping[str, str]
     # GPU types that will do, and how many of each one replica takes; empty: no GPU asked for.
     accelerators: Mapping[str, int]
     # What one replica asks of the machine, where the file says it: GB, and cores.
@@ -65,8 +65,10 @@ class Spec:
 
     @property
     def min_replicas(self) -> int:
-        if self.service.replica_policy is not None:
-            return self.service.replica_policy.min_replicas
+        policy = self.service.replica_policy
+        if policy is not None:
+            # Where the load decides, spare replicas come on top of what it asks for.
+            return policy.min_replicas if self.autoscales else policy.min_replicas + policy.num_overprovision
         return 1 if self.service.replicas is None else self.service.replicas
 
     @property
@@ -132,6 +134,8 @@ def parse(
     """
     document = Document(text, source)
     if "service" not in document.data:
+        if "pool" in document.data:
+            raise document.fault(("pool",), f"cannot be used here: {NO_POOLS}")
         raise ConfigError(f"{source}: there is no `service:` section, so there is nothing to serve")
     variables, missing = _variables(document, envs, secrets)
     filled = {k: fill_in(v, variables) if k in ("service", "workdir") else v for k, v in document.data.items()}
@@ -152,7 +156,7 @@ def parse(
         base=base.absolute(),
         workdir=(base / Path(task.workdir or ".").expanduser()).absolute(),
         envs=MappingProxyType(variables),
-        missing_envs=missing,
+        missing=MappingProxyType(missing),
         accelerators=MappingProxyType(accelerators),
         memory=_at_least(task.resources.memory, ("resources", "memory"), document),
         cpus=_at_least(task.resources.cpus, ("resources", "cpus"), document),
@@ -165,10 +169,11 @@ def parse(
 
 def _variables(
     document: Document, envs: Mapping[str, str], secrets: Mapping[str, str]
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Names and values of envs: and secrets:, overrides included, and the names that have no value."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Names and values of envs: and secrets:, overrides included; the names without a value, and the flag for each."""
     found: dict[str, Any] = {}
-    for section in ("envs", "secrets"):
+    flags: dict[str, str] = {}
+    for section, flag in (("envs", "--env"), ("secrets", "--secret")):
         values = document.data.get(section) or {}
         if isinstance(values, list):
             values = {str(name).removeprefix("secrets:"): None for name in values}
@@ -180,8 +185,9 @@ def _variables(
             if isinstance(value, dict | list):
                 raise document.fault((section, name), "should be a single value")
             found[str(name)] = value
+            flags[str(name)] = flag
     found |= {**envs, **secrets}
-    missing = tuple(name for name, value in found.items() if value is None)
+    missing = {name: flags[name] for name, value in found.items() if value is None}
     return {name: str(value) for name, value in found.items() if value is not None}, missing
 
 

@@ -94,7 +94,7 @@ class Autoscaler:
             return up
         if (down := self._at_most(now, self.rule.downscale_delay)) is not None and down < current:
             return down
-        return self._clipped(current)
+        return self._clipped(max(current, self.rule.least + self.rule.spare))
 
     def _asked_for(self, present: int) -> int:
         if self.rule.in_flight is not None:

@@ -98,9 +98,8 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
     """Raises ConfigError when replicas of this service cannot be started, or not that many of them."""
     if not spec.run.strip():
         raise ConfigError(f"{spec.source}: there is no `run:`, so nothing says how to start a replica")
-    if spec.missing_envs:
-        name = spec.missing_envs[0]
-        raise ConfigError(f"{spec.source}: {name} has no value: give it with --env {name}=VALUE")
+    for name, flag in spec.missing.items():
+        raise ConfigError(f"{spec.source}: {name} has no value: give it with {flag} {name}=VALUE")
     gpus = max(spec.accelerators.values(), default=0)
     launch = understand(spec.run, {**os.environ, **spec.envs, GPUS: str(gpus), PORT: "8000"})
     notes: list[str] = []

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from balancer.document import NoMeaning, Refused
 from balancer.errors import ConfigError
-from balancer.schema import Operation, ReplicaPolicy, Resources, Service, Task
+from balancer.schema import LoadBalancer, Operation, Probe, ReplicaPolicy, Resources, Service, Task, Tls
 from balancer.settings import ReadinessProbe, Settings
 from balancer.spec import Spec, load, parse
 
@@ -147,8 +147,8 @@ def test_a_number_may_come_from_a_variable() -> None:
 
 def test_variables_without_a_value_are_named() -> None:
     text = "service: {}\nenvs: {HF_TOKEN: }\nsecrets: [OTHER]"
-    assert spec(text).missing_envs == ("HF_TOKEN", "OTHER")
-    assert spec(text, envs={"HF_TOKEN": "x"}, secrets={"OTHER": "y"}).missing_envs == ()
+    assert spec(text).missing == {"HF_TOKEN": "--env", "OTHER": "--secret"}
+    assert spec(text, envs={"HF_TOKEN": "x"}, secrets={"OTHER": "y"}).missing == {}
 
 
 def test_secrets_are_in_no_repr_and_no_balancers_file() -> None:
@@ -228,8 +228,12 @@ def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_known_one(text:
         ("service: {tls: {keyfile: x}}", "service.tls lacks 'certfile'"),
         ("service: {ports: 70000}", "service.ports should be less than or equal to 65535"),
         ("service: {load_balancer: {stream_timeout_seconds: 0}}", "stream_timeout_seconds should be greater than 0"),
-        ("service: {}\nnum_nodes: 2", "a/file.yaml:2: num_nodes should be less than or equal to 1"),
-        ("service: {}\nworkdir: {url: x}", "a/file.yaml:2: workdir should be a valid string"),
+        ("service:", "a/file.yaml:1: service should be keys with their values (it is None)"),
+        ("service: {}\nresources:", "a/file.yaml:2: resources should be keys with their values (it is None)"),
+        ("service: {load_balancer: 5}", "service.load_balancer should be keys with their values (it is 5)"),
+        ("pool: {workers: 2}", "a/file.yaml:1: pool cannot be used here: job pools have no endpoint to serve"),
+        ("service: {}\nnum_nodes: 2", "a/file.yaml:2: num_nodes should be 1: a replica runs on one machine (it is 2)"),
+        ("service: {}\nworkdir: {url: x}", "a/file.yaml:2: workdir should be a folder: nothing is cloned here"),
         ("service: {}\nresources: {ports: [1, 2]}", "resources.ports should be the one port"),
         ("service: {}\nresources: {ports: 8000-8010}", "resources.ports should be the one port"),
         ("service: {}\nresources: {memory: lots}", "resources.memory should be a number, or like '4+'"),
@@ -258,11 +262,46 @@ def test_fields_that_contradict_each_other_are_refused(service: str, message: st
     assert message in refusal(f"service: {{{service}}}")
 
 
+def test_a_port_may_be_named_where_replicas_open_several() -> None:
+    assert spec("service: {ports: 8000}\nresources: {ports: [8000, 9000-9010]}").port == 8000
+
+
+def test_spare_replicas_of_a_fixed_number_are_run() -> None:
+    fixed = spec("service: {replica_policy: {min_replicas: 2, num_overprovision: 1}}")
+    assert (fixed.min_replicas, fixed.max_replicas, fixed.autoscales) == (3, 3, False)
+    scaled = "{min_replicas: 2, max_replicas: 5, num_overprovision: 1, target_qps_per_replica: 1}"
+    assert spec(f"service: {{replica_policy: {scaled}}}").min_replicas == 2
+
+
 def test_scaling_on_requests_in_flight_needs_no_qps() -> None:
     policy = "{min_replicas: 0, max_replicas: 2}"
     scaled = spec(f"service: {{replica_policy: {policy}}}\nx-groundserve: {{target_in_flight_per_replica: 8}}")
     assert scaled.autoscales
     assert scaled.operation.target_in_flight_per_replica == 8
+
+
+# What SkyServe 0.14.1 knows (get_task_schema, get_service_schema and get_resources_schema in sky/utils/schemas.py), but for
+# keys that begin with _, which are its own.
+SKY_SERVE: dict[type[BaseModel], str] = {
+    Task: """name workdir event_callback num_nodes resources file_mounts service pool setup run envs secrets managed_secrets
+        inputs outputs file_mounts_mapping config volumes volume_mounts api_server_access""",
+    Service: """readiness_probe load_balancer pool replica_policy ports replicas workers load_balancing_policy tls""",
+    Probe: """path initial_delay_seconds timeout_seconds endpoint_probe_interval_seconds post_data headers
+        consecutive_failure_threshold_timeout""",
+    LoadBalancer: "stream_timeout_seconds",
+    ReplicaPolicy: """min_replicas max_replicas num_overprovision target_qps_per_replica dynamic_ondemand_fallback
+        base_ondemand_fallback_replicas spot_placer upscale_delay_seconds downscale_delay_seconds""",
+    Tls: "keyfile certfile",
+    Resources: """cloud region zone infra cpus memory accelerators instance_type use_spot job_recovery volumes disk_size
+        ephemeral_storage disk_tier network_tier local_disk max_hourly_cost ports labels accelerator_args image_id autostop
+        priority priority_class any_of ordered""",
+}
+
+
+@pytest.mark.parametrize("model", SKY_SERVE, ids=lambda model: model.__name__)
+def test_each_key_of_sky_serve_is_known_and_only_x_groundserve_is_ours(model: type[BaseModel]) -> None:
+    known = {field.alias or name for name, field in model.model_fields.items()}
+    assert known - {"x-groundserve"} == set(SKY_SERVE[model].split())
 
 
 def marked(model: type[BaseModel], under: str, mark: type) -> Iterator[str]:
@@ -330,8 +369,9 @@ def test_accelerators_in_all_of_sky_serves_forms(accelerators: str, found: dict[
     assert spec(f"service: {{}}\nresources: {{accelerators: {accelerators}}}").accelerators == found
 
 
-def test_alternatives_bring_their_accelerators() -> None:
-    text = "service: {}\nresources: {any_of: [{accelerators: L4}, {accelerators: {A100: 1}}], ports: 8000}"
+@pytest.mark.parametrize("key", ["any_of", "ordered"])
+def test_alternatives_bring_their_accelerators(key: str) -> None:
+    text = f"service: {{}}\nresources: {{{key}: [{{accelerators: L4}}, {{accelerators: {{A100: 1}}}}], ports: 8000}}"
     assert spec(text).accelerators == {"L4": 1, "A100": 1}
 
 
@@ -374,6 +414,6 @@ def test_the_projects_own_files_load(path: Path) -> None:
     known = load(path, envs={"HF_TOKEN": "x"})
     assert known.name == path.stem
     assert known.min_replicas == 2
-    assert known.missing_envs == ()
+    assert known.missing == {}
     # setup: is SkyServe's way to install SGLang.
     assert [warning for warning in known.warnings if ": setup " not in warning] == []

@@ -150,6 +150,10 @@ def test_spare_replicas_come_on_top_but_not_beyond_the_most() -> None:
     assert run(rule, lambda second: (0, wanted[second][0], 0), 4) == [count for _, count in wanted]
 
 
+def test_spare_replicas_wait_for_no_delay() -> None:
+    assert run(Rule(least=1, most=4, in_flight=8, spare=2), lambda _: (0, 0, 0), 2) == [3, 3]
+
+
 def test_a_target_outside_new_limits_is_brought_inside() -> None:
     assert run(Rule(least=2, most=3, in_flight=8), lambda _: (0, 0, 0), 1, current=9) == [3]
     assert run(Rule(least=2, most=3, in_flight=8), lambda _: (0, 0, 0), 1, current=0) == [2]
