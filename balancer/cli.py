@@ -2,18 +2,29 @@
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from balancer import sky_flags
 from balancer.errors import ConfigError
 from balancer.operate import commands, look
+
+# A quoted or escaped part, to be kept, or a comment. shlex's own comments begin inside a word too: in A=b#c.
+_COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"])*"|\\.)|(?:^|(?<=\s))#.*""")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: done; 1: it failed, and one line said what and what to do; 2: wrong usage."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "down":
+        if bool(options.names) == options.all:
+            parser.error("down: give the NAMEs of services, or --all")
+        if options.replica_id is not None and len(options.names) != 1:
+            parser.error("down: --replica-id wants the NAME of one service")
     try:
         return _run(options)
     except ConfigError as failure:
@@ -43,48 +54,51 @@ def _run(options: argparse.Namespace) -> int:
         case "update":
             return commands.update(options.name, _source(options), options.mode)
         case "logs":
-            return look.logs(options.name, options.id, options.balancer, options.follow, options.tail)
+            return look.logs(options.name, options.ids, options.of, options.follow, options.tail)
         case _:
-            return commands.down(options.names, options.all, options.replica_id)
+            return commands.down(options.names, options.replica_id)
 
 
 def _source(options: argparse.Namespace) -> commands.Source:
     envs: dict[str, str] = {}
     for path in options.env_file:
-        envs |= _env_file(path)
+        envs |= _env_file("--env-file", path)
     envs |= dict(_pair(text, "--env") for text in options.env)
-    secrets = dict(_pair(text, "--secret") for text in options.secret)
+    secrets: dict[str, str] = {}
+    for path in options.secret_file:
+        secrets |= _env_file("--secret-file", path)
+    secrets |= dict(_pair(text, "--secret") for text in options.secret)
     return commands.Source(options.service, getattr(options, "service_name", None), envs, secrets)
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:
     name, has_value, value = text.partition("=")
+    if not name.isidentifier():
+        # Not shown: without a name the text may be the secret itself.
+        raise ConfigError(f"{flag}: write NAME=VALUE, the name being letters, digits and underscores")
     if not has_value:
         if name not in os.environ:
             raise ConfigError(f"{flag} {name}: write {name}=VALUE, or set {name} in the environment")
         value = os.environ[name]
-    if not name.isidentifier():
-        # Not shown: without a name the text may be the secret itself.
-        raise ConfigError(f"{flag}: write NAME=VALUE, the name being letters, digits and underscores")
     return name, value
 
 
-def _env_file(path: Path) -> dict[str, str]:
+def _env_file(flag: str, path: Path) -> dict[str, str]:
     """NAME=VALUE lines as a shell would read them, `export` and comments included."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as failure:
-        raise ConfigError(f"--env-file {path}: {getattr(failure, 'strerror', 'it is not text')}") from None
+        raise ConfigError(f"{flag} {path}: {getattr(failure, 'strerror', 'it is not text')}") from None
     found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         try:
-            words = shlex.split(line, comments=True)
+            words = shlex.split(_COMMENT.sub(lambda match: match[1] or "", line))
         except ValueError as failure:
-            raise ConfigError(f"--env-file {path}:{number}: {str(failure).lower()}") from None
+            raise ConfigError(f"{flag} {path}:{number}: {str(failure).lower()}") from None
         if words[:1] == ["export"]:
             words = words[1:]
         if words:
-            found.update([_pair(" ".join(words), f"--env-file {path}:{number}")])
+            found.update([_pair(" ".join(words), f"{flag} {path}:{number}")])
     return found
 
 
@@ -98,7 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
-        return subcommands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        parser = subcommands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+        )
+        sky_flags.accept(parser, name)
+        return parser
 
     up = command("up", "bring a service up and stay its controller")
     _add_source(up)
@@ -127,20 +145,26 @@ def _parser() -> argparse.ArgumentParser:
     update = command("update", "change a running service to what a file says, and back if that does not become ready")
     update.add_argument("name", metavar="NAME")
     _add_source(update)
-    update.add_argument("--mode", choices=("rolling", "blue_green"), default="rolling", help="default: rolling")
+    update.add_argument(
+        "--mode", type=str.lower, choices=("rolling", "blue_green"), default="rolling", help="default: rolling"
+    )
     update.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
 
     logs = command("logs", "show what the replicas of a service print")
     logs.add_argument("name", metavar="NAME")
-    logs.add_argument("id", nargs="?", type=_count, metavar="ID", help="one replica (default: all)")
-    logs.add_argument("--balancer", "--load-balancer", action="store_true", help="the balancer's log instead")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as more is printed")
+    logs.add_argument("ids", nargs="*", type=_count, metavar="ID", help="which replicas (default: all)")
+    for flags, of in ((("--balancer", "--load-balancer"), "balancer"), (("--controller",), "controller")):
+        logs.add_argument(
+            *flags, dest="of", action="store_const", const=of, default="replicas", help=f"the {of}'s log instead"
+        )
+    logs.add_argument("-f", "--follow", action=argparse.BooleanOptionalAction, help="go on as more is printed")
     logs.add_argument("--tail", type=_count, metavar="N", help="the last N lines only")
 
     down = command("down", "take services down")
     down.add_argument("names", nargs="*", metavar="NAME", help="which services, * and ? allowed")
     down.add_argument("-a", "--all", action="store_true", help="all services")
     down.add_argument("--replica-id", type=_count, metavar="N", help="replace this one replica instead")
+    down.add_argument("-p", "--purge", action="store_true", help="as for sky serve; what failed goes down without it")
     down.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
 
     check = command("check", "say what a service file would do here, and start nothing")
@@ -158,6 +182,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--env", action="append", default=[], metavar="K=V", help="set one of the file's envs")
     parser.add_argument("--env-file", action="append", default=[], type=Path, metavar="FILE", help="K=V lines")
     parser.add_argument("--secret", action="append", default=[], metavar="K=V", help="set one of its secrets")
+    parser.add_argument("--secret-file", action="append", default=[], type=Path, metavar="FILE", help="K=V lines")
 
 
 def _count(text: str) -> int:

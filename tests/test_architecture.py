@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Whoever stands further right may import whoever stands further left, or beside it in the same place.
 ORDER = [
     {"errors", "settings"},
-    {"document", "schema", "spec"},
+    {"document", "schema", "spec", "sky_flags"},
     {"fleet"},
     {"routing"},
     {"relay"},

@@ -122,12 +122,9 @@ def update(name: str, source: Source, mode: str) -> int:
     return 0
 
 
-def down(names: Sequence[str], is_all: bool, replica_id: int | None) -> int:
-    if bool(names) == is_all:
-        raise ConfigError("down: give the NAMEs of services, or --all")
+def down(names: Sequence[str], replica_id: int | None) -> int:
+    """All services where no names are given."""
     if replica_id is not None:
-        if len(names) != 1:
-            raise ConfigError("--replica-id wants the NAME of one service")
         _ask(names[0], {"do": "replace", "id": replica_id})
         print(f"{names[0]}: replica {replica_id} finishes what it has and ends; another takes its place")
         return 0

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import httpx
 from rich.console import Console
@@ -24,6 +24,9 @@ from balancer.views.table import tables
 # The admin port that is asked when no service of our own is known: Compose's, or one started by hand.
 STRANGER = "GROUNDSERVE_ADMIN"
 _DEFAULT_ADMIN = "http://127.0.0.1:30002"
+
+
+LogOf = Literal["replicas", "balancer", "controller"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +70,25 @@ def _show(patterns: Sequence[str], how: Display, console: Console | None = None)
     return 0
 
 
-def logs(name: str, id: int | None, is_balancer: bool, follow: bool, tail: int | None) -> int:
+def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | None) -> int:
+    """`ids`: which replicas, none meaning all."""
     folder = ServiceFolder(state_root(), name)
-    if is_balancer:
+    if of == "balancer":
         paths = {"": folder.balancer_log}
-    elif id is not None:
-        paths = {"": folder.replica_log(id)}
+    elif of == "controller":
+        paths = {"": folder.controller_log}
+    elif len(ids) == 1:
+        paths = {"": folder.replica_log(ids[0])}
     else:
-        paths = {f"{name}-{path.stem.removeprefix('replica-')} | ": path for path in folder.replica_logs()}
+        known = [folder.replica_log(id) for id in ids] or folder.replica_logs()
+        paths = {f"{name}-{path.stem.removeprefix('replica-')} | ": path for path in known}
+    if of == "controller" and folder.is_up() and not folder.controller_log.exists():
+        raise ConfigError(f"the controller of {name} prints where groundserve up was started: only -d gives it a log")
     if not paths or not any(path.exists() for path in paths.values()):
-        what = "the balancer" if is_balancer else "any replica" if id is None else f"replica {id}"
-        known = ", ".join(other.name for other in folders(state_root())) or "none"
-        raise ConfigError(f"there is no log of {what} of {name}; services that ran here: {known}")
+        some = f"replica {' or '.join(map(str, ids))}" if ids else "any replica"
+        what = some if of == "replicas" else f"the {of}"
+        known_names = ", ".join(other.name for other in folders(state_root())) or "none"
+        raise ConfigError(f"there is no log of {what} of {name}; services that ran here: {known_names}")
     for line in log_lines(paths, tail, follow):
         print(line, flush=follow)
     return 0

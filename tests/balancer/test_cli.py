@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from balancer.cli import _parser
 from tests.operate.command_line import ROOT, Groundserve
 
 GOOD = "service: {readiness_probe: /health}\nrun: serve --port $GROUNDSERVE_PORT\n"
@@ -31,6 +32,11 @@ def groundserve(tmp_path: Path) -> Groundserve:
         ["logs"],
         ["logs", "a", "b"],
         ["check"],
+        ["down"],
+        ["down", "x", "--all"],
+        ["down", "--all", "--replica-id", "1"],
+        ["down", "x", "y", "--replica-id", "1"],
+        ["update", "a", "a.yaml", "--mode", "green"],
     ],
 )
 def test_wrong_usage_is_2_and_shows_the_usage(groundserve: Groundserve, arguments: list[str]) -> None:
@@ -49,14 +55,104 @@ def test_every_command_has_help(groundserve: Groundserve, command: str) -> None:
         (["status", "--endpoint"], "--endpoint wants one service, and none fit: give one NAME"),
         (["scale", "nobody", "2"], "no service nobody is up here; none is"),
         (["logs", "nobody"], "there is no log of any replica of nobody; services that ran here: none"),
-        (["down"], "down: give the NAMEs of services, or --all"),
-        (["down", "x", "--all"], "down: give the NAMEs of services, or --all"),
+        (["logs", "nobody", "1", "3"], "there is no log of replica 1 or 3 of nobody; services that ran here: none"),
+        (
+            ["logs", "nobody", "--controller"],
+            "there is no log of the controller of nobody; services that ran here: none",
+        ),
         (["down", "nobody"], "no service nobody is up here; none is"),
-        (["down", "--all", "--replica-id", "1"], "--replica-id wants the NAME of one service"),
+        (["down", "no*"], "no service no* is up here; none is"),
     ],
 )
 def test_what_cannot_be_done_is_1_and_one_line(groundserve: Groundserve, arguments: list[str], said: str) -> None:
     assert groundserve(*arguments, code=1) == f"groundserve: {said}\n"
+
+
+# What else `sky serve` 0.14.1 takes (sky/client/cli/command.py and flags.py): it works, changes nothing and says why, or
+# says what to write instead.
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "up x.yaml -n x --yes --no-async --secret-file F --env-file F --env K=V --secret K=V",
+        "up --service-name x x.yaml -y",
+        "update x x.yaml -y --mode ROLLING",
+        "update --mode blue_green x x.yaml --yes --no-async",
+        "status x y -v --endpoint",
+        "status --verbose",
+        "down x y* -y --purge",
+        "down -a -p --no-async",
+        "down --all --yes",
+        "down x --replica-id 1 --purge",
+        "logs x 1 3 --no-follow --tail 100",
+        "logs --follow --load-balancer x",
+        "logs --controller x",
+    ],
+)
+def test_what_sky_serve_takes_is_taken(words: str) -> None:
+    assert _parser().parse_args(words.split()).command == words.split()[0]
+
+
+@pytest.mark.parametrize("command", ["up", "update x"])
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        *((f"{flag} gcp", "not in a cloud") for flag in ("--infra", "--cloud", "--region", "--zone", "-t")),
+        ("--instance-type p5", "not in a cloud"),
+        ("--network-tier best", "not in a cloud"),
+        ("--image-id docker:x", "in this machine's own environment"),
+        ("--use-spot", "no spot instances"),
+        ("--no-use-spot", "no spot instances"),
+        *((f"{flag} 100", "this machine's disks") for flag in ("--disk-size", "--disk-tier", "--local-disk")),
+    ],
+)
+def test_a_flag_about_clouds_is_warned_of(
+    capsys: pytest.CaptureFixture[str], command: str, flag: str, why: str
+) -> None:
+    options = _parser().parse_args([*command.split(), "x.yaml", *flag.split()])
+    assert options.service == "x.yaml"
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {flag.split()[0]} has no effect here: ")
+    assert why in said
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        *(
+            (f"{command} x.yaml {flag}", instead)
+            for command in ("up", "update x")
+            for flag, instead in (
+                ("--gpus L4:2", "write `resources: {accelerators: L4:2}` in the service file"),
+                ("--cpus 4+", "write `resources: {cpus: 4+}` in the service file"),
+                ("--memory 16+", "write `resources: {memory: 16+}` in the service file"),
+                ("--ports 8080", "write `resources: {ports: 8080}` in the service file"),
+                ("--workdir src", "write `workdir: src` in the service file"),
+                ("--num-nodes 2", "a replica runs on one machine"),
+                ("--git-url http://x/y", "clone http://x/y and give the path of a service file in it"),
+                ("--git-ref main", "check main out and give the path of a service file in it"),
+                ("--config a=b", "SkyPilot's own machinery"),
+            )
+        ),
+        ("up x.yaml --async", "use -d"),
+        ("update x x.yaml --async", "end the line with &"),
+        ("down x --async", "end the line with &"),
+        ("down x --config a=b", "SkyPilot's own machinery"),
+        ("status --config a=b", "SkyPilot's own machinery"),
+        ("logs x -s", "redirect what this prints"),
+        ("logs x 1 --sync-down", "redirect what this prints"),
+    ],
+)
+def test_a_flag_that_is_none_of_ours_says_what_to_write_instead(
+    capsys: pytest.CaptureFixture[str], words: str, instead: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        _parser().parse_args(words.split())
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert " is not for groundserve: " in said
+    assert instead in said
 
 
 @pytest.mark.parametrize("command", ["check", "up"])
@@ -69,6 +165,9 @@ def test_what_cannot_be_done_is_1_and_one_line(groundserve: Groundserve, argumen
         (GOOD + "envs: {KEY: }", [], "KEY has no value: give it with --env KEY=VALUE"),
         (GOOD, ["--env", "=x"], "--env: write NAME=VALUE"),
         (GOOD, ["--env", "NOT_SET_ANYWHERE"], "write NOT_SET_ANYWHERE=VALUE, or set NOT_SET_ANYWHERE"),
+        (GOOD + "secrets: {KEY: }", [], "KEY has no value: give it with --secret KEY=VALUE"),
+        (GOOD + "secrets: [secrets:KEY]", [], "KEY has no value: give it with --secret KEY=VALUE"),
+        (GOOD, ["--secret-file", "/nowhere"], "--secret-file /nowhere: No such file or directory"),
         (GOOD, ["--env-file", "/nowhere"], "--env-file /nowhere: No such file or directory"),
         (GOOD, ["-n", "a/b"], "'a/b' cannot name a service"),
         (
@@ -129,6 +228,8 @@ def test_env_files_are_read_as_a_shell_would(groundserve: Groundserve, tmp_path:
     )
     envs.write_text("# a comment\nA=a\nexport B='b b' # more\n\nC=from-file\n")
     assert "readiness /a/b b/given" in groundserve("check", path, "--env-file", envs, "--env", "C=given")
+    envs.write_text("A='a # b'\nB=b#c # d's\nC=\"#\\\"e\"")
+    assert 'readiness /a # b/b#c/#"e' in groundserve("check", path, "--secret-file", envs)
     envs.write_text("A='a")
     assert f"--env-file {envs}:1: no closing quotation" in groundserve("check", path, "--env-file", envs, code=1)
 

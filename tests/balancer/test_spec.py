@@ -280,11 +280,11 @@ def test_scaling_on_requests_in_flight_needs_no_qps() -> None:
     assert scaled.operation.target_in_flight_per_replica == 8
 
 
-# What SkyServe 0.14.1 knows (get_task_schema, get_service_schema and get_resources_schema in sky/utils/schemas.py), but for
-# keys that begin with _, which are its own.
+# What SkyServe 0.14.1 knows (get_task_schema, get_service_schema and get_resources_schema in sky/utils/schemas.py), but
+# for keys that begin with _, which are its own.
 SKY_SERVE: dict[type[BaseModel], str] = {
-    Task: """name workdir event_callback num_nodes resources file_mounts service pool setup run envs secrets managed_secrets
-        inputs outputs file_mounts_mapping config volumes volume_mounts api_server_access""",
+    Task: """name workdir event_callback num_nodes resources file_mounts service pool setup run envs secrets
+        managed_secrets inputs outputs file_mounts_mapping config volumes volume_mounts api_server_access""",
     Service: """readiness_probe load_balancer pool replica_policy ports replicas workers load_balancing_policy tls""",
     Probe: """path initial_delay_seconds timeout_seconds endpoint_probe_interval_seconds post_data headers
         consecutive_failure_threshold_timeout""",
@@ -292,9 +292,9 @@ SKY_SERVE: dict[type[BaseModel], str] = {
     ReplicaPolicy: """min_replicas max_replicas num_overprovision target_qps_per_replica dynamic_ondemand_fallback
         base_ondemand_fallback_replicas spot_placer upscale_delay_seconds downscale_delay_seconds""",
     Tls: "keyfile certfile",
-    Resources: """cloud region zone infra cpus memory accelerators instance_type use_spot job_recovery volumes disk_size
-        ephemeral_storage disk_tier network_tier local_disk max_hourly_cost ports labels accelerator_args image_id autostop
-        priority priority_class any_of ordered""",
+    Resources: """cloud region zone infra cpus memory accelerators instance_type use_spot job_recovery volumes
+        disk_size ephemeral_storage disk_tier network_tier local_disk max_hourly_cost ports labels accelerator_args
+        image_id autostop priority priority_class any_of ordered""",
 }
 
 

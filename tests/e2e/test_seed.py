@@ -1,7 +1,7 @@
 """SGLang's demo for SkyServe, as the README has it, typed into a real bash; then updates of what it started.
 
-The two service files are the project's own but for their model: a GPU that is pretended, so that each replica leases one,
-and a model that a CPU serves.
+The two service files are the project's own but for their models, which a CPU serves; GPUs are pretended, so that each
+replica leases one.
 """
 
 import functools
@@ -30,11 +30,11 @@ from tests.operate.command_line import Groundserve
 from tests.operate.streaming import Streams, streaming
 
 # As SkyServe 0.14.1 heads its tables (format_service_table in sky/serve/serve_utils.py).
-SERVICES = "NAME VERSION UPTIME STATUS REPLICAS ENDPOINT".split()
-REPLICAS = "SERVICE_NAME ID VERSION ENDPOINT LAUNCHED INFRA RESOURCES STATUS".split()
+SERVICES = ["NAME", "VERSION", "UPTIME", "STATUS", "REPLICAS", "ENDPOINT"]
+REPLICAS = ["SERVICE_NAME", "ID", "VERSION", "ENDPOINT", "LAUNCHED", "INFRA", "RESOURCES", "STATUS"]
 # As the demo shows them, from a time when a replica's address was its IP and where it was its region.
 RENAMED = {"IP": "ENDPOINT", "REGION": "INFRA"}
-DEMO_REPLICAS = "SERVICE_NAME ID VERSION IP LAUNCHED RESOURCES STATUS REGION".split()
+DEMO_REPLICAS = ["SERVICE_NAME", "ID", "VERSION", "IP", "LAUNCHED", "RESOURCES", "STATUS", "REGION"]
 
 LLAVA, LLAMA2 = commands("Coming from SkyServe")
 IMAGE = "https://raw.githubusercontent.com/sgl-project/sglang/main/examples/quick_start/images"
@@ -180,11 +180,12 @@ def test_llava_is_served_as_the_readme_says(shell: Shell, image_host: tuple[str,
     said = check_answer(answer, "liuhaotian/llava-v1.6-vicuna-7b")
     assert asked == ["/cat.jpeg"]
     named = WORDS.search(said.lower())
-    assert named is not None and named[0] == "red", said
+    assert named is not None, said
+    assert named[0] == "red", said
     assert shell(LLAVA[-1]) == "sglang-llava is down\n"
 
 
-def test_llama_2_is_served_as_the_readme_says(shell: Shell, llama2: list[str]) -> None:
+def test_llama_2_is_served_as_the_readme_says(llama2: list[str]) -> None:
     up, status, _, answer = llama2
     assert "sglang-llama2 is up after" in up
     check_status(status, "sglang-llama2")

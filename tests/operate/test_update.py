@@ -11,6 +11,7 @@ from tests.operate.command_line import LAB, Groundserve, until
 from tests.operate.streaming import CHAT, streaming
 from tests.security.certificates import Authority
 
+
 def endpoint(groundserve: Groundserve) -> str:
     return groundserve("status", "--endpoint").strip()
 
