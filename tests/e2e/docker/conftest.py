@@ -31,20 +31,22 @@ def build_lab(project: Project, version: int = 1) -> None:
 
 
 @pytest.fixture(scope="session")
-def lab_images() -> Project:
+def lab_images() -> Iterator[Project]:
     """The project that builds the images of the lab; it starts nothing."""
-    project = Project("groundserve-test-build", LAB_FILES)
+    project = Project("groundserve-test-build", LAB_FILES, LEASES)
     build_lab(project)
-    return project
+    yield project
+    project.down()
 
 
 @pytest.fixture(scope="session")
-def cpu_images() -> Project:
+def cpu_images() -> Iterator[Project]:
     """The project that builds the images of real SGLang on a CPU; it starts nothing."""
-    project = Project("groundserve-test-build", CPU_FILES)
+    project = Project("groundserve-test-build-cpu", CPU_FILES, LEASES)
     project.compose("build", "balancer")
     project.compose("build", "replica", timeout=1400)
-    return project
+    yield project
+    project.down()
 
 
 @pytest.fixture(scope="session")
