@@ -68,8 +68,8 @@ def test_what_cannot_be_done_is_1_and_one_line(groundserve: Groundserve, argumen
     assert groundserve(*arguments, code=1) == f"groundserve: {said}\n"
 
 
-# What else `sky serve` 0.14.1 takes (sky/client/cli/command.py and flags.py): it works, changes nothing and says why, or
-# says what to write instead.
+# What else `sky serve` 0.14.1 takes (sky/client/cli/command.py and flags.py): it works, changes nothing and says why,
+# or says what to write instead.
 
 
 @pytest.mark.parametrize(
