@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` says what there is; what CI runs is what a person runs.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test docker-test check chaos bench bench-features bench-routing simulate lock fuzz
+.PHONY: help install up down test docker-test check chaos bench bench-features bench-routing bench-autoscale simulate lock fuzz
 
 # The first of these that runs (a version manager's stub may stand in for a Python that is not there).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -55,6 +55,9 @@ bench-features: install ## what metrics, keys and routing by prefix cost, beside
 
 bench-routing: install ## what routing by prefix brings, on two real replicas (ARGS=...)
 	@$(BIN)/python -m tests.bench.routing $(ARGS)
+
+bench-autoscale: install ## our autoscaler beside SkyServe's own, in virtual time (ARGS="--only ramp jitter")
+	@$(BIN)/python -m tests.bench.autoscale $(ARGS)
 
 simulate: install ## the routing policies in virtual time, beside others and an oracle (ARGS=--full)
 	@$(BIN)/python -m tests.lab.simulate $(ARGS)
