@@ -9,7 +9,7 @@ import yaml
 
 from balancer.operate.autoscale import Rule, rule_for
 from balancer.spec import parse
-from tests.bench.autoscale import HOUR, LOADS, ours, START, Load, Seen, needed, run
+from tests.bench.autoscale import HOUR, LOADS, START, Load, Seen, needed, ours, run
 from tests.bench.skyserve import SkyServe, service
 
 SHORT = {load.name: load for load in LOADS if load.seconds < 24 * HOUR}
