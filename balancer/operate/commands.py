@@ -90,14 +90,19 @@ def check(source: Source) -> int:
     made = recipe_from(source)
     spec = made.spec
     most = "as many as fit" if spec.max_replicas is None else str(spec.max_replicas)
-    count = str(spec.min_replicas) if most == str(spec.min_replicas) else f"{spec.min_replicas} to {most}"
-    print(f"{spec.name}: {count} replicas, {made.resources} each, readiness {made.readiness_probe.path}")
+    if most == str(spec.min_replicas):
+        count = "1 replica" if most == "1" else f"{most} replicas"
+    else:
+        count = f"{spec.min_replicas} to {most} replicas"
+    print(f"{spec.name}: {count}, {made.resources} each, readiness {made.readiness_probe.path}")
     print(f"policy: {spec.policy or 'round_robin'}")
     if made.launch is None:
         where = f"port {made.fixed_port}" if made.fixed_port else "a free port each, in GROUNDSERVE_PORT"
         print(f"run: as it is, with bash, on {where}")
     else:
         print(f"run: SGLang serves {made.launch.model}" + "".join(f" {flag}" for flag in masked(made.launch.flags)))
+        if made.gpus:
+            print("\n".join(machine.placed(made, machine.gpus())))
     return 0
 
 

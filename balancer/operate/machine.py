@@ -13,17 +13,23 @@ from balancer.operate.recipe import Recipe, python, with_packages
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One NVIDIA GPU as `python -m replica --list-gpus` lists it."""
+    """One NVIDIA GPU as `python -m replica --list-gpus` lists it; memory in MiB, 0 where nobody knows."""
 
     name: str
     is_split: bool
     held_by: str | None
+    index: int = 0
+    memory_total: int = 0
+    memory_used: int = 0
 
 
 def gpus() -> tuple[Gpu, ...]:
     """Raises ConfigError when the driver does not answer."""
     rows = json.loads(_replica("--list-gpus"))
-    return tuple(Gpu(row["name"], bool(row["mig"]), row["held_by"]) for row in rows)
+    return tuple(
+        Gpu(row["name"], bool(row["mig"]), row["held_by"], row["index"], row["memory_total"], row["memory_used"])
+        for row in rows
+    )
 
 
 def check_model(recipe: Recipe) -> None:
@@ -39,6 +45,40 @@ def available_gb(meminfo: Path = Path("/proc/meminfo")) -> float:
     """Memory that new processes may take, in GB."""
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024 / 1e9
+
+
+def seats(there: tuple[Gpu, ...], each: int) -> list[tuple[Gpu, ...]]:
+    """The groups of GPUs that replicas with `each` of them may lease now, in the order in which they are taken.
+
+    Aligned, as `python -m replica` leases them: 0-1, 2-3, ... for two.
+    """
+    whole = [gpu for gpu in there if not gpu.is_split]
+    groups = [tuple(whole[start : start + each]) for start in range(0, len(whole) - each + 1, each)]
+    return [group for group in groups if all(gpu.held_by is None for gpu in group)]
+
+
+def placed(recipe: Recipe, there: tuple[Gpu, ...]) -> list[str]:
+    """A line for each GPU: what it is, and who has it or gets it when the service comes up."""
+    most = recipe.spec.max_replicas
+    lines = []
+    order = [gpu for group in seats(there, recipe.gpus) for gpu in group]
+    for gpu in there:
+        if gpu.is_split:
+            use = "split by MIG, which no replica takes"
+        elif gpu.held_by is not None:
+            use = f"held by {gpu.held_by}"
+        elif gpu in order:
+            number = order.index(gpu) // recipe.gpus + 1
+            if number <= recipe.spec.min_replicas:
+                use = f"for replica {number}"
+            else:
+                use = "stays free" if most is not None and number > most else "for when the load asks for more"
+        else:
+            use = f"stays free: a replica takes {recipe.gpus} that lie side by side"
+        free = gpu.memory_total - gpu.memory_used
+        memory = f", {free / 1024:.0f} of {gpu.memory_total / 1024:.0f} GiB free" if gpu.memory_total else ""
+        lines.append(f"GPU {gpu.index} ({gpu.name}{memory}): {use}")
+    return lines
 
 
 def fitted_here(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
@@ -82,6 +122,11 @@ def fitted(
         raise ConfigError(f"{_replicas(count)} of {spec.name} want {_gpus(each)} each{wanted}; {has}: {what}")
     elif each:
         fits = len(whole) // each if fits is None else min(fits, len(whole) // each)
+        if not running and (free := len(seats(there, each))) < count:
+            warnings.append(
+                f"{spec.source}: others hold GPUs, so that {free} of {_replicas(count)} can start now: "
+                f"groundserve check {spec.source} says who holds them"
+            )
     known = [kind for kind in spec.accelerators if any(_is_a(gpu.name, kind) for gpu in whole)]
     if each and whole and spec.accelerators and not known:
         kinds = ", ".join(spec.accelerators)

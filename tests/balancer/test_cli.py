@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from balancer.cli import _parser
+from replica import gpu, lease
 from tests.operate.command_line import ROOT, Groundserve
 
 GOOD = "service: {readiness_probe: /health}\nrun: serve --port $GROUNDSERVE_PORT\n"
@@ -218,6 +219,18 @@ def test_check_says_what_would_happen(groundserve: Groundserve, tmp_path: Path) 
     assert "run: SGLang serves smollm2-135m --api-key ***" in said
     assert ":2: resources.cloud has no effect here" in said
     assert "run: `pip list` is not run" in said
+    assert "hush" not in said
+
+
+def test_check_names_the_gpus_that_would_be_used(groundserve: Groundserve, tmp_path: Path) -> None:
+    leases = tmp_path / "leases"
+    groundserve.environ |= {"REPLICA_PRETEND_GPUS": "3", "LEASE_DIR": str(leases)}
+    held = lease.take(gpu.list_gpus(groundserve.environ)[:1], 1, leases, wait=0, note="another on port 8001")
+    said = groundserve("check", ROOT / "docker/services/llama2.yaml", "--env", "HF_TOKEN=hush")
+    held.release()
+    first, *others = [line for line in said.splitlines() if line.startswith("GPU ")]
+    assert first.startswith("GPU 0 (pretended GPU, 80 of 80 GiB free): held by another on port 8001 (process ")
+    assert others == [f"GPU {n} (pretended GPU, 80 of 80 GiB free): for replica {n}" for n in (1, 2)]
     assert "hush" not in said
 
 
