@@ -28,7 +28,7 @@ class Launch:
     gpus: int | None
     # What the script sets for it, on top of the service's envs.
     envs: Mapping[str, str]
-    # Commands of the script that are not run.
+    # Commands of the script that are not run, with keys and tokens replaced by ***.
     left_out: tuple[str, ...]
 
 
@@ -60,7 +60,7 @@ def understand(script: str, variables: Mapping[str, str]) -> Launch | None:
             if found is None:
                 return None
         elif words[0] not in _PREPARATION:
-            left_out.append(" ".join(command))
+            left_out.append(" ".join(masked(command)))
     if found is None:
         return None
     return Launch(found.model, found.flags, found.gpus, found.envs, tuple(left_out))
