@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from balancer.routing.prompt import BLOCK_BYTES, IMAGE_BLOCKS, LARGE_BODY, MAX_BLOCKS, Prompt
+from balancer.routing.prompt import BLOCK_BYTES, IMAGE_BLOCKS, LARGE_BODY, MAX_BLOCKS, MAX_PARSED, Prompt
 
 SYSTEM = "You are the clerk of a lending library. " * 40
 IMAGE = base64.b64encode(random.Random(1).randbytes(60_000)).decode()
@@ -134,6 +134,45 @@ def test_each_path_is_read_in_its_own_format(path: str, body: dict[str, Any]) ->
 )
 def test_what_is_no_prompt_is_routed_by_load(raw: bytes) -> None:
     assert Prompt("/v1/chat/completions", [raw]).blocks == []
+
+
+def nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"model":%b}' % nested(1000),
+        b'{"messages":[{"role":%b}]}' % nested(1000),
+        b'{"messages":[{"content":[{"type":%b}]}]}' % nested(300),
+        b'{"messages":[],"tools":%b}' % nested(300),
+        b'{"prompt":%b,"text":%b,"input":%b}' % (nested(1000), nested(1000), nested(1000)),
+        b'{"image_data":%b}' % nested(1000),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/generate"])
+def test_what_is_nested_absurdly_is_routed_by_load(path: str, raw: bytes) -> None:
+    assert Prompt(path, [raw]).blocks == []
+
+
+@pytest.mark.parametrize("piece", [b"{}", b'{"content":"a"}', b'{"content":[{"image_url":{"url":"a"}}]}', b"[]", b'""'])
+def test_what_would_stop_all_else_to_be_parsed_is_routed_by_load(piece: bytes) -> None:
+    count = MAX_PARSED // len(piece + b",")
+    raw = b'{"messages":[%b{}]}' % ((piece + b",") * (count + 1))
+    tracemalloc.start()
+    try:
+        assert Prompt("/v1/chat/completions", [raw]).blocks == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 10
+
+
+def test_a_large_body_is_parsed_if_its_images_are_what_makes_it_large() -> None:
+    large = data_url("iVBORw0K" * (MAX_PARSED // 4))
+    assert len(blocks(messages=[user(image(large), text(SYSTEM))])) >= IMAGE_BLOCKS + WHOLE_BLOCKS_OF_SYSTEM
+    assert len(blocks(messages=[user(image(large), text("a word " * (MAX_PARSED // 8)))])) == MAX_BLOCKS
 
 
 def test_a_path_without_prompts_is_not_even_parsed() -> None:

@@ -212,6 +212,24 @@ async def test_a_place_given_in_the_moment_of_leaving_is_given_on() -> None:
         (await second).__exit__(None, None, None)
 
 
+@on_uvloop
+async def test_a_prompt_that_nobody_can_make_sense_of_holds_up_no_queue() -> None:
+    """The place that it gets is given by somebody else's request, or by the loop that looks after all."""
+    absurd = b'{"messages":[],"tools":' + b"[" * 300 + b"]" * 300 + b"}"
+    prefix_aware = {"policy": "prefix_aware"}
+    async with LabReplica(token_interval=0.01) as a, serving(a, config=prefix_aware, max_in_flight=1) as house:
+        (holder,) = await occupied(house)
+        first = await house.client()
+        await first.send(request(body=absurd))
+        await until(lambda: house.balancer.admission.queue_depth == 1)
+        second = await house.client()
+        await second.send(POST)
+        await until(lambda: house.balancer.admission.queue_depth == 2)
+        holder.leave()
+        assert (await second.answer()).status == 200
+        assert (await first.answer()).header("x-replica-id") == "a", "what it makes of it is the replica's business"
+
+
 # Held here rather than in a replica's own queue
 
 
