@@ -20,6 +20,7 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade http2-settings".split()
 )
+MAX_DIGITS = 20  # of the largest number that the parser counts to; leading zeros it takes without end
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 _START = os.urandom(6).hex()
 _count = itertools.count(1)
@@ -113,6 +114,8 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
             hosts += 1
             request.host = value.strip()
         elif action == "length":
+            if len(value) > MAX_DIGITS:
+                raise errors.bad_request("A Content-Length of so many digits is none.")
             request.length = int(value)
         elif action == "encoding":
             encoding += value.strip().lower()  # two fields are a list, and so not 'chunked' alone

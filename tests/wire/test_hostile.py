@@ -31,6 +31,7 @@ FRAMING = {
     "a hexadecimal length": head(b"Content-Length: 0x5") + b"hello",
     "a length with an underscore": head(b"Content-Length: 1_0") + b"hellohello",
     "a length beyond counting": head(b"Content-Length: 99999999999999999999"),
+    "a length with zeros before it": head(b"Content-Length: " + b"0" * 5000 + b"5") + b"hello",
     "an empty length": head(b"Content-Length:"),
     "gzip": head(b"Transfer-Encoding: gzip") + b"hello",
     "gzip, chunked": head(b"Transfer-Encoding: gzip, chunked") + b"0\r\n\r\n",
