@@ -8,7 +8,7 @@ idle, a prefix that all others are busy with goes there too. (vLLM's production-
 the least loaded, a new prefix goes where the KV pool has most room.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from balancer.fleet.member import Member
 from balancer.routing.policies import Choice, turn
@@ -39,14 +39,13 @@ class PrefixAware:
 
     def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
         blocks = prompt.blocks
-        loads = _loads(members)
+        load_of = _loads(members)
+        loads = load_of.values()
         least = min(loads)
         weight = LOAD_WEIGHT / (max(LEAST_MEAN, sum(loads) / len(loads)) + least)
-        found = self.index.matched(blocks)
-        load_of = dict(zip(members, loads, strict=True)) if found else {}
         best: Member | None = None
         best_score, matched = LEAST_SHARE, 0
-        for member, depth in found:
+        for member, depth in self.index.matched(blocks):
             share = depth / len(blocks)
             if share < best_score or (load := load_of.get(member)) is None:
                 continue  # no load would make it the best; or it is full, or tried already
@@ -54,14 +53,14 @@ class PrefixAware:
             if score > best_score or (best and score == best_score and member.turn < best.turn):
                 best, best_score, matched = member, score, depth
         if best is None:
-            best = self._roomiest(members, loads, least)
+            best = self._roomiest(load_of, least)
         if blocks:
             self.index.add(best, blocks)
         return Choice(best, "prefix" if matched else "room", matched / len(blocks) if blocks else 0.0)
 
-    def _roomiest(self, members: Sequence[Member], loads: Sequence[float], least: float) -> Member:
+    def _roomiest(self, load_of: Mapping[Member, float], least: float) -> Member:
         """Among the least loaded members the one whose pool has most room for a new prefix; then in turn."""
-        lightest = [member for member, load in zip(members, loads, strict=True) if load - least < 1]
+        lightest = [member for member, load in load_of.items() if load - least < 1]
         occupied = self.index.occupancy
         tenths = [int(occupied.get(member, 0.0) * 10) for member in lightest]
         roomiest = min(tenths)
@@ -84,10 +83,10 @@ class PrefixAware:
         self.index.forget(member)
 
 
-def _loads(members: Sequence[Member]) -> list[float]:
+def _loads(members: Sequence[Member]) -> dict[Member, float]:
     """Requests in flight; where the members' limits differ, as if all had the mean limit."""
     limits = {member.limit for member in members}
     if len(limits) == 1:
-        return [member.in_flight for member in members]
+        return {member: member.in_flight for member in members}
     mean = sum(member.limit for member in members) / len(members)
-    return [member.in_flight * mean / member.limit for member in members]
+    return {member: member.in_flight * mean / member.limit for member in members}

@@ -12,9 +12,9 @@ from typing import Any
 import orjson
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
-BLOCK_BYTES = 256  # of text; about 64 tokens
-IMAGE_BLOCKS = 8  # an image weighs as much as 2 KiB of text: LLaVA makes 576 to 2,880 tokens of one
-MAX_BLOCKS = 2048
+BLOCK_BYTES = 512  # of text; about 128 tokens
+IMAGE_BLOCKS = 4  # an image weighs as much as 2 KiB of text: LLaVA makes 576 to 2,880 tokens of one
+MAX_BLOCKS = 1024
 # Bodies over this size are searched for embedded images, which are hashed where they stand and never parsed.
 LARGE_BODY = 16 << 10
 # What is left then is parsed at up to 0.07 s and 45 MiB of memory a MiB, while all else waits. 4 MiB are a million
@@ -54,7 +54,7 @@ def _blocks(reader: "Reader", body: list[bytes]) -> list[int]:
         raw = _without_embedded(raw)
     try:
         request = orjson.loads(raw)
-        return _chain(reader(request), _seed(request)) if isinstance(request, dict) else []
+        return _chain(_whose(request), reader(request)) if isinstance(request, dict) else []
     except (orjson.JSONDecodeError, orjson.JSONEncodeError, RecursionError):
         return []  # no JSON, or nested deeper than anybody means it
 
@@ -79,15 +79,15 @@ def _without_embedded(raw: bytes) -> bytes:
     return b"".join([*pieces, view[done:]]) if done else raw
 
 
-def _seed(request: dict[str, Any]) -> int:
+def _whose(request: dict[str, Any]) -> str:
     """Prompts for different models or adapters share nothing."""
-    return xxh3_64_intdigest(f"{request.get('model')}|{request.get('lora_path')}".encode("utf-8", "surrogatepass"))
+    return f"{request.get('model')}|{request.get('lora_path')}"
 
 
-def _chain(pieces: Iterator[Piece], seed: int) -> list[int]:
+def _chain(first: str, pieces: Iterator[Piece]) -> list[int]:
     """Cuts text into blocks, and gives each image its own; what is left of a text chains on and seldom counts."""
     blocks: list[int] = []
-    text: list[str] = []
+    text, seed = [first], 0
     length = 0  # characters of text, each a byte at least
     for piece in pieces:
         if length > MAX_BLOCKS * BLOCK_BYTES or len(blocks) > MAX_BLOCKS:
@@ -125,25 +125,30 @@ def _chat(request: dict[str, Any]) -> Iterator[Piece]:
     """OpenAI's chat completions, and Anthropic's messages with their `system` apart."""
     if tools := request.get("tools"):
         yield orjson.dumps(tools).decode()
-    if system := request.get("system"):
-        yield from _content(system)
+    system = request.get("system")
+    if isinstance(system, str):
+        yield _text(system)
+    else:
+        yield from _parts(system)
     messages = request.get("messages")
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict):
             yield f"\n{message.get('role')}:"
-            yield from _content(message.get("content"))
+            content = message.get("content")
+            if isinstance(content, str):
+                yield _text(content)
+            else:
+                yield from _parts(content)
             if calls := message.get("tool_calls"):
                 yield orjson.dumps(calls).decode()
 
 
-def _content(content: Any) -> Iterator[Piece]:
-    if isinstance(content, str):
-        yield from _text(content)
+def _parts(content: Any) -> Iterator[Piece]:
     for part in content if isinstance(content, list) else ():
         if not isinstance(part, dict):
             continue
         if isinstance(text := part.get("text"), str):
-            yield from _text(text)
+            yield _text(text)
         elif isinstance(image := part.get("image_url"), dict):
             yield from _image(image.get("url"))
         elif isinstance(source := part.get("source"), dict):
@@ -152,9 +157,9 @@ def _content(content: Any) -> Iterator[Piece]:
             yield orjson.dumps(part).decode()
 
 
-def _text(value: str) -> Iterator[Piece]:
+def _text(value: str) -> Piece:
     """A text; a long one without a space was taken for an image, and counts as one."""
-    yield value.removeprefix(IMAGE_MARK).encode() if value.startswith(IMAGE_MARK) else value
+    return value.removeprefix(IMAGE_MARK).encode() if value.startswith(IMAGE_MARK) else value
 
 
 def _image(value: Any) -> Iterator[Piece]:
@@ -194,7 +199,7 @@ def _responses(request: dict[str, Any]) -> Iterator[Piece]:
 def _text_or_ids(value: Any) -> Iterator[Piece]:
     """A text, a list of texts (a batch: its first is as good a guide as any), or token ids."""
     if isinstance(value, str):
-        yield from _text(value)
+        yield _text(value)
     elif isinstance(value, list) and value:
         if isinstance(value[0], int):
             yield orjson.dumps(value).decode()

@@ -10,7 +10,7 @@ from balancer.fleet.member import Listed, Member
 from balancer.routing.admission import Admission, Ask, Place
 from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import FLUSHED_AFTER, PrefixAware
-from balancer.routing.prompt import Prompt
+from balancer.routing.prompt import BLOCK_BYTES, Prompt
 from tests.routing.fleets import fleet_of, make_ready
 
 NO_PROMPT = Prompt("/v1/models", [])
@@ -226,7 +226,8 @@ def test_the_capacity_is_learned_from_answers_whose_request_is_gone_by_then() ->
         choice = policy.choose([member], prompt)
         prompt.body.clear()
         policy.answered(choice, prompt, prompt_tokens=1_000, cached_tokens=0)
-    assert 1_400 <= policy.index.capacity(member) <= 1_600  # six bytes a token
+    six_bytes_a_token = 64_000 * 6 / BLOCK_BYTES
+    assert 0.93 * six_bytes_a_token <= policy.index.capacity(member) <= 1.07 * six_bytes_a_token
 
 
 def test_a_member_that_left_is_forgotten() -> None:

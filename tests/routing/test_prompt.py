@@ -56,7 +56,8 @@ def test_a_conversation_that_grows_keeps_its_blocks() -> None:
     first = [SYSTEM_MESSAGE, user("A question. " * 60)]
     grown = [*first, {"role": "assistant", "content": "An answer. " * 60}, user("And another.")]
     one, other = blocks(messages=first), blocks(messages=grown)
-    assert shared(one, other) == len(one)
+    assert shared(one, other) >= len(one) - 1, "all that were whole"
+    assert len(one) > 4
 
 
 def test_a_block_depends_on_all_before_it() -> None:
