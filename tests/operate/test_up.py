@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import pytest
@@ -92,6 +91,9 @@ def test_detached_it_returns_when_ready_and_down_ends_it(groundserve: Groundserv
     said = groundserve("up", "-d", groundserve.service("lab"), *ANY_PORT)
     assert "lab is up after" in said
     assert groundserve.status("lab")["service"]["ready"] == 2
+    groundserve("scale", "lab", "3")
+    groundserve.until("lab", lambda status: status["service"]["ready"] == 3)
+    assert "lab-3  READY" in groundserve("logs", "lab", "--controller")
     assert groundserve("down", "lab") == "lab is down\n"
     assert groundserve.processes() == {}
 
@@ -261,19 +263,14 @@ def test_logs_show_what_replicas_and_balancer_print(groundserve: Groundserve) ->
     assert {"lab-1 | one 1", "lab-1 | two", "lab-2 | one 2"} <= set(groundserve("logs", "lab").splitlines())
     assert groundserve("logs", "lab", "2").startswith("one 2\ntwo\n")
     assert groundserve("logs", "lab", "--tail", "1", "--balancer").count("\n") == 1
+    both = groundserve("logs", "lab", "1", "2", "--no-follow").splitlines()
+    assert {"lab-1 | one 1", "lab-2 | one 2"} <= set(both)
+    assert groundserve("logs", "lab", "--tail", "1", "--load-balancer").count("\n") == 1
+    assert "the controller of lab prints where groundserve up was started" in groundserve(
+        "logs", "lab", "--controller", code=1
+    )
     assert "there is no log of replica 9 of lab" in groundserve("logs", "lab", "9", code=1)
     assert "services that ran here: lab" in groundserve("logs", "other", code=1)
-
-
-def test_secrets_reach_the_replica_and_nothing_else(groundserve: Groundserve, tmp_path: Path) -> None:
-    told = tmp_path / "told"
-    service = groundserve.service("lab", f'echo "$HUSH" > {told}\n{LAB}', replicas=1, more="envs: {HUSH: }")
-    up = groundserve.up(service, "--env", "HUSH=s3cret").until_up()
-    assert told.read_text() == "s3cret\n"
-    kept = b"".join(path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file())
-    assert b"s3cret" not in kept + up.text.encode() + groundserve("status", "-v").encode()
-    groups = (tmp_path / "state/groundserve/lab").stat().st_mode
-    assert groups & 0o077 == 0
 
 
 def test_on_a_terminal_the_replicas_move_until_they_are_ready(groundserve: Groundserve) -> None:
