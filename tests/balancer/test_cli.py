@@ -241,6 +241,8 @@ def test_env_files_are_read_as_a_shell_would(groundserve: Groundserve, tmp_path:
     )
     envs.write_text("# a comment\nA=a\nexport B='b b' # more\n\nC=from-file\n")
     assert "readiness /a/b b/given" in groundserve("check", path, "--env-file", envs, "--env", "C=given")
+    groundserve.environ["C"] = "of-ours"
+    assert "readiness /a/b b/of-ours" in groundserve("check", path, "--env-file", envs, "--env", "C")
     envs.write_text("A='a # b'\nB=b#c # d's\nC=\"#\\\"e\"")
     assert 'readiness /a # b/b#c/#"e' in groundserve("check", path, "--secret-file", envs)
     envs.write_text("A='a")
