@@ -132,7 +132,7 @@ class ClientConnection(asyncio.Protocol):
                 self._refuse_now(errors.bad_request(f"Malformed request ({str(error).rstrip('.').lower()})."))
         if self._unfruitful > self._settings.max_head_bytes and (self._is_in_head or self._reading is not None):
             self._refuse_now(errors.head_too_large(self._settings.max_head_bytes))
-        if len(self._queue) > 1 and self._has_read_enough():
+        if self._has_read_enough():
             self._transport.pause_reading()  # type: ignore[union-attr]
 
     def eof_received(self) -> None:
@@ -288,14 +288,16 @@ class ClientConnection(asyncio.Protocol):
         if not keep or (self._doors.is_closed and not self._queue):
             self._close()
         elif self._queue:
-            self._transport.resume_reading()  # type: ignore[union-attr]
+            if not self._has_read_enough():
+                self._transport.resume_reading()  # type: ignore[union-attr]
             # Not from here: thousands may wait, and each would be a few calls deeper.
             self._doors.loop.call_soon(self._answer_next)
         elif self._reading is not None and self._reading.expects_continue and self._reading.refusal is None:
             self.write(CONTINUE)
 
     def _has_read_enough(self) -> bool:
-        return len(self._queue) > MAX_PIPELINED or sum(r.body_size for r in self._queue) > MAX_READ_AHEAD
+        count = len(self._queue)
+        return count > MAX_PIPELINED or (count > 1 and sum(r.body_size for r in self._queue) > MAX_READ_AHEAD)
 
     def release(self, request: Request) -> None:
         """The request's body is not needed any more: it will not be sent again."""

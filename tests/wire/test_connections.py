@@ -212,6 +212,24 @@ async def test_what_is_read_ahead_is_bounded() -> None:
         sending.cancel()
 
 
+@in_house
+async def test_requests_without_bodies_are_not_read_ahead_without_end_either(house: House) -> None:
+    """A read brings thousands of small ones: there must not be one more read for each that is answered."""
+    client = await house.client()
+    count = 50_000
+    await client.send(POST[:-1])
+    (connection,) = house.balancer.doors.connections
+    sending = asyncio.ensure_future(client.send(POST[-1:] + get("/nowhere") * count))
+    most = answered = 0
+    while answered < count:
+        assert await client.more()
+        answered += client.received.count(b"HTTP/1.1 404")
+        client.received = client.received[-11:]
+        most = max(most, len(connection._queue))
+    await sending
+    assert 1000 < most < 15_000
+
+
 @on_uvloop
 async def test_a_body_that_is_not_read_for_our_own_sake_is_not_late() -> None:
     async with LabReplica() as a, serving(a, body_timeout=0.3) as house:
