@@ -253,6 +253,8 @@ class _Relay:
         if self._record.first_byte is None:
             self._record.first_byte = now - self._record.received_at
             self._claim.begun()
+            if self._request.path == "/v1/messages":
+                self._record.read_usage(data[:4096])
         elif self._gaps is not None:
             self._gaps.note(now - self._last_at)
         self._last_at = now

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from balancer.fleet.member import Member
 
-_FIGURE = re.compile(rb'"(prompt|completion|cached)_tokens":\s*(\d{1,15})(?!\d)')
+_FIGURE = re.compile(rb'"(prompt|completion|cached|input|output|cache_read_input)_tokens":\s*(\d{1,15})(?!\d)')
 
 
 @dataclass(slots=True)
@@ -38,18 +38,20 @@ class Record:
     key: str = ""
     error: str = ""
 
-    def read_usage(self, tail: bytes) -> None:
-        """Takes the token counts from the end of an answer, where OpenAI's and SGLang's formats have them."""
-        first = tail.find(b'_tokens":')
+    def read_usage(self, piece: bytes) -> None:
+        """Takes the token counts from the end of an answer, or from the beginning of a stream of Anthropic's."""
+        first = piece.find(b'_tokens":')
         if first < 0:
             return
-        found = dict(_FIGURE.findall(tail, max(0, first - len(b'"completion'))))  # of several the last one holds
-        if prompt := found.get(b"prompt"):
-            self.prompt_tokens = int(prompt)
-        if completion := found.get(b"completion"):
-            self.completion_tokens = int(completion)
-        if cached := found.get(b"cached"):
-            self.cached_tokens = int(cached)
+        start = max(0, first - len(b'"cache_read_input'))
+        found = {name: int(count) for name, count in _FIGURE.findall(piece, start)}  # of several the last one holds
+        if b"input" in found:  # all of it in /v1/responses, in Anthropic's /v1/messages only what was not cached
+            found[b"prompt"] = found[b"input"] + found.get(b"cache_read_input", 0)
+            if b"cache_read_input" in found:
+                found[b"cached"] = found[b"cache_read_input"]
+        self.prompt_tokens = found.get(b"prompt", self.prompt_tokens)
+        self.completion_tokens = found.get(b"completion", found.get(b"output", self.completion_tokens))
+        self.cached_tokens = found.get(b"cached", self.cached_tokens)
 
 
 class Spans(Protocol):

@@ -66,6 +66,16 @@ def test_targets_that_are_none(target: bytes) -> None:
         ),
         (b'data: {"usage": {"prompt_tokens": 1, "completion_tokens": 2}}\n\ndata: [DONE]\n\n', (1, 2, None)),
         (b'"prompt_tokens":1}} "prompt_tokens":2}}', (2, None, None)),
+        # /v1/responses
+        (
+            b'"usage":{"input_tokens":11,"input_tokens_details":{"cached_tokens":7,"cache_write_tokens":0},'
+            b'"output_tokens":3,"output_tokens_details":{"reasoning_tokens":1},"total_tokens":14}}',
+            (11, 3, 7),
+        ),
+        # /v1/messages, where the input is what was not cached
+        (b'"usage":{"input_tokens":4,"output_tokens":3,"cache_read_input_tokens":7}}', (11, 3, 7)),
+        (b'"usage":{"input_tokens":11,"output_tokens":3}}', (11, 3, None)),
+        (b'_read_input_tokens":7}}\n\ndata: {"usage":{"output_tokens":3}}', (None, 3, None)),
         (b'{"text":"\\"prompt_tokens\\":5"}', (None, None, None)),
         (b"_tokens", (None, None, None)),
         (b'"prompt_tokens":' + b"9" * 4090, (None, None, None)),

@@ -38,6 +38,18 @@ async def test_a_line_tells_all_of_a_request(house: House) -> None:
     assert line["time"] > 1_700_000_000
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@in_house
+async def test_tokens_are_counted_in_anthropics_format_too(house: House, stream: bool) -> None:
+    """Its streams tell of the prompt in their first event, and of the answer in the last but one."""
+    body = chat(300, stream, stream_options={"include_usage": True})
+    await house.ask(request(path="/v1/messages", body=body))
+    await house.ask(request(body=body))
+    theirs, ours = await house.logged(2)
+    assert (theirs["completion_tokens"], theirs["cached_tokens"]) == (300, 0)
+    assert theirs["prompt_tokens"] == ours["prompt_tokens"] > 0
+
+
 OUTCOMES: dict[str, tuple[bytes, dict[str, Any], dict[str, Any]]] = {
     "relayed": (POST, {}, {"status": 200, "attempts": 1}),
     "the replica's error": (POST, {"status": 429}, {"status": 429, "attempts": 1}),
