@@ -171,8 +171,8 @@ class Proxy:
         else:
             relay.connected(self.pool.loop.time() - began_at)
             client.take_from(connection)
-            return await connection.exchange(head, request.body, is_head, relay)
-        if raced:
+            outcome = await connection.exchange(head, request.body, is_head, relay)
+        if raced and outcome in (Outcome.REFUSED, Outcome.UNREACHED):
             relay.account(outcome)
             return Outcome.LOST  # it may have begun on this before it went away: what was sent stays sent
         return outcome

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,29 @@ def deaf(replica: LabReplica) -> Iterator[None]:
             filler.setblocking(False)
             filler.connect_ex((replica.host, replica.port))
         yield
+
+
+@contextlib.contextmanager
+def hanging_up(replica: LabReplica) -> Iterator[None]:
+    """Connects to the replica are taken and closed at once, as a proxy does whose server is gone."""
+    replica.refuse()
+
+    def hang_up(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                listener.accept()[0].close()
+
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((replica.host, replica.port))
+        listener.listen()
+        thread = threading.Thread(target=hang_up, args=(listener,))  # so that it is as quick as a process
+        thread.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def each(table: dict[str, Any]) -> dict[str, Any]:

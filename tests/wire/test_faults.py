@@ -8,7 +8,7 @@ import pytest
 
 from tests.lab.replica import LabReplica
 from tests.wire.client import CHAT, chat, request
-from tests.wire.running import House, deaf, each, in_house, kept, on_uvloop, serving, until
+from tests.wire.running import House, deaf, each, hanging_up, in_house, kept, on_uvloop, serving, until
 
 POST = request(body=chat())
 GET = request("GET", "/v1/models/lab")
@@ -193,6 +193,21 @@ async def test_a_post_that_was_sent_is_not_sent_elsewhere_when_the_fresh_connect
         if status == 502:
             assert answer.error["code"] == "replica_lost"
         assert [m.name for m in house.balancer.fleet.available()] == ["b"], "refused: unavailable at once"
+
+
+@on_uvloop
+async def test_a_post_that_was_sent_is_not_sent_elsewhere_when_the_fresh_connection_is_closed_at_once() -> None:
+    """As a port of Docker's does when its container dies: it takes connections, and has nobody to give them to."""
+    for _ in range(5):  # nearly always it is closed before anything could be sent on it
+        async with LabReplica() as a, LabReplica() as b, serving(a, b, ready_interval=60) as house:
+            house.member("b").turn = 99
+            assert (await house.ask(POST)).status == 200
+            house.member("b").turn = 99
+            a.set(race="close")
+            with hanging_up(a):
+                answer = await house.ask(POST)
+            assert (answer.status, answer.error["code"]) == (502, "replica_lost")
+            assert numbers(a, b) == [2, 0]
 
 
 # Sent, and no answer
