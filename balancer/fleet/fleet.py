@@ -143,6 +143,7 @@ class Fleet:
         number = self._last_id + 1
         while number in taken:
             number += 1
+        self._last_id = number
         return number
 
     def _new_member(self, listed: Listed, number: int) -> Member:

@@ -110,6 +110,15 @@ def test_given_ids_come_before_made_up_ones(order: tuple[int, int]) -> None:
     assert fleet.members[1].name == "r8"
 
 
+def test_a_number_that_gave_way_is_given_to_nobody_else() -> None:
+    fleet = fleet_of(0, Clock())
+    fleet.reconcile([listed(7, id=None)])
+    member = fleet.members[1]
+    fleet.reconcile([listed(7, id=None), listed(8, id=1), listed(9, id=None)])
+    assert {member.name for member in fleet.members.values()} == {"r7", "r8", "r9"}
+    assert fleet.has(member)
+
+
 @pytest.mark.parametrize(
     ("listing", "what"),
     [([listed(1), listed(1, id=2)], "name"), ([listed(1), listed(2, id=1)], "id")],
