@@ -68,8 +68,8 @@ class PrefixAware:
 
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
         self.index.learn(choice.member, len(prompt.blocks), prompt_tokens)
-        if not choice.matched or cached_tokens is None:
-            return
+        if not choice.matched or cached_tokens is None or choice.member not in self.index.occupancy:
+            return  # nothing to judge, or it left meanwhile
         if cached_tokens >= DOUBT * choice.matched * prompt_tokens:
             self._doubts.pop(choice.member, None)
             return

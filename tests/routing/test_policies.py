@@ -240,6 +240,20 @@ def test_a_member_that_left_is_forgotten() -> None:
     assert len(policy.index) == 0
 
 
+def test_what_a_member_answers_after_it_left_brings_it_not_back() -> None:
+    """Nobody would forget it again."""
+    fleet = fleet_of(2)
+    policy = PrefixAware()
+    admission = Admission(fleet, policy)
+    prompt = chat(system(1))
+    claims = [place(admission, prompt) for _ in range(FLUSHED_AFTER + 1)]
+    fleet.reconcile([])
+    for claim in claims:
+        policy.answered(claim.choice, prompt, prompt_tokens=1_000, cached_tokens=0)
+    assert len(policy.index) == 0
+    assert policy._doubts == {}
+
+
 def test_the_reason_and_the_matched_share_are_told() -> None:
     admission = Admission(fleet_of(2), PrefixAware())
     first = place(admission, chat(system(0)))
