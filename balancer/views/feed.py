@@ -78,7 +78,8 @@ class Feed:
             row["limit"] = member.limit
             row["draining"] = member.draining
             row |= {} if course is None else {**course.lately().to_json(), "in_flight": member.in_flight}
-        state["decisions"] = [_decision(record, now) for record in reversed(self._tallies.recent)]
+        newest_first = enumerate(reversed(self._tallies.recent))
+        state["decisions"] = [_decision(self._tallies.routed - n, record, now) for n, record in newest_first]
         return state
 
     def _whole_history(self) -> dict[str, Any]:
@@ -118,8 +119,9 @@ def feed_router(feed: Feed) -> APIRouter:
     return router
 
 
-def _decision(record: Record, now: float) -> dict[str, Any]:
+def _decision(number: int, record: Record, now: float) -> dict[str, Any]:
     return {
+        "number": number,  # ids are the clients' to choose, and may repeat
         "id": record.id,
         "ago_seconds": round(now - record.received_at - record.duration, 1),
         "path": _cut(record.path),

@@ -108,7 +108,8 @@ class Tallies:
         self.queue_wait = Histogram(WAIT)
         self.bytes_in = 0
         self.bytes_out = 0
-        self.recent: deque[Record] = deque(maxlen=REMEMBERED)
+        self.routed = 0  # requests that went to a member
+        self.recent: deque[Record] = deque(maxlen=REMEMBERED)  # the last ones of them
 
     # What the proxy tells
 
@@ -131,6 +132,7 @@ class Tallies:
         if not record.attempts:
             return
         self.queue_wait.note(record.queued)
+        self.routed += 1
         self.recent.append(record)
         if record.is_stream and record.first_byte is not None:
             tally.ttft.note(record.first_byte)

@@ -107,7 +107,7 @@ function showReplicas(replicas) {
 function showDecisions(decisions) {
   $("no-decisions").hidden = decisions.length > 0;
   const number_ = "number";
-  arrange($("rows"), decisions, (decision) => decision.id,
+  arrange($("rows"), decisions, (decision) => decision.number,
     () => element("tr", {}, ...["", "text", "", "text", "", number_, number_, number_, number_, number_, ""]
       .map((name) => element("td", { className: name }))),
     (row, d) => {

@@ -69,6 +69,21 @@ def test_it_shows_the_service_and_its_replicas(tmp_path: Path) -> None:
     run(main())
 
 
+def test_requests_with_one_id_are_a_row_each(tmp_path: Path) -> None:
+    """Clients choose their ids, and one that asks again may well say the same."""
+
+    async def main() -> None:
+        async with page(tmp_path, LabReplica()) as (balancer, tab), client_of(balancer) as client:
+            for _ in range(3):
+                await client.post(CHAT, json=chat(), headers={"X-Request-Id": "again"})
+            rows = "document.querySelectorAll('#rows tr')"
+            await tab.until(f"{rows}.length >= 4")  # the page itself asked for the models
+            await tab.until(f"parseInt({rows}[0].innerText) >= 3")  # a few states later
+            assert len(await tab.texts("#rows tr")) == 4
+
+    run(main())
+
+
 def test_it_shows_at_once_that_a_replica_died_came_back_or_left(tmp_path: Path) -> None:
     async def main() -> None:
         two = LabReplica()
