@@ -168,7 +168,7 @@ class Balancer:
         trusted = _networks(config.settings.trusted_proxies)
         settings.renew(config.settings)
         self.fleet.renew(config.readiness)
-        self.doors.trusted = trusted
+        self.doors.trust(trusted)
         self.proxy.cors = Cors(settings.cors_origins)
         if (config.policy, config.target_qps) != (before.policy, before.target_qps):
             self.admission.policy = _policy(config)

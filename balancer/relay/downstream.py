@@ -57,6 +57,12 @@ class Doors:
         self.is_leaving = False  # set it, and every answer says that it is its connection's last
         self.is_closed = False
 
+    def trust(self, proxies: tuple[Network, ...]) -> None:
+        """From now on these are the proxies whose word on who asks is kept, on open connections too."""
+        self.trusted = proxies
+        for connection in self.connections:
+            connection.recognise()
+
     def sweep(self, now: float) -> None:
         """Ends what took too long; call it a few times a second. `now` is the loop's time in seconds."""
         for connection in list(self.connections):
@@ -348,6 +354,10 @@ class ClientConnection(asyncio.Protocol):
         """Closes unless a request is being read or answered."""
         if not self._queue and self._reading is None and not self._is_in_head:
             self._transport.close()  # type: ignore[union-attr]
+
+    def recognise(self) -> None:
+        """Looks anew whether the client is a trusted proxy."""
+        self._peer = Peer.of(self._peer.address.decode(), self._peer.scheme == b"https", self._doors.trusted)
 
     def break_off(self, why: str) -> None:
         """Ends the answer in progress, if any, as broken, or says 503 where none has begun; then the connection."""

@@ -13,9 +13,10 @@ from tests.wire.running import House, on_uvloop, serving, until
 FILE = """
 name: {name}
 service: {{readiness_probe: {{path: {path}}}, replicas: 1, load_balancing_policy: {policy}}}
-x-groundserve: {{max_in_flight: {limit}, queue_size: {queue}, drain_grace: 0, drain_timeout: 0}}
+x-groundserve:
+  {{max_in_flight: {limit}, queue_size: {queue}, trusted_proxies: {trusted}, drain_grace: 0, drain_timeout: 0}}
 """
-USUAL = {"name": "first", "path": "/health", "policy": "round_robin", "limit": 1, "queue": 0}
+USUAL = {"name": "first", "path": "/health", "policy": "round_robin", "limit": 1, "queue": 0, "trusted": []}
 
 
 @asynccontextmanager
@@ -72,6 +73,20 @@ async def test_another_readiness_probe_is_asked_from_now_on(tmp_path: Path) -> N
         await until(lambda: house.balancer.fleet.readiness.path == "/v1/models")
         assert house.member("a").readiness.path == "/v1/models"
         assert (await house.ask(request(body=chat()))).status == 200
+
+
+@on_uvloop
+async def test_who_is_trusted_changes_on_open_connections_too(tmp_path: Path) -> None:
+    """A proxy's live long."""
+    asked = request("GET", "/v1/models/lab", headers=(("X-Forwarded-For", "203.0.113.9"),))
+    async with LabReplica() as a, described(tmp_path, a) as (house, file):
+        proxy = await house.client()
+        for trusted, told in (["127.0.0.1"], "203.0.113.9, 127.0.0.1"), ([], "127.0.0.1"):
+            write(file, trusted=trusted)
+            await until(lambda trusted=trusted: len(house.balancer.doors.trusted) == len(trusted))  # type: ignore[misc]
+            await proxy.send(asked)
+            assert (await proxy.answer("GET")).status == 200
+            assert a.seen.last.header("x-forwarded-for") == told
 
 
 @on_uvloop
