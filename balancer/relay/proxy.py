@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -242,6 +243,8 @@ class _Relay:
                 record.attempts,
                 record.queued,
             )
+        if 300 <= status < 400:
+            headers = _leading_here(headers, self._member)
         self._reply.begin(status, self._proxy.cors.without_foreign(headers), length, own)
         self._client.release(self._request)  # the replica has it; long answers need not keep large prompts in memory
         if self._reply.is_event_stream:
@@ -281,6 +284,15 @@ class _Relay:
             fleet.busy(member, self.retry_after)
         elif RULES[outcome].is_failure:
             fleet.failed(member)
+
+
+def _leading_here(headers: Headers, member: Member) -> Headers:
+    """A replica's redirects to itself as paths, for it is this endpoint that its clients reach.
+
+    SGLang sends /generate/ to /generate, says so with a whole URL, and takes the scheme from X-Forwarded-Proto.
+    """
+    itself = re.compile(rb"\Ahttps?://%b(?=/[^/])" % re.escape(member.authority))
+    return [(name, itself.sub(b"", value) if name.lower() == b"location" else value) for name, value in headers]
 
 
 def _retry_after(headers: Sequence[tuple[bytes, bytes]]) -> int:

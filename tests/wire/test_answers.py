@@ -49,6 +49,28 @@ async def test_a_stream_comes_as_it_was_however_it_is_cut(house: House, split: i
     assert cut.body.endswith(b"data: [DONE]\n\n")
 
 
+REDIRECTS = {
+    "to itself": ("http://{here}/generate?a=http://{here}/b", "/generate?a=http://{here}/b"),
+    "to itself, as it was asked": ("https://{here}/generate", "/generate"),
+    "to another port": ("http://{here}0/generate", "http://{here}0/generate"),
+    "elsewhere": ("http://elsewhere.test/generate", "http://elsewhere.test/generate"),
+    "to what would be another host": ("http://{here}//elsewhere.test/", "http://{here}//elsewhere.test/"),
+    "to a path": ("/generate?a=http://{here}/b", "/generate?a=http://{here}/b"),
+}
+
+
+@pytest.mark.parametrize("row", **each(REDIRECTS))
+@in_house
+async def test_a_redirect_leads_to_the_endpoint_and_not_past_it_to_a_replica(
+    house: House, row: tuple[str, str]
+) -> None:
+    a = house.replicas[0]
+    said, told = (place.format(here=a.url.removeprefix("http://")) for place in row)
+    a.set(raw=f"HTTP/1.1 307 Temporary Redirect\r\nlocation: {said}\r\ncontent-length: 0\r\n\r\n")
+    answer = await house.ask(request(path="/generate/", body=chat()))
+    assert (answer.status, answer.header("location")) == (307, told)
+
+
 @pytest.mark.parametrize("status", [204, 304])
 @pytest.mark.parametrize("length", ["", "content-length: 5\r\n"], ids=["", "with a length"])
 @in_house
