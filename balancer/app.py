@@ -125,7 +125,7 @@ class Balancer:
             limits=httpx.Limits(max_keepalive_connections=0),
         )
         admin.include_router(playground_router(lambda: listen.reachable(self.endpoint), self._own_client))
-        self._sockets = [listen.bound(*config.listen), listen.bound(*config.admin)]
+        self._sockets = [listen.listening(*config.listen), listen.listening(*config.admin)]
         guarded = Guard(admin, is_loopback_name(config.admin[0]), config.admin_key is not None)
         self._servers = [
             listen.server(own, self._connection, self.certificate),

@@ -40,15 +40,20 @@ def server(app: Any, http: Any, certificate: Certificate | None = None) -> Serve
     return Server(config)
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A bound socket; raises ConfigError with a line that says what is in the way."""
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens; raises ConfigError with a line that says what is in the way."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)  # from here on it is ours; uvloop would not even say that another was quicker
+        except OSError:
+            listener.close()
+            raise
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another address or port") from None
