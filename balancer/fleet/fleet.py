@@ -110,6 +110,7 @@ class Fleet:
             number = listed.id
             if number is None:
                 number = member.id if member and member.id not in ids else self._next_id(ids)
+            self._last_id = max(self._last_id, number)
             if member is None or member.is_other_life(listed) or (member.id != number and member.listed.id is not None):
                 member = self._new_member(listed, number)
             else:
@@ -143,11 +144,9 @@ class Fleet:
         number = self._last_id + 1
         while number in taken:
             number += 1
-        self._last_id = number
         return number
 
     def _new_member(self, listed: Listed, number: int) -> Member:
-        self._last_id = max(self._last_id, number)
         outlier = Outlier(self.settings.ejection_time, self.settings.max_ejection_time)
         member = Member(number, listed, self.clock(), outlier, self.readiness)
         member.limit = self.limit_of(member)

@@ -117,6 +117,9 @@ def test_a_number_that_gave_way_is_given_to_nobody_else() -> None:
     fleet.reconcile([listed(7, id=None), listed(8, id=1), listed(9, id=None)])
     assert {member.name for member in fleet.members.values()} == {"r7", "r8", "r9"}
     assert fleet.has(member)
+    fleet.reconcile([listed(7, id=5), listed(9, id=None)])
+    fleet.reconcile([listed(number, id=None) for number in (1, 2, 3, 4, 7, 9)])
+    assert len(fleet.members) == 6, "nor is one that was given"
 
 
 @pytest.mark.parametrize(
