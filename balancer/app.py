@@ -75,6 +75,8 @@ class Balancer:
         replica_tls = replica_context(config.replica_ca)
         self.prober = Prober(self.fleet, config.replica_key, replica_tls)
         self.discovery = DnsDiscovery(config.discover, self.fleet, look_up) if config.discover else None
+        if self.discovery is not None:
+            self.discovery.when_untold.append(self.facts.untold)
         self.pool = Pool(settings, loop, replica_tls)
         self.fleet.when_left.append(self.pool.forget)
         self.access_log = AccessLog(log_descriptor, config.is_log_json)

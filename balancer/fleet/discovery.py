@@ -40,7 +40,8 @@ class DnsDiscovery:
     """Keeps a fleet at what `dns://NAME:PORT` says. Works for Compose, Swarm's tasks.NAME, a headless Service.
 
     The TTL is not looked at: Docker's says ten minutes, and its answers are true within a second. An engine that tells
-    its list knows more, and is believed as long as it goes on telling; DNS takes over when it is gone.
+    its list knows more, and is believed as long as it goes on telling; DNS takes over when it is gone, and then
+    `when_untold` is called.
     """
 
     def __init__(self, source: str, fleet: Fleet, resolve: Resolve = resolve) -> None:
@@ -53,6 +54,7 @@ class DnsDiscovery:
         self._answered_at = fleet.clock()
         self._told: dict[str, Listed] = {}  # by address, what an engine said of it last
         self._told_until = float("-inf")
+        self.when_untold: list[Callable[[], None]] = []
         self._is_failing = False
         self._task: asyncio.Task[None] | None = None
 
@@ -91,6 +93,7 @@ class DnsDiscovery:
         now = self._fleet.clock()
         if now < self._told_until:
             return
+        self._engine_is_gone()
         if addresses:
             if self._is_failing:
                 log.warning("DNS knows %s again: %d addresses", self._name, len(addresses))
@@ -103,7 +106,17 @@ class DnsDiscovery:
         self._is_failing = True
         if now - self._answered_at > GRACE:
             members = self._fleet.members.values()
-            self._fleet.reconcile([m.listed for m in members if not m.is_failing_for(GRACE, now)])
+            running = [m for m in members if m.listed.state == "RUNNING"]
+            self._fleet.reconcile([m.listed for m in running if not m.is_failing_for(GRACE, now)])
+
+    def _engine_is_gone(self) -> None:
+        """If there was one: nobody starts a replica now."""
+        if self._told_until == float("-inf"):
+            return
+        self._told_until = float("-inf")
+        self._fleet.is_asleep = False
+        for hook in self.when_untold:
+            hook()
 
     def _listed(self, address: str) -> Listed:
         place = f"[{address}]:{self._port}" if ":" in address else f"{address}:{self._port}"

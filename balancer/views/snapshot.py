@@ -23,6 +23,10 @@ class ServiceFacts:
     reason: str = ""
     is_leaving: bool = False
 
+    def untold(self) -> None:
+        """The controller is gone, and its word with it."""
+        self.status = self.reason = ""
+
 
 def take_snapshot(facts: ServiceFacts, fleet: Fleet, admission: Admission) -> Snapshot:
     """The service and its replicas as they are now."""

@@ -178,6 +178,29 @@ def test_an_engines_list_stands_while_it_is_told_and_dns_takes_over_afterwards()
     assert kept.listed.version == 2, "what the engine said last is remembered"
 
 
+def test_an_engine_that_is_gone_starts_nothing_any_more() -> None:
+    """So nobody waits for what it was about to start."""
+    clock = Clock()
+    fleet, names, discovery = discovering(clock, "10.0.0.1")
+    gone: list[float] = []
+    discovery.when_untold.append(lambda: gone.append(clock()))
+    names.answer = NXDOMAIN
+    discovery.told([Listed("replica-8", "", 8, state="PROVISIONING")])
+    fleet.is_asleep = True
+    clock.move(TOLD_STANDS - 1)
+    asyncio.run(discovery.look_up())
+    assert fleet.is_asleep
+    assert gone == []
+    clock.move(1)
+    asyncio.run(discovery.look_up())
+    assert not fleet.is_asleep
+    assert gone == [clock()]
+    clock.move(GRACE + 1)
+    asyncio.run(discovery.look_up())
+    assert gone == [clock() - GRACE - 1], "said once"
+    assert not fleet.is_starting()
+
+
 def test_what_an_engine_numbers_otherwise_is_another_replica() -> None:
     fleet, _names, discovery = discovering(Clock(), "10.0.0.1")
     discovery.told([of_engine(7, "10.0.0.1")])

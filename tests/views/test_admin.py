@@ -15,6 +15,8 @@ from balancer.views.admin import admin_app
 from balancer.views.snapshot import ServiceFacts
 from balancer.views.status import Snapshot
 from tests.fleet.members import Clock, claimed, fail, fleet_of, listed, make_ready
+from tests.lab.replica import LabReplica
+from tests.views.serving import run, serving, until
 
 
 class Admin:
@@ -273,3 +275,21 @@ def test_status_is_the_same_for_members_that_come_and_go() -> None:
         assert [row["id"] for row in rows] == [1, 2, 3]
         seen = seen or [admin.fleet.members[number] for number in (1, 2, 3)]
         assert [admin.fleet.members[number] for number in (1, 2, 3)] == seen
+
+
+def test_a_controllers_last_word_is_forgotten_when_it_says_no_more() -> None:
+    async def main() -> None:
+        lab = LabReplica()
+        async with lab, serving(lab, discover=f"dns://{lab.host}:{lab.port}", replicas=()) as balancer:
+            last = {"service": {"status": "SHUTTING_DOWN", "reason": "so it was told", "is_asleep": True}}
+            async with httpx.AsyncClient(base_url=balancer.admin_endpoint, trust_env=False) as client:
+                assert (await client.put("/replicas", json={"replicas": [], **last})).status_code == 200
+                said = (await client.get("/status")).json()["service"]
+                assert (said["status"], said["reason"], said["total"]) == ("SHUTTING_DOWN", "so it was told", 0)
+                assert balancer.discovery is not None
+                balancer.discovery._told_until = 0.0  # as if long ago
+                await until(balancer.fleet.available)
+                said = (await client.get("/status")).json()["service"]
+                assert (said["status"], "reason" in said) == ("READY", False)
+
+    run(main())
