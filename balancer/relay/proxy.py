@@ -31,6 +31,8 @@ OWN_METHODS = (b"GET", b"HEAD")
 BROKEN_STATUSES = (500, 502, 504)
 KEEP_ALIVE_RACE = 1.0  # seconds within which a reused connection that closes was closing already
 
+MAX_PATH = 1024  # characters that are remembered of a path: a head's worth, 20,000 times, is more than a GB
+
 AnswerOwn = Callable[[Request, Reply], Coroutine[Any, Any, None]]
 
 
@@ -179,7 +181,8 @@ class Proxy:
         return outcome
 
     def _record(self, request: Request) -> Record:
-        return Record(request.id.decode("latin-1"), request.method.decode("latin-1"), request.path, request.received_at)
+        path = request.path[:MAX_PATH]
+        return Record(request.id.decode("latin-1"), request.method.decode("latin-1"), path, request.received_at)
 
     def _finish(self, record: Record, request: Request, reply: Reply) -> None:
         record.status = record.status or reply.status

@@ -50,6 +50,15 @@ async def test_tokens_are_counted_in_anthropics_format_too(house: House, stream:
     assert theirs["prompt_tokens"] == ours["prompt_tokens"] > 0
 
 
+@pytest.mark.parametrize("path", ["/" + "x" * 60_000, "/v1/" + "x" * 60_000])
+@in_house
+async def test_a_long_path_is_cut(house: House, path: str) -> None:
+    """Lines wait for a slow reader in memory."""
+    await house.ask(request("GET", path), "GET")
+    (line,) = await house.logged(1)
+    assert line["path"] == path[:1024]
+
+
 OUTCOMES: dict[str, tuple[bytes, dict[str, Any], dict[str, Any]]] = {
     "relayed": (POST, {}, {"status": 200, "attempts": 1}),
     "the replica's error": (POST, {"status": 429}, {"status": 429, "attempts": 1}),
