@@ -15,7 +15,7 @@ from balancer.settings import Settings
 
 MAX_PIPELINED = 32  # requests read ahead on one connection
 MAX_READ_AHEAD = 1 << 20  # bytes of their bodies
-PIECE_COST = 64  # bytes that a piece of a body costs beside its content
+LEAST_PIECE = 1 << 10  # bytes of a piece of a body before the next one begins: each costs memory, and time to send
 MAX_SWALLOWED = 64 << 10  # of a refused request's body, to keep the connection usable
 LINGER = 2.0  # seconds a client has to take its last answer and close, before the connection is cut
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -217,10 +217,13 @@ class ClientConnection(asyncio.Protocol):
         request = self._reading
         if request is None or request.refusal is not None:
             return
-        request.body.append(data)
+        if request.body and len(request.body[-1]) < LEAST_PIECE:
+            request.body[-1] += data
+        else:
+            request.body.append(data)
         request.body_size += len(data)
-        request.held += len(data) + PIECE_COST
-        self._doors.buffered += len(data) + PIECE_COST
+        request.held += len(data)
+        self._doors.buffered += len(data)
         if request.body_size > self._settings.max_body_bytes:
             self._refuse_now(errors.body_too_large(self._settings.max_body_bytes))
         elif self._doors.buffered > self._settings.max_buffered_bytes:
