@@ -14,6 +14,12 @@ from replica.settings import Settings
 
 _MEMORY_WAIT = 30.0  # seconds that a dead replica's GPU memory may outlive its lease
 
+# Where a container's limit and its use stand, and the name in memory.stat of what can be dropped: cgroup v2, then v1.
+_LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+
 
 class MachineError(Exception):
     """The machine cannot serve the model as it is; the message says why and what to do."""
@@ -68,13 +74,14 @@ def available_gib(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgrou
     """Memory that this process may still take, in GiB: the machine's, or its container's if that is less."""
     fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        limit, used = (cgroup / "memory.max").read_text().strip(), (cgroup / "memory.current").read_text()
-        cache = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())["inactive_file"]
-        if limit != "max":
-            available = min(available, int(limit) - int(used) + int(cache))
-    except (OSError, KeyError, ValueError):
-        pass  # no container, or an old kernel's layout
+    for limit, used, cache in _LIMITS:
+        try:
+            stat = (cgroup / limit).with_name("memory.stat").read_text()
+            dropped = int(dict(line.split() for line in stat.splitlines())[cache])
+            left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text()) + dropped
+        except (OSError, KeyError, ValueError):
+            continue  # the other layout, or "max": no limit
+        available = min(available, left)
     return available / 2**30
 
 

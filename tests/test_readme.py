@@ -1,4 +1,4 @@
-"""The README keeps up with the code: every setting with its default, every metric, every command."""
+"""The README keeps up with the code: settings and their defaults, models, commands and files."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from balancer.schema import Operation
 from balancer.settings import Settings
+from replica.presets import PRESETS, Preset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -46,3 +47,20 @@ def test_each_make_target_that_it_names_exists() -> None:
 def test_each_file_that_it_names_exists() -> None:
     named = re.findall(r"\b(?:docker|tests|balancer|replica)/[\w./-]*\w", README)
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_each_variable_that_its_docker_commands_set_is_explained() -> None:
+    commands = re.findall(r"^(.*?)\bdocker compose\b", README, re.MULTILINE)
+    named = {name for line in commands for name in re.findall(r"\b([A-Z_]{2,})=", line)}
+    explained = set(re.findall(r"^#([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert {"MODEL", "HF_TOKEN", "HF_CACHE", "PORT"} <= named
+    assert named <= explained
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: str(preset.name))
+def test_each_model_stands_there_with_what_requests_call_it_and_what_it_takes(preset: Preset) -> None:
+    table = README[README.index("### Choosing a model") : README.index("**Gated models.**")]
+    (row,) = [line for line in table.splitlines() if f"`{preset.name}`" in line]
+    _, _, requests_say, takes, _ = row.split("|")
+    assert takes.strip() == f"{preset.gpu_gib:g} GiB"
+    assert requests_say.strip() == ("the same" if preset.is_embedded else f"`{preset.served_name}`")

@@ -67,6 +67,18 @@ def test_a_containers_limit_counts_less_what_can_be_dropped_from_its_cache(tmp_p
     assert available_gib(tmp_path, tmp_path) == 2
 
 
+def test_so_does_one_of_the_older_cgroups(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\n")
+    old = tmp_path / "memory"
+    old.mkdir()
+    (old / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (old / "memory.usage_in_bytes").write_text(f"{3 * 2**30}\n")
+    (old / "memory.stat").write_text(f"inactive_file 5\ntotal_inactive_file {2**30}\n")
+    assert available_gib(tmp_path, tmp_path) == 16
+    (old / "memory.limit_in_bytes").write_text(f"{4 * 2**30}\n")
+    assert available_gib(tmp_path, tmp_path) == 2
+
+
 class Driver:
     """An nvidia-smi whose GPU has as much memory in use as the test says."""
 
