@@ -29,6 +29,7 @@ RUN MODELS_DIR=/opt/models python3 -m replica.models \
 FROM sglang
 LABEL org.opencontainers.image.title="groundserve replica on a CPU" \
       org.opencontainers.image.description="SGLang on a plain CPU, with two small models" \
+      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 # 1777, as /tmp: whoever the container runs as may write there, and so may the volumes' later users. Empty, because
 # containers that start together on a new volume would all fill it from here, and fall over each other.

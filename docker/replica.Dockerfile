@@ -15,6 +15,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM ${SGLANG_IMAGE}
 LABEL org.opencontainers.image.title="groundserve replica" \
       org.opencontainers.image.description="SGLang on a GPU of its own" \
+      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 USER 0:0
 # 1777, as /tmp: whoever the container runs as may write there, and so may the volumes' later users. Empty, because

@@ -24,7 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def build_lab(project: Project, version: int = 1) -> None:
-    """Builds the balancer, and docker/replica.Dockerfile upon the lab's replica; another version is another image."""
+    """Builds the balancer, and docker/replica.Dockerfile upon the lab's replica; another version is another image.
+
+    Compose labels an image with the project that built it, so the same project must build what is to stay the same.
+    """
     project.compose("build", "balancer")
     project.compose("--profile", "build", "build", "lab", LAB_VERSION=str(version))
     project.compose("build", "replica")
@@ -42,7 +45,7 @@ def lab_images() -> Iterator[Project]:
 @pytest.fixture(scope="session")
 def cpu_images() -> Iterator[Project]:
     """The project that builds the images of real SGLang on a CPU; it starts nothing."""
-    project = Project("groundserve-test-build-cpu", CPU_FILES, LEASES)
+    project = Project("groundserve-test-build", CPU_FILES, LEASES)
     project.compose("build", "balancer")
     project.compose("build", "replica", timeout=1400)
     yield project

@@ -5,13 +5,14 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.e2e.docker.conftest import LAB_FILES
+from tests.e2e.docker.conftest import CPU_FILES, LAB_FILES
 from tests.e2e.docker.project import ROOT, TAG, CommandError, Project, docker
 
 pytestmark = pytest.mark.docker
@@ -53,16 +54,19 @@ def test_the_balancer_adds_less_than_150_mb_to_its_base_and_nothing_of_the_repli
     assert "__pycache__" in package, "compiled at the build, since a read-only file system cannot be written to"
 
 
-@pytest.mark.parametrize("name", ["groundserve/balancer", "groundserve-test/replica"])
+@pytest.mark.parametrize("name", ["groundserve/balancer", "groundserve-test/replica", "groundserve/replica-cpu"])
 def test_images_say_what_they_are_run_as_nobody_special_and_check_themselves_without_a_shell(
-    lab_images: Project, name: str
+    lab_images: Project, cpu_images: Project, name: str
 ) -> None:
-    assert lab_images.files == LAB_FILES
+    assert (lab_images.files, cpu_images.files) == (LAB_FILES, CPU_FILES)
     told = inspect_image(f"{name}:{TAG}")["Config"]
     assert told["User"] == "1000:1000"
     assert told["Healthcheck"]["Test"][:2] == ["CMD", "python3"]
     assert told["Labels"]["org.opencontainers.image.title"].startswith("groundserve")
+    assert told["Labels"]["org.opencontainers.image.description"]
     assert told["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert told["Labels"]["org.opencontainers.image.version"] == project["version"]
 
 
 def test_bases_and_third_party_images_are_pinned() -> None:

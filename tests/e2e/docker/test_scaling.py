@@ -42,15 +42,16 @@ def test_scaling_2_6_2_4_under_streams_loses_nothing(lab: Project) -> None:
     assert {one.member for one in seen.outcomes} == members, "each replica that was ever ready had its share"
 
 
-def test_new_replicas_beside_the_old_then_fewer_replaces_all_and_loses_nothing(lab: Project) -> None:
+def test_new_replicas_beside_the_old_then_fewer_replaces_all_and_loses_nothing(
+    lab: Project, lab_images: Project
+) -> None:
     before = {one.image for one in lab.containers()}
-    build_lab(lab, version=2)
+    build_lab(lab_images, version=2)
 
     async def replace() -> Traffic:
         async with traffic(lab.url(), CLIENTS, tokens=TOKENS) as seen:
             await seen.more(CLIENTS)
             await asyncio.to_thread(lab.scale, 4)
-            await ready(lab, 4)
             # Without --no-recreate the containers of an old image are those that go.
             fewer = ("up", "-d", "--no-deps", "--scale", "replica=2", "--wait", "replica")
             await asyncio.to_thread(lab.compose, *fewer)
@@ -65,9 +66,9 @@ def test_new_replicas_beside_the_old_then_fewer_replaces_all_and_loses_nothing(l
     assert before != after
 
 
-def test_one_at_a_time_replaces_all_without_a_spare_gpu_and_loses_nothing(lab: Project) -> None:
+def test_one_at_a_time_replaces_all_without_a_spare_gpu_and_loses_nothing(lab: Project, lab_images: Project) -> None:
     before = lab.containers()
-    build_lab(lab, version=3)
+    build_lab(lab_images, version=3)
 
     async def replace() -> Traffic:
         async with traffic(lab.url(), CLIENTS, tokens=TOKENS) as seen:
@@ -76,7 +77,7 @@ def test_one_at_a_time_replaces_all_without_a_spare_gpu_and_loses_nothing(lab: P
                 await asyncio.to_thread(docker, "stop", old.id)
                 await asyncio.to_thread(docker, "rm", old.id)
                 await asyncio.to_thread(lab.scale, 2)
-                await ready(lab, 2)
+            await ready(lab, 2)
             await seen.more(2 * CLIENTS)
         return seen
 
@@ -85,6 +86,27 @@ def test_one_at_a_time_replaces_all_without_a_spare_gpu_and_loses_nothing(lab: P
     assert seen.lost == []
     assert len(after) == 2
     assert not {one.image for one in before} & {one.image for one in after}
+
+
+def test_a_plain_up_with_another_image_cuts_nothing_and_refuses_until_new_replicas_start(
+    lab: Project, lab_images: Project
+) -> None:
+    before = {one.image for one in lab.containers()}
+    build_lab(lab_images, version=4)
+
+    async def replace() -> Traffic:
+        async with traffic(lab.url(), CLIENTS, tokens=TOKENS) as seen:
+            await seen.more(CLIENTS)
+            await asyncio.to_thread(lab.compose, "up", "-d")
+            await ready(lab, 2)
+            await seen.more(2 * CLIENTS)
+        return seen
+
+    seen = asyncio.run(replace())
+    assert seen.lost, "both were told to stop at once"
+    assert {one.status for one in seen.lost} == {503}, "none was cut"
+    assert all(one.is_whole(TOKENS) for one in seen.ended[-CLIENTS:])
+    assert not before & {one.image for one in lab.containers()}
 
 
 def test_a_stopped_replica_ends_its_ten_second_stream_first(lab: Project) -> None:
