@@ -88,9 +88,7 @@ def test_one_at_a_time_replaces_all_without_a_spare_gpu_and_loses_nothing(lab: P
     assert not {one.image for one in before} & {one.image for one in after}
 
 
-def test_a_plain_up_with_another_image_cuts_nothing_and_refuses_until_new_replicas_start(
-    lab: Project, lab_images: Project
-) -> None:
+def test_a_plain_up_with_another_image_cuts_nothing_and_says_503_meanwhile(lab: Project, lab_images: Project) -> None:
     before = {one.image for one in lab.containers()}
     build_lab(lab_images, version=4)
 
