@@ -11,7 +11,7 @@ import pytest
 
 from balancer import errors
 from balancer.errors import ConfigError
-from balancer.listen import bound
+from balancer.listen import listening
 from replica import gpu, lease, machine
 from replica.presets import PRESETS
 from replica.settings import Settings
@@ -91,7 +91,7 @@ def complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        hear(lambda: bound("127.0.0.1", taken.getsockname()[1]))
+        hear(lambda: listening("127.0.0.1", taken.getsockname()[1]))
     nvidia_smi(tmp_path, 'case "$1" in *apps*) echo GPU-a, 7, 9000, x ;; *) echo 0, GPU-a, L4, 9999, 9000, N/A ;; esac')
     machine.wait_for_memory(gpu.list_gpus({}), 8, environ={}, clock=soon(), pause=lambda _: None)
     heard.append(capsys.readouterr().err)
