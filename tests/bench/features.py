@@ -88,7 +88,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Fi
                 variant = chosen[name][1]
                 for mode in variant.loads:
                     count = 32 if mode == "requests" else 100
-                    result = load(mode, targets[name], count, options.seconds, 1.0, number, *variant.flags)
+                    result = load(
+                        mode, targets[name], count, options.seconds, min(1.0, options.seconds), number, *variant.flags
+                    )
                     if result["errors"]:
                         raise Unavailable(f"{name}: {first_error(result)}")
                     samples[name][mode].append(result["cpu_seconds"] / result["count"] * 1e6)
