@@ -11,8 +11,6 @@ from tests.e2e.docker.project import Project, docker
 LAB_FLAGS = "--start-delay 1 --warm-up 1 --token-interval 0.05"
 LAB_FILES = ("compose.yaml", "tests/e2e/docker/compose.lab.yaml")
 CPU_FILES = ("compose.yaml", "docker/compose.cpu.yaml")
-# Not the volume that a person's own replicas keep their leases in.
-LEASES = {"LEASE_VOLUME": "groundserve-test-leases"}
 
 
 @pytest.hookimpl(trylast=True)
@@ -36,7 +34,7 @@ def build_lab(project: Project, version: int = 1) -> None:
 @pytest.fixture(scope="session")
 def lab_images() -> Iterator[Project]:
     """The project that builds the images of the lab; it starts nothing."""
-    project = Project("groundserve-test-build", LAB_FILES, LEASES)
+    project = Project("groundserve-test-build", LAB_FILES)
     build_lab(project)
     yield project
     project.down()
@@ -45,7 +43,7 @@ def lab_images() -> Iterator[Project]:
 @pytest.fixture(scope="session")
 def cpu_images() -> Iterator[Project]:
     """The project that builds the images of real SGLang on a CPU; it starts nothing."""
-    project = Project("groundserve-test-build", CPU_FILES, LEASES)
+    project = Project("groundserve-test-build", CPU_FILES)
     project.compose("build", "balancer")
     project.compose("build", "replica", timeout=1400)
     yield project
@@ -55,7 +53,7 @@ def cpu_images() -> Iterator[Project]:
 @pytest.fixture(scope="session")
 def running_lab(lab_images: Project) -> Iterator[Project]:
     assert lab_images.files == LAB_FILES
-    project = Project("groundserve-test-lab", LAB_FILES, LEASES | {"REPLICAS": "2", "LAB_FLAGS": LAB_FLAGS})
+    project = Project("groundserve-test-lab", LAB_FILES, {"REPLICAS": "2", "LAB_FLAGS": LAB_FLAGS})
     project.up()
     yield project
     project.down()

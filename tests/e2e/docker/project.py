@@ -86,7 +86,10 @@ class Container:
 
 @dataclass(frozen=True)
 class Project:
-    """`files` are compose files, `environ` the variables that .env.example explains. The engine chooses the ports."""
+    """`files` are compose files, `environ` the variables that .env.example explains. The engine chooses the ports.
+
+    Unless told otherwise it has GPUs of its own, pretended ones: its leases are no other project's, nor a person's.
+    """
 
     name: str
     files: tuple[str, ...]
@@ -94,7 +97,8 @@ class Project:
 
     def compose(self, *arguments: str, timeout: float = 600, **environ: str) -> str:
         files = [part for file in self.files for part in ("-f", file)]
-        own = {"PORT": "0", "ADMIN_PORT": "0", "TAG": TAG, **self.environ, **environ}
+        own = {"PORT": "0", "ADMIN_PORT": "0", "TAG": TAG, "LEASE_VOLUME": f"{self.name}-leases"}
+        own |= self.environ | environ
         return docker("compose", "-p", self.name, *files, *arguments, environ=own, timeout=timeout)
 
     def up(self, **environ: str) -> None:

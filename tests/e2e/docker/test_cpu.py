@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.e2e.docker.conftest import CPU_FILES, LEASES
+from tests.e2e.docker.conftest import CPU_FILES
 from tests.e2e.docker.project import TAG, Project, docker, until
 from tests.e2e.docker.traffic import Traffic, traffic
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.docker
 def service(cpu_images: Project) -> Iterator[Project]:
     """Two replicas of smollm2-135m behind the balancer, as `docker compose up --wait` leaves them."""
     assert cpu_images.files == CPU_FILES
-    project = Project("groundserve-test-cpu", CPU_FILES, LEASES | {"REPLICAS": "2"})
+    project = Project("groundserve-test-cpu", CPU_FILES, {"REPLICAS": "2"})
     project.up()
     yield project
     project.down()

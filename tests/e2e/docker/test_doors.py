@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.docker.conftest import LAB_FILES, LEASES
+from tests.e2e.docker.conftest import LAB_FILES
 from tests.e2e.docker.project import Project
 
 pytestmark = pytest.mark.docker
@@ -40,7 +40,7 @@ def guarded(lab_images: Project, folder: Path) -> Iterator[Project]:
         "ADMIN_KEY_FILE": str(folder / "admin-key"),
     }
     assert lab_images.files == LAB_FILES
-    project = Project("groundserve-test-doors", (*LAB_FILES, "docker/compose.tls.yaml"), LEASES | given)
+    project = Project("groundserve-test-doors", (*LAB_FILES, "docker/compose.tls.yaml"), given)
     project.up()
     yield project
     project.down()

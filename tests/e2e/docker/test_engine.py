@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.docker.conftest import CPU_FILES, LAB_FILES, LEASES
+from tests.e2e.docker.conftest import CPU_FILES, LAB_FILES
 from tests.e2e.docker.project import ROOT, TAG, Project, docker
 from tests.operate.command_line import Groundserve, until
 from tests.operate.test_update import CHAT, streaming
@@ -18,6 +18,7 @@ from tests.operate.test_update import CHAT, streaming
 pytestmark = pytest.mark.docker
 
 NAME = "test-engine"
+LEASES = {"LEASE_VOLUME": "groundserve-test-engine-leases"}
 FLAGS = "--start-delay 0.5 --token-interval 0.03"
 RUN = "python -m replica --model lab/lab"
 
@@ -45,14 +46,17 @@ class OnCompose(Groundserve):
     def controller(self) -> int:
         return int((self.folder / "state/groundserve" / NAME / "lock").read_text())
 
+    def endpoint(self) -> str:
+        return self("status", "--endpoint", NAME).strip()
+
     def is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self('status', '--endpoint', NAME).strip()}/ready", timeout=5).status_code == 200
+            return httpx.get(f"{self.endpoint()}/ready", timeout=5).status_code == 200
         except httpx.TransportError:
             return False
 
     def ask(self) -> httpx.Response:
-        return httpx.post(f"{self('status', '--endpoint', NAME).strip()}/v1/chat/completions", json=CHAT, timeout=60)
+        return httpx.post(f"{self.endpoint()}/v1/chat/completions", json=CHAT, timeout=60)
 
 
 @pytest.fixture
@@ -99,7 +103,7 @@ def test_updates_under_streams_lose_nothing_and_a_broken_version_is_taken_back(g
     file = groundserve.file()
     groundserve.start(file)
     balancer = groundserve.containers("balancer")
-    with streaming(groundserve) as seen:
+    with streaming(groundserve.endpoint()) as seen:
         better = groundserve.file(flags=f"{FLAGS} --max-running-requests 32")
         assert f"{NAME} is at version 2" in groundserve("update", NAME, better)
         broken = groundserve.file(flags="--no-such-flag")
@@ -122,7 +126,7 @@ def test_replicas_and_balancer_outlive_a_killed_controller_and_the_next_up_finds
     file = groundserve.file()
     groundserve.start(file)
     replicas, balancer = groundserve.containers(), groundserve.containers("balancer")
-    with streaming(groundserve) as seen:
+    with streaming(groundserve.endpoint()) as seen:
         os.kill(groundserve.controller(), signal.SIGKILL)
         groundserve.until_nothing_runs()
         before = seen.answered
@@ -141,7 +145,7 @@ def test_up_with_another_file_after_a_killed_controller_is_an_update(groundserve
     groundserve.start(groundserve.file())
     os.kill(groundserve.controller(), signal.SIGKILL)
     groundserve.until_nothing_runs()
-    with streaming(groundserve) as seen:
+    with streaming(groundserve.endpoint()) as seen:
         groundserve.start(groundserve.file(replicas=1, flags=f"{FLAGS} --max-running-requests 32"))
         status = groundserve.until(NAME, lambda status: status["service"]["total"] == 1)
     assert seen.failed == []

@@ -30,7 +30,11 @@ def inspect_image(name: str) -> dict[str, Any]:
 def config(*overlays: str, **environ: str) -> dict[str, Any]:
     """What Compose makes of compose.yaml and overlays."""
     files = ("compose.yaml", *overlays)
-    project = Project("groundserve-test-config", files, {"TLS_DIR": "/certificates", "PORT": "", "ADMIN_PORT": ""})
+    project = Project(
+        "groundserve-test-config",
+        files,
+        {"TLS_DIR": "/certificates", **dict.fromkeys(("PORT", "ADMIN_PORT", "LEASE_VOLUME"), "")},
+    )
     return dict(json.loads(project.compose("config", "--format", "json", **environ)))
 
 

@@ -12,7 +12,7 @@ from tests.e2e.docker.project import Container, Project, docker, until
 
 pytestmark = pytest.mark.docker
 
-# A volume of their own: what other tests keep running holds leases too.
+# Two projects on one machine share its leases.
 FOUR_GPUS = {"LEASE_VOLUME": "groundserve-test-lease", "PRETEND_GPUS": "4", "LEASE_WAIT": "3"}
 REFUSAL = re.compile(r"^replica: no .+ free among this machine's 4 after 3 s \((.+)\): .+$", re.MULTILINE)
 
