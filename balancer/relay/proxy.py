@@ -249,6 +249,7 @@ class _Relay:
         if 300 <= status < 400:
             headers = _leading_here(headers, self._member)
         self._reply.begin(status, self._proxy.cors.without_foreign(headers), length, own)
+        self._proxy.pool.loop.call_soon(self._reply.flush)
         self._client.release(self._request)  # the replica has it; long answers need not keep large prompts in memory
         if self._reply.is_event_stream:
             self._gaps = self._proxy.observer.gaps(self._member)

@@ -36,6 +36,7 @@ class Reply:
     """The answer to one request, written to the client's connection in the framing that this client understands."""
 
     __slots__ = (
+        "_head",
         "_keeps_alive",
         "_last",
         "_last_but_one",
@@ -61,6 +62,7 @@ class Reply:
         self.is_over = False
         self._wire = wire
         self._keeps_alive = keeps_alive
+        self._head = b""  # not sent yet
         self._last = self._last_but_one = b""
 
     @property
@@ -68,7 +70,10 @@ class Reply:
         return self.status != 0
 
     def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None, own: bytes = b"") -> None:
-        """Writes the head: a replica's fields less what concerned only its connection, `own` fields, the framing."""
+        """Makes the head: a replica's fields less what concerned only its connection, `own` fields, the framing.
+
+        It goes with the first piece of the body, for each write is a call to the kernel, or with the next `flush`.
+        """
         request = self.request
         lines = [STATUS_LINES[status]]
         dropped: set[bytes] = set()
@@ -102,18 +107,29 @@ class Reply:
             lines.append(b"Connection: keep-alive\r\n")
         lines.append(b"\r\n")
         self.status = status
-        self._wire.write(b"".join(lines))
+        self._head = b"".join(lines)
+
+    def flush(self) -> None:
+        """Sends the head if nothing came yet that it could go with."""
+        if self._head:
+            self._write(b"")
+
+    def _write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._wire.write(data)
 
     def body(self, data: bytes) -> None:
         """Passes on a piece of the body as it came."""
         self.bytes_sent += len(data)
         self._last_but_one, self._last = self._last, data
-        self._wire.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
+        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
 
     def end(self) -> None:
         """The answer is whole."""
         if self.is_chunked:
-            self._wire.write(b"0\r\n\r\n")
+            self._write(b"0\r\n\r\n")
+        self.flush()
         self.is_over = True
         self._wire.answered(self._keeps_alive)
 
@@ -153,6 +169,7 @@ class Reply:
         self.error = error
         if self.is_event_stream and self.is_at_boundary():
             self.body(error.event(self.request.path))
+        self.flush()
         self.is_over = True
         self._wire.answered(False)
 

@@ -12,10 +12,12 @@ class Wire:
 
     def __init__(self) -> None:
         self.written = b""
+        self.writes = 0
         self.kept: bool | None = None
 
     def write(self, data: bytes) -> None:
         self.written += data
+        self.writes += 1
 
     def answered(self, keep: bool) -> None:
         assert self.kept is None, "answered once"
@@ -63,7 +65,25 @@ def test_framing(version: str, keep: bool, length: int | None, head: bytes, body
 def test_status_lines(status: int, line: bytes) -> None:
     reply, wire = reply_to()
     reply.begin(status, [], 0)
+    reply.flush()
     assert wire.written.startswith(b"HTTP/1.1 " + line + b"\r\n")
+
+
+def test_a_head_goes_with_what_comes_first_and_alone_where_nothing_comes() -> None:
+    """Each write is a call to the kernel, and a packet."""
+    reply, wire = reply_to()
+    reply.begin(200, [], 10)
+    assert wire.writes == 0
+    reply.body(b"hello")
+    assert (wire.writes, wire.written[-9:]) == (1, b"\r\n\r\nhello")
+    reply.flush()
+    reply.body(b"world")
+    reply.end()
+    assert (wire.writes, wire.written.count(b"HTTP/1.1")) == (2, 1)
+    reply, wire = reply_to()
+    reply.begin(200, [], None)
+    reply.flush()
+    assert (wire.writes, wire.written[-4:]) == (1, b"\r\n\r\n")
 
 
 BOUNDARIES = [
