@@ -22,7 +22,7 @@ class Outcome(enum.Enum):
     UNREACHED = "unreached"  # no connection within connect_timeout
     LOST = "lost"  # sent, and the connection ended before the first byte of an answer
     BUSY = "busy"  # the replica said 503
-    SILENT = "silent"  # no head within first_byte_timeout
+    SILENT = "silent"  # no byte of a body within first_byte_timeout
     MANGLED = "mangled"  # what came was not HTTP, and nothing of it was relayed
     BROKEN = "broken"  # ended or went wrong amid the answer
     STALLED = "stalled"  # nothing for idle_timeout amid the answer
@@ -48,6 +48,7 @@ class ReplicaConnection(asyncio.Protocol):
         self.is_paused = False
         self.has_answered = False  # any byte of an answer to the current request
         self.has_head = False
+        self.has_begun = False  # the body, too
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
@@ -66,7 +67,7 @@ class ReplicaConnection(asyncio.Protocol):
         """
         if self._transport is None or self._transport.is_closing():
             return Outcome.REFUSED
-        self.has_answered = self.has_head = self._can_be_kept = False
+        self.has_answered = self.has_head = self.has_begun = self._can_be_kept = False
         self._has_no_body = is_head
         self._answer = answer
         self._outcome = self._pool.loop.create_future()
@@ -180,6 +181,7 @@ class ReplicaConnection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         if self._answer is not None:
+            self.has_begun = True
             self._answer.on_body(data)
 
     def on_message_complete(self) -> None:
@@ -245,7 +247,9 @@ class Pool:
         for connection in list(self.busy):
             if connection.is_paused:
                 continue  # the silence is the client's doing
-            if not connection.has_head:
+            if (
+                not connection.has_begun
+            ):  # a head says little: SGLang sends that of /generate before it looks at the prompt
                 if now - connection.sent_at > settings.first_byte_timeout:
                     connection.finish(Outcome.SILENT)
             elif now - connection.last_byte_at > settings.idle_timeout:

@@ -7,8 +7,9 @@ from typing import Any
 import orjson
 import pytest
 
+from tests.lab.replica import LabReplica
 from tests.wire.client import CHAT, Answer, chat, request
-from tests.wire.running import House, each, in_house, kept
+from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
 
 STREAM = request(body=chat(stream=True, tokens=5))
 WHY = "What came so far is incomplete; send the request again."
@@ -40,7 +41,6 @@ AT_BOUNDARY = {
     "CRLF line ends": {"cut": "after_tokens", "cut_after": 2, "event_end": "\r\n\r\n"},
     "in small pieces": {"cut": "after_tokens", "cut_after": 2, "split": 1},
     "silent": {"hang": "after_tokens", "hang_after": 2},
-    "silent from the first": {"hang": "after_head"},
 }
 
 
@@ -61,6 +61,24 @@ async def test_a_stream_that_breaks_between_two_events_ends_with_one_that_says_s
     assert (line["status"], line["attempts"], line["error"]) == (200, 1, "stream_broken")
     assert house.member("a").failures_total == failures, "amid an answer nobody knows whose fault it was"
     if "hang" in fault:
+        await a.seen.until(lambda seen: seen.last.outcome == "client_left")
+
+
+@on_uvloop
+async def test_a_stream_whose_first_event_takes_long_is_waited_for_as_long_as_a_head() -> None:
+    """SGLang sends the head of /generate at once, then come its queue and the prefill."""
+    stream = request(path="/generate", body=chat(stream=True, tokens=5))
+    async with LabReplica() as a, serving(a, idle_timeout=0.2, first_byte_timeout=1.0) as house:
+        a.next(1, first_token_delay=0.6)
+        answer = await house.ask(stream)
+        assert answer.is_whole
+        assert answer.body.endswith(b"data: [DONE]\n\n")
+        a.next(1, hang="after_head")
+        answer = await house.ask(stream)
+        assert (answer.status, answer.is_whole) == (200, False)
+        error = orjson.loads(answer.body.removeprefix(b"data: "))["error"]
+        assert error["code"] == "first_byte_timeout"
+        assert "within 1 s" in error["message"]
         await a.seen.until(lambda seen: seen.last.outcome == "client_left")
 
 
