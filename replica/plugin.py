@@ -70,15 +70,16 @@ def end_forks_with_parent() -> None:
         nonlocal parent
         parent = os.getpid()
 
-    def watch() -> None:
-        while os.getppid() == parent:
+    def watch(mine: int) -> None:
+        while os.getppid() == mine:
             time.sleep(0.5)
         os._exit(1)
 
-    os.register_at_fork(
-        before=remember,
-        after_in_child=lambda: threading.Thread(target=watch, name="ends with its parent", daemon=True).start(),
-    )
+    def start() -> None:
+        # Given along, because who forks in its turn remembers itself.
+        threading.Thread(target=watch, args=(parent,), name="ends with its parent", daemon=True).start()
+
+    os.register_at_fork(before=remember, after_in_child=start)
 
 
 def fill_in_key(argv: list[str]) -> list[str]:

@@ -168,6 +168,27 @@ def test_a_forked_worker_ends_with_its_parent_and_frees_the_lease(tmp_path: Path
         assert holder(gpu, tmp_path) is None
 
 
+FORK_AND_FORK = """
+import os, time
+from replica import plugin
+plugin.end_forks_with_parent()
+if child := os.fork():
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+elif grandchild := os.fork():
+    time.sleep(1.5)
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
+else:
+    time.sleep(1.5)
+    os._exit(7)
+"""
+
+
+def test_a_forked_worker_may_fork_itself() -> None:
+    root = Path(__file__).resolve().parents[2]
+    told = subprocess.run([sys.executable, "-c", FORK_AND_FORK], capture_output=True, text=True, cwd=root, check=True)
+    assert told.stdout == "7\n"
+
+
 # In a process of its own: SGLang's imports have effects that do not go away.
 OBSERVE = """
 import json, os, sys
