@@ -1,8 +1,11 @@
 """The life of one balancer process: what it says at its start, its signals, and how it leaves."""
 
 import asyncio
+import contextlib
 import gc
+import os
 import signal
+import stat
 import sys
 
 from balancer import listen
@@ -17,6 +20,7 @@ async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None 
     `look_up` resolves replicas' names; `reread` is asked for the configuration anew when the service file changed.
     """
     listen.raise_file_limit()
+    wait_for_no_reader()
     loop = asyncio.get_running_loop()
     leaving, hurry = asyncio.Event(), asyncio.Event()
 
@@ -36,3 +40,16 @@ async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None 
     await leaving.wait()
     await balancer.leave(hurry)
     await balancer.stop()
+
+
+def wait_for_no_reader() -> None:
+    """Makes writing to a terminal or a pipe that nobody reads (Ctrl-S, a connection that hangs) fail instead of wait.
+
+    Each is opened anew, since how the inherited one waits is the shell's business too.
+    """
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed, or another user's: it stays as it is
+            if os.isatty(descriptor) or stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                fresh = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                os.dup2(fresh, descriptor)
+                os.close(fresh)

@@ -48,6 +48,8 @@ class AccessLog:
                 return  # the reader is slow: the lines wait
             try:
                 written = os.write(self._descriptor, self._unwritten[:SAFE_WRITE])
+            except BlockingIOError:
+                return  # a terminal may take less than it says
             except OSError:  # nobody reads the log any more
                 self._records.clear()
                 self._unwritten, self._dropped = b"", 0

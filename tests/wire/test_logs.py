@@ -1,8 +1,13 @@
 """The access log: one line a request, all there is to know about it, and nothing that is nobody's business."""
 
+import asyncio
+import contextlib
 import os
 import shlex
+import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -11,7 +16,8 @@ import pytest
 from balancer.relay.record import Record
 from balancer.views.access_log import MAX_WAITING, AccessLog
 from tests.lab.replica import LabReplica
-from tests.wire.client import CHAT, chat, request
+from tests.wire.client import CHAT, Client, chat, request
+from tests.wire.process import ROOT
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving, until
 
 POST = request(body=chat())
@@ -226,3 +232,38 @@ def test_a_reader_that_is_gone_ends_nothing() -> None:
         log.flush()
     finally:
         os.close(writer)
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+@on_uvloop
+async def test_output_that_nobody_takes_stops_nothing(kind: str, tmp_path: Path) -> None:
+    """As Ctrl-S does, or a connection that hangs: not the log, not a warning, not the end."""
+    reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+    os.set_blocking(reader, False)
+    service = tmp_path / "service.yaml"
+    service.write_text("service: {replicas: 1}\nrun: python -m sglang.launch_server\nx-groundserve: {drain_grace: 0}")
+    options = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--service", str(service)]
+    command = [sys.executable, "-m", "balancer", *options]
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=writer, stderr=writer)
+    os.close(writer)
+    try:
+        said = b""
+        while b"admin on" not in said:
+            with contextlib.suppress(BlockingIOError):
+                said += os.read(reader, 4096)
+            await asyncio.sleep(0.01)
+        client = await Client.open(said.partition(b"listening on ")[2].split()[0].decode())
+        for number in range(3):
+            service.write_text(f"nonsense {number}")  # each is worth a warning
+            for _ in range(500):  # a terminal holds less than 64 KiB
+                await client.send(request("GET", "/nowhere"))
+                assert (await client.answer("GET")).status == 404
+            await asyncio.sleep(0.5)  # two looks at the file
+        client.leave()
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(reader)
