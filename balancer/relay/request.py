@@ -101,7 +101,7 @@ class Peer:
 def read_head(request: Request, headers: Headers, peer: Peer) -> None:
     """Checks a request's head and sorts its header fields; raises ServeError for what is not relayed."""
     kept: list[bytes] = []
-    dropped: Sequence[bytes] = ()
+    dropped: set[bytes] = set()
     hosts = 0
     encoding = b""
     forwarded: dict[bytes, bytes] = {}
@@ -120,7 +120,7 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
         elif action == "encoding":
             encoding += value.strip().lower()  # two fields are a list, and so not 'chunked' alone
         elif action == "connection":
-            dropped = [*dropped, *(token.strip().lower() for token in value.split(b","))]
+            dropped.update(token.strip().lower() for token in value.split(b","))
         elif action == "forwarded" and peer.is_trusted:
             forwarded[lowered] = b"%b, %b" % (forwarded[lowered], value) if lowered in forwarded else value
         elif action == "request-id" and REQUEST_ID.fullmatch(value):
@@ -148,7 +148,7 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
             raise errors.bad_request("Only the transfer encoding 'chunked' is accepted, and only in HTTP/1.1.")
     if hosts > 1 or (hosts == 0 and request.version == "1.1"):
         raise errors.bad_request("A request needs exactly one Host field.")
-    if any(token not in _ACTIONS for token in dropped):
+    if not dropped <= _ACTIONS.keys():
         # Only names that would have been passed on matter; Connection cannot hide what the balancer itself needs.
         kept = [line for line in kept if line.partition(b":")[0].lower() not in dropped]
     _read_target(request)

@@ -1,6 +1,7 @@
 """What is read from a head, and what is made of it for a replica."""
 
 import ipaddress
+import time
 
 import pytest
 
@@ -85,3 +86,19 @@ def test_usage_is_read_from_the_end_of_an_answer(tail: bytes, figures: tuple[int
     record = Record("id", "POST", "/", 0.0)
     record.read_usage(tail)
     assert (record.prompt_tokens, record.completion_tokens, record.cached_tokens) == figures
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"Connection", b"a," * 16_000), *[(b"z", b"")] * 8_000],
+        [(b"Connection", b"a")] * 5_000,
+        [(b"Connection", b"%x" % number) for number in range(4_000)],
+        [(b"z", b"")] * 16_000,
+    ],
+    ids=["names to drop", "fields that name one", "fields that name others", "many fields"],
+)
+def test_no_head_of_64_kib_keeps_all_others_waiting(headers: list[tuple[bytes, bytes]]) -> None:
+    began = time.process_time()
+    read(*headers)
+    assert time.process_time() - began < 0.2
