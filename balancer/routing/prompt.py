@@ -149,8 +149,8 @@ def _parts(content: Any) -> Iterator[Piece]:
             continue
         if isinstance(text := part.get("text"), str):
             yield _text(text)
-        elif isinstance(image := part.get("image_url"), dict):
-            yield from _image(image.get("url"))
+        elif image := part.get("image_url"):  # in /v1/responses the URL itself
+            yield from _image(image.get("url") if isinstance(image, dict) else image)
         elif isinstance(source := part.get("source"), dict):
             yield from _image(source.get("data") or source.get("url"))
         else:

@@ -83,6 +83,25 @@ def test_the_same_image_at_the_same_place_matches_whatever_is_asked_of_it(encode
     assert shared(one, other) >= IMAGE_BLOCKS
 
 
+@pytest.mark.parametrize("encoded", [IMAGE, SMALL_IMAGE], ids=["hashed where it stands", "parsed"])
+@pytest.mark.parametrize(
+    ("path", "key", "part"),
+    [
+        ("/v1/responses", "input", lambda encoded: {"type": "input_image", "image_url": data_url(encoded)}),
+        ("/v1/chat/completions", "messages", lambda encoded: image(data_url(encoded))),
+        ("/v1/messages", "messages", lambda encoded: {"type": "image", "source": {"type": "base64", "data": encoded}}),
+    ],
+    ids=["responses", "chat", "messages"],
+)
+def test_an_image_counts_in_the_format_of_each_path(path: str, key: str, part: Any, encoded: str) -> None:
+    one, same, other = (
+        blocks(path, **{key: [user(part(shown), text(asked))]})
+        for shown, asked in ((encoded, "Who?"), (encoded, "Where?"), (OTHER_IMAGE, "Who?"))
+    )
+    assert len(one) == shared(one, same) == IMAGE_BLOCKS
+    assert shared(one, other) == 0
+
+
 def test_an_image_has_one_digest_in_small_and_in_large_requests() -> None:
     small = blocks(messages=[user(image(data_url(SMALL_IMAGE)))])
     large = blocks(messages=[user(image(data_url(SMALL_IMAGE)), image(data_url(IMAGE)), text("Compare."))])
