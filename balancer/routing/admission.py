@@ -66,6 +66,7 @@ class Admission:
         waiter = _Waiter(ask, place, self.fleet.clock() + wait)
         queue = self._queue if ask.is_generating else self._plain
         queue.append(waiter)
+        self.assign()  # who waits already may be waiting for a member that this one need not have
         try:
             return await place
         except asyncio.CancelledError:

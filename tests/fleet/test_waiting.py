@@ -91,6 +91,30 @@ def test_a_waiting_request_goes_to_a_member_that_has_finished_another() -> None:
     asyncio.run(play())
 
 
+def test_who_waits_for_one_member_alone_keeps_nobody_from_another_that_is_free() -> None:
+    """It was told by the other that it is busy, and that is over."""
+
+    async def play() -> None:
+        clock = Clock()
+        fleet = fleet_of(2, clock, max_in_flight=1)
+        admission = Admission(fleet, RoundRobin())
+        prompt = Prompt("/v1/completions", [b"{}"])
+        with claimed(fleet) as full:
+            other = next(member for member in fleet.members.values() if member is not full)
+            tried = asyncio.ensure_future(admission.claim(Ask(prompt, True, [other])))
+            await asyncio.sleep(0)
+            assert admission.queue_depth == 1
+            ask = Ask(prompt, True)
+            place = admission.claim_now(ask) or await asyncio.wait_for(admission.claim(ask), 5)
+            assert place.member is other
+            assert not tried.done()
+            place.__exit__(None, None, None)
+        (await tried).__exit__(None, None, None)
+        assert fleet.in_flight == admission.queue_depth == 0
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize(
     ("arrange", "seconds"),
     [
