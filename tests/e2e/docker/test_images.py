@@ -106,6 +106,23 @@ def test_compose_takes_each_combination_of_overlays(overlays: tuple[str, ...]) -
     assert told["volumes"]["leases"]["name"] == "groundserve-leases", "one for all projects of the machine"
 
 
+def test_a_file_of_variables_makes_another_service_of_it(tmp_path: Path) -> None:
+    given = (
+        "COMPOSE_PROJECT_NAME=llama",
+        "COMPOSE_FILE=compose.yaml:docker/compose.cpu.yaml",
+        "MODEL=tiny-llava",
+        "PORT=8",
+    )
+    (tmp_path / "llama.env").write_text("\n".join(given))
+    asked = docker("compose", "--env-file", str(tmp_path / "llama.env"), "config", "--format", "json")
+    told = json.loads(asked)
+    assert told["name"] == "llama"
+    assert told["services"]["replica"]["image"].startswith("groundserve/replica-cpu:")
+    assert told["services"]["replica"]["environment"]["MODEL"] == "tiny-llava"
+    assert told["services"]["balancer"]["ports"][0]["published"] == "8"
+    assert told["volumes"]["leases"]["name"] == "groundserve-leases"
+
+
 def test_what_stops_has_longer_than_its_drain() -> None:
     services = config()["services"]
     drain_timeout = re.search(r"drain_timeout=(\d+)", services["balancer"]["environment"]["BALANCER_SET"])
