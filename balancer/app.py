@@ -222,6 +222,7 @@ class Balancer:
                 self.pool.sweep(now)
                 self.admission.expire()
                 self.access_log.flush()
+                self.tallies.count()
                 self.history.take(now)
                 if self.keys is not None:
                     self.keys.reload()

@@ -78,6 +78,7 @@ class Feed:
             row["limit"] = member.limit
             row["draining"] = member.draining
             row |= {} if course is None else {**course.lately().to_json(), "in_flight": member.in_flight}
+        self._tallies.count()
         newest_first = enumerate(reversed(self._tallies.recent))
         state["decisions"] = [_decision(self._tallies.routed - n, record, now) for n, record in newest_first]
         return state

@@ -118,6 +118,7 @@ class History:
         if seconds < INTERVAL:
             return
         self._last_at = now
+        self._tallies.count()
         members = self._fleet.members.values()
         self.courses = {member.id: self._course(member) for member in members}
         for member in members:

@@ -65,6 +65,7 @@ class BalancerCollector(Collector):
         self._buffered = buffered
 
     def collect(self) -> Iterator[Family]:
+        self._tallies.count()
         yield from self._requests()
         yield from self._latencies()
         yield from self._tokens()

@@ -8,28 +8,30 @@ import pytest
 
 from balancer.routing.prompt import BLOCK_BYTES, Prompt
 from tests.bench import features
-from tests.bench.features import FLEET, KEYED, METERED, PREFIX, TURNS, UNMETERED, verdict
+from tests.bench.features import CUT, FLEET, KEYED, METERED, PREFIX, TURNS, UNMETERED, verdict
 from tests.bench.figures import Figure
 from tests.bench.messages import CHAT_PATH, long_requests
 from tests.bench.running import fetch, replicas, running
 
 
-def rows(bare: float, keyed: float, turns: float, prefix: float) -> dict[str, dict[str, Figure]]:
+def rows(bare: float, keyed: float, turns: float, cut: float, prefix: float) -> dict[str, dict[str, Figure]]:
     return {
         UNMETERED: {"requests": Figure(bare), "streams": Figure(20.0)},
         KEYED: {"requests": Figure(keyed), "streams": Figure(22.4)},
         TURNS: {"requests": Figure(turns)},
+        CUT: {"requests": Figure(cut)},
         PREFIX: {"requests": Figure(prefix)},
     }
 
 
 def test_the_verdict_is_each_features_share_of_the_balancer_without_it() -> None:
-    found = verdict(rows(bare=100, keyed=109, turns=120, prefix=150))
+    found = verdict(rows(bare=100, keyed=109, turns=100, cut=110, prefix=135))
     assert [kept for kept, _ in found] == [True, False, True]
     assert "requests: metrics and keys cost +9%" in found[0][1]
     assert "streams: metrics and keys cost +12%" in found[1][1]
     assert "among 64 costs +25% of relaying" in found[2][1]
-    assert [kept for kept, _ in verdict(rows(100, 111, 120, 157))] == [False, False, False]
+    assert "included: +35%" in found[2][1]
+    assert [kept for kept, _ in verdict(rows(100, 111, 100, 110, 142))] == [False, False, False]
 
 
 def test_long_prompts_are_as_long_as_said_and_half_of_each_is_its_groups() -> None:
@@ -46,7 +48,7 @@ def test_long_prompts_are_as_long_as_said_and_half_of_each_is_its_groups() -> No
 def test_what_is_measured_is_what_it_says(tmp_path: Path) -> None:
     with replicas() as urls:
         chosen = features.variants(urls, tmp_path, tmp_path)
-        for name in (UNMETERED, KEYED, TURNS):
+        for name in (UNMETERED, KEYED, CUT):
             port, variant = chosen[name]
             assert variant.launch.census is not None
             admin = variant.launch.census.url.removesuffix("/status")
@@ -55,7 +57,7 @@ def test_what_is_measured_is_what_it_says(tmp_path: Path) -> None:
                 counted = [line for line in metrics.splitlines() if line.startswith("groundserve_requests_total{")]
                 assert bool(counted) is (name != UNMETERED), "one request was answered"
                 status = json.loads(fetch(f"{admin}/status")[1])
-                assert status["service"]["total"] == (FLEET if name == TURNS else 2)
+                assert status["service"]["total"] == (FLEET if name == CUT else 2)
                 without = fetch(f"http://127.0.0.1:{port}{CHAT_PATH}", b"{}")[0]
                 assert (without == 401) is (name == KEYED)
 
@@ -64,6 +66,6 @@ def test_a_short_run_measures_every_variant(tmp_path: Path, capsys: pytest.Captu
     features.main(["--rounds", "1", "--seconds", "0.3", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "features.json").read_text())["microseconds"]
-    assert set(found) == {UNMETERED, METERED, KEYED, TURNS, PREFIX}
+    assert set(found) == {UNMETERED, METERED, KEYED, TURNS, CUT, PREFIX}
     assert all(figure["value"] > 0 for by in found.values() for figure in by.values())
     assert said.count("promised") == 3

@@ -1,11 +1,14 @@
-"""python -m balancer with its metrics taken out, to measure what they cost; flags as there. Not for use."""
+"""python -m balancer with a part taken out, to measure what the part costs: `altered.py PART FLAGS...`. Not for use."""
 
 import sys
+from collections.abc import Sequence
 
 from balancer import __main__, process
 from balancer.app import Balancer
 from balancer.fleet.member import Member
 from balancer.relay.record import Record, Spans
+from balancer.routing.policies import Choice, RoundRobin
+from balancer.routing.prompt import Prompt
 from balancer.views.access_log import AccessLog
 
 
@@ -28,12 +31,26 @@ class LogOnly:
         return self._gaps
 
 
-class Unmetered(Balancer):
+class WithoutMetrics(Balancer):
     def __init__(self, *arguments, **named) -> None:
         super().__init__(*arguments, **named)
         self.proxy.observer = LogOnly(self.access_log)
 
 
+class CutsOnly(RoundRobin):
+    """Cuts each prompt into routing blocks, and then takes turns."""
+
+    def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
+        assert prompt.blocks
+        return super().choose(members, prompt)
+
+
+class WithoutChoice(Balancer):
+    def __init__(self, *arguments, **named) -> None:
+        super().__init__(*arguments, **named)
+        self.admission.policy = CutsOnly()
+
+
 if __name__ == "__main__":
-    process.Balancer = Unmetered
+    process.Balancer = {"metrics": WithoutMetrics, "choice": WithoutChoice}[sys.argv.pop(1)]
     sys.exit(__main__.main())
