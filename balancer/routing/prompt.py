@@ -13,6 +13,7 @@ import orjson
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 BLOCK_BYTES = 512  # of text; about 128 tokens
+LEAST_BYTES = 128
 IMAGE_BLOCKS = 4  # an image weighs as much as 2 KiB of text: LLaVA makes 576 to 2,880 tokens of one
 MAX_BLOCKS = 1024
 # Bodies over this size are searched for embedded images, which are hashed where they stand and never parsed.
@@ -85,7 +86,7 @@ def _whose(request: dict[str, Any]) -> str:
 
 
 def _chain(first: str, pieces: Iterator[Piece]) -> list[int]:
-    """Cuts text into blocks, and gives each image its own; what is left of a text chains on and seldom counts."""
+    """Cuts text into blocks, and gives each image its own; what is left of a text only chains on."""
     blocks: list[int] = []
     text, seed = [first], 0
     length = 0  # characters of text, each a byte at least
@@ -101,8 +102,9 @@ def _chain(first: str, pieces: Iterator[Piece]) -> list[int]:
         for _ in range(IMAGE_BLOCKS):
             seed = xxh3_64_intdigest(piece, seed)
             blocks.append(seed)
-    _chain_text("".join(text), seed, blocks)
-    return blocks[:MAX_BLOCKS]
+    seed = _chain_text("".join(text), seed, blocks)
+    # A prompt shorter than a block is one, unless it is hardly worth finding.
+    return blocks[:MAX_BLOCKS] or ([seed] if length >= LEAST_BYTES else [])
 
 
 def _chain_text(text: str, seed: int, blocks: list[int]) -> int:
@@ -111,11 +113,7 @@ def _chain_text(text: str, seed: int, blocks: list[int]) -> int:
     for start in range(0, whole, BLOCK_BYTES):
         seed = xxh3_64_intdigest(data[start : start + BLOCK_BYTES], seed)
         blocks.append(seed)
-    if rest := data[whole : whole + BLOCK_BYTES]:
-        seed = xxh3_64_intdigest(rest, seed)
-        if len(rest) >= BLOCK_BYTES // 2:
-            blocks.append(seed)
-    return seed
+    return xxh3_64_intdigest(data[whole : whole + BLOCK_BYTES], seed)
 
 
 # What is text and what is an image, by the path's own format

@@ -1,18 +1,20 @@
 """The index of cached prefixes: what it matches, what it forgets, and that it cannot grow."""
 
+import math
 import resource
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 from balancer.fleet.member import Member
-from balancer.routing.prefix_index import PrefixIndex
+from balancer.routing.prefix_index import OPTIMISM, PrefixIndex
 from balancer.routing.prompt import BLOCK_BYTES
 from tests.routing.fleets import fleet_of
 
 
 def members(count: int, capacity_blocks: int) -> list[Member]:
-    return list(fleet_of(count, capacity_tokens=capacity_blocks * BLOCK_BYTES // 4).members.values())
+    tokens = math.ceil(capacity_blocks * BLOCK_BYTES / 4 / OPTIMISM)
+    return list(fleet_of(count, capacity_tokens=tokens).members.values())
 
 
 def matched(index: PrefixIndex, blocks: list[int]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from balancer.routing.prompt import BLOCK_BYTES, IMAGE_BLOCKS, LARGE_BODY, MAX_BLOCKS, MAX_PARSED, Prompt
+from balancer.routing.prompt import BLOCK_BYTES, IMAGE_BLOCKS, LARGE_BODY, LEAST_BYTES, MAX_BLOCKS, MAX_PARSED, Prompt
 
 SYSTEM = "You are the clerk of a lending library. " * 40
 IMAGE = base64.b64encode(random.Random(1).randbytes(60_000)).decode()
@@ -56,8 +56,7 @@ def test_a_conversation_that_grows_keeps_its_blocks() -> None:
     first = [SYSTEM_MESSAGE, user("A question. " * 60)]
     grown = [*first, {"role": "assistant", "content": "An answer. " * 60}, user("And another.")]
     one, other = blocks(messages=first), blocks(messages=grown)
-    assert shared(one, other) >= len(one) - 1, "all that were whole"
-    assert len(one) > 4
+    assert shared(one, other) == len(one) == 4
 
 
 def test_a_block_depends_on_all_before_it() -> None:
@@ -236,7 +235,7 @@ def test_a_long_text_in_escapes_is_no_image(path: str) -> None:
         assert len(raw) > LARGE_BODY
         return Prompt(path, [raw]).blocks
 
-    one, other = cut("开馆时间?" * 20), cut("谁写的?" * 20)
+    one, other = cut("开馆时间?" * 40), cut("谁写的?" * 40)
     assert len(CHINESE.encode()) // BLOCK_BYTES <= shared(one, other) + 1 <= len(one)
 
 
@@ -253,3 +252,11 @@ def test_an_image_with_escaped_slashes_is_an_image() -> None:
     plain = slashed.replace(b"\\/", b"/")
     assert len(Prompt("/v1/chat/completions", [slashed]).blocks) == IMAGE_BLOCKS
     assert len(Prompt("/v1/chat/completions", [plain]).blocks) == IMAGE_BLOCKS
+
+
+def test_a_prompt_shorter_than_a_block_is_one_and_a_greeting_is_none() -> None:
+    short = "Answer in one word. " * 10
+    assert LEAST_BYTES < len(short) < BLOCK_BYTES
+    assert len(blocks(messages=[user(short)])) == 1
+    assert blocks(messages=[user(short)]) != blocks(messages=[user(short + "!")])
+    assert blocks(messages=[user("Hello!")]) == []
