@@ -13,10 +13,13 @@ Clock = Callable[[], float]
 
 
 class Chosen(Protocol):
-    """What a policy says: a member, and whatever else it wants to be reminded of."""
+    """What a policy says: a member, what that has to compute now, and whatever else it wants to be reminded of."""
 
     @property
     def member(self) -> Member: ...
+
+    @property
+    def computing(self) -> int: ...
 
 
 C = TypeVar("C", bound=Chosen)
@@ -25,7 +28,7 @@ C = TypeVar("C", bound=Chosen)
 class Claim(Generic[C]):
     """A place at one member, given back when the `with` block ends."""
 
-    __slots__ = ("_fleet", "_is_generating", "_is_pending", "choice", "member")
+    __slots__ = ("_computing", "_fleet", "_is_generating", "_is_pending", "choice", "member")
 
     def __init__(self, fleet: "Fleet", choice: C, is_generating: bool) -> None:
         self.choice = choice
@@ -42,9 +45,13 @@ class Claim(Generic[C]):
         member.requests_total += 1
         self._is_pending = is_generating and fleet.settings.max_pending is not None
         member.pending += self._is_pending
+        self._computing = choice.computing
+        member.computing += self._computing
 
     def begun(self) -> None:
-        """The member has begun to answer: what waits here may follow."""
+        """The member has begun to answer: it has computed the prompt, and what waits here may follow."""
+        self.member.computing -= self._computing
+        self._computing = 0
         if self._is_pending:
             self._is_pending = False
             self.member.pending = max(0, self.member.pending - 1)
@@ -59,9 +66,9 @@ class Claim(Generic[C]):
         self._fleet.in_flight -= 1
         self.member.in_flight -= 1
         self.member.generating -= self._is_generating
-        if self._is_pending:
-            self.begun()
-        else:
+        was_pending = self._is_pending
+        self.begun()
+        if not was_pending:
             self._fleet.room_made()
 
 

@@ -131,6 +131,7 @@ class Member:
     in_flight: int = 0
     generating: int = 0
     pending: int = 0  # generating requests that it probably has not begun on; only kept where max_pending is set
+    computing: int = 0  # blocks of prompt that it computes before answers begin, as far as their begin is seen
 
     limit: int = UNKNOWN_LIMIT
     own_limit: int | None = None  # what the replica says of itself

@@ -8,11 +8,15 @@ from balancer.routing.prompt import Prompt
 
 
 class Choice(NamedTuple):
-    """A member, why it was chosen, and which share of the prompt (0 to 1) it has probably cached; None: not asked."""
+    """A member, why it was chosen, and which share of the prompt (0 to 1) it has probably cached; None: not asked.
+
+    `computing` is what it has to compute before the answer begins, in blocks; 0 where nobody sees that begin.
+    """
 
     member: Member
     reason: str
     matched: float | None = None
+    computing: int = 0
 
 
 class Policy(Protocol):

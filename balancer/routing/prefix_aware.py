@@ -1,25 +1,28 @@
-"""Prefix-aware routing: where most of a prompt is cached, unless that member is so far ahead in load that it is slower.
+"""Prefix-aware routing: to whoever has least to do, what its choice costs the others counted in.
 
-Each member that has some of it scores locality - LOAD_WEIGHT x relative load. The highest wins if it is above
-LEAST_SHARE, else the least loaded member does. Locality is the share of the prompt's blocks that the member has;
-relative load is (in flight - least in flight) / (max(4, mean in flight) + least in flight). So a difference that is
-chance is no reason to leave a cache, nor is one request more where few are in flight; but when a member is nearly
-idle, a prefix that all others are busy with goes there too. (vLLM's production-stack divides by the mean alone.) Among
-the least loaded, a new prefix goes where the KV pool has most room.
+All is told in blocks of prompt. A member would have to compute those of this prompt that it has not cached; it still
+computes some for others; its batch counts in flight squared / mean in flight, so that one request more is two blocks
+at the mean and a chance difference little. And what another has cached already would be there twice: in a KV pool that
+is full such a copy pushes out what others come back for, again and again. So a prefix is shared out early while there
+is room, and leaves its member hardly ever when there is none. Among those that have as little to do, a new prefix
+goes where the pool has most room.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from balancer.fleet.member import Member
 from balancer.routing.policies import Choice, turn
 from balancer.routing.prefix_index import PrefixIndex
 from balancer.routing.prompt import Prompt
 
-# `make simulate` with other values here: below 0.8 a prefix that all share leaves members idle (0.7: 4 % less goodput
-# on 8 members; 0.5 with the mean alone as divisor: 15 %). Above 1.0 requests leave their prefix by chance (1.2: 11 %
-# less on two CPU replicas, and 4 % less where two pools hold all prefixes just so).
-LOAD_WEIGHT = 0.9
+# What a copied block costs on top of its computing where the KV pool is full. With other values here `make simulate`
+# says: with 0 two H200s whose pools hold all prefixes just so do a seventh less, and eight replicas a fifth less of
+# images; with 4 there is a thirtieth less of chat; with 24 nothing is more than a sixtieth worse.
+COPY_PRICE = 12.0
+# In flight at the mean is no more than this: else one request of two is twice the mean.
 LEAST_MEAN = 4.0
+# Members that differ by less have as little to do; in blocks.
+ALIKE = 1.0
 # A match below this says little more than that all prompts here begin alike.
 LEAST_SHARE = 0.1
 # Answers that reuse less than this part of what was predicted, so many in a row, say that the cache is gone. Requests
@@ -39,32 +42,31 @@ class PrefixAware:
 
     def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
         blocks = prompt.blocks
-        load_of = _loads(members)
-        loads = load_of.values()
-        least = min(loads)
-        weight = LOAD_WEIGHT / (max(LEAST_MEAN, sum(loads) / len(loads)) + least)
-        best: Member | None = None
-        best_score, matched = LEAST_SHARE, 0
-        for member, depth in self.index.matched(blocks):
-            share = depth / len(blocks)
-            if share < best_score or (load := load_of.get(member)) is None:
-                continue  # no load would make it the best; or it is full, or tried already
-            score = share - weight * (load - least)
-            if score > best_score or (best and score == best_score and member.turn < best.turn):
-                best, best_score, matched = member, score, depth
-        if best is None:
-            best = self._roomiest(load_of, least)
-        if blocks:
-            self.index.add(best, blocks)
-        return Choice(best, "prefix" if matched else "room", matched / len(blocks) if blocks else 0.0)
+        size = len(blocks)
+        loads = relative_loads(members)
+        found = {member: depth for member, depth in self.index.matched(blocks) if member in loads}
+        costs = work(found, size, found, loads, self.index.occupancy)
+        best = min(costs, key=costs.__getitem__, default=None)
+        if best is None or costs[best] > size or found[best] < LEAST_SHARE * size:
+            # Who has none of it has all of it to compute: only if that is less is there anybody else to look at.
+            costs = work(members, size, found, loads, self.index.occupancy)
+            best = self._least_or_roomiest(costs, found, size)
+        if not blocks:
+            return Choice(best, "room", 0.0)
+        self.index.add(best, blocks)
+        depth = found.get(best, 0)
+        reason = "prefix" if depth >= LEAST_SHARE * size else "room"
+        return Choice(best, reason, depth / size, size - depth if prompt.is_streamed else 0)
 
-    def _roomiest(self, load_of: Mapping[Member, float], least: float) -> Member:
-        """Among the least loaded members the one whose pool has most room for a new prefix; then in turn."""
-        lightest = [member for member, load in load_of.items() if load - least < 1]
+    def _least_or_roomiest(self, costs: Mapping[Member, float], found: Mapping[Member, int], size: int) -> Member:
+        """Who has least to do, in turn; if that has next to nothing of the prompt, whose KV pool has room for it."""
+        least = min(costs.values())
+        best = min((member for member, cost in costs.items() if cost == least), key=turn)
+        if found.get(best, 0) >= LEAST_SHARE * size > 0:
+            return best
         occupied = self.index.occupancy
-        tenths = [int(occupied.get(member, 0.0) * 10) for member in lightest]
-        roomiest = min(tenths)
-        return min((one for one, tenth in zip(lightest, tenths, strict=True) if tenth == roomiest), key=turn)
+        alike = [member for member, cost in costs.items() if cost < least + ALIKE]
+        return min(alike, key=lambda member: (int(occupied.get(member, 0.0) * 10), member.turn))
 
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
         self.index.learn(choice.member, len(prompt.blocks), prompt_tokens)
@@ -83,10 +85,39 @@ class PrefixAware:
         self.index.forget(member)
 
 
-def _loads(members: Sequence[Member]) -> dict[Member, float]:
-    """Requests in flight; where the members' limits differ, as if all had the mean limit."""
+def relative_loads(members: Sequence[Member]) -> dict[Member, float]:
+    """In flight; where the members' limits differ, as if all had the mean limit."""
+    loads: dict[Member, float] = {member: member.in_flight for member in members}
     limits = {member.limit for member in members}
-    if len(limits) == 1:
-        return {member: member.in_flight for member in members}
-    mean = sum(member.limit for member in members) / len(members)
-    return {member: member.in_flight * mean / member.limit for member in members}
+    if len(limits) > 1:
+        mean = sum(member.limit for member in members) / len(members)
+        loads = {member: load * mean / member.limit for member, load in loads.items()}
+    return loads
+
+
+def work(
+    members: Iterable[Member],
+    size: float,
+    found: Mapping[Member, float],
+    loads: Mapping[Member, float],
+    occupied: Mapping[Member, float],
+) -> dict[Member, float]:
+    """What it costs, in blocks, that each of these gets a prompt of `size` blocks of which it has `found` cached.
+
+    `loads` are those of all members; `occupied` is the share of a KV pool in use, 0 where a member is not in it.
+    """
+    mean = max(LEAST_MEAN, sum(loads.values()) / len(loads))
+    deepest = max(found.values(), default=0)
+    copying = COPY_PRICE * deepest
+    costs = {}
+    for member in members:
+        load = loads[member]
+        cost = size + member.computing + load * load / mean
+        if (depth := found.get(member)) is not None:
+            cost -= depth
+            if depth < deepest:
+                cost += COPY_PRICE * occupied.get(member, 0) * (deepest - depth)
+        elif copying:
+            cost += copying * occupied.get(member, 0)
+        costs[member] = cost
+    return costs

@@ -9,10 +9,6 @@ from balancer.routing.prompt import BLOCK_BYTES
 TOKENS_PER_BLOCK = BLOCK_BYTES / 4
 LEARNING_RATE = 0.05
 UNKNOWN_CAPACITY = 65_536  # tokens
-# How much larger than it is a pool is taken to be. Who believes that a prefix is gone which is not sends it elsewhere,
-# and then both pools hold it; who believes that one is there which is not makes it so by that. (`make simulate`: with 1
-# two CPU replicas lose 8 % where a token takes six bytes; with 2 those lose 6 %, zipf and chat 1 to 2 %.)
-OPTIMISM = 1.25
 
 
 class _Cache:
@@ -48,7 +44,7 @@ class PrefixIndex:
         """How many blocks of prompt this member's KV pool is taken to hold."""
         cache = self._caches.get(member)
         tokens_per_block = cache.tokens_per_block if cache else TOKENS_PER_BLOCK
-        return max(1, int(OPTIMISM * (member.capacity_tokens or UNKNOWN_CAPACITY) / tokens_per_block))
+        return max(1, int((member.capacity_tokens or UNKNOWN_CAPACITY) / tokens_per_block))
 
     def matched(self, blocks: list[int]) -> list[tuple[Member, int]]:
         """The members that have the first block, and how many of the first blocks each has."""

@@ -29,13 +29,17 @@ Piece = str | bytes  # text, or an image's digest
 
 
 class Prompt:
-    """One request's prompt; `blocks` are made when first asked for, and once."""
+    """One request's prompt; `blocks` are made when first asked for, and once.
 
-    __slots__ = ("_blocks", "body", "path")
+    From then on `is_streamed` says whether the answer is to come as it is made.
+    """
+
+    __slots__ = ("_blocks", "body", "is_streamed", "path")
 
     def __init__(self, path: str, body: list[bytes]) -> None:
         self.path = path
         self.body = body
+        self.is_streamed = False
         self._blocks: list[int] | None = None
 
     @property
@@ -43,21 +47,27 @@ class Prompt:
         """Chained 64-bit hashes, at most `MAX_BLOCKS`; empty when there is nothing to route by."""
         if self._blocks is None:
             reader = _READERS.get(self.path)
-            self._blocks = _blocks(reader, self.body) if reader else []
+            self._blocks = self._cut(reader) if reader else []
         return self._blocks
 
+    def _cut(self, reader: "Reader") -> list[int]:
+        try:
+            request = _parsed(self.body)
+            if not isinstance(request, dict):
+                return []
+            self.is_streamed = request.get("stream") is True
+            return _chain(_whose(request), reader(request))
+        except (orjson.JSONDecodeError, orjson.JSONEncodeError, RecursionError):
+            return []  # no JSON, or nested deeper than anybody means it
 
-def _blocks(reader: "Reader", body: list[bytes]) -> list[int]:
+
+def _parsed(body: list[bytes]) -> Any:
     if len(body) > 1:
         body[:] = [b"".join(body)]  # one piece from here on, for the way to the replica too
     raw = body[0] if body else b""
     if len(raw) > LARGE_BODY:
         raw = _without_embedded(raw)
-    try:
-        request = orjson.loads(raw)
-        return _chain(_whose(request), reader(request)) if isinstance(request, dict) else []
-    except (orjson.JSONDecodeError, orjson.JSONEncodeError, RecursionError):
-        return []  # no JSON, or nested deeper than anybody means it
+    return orjson.loads(raw)
 
 
 def _without_embedded(raw: bytes) -> bytes:

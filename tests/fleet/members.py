@@ -24,6 +24,7 @@ class Chosen:
 
     def __init__(self, member: Member) -> None:
         self.member = member
+        self.computing = 0
 
 
 def listed(number: int, **more: Any) -> Listed:

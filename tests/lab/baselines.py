@@ -9,7 +9,8 @@ from xxhash import xxh3_64_intdigest
 
 from balancer.fleet.member import Member
 from balancer.routing.policies import Choice
-from balancer.routing.prefix_aware import LEAST_MEAN, LEAST_SHARE, LOAD_WEIGHT
+from balancer.routing.prefix_aware import ALIKE, LEAST_SHARE, relative_loads, work
+from balancer.routing.prefix_index import TOKENS_PER_BLOCK
 from balancer.routing.prompt import Prompt
 from tests.lab.model import ReplicaModel
 from tests.lab.radix import TOKEN
@@ -97,8 +98,8 @@ class BoundedHashing(_Unaware):
 class Oracle(_Unaware):
     """Sees what the replicas really have cached, and what they are about to compute.
 
-    It weighs the tokens that a member has of the prompt against its load as prefix_aware weighs what it believes, so
-    that what is between the two is the price of not seeing the caches.
+    It counts what each member has to do as prefix_aware does, but by the tokens that are there, so that what is between
+    the two is the price of not seeing the caches.
     """
 
     name = "oracle"
@@ -109,26 +110,26 @@ class Oracle(_Unaware):
 
     def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
         assert isinstance(prompt, Turn)
-        least = min(member.in_flight for member in members)
-        mean = sum(member.in_flight for member in members) / len(members)
-        weight = LOAD_WEIGHT / (max(LEAST_MEAN, mean) + least)
-        shares = {member: self._found(member, prompt.tokens) * TOKEN / len(prompt.tokens) for member in members}
-        scores = {member: shares[member] - weight * (member.in_flight - least) for member in members}
-        best = max(members, key=lambda member: (scores[member], -member.turn))
-        if scores[best] < LEAST_SHARE:
-            lightest = [member for member in members if member.in_flight == least]
-            best = min(lightest, key=lambda member: (-round(self._room(member), 1), member.turn))
+        tokens = len(prompt.tokens) // TOKEN
+        found = {member: self._found(member, prompt.tokens) for member in members}
+        occupied = {member: self._occupied(member) for member in members}
+        blocks = {member: found[member] / TOKENS_PER_BLOCK for member in members}
+        costs = work(members, tokens / TOKENS_PER_BLOCK, blocks, relative_loads(members), occupied)
+        best = min(members, key=lambda member: (costs[member], member.turn))
+        if found[best] < LEAST_SHARE * tokens:
+            alike = [member for member in members if costs[member] < costs[best] + ALIKE]
+            best = min(alike, key=lambda member: (int(10 * occupied[member]), member.turn))
         self._coming.setdefault(best, []).append(prompt.tokens)
-        return Choice(best, "seen", shares[best])
+        return Choice(best, "seen", found[best] / tokens, round((tokens - found[best]) / TOKENS_PER_BLOCK))
 
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
         assert isinstance(prompt, Turn)
         self._coming[choice.member].remove(prompt.tokens)
 
-    def _room(self, member: Member) -> float:
-        """The share of the KV pool that holds nothing."""
+    def _occupied(self, member: Member) -> float:
+        """The share of the KV pool that holds something."""
         model = self._model_of(member)
-        return model.free_tokens / model.settings.max_total_tokens
+        return 1 - model.free_tokens / model.settings.max_total_tokens
 
     def _found(self, member: Member, tokens: bytes) -> int:
         found = self._model_of(member).cache.predict(tokens)

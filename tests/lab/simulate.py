@@ -52,6 +52,13 @@ def h200(seed: int) -> Scenario:
     return Scenario("two on an H200", 2, groups(writer, 48, 288, 2000, answer_tokens=32), 32, H200)
 
 
+def tight(seed: int) -> Scenario:
+    """The same with 24 groups on pools half as large, and long enough for copies to push out each other."""
+    writer = Writer(random.Random(seed), bytes_per_token=6)
+    settings = dataclasses.replace(H200, max_total_tokens=32_768)
+    return Scenario("two tight pools", 2, groups(writer, 24, 480, 2000, answer_tokens=32), 32, settings)
+
+
 def cpu(seed: int) -> Scenario:
     """Eight groups on 1,000-token prompts, four to a pool."""
     writer = Writer(random.Random(seed))
@@ -66,6 +73,7 @@ def scenario(name: str, replicas: int, seed: int, at_once: int = AT_ONCE) -> Sce
 def scenarios(replicas: Sequence[int], names: Sequence[str], seed: int, at_once: int) -> Iterator[Scenario]:
     if 2 in replicas and at_once == AT_ONCE:
         yield h200(seed)
+        yield tight(seed)
         yield cpu(seed)
     for count in replicas:
         for name in names:

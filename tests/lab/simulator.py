@@ -82,6 +82,7 @@ class Simulation:
         self._ready: deque[tuple[Turn, Conversation]] = deque()  # a turn, and those after it
         self._waiting: deque[tuple[float, Turn, Conversation]] = deque()  # at the balancer, since when
         self._flying: dict[Request, tuple[float, Place, Turn, Conversation]] = {}
+        self._computing: list[Request] = []  # of those, the ones whose first token was not seen yet
         self._waits: list[float] = []
 
     def run(self, conversations: Sequence[Conversation], at_once: int) -> Result:
@@ -108,7 +109,17 @@ class Simulation:
             yield from self.replicas.run(self.replicas.now + LOOK)
             self._ask(at_once)
 
+    def _see_first_tokens(self) -> None:
+        """As the relay sees them: a prompt is computed when its answer begins."""
+        computing, self._computing = self._computing, []
+        for request in computing:
+            if request.first_token_at is None or request.first_token_at > self.replicas.now:
+                self._computing.append(request)
+            elif request in self._flying:
+                self._flying[request][1].begun()
+
     def _ask(self, at_once: int) -> None:
+        self._see_first_tokens()
         while self._ready and len(self._flying) + len(self._waiting) < at_once:
             self._waiting.append((self.replicas.now, *self._ready.popleft()))
         while self._waiting:
@@ -131,6 +142,7 @@ class Simulation:
                 self.errors += 1
             else:
                 self._flying[request] = sent_at, claim, turn, later
+                self._computing.append(request)
 
     def _result(self, done: Sequence[Request]) -> Result:
         waits = sorted(self._waits)

@@ -25,7 +25,7 @@ class Turn(Prompt):
     __slots__ = ("answer", "answer_tokens", "tokens")
 
     def __init__(self, content: list[dict[str, Any]], tokens: bytes, answer: bytes) -> None:
-        super().__init__("/v1/chat/completions", [orjson.dumps({"model": "m", "messages": content})])
+        super().__init__("/v1/chat/completions", [orjson.dumps({"model": "m", "stream": True, "messages": content})])
         self.tokens = tokens
         self.answer = answer
         self.answer_tokens = len(answer) // TOKEN

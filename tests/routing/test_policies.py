@@ -10,16 +10,15 @@ from balancer.fleet.member import Listed, Member
 from balancer.routing.admission import Admission, Ask, Place
 from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import FLUSHED_AFTER, PrefixAware
-from balancer.routing.prefix_index import OPTIMISM
 from balancer.routing.prompt import BLOCK_BYTES, Prompt
 from tests.routing.fleets import fleet_of, make_ready
 
 NO_PROMPT = Prompt("/v1/models", [])
 
 
-def chat(system: str, question: str = "") -> Prompt:
+def chat(system: str, question: str = "", stream: bool = False) -> Prompt:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-    return Prompt("/v1/chat/completions", [orjson.dumps({"model": "m", "messages": messages})])
+    return Prompt("/v1/chat/completions", [orjson.dumps({"model": "m", "stream": stream, "messages": messages})])
 
 
 def place(admission: Admission, prompt: Prompt, tried: list[Member] | None = None) -> Place:
@@ -193,17 +192,73 @@ def test_misses_with_a_hit_between_them_are_no_flush() -> None:
         policy.answered(choice, prompt, prompt_tokens=1_000, cached_tokens=0 if number % FLUSHED_AFTER else 900)
 
 
-def test_a_chance_difference_in_load_is_no_reason_to_leave_a_prefix() -> None:
-    """Two members, 32 in flight, 22 of them at the one that has the prompt."""
-    fleet = fleet_of(2)
+def fill(policy: PrefixAware, member: Member) -> None:
+    """Its KV pool holds other prompts up to the brim."""
+    while policy.index.occupancy.get(member, 0.0) < 1:
+        policy.index.add(member, chat(f"{member.name} {len(policy.index)}: {system(99)}").blocks)
+
+
+@pytest.mark.parametrize(("here", "there", "is_full", "stays"), [
+    (17, 15, False, True),
+    (22, 10, True, True),
+    (31, 1, False, False),
+    (31, 1, True, True),
+    (64, 0, True, False),
+])  # fmt: skip
+def test_a_prefix_leaves_its_member_for_load_and_hardly_ever_for_a_full_pool(
+    here: int, there: int, is_full: bool, stays: bool
+) -> None:
     policy = PrefixAware()
-    one, two = fleet.members.values()
-    one.in_flight, two.in_flight = 22, 10
+    one, two = fleet_of(2).members.values()
+    if is_full:
+        fill(policy, one)
+        fill(policy, two)
     prompt = chat(system(1))
     policy.index.add(one, prompt.blocks)
-    assert policy.choose([one, two], prompt).member is one
-    one.in_flight, two.in_flight = 31, 1
-    assert policy.choose([one, two], prompt).member is two
+    one.in_flight, two.in_flight = here, there
+    assert (policy.choose([one, two], prompt).member is one) == stays
+
+
+def test_of_two_that_have_as_much_of_it_the_one_that_computes_less_for_others_gets_it() -> None:
+    fleet = fleet_of(2)
+    policy = PrefixAware()
+    admission = Admission(fleet, policy)
+    one, two = fleet.members.values()
+    prompt = chat(system(1))
+    for member in (one, two):
+        policy.index.add(member, prompt.blocks)
+    long = place(admission, chat(system(2, 20_000), stream=True))
+    other = {one: two, two: one}[long.member]
+    assert [place(admission, prompt).member for _ in range(4)] == [other] * 4
+    long.begun()  # it has computed that prompt, so what counts is in flight again
+    assert (one.computing, two.computing) == (0, 0)
+    assert place(admission, prompt).member is long.member
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_a_member_computes_is_over_with_the_answers_begin_or_with_its_end(stream: bool) -> None:
+    admission = Admission(fleet_of(1), PrefixAware())
+    one = place(admission, chat(system(1), stream=stream))
+    # An answer that is not streamed comes when all is done: when its prompt was is not seen.
+    assert one.member.computing == (one.choice.computing if stream else 0)
+    assert bool(one.member.computing) == stream
+    two = place(admission, chat(system(2), stream=stream))
+    one.begun()
+    finish(one)
+    assert one.member.computing == two.choice.computing
+    finish(two)
+    assert one.member.computing == 0
+
+
+def test_a_conversation_stays_though_a_pool_with_room_is_beside_it() -> None:
+    """What is new in it must be computed anywhere; what is not new would be there twice."""
+    policy = PrefixAware()
+    one, two = fleet_of(2).members.values()
+    fill(policy, one)
+    said = system(1, 3_000)
+    policy.index.add(one, chat(said).blocks)
+    one.in_flight, two.in_flight = 5, 4
+    assert policy.choose([one, two], chat(said + system(2, 1_500))).member is one
 
 
 @pytest.mark.parametrize("size", [2, 8, 64])
@@ -227,7 +282,7 @@ def test_the_capacity_is_learned_from_answers_whose_request_is_gone_by_then() ->
         choice = policy.choose([member], prompt)
         prompt.body.clear()
         policy.answered(choice, prompt, prompt_tokens=1_000, cached_tokens=0)
-    six_bytes_a_token = OPTIMISM * 64_000 * 6 / BLOCK_BYTES
+    six_bytes_a_token = 64_000 * 6 / BLOCK_BYTES
     assert 0.93 * six_bytes_a_token <= policy.index.capacity(member) <= 1.07 * six_bytes_a_token
 
 

@@ -7,13 +7,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from balancer.fleet.member import Member
-from balancer.routing.prefix_index import OPTIMISM, PrefixIndex
+from balancer.routing.prefix_index import PrefixIndex
 from balancer.routing.prompt import BLOCK_BYTES
 from tests.routing.fleets import fleet_of
 
 
 def members(count: int, capacity_blocks: int) -> list[Member]:
-    tokens = math.ceil(capacity_blocks * BLOCK_BYTES / 4 / OPTIMISM)
+    tokens = math.ceil(capacity_blocks * BLOCK_BYTES / 4)
     return list(fleet_of(count, capacity_tokens=tokens).members.values())
 
 
