@@ -167,7 +167,7 @@ def _envoy_address(url: str) -> dict[str, object]:
 
 def sglang_router(place: Place, settings: dict[str, str], policy: str = "round_robin") -> Launch:
     python = environment("sglang-router", place.cache) / "bin/python"
-    command = [str(python), "-m", "sglang_router.launch_router", *_rust_router_flags(place, policy)]
+    command = [str(python), "-m", "sglang_router.launch_router", *rust_router_flags(place, policy)]
     census = Census(
         f"http://127.0.0.1:{place.port}/workers",
         lambda answer: sum(worker["is_healthy"] for worker in answer["workers"]),
@@ -178,13 +178,13 @@ def sglang_router(place: Place, settings: dict[str, str], policy: str = "round_r
 def vllm_router(place: Place, settings: dict[str, str]) -> Launch:
     command = [
         str(environment("vllm-router", place.cache) / "bin/vllm-router"),
-        *_rust_router_flags(place, "round_robin"),
+        *rust_router_flags(place, "round_robin"),
     ]
     # It says which requests it answered only when it is told to debug.
     return Launch(command, pinned_version("vllm-router"), "off", settings)
 
 
-def _rust_router_flags(place: Place, policy: str) -> list[str]:
+def rust_router_flags(place: Place, policy: str) -> list[str]:
     flags = ["--host", "127.0.0.1", "--port", str(place.port), "--policy", policy]
     flags += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(place.side_port)]
     return [*flags, "--worker-urls", *place.replicas]

@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from tests.bench.peers import ONE_THREAD, Place, rust_router_flags
+
 
 @dataclass
 class Process:
@@ -92,7 +94,39 @@ def balancer(folder: Path, policy: str, replicas: Sequence[Process]) -> Process:
         except (httpx.HTTPError, ValueError):
             pass
         time.sleep(0.2)
+    process.stop()
     raise RuntimeError(f"the balancer did not find its replicas ready:\n{process.tail()}")
+
+
+def router(folder: Path, replicas: Sequence[Process]) -> Process:
+    """sglang-router with its published defaults in front of two replicas, one thread as in `make bench-routing`."""
+    first, second = (one.url for one in replicas)
+    place = Place(free_port(), free_port(), (first, second), folder, folder)
+    argv = [sys.executable, "-m", "sglang_router.launch_router", *rust_router_flags(place, "cache_aware")]
+    process = start("sglang-router", argv, f"http://127.0.0.1:{place.port}", folder, **ONE_THREAD)
+    began = time.monotonic()
+    while time.monotonic() - began < 60 and process.popen.poll() is None:
+        try:
+            workers = httpx.get(process.url + "/workers", timeout=5, trust_env=False).json()["workers"]
+            if sum(worker["is_healthy"] for worker in workers) == len(replicas):
+                return process
+        except (httpx.HTTPError, ValueError, KeyError):
+            pass
+        time.sleep(0.2)
+    process.stop()
+    raise RuntimeError(f"sglang-router did not find its replicas healthy:\n{process.tail()}")
+
+
+def flush(one: Process) -> None:
+    """Empties its prefix cache. Raises RuntimeError when it will not, as while requests run."""
+    began = time.monotonic()
+    while True:
+        answer = httpx.post(one.url + "/flush_cache", timeout=30, trust_env=False)
+        if answer.status_code == 200:
+            return
+        if time.monotonic() - began > 20:
+            raise RuntimeError(f"{one.name} does not flush its cache: {answer.status_code} {answer.text[:200]}")
+        time.sleep(0.2)
 
 
 def cpu_seconds(process: Process) -> float:
@@ -113,6 +147,10 @@ def begin_load(folder: Path, **job: Any) -> subprocess.Popen[bytes]:
 
 
 def finish(running: subprocess.Popen[bytes], limit: float = 240.0) -> dict[str, Any]:
-    out, _ = running.communicate(timeout=limit)
+    try:
+        out, _ = running.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        raise
     figures: dict[str, Any] = json.loads(out)
     return figures

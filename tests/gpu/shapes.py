@@ -103,10 +103,11 @@ def llava(tiny: Path, out: Path) -> Path:
     def random(*size: int) -> Any:
         return (torch.randn(*size, device=device, dtype=torch.float16) * 0.02).cpu()
 
-    hidden, inner = LLAMA_2_7B["hidden_size"], LLAMA_2_7B["intermediate_size"]
+    hidden, inner, layers = (LLAMA_2_7B[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     assert isinstance(hidden, int)
     assert isinstance(inner, int)
-    for layer in range(32):
+    assert isinstance(layers, int)
+    for layer in range(layers):
         at = f"model.layers.{layer}"
         weights = {f"{at}.self_attn.{name}_proj.weight": random(hidden, hidden) for name in "qkvo"}
         weights |= {f"{at}.mlp.{name}_proj.weight": random(inner, hidden) for name in ("gate", "up")}

@@ -1,0 +1,241 @@
+"""Two replicas of Llama-2-7b's shape, on one GPU or on one each: routing, a drain, a death; and one replica on both."""
+
+import importlib.util
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from replica import gpu
+from tests.bench.stats import median, quantile
+from tests.gpu.proof import ROW, START, Proof, chat, row
+from tests.gpu.serving import Process, balancer, begin_load, finish, flush, load, router, wait_ready
+
+POOL = 32_768  # tokens of KV of each replica: 16 GiB of Llama-2-7b's
+GROUPS = 24  # of prompts that share 2,000 tokens: more than one pool holds, less than both
+REQUESTS, AT_ONCE = 480, 32
+NEED = 13.5 + 16 + 3  # GiB: weights, that pool, and what a prefill takes
+ROUTER = "sglang-router"
+POLICIES = ("round_robin", "least_load", "prefix_aware")
+LLAMA = {"model": "llama-2-7b"}
+
+
+class Pair:
+    """Both replicas. `on_one`: they share a GPU, and each has a lease folder of its own; else `environ` names one."""
+
+    def __init__(self, proof: Proof, total: int, *, on_one: bool, environ: Mapping[str, str]) -> None:
+        """total: MiB of a GPU's memory."""
+        self.proof, self.total, self.on_one, self.environ = proof, total, on_one, dict(environ)
+        self.members: list[Process] = []
+        self._started = 0
+
+    def start(self, place: int) -> float:
+        """Starts the replica of that place (0 or 1), in the place of one that ended; seconds until it was ready."""
+        # SGLang's share is of all the GPU's memory (0.5.16: of what is free at its start), so the second one on a GPU
+        # must be allowed what the first one has as well. The pool is the same: --max-total-tokens caps it.
+        share = NEED * 1024 / self.total * (place + 1 if self.on_one else 1)
+        flags = ["--load-format", "dummy", "--max-total-tokens", str(POOL), "--cuda-graph-max-bs", "64"]
+        flags += ["--mem-fraction-static", f"{min(0.9, share):.2f}"]
+        self._started += 1
+        one = self.proof.replica(f"pair-{self._started}", self.proof.llama(), flags, **self.environ)
+        self.members[place : place + 1] = [one]
+        return wait_ready(one, START)
+
+    def stop(self) -> None:
+        for one in self.members:
+            one.stop()
+
+
+def routing(proof: Proof) -> None:
+    """Two replicas on one GPU, groups that share 2,000-token prompts: more than one pool holds, less than both."""
+    there = gpu.list_gpus(os.environ)
+    pair = Pair(proof, there[0].memory_total, on_one=True, environ={"CUDA_VISIBLE_DEVICES": str(there[0].index)})
+    try:
+        first, second = pair.start(0), pair.start(1)
+        proof.say(f"two replicas on one GPU, ready after {first:.0f} s and {second:.0f} s")
+        compare(proof, "routing", pair.members)
+        leave(proof, "one GPU", pair)
+    finally:
+        pair.stop()
+
+
+def two_gpus(proof: Proof) -> None:
+    """Two GPUs: two replicas that share a lease folder, a third one; routing, a drain, a death; one replica on both."""
+    there = gpu.list_gpus(os.environ)
+    if len(there) < 2:
+        proof.say(f"not run: this machine has {len(there)} GPU")
+        return
+    two = there[:2]
+    environ = {"LEASE_DIR": str(proof.work / "leases-two"), "LEASE_WAIT": "30"}
+    environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(one.index) for one in two)
+    pair = Pair(proof, two[0].memory_total, on_one=False, environ=environ)
+    try:
+        seconds = [pair.start(0), pair.start(1)]
+        own_gpus(proof, pair.members, seconds, [one.uuid for one in two])
+        surplus(proof, "surplus-third", proof.llama(), **environ | {"LEASE_WAIT": "2"})
+        compare(proof, "two_gpus", pair.members)
+        leave(proof, "a GPU each", pair)
+    finally:
+        pair.stop()
+    proof.write()
+    on_both(proof, environ)
+
+
+def own_gpus(proof: Proof, members: Sequence[Process], seconds: Sequence[float], uuids: Sequence[str]) -> None:
+    """Says what each leased and what is used on each GPU. Raises RuntimeError unless each has one of its own."""
+    leases = [lease(one) for one in members]
+    for one, leased, ready in zip(members, leases, seconds, strict=True):
+        proof.say(f"{one.name}: {leased}, ready after {ready:.0f} s  ")
+    processes = gpu.list_processes()
+    used = {one.uuid: one.memory_used for one in gpu.list_gpus(os.environ)}
+    for uuid in uuids:
+        pids = [str(process.pid) for process in processes if process.gpu == uuid]
+        proof.say(
+            f"nvidia-smi on {uuid}: {used[uuid]:,} MiB in use; compute processes: {', '.join(pids) or 'not told'}  "
+        )
+    proof.figures["own_gpus"] = {"leases": leases, "used": [used[uuid] for uuid in uuids]}
+    if sorted(re.findall(r"GPU-[\w-]+", " ".join(leases))) != sorted(uuids):
+        raise RuntimeError(f"they do not have a GPU each: {leases}")
+    if min(used[uuid] for uuid in uuids) < 1024 * NEED / 2:
+        raise RuntimeError("one of the two GPUs is not used")
+
+
+def lease(one: Process) -> str:
+    """What its first line says that it leased: `GPU 0 (GPU-...)`."""
+    found = re.search(r"^replica: (.*?): ", one.log.read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"{one.name} does not say what it leased:\n{one.tail()}")
+    return found[1]
+
+
+def surplus(proof: Proof, name: str, model: str, **environ: str) -> None:
+    """One replica more than there are GPUs: says how it was refused. Raises RuntimeError when it was not."""
+    one = proof.replica(name, model, **environ)
+    try:
+        status = one.popen.wait(60)
+        proof.say(f'a replica more, with LEASE_WAIT={environ["LEASE_WAIT"]}: exit status {status}, "{one.tail(1)}"')
+        if status == 0 or "no GPU free" not in one.tail(1):
+            raise RuntimeError("a surplus replica was not refused with a clear line")
+    finally:
+        one.stop()
+
+
+def compare(proof: Proof, name: str, pair: Sequence[Process]) -> None:
+    """The same requests through each policy, and through sglang-router where it is, in another order each round."""
+    fronts: dict[str, Callable[[], Process]] = {
+        policy: partial(balancer, proof.work, policy, pair) for policy in POLICIES
+    }
+    if importlib.util.find_spec("sglang_router") is not None:
+        fronts[ROUTER] = partial(router, proof.work, pair)
+    else:
+        proof.say(f"{ROUTER} is not installed here: left out")
+    job: dict[str, Any] = {**LLAMA, "groups": GROUPS, "requests": REQUESTS, "at_once": AT_ONCE, "prefix_tokens": 2000}
+    job |= {"question_tokens": 40, "answer_tokens": 32}
+    for one in pair:  # kernels that are compiled at first use are nobody's cost
+        load(proof.work, url=one.url, seed=899, **job | {"groups": 2, "requests": 32, "at_once": 16})
+    done = 0
+    while done < proof.rounds and (done == 0 or proof.seconds < proof.until):
+        order = list(fronts)[done % len(fronts) :] + list(fronts)[: done % len(fronts)]
+        for policy in order:
+            for one in pair:
+                flush(one)
+            front = fronts[policy]()
+            try:
+                figures = load(proof.work, url=front.url, seed=900 + done, **job)
+            finally:
+                front.stop()
+            proof.keep(f"{name} {policy}", figures)
+            print(f"[{proof.seconds:6.1f}] round {done + 1}: {policy}: {figures['seconds']:.1f} s", flush=True)
+        done += 1
+        proof.write()
+    proof.say(f"KV pools of {POOL} tokens; {GROUPS} groups, {AT_ONCE} in flight, {REQUESTS} requests:")
+    proof.say()
+    proof.say("| policy | seconds | tokens/s | TTFT mean ms | TTFT p50 ms | TTFT p99 ms | cached share | errors |")
+    proof.say("|---|---|---|---|---|---|---|---|")
+    for policy in fronts:
+        runs = sorted(proof.figures[f"{name} {policy}"], key=lambda run: float(run["seconds"]))
+        middle = runs[(len(runs) - 1) // 2]
+        ttft = middle["ttft"] or [0.0]
+        proof.say(
+            f"| {policy} | {middle['seconds']:.1f} | {middle['completion_tokens'] / middle['seconds']:,.0f} |"
+            f" {1e3 * sum(ttft) / len(ttft):.0f} | {1e3 * median(ttft):.0f} | {1e3 * quantile(ttft, 0.99):.0f} |"
+            f" {middle['cached_tokens'] / max(1, middle['prompt_tokens']):.2f} |"
+            f" {sum(run['error_count'] for run in runs)} |"
+        )
+    proof.say()
+    proof.say(f"(the run in the middle of {done}, by seconds; errors of all {done})")
+    for policy in fronts:
+        for run in proof.figures[f"{name} {policy}"]:
+            if run["errors"]:
+                proof.say(f"{policy}: first error: {run['errors'][0]}")
+                break
+
+
+def leave(proof: Proof, name: str, pair: Pair) -> None:
+    """Under load one replica is stopped by SIGTERM; then, started anew, killed with -9."""
+    job: dict[str, Any] = {**LLAMA, "groups": 0, "requests": 160, "at_once": 16, "prefix_tokens": 200}
+    job |= {"question_tokens": 20, "answer_tokens": 256}
+    front = balancer(proof.work, "least_load", pair.members)
+    try:
+        running = begin_load(proof.work, url=front.url, seed=41, **job)
+        time.sleep(4)
+        status = pair.members[1].stop(signal.SIGTERM, patience=120)
+        figures = finish(running)
+    finally:
+        front.stop()
+    lost = len(figures["errors"])
+    proof.say()
+    proof.say(f"SIGTERM to one of two under load: {160 - lost} of 160 requests whole, exit status {status}")
+    proof.figures[f"sigterm, {name}"] = {"lost": figures["errors"], "status": status}
+    if lost:
+        raise RuntimeError(f"a drain lost requests: {figures['errors'][0]}")
+    seconds = pair.start(1)
+    front = balancer(proof.work, "least_load", pair.members)
+    try:
+        running = begin_load(proof.work, url=front.url, seed=42, **job)
+        time.sleep(4)
+        pair.members[1].stop(signal.SIGKILL)
+        figures = finish(running)
+    finally:
+        front.stop()
+    lost = len(figures["errors"])
+    proof.say(
+        f"kill -9 of one of two under load (ready {seconds:.0f} s after its start): {160 - lost} of 160 whole,"
+        f" {lost} were on the killed one and were told so"
+    )
+    for line in sorted({error[:110] for error in figures["errors"]})[:3]:
+        proof.say(f"- {line}")
+    proof.figures[f"kill -9, {name}"] = {"lost": figures["errors"]}
+    if lost > 16:
+        raise RuntimeError("more requests were lost than the killed replica can have held")
+
+
+def on_both(proof: Proof, environ: Mapping[str, str]) -> None:
+    """GPUS_PER_REPLICA=2: one replica on both GPUs, as tensor parallel ranks."""
+    flags = ["--load-format", "dummy", "--mem-fraction-static", "0.8", "--cuda-graph-max-bs", "16"]
+    one = proof.replica("both", proof.llama(), flags, **{**environ, "GPUS_PER_REPLICA": "2"})
+    try:
+        seconds = wait_ready(one, START)
+        said = chat(one.url, "llama-2-7b", "Hello?", max_tokens=16, ignore_eos=True)
+        proof.say()
+        proof.say(f"GPUS_PER_REPLICA=2: {lease(one)}, ready after {seconds:.0f} s")
+        proof.say(f"one chat request: {said['usage']['completion_tokens']} tokens, finished by {_reason(said)}")
+        proof.say()
+        proof.say(f"| in flight {ROW}")
+        proof.say("|---|---|---|---|---|---|---|")
+        job: dict[str, Any] = {**LLAMA, "groups": 0, "prefix_tokens": 300, "question_tokens": 50, "answer_tokens": 128}
+        for at_once, requests in ((1, 6), (16, 48)):
+            figures = load(proof.work, url=one.url, seed=60 + at_once, requests=requests, at_once=at_once, **job)
+            proof.keep(f"on_both {at_once}", figures)
+            proof.say(row(str(at_once), figures))
+            if figures["errors"]:
+                raise RuntimeError(f"first error: {figures['errors'][0]}")
+    finally:
+        one.stop()
+
+
+def _reason(said: dict[str, Any]) -> str:
+    return str(said["choices"][0]["finish_reason"])
