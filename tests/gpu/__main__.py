@@ -45,7 +45,7 @@ def text(proof: Proof) -> None:
     one = proof.replica("smollm2", "smollm2-135m")
     try:
         seconds = wait_ready(one, START)
-        said = chat(one.url, "smollm2-135m", "What is the capital of France?", max_tokens=24)
+        said = chat(one.url, "smollm2-135m", "Name the capital of France.", max_tokens=24)
         words = said["choices"][0]["message"]["content"]
         if "Paris" not in words:
             raise RuntimeError(f"asked for the capital of France it said: {words}")

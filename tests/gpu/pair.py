@@ -157,7 +157,7 @@ def compare(proof: Proof, name: str, pair: Sequence[Process]) -> None:
     proof.say("|---|---|---|---|---|---|---|---|")
     for policy in fronts:
         runs = sorted(proof.figures[f"{name} {policy}"], key=lambda run: float(run["seconds"]))
-        middle = runs[(len(runs) - 1) // 2]
+        middle = runs[len(runs) // 2]
         ttft = middle["ttft"] or [0.0]
         proof.say(
             f"| {policy} | {middle['seconds']:.1f} | {middle['completion_tokens'] / middle['seconds']:,.0f} |"
@@ -166,7 +166,7 @@ def compare(proof: Proof, name: str, pair: Sequence[Process]) -> None:
             f" {sum(run['error_count'] for run in runs)} |"
         )
     proof.say()
-    proof.say(f"(the run in the middle of {done}, by seconds; errors of all {done})")
+    proof.say(f"(of {done} runs by seconds the middle one, of two the slower; errors of all {done})")
     for policy in fronts:
         for run in proof.figures[f"{name} {policy}"]:
             if run["errors"]:

@@ -209,7 +209,7 @@ def test_real_sglang_comes_up_answers_and_goes_down(cpu_images: Project, tmp_pat
     try:
         up = command.up(file, "-n", NAME, "--env", "REPLICAS=1", "--on", "compose").until_up(patience=300)
         url = command("status", "--endpoint", NAME).strip()
-        question = {"role": "user", "content": "What is the capital of France?"}
+        question = {"role": "user", "content": "Name the capital of France."}
         body = {"model": "smollm2-135m", "messages": [question], "max_tokens": 16, "temperature": 0}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
         assert "Paris" in answer.json()["choices"][0]["message"]["content"]

@@ -31,7 +31,7 @@ class Outcome:
 
 async def ask(client: httpx.AsyncClient, outcome: Outcome, tokens: int) -> Outcome:
     """One streamed chat completion, read to its end."""
-    message = {"role": "user", "content": "What is the capital of France?"}
+    message = {"role": "user", "content": "Name the capital of France."}
     body = {"model": "any", "stream": True, "max_tokens": tokens, "messages": [message]}
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:

@@ -40,7 +40,7 @@ def test_a_real_model_answers_and_the_page_shows_how(balancer: Balancer, tmp_pat
             await tab.run(
                 "document.getElementById('temperature').value = 0; document.getElementById('most').value = 40"
             )
-            await tab.type("#prompt", "What is the capital of France?")
+            await tab.type("#prompt", "Name the capital of France.")
             await tab.click("#send")
             await tab.until(ANSWERED, timeout=240)
             assert "Paris" in await tab.text(".theirs p")
