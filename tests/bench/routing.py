@@ -3,6 +3,8 @@
 Eight groups of requests share a long beginning each, and a replica's KV pool holds only four of them. Each round sends
 the same requests through every balancer, one after the other and in another order each round; before each run the
 replicas' caches are flushed and the balancer starts anew, knowing nothing. The figures are medians over the rounds.
+Balancers are compared within each round, and the ratio is the median of those: a machine that grows slower from round
+to round slows all of a round alike, while the medians of two balancers may come from different rounds.
 """
 
 import argparse
@@ -129,44 +131,49 @@ def share(run: Run) -> float:
     return run.cached_tokens / max(1, sum(run.prompt_tokens))
 
 
-def figures(runs: Sequence[Run]) -> dict[str, float]:
-    """Medians over the rounds, in seconds and as a share."""
+def figures(run: Run) -> dict[str, float]:
+    """In seconds and as a share."""
     return {
-        "total": median([run.seconds for run in runs]),
-        "ttft_mean": median([sum(run.ttft) / len(run.ttft) for run in runs]),
-        "ttft_p50": median([quantile(run.ttft, 0.5) for run in runs]),
-        "cached": median([share(run) for run in runs]),
+        "total": run.seconds,
+        "ttft_mean": sum(run.ttft) / len(run.ttft),
+        "ttft_p50": quantile(run.ttft, 0.5),
+        "cached": share(run),
     }
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+def medians(runs: Sequence[Run]) -> dict[str, float]:
+    """The figures' medians over the rounds."""
+    found = [figures(run) for run in runs]
+    return {column: median([row[column] for row in found]) for column in found[0]}
+
+
+def ratio(column: str, runs: Sequence[Run], others: Sequence[Run]) -> float:
+    """Of one balancer's figure to another's in the same round, the median over the rounds."""
+    return median([figures(one)[column] / figures(other)[column] for one, other in zip(runs, others, strict=True)])
+
+
+def table(runs: Mapping[str, Sequence[Run]]) -> str:
     head = ["balancer", "total, s", "mean TTFT, s", "TTFT p50, s", "cached share", "total to round robin's"]
-    base = rows.get(ROUND_ROBIN, {}).get("total")
-    lines = [
-        [
-            name,
-            f"{row['total']:.1f}",
-            f"{row['ttft_mean']:.2f}",
-            f"{row['ttft_p50']:.2f}",
-            f"{row['cached']:.2f}",
-            f"{row['total'] / base:.2f}" if base else "-",
-        ]
-        for name, row in rows.items()
-    ]
+    base = runs.get(ROUND_ROBIN)
+    lines = []
+    for name, found in runs.items():
+        row = medians(found)
+        cells = [f"{row['total']:.1f}", f"{row['ttft_mean']:.2f}", f"{row['ttft_p50']:.2f}", f"{row['cached']:.2f}"]
+        lines.append([name, *cells, f"{ratio('total', found, base):.2f}" if base else "-"])
     return markdown(head, lines)
 
 
-def verdict(form: str, rows: Mapping[str, Mapping[str, float]]) -> list[tuple[bool | None, str]]:
+def verdict(form: str, runs: Mapping[str, Sequence[Run]]) -> list[tuple[bool | None, str]]:
     """Each promise about prefix_aware: kept, broken, or None when there was nothing to compare with."""
     promises = (("total", ROUTER, 1.05), ("ttft_mean", ROUTER, 1.0), ("total", ROUND_ROBIN, 0.7))
     found: list[tuple[bool | None, str]] = []
     for column, other, limit in promises:
-        if PREFIX_AWARE not in rows or other not in rows:
+        if PREFIX_AWARE not in runs or other not in runs:
             found.append((None, f"{form}: {column} against {other}: one of them was not measured"))
             continue
-        ratio = rows[PREFIX_AWARE][column] / rows[other][column]
-        kept = ratio < limit if other == ROUND_ROBIN else ratio <= limit
-        found.append((kept, f"{form}: {PREFIX_AWARE}'s {column} is {ratio:.2f} of {other}'s, promised {limit:.2f}"))
+        part = ratio(column, runs[PREFIX_AWARE], runs[other])
+        kept = part < limit if other == ROUND_ROBIN else part <= limit
+        found.append((kept, f"{form}: {PREFIX_AWARE}'s {column} is {part:.2f} of {other}'s, promised {limit:.2f}"))
     return found
 
 
@@ -187,11 +194,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems += [f"{form}: {name}: not measured: {reason}" for name, reason in unavailable.items()]
         for name, found in runs.items():
             problems += [f"{form}: {name}: FAILED: {run.errors[0]}" for run in found if run.errors]
-        rows = {name: figures(found) for name, found in runs.items() if not any(run.errors for run in found)}
+        whole = {name: found for name, found in runs.items() if not any(run.errors for run in found)}
+        rows = {name: medians(found) for name, found in whole.items()}
         raw = {name: [dataclasses.asdict(run) for run in found] for name, found in runs.items()}
         result[form] = {"figures": rows, "runs": raw, "unavailable": unavailable}
-        verdicts += verdict(form, rows)
-        print(f"\n{table(rows)}\n", flush=True)
+        verdicts += verdict(form, whole)
+        print(f"\n{table(whole)}\n", flush=True)
     head = {"command": " ".join(["python -m tests.bench.routing", *sys.argv[1:]]), "cpus": os.cpu_count()}
     (options.out / "routing.json").write_text(json.dumps({**head, **result}, indent=1))
     for line in problems:

@@ -4,12 +4,13 @@ import asyncio
 import base64
 import io
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from PIL import Image
 
 from tests.bench.ask import Run
-from tests.bench.routing import PREFIX_AWARE, ROUND_ROBIN, ROUTER, figures, measure_run, share, table, verdict
+from tests.bench.routing import PREFIX_AWARE, ROUND_ROBIN, ROUTER, measure_run, medians, share, table, verdict
 from tests.bench.workload import FORMS, workload
 from tests.lab.model import ModelSettings
 from tests.lab.replica import LabReplica
@@ -83,39 +84,44 @@ def test_figures_are_medians_over_rounds() -> None:
         Run(30.0, [2.0, 2.0], [100, 100], 100),
         Run(20.0, [4.0, 0.5], [200], 0),
     ]
-    assert figures(runs) == {"total": 20.0, "ttft_mean": 2.0, "ttft_p50": 1.0, "cached": 0.25}
+    assert medians(runs) == {"total": 20.0, "ttft_mean": 2.0, "ttft_p50": 1.0, "cached": 0.25}
 
 
-def rows(**totals: float) -> dict[str, dict[str, float]]:
-    return {
-        name.replace("_r", "-r") if name.startswith("sglang") else name: {
-            "total": total,
-            "ttft_mean": total / 20,
-            "ttft_p50": total / 40,
-            "cached": 0.5,
-        }
-        for name, total in totals.items()
-    }
+def rounds(seconds: Sequence[float]) -> list[Run]:
+    return [Run(total, [total / 20, total / 20], [100, 100], 100) for total in seconds]
 
 
-def test_the_verdict_holds_prefix_aware_to_its_three_promises() -> None:
-    def kept(**totals: float) -> list[bool | None]:
-        return [fact for fact, _ in verdict("text", rows(**totals))]
+@pytest.mark.parametrize(
+    ("seconds", "router", "round_robin", "kept"),
+    [
+        ([25.0], [25.0], [40.0], [True, True, True]),
+        ([26.0], [25.0], [40.0], [True, False, True]),
+        ([28.0], [25.0], [40.0], [False, False, False]),
+        # A machine that slows down.
+        ([18.0, 27.0, 36.0], [20.0, 30.0, 40.0], [40.0, 60.0, 80.0], [True, True, True]),
+        # Slower in most rounds is slower, though the median is less.
+        ([21.0, 42.0, 30.0], [20.0, 38.0, 40.0], [40.0, 80.0, 80.0], [True, False, True]),
+        ([25.0], None, [40.0], [None, None, True]),
+        ([25.0], [25.0], None, [True, True, None]),
+    ],
+)
+def test_the_verdict_holds_prefix_aware_to_its_three_promises(seconds, router, round_robin, kept) -> None:
+    found = {PREFIX_AWARE: seconds, ROUTER: router, ROUND_ROBIN: round_robin}
+    runs = {name: rounds(totals) for name, totals in found.items() if totals}
+    assert [fact for fact, _ in verdict("text", runs)] == kept
 
-    assert kept(prefix_aware=25.0, sglang_router=25.0, round_robin=40.0) == [True, True, True]
-    assert kept(prefix_aware=26.0, sglang_router=25.0, round_robin=40.0) == [True, False, True]
-    assert kept(prefix_aware=28.0, sglang_router=25.0, round_robin=40.0) == [False, False, False]
-    assert kept(prefix_aware=25.0, round_robin=40.0) == [None, None, True]
-    assert [fact for fact, _ in verdict("text", rows(**{ROUTER.replace("-", "_"): 25.0}))] == [None] * 3
+
+def test_without_prefix_aware_nothing_is_judged() -> None:
+    assert [fact for fact, _ in verdict("text", {ROUTER: rounds([25.0])})] == [None] * 3
 
 
 def test_the_table_shows_totals_beside_round_robin() -> None:
-    lines = table(rows(prefix_aware=20.0, round_robin=40.0)).splitlines()
+    lines = table({PREFIX_AWARE: rounds([20.0, 50.0]), ROUND_ROBIN: rounds([40.0, 100.0])}).splitlines()
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
         PREFIX_AWARE,
-        "20.0",
-        "1.00",
-        "0.50",
+        "35.0",
+        "1.75",
+        "1.75",
         "0.50",
         "0.50",
     ]
