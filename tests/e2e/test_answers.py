@@ -7,9 +7,12 @@ import httpx
 import openai
 
 MODEL = "smollm2-135m"
-# Worded so that each token of the answer leads by far: another wording's first token is a tie in bfloat16,
-# which CPUs and GPUs round to different answers.
-CAPITAL = [{"role": "user", "content": "Name the capital of France."}]
+# Asked with the model's usual system prompt, the first token of the answer is a tie in bfloat16, which CPUs and GPUs round
+# differently; with this one "The" leads by 0.75.
+CAPITAL = [
+    {"role": "system", "content": "You answer questions about geography."},
+    {"role": "user", "content": "What is the capital of France?"},
+]
 
 
 def chat(endpoint: str, messages: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -24,6 +27,11 @@ def test_a_chat_completion_is_right(endpoint: str) -> None:
     answer = chat(endpoint, CAPITAL)
     assert "Paris" in answer["choices"][0]["message"]["content"]
     assert answer["model"] == MODEL
+
+
+def test_the_question_that_up_prints_is_answered_right(endpoint: str) -> None:
+    answer = chat(endpoint, [{"role": "user", "content": "Name the capital of France."}])
+    assert "Paris" in answer["choices"][0]["message"]["content"]
 
 
 def test_a_stream_ends_with_usage_and_done(endpoint: str) -> None:
