@@ -126,10 +126,12 @@ class Proxy:
         sent = 0
         self.budget.deposit()
         while True:
-            asked_at = self.pool.loop.time()
-            claim = self.admission.claim_now(ask) or await self.admission.claim(ask)
-            with claim as member:
+            claim = self.admission.claim_now(ask)
+            if claim is None:
+                asked_at = self.pool.loop.time()
+                claim = await self.admission.claim(ask)
                 record.queued += self.pool.loop.time() - asked_at
+            with claim as member:
                 choice = claim.choice
                 record.member, record.reason, record.matched = member.name, choice.reason, choice.matched
                 record.attempts += 1
@@ -249,7 +251,6 @@ class _Relay:
         if 300 <= status < 400:
             headers = _leading_here(headers, self._member)
         self._reply.begin(status, self._proxy.cors.without_foreign(headers), length, own)
-        self._proxy.pool.loop.call_soon(self._reply.flush)
         self._client.release(self._request)  # the replica has it; long answers need not keep large prompts in memory
         if self._reply.is_event_stream:
             self._gaps = self._proxy.observer.gaps(self._member)

@@ -44,14 +44,17 @@ class Record:
         if first < 0:
             return
         start = max(0, first - len(b'"cache_read_input'))
-        found = {name: int(count) for name, count in _FIGURE.findall(piece, start)}  # of several the last one holds
+        found: dict[bytes, bytes | int] = dict(_FIGURE.findall(piece, start))  # of several the last one holds
         if b"input" in found:  # all of it in /v1/responses, in Anthropic's /v1/messages only what was not cached
-            found[b"prompt"] = found[b"input"] + found.get(b"cache_read_input", 0)
+            found[b"prompt"] = int(found[b"input"]) + int(found.get(b"cache_read_input", 0))
             if b"cache_read_input" in found:
                 found[b"cached"] = found[b"cache_read_input"]
-        self.prompt_tokens = found.get(b"prompt", self.prompt_tokens)
-        self.completion_tokens = found.get(b"completion", found.get(b"output", self.completion_tokens))
-        self.cached_tokens = found.get(b"cached", self.cached_tokens)
+        if b"prompt" in found:
+            self.prompt_tokens = int(found[b"prompt"])
+        if b"completion" in found or b"output" in found:
+            self.completion_tokens = int(found.get(b"completion") or found[b"output"])
+        if b"cached" in found:
+            self.cached_tokens = int(found[b"cached"])
 
 
 class Spans(Protocol):

@@ -9,6 +9,9 @@ from balancer.relay.request import HOP_BY_HOP, Request
 
 Headers = list[tuple[bytes, bytes]]
 
+# Bytes of a piece of a body that may wait for what else is written in this round of the event loop. More is sent at
+# once: a client that does not take it must hold back its replica before the next piece is read.
+SMALL = 16 << 10
 NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"x-request-id", b"x-replica-id", b"x-route-reason"}
 
 
@@ -26,7 +29,11 @@ STATUS_LINES = {status: _status_line(status) for status in range(100, 1000)}
 class Wire(Protocol):
     """The client's connection, as far as a reply needs it."""
 
-    def write(self, data: bytes) -> None: ...
+    def write(self, data: bytes) -> None:
+        """To be sent soon: whatever is written in one round of the event loop goes together."""
+
+    def send(self, data: bytes) -> None:
+        """To be sent now, behind what was written before."""
 
     def answered(self, keep: bool) -> None:
         """The reply is whole; `keep` tells whether the connection can carry another."""
@@ -36,7 +43,6 @@ class Reply:
     """The answer to one request, written to the client's connection in the framing that this client understands."""
 
     __slots__ = (
-        "_head",
         "_keeps_alive",
         "_last",
         "_last_but_one",
@@ -62,7 +68,6 @@ class Reply:
         self.is_over = False
         self._wire = wire
         self._keeps_alive = keeps_alive
-        self._head = b""  # not sent yet
         self._last = self._last_but_one = b""
 
     @property
@@ -70,10 +75,7 @@ class Reply:
         return self.status != 0
 
     def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None, own: bytes = b"") -> None:
-        """Makes the head: a replica's fields less what concerned only its connection, `own` fields, the framing.
-
-        It goes with the first piece of the body, for each write is a call to the kernel, or with the next `flush`.
-        """
+        """Writes the head: a replica's fields less what concerned only its connection, `own` fields, the framing."""
         request = self.request
         lines = [STATUS_LINES[status]]
         dropped: set[bytes] = set()
@@ -107,29 +109,22 @@ class Reply:
             lines.append(b"Connection: keep-alive\r\n")
         lines.append(b"\r\n")
         self.status = status
-        self._head = b"".join(lines)
-
-    def flush(self) -> None:
-        """Sends the head if nothing came yet that it could go with."""
-        if self._head:
-            self._write(b"")
-
-    def _write(self, data: bytes) -> None:
-        if self._head:
-            data, self._head = self._head + data, b""
-        self._wire.write(data)
+        self._wire.write(b"".join(lines))
 
     def body(self, data: bytes) -> None:
         """Passes on a piece of the body as it came."""
         self.bytes_sent += len(data)
         self._last_but_one, self._last = self._last, data
-        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
+        piece = b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data
+        if self.is_event_stream or len(data) > SMALL:
+            self._wire.send(piece)
+        else:
+            self._wire.write(piece)
 
     def end(self) -> None:
         """The answer is whole."""
         if self.is_chunked:
-            self._write(b"0\r\n\r\n")
-        self.flush()
+            self._wire.write(b"0\r\n\r\n")
         self.is_over = True
         self._wire.answered(self._keeps_alive)
 
@@ -169,7 +164,6 @@ class Reply:
         self.error = error
         if self.is_event_stream and self.is_at_boundary():
             self.body(error.event(self.request.path))
-        self.flush()
         self.is_over = True
         self._wire.answered(False)
 

@@ -22,13 +22,13 @@ HOP_BY_HOP = frozenset(
 )
 MAX_DIGITS = 20  # of the largest number that the parser counts to; leading zeros it takes without end
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
-_START = os.urandom(6).hex()
+_START = os.urandom(6).hex().encode()
 _count = itertools.count(1)
 
 
 def new_request_id() -> bytes:
     """Unique in this process by a counter, elsewhere by the process's random start."""
-    return b"%s-%x" % (_START.encode(), next(_count))
+    return b"%b-%x" % (_START, next(_count))
 
 
 @dataclass(slots=True, eq=False)
@@ -148,14 +148,11 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
             raise errors.bad_request("Only the transfer encoding 'chunked' is accepted, and only in HTTP/1.1.")
     if hosts > 1 or (hosts == 0 and request.version == "1.1"):
         raise errors.bad_request("A request needs exactly one Host field.")
-    if not dropped <= _ACTIONS.keys():
+    if dropped and not dropped <= _ACTIONS.keys():
         # Only names that would have been passed on matter; Connection cannot hide what the balancer itself needs.
         kept = [line for line in kept if line.partition(b":")[0].lower() not in dropped]
     _read_target(request)
-    _forward(request, forwarded, peer)
-    kept.append(b"X-Request-Id: %b\r\n" % request.id)
-    for name, value in forwarded.items():
-        kept.append(b"%b: %b\r\n" % (name, value))
+    kept.append(_forwarded(request, forwarded, peer))
     request.fields = b"".join(kept)
 
 
@@ -175,12 +172,15 @@ def _read_target(request: Request) -> None:
     request.path, request.kind = kind_of(target.partition(b"?")[0])
 
 
-def _forward(request: Request, forwarded: dict[bytes, bytes], peer: Peer) -> None:
-    """Who asked, and how, for the replica's log; a trusted proxy's word on that is kept."""
-    known = forwarded.get(b"x-forwarded-for")
-    forwarded[b"x-forwarded-for"] = b"%b, %b" % (known, peer.address) if known else peer.address
-    forwarded.setdefault(b"x-forwarded-proto", peer.scheme)
-    forwarded.setdefault(b"x-forwarded-host", request.host)
+def _forwarded(request: Request, known: dict[bytes, bytes], peer: Peer) -> bytes:
+    """Which request it is, who asked, and how, for the replica's log; a trusted proxy's word on that is kept."""
+    before = known.get(b"x-forwarded-for")
+    return b"X-Request-Id: %b\r\nx-forwarded-for: %b\r\nx-forwarded-proto: %b\r\nx-forwarded-host: %b\r\n" % (
+        request.id,
+        b"%b, %b" % (before, peer.address) if before else peer.address,
+        known.get(b"x-forwarded-proto", peer.scheme),
+        known.get(b"x-forwarded-host", request.host),
+    )
 
 
 _ACTIONS: dict[bytes, str] = {

@@ -13,6 +13,8 @@ from balancer.settings import Settings
 
 Headers = list[tuple[bytes, bytes]]
 
+COPIED = 16 << 10  # bytes of a body that are sooner copied behind the head than sent beside it
+
 
 class Outcome(enum.Enum):
     """How one attempt at one member ended."""
@@ -73,7 +75,10 @@ class ReplicaConnection(asyncio.Protocol):
         self._outcome = self._pool.loop.create_future()
         self.sent_at = self.last_byte_at = self._pool.loop.time()
         self._pool.busy.add(self)
-        self._transport.writelines((head, *body))
+        if len(body) == 1 and len(body[0]) <= COPIED:
+            self._transport.write(head + body[0])
+        else:
+            self._transport.writelines((head, *body))
         try:
             return await self._outcome
         finally:

@@ -79,6 +79,8 @@ class Admission:
 
     def assign(self) -> None:
         """Gives places to those who wait, first come first served."""
+        if not self._queue and not self._plain:
+            return  # as it is after nearly every request
         for queue in (self._plain, self._queue):
             for waiter in list(queue):
                 if waiter.place.done():

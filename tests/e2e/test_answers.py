@@ -7,8 +7,8 @@ import httpx
 import openai
 
 MODEL = "smollm2-135m"
-# Asked with the model's usual system prompt, the first token of the answer is a tie in bfloat16, which CPUs and GPUs round
-# differently; with this one "The" leads by 0.75.
+# Asked with the model's usual system prompt, the first token of the answer is a tie in bfloat16, which CPUs and GPUs
+# round differently; with this one "The" leads by 0.75.
 CAPITAL = [
     {"role": "system", "content": "You answer questions about geography."},
     {"role": "user", "content": "What is the capital of France?"},

@@ -12,12 +12,15 @@ class Wire:
 
     def __init__(self) -> None:
         self.written = b""
-        self.writes = 0
+        self.sent: list[bytes] = []
         self.kept: bool | None = None
 
     def write(self, data: bytes) -> None:
         self.written += data
-        self.writes += 1
+
+    def send(self, data: bytes) -> None:
+        self.written += data
+        self.sent.append(data)
 
     def answered(self, keep: bool) -> None:
         assert self.kept is None, "answered once"
@@ -65,25 +68,30 @@ def test_framing(version: str, keep: bool, length: int | None, head: bytes, body
 def test_status_lines(status: int, line: bytes) -> None:
     reply, wire = reply_to()
     reply.begin(status, [], 0)
-    reply.flush()
     assert wire.written.startswith(b"HTTP/1.1 " + line + b"\r\n")
 
 
-def test_a_head_goes_with_what_comes_first_and_alone_where_nothing_comes() -> None:
-    """Each write is a call to the kernel, and a packet."""
+def test_only_events_and_large_pieces_are_sent_one_by_one() -> None:
+    """Each is a call to the kernel, a packet, and may wake whoever reads: what can wait a moment goes together."""
     reply, wire = reply_to()
     reply.begin(200, [], 10)
-    assert wire.writes == 0
     reply.body(b"hello")
-    assert (wire.writes, wire.written[-9:]) == (1, b"\r\n\r\nhello")
-    reply.flush()
     reply.body(b"world")
     reply.end()
-    assert (wire.writes, wire.written.count(b"HTTP/1.1")) == (2, 1)
+    assert wire.sent == []
+    assert wire.written.endswith(b"\r\n\r\nhelloworld")
     reply, wire = reply_to()
-    reply.begin(200, [], None)
-    reply.flush()
-    assert (wire.writes, wire.written[-4:]) == (1, b"\r\n\r\n")
+    reply.begin(200, [], 1 << 20)
+    reply.body(b"x" * (1 << 20))
+    assert wire.sent == [b"x" * (1 << 20)]
+    reply, wire = reply_to()
+    reply.begin(200, [(b"content-type", b"text/event-stream")], None)
+    assert wire.sent == []
+    reply.body(b"data: 1\n\n")
+    reply.body(b"data: 2\n\n")
+    reply.end()
+    assert wire.sent == [b"9\r\ndata: 1\n\n\r\n", b"9\r\ndata: 2\n\n\r\n"]
+    assert wire.written.endswith(b"data: 2\n\n\r\n0\r\n\r\n")
 
 
 BOUNDARIES = [

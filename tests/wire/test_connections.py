@@ -169,6 +169,18 @@ async def test_a_pipelined_head_larger_than_one_read_is_not_taken_for_too_large(
     await sending
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@in_house
+async def test_an_answer_that_was_ready_reaches_a_client_that_said_it_will_say_no_more(
+    house: House, count: int
+) -> None:
+    """The last request and the client's end of the connection are read in one go."""
+    client = await house.client()
+    client.sock.send(get("/flush_cache") * count)
+    client.leave("half")
+    assert (await client.answer("GET")).status == 404
+
+
 @in_house
 async def test_a_refused_request_leaves_the_connection_to_the_next(house: House) -> None:
     client = await house.client()
