@@ -10,12 +10,13 @@ Round = dict[str, dict]  # load ("requests", "streams") to the load generator's 
 
 @dataclass(frozen=True)
 class Figure:
-    """The median over the rounds and their extremes, or the reason why there is none."""
+    """The median over the rounds, their extremes, and they themselves; or the reason why there is none."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
     reason: str | None = None
+    samples: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Figures:
 
 
 def figure(samples: Sequence[float]) -> Figure:
-    return Figure(median(samples), min(samples), max(samples))
+    return Figure(median(samples), min(samples), max(samples), samples=tuple(samples))
 
 
 def figures(rounds: Sequence[Round], direct: Sequence[Round], memory: dict) -> Figures:
@@ -88,8 +89,11 @@ def check_counts(result: dict, seen: Sequence[int]) -> dict:
 
 
 def ratio(ours: Figure, theirs: Sequence[Figure]) -> float | None:
-    """Ours to the best (smallest) of theirs; None when either is missing."""
-    known = [figure.value for figure in theirs if figure.value]
-    if ours.value is None or not known:
+    """Ours to the best of theirs in the same round, the median over the rounds; None when either is missing.
+
+    Within a round, because what drifts on the machine changes the rounds and hits all balancers of one alike.
+    """
+    known = [figure.samples for figure in theirs if figure.samples]
+    if not ours.samples or not known:
         return None
-    return ours.value / min(known)
+    return max(median([one / other for one, other in zip(ours.samples, them, strict=True)]) for them in known)

@@ -1,7 +1,8 @@
 """`python -m tests.bench.relay`: what relaying costs, ours beside the peers', in one run on one machine.
 
 Each round puts the same loads on every balancer, one after the other and in another order each round, so that
-what drifts on the machine hits all alike. The figures are medians over the rounds.
+what drifts on the machine hits all alike. The figures are medians over the rounds, and so are the ratios, each taken
+within a round.
 """
 
 import argparse

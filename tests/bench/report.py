@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from tests.bench.figures import Figure, Figures, ratio
 from tests.bench.peers import OURS, RUST_ROUTERS, Launch
 
-NOTES = """Medians over the rounds, with the smallest and largest in brackets. One worker each; *-default: as the
-Rust routers come, with a worker thread for each core. "Added" is against the same load without a balancer. Events
-per read above 1: it lagged, and what it passed on in one piece looks cheaper than it is."""
+NOTES = """Medians over the rounds, with the smallest and largest in brackets; ratios are taken within each round. One
+worker each; *-default: as the Rust routers come, with a worker thread for each core. "Added" is against the same load
+without a balancer. Events per read above 1: it lagged, and what it passed on in one piece looks cheaper than it is."""
 
 
 def cost_table(rows: Mapping[str, Figures], launches: Mapping[str, Launch]) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.bench import load, messages, process_tree, relay, report
 from tests.bench.chart import chart
-from tests.bench.figures import Figure, Figures, check_counts, figures, ratio
+from tests.bench.figures import Figure, Figures, check_counts, figure, figures, ratio
 from tests.bench.install import Unavailable, call
 from tests.bench.peers import PEERS, ROOT, Launch
 from tests.bench.running import counts, free_port, replicas, running
@@ -190,7 +190,9 @@ def test_figures_are_medians_over_rounds_against_direct_in_the_same_round() -> N
     rounds = [a_round(0.1, 0.003), a_round(0.3, 0.004), a_round(0.2, 0.008)]
     direct = [a_round(None, 0.001), a_round(None, 0.001), a_round(None, 0.004)]
     row = figures(rounds, direct, MEMORY)
-    assert row.cpu_per_request_us == Figure(pytest.approx(200), pytest.approx(100), pytest.approx(300))
+    cost = row.cpu_per_request_us
+    assert (cost.value, cost.low, cost.high) == (pytest.approx(200), pytest.approx(100), pytest.approx(300))
+    assert cost.samples == pytest.approx((100, 300, 200))
     assert row.requests_a_second.value == 500
     assert row.ttft_p50_added_ms.value == pytest.approx(3)
     assert row.idle_mib.value == 10
@@ -210,7 +212,7 @@ def rows(**microseconds: float) -> dict[str, Figures]:
     measured = figures([a_round(0.1, 0.003)], [a_round(None, 0.001)], MEMORY)
     found = {}
     for name, value in microseconds.items():
-        cost = Figure(value, value, value)
+        cost = figure([value])
         both = {"cpu_per_request_us": cost, "cpu_per_event_us": cost}
         found[name.replace("_", "-")] = Figures(**{**vars(measured), **both})
     return found
@@ -224,7 +226,13 @@ def test_the_verdict_compares_with_the_better_rust_router() -> None:
         False
     ] * 2
     assert [fact for fact, _ in report.verdict(rows(groundserve=50, nginx=20))] == [None] * 2
-    assert ratio(Figure(None, reason="failed"), [Figure(1.0)]) is None
+    assert ratio(Figure(None, reason="failed"), [figure([1.0])]) is None
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    ours = figure([18.0, 27.0, 36.0])  # the machine slows down
+    assert ratio(ours, [figure([20.0, 30.0, 40.0])]) == pytest.approx(0.9)
+    assert ratio(ours, [figure([20.0, 30.0, 40.0]), figure([9.0, 13.5, 90.0])]) == pytest.approx(2.0)
 
 
 def test_tables_and_plot_show_every_balancer() -> None:
