@@ -220,6 +220,9 @@ class ClientConnection(asyncio.Protocol):
             if self._head_room + self._unfruitful > limit and self._head_size() > limit:
                 raise errors.head_too_large(limit)
             read_head(request, self._headers, self._peer)
+            if parser.should_upgrade() and (request.is_chunked or request.length):
+                # The parser takes what follows for the other protocol, and would read the body as the next request.
+                raise errors.bad_request("A request with a body cannot ask for another protocol (Upgrade).")
             if request.length is not None and request.length > self._settings.max_body_bytes:
                 raise errors.body_too_large(self._settings.max_body_bytes)
             doors.check(request)

@@ -37,6 +37,8 @@ def kind_of(raw: bytes) -> tuple[str, Kind]:
 
 def _kind_of(raw: bytes) -> tuple[str, Kind]:
     path = normalise(raw)
+    if not path.isprintable():
+        return path, Kind.ADMIN  # a replica's router may take /v1/loads%0A for /v1/loads
     if path in OWN:
         return path, Kind.OWN
     if path in PLAIN or path.startswith("/v1/models/"):

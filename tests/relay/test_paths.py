@@ -69,3 +69,8 @@ def test_normalise(raw: bytes, path: str) -> None:
 def test_what_is_remembered_is_what_would_be_found(raw: bytes) -> None:
     assert kind_of(raw) == kind_of(raw)
     assert kind_of(raw)[0] == normalise(raw)
+
+
+@pytest.mark.parametrize("raw", [b"/v1/loads%0A", b"/v1/responses/resp_1/cancel%0a", b"/v1/models%00", b"/v1/x%7f"])
+def test_a_path_with_a_control_character_is_not_served(raw: bytes) -> None:
+    assert kind_of(raw)[1] is Kind.ADMIN
