@@ -42,6 +42,9 @@ from balancer.views.tally import Tallies
 
 log = logging.getLogger("groundserve")
 
+LAST_CALL = (
+    0.1  # seconds between the last accepted connection and the end of the idle ones: its request may be on its way
+)
 SWEEP = 0.25  # seconds between two looks at everything that can time out
 
 
@@ -129,23 +132,11 @@ class Balancer:
         admin.include_router(playground_router(lambda: listen.reachable(self.endpoint), self._own_client))
         self._sockets = [listen.listening(*config.listen), listen.listening(*config.admin)]
         guarded = Guard(admin, is_loopback_name(config.admin[0]), config.admin_key is not None)
-        self._servers = [
-            listen.server(own, self._connection, self.certificate),
-            listen.server(guarded, AdminConnection),
-        ]
+        self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # what a client asks for
+        self.admin_endpoint = listen.url_of(self._sockets[1])
+        self._admin_server = listen.server(guarded, AdminConnection)
+        self._door: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
-
-    def _connection(self, **_: object) -> ClientConnection:
-        """What uvicorn makes of each accepted connection, in place of its own HTTP class."""
-        return ClientConnection(self.doors)
-
-    @property
-    def endpoint(self) -> str:
-        return listen.url_of(self._sockets[0], is_tls=self.certificate is not None)
-
-    @property
-    def admin_endpoint(self) -> str:
-        return listen.url_of(self._sockets[1])
 
     async def start(self) -> None:
         """Opens both ports and begins to watch the replicas."""
@@ -154,10 +145,12 @@ class Balancer:
         self.prober.start()
         if self.discovery is not None:
             self.discovery.start()
-        for server, listener in zip(self._servers, self._sockets, strict=True):
-            self._tasks.append(asyncio.ensure_future(server.serve(sockets=[listener])))
+        context = self.certificate.context if self.certificate else None
+        patience = self.config.settings.send_timeout
+        self._door = await listen.door(lambda: ClientConnection(self.doors), self._sockets[0], context, patience)
+        self._tasks.append(asyncio.ensure_future(self._admin_server.serve(sockets=[self._sockets[1]])))
         self._tasks.append(asyncio.ensure_future(self._sweep()))
-        while not all(server.started for server in self._servers):  # noqa: ASYNC110 - uvicorn has no event for it
+        while not self._admin_server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
 
     def renew(self, config: Config) -> None:
@@ -188,7 +181,9 @@ class Balancer:
         settings = self.config.settings
         self.facts.is_leaving = self.doors.is_leaving = True
         await _wait(hurry, settings.drain_grace)
-        self._servers[0].should_exit = True
+        if self._door is not None:
+            self._door.close()
+        await _wait(hurry, settings.drain_timeout and LAST_CALL)
         self.doors.close()
         deadline = self.loop.time() + settings.drain_timeout
         while self.doors.connections and self.loop.time() < deadline and not hurry.is_set():
@@ -200,8 +195,9 @@ class Balancer:
     async def stop(self) -> None:
         """Ends every loop and closes every socket."""
         self.feed.close()
-        for server in self._servers:
-            server.should_exit = True
+        self._admin_server.should_exit = True
+        if self._door is not None:
+            self._door.close()
         sweep = self._tasks.pop()
         sweep.cancel()
         await asyncio.gather(*self._tasks, sweep, return_exceptions=True)

@@ -1,17 +1,19 @@
 """The sockets that the process listens on, and the servers behind them."""
 
+import asyncio
 import contextlib
 import resource
 import socket
-from collections.abc import Iterator
+import ssl
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
 
 from balancer.errors import ConfigError
-from balancer.relay.tls import Certificate
 
 BACKLOG = 4096
+HANDSHAKE_TIMEOUT = 10.0  # seconds that a client has for TLS's
 
 
 class Server(uvicorn.Server):
@@ -22,7 +24,7 @@ class Server(uvicorn.Server):
         yield
 
 
-def server(app: Any, http: Any, certificate: Certificate | None = None) -> Server:
+def server(app: Any, http: Any) -> Server:
     """A server of an ASGI app, whose connections are made by `http`."""
     config = uvicorn.Config(
         app,
@@ -35,9 +37,28 @@ def server(app: Any, http: Any, certificate: Certificate | None = None) -> Serve
         access_log=False,
         backlog=BACKLOG,
         timeout_graceful_shutdown=1,
-        ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
     )
     return Server(config)
+
+
+async def door(
+    connection: Callable[[], asyncio.Protocol], listener: socket.socket, context: ssl.SSLContext | None, patience: float
+) -> asyncio.Server:
+    """Accepts the endpoint's clients, through TLS where there is a `context`.
+
+    `patience` is how many seconds TLS waits for its own end, on a client that has yet to take what was sent.
+    """
+    loop = asyncio.get_running_loop()
+    if context is None:
+        return await loop.create_server(connection, sock=listener, backlog=BACKLOG)
+    return await loop.create_server(
+        connection,
+        sock=listener,
+        backlog=BACKLOG,
+        ssl=context,
+        ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
+        ssl_shutdown_timeout=patience,
+    )
 
 
 def listening(host: str, port: int) -> socket.socket:

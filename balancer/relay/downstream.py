@@ -18,6 +18,9 @@ MAX_READ_AHEAD = 1 << 20  # bytes of their bodies
 LEAST_PIECE = 1 << 10  # bytes of a piece of a body before the next one begins: each costs memory, and time to send
 MAX_SWALLOWED = 64 << 10  # of a refused request's body, to keep the connection usable
 LINGER = 2.0  # seconds a client has to take its last answer and close, before the connection is cut
+MAX_UNSENT = (
+    64 << 10
+)  # bytes that wait for a slow client of TLS before its replica is paused; without TLS it is as much
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -107,6 +110,7 @@ class ClientConnection(asyncio.Protocol):
         self._head_room = 0  # bytes of the read in which the head began: its share of them is at most that
         self._unfruitful = 0  # bytes that came since, or since the last read that brought some of a body
         self._reading: Request | None = None  # its head is whole, its body still coming
+        self._is_body_unseen = False  # its head asks for another protocol, and the parser would take the body for that
         self._queue: deque[Request] = deque()  # the first one is being answered
         self._task: asyncio.Task[None] | None = None
         self._reply: Reply | None = None
@@ -125,6 +129,8 @@ class ClientConnection(asyncio.Protocol):
         self._parser = self._new_parser()
         address = transport.get_extra_info("peername")
         is_tls = transport.get_extra_info("sslcontext") is not None
+        if is_tls:
+            transport.set_write_buffer_limits(MAX_UNSENT)  # type: ignore[attr-defined]
         self._peer = Peer.of(address[0] if isinstance(address, tuple) else "", is_tls, self._doors.trusted)
         self._since = self._doors.loop.time()
         self._doors.connections.add(self)
@@ -132,6 +138,8 @@ class ClientConnection(asyncio.Protocol):
         self._doors.origins[origin] += 1
         if self._doors.origins[origin] > limit and not self._peer.is_trusted:
             self._refuse_now(errors.too_many_connections(limit))
+        elif self._doors.is_closed:
+            transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf or self._parser is None:
@@ -146,9 +154,11 @@ class ClientConnection(asyncio.Protocol):
                 self._parser.feed_data(unread)
                 break
             except httptools.HttpParserUpgrade as upgrade:
-                # Nothing is upgraded here: what follows this request is the next one.
+                # Nothing is upgraded here: what follows this head is its body, or the next request.
                 self._parser = self._new_parser()
                 unread = memoryview(unread)[upgrade.args[0] :]
+                if self._is_body_unseen and self._reading is not None:
+                    self._parser.feed_data(_head_before_the_body_of(self._reading))
             except httptools.HttpParserError as error:
                 if isinstance(error.__context__, Exception):
                     raise  # ours, not the client's
@@ -194,6 +204,8 @@ class ClientConnection(asyncio.Protocol):
     # What the parser tells us
 
     def on_message_begin(self) -> None:
+        if self._is_body_unseen:
+            return  # it is a head of our own
         self._is_in_head = True
         self._since = self._doors.loop.time()
         self._head_room, self._unfruitful = self._read_size, 0
@@ -213,6 +225,9 @@ class ClientConnection(asyncio.Protocol):
         self._is_in_head = False
         if self._is_deaf:
             return
+        if self._is_body_unseen:
+            self._is_body_unseen = False
+            return
         request = Request(parser.get_method(), self._url, parser.get_http_version(), doors.loop.time())
         request.keeps_alive = parser.should_keep_alive()
         self._reading = request
@@ -220,9 +235,7 @@ class ClientConnection(asyncio.Protocol):
             if self._head_room + self._unfruitful > limit and self._head_size() > limit:
                 raise errors.head_too_large(limit)
             read_head(request, self._headers, self._peer)
-            if parser.should_upgrade() and (request.is_chunked or request.length):
-                # The parser takes what follows for the other protocol, and would read the body as the next request.
-                raise errors.bad_request("A request with a body cannot ask for another protocol (Upgrade).")
+            self._is_body_unseen = bool(parser.should_upgrade() and (request.is_chunked or request.length))
             if request.length is not None and request.length > self._settings.max_body_bytes:
                 raise errors.body_too_large(self._settings.max_body_bytes)
             doors.check(request)
@@ -253,7 +266,7 @@ class ClientConnection(asyncio.Protocol):
             self._refuse_now(errors.buffers_full())
 
     def on_message_complete(self) -> None:
-        if self._reading is None or self._is_deaf:
+        if self._reading is None or self._is_deaf or self._is_body_unseen:
             return
         request, self._reading = self._reading, None
         self._is_deaf = not request.keeps_alive
@@ -372,7 +385,8 @@ class ClientConnection(asyncio.Protocol):
         if self._is_blocked or (unsent and (self._is_over or transport.is_closing())):
             self._check_progress(now, unsent)
         elif self._is_over:
-            if waited > LINGER:
+            # Below TLS, what the client has not taken yet is not to be seen.
+            if waited > (LINGER if transport.can_write_eof() else settings.send_timeout):
                 transport.abort()
         elif not transport.is_reading():
             return  # that nothing comes is our own doing; should the client leave, the next bytes to it will tell
@@ -434,3 +448,9 @@ class ClientConnection(asyncio.Protocol):
         # What follows a request that said `Connection: close` is ignored; without this it would be an error.
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
         return parser
+
+
+def _head_before_the_body_of(request: Request) -> bytes:
+    """What makes a new parser read the body of that request, whose head another one has read."""
+    framing = b"Transfer-Encoding: chunked" if request.is_chunked else b"Content-Length: %d" % (request.length or 0)
+    return b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing

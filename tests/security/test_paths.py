@@ -60,6 +60,7 @@ SPELLINGS = {
     "with a NUL": "{}%00",
     "with a NUL before": "/v1/models%00/..{}",
     "with a line end": "{}%0d%0aX:%20y",
+    "with a line feed last": "{}%0a",
     "in absolute form": "http://replica{}",
     "in absolute form of another scheme": "HTTPS://replica{}",
     "with an empty authority": "http://{}",

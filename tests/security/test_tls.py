@@ -12,13 +12,15 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from balancer import listen
 from balancer.__main__ import config_from, parse
 from balancer.errors import ConfigError
 from balancer.fleet.member import Listed, Status
+from balancer.relay.downstream import LINGER, MAX_UNSENT, ClientConnection
 from balancer.relay.tls import Certificate, replica_context
 from tests.lab.replica import LabReplica
 from tests.security.certificates import Authority, Pair, encrypted
-from tests.wire.client import CHAT
+from tests.wire.client import CHAT, chat, request
 from tests.wire.running import House, each, on_uvloop, serving, until
 
 BODY = {"model": "lab", "messages": [], "max_tokens": 3}
@@ -173,6 +175,68 @@ async def test_who_speaks_no_tls_is_cut_off_without_fuss(data: bytes, authority:
         async with client(house, authority) as https:
             assert (await https.get("/v1/models")).status_code == 200
         assert house.complaints == []
+
+
+@on_uvloop
+async def test_a_handshake_has_little_time(authority: Authority, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listen, "HANDSHAKE_TIMEOUT", 0.3)
+    async with LabReplica() as lab, secured(pair, lab) as house:
+        parts = urlsplit(house.url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(b"\x16\x03\x01\x02\x00\x01")  # a hello that never ends
+        assert await asyncio.wait_for(reader.read(), 2) == b""
+        writer.close()
+        assert (await asyncio.to_thread(shake_hands, house.url, trusting(authority)))[0] == "TLSv1.3"
+
+
+@contextlib.asynccontextmanager
+async def slow_client(house: House, authority: Authority) -> AsyncIterator[tuple[ssl.SSLSocket, ClientConnection]]:
+    """A client and its connection in the balancer, with hardly any of the kernel's buffers between them."""
+    parts = urlsplit(house.url)
+    with socket.socket() as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(20)
+        await asyncio.to_thread(plain.connect, (parts.hostname, parts.port))
+        with await asyncio.to_thread(trusting(authority).wrap_socket, plain, server_hostname="localhost") as secure:
+            await until(lambda: house.balancer.doors.connections)
+            (connection,) = house.balancer.doors.connections
+            ours = connection._transport.get_extra_info("socket")  # type: ignore[union-attr]
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            yield secure, connection
+
+
+@on_uvloop
+async def test_who_takes_the_last_answer_late_gets_all_of_it(authority: Authority, pair: Pair) -> None:
+    async with LabReplica() as lab, secured(pair, lab) as house, slow_client(house, authority) as (client, _):
+        body = b"x" * (32 << 10)
+        asked = request(path="/v1/echo", body=body, headers=(("Connection", "close"),))
+        sent = asyncio.ensure_future(asyncio.to_thread(client.sendall, asked))
+        await lab.seen.until(lambda seen: len(seen.requests) == 1)
+        await sent
+        await asyncio.sleep(LINGER + 1)
+
+        def rest() -> bytes:
+            got = b""
+            while piece := client.recv(1 << 16):
+                got += piece
+            return got
+
+        assert (await asyncio.to_thread(rest)).endswith(body)
+
+
+@on_uvloop
+async def test_little_is_held_for_who_takes_nothing(authority: Authority, pair: Pair) -> None:
+    async with (
+        LabReplica(body_mib=64) as lab,
+        secured(pair, lab) as house,
+        slow_client(house, authority) as (client, connection),
+    ):
+        await asyncio.to_thread(client.sendall, request(body=chat()))
+        await until(lambda: connection._is_blocked)
+        await asyncio.sleep(0.3)
+        held = connection._transport.get_write_buffer_size()  # type: ignore[union-attr]
+        assert MAX_UNSENT <= held < MAX_UNSENT + (320 << 10), "one read of the replica's may be on its way"
+        assert lab.seen.last.bytes_sent < 16 << 20, "the replica is held back"
 
 
 @on_uvloop

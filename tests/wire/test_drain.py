@@ -94,6 +94,29 @@ async def test_the_port_closes_idle_connections_go_and_what_is_under_way_is_fini
 
 
 @on_uvloop
+async def test_a_request_that_was_on_its_way_when_the_port_closed_is_answered() -> None:
+    async with LabReplica() as a, serving(a, drain_timeout=30) as house:
+        fresh = await house.client()
+        async with leaving(house) as task:
+            await asyncio.sleep(0.02)
+            with pytest.raises(ConnectionRefusedError):
+                await house.client()
+            await fresh.send(POST)
+            answer = await fresh.answer()
+            assert (answer.status, answer.is_last) == (200, True)
+            fresh.leave()
+            await task
+
+
+@on_uvloop
+async def test_who_is_accepted_in_the_moment_of_closing_is_let_go_at_once() -> None:
+    async with LabReplica() as a, serving(a) as house:
+        house.balancer.doors.close()
+        late = await house.client()
+        assert await late.is_ended()
+
+
+@on_uvloop
 async def test_what_is_not_over_after_drain_timeout_ends_as_a_broken_stream_or_503() -> None:
     async with LabReplica(token_interval=0.02) as a, serving(a, drain_timeout=0.3, max_in_flight=2) as house:
         streaming, prefilling, queued = await house.client(), await house.client(), await house.client()

@@ -1,10 +1,11 @@
 """Bytes that are no request, or two at once: refused, the connection closed, and no replica ever sees them."""
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
 
-from tests.wire.client import chat, request
+from tests.wire.client import chat, chunks, request
 from tests.wire.running import House, each, in_house, kept
 
 POST = request(body=chat())
@@ -142,6 +143,7 @@ async def test_what_came_before_it_is_answered_first(house: House, data: bytes) 
     assert len(house.replicas[0].seen.requests) == 2
 
 
+UPGRADE = (("Connection", "upgrade"), ("Upgrade", "h2c"))
 HIDDEN = {
     "in a body": request(path="/v1/files", body=SMUGGLED),
     "in chunks": head(b"Transfer-Encoding: chunked") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED),
@@ -149,6 +151,9 @@ HIDDEN = {
     "in an extension": head(b"Transfer-Encoding: chunked") + b'5;a="GET /v1/smuggled"\r\nhello\r\n0\r\n\r\n',
     "in a value": request(path="/v1/files", body=b"", headers=(("A", "b%0d%0aGET /v1/smuggled"),)),
     "behind Upgrade": head(b"Connection: upgrade", b"Upgrade: h2c", b"Content-Length: 0"),
+    "behind Upgrade, in a body": request(path="/v1/files", body=SMUGGLED, headers=UPGRADE),
+    "behind Upgrade, in chunks": head(b"Connection: upgrade", b"Upgrade: websocket", b"Transfer-Encoding: chunked")
+    + b"%x\r\n%b\r\n0\r\nA: b\r\n\r\n" % (len(SMUGGLED), SMUGGLED),
     "behind HTTP2-Settings": head(
         b"Connection: upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AA", b"Content-Length: 0"
     ),
@@ -174,3 +179,27 @@ async def test_content_length_that_connection_names_is_not_dropped(house: House)
     assert (await client.answer()).body == SMUGGLED
     assert (await client.answer()).status == 200
     assert house.replicas[0].seen.requests[0].header("content-length") == str(len(SMUGGLED))
+
+
+@pytest.mark.parametrize("cut", range(1, 7))
+@in_house
+async def test_a_body_behind_upgrade_is_the_requests_however_it_comes(house: House, cut: int) -> None:
+    """Its first bytes come with the head, later, or one by one; and the next request asks for an upgrade as well."""
+    head_of_it, body = request(path="/v1/files", headers=(*UPGRADE, ("Transfer-Encoding", "chunked"))), chunks(b"hello")
+    client = await house.client()
+    for piece in (head_of_it + body[:cut], body[cut : cut + 1], body[cut + 1 :] + head_of_it + body):
+        await client.send(piece)
+        await asyncio.sleep(0.02)
+    for _ in range(2):
+        assert (await client.answer()).body == b"hello"
+    assert [r.body for r in house.replicas[0].seen.requests] == [b"hello", b"hello"]
+
+
+@pytest.mark.parametrize("body", [b"", SMUGGLED])
+@in_house
+async def test_connect_is_refused_with_its_body(house: House, body: bytes) -> None:
+    client = await house.client()
+    await client.send(request("CONNECT", "replica:8000", body=body) + POST)
+    assert (await client.answer("POST")).status == 405
+    assert (await client.answer()).status == 200
+    assert [r.target for r in house.replicas[0].seen.requests] == ["/v1/chat/completions"]
