@@ -369,6 +369,8 @@ MANGLED = {
     "another protocol": "ICY 200 OK\r\n\r\n",
     "no status": "HTTP/1.1 OK\r\n\r\n",
     "a status of four digits": "HTTP/1.1 2000 OK\r\n\r\n",
+    "a status of 0 and a body": "HTTP/1.1 000 OK\r\n\r\nhello",
+    "a status of 99, a length and a body": "HTTP/1.1 099 OK\r\nContent-Length: 5\r\n\r\nhello",
     "an upgrade": "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nxyz",
     "two lengths": "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     "a length and chunks": "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
