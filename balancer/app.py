@@ -42,9 +42,7 @@ from balancer.views.tally import Tallies
 
 log = logging.getLogger("groundserve")
 
-LAST_CALL = (
-    0.1  # seconds between the last accepted connection and the end of the idle ones: its request may be on its way
-)
+LAST_CALL = 0.1  # seconds from the port's closing to the end of idle connections: requests may be on their way
 SWEEP = 0.25  # seconds between two looks at everything that can time out
 
 

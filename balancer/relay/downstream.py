@@ -18,9 +18,7 @@ MAX_READ_AHEAD = 1 << 20  # bytes of their bodies
 LEAST_PIECE = 1 << 10  # bytes of a piece of a body before the next one begins: each costs memory, and time to send
 MAX_SWALLOWED = 64 << 10  # of a refused request's body, to keep the connection usable
 LINGER = 2.0  # seconds a client has to take its last answer and close, before the connection is cut
-MAX_UNSENT = (
-    64 << 10
-)  # bytes that wait for a slow client of TLS before its replica is paused; without TLS it is as much
+MAX_UNSENT = 64 << 10  # bytes that TLS holds for a slow client before its replica is paused, as plain connections do
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 

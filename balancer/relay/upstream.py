@@ -163,14 +163,12 @@ class ReplicaConnection(asyncio.Protocol):
         assert self._parser is not None
         headers = self._headers
         status = self._parser.get_status_code()
-        self._is_interim = status < 200
-        if self._answer is None:
+        self._is_interim = 100 <= status < 200
+        if self._is_interim or self._answer is None:
             return
-        if status < 100:  # none that there is; unlike an interim answer it may have a body
+        if status < 100:  # none that there is, and unlike an interim answer it may have a body
             self._can_be_kept = False
             self.finish(Outcome.MANGLED)
-            return
-        if self._is_interim:
             return
         length: int | None = None
         is_chunked = False
