@@ -16,12 +16,13 @@ from balancer.fleet.probe import Prober
 from balancer.relay import asgi
 from balancer.relay.auth import Keys
 from balancer.relay.cors import Cors
-from balancer.relay.downstream import ClientConnection, Doors
+from balancer.relay.downstream import Doors
 from balancer.relay.proxy import Proxy
 from balancer.relay.record import Record
 from balancer.relay.reply import Reply
 from balancer.relay.request import Network, Request
 from balancer.relay.tls import Certificate, replica_context
+from balancer.relay.tls_door import TlsDoor
 from balancer.relay.upstream import Pool
 from balancer.relay.watch import FileWatch
 from balancer.routing.admission import Admission
@@ -133,7 +134,7 @@ class Balancer:
         self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # what a client asks for
         self.admin_endpoint = listen.url_of(self._sockets[1])
         self._admin_server = listen.server(guarded, AdminConnection)
-        self._door: asyncio.Server | None = None
+        self._door: asyncio.Server | TlsDoor | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -144,8 +145,7 @@ class Balancer:
         if self.discovery is not None:
             self.discovery.start()
         context = self.certificate.context if self.certificate else None
-        patience = self.config.settings.send_timeout
-        self._door = await listen.door(lambda: ClientConnection(self.doors), self._sockets[0], context, patience)
+        self._door = await listen.door(self.doors, self._sockets[0], context)
         self._tasks.append(asyncio.ensure_future(self._admin_server.serve(sockets=[self._sockets[1]])))
         self._tasks.append(asyncio.ensure_future(self._sweep()))
         while not self._admin_server.started:  # noqa: ASYNC110 - uvicorn has no event for it

@@ -5,15 +5,16 @@ import contextlib
 import resource
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
 
 from balancer.errors import ConfigError
+from balancer.relay.downstream import ClientConnection, Doors
+from balancer.relay.tls_door import TlsDoor
 
 BACKLOG = 4096
-HANDSHAKE_TIMEOUT = 10.0  # seconds that a client has for TLS's
 
 
 class Server(uvicorn.Server):
@@ -41,24 +42,11 @@ def server(app: Any, http: Any) -> Server:
     return Server(config)
 
 
-async def door(
-    connection: Callable[[], asyncio.Protocol], listener: socket.socket, context: ssl.SSLContext | None, patience: float
-) -> asyncio.Server:
-    """Accepts the endpoint's clients, through TLS where there is a `context`.
-
-    `patience` is how many seconds TLS waits for its own end, on a client that has yet to take what was sent.
-    """
-    loop = asyncio.get_running_loop()
+async def door(doors: Doors, listener: socket.socket, context: ssl.SSLContext | None) -> asyncio.Server | TlsDoor:
+    """Accepts the endpoint's clients, through TLS where there is a `context`, until it is closed."""
     if context is None:
-        return await loop.create_server(connection, sock=listener, backlog=BACKLOG)
-    return await loop.create_server(
-        connection,
-        sock=listener,
-        backlog=BACKLOG,
-        ssl=context,
-        ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
-        ssl_shutdown_timeout=patience,
-    )
+        return await doors.loop.create_server(lambda: ClientConnection(doors), sock=listener, backlog=BACKLOG)
+    return TlsDoor(doors, listener, context)
 
 
 def listening(host: str, port: int) -> socket.socket:

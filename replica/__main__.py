@@ -45,6 +45,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         held.gpus if held and on_gpu else (),
         seed=secrets.randbelow(2**31),
         environ=environ,
+        cpu_dtype=machine.cpu_dtype(),
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None or told.dry_run,
     )
     where = ", ".join(f"GPU {one.index} ({one.uuid})" for one in held.gpus) if held else "CPU"

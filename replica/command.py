@@ -46,13 +46,15 @@ def build(
     *,
     seed: int,
     environ: Mapping[str, str],
+    cpu_dtype: str = "float32",
     has_flashinfer: bool = True,
 ) -> Command:
     """SGLang's command for `preset` on the leased `gpus`; on the CPU when there are none.
 
     seed: drawn anew at each start, it is how a balancer tells a restarted replica from the one before. What
-    the user gives comes last, so that it wins. Without FlashInfer, CUDA runs on Triton's and torch's own
-    kernels.
+    the user gives comes last, so that it wins. cpu_dtype: what the CPU multiplies fastest; only the models of
+    our own making are small enough to be widened to it. Without FlashInfer, CUDA runs on Triton's and torch's
+    own kernels.
     """
     folder = str(settings.models_dir / preset.name) if preset.model is None else preset.model
     flags = [
@@ -65,7 +67,7 @@ def build(
         overrides = {key: value.format(folder=folder) for key, value in preset.overrides.items()}
         flags += ["--json-model-override-args", json.dumps(overrides)]
     if not gpus:
-        flags += [*_CPU_FLAGS, *preset.cpu_flags]
+        flags += [*_CPU_FLAGS, *preset.cpu_flags, *(("--dtype", cpu_dtype) if preset.is_embedded else ())]
     elif len(gpus) > 1:
         flags += ["--tp-size", str(len(gpus))]
     if gpus and not has_flashinfer:

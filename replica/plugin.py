@@ -45,6 +45,10 @@ def register_hooks() -> None:
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", drain, HookType.AROUND
     )
     HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", mask_keys, HookType.AFTER)
+    if _on_cpu():
+        HookRegistry.register(
+            "sglang.srt.models.llava.LlavaBaseForCausalLM.encode_images", encode_as_projected, HookType.AROUND
+        )
     if _on_cpu() and os.environ.get(ATTENTION_HOOK, "1") != "0":
         HookRegistry.register(
             "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
@@ -182,6 +186,16 @@ def declare_torchvision_ops() -> None:
     for name in ("nms", "qnms"):
         operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _kept.append(operators)
+
+
+def encode_as_projected(stock: Callable[[Any, Any], Any], model: Any, pixel_values: Any) -> Any:
+    """Around LlavaBaseForCausalLM.encode_images: the vision tower computes in the projector's number type.
+
+    SGLang reads a tower and its pixels as float16 whatever --dtype says, and then fails at the projector.
+    """
+    dtype = next(model.multi_modal_projector.parameters()).dtype
+    model.vision_tower.to(dtype)  # changes nothing from the second time on
+    return stock(model, pixel_values.to(dtype))
 
 
 def extend_new_rows(

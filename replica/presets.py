@@ -62,7 +62,7 @@ PRESETS = {
             served_name="smollm2-135m",
             cpu_flags=("--context-length", "4096"),
             gpu_gib=2,
-            cpu_gib=2,
+            cpu_gib=3.3,
         ),
         # A true LLaVA pipeline with toy eyes: it tells plain colours apart and nothing else.
         Preset(
@@ -72,7 +72,7 @@ PRESETS = {
             cpu_flags=("--context-length", "4096"),
             overrides={"mm_vision_tower": "{folder}/clip-vision-tower"},
             gpu_gib=2,
-            cpu_gib=2,
+            cpu_gib=3.3,
         ),
     )
 }

@@ -14,12 +14,13 @@ UNKNOWN_CAPACITY = 65_536  # tokens
 class _Cache:
     """One member's blocks, the least recently used first."""
 
-    __slots__ = ("blocks", "slot", "tokens_per_block")
+    __slots__ = ("answers", "blocks", "slot", "tokens_per_block")
 
     def __init__(self, slot: int) -> None:
         self.slot = slot  # its bit in `PrefixIndex._owners`
         self.blocks: OrderedDict[int, None] = OrderedDict()  # a plain dict is slow to lose its oldest key
         self.tokens_per_block = TOKENS_PER_BLOCK
+        self.answers = 0  # that told how many tokens their prompts made
 
 
 class PrefixIndex:
@@ -86,11 +87,15 @@ class PrefixIndex:
         self.occupancy[member] = len(held) / capacity
 
     def learn(self, member: Member, blocks: int, tokens: int) -> None:
-        """An answer told how many tokens a prompt of that many blocks made: a running mean, for the capacity."""
+        """An answer told how many tokens a prompt of that many blocks made: a running mean, for the capacity.
+
+        The first answers weigh in full: what is forgotten while the capacity is taken for too small does not come back.
+        """
         cache = self._caches.get(member)
         if cache and blocks and tokens > 0:
             seen = min(max(tokens / blocks, TOKENS_PER_BLOCK / 8), TOKENS_PER_BLOCK * 8)
-            cache.tokens_per_block += LEARNING_RATE * (seen - cache.tokens_per_block)
+            cache.answers += 1
+            cache.tokens_per_block += max(LEARNING_RATE, 1 / cache.answers) * (seen - cache.tokens_per_block)
 
     def forget(self, member: Member) -> None:
         """It left, restarted or flushed its cache."""

@@ -31,8 +31,8 @@ class Form:
     pool_tokens: int
 
 
-# The model with eyes computes in float16, which a plain CPU does some six times slower: its beginnings are shorter,
-# so that a cold one takes about as long. The image and its template's system message add 60 tokens.
+# Behind an image shorter beginnings tell balancers apart as well, in a third of the time. The image and its template's
+# system message add 60 tokens.
 FORMS = {"text": Form("smollm2-135m", 1000, 4600), "image": Form("tiny-llava", 330, 1760)}
 QUESTIONS = (
     "What is it about?",

@@ -44,6 +44,14 @@ def test_a_cpu_replica_runs_on_torchs_own_attention_with_one_thread() -> None:
     assert command.environ["HF_HUB_OFFLINE"] == "1"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_models_of_our_own_making_take_the_number_type_that_the_cpu_likes(dtype: str) -> None:
+    small = build(TOLD, PRESETS["tiny-llava"], (), seed=1, environ={}, cpu_dtype=dtype).argv
+    assert value(small, "--dtype") == dtype
+    assert "--dtype" not in build(TOLD, PRESETS["llama-2-7b-chat"], (), seed=1, environ={}, cpu_dtype=dtype).argv
+    assert "--dtype" not in build(TOLD, PRESETS["tiny-llava"], GPUS[:1], seed=1, environ={}, cpu_dtype=dtype).argv
+
+
 def test_a_leased_gpu_is_given_by_its_index_in_bus_order() -> None:
     command = build(TOLD, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={})
     assert command.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"

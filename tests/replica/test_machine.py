@@ -12,6 +12,7 @@ from replica.machine import (
     check_memory,
     check_port,
     check_token,
+    cpu_dtype,
     wait_for_memory,
 )
 from replica.presets import PRESETS
@@ -54,6 +55,24 @@ def test_too_little_memory_is_refused_with_both_figures() -> None:
     with pytest.raises(MachineError, match=r"takes about 16 GiB of memory and 3\.5 GiB are free"):
         check_memory(LLAMA, available=3.5)
     check_memory(LLAMA, available=16.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("fpu sse2 avx2 fma", "float32"),
+        ("fpu avx2 avx512f avx512bw", "float32"),
+        ("fpu avx2 avx512f avx512_bf16", "bfloat16"),
+        ("fpu avx2 amx_bf16 amx_tile", "bfloat16"),
+    ],
+)
+def test_a_cpu_computes_in_the_number_type_that_it_has_instructions_for(tmp_path: Path, flags: str, dtype: str) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\n")
+    assert cpu_dtype(tmp_path / "cpuinfo") == dtype
+
+
+def test_an_unknown_cpu_computes_in_float32(tmp_path: Path) -> None:
+    assert cpu_dtype(tmp_path / "cpuinfo") == "float32"
 
 
 def test_a_containers_limit_counts_less_what_can_be_dropped_from_its_cache(tmp_path: Path) -> None:

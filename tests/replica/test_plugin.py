@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from replica.gpu import Gpu
 from replica.lease import holder
-from replica.plugin import drain, fill_in_key, mask_keys
+from replica.plugin import drain, encode_as_projected, fill_in_key, mask_keys
 
 
 class Status(enum.Enum):
@@ -253,8 +254,8 @@ def test_the_plug_in_selects_no_platform(seen: dict[str, Any]) -> None:
     ("case", "hooked"),
     [
         ("gpu", ["_server_args_for_logging", "sigterm_watchdog"]),
-        ("cpu", ["_run_sdpa_forward_extend", "_server_args_for_logging", "sigterm_watchdog"]),
-        ("cpu with stock attention", ["_server_args_for_logging", "sigterm_watchdog"]),
+        ("cpu", ["_run_sdpa_forward_extend", "_server_args_for_logging", "encode_images", "sigterm_watchdog"]),
+        ("cpu with stock attention", ["_server_args_for_logging", "encode_images", "sigterm_watchdog"]),
     ],
 )
 def test_the_drain_is_hooked_everywhere_and_attention_on_a_cpu_unless_switched_off(
@@ -265,3 +266,16 @@ def test_the_drain_is_hooked_everywhere_and_attention_on_a_cpu_unless_switched_o
 
 def test_what_is_hooked_exists_in_the_installed_sglang(seen: dict[str, Any]) -> None:
     assert seen["not there"] == []
+
+
+def test_a_vision_tower_computes_in_the_projectors_number_type() -> None:
+    class Model:
+        vision_tower = torch.nn.Linear(3, 2, dtype=torch.float16)
+        multi_modal_projector = torch.nn.Linear(2, 5, dtype=torch.float32)
+
+    def stock(model: Model, pixels: Any) -> Any:
+        return model.multi_modal_projector(model.vision_tower(pixels))
+
+    encoded = encode_as_projected(stock, Model(), torch.ones(4, 3, dtype=torch.float16))
+    assert encoded.dtype is torch.float32
+    assert encoded.shape == (4, 5)

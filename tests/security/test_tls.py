@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from balancer import listen
 from balancer.__main__ import config_from, parse
 from balancer.errors import ConfigError
 from balancer.fleet.member import Listed, Status
+from balancer.relay import tls_door
 from balancer.relay.downstream import LINGER, MAX_UNSENT, ClientConnection
 from balancer.relay.tls import Certificate, replica_context
 from tests.lab.replica import LabReplica
@@ -48,8 +48,12 @@ def replace(path: Path, by: Path) -> None:
     path.write_bytes(by.read_bytes())
 
 
+def tls(pair: Pair) -> dict[str, Path]:
+    return {"tls_cert": pair.cert, "tls_key": pair.key}
+
+
 def secured(pair: Pair, *replicas: LabReplica, **config: Any) -> Any:
-    return serving(*replicas, config={"tls_cert": pair.cert, "tls_key": pair.key, **config})
+    return serving(*replicas, config={**tls(pair), **config})
 
 
 def trusting(authority: Authority) -> ssl.SSLContext:
@@ -179,7 +183,7 @@ async def test_who_speaks_no_tls_is_cut_off_without_fuss(data: bytes, authority:
 
 @on_uvloop
 async def test_a_handshake_has_little_time(authority: Authority, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listen, "HANDSHAKE_TIMEOUT", 0.3)
+    monkeypatch.setattr(tls_door, "HANDSHAKE_TIMEOUT", 0.3)
     async with LabReplica() as lab, secured(pair, lab) as house:
         parts = urlsplit(house.url)
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
@@ -187,6 +191,41 @@ async def test_a_handshake_has_little_time(authority: Authority, pair: Pair, mon
         assert await asyncio.wait_for(reader.read(), 2) == b""
         writer.close()
         assert (await asyncio.to_thread(shake_hands, house.url, trusting(authority)))[0] == "TLSv1.3"
+
+
+@on_uvloop
+async def test_one_client_has_only_so_many_handshakes_under_way(authority: Authority, pair: Pair) -> None:
+    async with LabReplica() as lab, serving(lab, config=tls(pair), max_connections_per_client=3) as house:
+        parts = urlsplit(house.url)
+        others = [await asyncio.open_connection(parts.hostname, parts.port) for _ in range(3)]
+        for _, writer in others:
+            writer.write(b"\x16\x03\x01\x02\x00\x01")
+        await asyncio.sleep(0.1)
+        reader, fourth = await asyncio.open_connection(parts.hostname, parts.port)
+        assert await asyncio.wait_for(reader.read(), 2) == b"", "the fourth is let go at once"
+        fourth.close()
+        with pytest.raises(OSError):
+            await asyncio.to_thread(shake_hands, house.url, trusting(authority))
+        others[0][1].transport.abort()
+        await asyncio.sleep(0.1)
+        assert (await asyncio.to_thread(shake_hands, house.url, trusting(authority)))[0] == "TLSv1.3"
+        for _, writer in others[1:]:
+            writer.transport.abort()
+        async with client(house, authority) as https:
+            assert (await https.get("/v1/models")).status_code == 200
+        assert house.complaints == []
+
+
+@on_uvloop
+async def test_a_proxy_that_is_trusted_has_as_many_handshakes_as_it_likes(authority: Authority, pair: Pair) -> None:
+    settings: Any = {"max_connections_per_client": 1, "trusted_proxies": ("127.0.0.1",)}
+    async with LabReplica() as lab, serving(lab, config=tls(pair), **settings) as house:
+        parts = urlsplit(house.url)
+        others = [await asyncio.open_connection(parts.hostname, parts.port) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert (await asyncio.to_thread(shake_hands, house.url, trusting(authority)))[0] == "TLSv1.3"
+        for _, writer in others:
+            writer.transport.abort()
 
 
 @contextlib.asynccontextmanager

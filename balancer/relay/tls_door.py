@@ -1,0 +1,77 @@
+"""Accepts the endpoint's clients through TLS: of each only so many handshakes at once as it may have connections.
+
+asyncio's own server accepts whoever comes, and tells of nobody before the handshake is done: until then each would
+hold a descriptor and its part of memory, counted by none.
+"""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections import Counter
+
+from balancer.relay.downstream import ClientConnection, Doors
+from balancer.relay.request import Peer
+
+HANDSHAKE_TIMEOUT = 10.0  # seconds that a client has for it
+_AT_ONCE = 256  # connections accepted before others of the loop get their turn
+_PAUSE = 1.0  # seconds without accepting, once the system has no descriptors left
+
+
+class TlsDoor:
+    """An open port."""
+
+    def __init__(self, doors: Doors, listener: socket.socket, context: ssl.SSLContext) -> None:
+        self._doors = doors
+        self._listener = listener
+        self._context = context
+        self._under_way: Counter[bytes] = Counter()  # handshakes by client
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open()
+
+    def close(self) -> None:
+        """Nobody is accepted from now on; handshakes under way go on."""
+        if self._listener.fileno() >= 0:
+            self._doors.loop.remove_reader(self._listener)
+            self._listener.close()
+
+    def _open(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._doors.loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(_AT_ONCE):
+            try:
+                accepted, address = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError:
+                self._doors.loop.remove_reader(self._listener)
+                self._doors.loop.call_later(_PAUSE, self._open)
+                return
+            peer = Peer.of(address[0], True, self._doors.trusted)
+            if self._under_way[peer.origin] >= self._doors.settings.max_connections_per_client and not peer.is_trusted:
+                accepted.close()
+                continue
+            accepted.setblocking(False)
+            self._under_way[peer.origin] += 1
+            task = self._doors.loop.create_task(self._shake_hands(accepted, peer.origin))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _shake_hands(self, accepted: socket.socket, origin: bytes) -> None:
+        try:
+            # Who speaks no TLS, breaks it off or takes too long is gone, and that is all.
+            with contextlib.suppress(OSError, ssl.SSLError):
+                await self._doors.loop.connect_accepted_socket(
+                    lambda: ClientConnection(self._doors),
+                    accepted,
+                    ssl=self._context,
+                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
+                    # At its end TLS waits that long for a client to take what was sent.
+                    ssl_shutdown_timeout=self._doors.settings.send_timeout,
+                )
+        finally:
+            self._under_way[origin] -= 1
+            if not self._under_way[origin]:
+                del self._under_way[origin]
