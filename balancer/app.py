@@ -22,7 +22,6 @@ from balancer.relay.record import Record
 from balancer.relay.reply import Reply
 from balancer.relay.request import Network, Request
 from balancer.relay.tls import Certificate, replica_context
-from balancer.relay.tls_door import TlsDoor
 from balancer.relay.upstream import Pool
 from balancer.relay.watch import FileWatch
 from balancer.routing.admission import Admission
@@ -134,7 +133,7 @@ class Balancer:
         self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # what a client asks for
         self.admin_endpoint = listen.url_of(self._sockets[1])
         self._admin_server = listen.server(guarded, AdminConnection)
-        self._door: asyncio.Server | TlsDoor | None = None
+        self._door: listen.Door | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:

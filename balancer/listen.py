@@ -16,6 +16,8 @@ from balancer.relay.tls_door import TlsDoor
 
 BACKLOG = 4096
 
+Door = asyncio.Server | TlsDoor
+
 
 class Server(uvicorn.Server):
     """uvicorn's accepting and its ASGI side, without its signal handlers: the app decides the order of leaving."""
@@ -42,7 +44,7 @@ def server(app: Any, http: Any) -> Server:
     return Server(config)
 
 
-async def door(doors: Doors, listener: socket.socket, context: ssl.SSLContext | None) -> asyncio.Server | TlsDoor:
+async def door(doors: Doors, listener: socket.socket, context: ssl.SSLContext | None) -> Door:
     """Accepts the endpoint's clients, through TLS where there is a `context`, until it is closed."""
     if context is None:
         return await doors.loop.create_server(lambda: ClientConnection(doors), sock=listener, backlog=BACKLOG)

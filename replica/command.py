@@ -67,7 +67,9 @@ def build(
         overrides = {key: value.format(folder=folder) for key, value in preset.overrides.items()}
         flags += ["--json-model-override-args", json.dumps(overrides)]
     if not gpus:
-        flags += [*_CPU_FLAGS, *preset.cpu_flags, *(("--dtype", cpu_dtype) if preset.is_embedded else ())]
+        flags += [*_CPU_FLAGS, *preset.cpu_flags]
+        if preset.is_embedded:
+            flags += ["--dtype", cpu_dtype]
     elif len(gpus) > 1:
         flags += ["--tp-size", str(len(gpus))]
     if gpus and not has_flashinfer:

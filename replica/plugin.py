@@ -49,12 +49,12 @@ def register_hooks() -> None:
         HookRegistry.register(
             "sglang.srt.models.llava.LlavaBaseForCausalLM.encode_images", encode_as_projected, HookType.AROUND
         )
-    if _on_cpu() and os.environ.get(ATTENTION_HOOK, "1") != "0":
-        HookRegistry.register(
-            "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
-            extend_new_rows,
-            HookType.AROUND,
-        )
+        if os.environ.get(ATTENTION_HOOK, "1") != "0":
+            HookRegistry.register(
+                "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
+                extend_new_rows,
+                HookType.AROUND,
+            )
 
 
 def _on_cpu() -> bool:

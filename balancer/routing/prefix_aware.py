@@ -16,8 +16,8 @@ from balancer.routing.prefix_index import PrefixIndex
 from balancer.routing.prompt import Prompt
 
 # What a copied block costs on top of its computing where the KV pool is full. With other values here `make simulate`
-# says: with 0 two H200s whose pools hold all prefixes just so do a seventh less, and eight replicas a fifth less of
-# images; with 4 there is a thirtieth less of chat; with 24 nothing is more than a sixtieth worse.
+# says: with 0 two H200s whose pools hold all prefixes just so do a fifth less, and eight replicas a fifth less of
+# images; with 4 there is a seventeenth less of chat; with 24 nothing is more than a thirtieth worse.
 COPY_PRICE = 12.0
 # In flight at the mean is no more than this: else one request of two is twice the mean.
 LEAST_MEAN = 4.0

@@ -118,7 +118,7 @@ class Oracle(_Unaware):
         best = min(members, key=lambda member: (costs[member], member.turn))
         if found[best] < LEAST_SHARE * tokens:
             alike = [member for member in members if costs[member] < costs[best] + ALIKE]
-            best = min(alike, key=lambda member: (int(10 * occupied[member]), member.turn))
+            best = min(alike, key=lambda member: (int(10 * occupied[member]), costs[member], member.turn))
         self._coming.setdefault(best, []).append(prompt.tokens)
         return Choice(best, "seen", found[best] / tokens, round((tokens - found[best]) / TOKENS_PER_BLOCK))
 
