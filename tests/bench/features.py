@@ -21,13 +21,14 @@ from pathlib import Path
 
 import orjson
 
+from balancer.operate.ports import free_ports
 from balancer.routing.prompt import Prompt
 from tests.bench.figures import Figure, figure, first_error
 from tests.bench.install import Unavailable
 from tests.bench.messages import CHAT_PATH
 from tests.bench.peers import Launch, Place, groundserve
 from tests.bench.report import markdown, ranged
-from tests.bench.running import Running, free_port, load, replicas, running, stop_on_sigterm
+from tests.bench.running import Running, load, replicas, running, stop_on_sigterm
 from tests.bench.stats import median
 
 KEY = "sk-bench"
@@ -59,8 +60,8 @@ def variants(urls: tuple[str, str], folder: Path, cache: Path) -> dict[str, tupl
         return replace(launch, command=[*launch.command[:at], "tests.bench.altered", part, *launch.command[at + 1 :]])
 
     def ours(*flags: str, policy: str = "round_robin", at: tuple[str, ...] = urls) -> tuple[int, Launch]:
-        port = free_port()
-        launch = groundserve(Place(port, free_port(), at, folder, cache), policy)  # type: ignore[arg-type]
+        port, admin = free_ports(2)
+        launch = groundserve(Place(port, admin, at, folder, cache), policy)  # type: ignore[arg-type]
         return port, replace(launch, command=[*launch.command, *flags])
 
     port, launch = ours()

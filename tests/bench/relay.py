@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from balancer.operate.ports import free_ports
 from tests.bench import report
 from tests.bench.chart import chart
 from tests.bench.figures import Figures, check_counts, figures, first_error
 from tests.bench.install import Unavailable, cache_folder
 from tests.bench.peers import OURS, PEERS, Launch, Place
-from tests.bench.running import Running, counts, free_port, load, replicas, running, stop_on_sigterm
+from tests.bench.running import Running, counts, load, replicas, running, stop_on_sigterm
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -112,7 +113,7 @@ def start(
     name: str, urls: tuple[str, str], options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack
 ) -> tuple[Launch, dict, Running]:
     """The balancer, running until the stack ends, after its memory was measured. Raises Unavailable."""
-    place = Place(free_port(), free_port(), urls, folder / name, options.cache)
+    place = Place(*free_ports(2), urls, folder / name, options.cache)
     place.folder.mkdir()
     log = place.folder / "output.log"
     launch = PEERS[name](place)

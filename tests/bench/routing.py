@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from balancer.operate.ports import free_ports
 from tests.bench.ask import Run, ask
 from tests.bench.install import Unavailable, cache_folder
 from tests.bench.peers import ONE_THREAD, Launch, Place, groundserve, nginx, sglang_router
 from tests.bench.report import markdown
-from tests.bench.running import fetch, free_port, running, started, stop_on_sigterm, wait
+from tests.bench.running import fetch, running, started, stop_on_sigterm, wait
 from tests.bench.stats import median, quantile
 from tests.bench.workload import FORMS, Form, hello, workload
 
@@ -63,8 +64,8 @@ def sglang_replicas(form: Form, folder: Path) -> Iterator[tuple[str, str]]:
     """The URLs of two real SGLang servers on the CPU, started side by side."""
     with contextlib.ExitStack() as stack:
         urls, waits = [], []
-        for number in (1, 2):
-            port, log = free_port(), folder / f"replica-{number}.log"
+        for number, port in enumerate(free_ports(2), 1):
+            log = folder / f"replica-{number}.log"
             command = [sys.executable, "-m", "replica", "--device", "cpu", "--model", form.model, "--port", str(port)]
             launch = Launch([*command, "--", "--max-total-tokens", str(form.pool_tokens)])
             name = f"replica {number} of {form.model}"
@@ -118,9 +119,10 @@ def measure(form: str, options: argparse.Namespace, folder: Path) -> tuple[dict[
 
 
 def measure_run(name: str, form: Form, urls: tuple[str, str], requests: list, cache: Path, folder: Path) -> Run:
-    port, place = free_port(), folder / name
+    place = folder / name
     place.mkdir(exist_ok=True)
-    launch = BALANCERS[name](Place(port, free_port(), urls, place, cache))
+    port, admin = free_ports(2)
+    launch = BALANCERS[name](Place(port, admin, urls, place, cache))
     with running(name, launch, port, place / "output.log", hello(form), expected=None) as target:
         flush(urls)
         return asyncio.run(ask(target.url, form.model, requests, AT_ONCE))

@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,13 +28,6 @@ class Running:
 
     url: str
     pid: int | None = None
-
-
-def free_port() -> int:
-    """A port on 127.0.0.1 that nobody listens on now; for programs that cannot be told 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -13,12 +13,13 @@ from xml.etree import ElementTree
 
 import pytest
 
+from balancer.operate.ports import free_ports
 from tests.bench import load, messages, process_tree, relay, report
 from tests.bench.chart import chart
 from tests.bench.figures import Figure, Figures, check_counts, figure, figures, ratio
 from tests.bench.install import Unavailable, call
 from tests.bench.peers import PEERS, ROOT, Launch
-from tests.bench.running import counts, free_port, replicas, running
+from tests.bench.running import counts, replicas, running
 from tests.bench.stats import median, quantile, spread
 from tests.bench.streams import gaps
 
@@ -159,7 +160,7 @@ def test_a_wrong_answer_is_an_error_not_a_fast_one(mode: str, answer: bytes, com
 
 
 def test_nobody_there_is_an_error() -> None:
-    result = generate("requests", f"http://127.0.0.1:{free_port()}", count=1, seconds=0.05, warmup=0.05)
+    result = generate("requests", f"http://127.0.0.1:{free_ports(1)[0]}", count=1, seconds=0.05, warmup=0.05)
     assert "connect" in next(iter(result["errors"]))
 
 
@@ -254,13 +255,13 @@ def test_a_program_that_ends_or_is_missing_is_said_with_its_last_words(tmp_path)
     broken = Launch([sys.executable, "-c", "raise SystemExit('no such flag')"], "1", "off")
     with (
         pytest.raises(Unavailable, match="peer ended with 1: no such flag"),
-        running("peer", broken, free_port(), tmp_path / "log"),
+        running("peer", broken, free_ports(1)[0], tmp_path / "log"),
     ):
         pass
     missing = Launch(["/nonexistent/program"], "1", "off")
     with (
         pytest.raises(Unavailable, match="peer does not start"),
-        running("peer", missing, free_port(), tmp_path / "log"),
+        running("peer", missing, free_ports(1)[0], tmp_path / "log"),
     ):
         pass
     with pytest.raises(Unavailable, match=r"sh -c .* failed: ERROR: no such package"):

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,16 +11,11 @@ from pathlib import Path
 
 import httpx
 
+from balancer.operate.ports import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
 START = 480.0  # seconds a replica may take on a busy machine; alone it takes about 30
 _LIBC = ctypes.CDLL(None)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def until(true: Callable[[], bool], seconds: float, what: str) -> None:
@@ -86,7 +80,7 @@ class Replica(Program):
 
     def __init__(self, model: str, log: Path, **environ: str) -> None:
         self.model = model
-        self.port = free_port()
+        (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         flags = ("-m", "replica", "--device", "cpu", "--model", model, "--port", str(self.port))
         super().__init__(f"{model} on {self.port}", log, *flags, **environ)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from balancer.operate.ports import free_ports
 from tests.bench.peers import ONE_THREAD, Place, rust_router_flags
 
 
@@ -40,12 +40,6 @@ class Process:
             return self.popen.wait(10)
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def start(name: str, argv: Sequence[str], url: str, folder: Path, **environ: str) -> Process:
     log = folder / f"{name}.log"
     with log.open("wb") as out:
@@ -57,7 +51,7 @@ def start(name: str, argv: Sequence[str], url: str, folder: Path, **environ: str
 
 def replica(name: str, model: str, folder: Path, flags: Sequence[str] = (), **environ: str) -> Process:
     """`python -m replica` with a lease of its own."""
-    port = free_port()
+    (port,) = free_ports(1)
     argv = [sys.executable, "-m", "replica", "--model", model, "--port", str(port), "--", *flags]
     environ = {"LEASE_DIR": str(folder / f"leases-{name}")} | environ
     return start(name, argv, f"http://127.0.0.1:{port}", folder, **environ)
@@ -80,7 +74,7 @@ def wait_ready(process: Process, limit: float) -> float:
 
 def balancer(folder: Path, policy: str, replicas: Sequence[Process]) -> Process:
     """`python -m balancer` in front of them; ready when all of them are."""
-    port, admin = free_port(), free_port()
+    port, admin = free_ports(2)
     argv = [sys.executable, "-m", "balancer", "--listen", f"127.0.0.1:{port}", "--admin", f"127.0.0.1:{admin}"]
     for one in replicas:
         argv += ["--replica", one.url]
@@ -101,7 +95,7 @@ def balancer(folder: Path, policy: str, replicas: Sequence[Process]) -> Process:
 def router(folder: Path, replicas: Sequence[Process]) -> Process:
     """sglang-router with its published defaults in front of two replicas, one thread as in `make bench-routing`."""
     first, second = (one.url for one in replicas)
-    place = Place(free_port(), free_port(), (first, second), folder, folder)
+    place = Place(*free_ports(2), (first, second), folder, folder)
     argv = [sys.executable, "-m", "sglang_router.launch_router", *rust_router_flags(place, "cache_aware")]
     process = start("sglang-router", argv, f"http://127.0.0.1:{place.port}", folder, **ONE_THREAD)
     began = time.monotonic()
