@@ -208,13 +208,15 @@ async def culprit(house: House, play: Play, cases: list[Case]) -> str:
 
 async def _main(seconds: float, seed: int) -> None:
     for play, settings in ((requests, WITH_CLIENTS), (answers, WITH_REPLICAS)):
-        began, played = time.monotonic(), 0
+        began, played, line = time.monotonic(), 0, ""
         seeds = itertools.count(seed)
         async with LabReplica() as replica, serving(replica, **settings) as house:
             while time.monotonic() - began < seconds / 2:
                 played += await fuzz(house, play, [next(seeds)])
-                print(f"\r{time.monotonic() - began:5.0f} s, {played} {play.__name__}", end="", flush=True)
-        print()
+                line = f"{time.monotonic() - began:5.0f} s, {played} {play.__name__}"
+                if sys.stdout.isatty():
+                    print(f"\r{line}", end="", flush=True)
+        print("" if sys.stdout.isatty() else line, flush=True)
 
 
 if __name__ == "__main__":
