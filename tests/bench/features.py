@@ -54,15 +54,16 @@ def variants(urls: tuple[str, str], folder: Path, cache: Path) -> dict[str, tupl
     keys.write_text(f"bench:{sha256(KEY.encode()).hexdigest()}\n")
     many = tuple(url for _ in range(FLEET // 2) for url in urls)
     long = ("--prompt-kib", str(PROMPT_KIB))
+    ports = iter(free_ports(2 * 6))  # at once: none listens before the last is drawn
 
     def without(part: str, launch: Launch) -> Launch:
         at = launch.command.index("balancer")
         return replace(launch, command=[*launch.command[:at], "tests.bench.altered", part, *launch.command[at + 1 :]])
 
     def ours(*flags: str, policy: str = "round_robin", at: tuple[str, ...] = urls) -> tuple[int, Launch]:
-        port, admin = free_ports(2)
-        launch = groundserve(Place(port, admin, at, folder, cache), policy)  # type: ignore[arg-type]
-        return port, replace(launch, command=[*launch.command, *flags])
+        place = Place(next(ports), next(ports), at, folder, cache)  # type: ignore[arg-type]
+        launch = groundserve(place, policy)
+        return place.port, replace(launch, command=[*launch.command, *flags])
 
     port, launch = ours()
     found = {UNMETERED: (port, Variant(without("metrics", launch)))}

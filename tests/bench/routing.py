@@ -119,11 +119,10 @@ def measure(form: str, options: argparse.Namespace, folder: Path) -> tuple[dict[
 
 
 def measure_run(name: str, form: Form, urls: tuple[str, str], requests: list, cache: Path, folder: Path) -> Run:
-    place = folder / name
-    place.mkdir(exist_ok=True)
-    port, admin = free_ports(2)
-    launch = BALANCERS[name](Place(port, admin, urls, place, cache))
-    with running(name, launch, port, place / "output.log", hello(form), expected=None) as target:
+    place = Place(*free_ports(2), urls, folder / name, cache)
+    place.folder.mkdir(exist_ok=True)
+    log = place.folder / "output.log"
+    with running(name, BALANCERS[name](place), place.port, log, hello(form), expected=None) as target:
         flush(urls)
         return asyncio.run(ask(target.url, form.model, requests, AT_ONCE))
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from balancer.operate.ports import REPLICA_PORTS, free_ports, is_free
 from tests.chaos.client import Wish, ask
 from tests.chaos.replica import Replica
 
@@ -185,17 +185,7 @@ class Stage:
 
 def free_port(hosts: list[str]) -> int:
     """A port that is free at all of these addresses."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            port = 0
-            try:
-                for host in hosts:
-                    holder = stack.enter_context(socket.socket())
-                    holder.bind((host, port))
-                    port = holder.getsockname()[1]
-            except OSError:
-                continue
-            return port
+    return free_ports(1, [port for port in REPLICA_PORTS if all(is_free(host, port) for host in hosts)])[0]
 
 
 @contextlib.asynccontextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from balancer.operate.ports import free_ports
 from tests.e2e.running import Balancer, Program, Replica
 
 _started: list[Program] = []
@@ -36,7 +37,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pair(logs: Path) -> Iterator[list[Replica]]:
-    replicas = [Replica("smollm2-135m", logs / f"smollm2-{n}.log") for n in (1, 2)]
+    replicas = [Replica("smollm2-135m", port, logs / f"smollm2-{n}.log") for n, port in enumerate(free_ports(2), 1)]
     _started.extend(replicas)
     try:
         for replica in replicas:
@@ -90,7 +91,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llava(logs: Path, key_file: Path) -> Iterator[Replica]:
     """One replica that sees, and that wants a key of its clients."""
-    replica = Replica("tiny-llava", logs / "tiny-llava.log", SGLANG_API_KEY_FILE=str(key_file))
+    replica = Replica("tiny-llava", *free_ports(1), logs / "tiny-llava.log", SGLANG_API_KEY_FILE=str(key_file))
     _started.append(replica)
     try:
         replica.wait_ready()

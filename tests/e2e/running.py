@@ -11,8 +11,6 @@ from pathlib import Path
 
 import httpx
 
-from balancer.operate.ports import free_ports
-
 ROOT = Path(__file__).resolve().parents[2]
 START = 480.0  # seconds a replica may take on a busy machine; alone it takes about 30
 _LIBC = ctypes.CDLL(None)
@@ -78,9 +76,9 @@ class Program:
 class Replica(Program):
     """python -m replica on the CPU, with variables as in `environ`."""
 
-    def __init__(self, model: str, log: Path, **environ: str) -> None:
+    def __init__(self, model: str, port: int, log: Path, **environ: str) -> None:
         self.model = model
-        (self.port,) = free_ports(1)
+        self.port = port
         self.url = f"http://127.0.0.1:{self.port}"
         flags = ("-m", "replica", "--device", "cpu", "--model", model, "--port", str(self.port))
         super().__init__(f"{model} on {self.port}", log, *flags, **environ)

@@ -208,15 +208,19 @@ async def culprit(house: House, play: Play, cases: list[Case]) -> str:
 
 async def _main(seconds: float, seed: int) -> None:
     for play, settings in ((requests, WITH_CLIENTS), (answers, WITH_REPLICAS)):
-        began, played, line = time.monotonic(), 0, ""
-        seeds = itertools.count(seed)
+        began, played = time.monotonic(), 0
         async with LabReplica() as replica, serving(replica, **settings) as house:
-            while time.monotonic() - began < seconds / 2:
-                played += await fuzz(house, play, [next(seeds)])
-                line = f"{time.monotonic() - began:5.0f} s, {played} {play.__name__}"
+            for step in itertools.count():
+                played += await fuzz(house, play, [seed + step])
+                took = time.monotonic() - began
+                is_last = took >= seconds / 2
+                line = f"{took:5.0f} s, {played} {play.__name__}"
                 if sys.stdout.isatty():
-                    print(f"\r{line}", end="", flush=True)
-        print("" if sys.stdout.isatty() else line, flush=True)
+                    print(f"\r{line}", end="\n" if is_last else "", flush=True)
+                elif is_last or step % 100 == 99:
+                    print(line, flush=True)
+                if is_last:
+                    break
 
 
 if __name__ == "__main__":
