@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 
-from replica import command, gpu, lease, machine, models, presets, settings
+from replica import command, gpu, lease, machine, models, placement, presets, settings
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -20,8 +20,11 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     if told.list_gpus:
         print(describe_gpus(told, environ))
         return
-    there = [] if told.device == "cpu" else gpu.list_gpus(environ)
+    there = [] if told.device == "cpu" else gpu.list_gpus(environ, warn)
     pretended = bool(environ.get(gpu.PRETEND))
+    if told.command:
+        become(told, there, environ)
+        return
     on_gpu = told.device == "cuda" or (told.device == "auto" and bool(there) and not pretended)
     preset = presets.resolve(told.model or ("llava-v1.6-vicuna-7b" if on_gpu else "smollm2-135m"))
     if not told.dry_run:
@@ -36,7 +39,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     held = None
     if on_gpu or there:
         note = f"{preset.name} on port {told.port}"
-        held = lease.take(there, told.gpus, told.lease_dir, wait=told.lease_wait, note=note)
+        want = placement.Want(told.gpus, told.gpu_kinds, preset.gpu_gib / told.gpus)
+        held = lease.take(there, want, told.lease_dir, wait=told.lease_wait, note=note)
         if not told.dry_run and not pretended:
             machine.wait_for_memory(held.gpus, preset.gpu_gib)
     becomes = command.build(
@@ -54,10 +58,35 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         os.execve(becomes.argv[0], becomes.argv, {**environ, **becomes.environ})
 
 
+def become(told: settings.Settings, there: Sequence[gpu.Gpu], environ: Mapping[str, str]) -> None:
+    """Leases, shows the command its GPUs and no others, and becomes it; on a machine without GPUs it gets none."""
+    visible = {"CUDA_VISIBLE_DEVICES": ""}
+    if there:
+        want = placement.Want(told.gpus, told.gpu_kinds)
+        held = lease.take(
+            there, want, told.lease_dir, wait=told.lease_wait, note=f"{told.command[0]} on port {told.port}"
+        )
+        visible = command.visible(held.gpus)
+        print(
+            f"replica: {', '.join(f'GPU {one.index} ({one.uuid})' for one in held.gpus)}: {told.command[0]}", flush=True
+        )
+    if told.dry_run:
+        return
+    try:
+        os.execvpe(told.command[0], told.command, {**environ, **visible})
+    except OSError as error:
+        raise machine.MachineError(f"--exec {told.command[0]}: {error.strerror}") from None
+
+
 def describe_gpus(told: settings.Settings, environ: Mapping[str, str]) -> str:
-    """A JSON list, one object a GPU, memory in MiB; held_by is null while nobody leases it."""
+    """A JSON list, one object a GPU, memory in MiB; held_by is null while nobody leases it.
+
+    A GPU that has failed has a `problem` instead, and the driver's words for it.
+    """
     rows = [
-        {
+        {"index": one.index, "name": one.name, "problem": one.problem}
+        if one.problem
+        else {
             "index": one.index,
             "uuid": one.uuid,
             "name": one.name,
@@ -66,9 +95,13 @@ def describe_gpus(told: settings.Settings, environ: Mapping[str, str]) -> str:
             "mig": one.mig,
             "held_by": lease.holder(one, told.lease_dir),
         }
-        for one in gpu.list_gpus(environ)
+        for one in gpu.list_gpus(environ, warn)
     ]
     return "[" + ",".join(f"\n {json.dumps(row)}" for row in rows) + "\n]" if rows else "[]"
+
+
+def warn(line: str) -> None:
+    print(f"replica: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

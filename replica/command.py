@@ -93,12 +93,7 @@ def _environ(settings: Settings, preset: Preset, gpus: Sequence[Gpu], environ: M
         defaults |= {"OMP_NUM_THREADS": "1", "SGLANG_CPU_WORKERS": "1", "PYTHONWARNINGS": "ignore::UserWarning"}
     made = {name: value for name, value in defaults.items() if name not in environ}
     if gpus:
-        # Indices, not UUIDs: SGLang 0.5.23 reads each as an int for tensor parallelism (custom all-reduce,
-        # VMM fabric). An index means nvidia-smi's GPU only in PCI bus order; CUDA's own order is by speed.
-        made |= {
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu.index) for gpu in gpus),
-        }
+        made |= visible(gpus)
     else:
         made |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     if preset.is_embedded or (preset.model and Path(preset.model).is_absolute()):
@@ -106,6 +101,18 @@ def _environ(settings: Settings, preset: Preset, gpus: Sequence[Gpu], environ: M
     if settings.hf_token:
         made["HF_TOKEN"] = settings.hf_token
     return made
+
+
+def visible(gpus: Sequence[Gpu]) -> dict[str, str]:
+    """The variables by which CUDA sees these GPUs and no others.
+
+    Indices, not UUIDs: SGLang 0.5.23 reads each as an int for tensor parallelism (custom all-reduce, VMM fabric). An
+    index means nvidia-smi's GPU only in PCI bus order; CUDA's own order is by speed.
+    """
+    return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": ",".join(str(gpu.index) for gpu in gpus),
+    }
 
 
 def masked(argv: Sequence[str]) -> list[str]:

@@ -4,17 +4,26 @@ nvidia-smi and not a binding: it comes with every driver and with the NVIDIA con
 calls it too.
 """
 
+import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 # Pretends that many GPUs, for tests of the lease on machines that have none. Nothing but the lease believes
 # in them: with --device auto SGLang still runs on the CPU.
 PRETEND = "REPLICA_PRETEND_GPUS"
 
 
+# What is asked of each GPU, in this order; the last is a field that older drivers do not know.
+_FIELDS = ("index", "uuid", "name", "memory.total", "memory.used", "mig.mode.current")
+_HEALTH = "remapped_rows.failure"
+# Each GPU's own entry of the driver; a lost GPU keeps it.
+_DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
 class GpuError(Exception):
-    """The machine's GPUs cannot be told; the message says why and what to do."""
+    """The machine's GPUs cannot be listed; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,8 @@ class Gpu:
     memory_total: int
     memory_used: int
     mig: bool = False
+    # Why it cannot be used, in the driver's words; empty for a GPU that can.
+    problem: str = ""
 
     @property
     def memory_free(self) -> int:
@@ -43,10 +54,14 @@ class GpuProcess:
     memory: int
 
 
-def list_gpus(environ: Mapping[str, str]) -> list[Gpu]:
+def list_gpus(
+    environ: Mapping[str, str], warn: Callable[[str], None] | None = None, driver: Path = _DRIVER_GPUS
+) -> list[Gpu]:
     """The GPUs that this process may use, in PCI bus order; where it is set, those CUDA_VISIBLE_DEVICES names.
 
-    Raises GpuError when the driver does not answer or CUDA_VISIBLE_DEVICES names a GPU that is not there.
+    A GPU that has failed is listed with its `problem`, or left out where the driver gives it no number; `warn` gets
+    a line about either, and whatever else nvidia-smi complains of. Raises GpuError when no GPU answers, or when
+    CUDA_VISIBLE_DEVICES names a GPU that is not there.
     """
     pretended = environ.get(PRETEND, "")
     if pretended:
@@ -54,25 +69,70 @@ def list_gpus(environ: Mapping[str, str]) -> list[Gpu]:
             raise GpuError(f"{PRETEND}={pretended} is not a number of GPUs")
         found = [Gpu(i, f"GPU-pretended-{i}", "pretended GPU", 81920, 0) for i in range(int(pretended))]
     else:
-        found = [
-            parse_gpu(line) for line in _nvidia_smi("gpu", "index,uuid,name,memory.total,memory.used,mig.mode.current")
-        ]
+        found, complaints = _all_gpus(driver)
+        if warn is not None:
+            for complaint in complaints:
+                warn(complaint)
     return _visible(found, environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _all_gpus(driver: Path) -> tuple[list[Gpu], list[str]]:
+    answers = [_ask_for_gpus()]
+    if answers[0].failed and not answers[0].gpus:
+        # With one GPU off the bus, nvidia-smi may name that one alone and give up. Asked by bus address, each GPU
+        # answers for itself.
+        answers += [_ask_for_gpus("-i", bus_id) for bus_id in _bus_ids(driver)]
+    found = sorted((gpu for answer in answers for gpu in answer.gpus), key=lambda gpu: gpu.index)
+    if answers[0].failed and not found:
+        raise GpuError(f"nvidia-smi failed: {answers[0].said} (mend the NVIDIA driver, or say --device cpu)")
+    complaints = [f"nvidia-smi: {line}" for answer in answers for line in answer.complaints]
+    complaints += [f"GPU {gpu.index} is not used: {gpu.problem}" for gpu in found if gpu.problem]
+    return found, list(dict.fromkeys(complaints))
+
+
+def _ask_for_gpus(*which: str) -> "_Answer":
+    answer = _nvidia_smi("gpu", (*_FIELDS, _HEALTH), *which)
+    if answer.failed and "not a valid field" in answer.said.lower():
+        return _nvidia_smi("gpu", _FIELDS, *which)
+    return answer
+
+
+def _bus_ids(driver: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in driver.iterdir())
+    except OSError:
+        return []
 
 
 def list_processes() -> list[GpuProcess]:
     """Who has memory on the machine's GPUs, as far as this process can see (a container sees its own)."""
     processes = []
-    for line in _nvidia_smi("compute-apps", "gpu_uuid,pid,used_memory,process_name"):
-        gpu, pid, memory, name = (part.strip() for part in line.split(",", 3))
-        processes.append(GpuProcess(gpu, int(pid), name, _mib(memory)))
+    for row in _nvidia_smi("compute-apps", ("gpu_uuid", "pid", "used_memory", "process_name")).rows:
+        parts = [part.strip() for part in row.split(",", 3)]
+        if len(parts) == 4 and parts[1].isdigit():
+            processes.append(GpuProcess(parts[0], int(parts[1]), parts[3], _mib(parts[2])))
     return processes
 
 
-def parse_gpu(line: str) -> Gpu:
-    """One line of nvidia-smi's CSV."""
-    index, uuid, name, total, used, mig = (part.strip() for part in line.split(","))
-    return Gpu(int(index), uuid, name, _mib(total), _mib(used), mig == "Enabled")
+def parse_gpu(row: str) -> Gpu | None:
+    """One line of nvidia-smi's CSV; None for a line that is about no GPU with a number, such as a warning.
+
+    nvidia-smi answers [Unknown Error], [GPU requires reset] and the like in the fields of a GPU that has failed.
+    """
+    index, *fields = (part.strip() for part in row.split(","))
+    if not index.isdigit() or len(fields) < len(_FIELDS) - 1:
+        return None
+    uuid, name, total, used, mig, *health = fields
+    problem = next((field.strip("[]") for field in (uuid, name, total, used) if _FAILED.fullmatch(field)), "")
+    if health and health[0] == "Yes":
+        problem = problem or "a memory row could not be remapped"
+    if not uuid.startswith(("GPU-", "MIG-")):
+        uuid, problem = "", problem or uuid
+    return Gpu(int(index), uuid, name, _mib(total), _mib(used), mig == "Enabled", problem)
+
+
+# [N/A] and [Not Supported] are answers of healthy GPUs.
+_FAILED = re.compile(r"\[(?!N/A|Not Supported|Insufficient Permissions).*\]", re.IGNORECASE)
 
 
 def _mib(text: str) -> int:
@@ -80,22 +140,39 @@ def _mib(text: str) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _nvidia_smi(what: str, fields: str) -> list[str]:
-    command = ["nvidia-smi", f"--query-{what}={fields}", "--format=csv,noheader,nounits"]
+@dataclass(frozen=True)
+class _Answer:
+    """nvidia-smi's lines; `failed` when its exit status says so, and then what it printed in one line."""
+
+    rows: list[str]
+    failed: bool
+    said: str
+
+    @property
+    def gpus(self) -> list[Gpu]:
+        return [gpu for row in self.rows if (gpu := parse_gpu(row)) is not None]
+
+    @property
+    def complaints(self) -> list[str]:
+        return [row.strip() for row in self.rows if parse_gpu(row) is None]
+
+
+def _nvidia_smi(what: str, fields: tuple[str, ...], *which: str) -> _Answer:
+    command = ["nvidia-smi", *which, f"--query-{what}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
     except FileNotFoundError:
-        return []
+        return _Answer([], False, "")
+    except OSError as error:
+        return _Answer([], True, f"{error.filename or 'nvidia-smi'}: {error.strerror}")
     except subprocess.TimeoutExpired:
         raise GpuError(
             "nvidia-smi does not answer within 60 s: the NVIDIA driver hangs; a reboot usually helps"
         ) from None
     if "No devices were found" in answer.stdout:
-        return []
-    if answer.returncode != 0:
-        said = " ".join((answer.stdout + answer.stderr).split()) or f"exit status {answer.returncode}"
-        raise GpuError(f"nvidia-smi failed: {said} (mend the NVIDIA driver, or say --device cpu)")
-    return [line for line in answer.stdout.splitlines() if line.strip()]
+        return _Answer([], False, "")
+    said = " ".join((answer.stdout + answer.stderr).split()) or f"exit status {answer.returncode}"
+    return _Answer([line for line in answer.stdout.splitlines() if line.strip()], answer.returncode != 0, said)
 
 
 def _visible(found: list[Gpu], chosen: str | None) -> list[Gpu]:

@@ -10,15 +10,24 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from replica import placement
 from replica.gpu import Gpu
+from replica.placement import Want
 
 _POLL = 0.2  # seconds between two looks for a free group
+# A lease that was over so soon, in seconds, was probably a start that failed; for how long its GPU is then taken only
+# where there is no other.
+_FAILED_WITHIN = 120.0
+_FAILURE_STANDS = 3600.0
+_LONGEST = 4096  # bytes that are read of what a holder wrote
 
 
 class LeaseError(Exception):
@@ -39,46 +48,67 @@ class Lease:
 
 def take(
     gpus: Sequence[Gpu],
-    count: int,
+    want: Want,
     directory: Path,
     *,
     wait: float,
     note: str,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
+    now: Callable[[], float] = time.time,
 ) -> Lease:
-    """Leases `count` of `gpus`: an aligned group (0-1, 2-3, ... for two), all of it or nothing.
+    """Leases `want.count` of `gpus`: an aligned group (0-1, 2-3, ... for two), all of it or nothing.
 
-    Aligned, because neighbours share the fastest links; all or nothing, because two replicas that each hold
-    half of what both need would wait for each other for ever. Waits up to `wait` seconds. `note` tells others
-    who holds it. Raises LeaseError.
+    Aligned, because neighbours share the fastest links; all or nothing, because two replicas that each hold half of
+    what both need would wait for each other for ever. Of the groups that are free, the one with enough free memory is
+    taken first, then the one on which no replica failed to start lately. Where the machine has GPUs of the kinds that
+    are wanted, only those are taken. Waits up to `wait` seconds. `note` tells others who holds it. Raises LeaseError.
     """
-    whole = [gpu for gpu in gpus if not gpu.mig]
-    if count > len(whole):
-        raise LeaseError(_too_many(gpus, whole, count))
-    groups = [whole[start : start + count] for start in range(0, len(whole) - count + 1, count)]
+    groups = placement.groups(gpus, want)
+    if not groups:
+        raise LeaseError(_too_many(gpus, want))
     _make_shared(directory)
     give_up = clock() + wait
     while True:
-        for group in groups:
+        failures = {gpu: _failed_at(_read(_path(gpu, directory)), now()) for gpu in gpus}
+        for group in placement.best_first(groups, want, failures):
             descriptors = _lock_all(group, directory)
             if descriptors is not None:
-                _sign(descriptors, note)
+                _sign(descriptors, note, now())
                 return Lease(tuple(group), descriptors)
         if clock() >= give_up:
-            holders = "; ".join(f"GPU {gpu.index}: {holder(gpu, directory) or 'free'}" for gpu in whole)
+            whole = [gpu for gpu in gpus if not gpu.mig]
+            holders = "; ".join(f"GPU {gpu.index}: {_state(gpu, directory)}" for gpu in whole)
+            kinds = _of_kind(gpus, want)
             raise LeaseError(
-                f"no {_gpus(count)} free among this machine's {len(whole)} after {wait:g} s ({holders}): "
+                f"no {_gpus(want.count)} free{kinds} among this machine's {len(whole)} after {wait:g} s ({holders}): "
                 "run fewer replicas, or give each fewer GPUs"
             )
         pause(_POLL)
+
+
+def _failed_at(said: Mapping[str, Any], now: float) -> float:
+    """When a replica last failed to start on a GPU, by what the last holder of its lease wrote; 0: not lately."""
+    if 0 <= now - _time(said, "started_at") < _FAILED_WITHIN:
+        return _time(said, "started_at")
+    failed_at = _time(said, "failed_at")
+    return failed_at if 0 <= now - failed_at < _FAILURE_STANDS else 0.0
+
+
+def _time(said: Mapping[str, Any], name: str) -> float:
+    value = said.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _state(gpu: Gpu, directory: Path) -> str:
+    return gpu.problem or holder(gpu, directory) or "free"
 
 
 def holder(gpu: Gpu, directory: Path) -> str | None:
     """Who holds the lease of a GPU, in words; None when it is free."""
     path = _path(gpu, directory)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = _open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -86,14 +116,47 @@ def holder(gpu: Gpu, directory: Path) -> str | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
+        said = _read(path)
         try:
-            said = json.loads(path.read_text())
             return f"{said['note']} (process {said['pid']} on {said['host']}, since {said['since']})"
-        except (OSError, ValueError, KeyError, TypeError):
+        except KeyError:
             return "a replica that has just started"  # locked, not yet signed
     finally:
         os.close(descriptor)
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the last holder wrote; empty where nobody did, or it cannot be read."""
+    try:
+        descriptor = _open(path, os.O_RDONLY)
+    except OSError:
+        return {}
+    try:
+        return _parsed(os.pread(descriptor, _LONGEST, 0))
+    finally:
+        os.close(descriptor)
+
+
+def _parsed(written: bytes) -> dict[str, Any]:
+    try:
+        said = json.loads(written)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _open(path: Path, flags: int, mode: int = 0o666) -> int:
+    """Opens a lease's own file; raises OSError for anything that somebody else may have put in its place.
+
+    The folder is open to all users of the machine, so a link in it could make us write to a file of ours.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EMLINK, "not a plain file of its own")
+    return descriptor
 
 
 def _path(gpu: Gpu, directory: Path) -> Path:
@@ -102,9 +165,16 @@ def _path(gpu: Gpu, directory: Path) -> Path:
 
 def _make_shared(directory: Path) -> None:
     try:
-        if not directory.is_dir():
-            directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True)
             directory.chmod(0o1777)  # like /tmp: other users' replicas lease here as well
+        except FileExistsError:
+            pass
+        found = directory.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "it is no folder, or a link to one")
+        if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+            raise PermissionError(errno.EPERM, "others may remove what lies in it: chmod +t")
         if not os.access(directory, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
@@ -131,9 +201,9 @@ def _lock(path: Path) -> int | None:
     try:
         try:
             # Without O_CREAT first: with it the kernel may refuse another user's file in a sticky folder.
-            descriptor = os.open(path, os.O_RDWR)
+            descriptor = _open(path, os.O_RDWR)
         except FileNotFoundError:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _open(path, os.O_RDWR | os.O_CREAT)
             os.fchmod(descriptor, 0o666)  # the umask would shut other users out
     except OSError as error:
         raise LeaseError(
@@ -142,7 +212,7 @@ def _lock(path: Path) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Someone may have removed the file in between: a lock on a file without a name keeps nobody out.
-        if os.fstat(descriptor).st_ino == path.stat().st_ino:
+        if os.fstat(descriptor).st_ino == path.lstat().st_ino:
             os.set_inheritable(descriptor, True)
             return descriptor
     except (BlockingIOError, FileNotFoundError):
@@ -151,23 +221,36 @@ def _lock(path: Path) -> int | None:
     return None
 
 
-def _sign(descriptors: Sequence[int], note: str) -> None:
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    said = json.dumps({"note": note, "pid": os.getpid(), "host": socket.gethostname(), "since": since})
+def _sign(descriptors: Sequence[int], note: str, now: float) -> None:
+    """Writes who holds the lease, for others to read, and when a replica last failed to start with it."""
+    since = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
+    said = {"note": note, "pid": os.getpid(), "host": socket.gethostname(), "since": since, "started_at": now}
     for descriptor in descriptors:
+        failed_at = _failed_at(_parsed(os.pread(descriptor, _LONGEST, 0)), now)
+        line = json.dumps({**said, "failed_at": failed_at})
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{said}\n".encode(), 0)
+        os.pwrite(descriptor, f"{line}\n".encode(), 0)
 
 
 def _gpus(count: int) -> str:
     return "GPU" if count == 1 else f"aligned group of {count} GPUs"
 
 
-def _too_many(gpus: Sequence[Gpu], whole: Sequence[Gpu], count: int) -> str:
-    can = f"{len(whole)} NVIDIA GPU{'' if len(whole) == 1 else 's'}"
-    there = f"{can} can be leased here, but this replica needs {count}"
-    if len(whole) < len(gpus):
-        return f"{there}: {len(gpus) - len(whole)} more are split by MIG; turn MIG off (nvidia-smi -mig 0)"
-    if not whole:
+def _of_kind(gpus: Sequence[Gpu], want: Want) -> str:
+    """Empty where the kind that was asked for is not here, so that any may be leased."""
+    is_here = any(want.is_met_by(gpu) for gpu in gpus)
+    return f" of kind {' or '.join(want.kinds)}" if want.kinds and is_here else ""
+
+
+def _too_many(gpus: Sequence[Gpu], want: Want) -> str:
+    usable = placement.usable(gpus, want)
+    kind = _of_kind(gpus, want)
+    can = f"{len(usable)} NVIDIA GPU{'' if len(usable) == 1 else 's'}{kind}"
+    there = f"{can} can be leased here, but this replica needs {want.count}"
+    if failed := [f"GPU {gpu.index} ({gpu.problem})" for gpu in gpus if gpu.problem]:
+        return f"{there}: {', '.join(failed)} cannot be used; reset it (nvidia-smi -r) or reboot"
+    if split := sum(gpu.mig for gpu in gpus):
+        return f"{there}: {split} more are split by MIG; turn MIG off (nvidia-smi -mig 0)"
+    if not gpus:
         return f"{there}: check nvidia-smi and, in a container, that the NVIDIA container toolkit is set up"
-    return f"{there}: lower --gpus (GPUS_PER_REPLICA)"
+    return f"{there}: lower --gpus (GPUS_PER_REPLICA){', or name other kinds' if kind else ''}"

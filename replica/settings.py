@@ -1,6 +1,7 @@
 """Flags and environment to one frozen Settings."""
 
 import argparse
+import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 _EPILOG = """\
 environment: MODEL, REPLICA_HOST, REPLICA_PORT, REPLICA_DEVICE, GPUS_PER_REPLICA stand in for the flags;
-  LEASE_DIR     folder of GPU leases, shared by all replicas of the machine (/tmp/groundserve-leases)
+  GPU_KINDS     stands in for --gpu-kinds
+  LEASE_DIR     folder of GPU leases, shared by all replicas of the machine (/run/lock/groundserve-leases)
   LEASE_WAIT    seconds to wait for a free GPU (60)
   MODELS_DIR    folder of the embedded models (.models of a checkout, else ~/.cache/groundserve/models)
   HF_TOKEN      Hugging Face token for gated models; or HF_TOKEN_FILE, a file that holds it
@@ -32,7 +34,8 @@ class Settings:
     port: int = 8000
     device: str = "auto"
     gpus: int = 1
-    lease_dir: Path = Path("/tmp/groundserve-leases")  # not TMPDIR: all users of the machine share it
+    gpu_kinds: tuple[str, ...] = ()
+    lease_dir: Path = field(default_factory=lambda: shared_folder() / "groundserve-leases")
     lease_wait: float = 60.0
     models_dir: Path = _ROOT / ".models"
     hf_token: str | None = field(default=None, repr=False)
@@ -40,6 +43,8 @@ class Settings:
     sglang_args: tuple[str, ...] = ()
     dry_run: bool = False
     list_gpus: bool = False
+    # A command that gets the lease in place of SGLang; empty: SGLang.
+    command: tuple[str, ...] = ()
 
 
 def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -58,9 +63,11 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if device not in ("auto", "cuda", "cpu"):
         raise SettingsError(f"REPLICA_DEVICE={device}: it is auto, cuda or cpu")
     try:
-        sglang_args = (*shlex.split(environ.get("SGLANG_ARGS", "")), *more)
+        sglang_args = (*shlex.split(environ.get("SGLANG_ARGS", "")), *([] if flags.exec else more))
     except ValueError as error:
         raise SettingsError(f"SGLANG_ARGS cannot be split into flags: {error}") from None
+    if flags.exec and not more:
+        raise SettingsError("--exec runs the command that follows --, and there is none: --exec -- COMMAND")
     key_file = environ.get("SGLANG_API_KEY_FILE")
     if key_file and not read_secret(Path(key_file), "SGLANG_API_KEY_FILE"):
         raise SettingsError(f"SGLANG_API_KEY_FILE={key_file} is empty: an empty key would let everyone in")
@@ -70,7 +77,8 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         port=_whole(pick(flags.port, "REPLICA_PORT", str(Settings.port)), "--port", 1, 65535),
         device=device,
         gpus=_whole(pick(flags.gpus, "GPUS_PER_REPLICA", "1"), "--gpus", 1, 64),
-        lease_dir=Path(environ.get("LEASE_DIR") or Settings.lease_dir),
+        gpu_kinds=tuple(kind.strip() for kind in pick(flags.gpu_kinds, "GPU_KINDS", "").split(",") if kind.strip()),
+        lease_dir=Path(environ["LEASE_DIR"]) if environ.get("LEASE_DIR") else Settings().lease_dir,
         lease_wait=_seconds(environ.get("LEASE_WAIT") or "60", "LEASE_WAIT"),
         models_dir=models_dir(environ),
         hf_token=_token(environ),
@@ -78,7 +86,20 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         sglang_args=sglang_args,
         dry_run=flags.dry_run,
         list_gpus=flags.list_gpus,
+        command=tuple(more) if flags.exec else (),
     )
+
+
+def shared_folder(candidates: Sequence[str] = ("/run/lock", "/tmp")) -> Path:
+    """A folder that all users of the machine write to; not TMPDIR, which is a user's own.
+
+    /run/lock first: nothing there is cleaned up while the machine runs, and no service gets a private one.
+    """
+    for path in candidates:
+        with contextlib.suppress(OSError):
+            if Path(path).stat().st_mode & 0o1777 == 0o1777:
+                return Path(path)
+    return Path(candidates[-1])
 
 
 def models_dir(environ: Mapping[str, str]) -> Path:
@@ -102,11 +123,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to serve on (127.0.0.1)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: a GPU if the machine has one")
     parser.add_argument("--gpus", metavar="N", help="GPUs for this replica, as tensor parallel ranks (1)")
+    parser.add_argument(
+        "--gpu-kinds", metavar="KINDS", help="lease these where the machine has them: L4,A100-80GB (any)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print lease and command, start nothing")
+    parser.add_argument(
+        "--exec", action="store_true", help="lease GPUs, then become the command after -- instead of SGLang"
+    )
     parser.add_argument(
         "--list-gpus", action="store_true", help="print the machine's GPUs and who leases them, as JSON"
     )
-    parser.usage = "%(prog)s [flags] [-- SGLANG_FLAGS...]"
+    parser.usage = "%(prog)s [flags] [-- SGLANG_FLAGS...]\n       %(prog)s [flags] --exec -- COMMAND..."
     return parser
 
 

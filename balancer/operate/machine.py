@@ -29,6 +29,7 @@ def gpus() -> tuple[Gpu, ...]:
     return tuple(
         Gpu(row["name"], bool(row["mig"]), row["held_by"], row["index"], row["memory_total"], row["memory_used"])
         for row in rows
+        if "problem" not in row
     )
 
 

@@ -76,3 +76,65 @@ def test_gpus_can_be_pretended_for_tests() -> None:
     assert [gpu.uuid for gpu in list_gpus({PRETEND: "2"})] == ["GPU-pretended-0", "GPU-pretended-1"]
     with pytest.raises(GpuError, match="REPLICA_PRETEND_GPUS=many"):
         list_gpus({PRETEND: "many"})
+
+
+GOOD = "0, GPU-a, NVIDIA RTX 3090, 24576, 1, [N/A]\n1, GPU-b, NVIDIA RTX 3090, 24576, 1, [N/A]"
+
+
+@pytest.mark.parametrize("status", [0, 14, 15])
+@pytest.mark.parametrize(
+    "odd", ["WARNING: infoROM is corrupted at gpu 0000:01:00.0", "Unable to determine the device handle: GPU is lost."]
+)
+def test_what_nvidia_smi_says_beside_its_rows_hides_no_gpu(nvidia_smi: Path, status: int, odd: str) -> None:
+    answers(nvidia_smi, f"{GOOD}\n{odd}", status)
+    warned: list[str] = []
+    assert [gpu.uuid for gpu in list_gpus({}, warned.append)] == ["GPU-a", "GPU-b"]
+    assert warned == [f"nvidia-smi: {odd}"]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("2, [Unknown Error], [Unknown Error], [Unknown Error], [Unknown Error], [Unknown Error]", "Unknown Error"),
+        ("2, GPU-c, NVIDIA RTX 3090, [GPU requires reset], [GPU requires reset], [N/A]", "GPU requires reset"),
+        ("2, GPU-c, NVIDIA RTX 3090, 24576, 1, Disabled, Yes", "a memory row could not be remapped"),
+    ],
+)
+def test_a_gpu_that_has_failed_is_listed_with_its_problem(nvidia_smi: Path, row: str, problem: str) -> None:
+    answers(nvidia_smi, f"{GOOD}\n{row}")
+    warned: list[str] = []
+    assert [gpu.problem for gpu in list_gpus({}, warned.append)] == ["", "", problem]
+    assert warned == [f"GPU 2 is not used: {problem}"]
+
+
+def test_a_lost_gpu_for_which_nvidia_smi_gives_up_leaves_the_others(nvidia_smi: Path, tmp_path: Path) -> None:
+    driver = tmp_path / "gpus"
+    for bus_id in ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0"):
+        (driver / bus_id).mkdir(parents=True)
+    nvidia_smi.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        '*0000:01:00.0*) echo "0, GPU-a, NVIDIA L4, 23034, 1, [N/A], No";;\n'
+        '*0000:03:00.0*) echo "2, GPU-c, NVIDIA L4, 23034, 1, [N/A], No";;\n'
+        '*) echo "Unable to determine the device handle for GPU 0000:02:00.0: GPU is lost."; exit 15;;\n'
+        "esac\n"
+    )
+    assert [gpu.uuid for gpu in list_gpus({}, driver=driver)] == ["GPU-a", "GPU-c"]
+
+
+def test_an_older_driver_is_asked_for_the_fields_it_knows(nvidia_smi: Path) -> None:
+    nvidia_smi.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "*remapped*) echo 'Field \"remapped_rows.failure\" is not a valid field to query.'; exit 2;;\n"
+        '*) echo "0, GPU-a, Tesla V100, 16160, 1, [N/A]";;\n'
+        "esac\n"
+    )
+    assert list_gpus({}) == [Gpu(0, "GPU-a", "Tesla V100", 16160, 1)]
+
+
+def test_an_nvidia_smi_that_cannot_be_run_is_an_error(nvidia_smi: Path) -> None:
+    nvidia_smi.write_text("#!/no/such/interpreter\n")
+    nvidia_smi.chmod(0o644)
+    with pytest.raises(GpuError, match=r"nvidia-smi failed: .*Permission denied"):
+        list_gpus({})

@@ -11,6 +11,7 @@ import pytest
 
 from replica.gpu import Gpu, list_gpus
 from replica.lease import LeaseError, holder, take
+from replica.placement import Want, is_of_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import os, sys
 from pathlib import Path
-from replica import gpu, lease
+from replica import gpu, lease, placement
 there, count, wait = gpu.list_gpus(os.environ), int(sys.argv[2]), float(sys.argv[3])
-held = lease.take(there, count, Path(sys.argv[1]), wait=wait, note="a test")
+held = lease.take(there, placement.Want(count), Path(sys.argv[1]), wait=wait, note="a test")
 told = ",".join(str(one.index) for one in held.gpus)
 os.execv("/bin/sh", ["sh", "-c", sys.argv[4], "sh", told])
 """
@@ -72,7 +73,7 @@ def test_each_replica_gets_a_gpu_of_its_own(holders: Holders) -> None:
 def test_a_surplus_replica_is_told_how_many_there_are_and_who_holds_them(holders: Holders) -> None:
     process, _ = holders.start(1)
     with pytest.raises(LeaseError) as refusal:
-        take(gpus(1), 1, holders.directory, wait=0, note="surplus")
+        take(gpus(1), Want(1), holders.directory, wait=0, note="surplus")
     said = str(refusal.value)
     assert "no GPU free among this machine's 1 after 0 s" in said
     assert f"GPU 0: a test (process {process.pid} on {os.uname().nodename}, since " in said
@@ -86,7 +87,7 @@ def test_a_lease_ends_with_its_holder_however_it_dies(holders: Holders, how: sig
     process.send_signal(how)
     process.wait()
     assert holder(gpus(1)[0], holders.directory) is None
-    take(gpus(1), 1, holders.directory, wait=0, note="next").release()
+    take(gpus(1), Want(1), holders.directory, wait=0, note="next").release()
 
 
 def test_a_replica_that_waits_gets_the_gpu_when_its_holder_dies(holders: Holders) -> None:
@@ -98,7 +99,7 @@ def test_a_replica_that_waits_gets_the_gpu_when_its_holder_dies(holders: Holders
         first.kill()
         first.wait()
 
-    held = take(gpus(1), 1, holders.directory, wait=60, note="patient", pause=pause)
+    held = take(gpus(1), Want(1), holders.directory, wait=60, note="patient", pause=pause)
     assert len(waits) == 1
     assert held.gpus == tuple(gpus(1))
     held.release()
@@ -113,7 +114,7 @@ def test_the_wait_ends_after_lease_wait(holders: Holders) -> None:
         now += seconds
 
     with pytest.raises(LeaseError, match="after 30 s"):
-        take(gpus(1), 1, holders.directory, wait=30, note="patient", clock=lambda: now, pause=pause)
+        take(gpus(1), Want(1), holders.directory, wait=30, note="patient", clock=lambda: now, pause=pause)
     assert 30 <= now < 31
 
 
@@ -121,14 +122,14 @@ def test_groups_are_aligned(holders: Holders) -> None:
     assert holders.start(5, count=2)[1] == "0,1"
     assert holders.start(5, count=2)[1] == "2,3"
     with pytest.raises(LeaseError, match="no aligned group of 2 GPUs free"):
-        take(gpus(5), 2, holders.directory, wait=0, note="third")
+        take(gpus(5), Want(2), holders.directory, wait=0, note="third")
 
 
 def test_a_group_is_leased_whole_or_not_at_all(holders: Holders) -> None:
-    single = take(gpus(4)[1:2], 1, holders.directory, wait=0, note="in the way")
+    single = take(gpus(4)[1:2], Want(1), holders.directory, wait=0, note="in the way")
     assert holders.start(4, count=2)[1] == "2,3"
     with pytest.raises(LeaseError):
-        take(gpus(2), 2, holders.directory, wait=0, note="second")
+        take(gpus(2), Want(2), holders.directory, wait=0, note="second")
     assert holder(gpus(4)[0], holders.directory) is None  # nothing kept of the group that was not whole
     single.release()
 
@@ -156,14 +157,14 @@ def test_children_that_close_what_they_inherit_do_not_keep_the_lease(holders: Ho
 )
 def test_more_gpus_than_there_are_is_refused_at_once(tmp_path: Path, there: list[Gpu], count: int, says: str) -> None:
     with pytest.raises(LeaseError, match=says):
-        take(there, count, tmp_path, wait=3600, note="greedy")
+        take(there, Want(count), tmp_path, wait=3600, note="greedy")
 
 
 def test_the_directory_and_the_locks_are_open_to_other_users(tmp_path: Path) -> None:
     directory = tmp_path / "new" / "leases"
     before = os.umask(0o077)
     try:
-        held = take(gpus(1), 1, directory, wait=0, note="mine")
+        held = take(gpus(1), Want(1), directory, wait=0, note="mine")
     finally:
         os.umask(before)
     assert directory.stat().st_mode & 0o7777 == 0o1777
@@ -174,12 +175,129 @@ def test_the_directory_and_the_locks_are_open_to_other_users(tmp_path: Path) -> 
 def test_a_directory_that_cannot_be_made_is_an_error_that_names_lease_dir(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LeaseError, match="set LEASE_DIR"):
-        take(gpus(1), 1, tmp_path / "file" / "leases", wait=0, note="x")
+        take(gpus(1), Want(1), tmp_path / "file" / "leases", wait=0, note="x")
 
 
 def test_a_removed_lock_file_keeps_nobody_from_leasing(tmp_path: Path) -> None:
-    held = take(gpus(1), 1, tmp_path, wait=0, note="first")
+    held = take(gpus(1), Want(1), tmp_path, wait=0, note="first")
     held.release()
     (tmp_path / "GPU-pretended-0.lock").unlink()
     assert holder(gpus(1)[0], tmp_path) is None
-    take(gpus(1), 1, tmp_path, wait=0, note="second").release()
+    take(gpus(1), Want(1), tmp_path, wait=0, note="second").release()
+
+
+def l4(index: int, *, free: int = 23000, problem: str = "") -> Gpu:
+    return Gpu(index, f"GPU-{index}", "NVIDIA L4", 23034, 23034 - free, problem=problem)
+
+
+def taken(there: list[Gpu], want: Want, directory: Path, **more: float) -> list[int]:
+    """The indices that a lease is given; it ends at once."""
+    held = take(there, want, directory, wait=0, note="a test", now=lambda: more.get("now", 0.0))
+    held.release()
+    return [gpu.index for gpu in held.gpus]
+
+
+def test_a_gpu_that_has_failed_is_not_leased(tmp_path: Path) -> None:
+    assert taken([l4(0, problem="GPU requires reset"), l4(1)], Want(1), tmp_path) == [1]
+
+
+def test_a_refusal_names_the_gpus_that_have_failed(tmp_path: Path) -> None:
+    with pytest.raises(LeaseError, match=r"GPU 0 \(GPU requires reset\) cannot be used"):
+        taken([l4(0, problem="GPU requires reset")], Want(1), tmp_path)
+
+
+def test_a_pair_is_made_of_what_is_left_where_failed_gpus_break_every_pair(tmp_path: Path) -> None:
+    there = [l4(0), l4(1, problem="lost"), l4(2, problem="lost"), l4(3)]
+    assert taken(there, Want(2), tmp_path) == [0, 3]
+
+
+def test_a_gpu_with_enough_free_memory_goes_before_one_that_others_fill(tmp_path: Path) -> None:
+    assert taken([l4(0, free=2000), l4(1)], Want(1, gib=18), tmp_path) == [1]
+    assert taken([l4(0, free=2000), l4(1)], Want(1), tmp_path) == [1]  # nobody knows how much it takes
+    assert taken([l4(0, free=12000), l4(1)], Want(1, gib=10), tmp_path) == [0]
+
+
+def test_only_gpus_of_the_wanted_kind_are_leased_where_there_are_any(tmp_path: Path) -> None:
+    a100 = Gpu(0, "GPU-a", "NVIDIA A100-SXM4-80GB", 81920, 0)
+    assert taken([a100, l4(1)], Want(1, kinds=("L4",)), tmp_path) == [1]
+    held = take([a100, l4(1)], Want(1, kinds=("L4",)), tmp_path, wait=0, note="first")
+    with pytest.raises(LeaseError, match="no GPU free of kind L4"):
+        taken([a100, l4(1)], Want(1, kinds=("L4",)), tmp_path)
+    held.release()
+    assert taken([a100], Want(1, kinds=("L4",)), tmp_path) == [0]  # there is none, so any will do
+
+
+def test_gpus_of_one_kind_go_together(tmp_path: Path) -> None:
+    a100 = Gpu(0, "GPU-a", "NVIDIA A100-SXM4-80GB", 81920, 0)
+    assert taken([a100, l4(1), l4(2), l4(3)], Want(2), tmp_path) == [2, 3]
+
+
+def test_a_gpu_on_which_a_start_failed_is_tried_last(tmp_path: Path) -> None:
+    there = [l4(0), l4(1)]
+    assert taken(there, Want(1), tmp_path, now=1000.0) == [0]
+    assert taken(there, Want(1), tmp_path, now=1010.0) == [1]  # the lease of GPU 0 was over within seconds
+    assert taken(there, Want(1), tmp_path, now=1020.0) == [0]  # both failed, and GPU 0 earlier
+    assert taken(there, Want(1), tmp_path, now=1020.0 + 7200) == [0]
+
+
+def test_a_long_life_is_no_failure(tmp_path: Path) -> None:
+    there = [l4(0), l4(1)]
+    assert taken(there, Want(1), tmp_path, now=1000.0) == [0]
+    assert taken(there, Want(1), tmp_path, now=2000.0) == [0]
+
+
+def test_a_link_in_the_lease_folder_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "somebody's file"
+    victim.write_text("precious")
+    leases = tmp_path / "leases"
+    leases.mkdir(mode=0o1777)
+    (leases / "GPU-pretended-0.lock").symlink_to(victim)
+    with pytest.raises(LeaseError, match="cannot open the lease"):
+        taken(gpus(1), Want(1), leases)
+    (leases / "GPU-pretended-0.lock").unlink()
+    (leases / "GPU-pretended-0.lock").hardlink_to(victim)
+    with pytest.raises(LeaseError, match="cannot open the lease"):
+        taken(gpus(1), Want(1), leases)
+    assert victim.read_text() == "precious"
+
+
+def test_a_pipe_in_the_lease_folder_makes_nobody_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "GPU-pretended-0.lock")
+    with pytest.raises(LeaseError, match="cannot open the lease"):
+        taken(gpus(1), Want(1), tmp_path)
+    assert "unknown" in (holder(gpus(1)[0], tmp_path) or "")
+
+
+def test_a_lease_folder_that_is_a_link_or_lets_others_remove_locks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(LeaseError, match="it is no folder, or a link to one"):
+        taken(gpus(1), Want(1), tmp_path / "link")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(LeaseError, match="others may remove what lies in it"):
+        taken(gpus(1), Want(1), tmp_path / "open")
+
+
+@pytest.mark.parametrize("written", [b"", b"[1]", b"{", b"\xff\xfe", b'{"note": 1}', b"9" * 5000])
+def test_what_others_wrote_into_a_lock_does_no_harm(tmp_path: Path, written: bytes) -> None:
+    (tmp_path / "GPU-pretended-0.lock").write_bytes(written)
+    assert taken(gpus(1), Want(1), tmp_path) == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "is_one"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100", True),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB", True),
+        ("NVIDIA A100-SXM4-40GB", "A100-80GB", False),
+        ("NVIDIA GeForce RTX 4090", "RTX4090", True),
+        ("NVIDIA RTX A6000", "RTXA6000", True),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX6000-Ada", True),
+        ("NVIDIA L40S", "L4", False),
+        ("NVIDIA A10G", "A10", False),
+        ("NVIDIA GH200 480GB", "H200", False),
+        ("Tesla T4", "t4", True),
+    ],
+)
+def test_kinds_are_skypilots_names(name: str, kind: str, is_one: bool) -> None:
+    assert is_of_kind(name, kind) is is_one

@@ -126,3 +126,31 @@ def test_an_old_python_is_told_so() -> None:
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert answer.returncode == 1
     assert "Python 3.9 is too old: Python 3.11 is needed" in answer.stderr
+
+
+def test_another_program_than_sglang_gets_a_lease_and_sees_its_gpus_alone(tmp_path: Path) -> None:
+    show = "echo $CUDA_DEVICE_ORDER $CUDA_VISIBLE_DEVICES; ls /proc/$$/fd -l | grep -c GPU-pretended"
+    answer = replica(
+        *("--gpus", "2", "--exec", "--", "/bin/bash", "-c", show),
+        REPLICA_PRETEND_GPUS="4",
+        LEASE_DIR=str(tmp_path),
+        PATH=os.environ["PATH"],
+        path=Path(os.environ["PATH"].split(os.pathsep)[0]),
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[1:] == ["PCI_BUS_ID 0,1", "2"]
+
+
+def test_another_program_sees_no_gpu_where_there_is_none() -> None:
+    answer = replica("--exec", "--", "/bin/sh", "-c", 'echo "<$CUDA_VISIBLE_DEVICES>"')
+    assert (answer.returncode, answer.stdout) == (0, "<>\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(("--exec",), "--exec runs the command that follows --"), (("--exec", "--", "/no/such"), "No such file")],
+)
+def test_a_command_that_cannot_be_run_is_refused(arguments: tuple[str, ...], says: str) -> None:
+    answer = replica(*arguments)
+    assert answer.returncode == 1
+    assert says in answer.stderr

@@ -1,0 +1,74 @@
+"""Which of a machine's GPUs a replica should get; pure, so that a lease and a look ahead choose alike."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from replica.gpu import Gpu
+
+# Where nobody knows how much a model takes, a GPU is free when this share of its memory is.
+_FREE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Want:
+    """What a replica needs of the machine's GPUs.
+
+    kinds: names as SkyPilot gives them, such as L4 or A100-80GB; empty: any. gib: memory in GiB that serving takes on
+    each GPU; 0: unknown.
+    """
+
+    count: int
+    kinds: tuple[str, ...] = ()
+    gib: float = 0.0
+
+    def is_met_by(self, gpu: Gpu) -> bool:
+        """Is it of one of the kinds that are wanted?"""
+        return not self.kinds or any(is_of_kind(gpu.name, kind) for kind in self.kinds)
+
+
+def usable(gpus: Sequence[Gpu], want: Want) -> list[Gpu]:
+    """The GPUs that may be leased: whole and well, and of a wanted kind where the machine has one of it."""
+    well = [gpu for gpu in gpus if not gpu.mig and not gpu.problem]
+    return [gpu for gpu in well if want.is_met_by(gpu)] or well
+
+
+def groups(gpus: Sequence[Gpu], want: Want) -> list[list[Gpu]]:
+    """The groups that may be leased: neighbours, or whatever is left where failed GPUs break every such group."""
+    whole = [gpu for gpu in gpus if not gpu.mig]
+    may = usable(gpus, want)
+    aligned = [group for group in _chunks(whole, want.count) if all(gpu in may for gpu in group)]
+    return aligned or _chunks(may, want.count)
+
+
+def best_first(groups: Sequence[list[Gpu]], want: Want, failed_at: Mapping[Gpu, float]) -> list[list[Gpu]]:
+    """GPUs of one kind first, then with enough free memory, then where no start failed lately, then by their place.
+
+    `failed_at` is when a replica last failed to start on each, 0 where none did.
+    """
+
+    def cost(group: list[Gpu]) -> tuple[bool, bool, float, int]:
+        is_mixed = len({gpu.name for gpu in group}) > 1
+        is_short = any(gpu.memory_free < _need(gpu, want) for gpu in group)
+        return is_mixed, is_short, max(failed_at[gpu] for gpu in group), group[0].index
+
+    return sorted(groups, key=cost)
+
+
+def is_of_kind(name: str, kind: str) -> bool:
+    """Is the GPU that the driver calls `name` what SkyPilot calls `kind`? "NVIDIA A100-SXM4-80GB" is an A100-80GB."""
+    return _words(kind) <= _words(name)
+
+
+def _words(name: str) -> set[str]:
+    # "RTX4090" and "RTX 4090", "RTXA6000" and "RTX A6000" are the same.
+    return set(re.findall(r"[A-Z0-9]+", re.sub(r"\bRTX(?=[A-Z]?\d)", "RTX ", name.upper())))
+
+
+def _need(gpu: Gpu, want: Want) -> float:
+    """MiB that should be free on it; 0 where the driver does not tell its memory."""
+    return min(gpu.memory_total, want.gib * 1024 or _FREE_SHARE * gpu.memory_total)
+
+
+def _chunks(gpus: Sequence[Gpu], count: int) -> list[list[Gpu]]:
+    return [list(gpus[start : start + count]) for start in range(0, len(gpus) - count + 1, count)]
