@@ -22,9 +22,9 @@ install: ## make .venv from the lock files, if it is missing or stale
 	@$(PYTHON) .ci/install.py
 
 up: install ## serve MODEL with REPLICAS replicas on http://localhost:30001, on this machine, without Docker
-	@test -f docker/services/$(SERVICE).yaml || { echo "make up: no service for MODEL=$(MODEL); there are: $$(cd docker/services && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 1; }
+	@test -f services/$(SERVICE).yaml || { echo "make up: no service for MODEL=$(MODEL); there are: $$(cd services && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 1; }
 	@$(if $(EMBEDDED),$(BIN)/python -m replica.models $(EMBEDDED))
-	@$(BIN)/groundserve up docker/services/$(SERVICE).yaml --env REPLICAS=$(REPLICAS)
+	@$(BIN)/groundserve up services/$(SERVICE).yaml --env REPLICAS=$(REPLICAS)
 
 down: ## stop what make up started, and every other service that groundserve runs here
 	@if [ -x $(BIN)/groundserve ]; then $(BIN)/groundserve down --all; else echo "nothing is installed, so nothing runs"; fi

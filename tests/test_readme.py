@@ -1,6 +1,7 @@
-"""The README keeps up with the code: settings and their defaults, models, commands and files."""
+"""README and docs/ keep up with the code and with each other: settings, models, commands, files and links."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from balancer.settings import Settings
 from replica.presets import PRESETS, Preset
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+# What a person who uses it reads, README first.
+DOCS = "\n".join(text for name, text in PAGES.items() if name == "README.md" or name.startswith("docs/"))
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def shown(default: object) -> str:
@@ -24,33 +28,66 @@ def shown(default: object) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
+def anchors(page: str) -> set[str]:
+    """What GitHub calls the page's headings in links."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize(
     ("model", "name"), [(model, name) for model in (Settings, Operation) for name in model.model_fields]
 )
 def test_each_setting_stands_there_with_its_default_and_meaning(model: type[BaseModel], name: str) -> None:
     field = model.model_fields[name]
     assert field.description
-    assert f"| `{name}` | {shown(field.default)} | {field.description} |" in README
+    assert f"| `{name}` | {shown(field.default)} | {field.description} |" in PAGES["docs/settings.md"]
 
 
 def test_no_other_setting_stands_there() -> None:
-    table = README[README.index("## Settings") : README.index("## Looking at it")]
-    named = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    assert named == set(Settings.model_fields) | set(Operation.model_fields)
+    named = re.findall(r"^\| `(\w+)` \|", PAGES["docs/settings.md"], re.MULTILINE)
+    assert sorted(named) == sorted([*Settings.model_fields, *Operation.model_fields])
 
 
-def test_each_make_target_that_it_names_exists() -> None:
+def test_each_make_target_that_they_name_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"`?\bmake ([a-z-]+)`?", README)) <= targets
+    assert set(re.findall(r"`?\bmake ([a-z-]+)`?", DOCS)) <= targets
 
 
-def test_each_file_that_it_names_exists() -> None:
-    named = re.findall(r"\b(?:docker|tests|balancer|replica)/[\w./-]*\w", README)
+def test_each_file_that_they_name_exists() -> None:
+    named = re.findall(r"(?<![\w./-])(?:docker|docs|services|tests|balancer|replica)/[\w./-]*\w", DOCS)
+    assert "services/llava.yaml" in named
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_each_variable_that_its_docker_commands_set_is_explained() -> None:
-    commands = re.findall(r"^(.*?)\bdocker compose\b", README, re.MULTILINE)
+@pytest.mark.parametrize("name", PAGES)
+def test_each_link_leads_somewhere(name: str) -> None:
+    for link in LINK.findall(PAGES[name]):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_each_page_can_be_reached_from_the_readme() -> None:
+    linked = {link.partition("#")[0] for link in LINK.findall(PAGES["README.md"])}
+    assert {name for name in PAGES if name.startswith("docs/")} <= linked
+
+
+def test_the_readme_fits_on_a_page_or_two() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 120
+
+
+def test_service_files_are_still_found_where_they_were() -> None:
+    assert (ROOT / "docker/services").resolve() == ROOT / "services"
+    kept = subprocess.run(["git", "ls-files", "-s", "docker/services"], cwd=ROOT, capture_output=True, text=True)
+    assert kept.stdout.startswith("120000 ") or not (ROOT / ".git").exists()
+
+
+def test_each_variable_that_their_docker_commands_set_is_explained() -> None:
+    commands = re.findall(r"^(.*?)\bdocker compose\b", DOCS, re.MULTILINE)
     named = {name for line in commands for name in re.findall(r"\b([A-Z_]{2,})=", line)}
     explained = set(re.findall(r"^#([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert {"MODEL", "HF_TOKEN", "HF_CACHE"} <= named
@@ -59,8 +96,7 @@ def test_each_variable_that_its_docker_commands_set_is_explained() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: str(preset.name))
 def test_each_model_stands_there_with_what_requests_call_it_and_what_it_takes(preset: Preset) -> None:
-    table = README[README.index("### Choosing a model") : README.index("**Gated models.**")]
-    (row,) = [line for line in table.splitlines() if f"`{preset.name}`" in line]
+    (row,) = [line for line in PAGES["docs/models.md"].splitlines() if re.match(rf"\|.*`{preset.name}`.*\|.*\|", line)]
     _, _, requests_say, takes, _ = row.split("|")
     assert takes.strip() == f"{preset.gpu_gib:g} GiB"
     assert requests_say.strip() == ("the same" if preset.is_embedded else f"`{preset.served_name}`")

@@ -1,4 +1,4 @@
-"""README's table of what goes wrong: each message in it is, word by word, what somebody says."""
+"""The table of what goes wrong, in docs/troubleshooting.md: each message in it is, word by word, what somebody says."""
 
 import importlib.util
 import itertools
@@ -17,7 +17,9 @@ from replica.presets import PRESETS
 from replica.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-TABLE = re.search(r"^\| what one sees \|.*?\n\n", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+TABLE = re.search(
+    r"^\| what one sees \|.*?(?:\n\n|\Z)", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE | re.DOTALL
+)
 QUOTED = [message for row in TABLE[0].splitlines()[2:] for message in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
 
 # Said by programs that are not at hand here: Docker, NVIDIA's container toolkit, CUDA's own libraries.

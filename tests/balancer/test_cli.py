@@ -226,7 +226,7 @@ def test_check_names_the_gpus_that_would_be_used(groundserve: Groundserve, tmp_p
     leases = tmp_path / "leases"
     groundserve.environ |= {"REPLICA_PRETEND_GPUS": "3", "LEASE_DIR": str(leases)}
     held = lease.take(gpu.list_gpus(groundserve.environ)[:1], 1, leases, wait=0, note="another on port 8001")
-    said = groundserve("check", ROOT / "docker/services/llama2.yaml", "--env", "HF_TOKEN=hush")
+    said = groundserve("check", ROOT / "services/llama2.yaml", "--env", "HF_TOKEN=hush")
     held.release()
     first, *others = [line for line in said.splitlines() if line.startswith("GPU ")]
     assert first.startswith("GPU 0 (pretended GPU, 80 of 80 GiB free): held by another on port 8001 (process ")

@@ -409,7 +409,7 @@ def test_the_balancers_file_says_all_that_the_balancer_needs(tmp_path: Path) -> 
     assert (second.run, second.envs) == ("", {})
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docker/services").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "services").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_projects_own_files_load(path: Path) -> None:
     known = load(path, envs={"HF_TOKEN": "x"})
     assert known.name == path.stem

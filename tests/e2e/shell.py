@@ -1,18 +1,17 @@
-"""A bash that is typed into line by line, as a person does who follows the README."""
+"""A bash that is typed into line by line, as a person does who follows a page of docs/."""
 
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+DOCS = Path(__file__).parents[2] / "docs"
 _DONE = "-- done, with code "
 
 
-def commands(section: str) -> list[list[str]]:
-    """The commands of each ```bash block in a section of the README; what is indented goes on with the line before."""
-    text = README.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def commands(page: str) -> list[list[str]]:
+    """The commands of each ```bash block on a page of docs/; what is indented goes on with the line before."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
     return [re.findall(r"^\S.*\n(?:\s+\S.*\n)*", block, re.MULTILINE) for block in blocks]
 
 

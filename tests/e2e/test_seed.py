@@ -1,4 +1,4 @@
-"""SGLang's demo for SkyServe, as the README has it, typed into a real bash; then updates of what it started.
+"""SGLang's demo for SkyServe, as docs/coming-from-skyserve.md has it, typed into a real bash; then updates of it.
 
 The two service files are the project's own but for their models, which a CPU serves; GPUs are pretended, so that each
 replica leases one.
@@ -25,7 +25,7 @@ from replica import models
 from replica.settings import models_dir
 from tests.e2e.images import PLAIN, WORDS
 from tests.e2e.running import ROOT
-from tests.e2e.shell import README, Shell, commands
+from tests.e2e.shell import DOCS, Shell, commands
 from tests.operate.command_line import Groundserve
 from tests.operate.streaming import Streams, streaming
 
@@ -36,7 +36,7 @@ REPLICAS = ["SERVICE_NAME", "ID", "VERSION", "ENDPOINT", "LAUNCHED", "INFRA", "R
 RENAMED = {"IP": "ENDPOINT", "REGION": "INFRA"}
 DEMO_REPLICAS = ["SERVICE_NAME", "ID", "VERSION", "IP", "LAUNCHED", "RESOURCES", "STATUS", "REGION"]
 
-LLAVA, LLAMA2 = commands("Coming from SkyServe")
+LLAVA, LLAMA2 = commands("coming-from-skyserve.md")
 IMAGE = "https://raw.githubusercontent.com/sgl-project/sglang/main/examples/quick_start/images"
 TOKEN = "hf_ofNobodyAtAll0123456789"
 
@@ -61,7 +61,7 @@ def image_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, 
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    """A bash in a folder where docker/services/ has the two files with their models replaced."""
+    """A bash in a folder where services/ has the two files with their models replaced."""
     folder = tmp_path_factory.mktemp("demo")
     with_models_of_a_cpu(folder)
     groundserve = Groundserve(folder)
@@ -98,10 +98,10 @@ def with_models_of_a_cpu(folder: Path) -> None:
         },
         "llama2.yaml": {"meta-llama/Llama-2-7b-chat-hf": "smollm2-135m"},
     }
-    services = folder / "docker/services"
+    services = folder / "services"
     services.mkdir(parents=True)
     for name, models_names in replaced.items():
-        text = (ROOT / "docker/services" / name).read_text()
+        text = (ROOT / "services" / name).read_text()
         for real, small in models_names.items():
             assert text.count(real) == 1
             text = text.replace(real, small)
@@ -158,7 +158,7 @@ def check_answer(printed: str, model: str) -> str:
     return said
 
 
-def test_the_readme_has_the_demos_commands() -> None:
+def test_the_page_has_the_demos_commands() -> None:
     for name, block in (("sglang-llava", LLAVA), ("sglang-llama2", LLAMA2)):
         assert [" ".join(command.split()[:2]) for command in block] == [
             "groundserve up",
@@ -168,11 +168,15 @@ def test_the_readme_has_the_demos_commands() -> None:
             "groundserve down",
         ]
         assert all(name in block[at] for at in (0, 1, 2, 4))
-    heads = [line.split() for line in README.read_text().splitlines() if re.match("(NAME|SERVICE_NAME) ", line)]
+    heads = [
+        line.split()
+        for line in (DOCS / "quickstart.md").read_text().splitlines()
+        if re.match("(NAME|SERVICE_NAME) ", line)
+    ]
     assert heads == [SERVICES, REPLICAS]
 
 
-def test_llava_is_served_as_the_readme_says(shell: Shell, image_host: tuple[str, list[str]]) -> None:
+def test_llava_is_served_as_the_page_says(shell: Shell, image_host: tuple[str, list[str]]) -> None:
     url, asked = image_host
     up, status, _, answer = typed(shell, LLAVA, {IMAGE: url})
     assert "sglang-llava is up after" in up
@@ -185,7 +189,7 @@ def test_llava_is_served_as_the_readme_says(shell: Shell, image_host: tuple[str,
     assert shell(LLAVA[-1]) == "sglang-llava is down\n"
 
 
-def test_llama_2_is_served_as_the_readme_says(llama2: list[str]) -> None:
+def test_llama_2_is_served_as_the_page_says(llama2: list[str]) -> None:
     up, status, _, answer = llama2
     assert "sglang-llama2 is up after" in up
     check_status(status, "sglang-llama2")
@@ -204,7 +208,7 @@ def test_the_token_is_shown_nowhere(shell: Shell, llama2: list[str]) -> None:
 
 def updated(shell: Shell, flag: str, code: int = 0) -> str:
     """What an update says that gives SGLang a flag more, and one replica."""
-    text = (shell.folder / "docker/services/llama2.yaml").read_text()
+    text = (shell.folder / "services/llama2.yaml").read_text()
     changed = text.replace("replicas: 2", "replicas: 1").replace("--port 8000", f"--port 8000 {flag}")
     (shell.folder / "new.yaml").write_text(changed)
     return shell(f"groundserve update sglang-llama2 new.yaml --env HF_TOKEN={TOKEN} 2>&1", code)

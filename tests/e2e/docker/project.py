@@ -107,7 +107,7 @@ class Project:
         self.compose("up", "-d", "--wait", **environ)
 
     def scale(self, count: int) -> None:
-        """Scaling as README.md has it: nothing else is touched, and it returns when the new replicas are ready."""
+        """Scaling as the docs have it: nothing else is touched, and it returns when the new replicas are ready."""
         asked = ("--scale", f"replica={count}", "--wait", "replica")
         self.compose("up", "-d", "--no-recreate", "--no-deps", *asked)
 

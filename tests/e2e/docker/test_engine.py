@@ -205,7 +205,7 @@ def test_real_sglang_comes_up_answers_and_goes_down(cpu_images: Project, tmp_pat
     assert cpu_images.files == CPU_FILES
     command = Groundserve(tmp_path)
     command.environ |= {"COMPOSE_FILE": ":".join(CPU_FILES), "TAG": TAG, **LEASES}
-    file = ROOT / "docker/services/smollm2.yaml"
+    file = ROOT / "services/smollm2.yaml"
     try:
         up = command.up(file, "-n", NAME, "--env", "REPLICAS=1", "--on", "compose").until_up(patience=300)
         url = command("status", "--endpoint", NAME).strip()
