@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` says what there is; what CI runs is what a person runs.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test docker-test check chaos bench bench-features bench-routing bench-autoscale simulate lock fuzz
+.PHONY: help install up down test docker-test check chaos bench bench-features bench-routing bench-autoscale simulate lock fuzz docs
 
 # The first of these that runs (a version manager's stub may stand in for a Python that is not there).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -61,6 +61,9 @@ bench-autoscale: install ## our autoscaler beside SkyServe's own, in virtual tim
 
 simulate: install ## the routing policies in virtual time, beside others and an oracle (ARGS=--full)
 	@$(BIN)/python -m tests.lab.simulate $(ARGS)
+
+docs: install ## write anew what docs/ takes from the code: the page of commands, the pictures
+	@$(BIN)/python -m tests.docs
 
 lock: ## write the lock files anew (needs uv)
 	@.ci/lock

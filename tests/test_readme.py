@@ -1,5 +1,6 @@
 """README and docs/ keep up with the code and with each other: settings, models, commands, files and links."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 from balancer.schema import Operation
 from balancer.settings import Settings
 from replica.presets import PRESETS, Preset
+from tests.docs import MADE
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
@@ -26,6 +28,12 @@ def shown(default: object) -> str:
     if default == ():
         return "[]"
     return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def shown_on(name: str, page: str) -> set[str]:
+    """The pictures of a page, as paths from the root."""
+    targets = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
+    return {os.path.normpath(Path(name).parent / target) for target in targets}
 
 
 def anchors(page: str) -> set[str]:
@@ -74,6 +82,16 @@ def test_each_link_leads_somewhere(name: str) -> None:
 def test_each_page_can_be_reached_from_the_readme() -> None:
     linked = {link.partition("#")[0] for link in LINK.findall(PAGES["README.md"])}
     assert {name for name in PAGES if name.startswith("docs/")} <= linked
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_written_from_the_code_is_up_to_date(name: str) -> None:
+    assert (ROOT / name).read_text() == MADE[name](), "make docs writes it anew"
+
+
+def test_each_picture_is_shown_on_a_page() -> None:
+    shown = {target for name, text in PAGES.items() for target in shown_on(name, text)}
+    assert {name for name in MADE if name.endswith(".svg")} <= shown
 
 
 def test_the_readme_fits_on_a_page_or_two() -> None:

@@ -1,0 +1,95 @@
+"""A request's life, with all the points where it may end or go to another replica: as the relay's own table has it."""
+
+from balancer import errors
+from balancer.errors import ServeError
+from balancer.relay.failover import RULES, final_error
+from balancer.relay.upstream import Outcome
+from balancer.settings import Settings
+from tests.docs.svg import Picture
+
+SETTINGS = Settings()
+LEFT, WIDE, HIGH, STEP, TOP = 132, 236, 46, 74, 62
+# What an outcome is called on the picture.
+CALLED = {
+    Outcome.REFUSED: "nothing listens there",
+    Outcome.UNREACHED: f"no connection in {SETTINGS.connect_timeout:g} s",
+    Outcome.BUSY: "it says 503: full",
+    Outcome.LOST: "it died before the first byte",
+    Outcome.SILENT: f"silent for {SETTINGS.first_byte_timeout:g} s",
+    Outcome.MANGLED: "its answer is not HTTP",
+    Outcome.BROKEN: "it died amid the answer",
+    Outcome.STALLED: f"silent for {SETTINGS.idle_timeout:g} s amid it",
+}
+STAGES: tuple[tuple[str, str, tuple[ServeError | Outcome, ...]], ...] = (
+    (
+        "the head arrives",
+        "path, key and limits are checked",
+        (errors.bad_request(""), errors.unauthorized(), errors.not_found(""), errors.head_too_large(1)),
+    ),
+    (
+        "the body arrives",
+        "kept until a replica has it",
+        (errors.request_timeout("", 1), errors.body_too_large(1), errors.buffers_full()),
+    ),
+    (
+        "it waits for a place",
+        "only where all replicas are full",
+        (errors.queue_full(1), errors.queue_timeout(1), errors.no_replica()),
+    ),
+    ("the policy chooses", "a place at that replica is taken", ()),
+    ("a connection", "an idle one, or a new one", (Outcome.REFUSED, Outcome.UNREACHED)),
+    (
+        "the request is sent",
+        "and the first byte awaited",
+        (Outcome.BUSY, Outcome.LOST, Outcome.SILENT, Outcome.MANGLED),
+    ),
+    ("the answer is relayed", "each event as it comes", (Outcome.BROKEN, Outcome.STALLED)),
+    ("its end", "the place is given back", ()),
+)
+
+
+def goes_on(outcome: Outcome) -> str:
+    """Who of those it happens to may go to another replica."""
+    rule = RULES[outcome]
+    return "goes elsewhere" if rule.any_method else "GET and HEAD go elsewhere" if rule.safe_methods else ""
+
+
+def picture() -> str:
+    p = Picture(
+        990,
+        TOP + STEP * len(STAGES) + 26,
+        "The life of a request",
+        "From its head to the end of its answer. A request that no replica has seen goes to another replica; one that "
+        "a replica may have seen is not sent again, unless it is a GET or HEAD. A broken stream ends with an error "
+        "event.",
+    )
+    p.text(22, 38, "The life of a request", "h")
+    for number, (name, says, ends) in enumerate(STAGES):
+        top = TOP + STEP * number
+        if number:
+            p.arrow(((LEFT + WIDE / 2, top - STEP + HIGH), (LEFT + WIDE / 2, top)), "path")
+        p.box(LEFT, top, WIDE, HIGH, (name, says), "mine" if number in (3, len(STAGES) - 1) else "card")
+        if ends:
+            p.arrow(((LEFT + WIDE, top + HIGH / 2), (LEFT + WIDE + 34, top + HIGH / 2)), "fail")
+        pitch = 17
+        first = top + HIGH / 2 + 4 - pitch * (len(ends) - 1) / 2
+        for line, end in enumerate(ends):
+            y = first + pitch * line
+            if isinstance(end, ServeError):
+                p.text(LEFT + WIDE + 46, y, f"{end.status} {end.code}", "c r")
+                continue
+            p.text(LEFT + WIDE + 46, y, CALLED[end], "s")
+            p.text(LEFT + WIDE + 232, y, goes_on(end), "s a")
+            error = final_error(end, SETTINGS, 1)
+            is_begun = end in (Outcome.BROKEN, Outcome.STALLED)
+            words = f"error event {error.code}, no [DONE]" if is_begun else f"{error.status} {error.code}"
+            p.text(LEFT + WIDE + (232 if is_begun else 430), y, words, "c r")
+    waiting, connecting, sending = (TOP + STEP * n + HIGH / 2 for n in (2, 4, 5))
+    p.arrow(((LEFT, sending), (84, sending), (84, waiting), (LEFT, waiting)), "path")
+    p.arrow(((LEFT, connecting), (84, connecting), (84, waiting), (LEFT, waiting)), "path")
+    for number, word in enumerate(("to a", "replica", "not tried", "yet")):
+        p.text(76, (waiting + sending) / 2 - 20 + 15 * number, word, "s e")
+    p.text(LEFT + WIDE + 430, TOP + STEP * 4 - 18, "if nothing is left:", "s")
+    p.text(LEFT + WIDE + 46, TOP + STEP * 7 + 20, "A client that leaves ends it at any point,", "s")
+    p.text(LEFT + WIDE + 46, TOP + STEP * 7 + 36, "and frees the replica at once.", "s")
+    return p.document()
