@@ -13,6 +13,7 @@ from balancer import errors
 from balancer.errors import ConfigError
 from balancer.listen import listening
 from replica import gpu, lease, machine
+from replica.placement import Want
 from replica.presets import PRESETS
 from replica.settings import Settings
 
@@ -81,11 +82,11 @@ def complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         return itertools.count(step=60).__next__
 
     four = gpu.list_gpus({gpu.PRETEND: "4"})
-    held = [lease.take(four, 1, tmp_path, wait=0, note="llava") for _ in four]
-    hear(lambda: lease.take(four, 1, tmp_path, wait=60, note="one too many", clock=soon()))
+    held = [lease.take(four, Want(1), tmp_path, wait=0, note="llava") for _ in four]
+    hear(lambda: lease.take(four, Want(1), tmp_path, wait=60, note="one too many", clock=soon()))
     for one in held:
         one.release()
-    hear(lambda: lease.take([], 1, tmp_path, wait=60, note="no GPU"))
+    hear(lambda: lease.take([], Want(1), tmp_path, wait=60, note="no GPU"))
     hear(lambda: machine.check_memory(PRESETS["smollm2-135m"], available=1.0))
     hear(lambda: machine.check_token(PRESETS["llama-2-7b-chat"], Settings(), {"HF_HOME": str(tmp_path)}))
     nvidia_smi(tmp_path, "echo Driver/library version mismatch", "exit 18")
