@@ -107,6 +107,9 @@ def warn(line: str) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:], os.environ)
+    except lease.AllHeldError as error:
+        print(f"replica: {error}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
     except (
         settings.SettingsError,
         presets.ModelError,

@@ -34,6 +34,10 @@ class LeaseError(Exception):
     """There is no lease to be had; the message says why, who holds the GPUs, and what to do."""
 
 
+class AllHeldError(LeaseError):
+    """Others hold all GPUs that would do: another try may find one free."""
+
+
 @dataclass(frozen=True)
 class Lease:
     """GPUs that are this process's own while it, or what it becomes by exec, holds the descriptors."""
@@ -80,7 +84,7 @@ def take(
             whole = [gpu for gpu in gpus if not gpu.mig]
             holders = "; ".join(f"GPU {gpu.index}: {_state(gpu, directory)}" for gpu in whole)
             kinds = _of_kind(gpus, want)
-            raise LeaseError(
+            raise AllHeldError(
                 f"no {_gpus(want.count)} free{kinds} among this machine's {len(whole)} after {wait:g} s ({holders}): "
                 "run fewer replicas, or give each fewer GPUs"
             )

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from balancer.errors import ConfigError
 from balancer.operate import plan
-from balancer.operate.engine import CannotStart, Engine
+from balancer.operate.engine import CannotStart, Ended, Engine
 from balancer.operate.front import Front
 from balancer.operate.plan import Action, Drain, Forget, Replace, Replica, Stage, Start, Stop
 from balancer.operate.readiness import Readiness
@@ -132,7 +132,7 @@ class Controller:
     async def _step(self) -> None:
         await self._front.keep_up()
         for over in self._engine.ended():
-            self._lost(over.id, over.reason, over.is_hopeless)
+            self._lost(over)
         await self._tell()
         await self._look_at_hidden()
         now = self._clock()
@@ -177,7 +177,7 @@ class Controller:
         try:
             await self._engine.start(id, self.wanted.recipes[version])
         except CannotStart as failure:
-            self._lost(id, str(failure), is_hopeless=False)
+            self._lost(Ended(id, str(failure)))
 
     def _stop(self, id: int, reason: str | None) -> None:
         """Ends a replica's process without waiting for it; `reason`: it starts again afterwards."""
@@ -187,14 +187,15 @@ class Controller:
             if reason is None:
                 self._forget(id)
             else:
-                self._lost(id, reason, is_hopeless=False)
+                self._lost(Ended(id, reason))
             self._wake.set()
 
         task = asyncio.create_task(stop())
         self._stopping.add(task)
         task.add_done_callback(self._stopping.discard)
 
-    def _lost(self, id: int, reason: str, is_hopeless: bool) -> None:
+    def _lost(self, over: Ended) -> None:
+        id = over.id
         replica = self.replicas.get(id)
         if replica is None:
             return
@@ -203,12 +204,14 @@ class Controller:
             return
         now = self._clock()
         operation = self.wanted.recipes[replica.version].spec.operation
-        replica = plan.ended(replica, reason, is_hopeless, now, operation)
-        self._keep(replica)
-        if replica.stage is Stage.GIVEN_UP:
-            self._say(f"{self.name}-{id} is given up: {reason}")
-        else:
-            self._say(f"{self.name}-{id} ended, starts again in {replica.start_at - now:.3g} s: {reason}")
+        changed = plan.ended(replica, over, now, operation)
+        self._keep(changed)
+        if changed.stage is Stage.GIVEN_UP:
+            self._say(f"{self.name}-{id} is given up: {over.reason}")
+        elif not changed.waits_for_gpu:
+            self._say(f"{self.name}-{id} ended, starts again in {changed.start_at - now:.3g} s: {over.reason}")
+        elif not replica.waits_for_gpu:
+            self._say(f"{self.name}-{id} waits for a GPU: {over.reason}")
 
     async def _updated(self, outcome: Outcome) -> None:
         if outcome.failure:

@@ -1,5 +1,6 @@
 """What an engine can do: start a replica, stop it, list what runs, tell what ended. Others decide."""
 
+import os
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -32,16 +33,20 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A replica that ended unasked, why in one line, and whether another start would end the same way."""
+    """A replica that ended unasked: why in one line, and whether another start would end the same way."""
 
     id: int
     reason: str
     is_hopeless: bool = False
+    # It did not fail: all GPUs that would do are held by others.
+    waits_for_gpu: bool = False
 
     @classmethod
     def by(cls, id: int, code: int, last_words: str) -> Self:
         """By its exit code (128 + the signal, where one ended it) and the last line that it printed."""
         how = f"killed by signal {code - 128}" if code > 128 else f"exited with code {code}"
+        if code == os.EX_TEMPFAIL and last_words.startswith("replica: "):
+            return cls(id, last_words.removeprefix("replica: "), waits_for_gpu=True)
         return cls(id, f"{how}: {last_words}" if last_words else how, code in _HOPELESS)
 
 

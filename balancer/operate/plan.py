@@ -4,6 +4,7 @@ import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from balancer.operate.engine import Ended
 from balancer.schema import Operation
 
 # The balancer's words for a replica that will not become ready any more.
@@ -11,6 +12,8 @@ UNUSABLE = ("FAILED_INITIAL_DELAY", "FAILED_PROBING")
 
 # A replica that was never ready is given up after this many starts: loading a model only to fail takes minutes.
 FIRST_STARTS = 3
+# Seconds between two tries to lease a GPU; each try waits a little, too (recipe.py).
+GPU_INTERVAL = 2.0
 
 
 class Stage(enum.Enum):
@@ -45,6 +48,8 @@ class Replica:
     restarts: int = 0
     # Why its last life ended.
     reason: str = ""
+    # It ended because others hold all GPUs that would do; until it is ready, or ends for another reason.
+    waits_for_gpu: bool = False
 
     @property
     def is_wanted(self) -> bool:
@@ -101,12 +106,17 @@ def started(replica: Replica, now: float) -> Replica:
     return replace(replica, stage=Stage.RUNNING, launched_at=now, restarts=restarts, status="", ready_since=None)
 
 
-def ended(replica: Replica, reason: str, is_hopeless: bool, now: float, operation: Operation) -> Replica:
+def ended(replica: Replica, over: Ended, now: float, operation: Operation) -> Replica:
     """The replica after its process ended unasked: waiting for its next start, or given up."""
+    changed = replace(
+        replica, reason=over.reason, status="", in_flight=0, ready_since=None, waits_for_gpu=over.waits_for_gpu
+    )
+    if over.waits_for_gpu:
+        return replace(changed, stage=Stage.WAITING, start_at=now + GPU_INTERVAL)
     failures = replica.failures + 1
-    changed = replace(replica, failures=failures, reason=reason, status="", in_flight=0, ready_since=None)
+    changed = replace(changed, failures=failures)
     limit = operation.restart_limit if replica.was_ready else min(FIRST_STARTS, operation.restart_limit)
-    if failures >= limit or (is_hopeless and not replica.was_ready):
+    if failures >= limit or (over.is_hopeless and not replica.was_ready):
         return replace(changed, stage=Stage.GIVEN_UP)
     return replace(changed, stage=Stage.WAITING, start_at=now + backoff(failures, operation))
 
@@ -128,6 +138,7 @@ def observed(replica: Replica, status: str, in_flight: int, now: float, operatio
         was_ready=replica.was_ready or is_ready,
         failures=0 if is_stable else replica.failures,
         reason="" if is_ready else replica.reason,
+        waits_for_gpu=replica.waits_for_gpu and not is_ready,
     )
 
 

@@ -19,6 +19,9 @@ from balancer.spec import Spec
 REPLICA_ID = "SKYPILOT_SERVE_REPLICA_ID"
 GPUS = "SKYPILOT_NUM_GPUS_PER_NODE"
 PORT = "GROUNDSERVE_PORT"
+LEASE_WAIT = "LEASE_WAIT"
+# Seconds that one start waits for a GPU; its controller goes on trying, and meanwhile can tell a person why.
+LEASE_WAIT_HERE = "3"
 
 # The folder that the project's packages are in, so that children find them wherever they are started.
 _PACKAGES = str(Path(__file__).resolve().parents[2])
@@ -75,6 +78,8 @@ class Recipe:
     def envs(self, id: int, port: int) -> dict[str, str]:
         """What a replica finds in its environment; secrets may be among it."""
         own = {REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
+        if self.gpus:
+            own[LEASE_WAIT] = os.environ.get(LEASE_WAIT) or LEASE_WAIT_HERE
         return {**self.spec.envs, **own, **(self.launch.envs if self.launch else {})}
 
     def arguments(self, port: int) -> tuple[str, ...]:

@@ -47,6 +47,8 @@ def look(mode: Mode, replicas: Iterable[Replica], version: int, total: int, surg
     if mode == "blue_green":
         # The old version serves alone until the whole of the new one is ready.
         return Look(total, total, Verdict.GOING)
+    if any(replica.waits_for_gpu for replica in new):
+        surge = 0  # others hold what looked free: an old one has to make room after all
     room = total + surge - len(replicas)
     # As many at a time as there is room for beyond the old ones; at least one, once an old one has made room.
     coming = max(0, min(room, max(1, surge) - (len(new) - ready)))

@@ -140,9 +140,16 @@ class _Up:
         if service.status == "FAILED":
             self._failure = f"{service.reason}\n  everything it said: groundserve logs {self._recipe.spec.name}"
             self._controller.close()
-        elif service.total == self._controller.wanted.target and all(_is_settled(row) for row in snapshot.replicas):
+        elif service.total == self._controller.wanted.target and all(map(self._is_settled, snapshot.replicas)):
             self._is_up = True
             self._greeting = asyncio.create_task(self._greet(service.ready))
+
+    def _is_settled(self, row: ReplicaRow) -> bool:
+        """Will it stay as it is for long? Who waits for a GPU may do so for ever, beside others that serve."""
+        if row.status in ("READY", "FAILED"):
+            return True
+        replica = self._controller.replicas.get(row.id)
+        return replica is not None and replica.waits_for_gpu and self._controller.snapshot.service.ready > 0
 
     async def _greet(self, ready: int) -> None:
         name = self._recipe.spec.name
@@ -218,10 +225,6 @@ class _Up:
         if outcome.failure:
             raise ConfigError(f"{name} stays at version {self._controller.wanted.serving.version}: {outcome.failure}")
         return f"{name} is at version {outcome.version}"
-
-
-def _is_settled(row: ReplicaRow) -> bool:
-    return row.status in ("READY", "FAILED")
 
 
 def _usable(flag: str, address: str) -> str:

@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 
 from balancer.operate import plan
+from balancer.operate.engine import Ended
 from balancer.operate.plan import Drain, Forget, Replace, Replica, Stage, Start, Stop
 from balancer.schema import Operation
 
 OPERATION = Operation(restart_backoff=1, max_restart_backoff=8, restart_limit=5, stable_after=60)
+DIED = Ended(1, "it died")
+NOT_FOUND = Ended(1, "not found", is_hopeless=True)
+NO_GPU = Ended(1, "no GPU free", waits_for_gpu=True)
 READY = Replica(1, 1, Stage.RUNNING, status="READY", was_ready=True)
 
 
@@ -97,7 +101,7 @@ def test_back_off_doubles_up_to_its_longest() -> None:
 def test_a_replica_that_was_ready_is_given_up_after_the_limit() -> None:
     replica, now, waits = READY, 0.0, []
     while replica.stage is not Stage.GIVEN_UP:
-        replica = plan.ended(replica, "it died", False, now, OPERATION)
+        replica = plan.ended(replica, DIED, now, OPERATION)
         waits.append(replica.start_at - now)
         now += 10
         if replica.stage is Stage.WAITING:
@@ -110,16 +114,16 @@ def test_a_replica_that_was_never_ready_is_given_up_sooner() -> None:
     replica = Replica(1, 1)
     for failures in (1, 2, 3):
         assert replica.stage is not Stage.GIVEN_UP
-        replica = plan.ended(plan.started(replica, 0.0), "it died", False, 0.0, OPERATION)
+        replica = plan.ended(plan.started(replica, 0.0), DIED, 0.0, OPERATION)
         assert replica.failures == failures
     assert replica.stage is Stage.GIVEN_UP
 
 
 def test_what_would_end_the_same_way_is_not_tried_again() -> None:
     never = plan.started(Replica(1, 1), 0.0)
-    assert plan.ended(never, "not found", True, 0.0, OPERATION).stage is Stage.GIVEN_UP
+    assert plan.ended(never, NOT_FOUND, 0.0, OPERATION).stage is Stage.GIVEN_UP
     # It did work before: whatever is wrong now may pass.
-    assert plan.ended(READY, "not found", True, 0.0, OPERATION).stage is Stage.WAITING
+    assert plan.ended(READY, NOT_FOUND, 0.0, OPERATION).stage is Stage.WAITING
 
 
 def test_being_ready_long_enough_wipes_out_failures_and_one_bad_look_does_not_count() -> None:
@@ -145,3 +149,16 @@ def test_a_service_is_hopeless_when_all_that_is_wanted_was_given_up() -> None:
     assert not plan.is_hopeless([lost, replace(lost, id=2, stage=Stage.WAITING)], 2)
     assert not plan.is_hopeless([], 0)
     assert not plan.is_hopeless([], 1)
+
+
+def test_waiting_for_a_gpu_is_no_failure_and_goes_on_for_ever() -> None:
+    replica, now = Replica(1, 1), 0.0
+    for _ in range(100):
+        replica = plan.ended(plan.started(replica, now), NO_GPU, now, OPERATION)
+        assert (replica.stage, replica.failures, replica.reason) == (Stage.WAITING, 0, "no GPU free")
+        assert 0 < replica.start_at - now < 10
+        now = replica.start_at
+    assert replica.waits_for_gpu
+    replica = plan.observed(plan.started(replica, now), "READY", 0, now, OPERATION)
+    assert (replica.waits_for_gpu, replica.reason) == (False, "")
+    assert not plan.ended(replica, DIED, now, OPERATION).waits_for_gpu

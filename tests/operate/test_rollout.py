@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from balancer.operate import plan, rollout
+from balancer.operate.engine import Ended
 from balancer.operate.plan import Drain, Forget, Replica, Stage, Start, Stop
 from balancer.operate.rollout import Look, Mode, Verdict
 from balancer.schema import Operation
@@ -51,7 +52,7 @@ class World:
                 if replica.stage is Stage.DRAINING:
                     self.replicas[id] = replace(replica, status="SHUTTING_DOWN", in_flight=0)
                 elif self.is_broken and replica.version == 2:
-                    self.replicas[id] = plan.ended(replica, "no such flag", False, self.now, OPERATION)
+                    self.replicas[id] = plan.ended(replica, Ended(id, "no such flag"), self.now, OPERATION)
                 else:
                     self.replicas[id] = plan.observed(replica, "READY", 0, self.now, OPERATION)
         serving = [r for r in self.replicas.values() if r.status == "READY" and r.stage is Stage.RUNNING]
@@ -117,3 +118,11 @@ def test_an_old_replica_that_was_given_up_is_no_obstacle() -> None:
     world = World(2, 3)
     world.replicas[1] = replace(world.replicas[1], stage=Stage.GIVEN_UP, status="FAILED")
     assert world.update("rolling").verdict is Verdict.DONE
+
+
+def test_a_replica_that_gets_no_gpu_makes_an_old_one_go_first() -> None:
+    """Others took what looked free: waiting for them could take for ever."""
+    old = Replica(1, 1, Stage.RUNNING, status="READY", was_ready=True)
+    new = Replica(2, 2, Stage.WAITING)
+    assert rollout.look("rolling", [old, new], 2, 1, surge=1) == Look(1, 1, Verdict.GOING)
+    assert rollout.look("rolling", [old, replace(new, waits_for_gpu=True)], 2, 1, surge=1) == Look(0, 1, Verdict.GOING)

@@ -1,0 +1,45 @@
+"""Services that share a machine's GPUs, by real leases on pretended GPUs."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.operate.command_line import LAB, Groundserve
+
+# A lease on one GPU, and then the lab's replica under it.
+LEASED = LAB.replace(
+    "-m tests.lab", f"-m replica --gpus 1 --port $GROUNDSERVE_PORT --exec -- {sys.executable} -m tests.lab"
+)
+
+
+@pytest.fixture
+def one_gpu(groundserve: Groundserve, tmp_path: Path) -> Groundserve:
+    groundserve.environ |= {"REPLICA_PRETEND_GPUS": "1", "LEASE_DIR": str(tmp_path / "leases"), "LEASE_WAIT": "0"}
+    return groundserve
+
+
+def test_who_finds_no_gpu_waits_for_one_and_is_not_given_up(one_gpu: Groundserve) -> None:
+    first = one_gpu.up(one_gpu.service("first", LEASED, replicas=1)).until_up()
+    second = one_gpu.up(one_gpu.service("second", LEASED, replicas=1, restart_limit=1))
+    said = second.until("second-1 waits for a GPU: no GPU free among this machine's 1")
+    assert "(process " in said
+    assert said.count("replica: ") == 0
+    shown = one_gpu.until("second", lambda status: bool(status["replicas"][0].get("reason")))
+    assert shown["replicas"][0]["status"] == "PROVISIONING"
+    assert first.end(signal.SIGTERM) == 0
+    second.until_up()
+    assert second.text.count("waits for a GPU") == 1
+
+
+def test_an_update_without_a_free_gpu_stops_the_old_replica_first(one_gpu: Groundserve) -> None:
+    up = one_gpu.up(one_gpu.service("lab", LEASED, replicas=1)).until_up()
+    one_gpu("update", "lab", one_gpu.service("lab", f"{LEASED} --tokens 7", replicas=1))
+    up.until("lab is at version 2")
+    assert [row["version"] for row in one_gpu.status("lab")["replicas"]] == [2]
+
+
+def test_more_replicas_than_gpus_are_up_with_those_that_have_one(one_gpu: Groundserve) -> None:
+    one_gpu.up(one_gpu.service("lab", LEASED, replicas=2)).until("lab is up after")
+    assert sorted(row["status"] for row in one_gpu.status("lab")["replicas"]) == ["PROVISIONING", "READY"]
