@@ -139,7 +139,7 @@ class Proxy:
                 outcome = await self._attempt(member, request, client, relay)
                 relay.account(outcome)
             if outcome is Outcome.ANSWERED:
-                if record.prompt_tokens:
+                if record.prompt_tokens and record.texts == 1:  # of a batch the policy knows the first prompt only
                     policy = self.admission.policy
                     policy.answered(choice, prompt, record.prompt_tokens, record.cached_tokens)
                 return
@@ -261,15 +261,15 @@ class _Relay:
         if self._record.first_byte is None:
             self._record.first_byte = now - self._record.received_at
             self._claim.begun()
-            if self._request.path == "/v1/messages":
-                self._record.read_usage(data[:4096])
         elif self._gaps is not None:
             self._gaps.note(now - self._last_at)
         self._last_at = now
         self._reply.body(data)
 
     def on_end(self) -> None:
-        self._record.read_usage(self._reply.tail())
+        record, counts = self._record, self._reply.tail.counts()
+        record.prompt_tokens, record.completion_tokens = counts.prompt, counts.completion
+        record.cached_tokens, record.texts = counts.cached, counts.texts
         self._reply.end()
 
     def account(self, outcome: Outcome) -> None:

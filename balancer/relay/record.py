@@ -1,12 +1,9 @@
 """What is remembered of one request when it is over: the source of its log line and of the metrics."""
 
-import re
 from dataclasses import dataclass
 from typing import Protocol
 
 from balancer.fleet.member import Member
-
-_FIGURE = re.compile(rb'"(prompt|completion|cached|input|output|cache_read_input)_tokens":\s*(\d{1,15})(?!\d)')
 
 
 @dataclass(slots=True)
@@ -37,24 +34,7 @@ class Record:
     matched: float | None = None  # the share of the prompt that the policy took to be cached at the member
     key: str = ""
     error: str = ""
-
-    def read_usage(self, piece: bytes) -> None:
-        """Takes the token counts from the end of an answer, or from the beginning of a stream of Anthropic's."""
-        first = piece.find(b'_tokens":')
-        if first < 0:
-            return
-        start = max(0, first - len(b'"cache_read_input'))
-        found: dict[bytes, bytes | int] = dict(_FIGURE.findall(piece, start))  # of several the last one holds
-        if b"input" in found:  # all of it in /v1/responses, in Anthropic's /v1/messages only what was not cached
-            found[b"prompt"] = int(found[b"input"]) + int(found.get(b"cache_read_input", 0))
-            if b"cache_read_input" in found:
-                found[b"cached"] = found[b"cache_read_input"]
-        if b"prompt" in found:
-            self.prompt_tokens = int(found[b"prompt"])
-        if b"completion" in found or b"output" in found:
-            self.completion_tokens = int(found.get(b"completion") or found[b"output"])
-        if b"cached" in found:
-            self.cached_tokens = int(found[b"cached"])
+    texts: int = 1  # how many prompts the counts are the sums of, as far as the answer tells
 
 
 class Spans(Protocol):

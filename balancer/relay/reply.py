@@ -6,6 +6,7 @@ from typing import Protocol
 
 from balancer.errors import ServeError
 from balancer.relay.request import HOP_BY_HOP, Request
+from balancer.relay.usage import Tail
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -44,8 +45,6 @@ class Reply:
 
     __slots__ = (
         "_keeps_alive",
-        "_last",
-        "_last_but_one",
         "_wire",
         "bytes_sent",
         "error",
@@ -55,6 +54,7 @@ class Reply:
         "is_over",
         "request",
         "status",
+        "tail",
     )
 
     def __init__(self, request: Request, wire: Wire, keeps_alive: bool, extra_fields: bytes = b"") -> None:
@@ -68,7 +68,7 @@ class Reply:
         self.is_over = False
         self._wire = wire
         self._keeps_alive = keeps_alive
-        self._last = self._last_but_one = b""
+        self.tail = Tail(request.path)
 
     @property
     def has_begun(self) -> bool:
@@ -90,6 +90,7 @@ class Reply:
                     is_encoded = True
             elif lowered == b"connection" and value.lower() not in (b"keep-alive", b"close"):
                 dropped.update(token.strip().lower() for token in value.split(b","))
+        self.tail.begin(self.is_event_stream)
         if is_encoded or length is not None:
             self.is_event_stream = False  # an event of ours would be read as something else, or as the end
         if dropped:
@@ -114,7 +115,10 @@ class Reply:
     def body(self, data: bytes) -> None:
         """Passes on a piece of the body as it came."""
         self.bytes_sent += len(data)
-        self._last_but_one, self._last = self._last, data
+        tail = self.tail
+        tail.pieces.append(data)
+        if len(tail.pieces) > tail.most or self.bytes_sent > tail.until:
+            tail.trim(self.bytes_sent)
         piece = b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data
         if self.is_event_stream or len(data) > SMALL:
             self._wire.send(piece)
@@ -162,18 +166,7 @@ class Reply:
         if self.is_over:
             return
         self.error = error
-        if self.is_event_stream and self.is_at_boundary():
+        if self.is_event_stream and self.tail.is_at_boundary():
             self.body(error.event(self.request.path))
         self.is_over = True
         self._wire.answered(False)
-
-    def is_at_boundary(self) -> bool:
-        """Did what was sent so far end with a whole event?"""
-        end = (self._last_but_one[-4:] + self._last)[-4:]
-        return not end or end.endswith(b"\n\n") or end == b"\r\n\r\n"
-
-    def tail(self, size: int = 4096) -> bytes:
-        """The last bytes of the body, where usage figures stand."""
-        if len(self._last) >= size:
-            return self._last[-size:]
-        return self._last_but_one[-size:] + self._last

@@ -6,7 +6,6 @@ import time
 import pytest
 
 from balancer.errors import ServeError
-from balancer.relay.record import Record
 from balancer.relay.request import Peer, Request, new_request_id, read_head
 
 PEER = Peer(b"192.0.2.1", False, b"http")
@@ -56,36 +55,6 @@ def test_targets_that_are_none(target: bytes) -> None:
     with pytest.raises(ServeError) as refused:
         read(target=target)
     assert (refused.value.status, refused.value.closes) == (400, True)
-
-
-@pytest.mark.parametrize(
-    ("tail", "figures"),
-    [
-        (
-            b'{"usage":{"prompt_tokens":11,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":7}}}',
-            (11, 3, 7),
-        ),
-        (b'data: {"usage": {"prompt_tokens": 1, "completion_tokens": 2}}\n\ndata: [DONE]\n\n', (1, 2, None)),
-        (b'"prompt_tokens":1}} "prompt_tokens":2}}', (2, None, None)),
-        # /v1/responses
-        (
-            b'"usage":{"input_tokens":11,"input_tokens_details":{"cached_tokens":7,"cache_write_tokens":0},'
-            b'"output_tokens":3,"output_tokens_details":{"reasoning_tokens":1},"total_tokens":14}}',
-            (11, 3, 7),
-        ),
-        # /v1/messages, where the input is what was not cached
-        (b'"usage":{"input_tokens":4,"output_tokens":3,"cache_read_input_tokens":7}}', (11, 3, 7)),
-        (b'"usage":{"input_tokens":11,"output_tokens":3}}', (11, 3, None)),
-        (b'_read_input_tokens":7}}\n\ndata: {"usage":{"output_tokens":3}}', (None, 3, None)),
-        (b'{"text":"\\"prompt_tokens\\":5"}', (None, None, None)),
-        (b"_tokens", (None, None, None)),
-        (b'"prompt_tokens":' + b"9" * 4090, (None, None, None)),
-    ],
-)
-def test_usage_is_read_from_the_end_of_an_answer(tail: bytes, figures: tuple[int | None, ...]) -> None:
-    record = Record("id", "POST", "/", 0.0)
-    record.read_usage(tail)
-    assert (record.prompt_tokens, record.completion_tokens, record.cached_tokens) == figures
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,15 @@ async def test_tokens_are_counted_in_anthropics_format_too(house: House, stream:
     assert theirs["prompt_tokens"] == ours["prompt_tokens"] > 0
 
 
+@in_house
+async def test_the_tokens_of_all_texts_of_a_batch_are_counted(house: House) -> None:
+    text = {"text": "One", "meta_info": {"prompt_tokens": 4, "completion_tokens": 5, "cached_tokens": 1}}
+    house.replicas[0].set(body=orjson.dumps([text] * 3).decode())
+    await house.ask(request(path="/generate", body=b'{"text": ["One", "Two", "Three"]}'))
+    (line,) = await house.logged(1)
+    assert (line["prompt_tokens"], line["completion_tokens"], line["cached_tokens"]) == (12, 15, 3)
+
+
 @pytest.mark.parametrize("path", ["/" + "x" * 60_000, "/v1/" + "x" * 60_000])
 @in_house
 async def test_a_long_path_is_cut(house: House, path: str) -> None:

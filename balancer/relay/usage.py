@@ -1,0 +1,256 @@
+"""Token counts of an answer, read from where they stand in it: a text that quotes such figures cannot pass for them.
+
+An answer is looked at when it is over, and a long one now and then before that, to forget what is not needed.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+# Bytes of an answer that are kept to look for the counts, and the largest event or list that is parsed for them.
+LARGEST = 1 << 20
+KEPT_EVENTS = 4  # the last ones of a stream: behind the one with the counts come a stop, a [DONE], a comment
+SOON = 64 << 10  # bytes after which it is time to forget some
+FEW = 16  # pieces, likewise
+MOST = 10**15  # tokens that anybody believes
+# SGLang's own paths tell of each text of a batch apart. No name of a field there is a user's or a model's choice, and
+# in a text each quote has a backslash before it: what looks like a field is one.
+NATIVE = frozenset(("/generate", "/encode"))
+_FIELD = re.compile(rb'"(prompt|completion|cached)_tokens":\s*(\d{1,15})(?=[,}\s])')
+_LONGEST_FIELD = 64
+_UNFINISHED = re.compile(rb'"finish_reason":\s*null')
+_TRIES = 8
+
+
+@dataclass(slots=True)
+class Counts:
+    """Tokens of one answer; None is unknown. `texts` is how many prompts these are the sums of, as far as told."""
+
+    prompt: int | None = None
+    completion: int | None = None
+    cached: int | None = None
+    texts: int = 1
+
+
+class Tail:
+    """What is kept of an answer's body while it is relayed. Whoever adds to `pieces` calls `trim` when it `is_due`.
+
+    Of a stream that is the last events, each whole, of another answer its end; never much more than `LARGEST` bytes.
+    """
+
+    __slots__ = ("_finals", "_has_dropped", "_is_stream", "_native", "_opening", "_path", "most", "pieces", "until")
+
+    def __init__(self, path: str) -> None:
+        self.pieces: list[bytes] = []
+        self.most = FEW
+        self.until = SOON
+        self._path = path
+        self._is_stream = False
+        self._has_dropped = False
+        self._opening = b""  # the first event, where Anthropic's streams tell of the prompt
+        self._finals: dict[Any, Counts] | None = None  # of a native stream's texts that are finished
+        self._native: Counts | None = None  # of another native answer so far
+
+    def begin(self, is_stream: bool) -> None:
+        self._is_stream = is_stream
+
+    def trim(self, size: int) -> None:
+        """Forgets what cannot matter; `size` is how long the body is so far, in bytes."""
+        if self._is_stream:
+            kept = self._trim_events(b"".join(self.pieces))
+        elif self._path in NATIVE:
+            kept = self._trim_native(b"".join(self.pieces))
+        else:
+            kept = self._trim_end()
+        self.most = len(self.pieces) + FEW + kept // 256
+        self.until = size + max(SOON, kept // 2)
+
+    def _trim_events(self, body: bytes) -> int:
+        cut = _last_events(body)
+        if cut and not self._has_dropped:
+            self._opening = body[: _first_end(body)] + b"\n\n" if self._path == "/v1/messages" else b""
+            self._has_dropped = True
+        if self._path in NATIVE:
+            self._note_finals(body[:cut])
+        body = body[max(cut, len(body) - LARGEST) :]
+        self.pieces = [body]
+        return len(body)
+
+    def _trim_native(self, body: bytes) -> int:
+        end = max(self._count_native(body), len(body) - _LONGEST_FIELD)
+        self.pieces = [body[end:]]
+        return len(body) - end
+
+    def _trim_end(self) -> int:
+        pieces, kept, first = self.pieces, 0, len(self.pieces)
+        while first and kept < LARGEST:
+            first -= 1
+            kept += len(pieces[first])
+        self._has_dropped = self._has_dropped or first > 0
+        del pieces[:first]
+        if len(pieces) > FEW and kept < len(pieces) * 256:
+            self.pieces = [b"".join(pieces)]
+        return kept
+
+    def is_at_boundary(self) -> bool:
+        """Did what was sent so far end with a whole event?"""
+        end = b"".join(self.pieces[-4:])[-4:]
+        return not end or end.endswith(b"\n\n") or end == b"\r\n\r\n"
+
+    def counts(self) -> Counts:
+        """What the whole answer told; the tail is of no use after that."""
+        body = b"".join(self.pieces)
+        self.pieces = []
+        if self._is_stream and self._path in NATIVE:
+            self._note_finals(body)
+            return _sum((self._finals or {}).values())
+        if self._is_stream:
+            return _of_events(self._opening + body, is_told_twice=self._path == "/v1/messages")
+        if self._path in NATIVE:
+            self._count_native(body)
+            return self._native if self._native and self._native.texts else Counts()
+        return _of_whole(body, self._has_dropped)
+
+    def _count_native(self, body: bytes) -> int:
+        """Adds up the fields of a body or a part of it; where the last one ended."""
+        native = self._native = self._native or Counts(texts=0)
+        end = 0
+        for field in _FIELD.finditer(body):
+            figure, end = int(field[2]), field.end()
+            match field[1]:
+                case b"prompt":
+                    native.prompt = (native.prompt or 0) + figure
+                    native.texts += 1
+                case b"completion":
+                    native.completion = (native.completion or 0) + figure
+                case _:
+                    native.cached = (native.cached or 0) + figure
+        return end
+
+    def _note_finals(self, events: bytes) -> None:
+        """Keeps the counts of each text's last event: in a stream of several they end one by one."""
+        finals = self._finals = self._finals or {}
+        for event in _events(events):
+            if _UNFINISHED.search(event):
+                continue
+            said = _parsed(event)
+            if isinstance(said, dict) and isinstance(meta := said.get("meta_info"), dict):
+                finals[said.get("index")] = _of_usage(meta)
+
+
+def _last_events(body: bytes) -> int:
+    """Where the last `KEPT_EVENTS` whole events begin, and whatever follows them; 0 where there are no more."""
+    for mark in (b"\n\n", b"\r\n\r\n"):
+        at = len(body)
+        for _ in range(KEPT_EVENTS + 1):
+            at = body.rfind(mark, 0, at)
+            if at < 0:
+                break
+        else:
+            return at + len(mark)
+    return 0
+
+
+def _first_end(body: bytes) -> int:
+    ends = [at for mark in (b"\n\n", b"\r\n\r\n") if (at := body.find(mark)) >= 0]
+    return min(ends, default=0)
+
+
+def _events(body: bytes) -> Iterator[bytes]:
+    """The data of each event."""
+    for event in body.replace(b"\r\n", b"\n").split(b"\n\n"):
+        lines = [line[5:] for line in event.split(b"\n") if line.startswith(b"data:")]
+        if lines:
+            yield b"\n".join(lines)
+
+
+def _of_events(body: bytes, is_told_twice: bool) -> Counts:
+    """The counts of a stream's last event that has any; of Anthropic's what only its first one tells, too."""
+    if b'_tokens"' not in body:  # in a text it has a backslash before the quote
+        return Counts()
+    found: dict[str, Any] = {}
+    for data in reversed(list(_events(body))):
+        if b'_tokens"' in data and isinstance(said := _parsed(data), dict):
+            for holder in (said, said.get("response"), said.get("message")):
+                if isinstance(holder, dict) and isinstance(usage := holder.get("usage"), dict):
+                    found = usage | found
+        if found and not is_told_twice:
+            break
+    return _of_usage(found)
+
+
+def _of_whole(body: bytes, is_cut: bool) -> Counts:
+    """The counts of an answer that is no stream, or of its end: `usage` of the outermost object, or of a list each.
+
+    What begins at a field of the outermost object is an object of its own once a brace stands before it. Of one that
+    is further in, too many braces would be left.
+    """
+    if b'_tokens"' not in body:
+        return Counts()
+    end = len(body)
+    for _ in range(_TRIES if is_cut else 1):
+        end = body.rfind(b'"usage":', 0, end)
+        if end < 0:
+            break
+        said = _parsed(b"{" + body[end:]) if body[end - 1 : end] != b"\\" else None
+        if isinstance(said, dict) and isinstance(usage := said.get("usage"), dict):
+            return _of_usage(usage)
+    if is_cut:
+        return Counts()
+    said = _parsed(body)
+    if isinstance(said, dict):
+        usage = said.get("usage") or said.get("meta_info")
+        return _of_usage(usage) if isinstance(usage, dict) else Counts()
+    items = said if isinstance(said, list) else []
+    metas = [meta for item in items if isinstance(item, dict) and isinstance(meta := item.get("meta_info"), dict)]
+    return _sum(map(_of_usage, metas))
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _of_usage(usage: dict[str, Any]) -> Counts:
+    """The counts of a `usage` object of OpenAI's or Anthropic's, or of SGLang's own `meta_info`."""
+    if "prompt_tokens" in usage:
+        details = usage.get("prompt_tokens_details")
+        cached = _figure(usage, "cached_tokens")
+    else:
+        details = usage.get("input_tokens_details")
+        cached = _figure(usage, "cache_read_input_tokens")
+    if isinstance(details, dict):
+        cached = _figure(details, "cached_tokens")
+    if "prompt_tokens" in usage or "completion_tokens" in usage:
+        return Counts(_figure(usage, "prompt_tokens"), _figure(usage, "completion_tokens"), cached)
+    prompt = _figure(usage, "input_tokens")
+    if prompt is not None:  # in Anthropic's format the cached ones are apart, in OpenAI's some of these
+        prompt += (_figure(usage, "cache_read_input_tokens") or 0) + (
+            _figure(usage, "cache_creation_input_tokens") or 0
+        )
+    return Counts(prompt, _figure(usage, "output_tokens"), cached)
+
+
+def _figure(holder: dict[str, Any], name: str) -> int | None:
+    value = holder.get(name)
+    return value if type(value) is int and 0 <= value < MOST else None
+
+
+def _sum(parts: Iterable[Counts]) -> Counts:
+    known = list(parts)
+
+    def total(figures: Iterable[int | None]) -> int | None:
+        told = [figure for figure in figures if figure is not None]
+        return sum(told) if told else None
+
+    return Counts(
+        total(part.prompt for part in known),
+        total(part.completion for part in known),
+        total(part.cached for part in known),
+        max(len(known), 1),
+    )
