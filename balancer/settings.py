@@ -81,7 +81,9 @@ class Settings(BaseModel):
     )
     queue_size: int = Field(1024, ge=0, description="requests that may wait for room; beyond: 429")
     queue_timeout: float = Field(60, gt=0, description="time a request waits for room; beyond: 429")
-    start_wait: float = Field(600, ge=0, description="time a request waits for a replica that is being started")
+    start_wait: float = Field(
+        600, ge=0, description="time a generating request waits for a replica that is being started"
+    )
 
     # The fleet
     ready_interval: float = Field(1, gt=0, description="time between two looks at a replica's /ready")

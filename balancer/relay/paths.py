@@ -19,6 +19,15 @@ class Kind(enum.Enum):
 GENERATING = {"/generate", "/classify", "/encode", "/rerank", "/score"}
 PLAIN = {"/tokenize", "/detokenize", "/v1/tokenize", "/v1/detokenize", "/v1/messages/count_tokens"}
 PLAIN |= {"/v1/models", "/model_info", "/get_model_info"}
+# What is worth minutes of waiting while a replica starts: its answer takes long anyway. All else is asked by pages and
+# programs that want to know what there is, and would rather hear at once that there is nothing yet.
+WAITED_FOR = GENERATING | {
+    f"/v1/{name}"
+    for name in (
+        "chat/completions", "completions", "responses", "messages", "embeddings", "classify", "rerank", "score",
+        "audio/transcriptions", "audio/translations", "audio/speech", "images/generations", "images/edits",
+    )
+}  # fmt: skip
 OWN = {"/health", "/ready", "/server_info", "/get_server_info"}
 # Under /v1/, yet about one replica's own state: asked of any other, the answer would be wrong.
 NOT_SERVED = re.compile(r"/v1/loads(/.*)?|/v1/responses/.+")

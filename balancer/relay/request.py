@@ -11,7 +11,7 @@ from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.member import Member
 from balancer.relay.auth import Key
-from balancer.relay.paths import Kind, kind_of
+from balancer.relay.paths import WAITED_FOR, Kind, kind_of
 
 Headers = list[tuple[bytes, bytes]]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -60,6 +60,11 @@ class Request:
     @property
     def is_generating(self) -> bool:
         return self.kind is Kind.GENERATING and self.method == b"POST"
+
+    @property
+    def is_waited_for(self) -> bool:
+        """May it wait for minutes while a replica starts?"""
+        return self.path in WAITED_FOR and self.method == b"POST"
 
     def head_for(self, member: Member, api_key: bytes | None) -> bytes:
         """The request's head as that member gets it; the body follows as it came."""

@@ -13,13 +13,19 @@ from balancer.routing.prompt import Prompt
 
 Place = Claim[Choice]
 
+MOMENT = 2.0  # seconds that anything waits for a replica that is about to be ready, as where one takes over
+
 
 @dataclass(slots=True, eq=False)
 class Ask:
-    """What a request wants of the fleet; `tried` are the members that it has been to."""
+    """What a request wants of the fleet; `tried` are the members that it has been to.
+
+    `is_waited_for`: it may wait as long as `start_wait` for a replica that starts; else it waits a moment at most.
+    """
 
     prompt: Prompt
     is_generating: bool
+    is_waited_for: bool = True
     tried: list[Member] = field(default_factory=list)
 
 
@@ -57,7 +63,7 @@ class Admission:
         if not self.fleet.has_other(ask.tried):
             if not self.fleet.is_starting() or not settings.start_wait:
                 raise errors.no_replica()
-            wait = settings.start_wait
+            wait = settings.start_wait if ask.is_waited_for else min(MOMENT, settings.start_wait)
         else:
             wait = settings.queue_timeout
         if self.queue_depth >= settings.queue_size:

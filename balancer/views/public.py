@@ -1,5 +1,6 @@
 """FastAPI routes of the serving port: the balancer's health, and what a replica says of itself, less its secrets."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from fastapi.responses import JSONResponse, Response
 from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.fleet import Fleet
+
+PATIENCE = 5.0  # seconds that one replica has to say what it is
+SOON = 5.0  # seconds after which no other one is asked
 
 SECRET_WORDS = ("api_key", "password", "secret", "hf_token", "ssl_key", "authorization")
 
@@ -32,11 +36,15 @@ def public_app(fleet: Fleet, is_leaving: Callable[[], bool], client: httpx.Async
     @app.api_route("/get_server_info", methods=["GET", "HEAD"])
     async def server_info() -> Response:
         """A ready replica's configuration. SGLang shows its API key there; here nothing secret passes."""
+        until = fleet.clock() + SOON
         for member in list(fleet.available()):
+            if fleet.clock() > until:
+                break
             try:
-                answer = await client.get(member.url + "/server_info", timeout=5)
+                async with asyncio.timeout(PATIENCE):
+                    answer = await client.get(member.url + "/server_info", timeout=None)
                 info = answer.json() if answer.status_code == 200 else None
-            except (httpx.HTTPError, ValueError):
+            except (httpx.HTTPError, TimeoutError, ValueError):
                 continue
             if isinstance(info, dict):
                 return JSONResponse(without_secrets(info), headers={"X-Replica-Id": member.name})

@@ -8,7 +8,7 @@ from balancer.routing.admission import Ask
 from balancer.routing.prompt import Prompt
 from tests.lab.replica import LabReplica
 from tests.wire.client import Client, chat, request
-from tests.wire.running import House, on_uvloop, serving, until
+from tests.wire.running import House, each, on_uvloop, serving, until
 
 POST = request(body=chat())
 MODELS = request("GET", "/v1/models/lab")
@@ -157,6 +157,26 @@ async def test_who_waited_out_for_a_start_is_told_503() -> None:
         answer = await house.ask(POST)
         assert (answer.status, answer.error["code"], answer.header("retry-after")) == (503, "no_replica_ready", "5")
         assert 0.3 < house.log()[-1]["duration"] < 1.5
+
+
+WHAT_IS_THERE = {
+    "models": MODELS,
+    "all models": request("GET", "/v1/models"),
+    "tokens of a text": request("POST", "/v1/tokenize", b"{}"),
+    "tokens of a message": request("POST", "/v1/messages/count_tokens", b"{}"),
+    "a file, which no replica takes": request("POST", "/v1/files", b"{}"),
+    "not even a method of the path": request("GET", "/v1/chat/completions"),
+}
+
+
+@pytest.mark.parametrize("data", **each(WHAT_IS_THERE))
+@on_uvloop
+async def test_who_asks_what_is_there_is_told_soon_that_nothing_is_yet(data: bytes) -> None:
+    async with LabReplica(ready=500) as a, serving(a, ready=0) as house:
+        began = asyncio.get_running_loop().time()
+        answer = await house.ask(data, data.partition(b" ")[0].decode())
+        assert (answer.status, answer.header("retry-after")) == (503, "5")
+        assert asyncio.get_running_loop().time() - began < 5
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
