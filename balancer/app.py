@@ -78,7 +78,7 @@ class Balancer:
         self.discovery = DnsDiscovery(config.discover, self.fleet, look_up) if config.discover else None
         if self.discovery is not None:
             self.discovery.when_untold.append(self.facts.untold)
-        self.pool = Pool(settings, loop, replica_tls)
+        self.pool = Pool(settings, loop, self.fleet.doubted, replica_tls)
         self.fleet.when_left.append(self.pool.forget)
         self.access_log = AccessLog(log_descriptor, config.is_log_json)
         headers = {"Authorization": f"Bearer {config.replica_key}"} if config.replica_key else {}

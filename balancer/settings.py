@@ -62,8 +62,14 @@ class Settings(BaseModel):
         2048, gt=0, description="open connections of one address (IPv6: one /64) but a trusted proxy's; beyond: 429"
     )
     connect_timeout: float = Field(2, gt=0, description="time a connection to a replica may take")
-    first_byte_timeout: float = Field(600, gt=0, description="time a replica has to begin its answer; beyond: 504")
-    idle_timeout: float = Field(120, gt=0, description="silence allowed inside an answer; beyond: a broken stream")
+    first_byte_timeout: float = Field(
+        600, gt=0, description="time a replica has to begin its answer, or, alive, to go on with it; beyond: 504"
+    )
+    idle_timeout: float = Field(
+        120,
+        gt=0,
+        description="silence inside an answer without a sign of life from its replica; beyond: a broken stream",
+    )
     upstream_keep_alive: float = Field(
         4, gt=0, description="age of an idle connection to a replica; below SGLang's own 5 s"
     )

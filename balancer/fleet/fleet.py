@@ -76,7 +76,8 @@ class Fleet:
     """All members. Everything here is synchronous: between two awaits the fleet never changes.
 
     `clock` gives the loop's time in seconds. `when_room` is called whenever a waiting request might find a place,
-    `when_refused` with a member at which nothing listens any more.
+    `when_refused` with a member at which nothing listens any more, `when_doubted` with one that should be asked whether
+    it is alive.
     """
 
     def __init__(self, settings: Settings, readiness: ReadinessProbe, clock: Clock) -> None:
@@ -88,6 +89,7 @@ class Fleet:
         self.when_joined: list[Callable[[Member], None]] = []
         self.when_left: list[Callable[[Member], None]] = []
         self.when_refused: list[Callable[[Member], None]] = []
+        self.when_doubted: list[Callable[[Member], None]] = []
         self.is_asleep = False  # there are no replicas only because nobody asks: who waits wakes one
         self.in_flight = 0  # requests at members, those that left among them
         self.turns = 0  # choices made
@@ -255,6 +257,10 @@ class Fleet:
         if member.ready.surely_failed(self.clock()):
             self.changed()
         self._tell(self.when_refused, member)
+
+    def doubted(self, member: Member) -> None:
+        """One of its answers is silent: does it still work on it? `member.alive_at` tells, if it says so."""
+        self._tell(self.when_doubted, member)
 
     def busy(self, member: Member, seconds: float) -> None:
         """It answered 503: full for that long, yet not broken."""

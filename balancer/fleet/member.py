@@ -138,6 +138,7 @@ class Member:
     capacity_tokens: int | None = None
     identity: str | None = None
     last_byte_at: float = 0.0
+    alive_at: float = 0.0  # when it last said, asked amid a silence, that it is at work
     busy_since: float = 0.0
     turn: int = 0  # when it was last chosen, counted in choices
 

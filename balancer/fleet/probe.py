@@ -28,6 +28,7 @@ class Prober:
         fleet.when_joined.append(self._joined)
         fleet.when_left.append(self._left)
         fleet.when_refused.append(self._refused)
+        fleet.when_doubted.append(self._doubted)
 
     def start(self) -> None:
         """Begins to watch the members that are there already; later ones are watched as they join."""
@@ -47,6 +48,10 @@ class Prober:
     def _left(self, member: Member) -> None:
         if watch := self._watches.pop(member, None):
             watch.stop()
+
+    def _doubted(self, member: Member) -> None:
+        if watch := self._watches.get(member):
+            watch.doubted.set()
 
     def _refused(self, member: Member) -> None:
         if watch := self._watches.get(member):

@@ -34,6 +34,7 @@ class Watch:
 
     def __init__(self, member: Member, fleet: Fleet, line_to: LineTo, jitter: random.Random) -> None:
         self._hurry = asyncio.Event()  # ask /ready now
+        self.doubted = asyncio.Event()  # ask for a sign of life now
         self._member = member
         self._fleet = fleet
         self._line_to = line_to
@@ -41,12 +42,12 @@ class Watch:
         self._came_up = asyncio.Event()  # /ready began to pass: ask the service's question now
         self._was_refused = False
         self._trouble = ""  # why it could not be asked, as last logged
-        self._alive_at = 0.0  # when it last proved, amid a silence, that it still works
         self._ready_line = line_to(member, when_broken=self._hurry.set)
         self._service_line = line_to(member)
         self._queue_line = line_to(member)
+        self._life_line = line_to(member)
         self._inspected: int | None = None  # the ready line's breaks when we last knew who answers
-        loops = (self._watch_ready(), self._watch_service(), self._watch_queue())
+        loops = (self._watch_ready(), self._watch_service(), self._watch_queue(), self._watch_life())
         self.tasks = [asyncio.ensure_future(loop) for loop in loops]
 
     def stop(self) -> None:
@@ -153,7 +154,7 @@ class Watch:
             if self._is_at_work():
                 return
         try:
-            passes = await self._ask_service()
+            passes = await self._ask_service(self._service_line)
         except Unheard:
             if self._is_at_work():
                 return  # a long prefill keeps anything waiting
@@ -168,15 +169,18 @@ class Watch:
         20 s at most; then it declares its own server unhealthy, so that a long prefill would take it out.)
         """
         member, fleet = self._member, self._fleet
-        try:
-            answer = await self._service_line.ask("/server_info", fleet.settings.silence_timeout)
-            is_alive = answer.status == 200 or await self._ask_service()
-        except Unheard:
-            is_alive = False
+        is_alive = await self._is_alive(self._service_line, fleet.settings.silence_timeout)
         now = fleet.clock()
         if is_alive:
-            self._alive_at = now
+            member.alive_at = now
         fleet.noted(member, member.service.passed(now) if is_alive else member.service.surely_failed(now))
+
+    async def _is_alive(self, line: Line, timeout: float) -> bool:
+        try:
+            answer = await line.ask("/server_info", timeout)
+            return answer.status == 200 or await self._ask_service(line)
+        except Unheard:
+            return False
 
     def _makes_tokens(self) -> bool:
         """Does the service's question cost the replica a generation?"""
@@ -192,19 +196,34 @@ class Watch:
 
     def _is_too_silent(self) -> bool:
         member = self._member
-        heard_at = max(member.last_byte_at, member.busy_since, self._alive_at)
+        heard_at = max(member.last_byte_at, member.busy_since, member.alive_at)
         return member.generating > 0 and self._fleet.clock() - heard_at > self._fleet.settings.silence_timeout
 
-    async def _ask_service(self) -> bool:
+    async def _ask_service(self, line: Line) -> bool:
         probe = self._fleet.readiness
         path = quote(probe.path, safe="%/?:@!$&'()*+,;=-._~[]")
         if probe.post_data is None:
-            answer = await self._service_line.ask(path, probe.timeout_seconds, fields=probe.headers)
+            answer = await line.ask(path, probe.timeout_seconds, fields=probe.headers)
         else:
             fields = {"content-type": "application/json"} | probe.headers
             body = orjson.dumps(probe.post_data)
-            answer = await self._service_line.ask(path, probe.timeout_seconds, "POST", fields, body)
+            answer = await line.ask(path, probe.timeout_seconds, "POST", fields, body)
         return answer.status == 200
+
+    # Its word on a silent answer, whatever others it sends
+
+    async def _watch_life(self) -> None:
+        with contextlib.closing(self._life_line):
+            while True:
+                await self.doubted.wait()
+                await self._safely(self._ask_for_life)
+                self.doubted.clear()
+
+    async def _ask_for_life(self) -> None:
+        if await self._is_alive(self._life_line, self._fleet.settings.idle_timeout):
+            self._member.alive_at = self._fleet.clock()
+        else:
+            await asyncio.sleep(SOON)
 
     # Its own queue, where requests are held here rather than there
 

@@ -57,6 +57,7 @@ RULES = {
     Outcome.MANGLED: Rule(is_failure=True),
     Outcome.BROKEN: Rule(),
     Outcome.STALLED: Rule(),
+    Outcome.STUCK: Rule(),
 }
 
 
@@ -83,6 +84,9 @@ def final_error(outcome: Outcome, settings: Settings, retry_after: int) -> Serve
             return errors.first_byte_timeout(settings.first_byte_timeout)
         case Outcome.STALLED:
             return errors.stream_broken(f"the replica was silent for {settings.idle_timeout:g} s (idle_timeout).")
+        case Outcome.STUCK:
+            longest = max(settings.first_byte_timeout, settings.idle_timeout)
+            return errors.stream_broken(f"nothing more came for {longest:g} s (first_byte_timeout).")
         case Outcome.BROKEN:
             return errors.stream_broken("the replica went away.")
         case _:

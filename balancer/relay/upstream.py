@@ -3,7 +3,7 @@
 import asyncio
 import enum
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import httptools
@@ -27,7 +27,8 @@ class Outcome(enum.Enum):
     SILENT = "silent"  # no byte of a body within first_byte_timeout
     MANGLED = "mangled"  # what came was not HTTP, and nothing of it was relayed
     BROKEN = "broken"  # ended or went wrong amid the answer
-    STALLED = "stalled"  # nothing for idle_timeout amid the answer
+    STALLED = "stalled"  # nothing amid the answer, and for idle_timeout no sign of life from the replica
+    STUCK = "stuck"  # nothing amid the answer for first_byte_timeout, though the replica lives
 
 
 class Answer(Protocol):
@@ -204,12 +205,20 @@ class ReplicaConnection(asyncio.Protocol):
 class Pool:
     """The idle and the busy connections to all members.
 
-    Idle ones are used newest first and closed before SGLang would close them. `tls` is for https members.
+    Idle ones are used newest first and closed before SGLang would close them. `doubt` is called, and called again, with
+    a member one of whose answers is silent, `tls` is for https members.
     """
 
-    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
+        doubt: Callable[[Member], None],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.settings = settings
         self.loop = loop
+        self.doubt = doubt
         self.tls = tls
         self.busy: set[ReplicaConnection] = set()
         self._idle: dict[Member, list[ReplicaConnection]] = {}
@@ -261,8 +270,20 @@ class Pool:
             ):  # a head says little: SGLang sends that of /generate before it looks at the prompt
                 if now - connection.sent_at > settings.first_byte_timeout:
                     connection.finish(Outcome.SILENT)
-            elif now - connection.last_byte_at > settings.idle_timeout:
-                connection.finish(Outcome.STALLED)
+            else:
+                self._judge_silence(connection, now)
+
+    def _judge_silence(self, connection: ReplicaConnection, now: float) -> None:
+        """Ends an answer that is silent while its replica gives no sign of life, or for far too long."""
+        settings, member = self.settings, connection.member
+        silence = now - connection.last_byte_at
+        lifeless = min(silence, now - member.alive_at)
+        if lifeless > settings.idle_timeout:
+            connection.finish(Outcome.STALLED)
+        elif silence > max(settings.idle_timeout, settings.first_byte_timeout):
+            connection.finish(Outcome.STUCK)
+        elif lifeless > settings.idle_timeout / 2:
+            self.doubt(member)
 
     def close(self) -> None:
         for member in list(self._idle):

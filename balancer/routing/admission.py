@@ -25,8 +25,8 @@ class Ask:
 
     prompt: Prompt
     is_generating: bool
-    is_waited_for: bool = True
     tried: list[Member] = field(default_factory=list)
+    is_waited_for: bool = True
 
 
 @dataclass(slots=True, eq=False)

@@ -1,5 +1,6 @@
 """Answers that break off: no client may take one for whole, and who reads events is told why."""
 
+import asyncio
 import gzip
 from collections.abc import Iterator
 from typing import Any
@@ -40,7 +41,7 @@ AT_BOUNDARY = {
     "before the first event": {"cut": "after_head"},
     "CRLF line ends": {"cut": "after_tokens", "cut_after": 2, "event_end": "\r\n\r\n"},
     "in small pieces": {"cut": "after_tokens", "cut_after": 2, "split": 1},
-    "silent": {"hang": "after_tokens", "hang_after": 2},
+    "silent": {"hang": "after_tokens", "hang_after": 2, "service_status": "hang"},
 }
 
 
@@ -80,6 +81,40 @@ async def test_a_stream_whose_first_event_takes_long_is_waited_for_as_long_as_a_
         assert error["code"] == "first_byte_timeout"
         assert "within 1 s" in error["message"]
         await a.seen.until(lambda seen: seen.last.outcome == "client_left")
+
+
+@on_uvloop
+async def test_a_stream_that_is_silent_while_its_replica_says_that_it_lives_goes_on() -> None:
+    async with LabReplica(token_interval=2) as a, serving(a, idle_timeout=0.8) as house:
+        silent = await house.client()
+        await silent.send(request(body=chat(stream=True, tokens=2)))
+        await silent.until(b"t00")
+        a.set(token_interval=0.1)  # others of its streams flow: that says nothing of this one
+        flowing = await house.client()
+        await flowing.send(request(body=chat(stream=True, tokens=1000)))
+        assert (await silent.until(b"[DONE]")).count(b"data:") > 1
+        asked = [r.target for r in a.seen.probes if r.target == "/server_info"]
+        assert 2 <= len(asked) < 12, "not at each look"
+
+
+@on_uvloop
+async def test_a_stream_whose_replica_does_not_say_that_it_lives_is_cut_though_others_flow() -> None:
+    async with LabReplica(token_interval=0.05) as a, serving(a, idle_timeout=0.8) as house:
+        flowing = await house.client()
+        await flowing.send(request(body=chat(stream=True, tokens=1000)))
+        a.set(hang="after_tokens", service_status="hang")
+        began = asyncio.get_running_loop().time()
+        answer = await house.ask(STREAM)
+        assert told(answer)["code"] == "stream_broken"
+        assert 0.8 <= asyncio.get_running_loop().time() - began < 3
+
+
+@on_uvloop
+async def test_a_stream_that_is_silent_for_first_byte_timeout_is_cut_however_alive_its_replica_is() -> None:
+    async with LabReplica(hang="after_tokens") as a, serving(a, idle_timeout=0.4, first_byte_timeout=1.5) as house:
+        began = asyncio.get_running_loop().time()
+        assert "for 1.5 s (first_byte_timeout)" in told(await house.ask(STREAM))["message"]
+        assert 1.5 <= asyncio.get_running_loop().time() - began < 4
 
 
 AMID = {
