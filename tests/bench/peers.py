@@ -175,6 +175,17 @@ def sglang_router(place: Place, settings: dict[str, str], policy: str = "round_r
     return Launch(command, pinned_version("sglang-router"), "on", settings, census)
 
 
+def smg(place: Place, settings: dict[str, str], policy: str = "round_robin") -> Launch:
+    """sglang-router's heir: the same flags, under a program of its own."""
+    python = environment("smg", place.cache) / "bin/python"
+    command = [str(python), "-m", "smg.cli", "launch", *rust_router_flags(place, policy)]
+    census = Census(
+        f"http://127.0.0.1:{place.port}/workers",
+        lambda answer: sum(worker["is_healthy"] for worker in answer["workers"]),
+    )
+    return Launch(command, pinned_version("smg"), "on", settings, census)
+
+
 def vllm_router(place: Place, settings: dict[str, str]) -> Launch:
     command = [
         str(environment("vllm-router", place.cache) / "bin/vllm-router"),
@@ -218,6 +229,7 @@ PEERS: dict[str, Callable[[Place], Launch]] = {
     "groundserve": groundserve,
     "nginx": nginx,
     "envoy": envoy,
+    "smg": partial(smg, settings=ONE_THREAD),
     "sglang-router": partial(sglang_router, settings=ONE_THREAD),
     "vllm-router": partial(vllm_router, settings=ONE_THREAD),
     "sglang-router-default": partial(sglang_router, settings={}),
@@ -225,4 +237,4 @@ PEERS: dict[str, Callable[[Place], Launch]] = {
     "skyserve": skyserve,
 }
 OURS = "groundserve"
-RUST_ROUTERS = ("sglang-router", "vllm-router")
+RUST_ROUTERS = ("smg", "sglang-router", "vllm-router")

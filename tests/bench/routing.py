@@ -22,18 +22,19 @@ from pathlib import Path
 from balancer.operate.ports import free_ports
 from tests.bench.ask import Run, ask
 from tests.bench.install import Unavailable, cache_folder
-from tests.bench.peers import ONE_THREAD, Launch, Place, groundserve, nginx, sglang_router
+from tests.bench.peers import ONE_THREAD, Launch, Place, groundserve, nginx, sglang_router, smg
 from tests.bench.report import markdown
 from tests.bench.running import fetch, running, started, stop_on_sigterm, wait
 from tests.bench.stats import median, quantile
 from tests.bench.workload import FORMS, Form, hello, workload
 
-PREFIX_AWARE, ROUND_ROBIN, ROUTER = "prefix_aware", "round_robin", "sglang-router"
+PREFIX_AWARE, ROUND_ROBIN, ROUTER = "prefix_aware", "round_robin", "smg"
 BALANCERS: dict[str, Callable[[Place], Launch]] = {
     PREFIX_AWARE: partial(groundserve, policy="prefix_aware"),
     ROUND_ROBIN: partial(groundserve, policy="round_robin"),
     # With its published defaults.
-    ROUTER: partial(sglang_router, settings=ONE_THREAD, policy="cache_aware"),
+    ROUTER: partial(smg, settings=ONE_THREAD, policy="cache_aware"),
+    "sglang-router": partial(sglang_router, settings=ONE_THREAD, policy="cache_aware"),
     "nginx": nginx,
 }
 GROUPS = 8
