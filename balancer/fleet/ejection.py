@@ -1,31 +1,45 @@
-"""Passive outlier detection for one member: when its failures are enough to send traffic elsewhere for a while."""
+"""Passive outlier detection for one member: what it did lately, and how long it is out when that was bad."""
 
 from collections import deque
 
 CONSECUTIVE = 5
 WINDOW = 20
 WINDOW_FAILURES = 10
+# Answers, good and doubtful, that are remembered, and for how long, in seconds.
+LATELY = 10
+LATELY_SECONDS = 30.0
+# An acquitted member is not suspected again for this many seconds times its acquittals in a row, up to the second.
+TRUST = 5.0
+MOST_TRUST = 60.0
 
 
 class Outlier:
     """Counts outcomes of one member; the clock is passed in, in seconds.
 
-    Five failures in a row, or half of the last twenty, are enough. The n-th ejection lasts n times the base, at most
-    `longest`; a member that stayed in for `longest` starts at one again (as Envoy's outlier detection counts).
+    Five failures in a row, or half of the last twenty, are enough: those that no request can be blamed for. Answers
+    that the request may be to blame for are remembered for comparison (balancer/fleet/outliers.py). The n-th ejection
+    lasts n times the base, at most `longest`; a member that stayed in for `longest` starts at one again (as Envoy's
+    outlier detection counts).
     """
 
     def __init__(self, base: float, longest: float) -> None:
         self.base = base
         self.longest = longest
         self.ejections_total = 0
+        self.trusted_until = 0.0
         self._in_a_row = 0
         self._recent: deque[bool] = deque(maxlen=WINDOW)
+        self._lately: deque[tuple[float, bool]] = deque(maxlen=LATELY)
+        self._acquittals = 0
         self._ejections = 0
         self._back_at = 0.0
 
-    def succeeded(self) -> None:
-        self._in_a_row = 0
-        self._recent.append(True)
+    def answered(self, now: float, is_well: bool) -> None:
+        """Counts an answer; a doubtful one is neither a success nor surely a failure."""
+        self._lately.append((now, is_well))
+        if is_well:
+            self._in_a_row = 0
+            self._recent.append(True)
 
     def failed(self) -> bool:
         """Counts a failure; True when the member should be ejected now."""
@@ -35,13 +49,25 @@ class Outlier:
             len(self._recent) == WINDOW and self._recent.count(False) >= WINDOW_FAILURES
         )
 
+    def lately(self, now: float) -> tuple[int, int]:
+        """How many of its last answers were doubtful, and how many there were."""
+        answers = [is_well for at, is_well in self._lately if now - at < LATELY_SECONDS]
+        return answers.count(False), len(answers)
+
+    def acquit(self, now: float) -> None:
+        """What it answered badly was not its fault: it is not suspected again for a while."""
+        self._acquittals += 1
+        self.trusted_until = now + min(TRUST * self._acquittals, MOST_TRUST)
+        self._lately.clear()
+
     def eject(self, now: float) -> float:
         """Starts an ejection; returns the time at which it ends."""
         if now - self._back_at > self.longest:
             self._ejections = 0
         self._ejections += 1
         self.ejections_total += 1
-        self._in_a_row = 0
+        self._in_a_row = self._acquittals = 0
         self._recent.clear()
+        self._lately.clear()
         self._back_at = now + min(self.base * self._ejections, self.longest)
         return self._back_at

@@ -1,75 +1,19 @@
 """The set of replicas: who is in it, who may be given a request, and who holds how many."""
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from types import TracebackType
-from typing import Generic, Protocol, TypeVar
 
 from balancer.errors import ConfigError
+from balancer.fleet.claim import C, Claim
 from balancer.fleet.ejection import Outlier
 from balancer.fleet.member import UNKNOWN_LIMIT, Listed, Member, Status, Verdict
+from balancer.fleet.outliers import Outliers
 from balancer.settings import ReadinessProbe, Settings
 
 Clock = Callable[[], float]
 
-
-class Chosen(Protocol):
-    """What a policy says: a member, what that has to compute now, and whatever else it wants to be reminded of."""
-
-    @property
-    def member(self) -> Member: ...
-
-    @property
-    def computing(self) -> int: ...
-
-
-C = TypeVar("C", bound=Chosen)
-
-
-class Claim(Generic[C]):
-    """A place at one member, given back when the `with` block ends."""
-
-    __slots__ = ("_computing", "_fleet", "_is_generating", "_is_pending", "choice", "member")
-
-    def __init__(self, fleet: "Fleet", choice: C, is_generating: bool) -> None:
-        self.choice = choice
-        self.member = member = choice.member
-        self._is_generating = is_generating
-        self._fleet = fleet
-        fleet.turns += 1
-        member.turn = fleet.turns
-        fleet.in_flight += 1
-        if not member.in_flight:
-            member.busy_since = fleet.clock()
-        member.in_flight += 1
-        member.generating += is_generating
-        member.requests_total += 1
-        self._is_pending = is_generating and fleet.settings.max_pending is not None
-        member.pending += self._is_pending
-        self._computing = choice.computing
-        member.computing += self._computing
-
-    def begun(self) -> None:
-        """The member has begun to answer: it has computed the prompt, and what waits here may follow."""
-        self.member.computing -= self._computing
-        self._computing = 0
-        if self._is_pending:
-            self._is_pending = False
-            self.member.pending = max(0, self.member.pending - 1)
-            self._fleet.room_made()
-
-    def __enter__(self) -> Member:
-        return self.member
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._fleet.in_flight -= 1
-        self.member.in_flight -= 1
-        self.member.generating -= self._is_generating
-        was_pending = self._is_pending
-        self.begun()
-        if not was_pending:
-            self._fleet.room_made()
+# How long a failed request goes on to count as load, in seconds: else who fails at once would always be least loaded.
+LINGERS = 1.0
 
 
 class Fleet:
@@ -85,6 +29,7 @@ class Fleet:
         self.readiness = readiness
         self.clock = clock
         self.members: dict[int, Member] = {}
+        self.outliers = Outliers(clock, lambda: self.members.values())
         self.when_room: list[Callable[[], None]] = []
         self.when_joined: list[Callable[[Member], None]] = []
         self.when_left: list[Callable[[Member], None]] = []
@@ -97,6 +42,7 @@ class Fleet:
         self._available: list[Member] = []
         self._available_until = 0.0
         self._last_id = 0
+        self._lingering: deque[tuple[float, Member]] = deque()  # failed requests, and until when they count as load
 
     # Who is in it
 
@@ -207,7 +153,7 @@ class Fleet:
 
         Only generating requests count against a member's limits.
         """
-        candidates = self.available()
+        candidates: Sequence[Member] = self.available()
         if tried:
             candidates = [member for member in candidates if member not in tried]
         if is_generating:
@@ -217,7 +163,11 @@ class Fleet:
                 candidates = [m for m in candidates if m.pending < most]
         if not candidates:
             return None
-        return Claim(self, choose(candidates), is_generating)
+        self._lift()
+        trial = None
+        if not tried:
+            candidates, trial = self.outliers.deal(candidates)
+        return Claim(self, choose(candidates), is_generating, trial)
 
     def has_other(self, tried: Collection[Member]) -> bool:
         """Is there an available member, full or not, that was not tried?"""
@@ -253,7 +203,7 @@ class Fleet:
 
     def refused(self, member: Member) -> None:
         """The data path found nothing listening: unavailable at once, and asked again at once."""
-        member.failures_total += 1
+        self._count_failure(member)
         if member.ready.surely_failed(self.clock()):
             self.changed()
         self._tell(self.when_refused, member)
@@ -273,20 +223,29 @@ class Fleet:
         if has_room:
             self.room_made()
 
-    def succeeded(self, member: Member) -> None:
-        member.outlier.succeeded()
+    def answered(self, place: Claim[C], is_well: bool) -> None:
+        """It answered; not `is_well`: so that the request may be to blame, or the member."""
+        member = place.member
+        if not is_well:
+            self._count_failure(member)
+        if self.has(member) and self.outliers.answered(member, is_well, place.trial):
+            self.changed()
 
     def failed(self, member: Member) -> None:
         """It failed a request in a way that counts; enough of them eject it, never more than half of the members."""
-        member.failures_total += 1
-        now = self.clock()
-        if member.ejected_until > now or not self.has(member) or not member.outlier.failed():
-            return
-        ejected = sum(m.ejected_until > now for m in self.members.values())
-        others = any(m is not member and m.is_available(now) for m in self.members.values())
-        if others and (ejected + 1) * 2 <= len(self.members):
-            member.ejected_until = member.outlier.eject(now)
+        self._count_failure(member)
+        if self.has(member) and self.outliers.failed(member):
             self.changed()
+
+    def _count_failure(self, member: Member) -> None:
+        member.failures_total += 1
+        member.lingering += 1
+        self._lingering.append((self.clock() + LINGERS, member))
+
+    def _lift(self) -> None:
+        """Ends what lingered long enough."""
+        while self._lingering and self._lingering[0][0] <= self.clock():
+            self._lingering.popleft()[1].lingering -= 1
 
     def noted(self, member: Member, has_changed: bool) -> None:
         """A probe spoke of this member; `has_changed`: otherwise than before."""

@@ -129,6 +129,7 @@ class Member:
     ejected_until: float = 0.0
     full_until: float = 0.0
     in_flight: int = 0
+    lingering: int = 0  # requests that it failed a moment ago, which still count as load
     generating: int = 0
     pending: int = 0  # generating requests that it probably has not begun on; only kept where max_pending is set
     computing: int = 0  # blocks of prompt that it computes before answers begin, as far as their begin is seen
@@ -176,6 +177,11 @@ class Member:
         if listed.launched_seconds is not None:
             self.launched_at = now - listed.launched_seconds
         self.listed = listed
+
+    @property
+    def load(self) -> int:
+        """In flight, and failed just now: who fails at once is not the one that has least to do."""
+        return self.in_flight + self.lingering
 
     @property
     def is_leaving(self) -> bool:

@@ -46,6 +46,8 @@ class Rule:
     safe_methods: bool = False  # a replica may have taken it: for a GET or HEAD, and at the budget's cost
     # Does it speak against the member? (A refused connection is dealt with at once, not counted.)
     is_failure: bool = False
+    # Does it speak against the member or the request, as an answered error does? The other members tell which.
+    is_doubtful: bool = False
 
 
 RULES = {
@@ -55,9 +57,9 @@ RULES = {
     Outcome.LOST: Rule(safe_methods=True, is_failure=True),
     Outcome.SILENT: Rule(is_failure=True),
     Outcome.MANGLED: Rule(is_failure=True),
-    Outcome.BROKEN: Rule(),
-    Outcome.STALLED: Rule(),
-    Outcome.STUCK: Rule(),
+    Outcome.BROKEN: Rule(is_doubtful=True),
+    Outcome.STALLED: Rule(is_doubtful=True),
+    Outcome.STUCK: Rule(is_doubtful=True),
 }
 
 

@@ -279,16 +279,15 @@ class _Relay:
             record = self._record
             member.prompt_tokens_total += record.prompt_tokens or 0
             member.cached_tokens_total += record.cached_tokens or 0
-            if self.status in BROKEN_STATUSES:
-                fleet.failed(member)
-            else:
-                fleet.succeeded(member)
+            fleet.answered(self._claim, is_well=self.status not in BROKEN_STATUSES)
         elif outcome is Outcome.REFUSED:
             fleet.refused(member)
         elif outcome is Outcome.BUSY:
             fleet.busy(member, self.retry_after)
         elif RULES[outcome].is_failure:
             fleet.failed(member)
+        elif RULES[outcome].is_doubtful:
+            fleet.answered(self._claim, is_well=False)
 
 
 def _leading_here(headers: Headers, member: Member) -> Headers:

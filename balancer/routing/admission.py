@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from balancer import errors
-from balancer.fleet.fleet import Claim, Fleet
+from balancer.fleet.claim import Claim
+from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
 from balancer.routing.policies import Choice, Policy
 from balancer.routing.prompt import Prompt

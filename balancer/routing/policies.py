@@ -79,7 +79,7 @@ class InstanceAwareLeastLoad(_Forgetful):
 
     def _relative_load(self, member: Member) -> tuple[float, int]:
         gpu = member.listed.resources.partition("x ")[2].upper()
-        return member.in_flight / self._target_qps.get(gpu, self._least), member.turn
+        return member.load / self._target_qps.get(gpu, self._least), member.turn
 
 
 def turn(member: Member) -> int:
@@ -88,4 +88,4 @@ def turn(member: Member) -> int:
 
 
 def _load(member: Member) -> tuple[float, int]:
-    return member.in_flight / member.limit, member.turn
+    return member.load / member.limit, member.turn

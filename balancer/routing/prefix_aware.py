@@ -89,7 +89,7 @@ class PrefixAware:
 
 def relative_loads(members: Sequence[Member]) -> dict[Member, float]:
     """In flight; where the members' limits differ, as if all had the mean limit."""
-    loads: dict[Member, float] = {member: member.in_flight for member in members}
+    loads: dict[Member, float] = {member: member.load for member in members}
     limits = {member.limit for member in members}
     if len(limits) > 1:
         mean = sum(member.limit for member in members) / len(members)

@@ -130,7 +130,7 @@ class Tallies:
     def _count(self, record: Record) -> None:
         tally = self.members.get(record.member, self.nobody)
         path = record.path if record.path in PATHS else "other"
-        status = "client_left" if record.status == CLIENT_LEFT else STATUSES[record.status // 100]
+        status = _status(record)
         tally.requests[path, status] += 1
         tally.duration.note(record.duration)
         self.bytes_in += record.bytes_in
@@ -182,3 +182,10 @@ class Tallies:
     def member_left(self, member: Member) -> None:
         self.count()
         self.members.pop(member.name, None)
+
+
+def _status(record: Record) -> str:
+    """`2xx` to `5xx`; `client_left`; `broken`, where an answer that began well did not come to its end."""
+    if record.status == CLIENT_LEFT:
+        return "client_left"
+    return "broken" if record.error and record.status < 400 else STATUSES[record.status // 100]

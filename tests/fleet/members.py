@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from balancer.fleet.fleet import Claim, Fleet
+from balancer.fleet.claim import Claim
+from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member
 from balancer.settings import ReadinessProbe, Settings
 

@@ -1,4 +1,4 @@
-from balancer.fleet.ejection import CONSECUTIVE, WINDOW, WINDOW_FAILURES, Outlier
+from balancer.fleet.ejection import CONSECUTIVE, LATELY_SECONDS, WINDOW, WINDOW_FAILURES, Outlier
 
 
 def test_five_failures_in_a_row_are_enough_and_four_are_not() -> None:
@@ -11,7 +11,7 @@ def test_a_success_begins_the_row_again() -> None:
     outlier = Outlier(10, 300)
     for _ in range(CONSECUTIVE - 1):
         outlier.failed()
-    outlier.succeeded()
+    outlier.answered(0.0, is_well=True)
     assert not outlier.failed()
 
 
@@ -19,7 +19,7 @@ def test_half_of_the_last_twenty_are_enough() -> None:
     outlier = Outlier(10, 300)
     verdicts = []
     for _ in range(WINDOW // 2):
-        outlier.succeeded()
+        outlier.answered(0.0, is_well=True)
         verdicts.append(outlier.failed())
     assert verdicts == [False] * (WINDOW_FAILURES - 1) + [True]
 
@@ -29,9 +29,9 @@ def test_old_outcomes_leave_the_window() -> None:
     for _ in range(3):
         outlier.failed()
     for _ in range(WINDOW):
-        outlier.succeeded()
+        outlier.answered(0.0, is_well=True)
     for _ in range(WINDOW_FAILURES - 1):
-        outlier.succeeded()
+        outlier.answered(0.0, is_well=True)
         assert not outlier.failed()
 
 
@@ -59,3 +59,25 @@ def test_an_ejection_forgets_what_led_to_it() -> None:
         outlier.failed()
     outlier.eject(0.0)
     assert [outlier.failed() for _ in range(CONSECUTIVE)][-2:] == [False, True]
+
+
+def test_doubtful_answers_are_remembered_for_a_while_and_are_no_failures_by_themselves() -> None:
+    outlier = Outlier(10, 300)
+    for second in range(CONSECUTIVE):
+        outlier.answered(float(second), is_well=False)
+    assert not outlier.failed()
+    outlier.answered(5.0, is_well=True)
+    assert outlier.lately(6.0) == (5, 6)
+    assert outlier.lately(2.0 + LATELY_SECONDS) == (2, 3)
+
+
+def test_an_acquitted_member_is_trusted_longer_each_time_until_it_is_ejected() -> None:
+    outlier, spans = Outlier(10, 300), []
+    for _ in range(14):
+        outlier.acquit(0.0)
+        spans.append(outlier.trusted_until)
+    assert spans[:3] == [5, 10, 15]
+    assert spans[-3:] == [60, 60, 60]
+    outlier.eject(0.0)
+    outlier.acquit(0.0)
+    assert outlier.trusted_until == 5

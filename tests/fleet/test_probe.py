@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from balancer.fleet.fleet import Claim, Fleet
+from balancer.fleet.claim import Claim
+from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Status, Verdict
 from tests.fleet.members import Chosen, claimed
 from tests.fleet.watched import INTERVAL, TIMEOUT, probes, statuses, until, until_ready, until_status, watched

@@ -1,0 +1,86 @@
+"""A place at one member: what a request holds while it is there."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, Protocol, TypeVar
+
+from balancer.fleet.member import Member
+from balancer.fleet.outliers import Outliers, Trial
+from balancer.settings import Settings
+
+
+class Chosen(Protocol):
+    """What a policy says: a member, what that has to compute now, and whatever else it wants to be reminded of."""
+
+    @property
+    def member(self) -> Member: ...
+
+    @property
+    def computing(self) -> int: ...
+
+
+C = TypeVar("C", bound=Chosen)
+
+
+class Giver(Protocol):
+    """Whoever gives the places, and gets them back: the fleet."""
+
+    settings: Settings
+    outliers: Outliers
+    in_flight: int
+    turns: int
+
+    @property
+    def clock(self) -> Callable[[], float]: ...
+
+    def room_made(self) -> None: ...
+
+
+class Claim(Generic[C]):
+    """A place at one member, given back when the `with` block ends."""
+
+    __slots__ = ("_computing", "_fleet", "_is_generating", "_is_pending", "choice", "member", "trial")
+
+    def __init__(self, fleet: "Giver", choice: C, is_generating: bool, trial: Trial | None = None) -> None:
+        self.choice = choice
+        self.member = member = choice.member
+        self.trial = trial  # in which it was given by lot
+        self._is_generating = is_generating
+        self._fleet = fleet
+        fleet.turns += 1
+        member.turn = fleet.turns
+        fleet.in_flight += 1
+        if not member.in_flight:
+            member.busy_since = fleet.clock()
+        member.in_flight += 1
+        member.generating += is_generating
+        member.requests_total += 1
+        self._is_pending = is_generating and fleet.settings.max_pending is not None
+        member.pending += self._is_pending
+        self._computing = choice.computing
+        member.computing += self._computing
+
+    def begun(self) -> None:
+        """The member has begun to answer: it has computed the prompt, and what waits here may follow."""
+        self.member.computing -= self._computing
+        self._computing = 0
+        if self._is_pending:
+            self._is_pending = False
+            self.member.pending = max(0, self.member.pending - 1)
+            self._fleet.room_made()
+
+    def __enter__(self) -> Member:
+        return self.member
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._fleet.in_flight -= 1
+        self.member.in_flight -= 1
+        self.member.generating -= self._is_generating
+        was_pending = self._is_pending
+        self.begun()
+        if self.trial is not None:
+            self._fleet.outliers.given_back(self.trial)
+        if not was_pending:
+            self._fleet.room_made()
