@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import uvloop
-import yaml
 
-from balancer import process, spec
+from balancer import process, spec, text_file
 from balancer.config import Config
 from balancer.errors import ConfigError
 from balancer.fleet.member import Listed
 from balancer.settings import PolicyName, ReadinessProbe, Settings
+from balancer.tree import value_of
 from balancer.views.guard import is_loopback_name
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="groundserve: %(levelname)s: %(message)s")
     logging.getLogger("groundserve").setLevel(logging.INFO)
     try:
-        uvloop.run(process.run(config_from(options), reread=lambda: config_from(options)))
+        uvloop.run(process.run(config_from(options), reread=lambda: config_from(options, patience=0)))
     except ConfigError as error:
         print(f"groundserve: {error}", file=sys.stderr)
         return 1
@@ -37,15 +37,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return _parser().parse_args(arguments)
 
 
-def config_from(options: argparse.Namespace) -> Config:
-    """The process's configuration; raises ConfigError with one line."""
-    described = spec.load(options.service) if options.service else None
+def config_from(options: argparse.Namespace, patience: float = text_file.PATIENCE) -> Config:
+    """The process's configuration; raises ConfigError with one line.
+
+    `patience`: seconds to wait for what a pipe brings, which a process that serves has not got.
+    """
+    described = spec.load(options.service, patience=patience) if options.service else None
     values: dict[str, Any] = described.settings.model_dump(exclude_unset=True) if described else {}
     for pair in options.set:
         key, found, value = pair.partition("=")
         if not found:
             raise ConfigError(f"--set {pair}: write --set key=value")
-        values[key.strip()] = yaml.safe_load(value)
+        values[key.strip()] = value_of(value, f"--set {key.strip()}")
     settings = Settings.from_mapping(values, "--set" if options.set else "x-groundserve")
     listen, admin = _address(options.listen, "--listen"), _address(options.admin, "--admin")
     if not is_loopback_name(_joined(listen)) and not options.open and not options.api_keys:
@@ -53,7 +56,7 @@ def config_from(options: argparse.Namespace) -> Config:
             f"--listen {options.listen} is not loopback: give --api-keys FILE, or say --open to let everyone who "
             "reaches it use it"
         )
-    admin_key = _key(options.admin_key, "--admin-key")
+    admin_key = _key(options.admin_key, "--admin-key", patience)
     if not is_loopback_name(_joined(admin)) and not options.open and admin_key is None:
         raise ConfigError(
             f"--admin {options.admin} is not loopback: give --admin-key FILE, or say --open to let everyone who "
@@ -78,7 +81,7 @@ def config_from(options: argparse.Namespace) -> Config:
         service_file=_path(options.service),
         settings=settings,
         readiness=(described.readiness_probe if described else None) or ReadinessProbe(),
-        replica_key=_key(options.replica_key, "--replica-key"),
+        replica_key=_key(options.replica_key, "--replica-key", patience),
         admin_key=admin_key,
         api_keys=_path(options.api_keys),
         tls_cert=tls_cert,
@@ -153,13 +156,10 @@ def _path(text: str | None) -> Path | None:
     return Path(text).expanduser() if text else None
 
 
-def _key(path: str | None, flag: str) -> str | None:
+def _key(path: str | None, flag: str, patience: float) -> str | None:
     if path is None:
         return None
-    try:
-        key = Path(path).read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: {error.strerror}") from None
+    key = text_file.read(path, f"{flag} {path}", "a file with a key", patience).strip()
     if not key or not key.isascii() or not key.isprintable():
         raise ConfigError(f"{flag} {path}: one line with a key is wanted there")
     return key

@@ -12,9 +12,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from balancer.errors import ConfigError
+from balancer.tree import KeyPath, read, shown
 
-KeyPath = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
+
+# Characters that variables may come to.
+_MOST_FILLED = 1 << 20
+# The halves of a character beyond 16 bits are none alone: they can be neither printed nor written.
+_IMPOSSIBLE = re.compile("[\0\ud800-\udfff]")
 
 # SkyServe's own pattern: $NAME and ${NAME}, nothing else.
 _VARIABLE = re.compile(r"\$\{?\b([a-zA-Z_][a-zA-Z0-9_]*)\b\}?")
@@ -38,22 +43,16 @@ class Refused:
 
 
 class Document:
-    """One YAML mapping. `source` is the file's name in messages, `data` what it holds."""
+    """One YAML mapping. `source` is the file's name in messages, `data` what it holds.
+
+    All its keys are text. Raises ConfigError, with file and line, for what is no YAML, or more than a person writes.
+    """
 
     def __init__(self, text: str, source: str) -> None:
         self.source = source
         self._lines: dict[KeyPath, int] = {}
-        try:
-            node = yaml.compose(text, yaml.SafeLoader)
-            self._note_lines(node, ())
-            data = yaml.safe_load(text)
-        except yaml.MarkedYAMLError as failure:
-            mark = failure.problem_mark or failure.context_mark
-            where = f"{source}:{mark.line + 1}" if mark else source
-            raise ConfigError(f"{where}: not valid YAML: {failure.problem or failure.context}") from None
-        except (yaml.YAMLError, ValueError) as failure:
-            raise ConfigError(f"{source}: not valid YAML: {' '.join(str(failure).split())}") from None
-        if not isinstance(data, dict):
+        node, data = read(text, source, self._note_lines)
+        if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{source}: a service YAML is a mapping with a `service:` section")
         self.data: dict[str, Any] = data
 
@@ -85,7 +84,7 @@ class Document:
         raise self.fault(path, f"{message}{self._quoted(path)}")
 
     def unknown_key(self, path: KeyPath, known: Collection[str]) -> ConfigError:
-        nearest = get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
+        nearest = get_close_matches(shown(str(path[-1])), known, n=1, cutoff=0.0)
         return self.fault(path, f"is unknown; the nearest known key is '{nearest[0]}'")
 
     def marked(self, model: BaseModel, under: KeyPath = ()) -> Iterator[str]:
@@ -107,19 +106,31 @@ class Document:
                     if isinstance(part, BaseModel):
                         yield from self.marked(part, (*path, index))
 
-    def _note_lines(self, node: yaml.Node | None, path: KeyPath) -> None:
+    def _note_lines(self, node: yaml.Node, path: KeyPath) -> None:
+        line = node.start_mark.line + 1
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                at = (*path, key.value)
                 line = key.start_mark.line + 1
+                if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                    raise ConfigError(f"{self.source}:{line}: {_dotted(path)} {_no_key(key)}")
+                at = (*path, key.value)
                 if at in self._lines and key.value != "<<":
                     raise ConfigError(f"{self.source}:{line}: {_dotted(at)} is there twice: keep one")
                 self._lines[at] = line
+                self._check_text(key, path)
                 self._note_lines(value, at)
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
                 self._lines[*path, index] = value.start_mark.line + 1
                 self._note_lines(value, (*path, index))
+        else:
+            self._check_text(node, path)
+
+    def _check_text(self, node: yaml.Node, path: KeyPath) -> None:
+        """Raises ConfigError where no file name, command or variable could hold this text."""
+        if _IMPOSSIBLE.search(node.value):
+            line = node.start_mark.line + 1
+            raise ConfigError(f"{self.source}:{line}: {_dotted(path)} has a NUL or half a character in it: take it out")
 
     def _where(self, path: KeyPath) -> str:
         for length in range(len(path), 0, -1):
@@ -141,22 +152,54 @@ class Document:
         value: Any = self.data
         for part in path:
             value = value[part]
-        return "" if isinstance(value, list | dict) else f" (it is {value!r})"
+        return "" if isinstance(value, list | dict) else f" (it is {shown(repr(value))})"
 
 
 def fill_in(value: Any, variables: Mapping[str, str]) -> Any:
-    """`value` with $NAME and ${NAME} replaced in all its strings and keys; unknown names stay as they are."""
-    if isinstance(value, str):
-        return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), value)
-    if isinstance(value, list):
-        return [fill_in(part, variables) for part in value]
-    if isinstance(value, dict):
-        return {fill_in(key, variables): fill_in(part, variables) for key, part in value.items()}
-    return value
+    """`value` with $NAME and ${NAME} replaced in all its strings and keys; unknown names stay as they are.
+
+    Raises ValueError where that makes two keys the same, or more than _MOST_FILLED characters.
+    """
+    room = _MOST_FILLED
+
+    def text_of(match: re.Match[str]) -> str:
+        nonlocal room
+        text = variables.get(match[1], match[0])
+        room -= len(text)
+        if room < 0:
+            raise ValueError(f"becomes longer than {_MOST_FILLED:,} characters once variables are filled in")
+        return text
+
+    def filled(part: Any) -> Any:
+        if isinstance(part, str):
+            return _VARIABLE.sub(text_of, part)
+        if isinstance(part, list):
+            return [filled(each) for each in part]
+        if isinstance(part, dict):
+            made = {filled(key): filled(each) for key, each in part.items()}
+            if len(made) < len(part):
+                raise ValueError("has a key twice once variables are filled in")
+            return made
+        return part
+
+    return filled(value)
 
 
 def _dotted(path: KeyPath) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "the file"
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{_plain(part)}" for part in path)[1:] or "the file"
+
+
+def _plain(key: str) -> str:
+    """A key as it stands in a message: in one short line, with nothing that a terminal would obey."""
+    return shown(key if key.isprintable() else repr(key))
+
+
+def _no_key(node: yaml.Node) -> str:
+    """What is wrong with a key that is no text."""
+    if isinstance(node, yaml.ScalarNode):
+        word = shown(node.value) or "nothing at all"
+        return f"has {word} for a key, which is no text: put quotes around it"
+    return "has a list or a mapping for a key: if this is {{ a template }}, fill it in first, else write a word"
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

@@ -1,5 +1,6 @@
 """SkyServe's service YAML as frozen models: its keys, and which of them mean nothing here."""
 
+import re
 from typing import Annotated, Any
 
 import orjson
@@ -32,7 +33,16 @@ def _no_bool(value: object) -> object:
 def _starts_with_slash(path: str) -> str:
     if not path.startswith("/"):
         raise ValueError("should start with a slash (/)")
+    if not re.fullmatch("[!-~]+", path):
+        raise ValueError("should be ASCII without spaces: write %20 and the like")
     return path
+
+
+def _fits_an_argument(script: str) -> str:
+    # What Linux lets one argument of a process have, its end included.
+    if len(script.encode()) >= 128 << 10:
+        raise ValueError("should be less than 128 KiB: put it into a script of its own")
+    return script
 
 
 def _one_machine(count: int) -> int:
@@ -54,11 +64,12 @@ def _lower(value: object) -> object:
 # Numbers may come as text: `replicas: $REPLICAS` is filled in with a string.
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
+Amount = Annotated[str | float | None, BeforeValidator(_no_bool)]
 Port = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=65535)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 class Probe(ReadinessProbe):
@@ -130,8 +141,8 @@ class Resources(_Section):
     accelerators: Any = None
     ports: Any = None
     # "4+" is at least 4: cores, and GB of memory.
-    cpus: str | float | None = None
-    memory: str | float | None = None
+    cpus: Amount = None
+    memory: Amount = None
     any_of: list["Resources"] = []
     ordered: list["Resources"] = []
     cloud: Cloud = None
@@ -181,7 +192,7 @@ class Task(_Section):
     secrets: dict[str, Any] | list[str] | None = None
     workdir: Annotated[str | None, BeforeValidator(_folder)] = None
     setup: Setup = None
-    run: str | None = None
+    run: Annotated[str, AfterValidator(_fits_an_argument)] | None = None
     num_nodes: Annotated[int, BeforeValidator(_no_bool), AfterValidator(_one_machine)] = 1
     x_groundserve: dict[str, Any] | None = Field(default=None, alias="x-groundserve")
     file_mounts: Files = None

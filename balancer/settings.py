@@ -31,7 +31,7 @@ FieldValue = Annotated[str, AfterValidator(_field_value)]
 class ReadinessProbe(BaseModel):
     """The service's own readiness question, as SkyServe's `readiness_probe` words it. Times are in seconds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path: str = Field("/health", description="path that answers 200 when a replica can serve")
     post_data: dict[str, Any] | None = Field(None, description="JSON body; with one the probe is a POST")
@@ -48,7 +48,7 @@ class Settings(BaseModel):
     One object for the whole process: `renew` changes it in place, and whoever holds it goes by the new numbers.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     # The relay
     max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body; beyond: 413")

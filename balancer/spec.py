@@ -9,13 +9,19 @@ from typing import Any
 
 import yaml
 
-from balancer.document import Document, KeyPath, fill_in
+from balancer import text_file
+from balancer.document import Document, fill_in
 from balancer.errors import ConfigError
+from balancer.resources import needs
 from balancer.schema import NO_POOLS, Operation, Service, Task
 from balancer.settings import PolicyName, ReadinessProbe, Settings
+from balancer.text_file import PATIENCE
+from balancer.tree import KeyPath, shown
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 _HERE = Path()
+# What Linux lets one argument or one variable of a process have, in bytes.
+_LONGEST_VARIABLE = 128 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,8 @@ class Spec:
     # The folder that relative paths start from, and the one that replicas run in.
     base: Path
     workdir: Path
+    # The endpoint's certificate and key.
+    tls: tuple[Path, Path] | None
     # Variables of the replicas' commands, secrets among them: never printed.
     envs: Mapping[str, str] = field(repr=False)
     # Names in envs: or secrets: that have no value yet, and the flag that gives them one: --env, --secret.
@@ -54,14 +62,6 @@ class Spec:
     @property
     def policy(self) -> PolicyName | None:
         return self.service.load_balancing_policy
-
-    @property
-    def tls(self) -> tuple[Path, Path] | None:
-        """The endpoint's certificate and key."""
-        files = self.service.tls
-        if files is None:
-            return None
-        return self.base / Path(files.certfile).expanduser(), self.base / Path(files.keyfile).expanduser()
 
     @property
     def min_replicas(self) -> int:
@@ -104,19 +104,18 @@ def load(
     name: str | None = None,
     envs: Mapping[str, str] = NOTHING,
     secrets: Mapping[str, str] = NOTHING,
+    patience: float = PATIENCE,
 ) -> Spec:
-    """The service that a file describes; raises ConfigError with one line that names file, line and key."""
-    return parse(read(path), source=str(path), name=name, envs=envs, secrets=secrets)
+    """The service that a file describes; raises ConfigError with one line that names file, line and key.
+
+    `patience`: seconds to wait for what a pipe brings.
+    """
+    return parse(read(path, patience), source=str(path), name=name, envs=envs, secrets=secrets)
 
 
-def read(path: str | Path) -> str:
+def read(path: str | Path, patience: float = PATIENCE) -> str:
     """The file's text; raises ConfigError when there is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as failure:
-        raise ConfigError(f"{path}: {failure.strerror}: give the path of a service YAML") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text: give the path of a service YAML") from None
+    return text_file.read(path, str(path), "a service YAML", patience)
 
 
 def parse(
@@ -138,30 +137,26 @@ def parse(
             raise document.fault(("pool",), f"cannot be used here: {NO_POOLS}")
         raise ConfigError(f"{source}: there is no `service:` section, so there is nothing to serve")
     variables, missing = _variables(document, envs, secrets)
-    filled = {k: fill_in(v, variables) if k in ("service", "workdir") else v for k, v in document.data.items()}
-    task = document.validated(Task, filled)
+    task = document.validated(Task, _filled(document, variables))
     operation, settings = _own_keys(task, document)
-    resources = (task.resources, *task.resources.any_of, *task.resources.ordered)
-    accelerators: dict[str, int] = {}
-    for each in resources:
-        accelerators |= _accelerators(each.accelerators, document)
-    warnings = tuple(document.marked(task))
+    asked = needs(task.resources, task.service.ports, document)
     spec = Spec(
-        name=_service_name(name or task.name or Path(source).stem),
+        name=_service_name(name, task.name or Path(source).stem, source),
         source=source,
         service=task.service,
         settings=settings,
         operation=operation,
         run=task.run or "",
         base=base.absolute(),
-        workdir=(base / Path(task.workdir or ".").expanduser()).absolute(),
+        workdir=_path(base, task.workdir or ".", ("workdir",), document),
+        tls=_tls(task.service, base, document),
         envs=MappingProxyType(variables),
         missing=MappingProxyType(missing),
-        accelerators=MappingProxyType(accelerators),
-        memory=_at_least(task.resources.memory, ("resources", "memory"), document),
-        cpus=_at_least(task.resources.cpus, ("resources", "cpus"), document),
-        port=task.service.ports or next(filter(None, (_port(each.ports, document) for each in resources)), None),
-        warnings=warnings,
+        accelerators=asked.accelerators,
+        memory=asked.memory,
+        cpus=asked.cpus,
+        port=asked.port,
+        warnings=(*document.marked(task), *asked.warnings),
     )
     _check_consistency(spec, document)
     return spec
@@ -184,11 +179,27 @@ def _variables(
                 raise document.fault((section, name), "is not a name that an environment variable can have")
             if isinstance(value, dict | list):
                 raise document.fault((section, name), "should be a single value")
+            if _weight(name, value) > _LONGEST_VARIABLE:
+                raise document.fault(
+                    (section, name), f"is longer than {_LONGEST_VARIABLE >> 10} KiB: put it into a file"
+                )
             found[str(name)] = value
             flags[str(name)] = flag
     found |= {**envs, **secrets}
     missing = {name: flags[name] for name, value in found.items() if value is None}
     return {name: str(value) for name, value in found.items() if value is not None}, missing
+
+
+def _filled(document: Document, variables: Mapping[str, str]) -> dict[str, Any]:
+    """What the file holds, with variables filled in where SkyServe does so."""
+    made = dict(document.data)
+    for key in ("service", "workdir"):
+        if key in made:
+            try:
+                made[key] = fill_in(made[key], variables)
+            except ValueError as failure:
+                raise document.fault((key,), str(failure)) from None
+    return made
 
 
 def _own_keys(task: Task, document: Document) -> tuple[Operation, Settings]:
@@ -229,45 +240,31 @@ def _check_consistency(spec: Spec, document: Document) -> None:
         )
 
 
-def _service_name(name: str) -> str:
+def _service_name(given: str | None, own: str, source: str) -> str:
+    """The name that was given, else the file's own."""
+    name = given or own
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
-        raise ConfigError(f"'{name}' cannot name a service: use letters, digits, '-', '_' and '.', at most 63")
+        where = "" if given else f"{source}: "
+        raise ConfigError(
+            f"{where}{shown(name)!r} cannot name a service: use letters, digits, '-', '_' and '.', at most 63"
+        )
     return name
 
 
-def _accelerators(value: Any, document: Document) -> dict[str, int]:
-    """From any of SkyServe's forms: "L4", "L4:2", {L4: 2, A10G: 1}, ["L4:1", "A100:1"]."""
-    path: KeyPath = ("resources", "accelerators")
-    if value is None:
-        return {}
-    items = [value] if isinstance(value, str) else value
-    if isinstance(items, dict):
-        items = [key if count is None else f"{key}:{count}" for key, count in items.items()]
-    if not isinstance(items, list | set):
-        raise document.fault(path, "should be like 'L4:1' or {L4: 1, A100: 1}")
-    found: dict[str, int] = {}
-    for item in items:
-        kind, _, count = str(item).partition(":")
-        if not re.fullmatch(r"[1-9][0-9]*(\.0)?", count or "1"):
-            raise document.fault(path, f"asks for {count} of {kind}: a replica takes whole GPUs")
-        found[kind] = int(float(count or "1"))
-    return found
-
-
-def _at_least(value: str | float | None, path: KeyPath, document: Document) -> float | None:
-    if value is None:
-        return None
+def _path(base: Path, text: str, key: KeyPath, document: Document) -> Path:
     try:
-        return float(str(value).removesuffix("+").removesuffix("GB"))
-    except ValueError:
-        raise document.fault(path, f"should be a number, or like '4+' (it is {value!r})") from None
+        return (base / Path(text).expanduser()).absolute()
+    except RuntimeError:
+        raise document.fault(key, "is in the home of somebody who is not known here") from None
 
 
-def _port(value: Any, document: Document) -> int | None:
-    """SkyServe wants one port for a service, in any of its forms: 8000, "8000", [8000]."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not values:
+def _tls(service: Service, base: Path, document: Document) -> tuple[Path, Path] | None:
+    if service.tls is None:
         return None
-    if len(values) > 1 or not str(values[0]).isdecimal() or not 1 <= int(values[0]) <= 65535:
-        raise document.fault(("resources", "ports"), "should be the one port that a replica listens on, like 8000")
-    return int(values[0])
+    certificate = _path(base, service.tls.certfile, ("service", "tls", "certfile"), document)
+    return certificate, _path(base, service.tls.keyfile, ("service", "tls", "keyfile"), document)
+
+
+def _weight(name: str, value: Any) -> int:
+    """Bytes that NAME=VALUE takes in a process's environment."""
+    return len(f"{name}={value}\0".encode(errors="surrogateescape"))

@@ -165,7 +165,8 @@ def _token(environ: Mapping[str, str]) -> str | None:
 def read_secret(path: Path, name: str) -> str:
     """The one word that a secret's file holds; empty when the file is. Raises SettingsError, which names `name`."""
     try:
-        secret = path.read_text().strip()
+        # Editors on Windows put a byte order mark first.
+        secret = path.read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{name}={path} cannot be read: {getattr(error, 'strerror', 'it is not text')}") from None
     if len(secret.split()) > 1:

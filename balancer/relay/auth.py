@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from balancer import errors
+from balancer import errors, text_file
 from balancer.errors import ConfigError
 from balancer.relay.watch import FileWatch
 
@@ -66,7 +66,7 @@ class Keys:
         if not self._watch.has_changed():
             return
         try:
-            fresh = read_keys(self._path)
+            fresh = read_keys(self._path, patience=0)
         except ConfigError as error:
             log.warning("%s; the keys stay as they were", error)
             return
@@ -94,14 +94,9 @@ def bears(authorization: bytes, key: str | None) -> bool:
     return key is not None and hmac.compare_digest(bearer_token(authorization), key.encode())
 
 
-def read_keys(path: Path) -> dict[bytes, Key]:
+def read_keys(path: Path, patience: float = text_file.PATIENCE) -> dict[bytes, Key]:
     """The keys of a file by their digests; raises ConfigError that names the line, and never shows it."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"--api-keys {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--api-keys {path}: not a text file") from None
+    lines = text_file.read(path, f"--api-keys {path}", "a file of keys", patience).split("\n")
     keys: dict[bytes, Key] = {}
     names: set[str] = set()
     for number, line in enumerate(lines, 1):

@@ -1,11 +1,16 @@
 """A service file that changes is taken up while requests go on; a mistake in it leaves all as it was."""
 
+import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from balancer.__main__ import config_from, parse
+from balancer.app import SWEEP
 from tests.lab.replica import LabReplica
 from tests.wire.client import chat, request
 from tests.wire.running import House, on_uvloop, serving, until
@@ -27,7 +32,7 @@ async def described(folder: Path, *replicas: LabReplica) -> AsyncIterator[tuple[
     options = parse(["--service", str(file)])
     config = config_from(options)
     told = {"settings": config.settings, "policy": config.policy, "name": config.name, "service_file": file}
-    async with serving(*replicas, config=told, reread=lambda: config_from(options)) as house:
+    async with serving(*replicas, config=told, reread=lambda: config_from(options, patience=0)) as house:
         yield house, file
 
 
@@ -115,3 +120,48 @@ async def test_what_a_process_is_started_with_stays(tmp_path: Path) -> None:
         house.balancer.renew(replace(house.balancer.config, listen=("127.0.0.1", 1), replicas=()))
         assert (await house.ask(request(body=chat()))).status == 200
         assert house.balancer.endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "service: {replicas: {{ replicas }}}",
+        "service: {}\nenvs: {A: &x [*x]}",
+        "service: {}\n? [a, b]\n: 1",
+        "service: {}\nname: a\nname: b",
+        "service: {}\nx: &a [1, 1, 1, 1]\ny: &b [" + "*a, " * 4000 + "]",
+        "[" * 100_000,
+        "service: {replicas: 1" + "0" * 5000 + "}",
+        "#" * 300_000,
+        'service: {}\nname: "\\UFFFFFFFF"',
+        "",
+    ],
+    ids=lambda text: text[:20],
+)
+@on_uvloop
+async def test_an_odd_file_is_logged_once_and_changes_nothing(tmp_path: Path, text: str) -> None:
+    async with LabReplica() as a, described(tmp_path, a) as (house, file):
+        file.with_suffix(".new").write_text(text)
+        file.with_suffix(".new").replace(file)
+        await until(lambda: house.complaints)
+        assert (await house.ask(request(body=chat()))).status == 200
+        await asyncio.sleep(3 * SWEEP)
+        (complaint,) = house.complaints
+        assert str(file) in complaint
+        assert complaint.rstrip().endswith("; all stays as it was")
+        house.complaints.clear()
+        write(file, limit=3)
+        await until(lambda: house.member("a").limit == 3)
+
+
+@on_uvloop
+async def test_a_pipe_in_the_files_place_holds_nobody_up(tmp_path: Path) -> None:
+    async with LabReplica() as a, described(tmp_path, a) as (house, file):
+        file.unlink()
+        os.mkfifo(file)
+        writer = os.open(file, os.O_RDWR)
+        await until(lambda: house.complaints)
+        assert "nothing comes out of this pipe" in house.complaints[-1]
+        assert (await house.ask(request(body=chat()))).status == 200
+        os.close(writer)
+        house.complaints.clear()
