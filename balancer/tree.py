@@ -1,4 +1,4 @@
-"""YAML as a tree of nodes and the values in it: no larger than people write, and refused in one line where it is none."""
+"""YAML as a tree of nodes and the values in it: no larger than people write, else refused in one line."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn

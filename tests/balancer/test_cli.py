@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from balancer.cli import _parser
-from replica import gpu, lease
+from replica import gpu, lease, placement
 from tests.operate.command_line import ROOT, Groundserve
 
 GOOD = "service: {readiness_probe: /health}\nrun: serve --port $GROUNDSERVE_PORT\n"
@@ -225,7 +225,8 @@ def test_check_says_what_would_happen(groundserve: Groundserve, tmp_path: Path) 
 def test_check_names_the_gpus_that_would_be_used(groundserve: Groundserve, tmp_path: Path) -> None:
     leases = tmp_path / "leases"
     groundserve.environ |= {"REPLICA_PRETEND_GPUS": "3", "LEASE_DIR": str(leases)}
-    held = lease.take(gpu.list_gpus(groundserve.environ)[:1], 1, leases, wait=0, note="another on port 8001")
+    first_gpu = gpu.list_gpus(groundserve.environ)[:1]
+    held = lease.take(first_gpu, placement.Want(1), leases, wait=0, note="another on port 8001")
     said = groundserve("check", ROOT / "services/llama2.yaml", "--env", "HF_TOKEN=hush")
     held.release()
     first, *others = [line for line in said.splitlines() if line.startswith("GPU ")]
