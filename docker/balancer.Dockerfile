@@ -12,7 +12,7 @@ RUN python3 -m compileall -q /opt/groundserve/balancer
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="groundserve balancer" \
       org.opencontainers.image.description="One endpoint in front of SGLang replicas" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0.dev0" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /install/lib /usr/local/lib
 COPY docker/healthcheck.py /opt/groundserve/

@@ -14,8 +14,9 @@ FROM ${PYTHON_IMAGE} AS package
 WORKDIR /build
 COPY pyproject.toml LICENSE ./
 COPY replica replica
+# An empty README will do: with the real one every change of it would make another image, and replace every replica.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --quiet --root-user-action=ignore --no-deps --target /opt/groundserve .
+    touch README.md && pip install --quiet --root-user-action=ignore --no-deps --target /opt/groundserve .
 
 # Half a gigabyte and a minute, spent once here: a replica then starts without a network, and scaling waits for
 # nothing but SGLang. Of replica/ only what makes models, so that no other change makes them anew.
@@ -29,7 +30,7 @@ RUN MODELS_DIR=/opt/models python3 -m replica.models \
 FROM sglang
 LABEL org.opencontainers.image.title="groundserve replica on a CPU" \
       org.opencontainers.image.description="SGLang on a plain CPU, with two small models" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0.dev0" \
       org.opencontainers.image.licenses="Apache-2.0"
 # 1777, as /tmp: whoever the container runs as may write there, and so may the volumes' later users. Empty, because
 # containers that start together on a new volume would all fill it from here, and fall over each other.

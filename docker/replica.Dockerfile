@@ -8,14 +8,15 @@ FROM ${PYTHON_IMAGE} AS package
 WORKDIR /build
 COPY pyproject.toml LICENSE ./
 COPY replica replica
+# An empty README will do: with the real one every change of it would make another image, and replace every replica.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --quiet --root-user-action=ignore --no-deps --no-compile --target /opt/groundserve .
+    touch README.md && pip install --quiet --root-user-action=ignore --no-deps --no-compile --target /opt/groundserve .
 
 # hadolint ignore=DL3006
 FROM ${SGLANG_IMAGE}
 LABEL org.opencontainers.image.title="groundserve replica" \
       org.opencontainers.image.description="SGLang on a GPU of its own" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0.dev0" \
       org.opencontainers.image.licenses="Apache-2.0"
 USER 0:0
 # 1777, as /tmp: whoever the container runs as may write there, and so may the volumes' later users. Empty, because

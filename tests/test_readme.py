@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,20 @@ def test_what_is_written_from_the_code_is_up_to_date(name: str) -> None:
 def test_each_picture_is_shown_on_a_page() -> None:
     shown = {target for name, text in PAGES.items() for target in shown_on(name, text)}
     assert {name for name in MADE if name.endswith(".svg")} <= shown
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    labels = {
+        path.name: re.findall(r'image\.version="([^"]+)"', path.read_text())
+        for path in ROOT.glob("docker/*.Dockerfile")
+    }
+    assert set(labels) == {"balancer.Dockerfile", "replica.Dockerfile", "replica-cpu.Dockerfile"}
+    assert [name for name, said in labels.items() if said != [version]] == []
+    heading = re.search(r"^## \[(\S+)\] - (.+)$", PAGES["CHANGELOG.md"], re.MULTILINE)
+    assert heading is not None
+    assert heading[1] == version.removesuffix(".dev0")
+    assert (heading[2] == "Unreleased") == version.endswith(".dev0")
 
 
 def test_the_readme_fits_on_a_page_or_two() -> None:
