@@ -1,6 +1,23 @@
-"""Every error a user can meet: its HTTP status, its OpenAI-shaped body, and what to do next."""
+"""Every error a user can meet: its HTTP status, its body as its path's clients know it, and what to do next."""
 
 import orjson
+
+# Anthropic's names for errors, by status.
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def is_anthropic(path: str) -> bool:
+    """Is that path one of Anthropic's, whose clients know errors in another shape?"""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 class ConfigError(Exception):
@@ -40,12 +57,18 @@ class ServeError(Exception):
         error = {"message": self.message, "type": self.kind, "code": self.code, "param": None}
         return orjson.dumps({"error": error})
 
-    def event(self, path: str) -> bytes:
-        """The server-sent event that ends a broken stream: Anthropic's on /v1/messages, else OpenAI's."""
-        if path == "/v1/messages":
-            error = {"type": "error", "error": {"type": "api_error", "message": self.message}}
-            return b"event: error\ndata: " + orjson.dumps(error) + b"\n\n"
-        return b"data: " + self.body + b"\n\n"
+    def body_at(self, path: str, request_id: bytes) -> bytes:
+        """The JSON body that clients of that path understand: Anthropic's under /v1/messages, else OpenAI's."""
+        if not is_anthropic(path):
+            return self.body
+        kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        error = {"type": kind, "message": self.message}
+        return orjson.dumps({"type": "error", "error": error, "request_id": request_id.decode("latin-1")})
+
+    def event(self, path: str, request_id: bytes) -> bytes:
+        """The server-sent event that ends a broken stream."""
+        name = b"event: error\n" if is_anthropic(path) else b""
+        return name + b"data: " + self.body_at(path, request_id) + b"\n\n"
 
 
 def bad_request(why: str) -> ServeError:

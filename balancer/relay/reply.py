@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Protocol
 
-from balancer.errors import ServeError
+from balancer.errors import ServeError, is_anthropic
+from balancer.relay.paths import kind_of
 from balancer.relay.request import HOP_BY_HOP, Request
 from balancer.relay.usage import Tail
 
@@ -96,6 +97,9 @@ class Reply:
         if dropped:
             lines = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
         lines.append(b"X-Request-Id: %b\r\n%b%b" % (request.id, own, self.extra_fields))
+        if is_anthropic(request.path):  # its clients look for the id there
+            lines = [line for line in lines if not line.lower().startswith(b"request-id:")]
+            lines.append(b"Request-Id: %b\r\n" % request.id)
         if length is not None and status != 204:
             lines.append(b"Content-Length: %d\r\n" % length)
         elif status >= 200 and status not in (204, 304):
@@ -147,6 +151,9 @@ class Reply:
         if self.has_begun:
             self.break_off(error)
             return
+        request = self.request
+        if request.path == "/":  # refused before its target was looked at
+            request.path, _ = kind_of(request.target.partition(b"?")[0])
         self.error = error
         headers = [(b"Content-Type", b"application/json")]
         if error.retry_after is not None:
@@ -156,7 +163,7 @@ class Reply:
         if error.status == 401:
             headers.append((b"WWW-Authenticate", b"Bearer"))
         self._keeps_alive = self._keeps_alive and not error.closes
-        self.whole(error.status, headers, error.body)
+        self.whole(error.status, headers, error.body_at(request.path, request.id))
 
     def break_off(self, error: ServeError) -> None:
         """Ends an answer that is not whole, so that no client takes it for whole: no [DONE], no last chunk.
@@ -167,6 +174,6 @@ class Reply:
             return
         self.error = error
         if self.is_event_stream and self.tail.is_at_boundary():
-            self.body(error.event(self.request.path))
+            self.body(error.event(self.request.path, self.request.id))
         self.is_over = True
         self._wire.answered(False)
