@@ -70,6 +70,9 @@ class Settings(BaseModel):
         gt=0,
         description="silence inside an answer without a sign of life from its replica; beyond: a broken stream",
     )
+    keep_alive_comments: float = Field(
+        0, ge=0, description="time between comment lines to a client whose stream has not begun; 0: none"
+    )
     upstream_keep_alive: float = Field(
         4, gt=0, description="age of an idle connection to a replica; below SGLang's own 5 s"
     )

@@ -12,6 +12,7 @@ from balancer.fleet.fleet import Fleet
 from balancer.fleet.line import OUR_OWN_LIMITS
 from balancer.fleet.member import Member
 from balancer.relay.auth import OPEN_PATHS, Keys, bears
+from balancer.relay.comments import STREAMING, Comments
 from balancer.relay.cors import Cors
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import RULES, RetryBudget, final_error, may_repeat
@@ -97,6 +98,9 @@ class Proxy:
                 self.refuse(request, reply, errors.key_at_limit(key.limit))
                 return
             key.in_flight += 1
+        comments = None
+        if (every := self.settings.keep_alive_comments) and request.path in STREAMING and request.is_generating:
+            comments = Comments(self.pool.loop, every, request, reply)
         try:
             if self.cors.is_preflight(request):
                 reply.whole(204, self.cors.preflight(request), b"")
@@ -114,6 +118,8 @@ class Proxy:
             message = "The balancer failed on this request; its log says why."
             reply.refuse(ServeError(500, "internal_error", message))
         finally:
+            if comments is not None:
+                comments.stop()
             if key is not None:
                 key.in_flight -= 1
             self._finish(record, request, reply)

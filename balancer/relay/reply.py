@@ -5,6 +5,7 @@ from http import HTTPStatus
 from typing import Protocol
 
 from balancer.errors import ServeError, is_anthropic
+from balancer.relay.misfit import Misfit, fits
 from balancer.relay.paths import kind_of
 from balancer.relay.request import HOP_BY_HOP, Request
 from balancer.relay.usage import Tail
@@ -51,6 +52,7 @@ class Reply:
         "error",
         "extra_fields",
         "is_chunked",
+        "is_early",
         "is_event_stream",
         "is_over",
         "request",
@@ -65,6 +67,7 @@ class Reply:
         self.bytes_sent = 0
         self.error: ServeError | None = None  # the one of ours with which it was answered or broken off
         self.is_chunked = False
+        self.is_early = False  # the head of a stream was sent before a replica answered
         self.is_event_stream = False
         self.is_over = False
         self._wire = wire
@@ -77,6 +80,9 @@ class Reply:
 
     def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None, own: bytes = b"") -> None:
         """Writes the head: a replica's fields less what concerned only its connection, `own` fields, the framing."""
+        if self.is_early:
+            self._go_on(status, headers)
+            return
         request = self.request
         lines = [STATUS_LINES[status]]
         dropped: set[bytes] = set()
@@ -115,6 +121,29 @@ class Reply:
         lines.append(b"\r\n")
         self.status = status
         self._wire.write(b"".join(lines))
+
+    def begin_early(self) -> None:
+        """Writes the head of a stream of events that nobody has begun to answer yet."""
+        self.begin(200, [(b"Content-Type", b"text/event-stream; charset=utf-8"), (b"Cache-Control", b"no-cache")], None)
+        self.is_early = True
+
+    def _go_on(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """The head of the answer whose own was sent early: it is not needed, or says that this is no stream at all."""
+        self.is_early = False
+        if not fits(status, headers):
+            self._wire = Misfit(self._wire, self.request, status, self.is_chunked, self._failed)
+            self.is_chunked = self.is_event_stream = False
+
+    def _failed(self, error: ServeError) -> None:
+        self.error = self.error or error
+
+    def comment(self) -> bool:
+        """Writes a comment line, for who reads or counts bytes; False where no stream is, or is any more, to begin."""
+        if self.is_over or self.bytes_sent or not self.is_event_stream:
+            return False
+        line = b": waiting\n\n"
+        self._wire.send(b"%x\r\n%b\r\n" % (len(line), line) if self.is_chunked else line)
+        return True
 
     def body(self, data: bytes) -> None:
         """Passes on a piece of the body as it came."""

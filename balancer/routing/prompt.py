@@ -50,6 +50,11 @@ class Prompt:
             self._blocks = self._cut(reader) if reader else []
         return self._blocks
 
+    def says_stream(self) -> bool:
+        """Is the answer to come as it is made, as far as the body can be read?"""
+        _ = self.blocks
+        return self.is_streamed
+
     def _cut(self, reader: "Reader") -> list[int]:
         try:
             request = _parsed(self.body)
