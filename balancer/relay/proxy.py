@@ -127,6 +127,8 @@ class Proxy:
     async def _relay(self, request: Request, reply: Reply, client: ClientConnection, record: Record) -> None:
         """Attempts at one member after the other, until one answers or nothing is left; raises ServeError."""
         prompt = Prompt(request.path, request.body)
+        if prompt.is_heavy:
+            await self.admission.read(prompt)
         ask = Ask(prompt, request.is_generating, is_waited_for=request.is_waited_for)
         outcome = Outcome.REFUSED
         sent = 0

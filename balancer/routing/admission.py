@@ -45,12 +45,23 @@ class Admission:
         self.policy = policy
         self._queue: deque[_Waiter] = deque()  # generating requests
         self._plain: deque[_Waiter] = deque()  # others: they need a replica, and no room there
+        self._reading = asyncio.Lock()
         fleet.when_room.append(self.assign)
         fleet.when_left.append(lambda member: self.policy.forget(member))
 
     @property
     def queue_depth(self) -> int:
         return len(self._queue) + len(self._plain)
+
+    async def read(self, prompt: Prompt) -> None:
+        """Reads a heavy prompt where the policy goes by it, before a place is asked for.
+
+        One at a time, and all else in between: else those that come together would stop the loop for all of them.
+        """
+        if self.policy.reads_prompts:
+            async with self._reading:
+                prompt.read()
+                await asyncio.sleep(0)
 
     def claim_now(self, ask: Ask) -> Place | None:
         """A place at once, or None where the request would have to wait."""

@@ -23,6 +23,7 @@ class Policy(Protocol):
     """A selection rule. It sees only members with room; what it remembers is bounded."""
 
     name: str
+    reads_prompts: bool  # does a choice go by the prompt's blocks?
 
     def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
         """One of `members`, which is never empty. The request goes there: what follows from that may be noted."""
@@ -36,6 +37,8 @@ class Policy(Protocol):
 
 class _Forgetful:
     """A policy that remembers nothing."""
+
+    reads_prompts = False
 
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
         pass

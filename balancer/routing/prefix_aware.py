@@ -37,6 +37,7 @@ class PrefixAware:
     """The policy and what it knows of the caches."""
 
     name = "prefix_aware"
+    reads_prompts = True
 
     def __init__(self) -> None:
         self.index = PrefixIndex()

@@ -1,35 +1,30 @@
-"""A request body as routing blocks: hashes, each chained to all before it, that are equal where prompts share a prefix.
+"""A prompt as routing blocks: hashes, each chained to all before it, that are equal where prompts begin alike.
 
 SGLang caches what was computed for a prefix, images included, so two requests whose first n blocks are equal share at
 least about n blocks of its KV cache. The blocks are cut from what the client sent, not from tokens: routing needs to
 know what is equal, not what it means.
 """
 
-import re
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
+from balancer.routing.body import HEAVY_BODY, IMAGE_MARK, SEED, parsed
+
 BLOCK_BYTES = 512  # of text; about 128 tokens
 LEAST_BYTES = 128
 IMAGE_BLOCKS = 4  # an image weighs as much as 2 KiB of text: LLaVA makes 576 to 2,880 tokens of one
 MAX_BLOCKS = 1024
-# Bodies over this size are searched for embedded images, which are hashed where they stand and never parsed.
-LARGE_BODY = 16 << 10
-# What is left then is parsed at up to 0.07 s and 45 MiB of memory a MiB, while all else waits. 4 MiB are a million
-# tokens of English; a body with more is routed by load.
-MAX_PARSED = 4 << 20
-IMAGE_MARK = "\x00image:"
-# How the string of one begins. Of backslashes only those before a slash: else a text of \u4e2d and its like is one.
-EMBEDDED = re.compile(rb'"(?:data:[^",]{0,200},)?(?:[A-Za-z0-9+/=]|\\/){256}')
+MAX_BYTES = MAX_BLOCKS * BLOCK_BYTES  # of text; what follows is cut off
 
 Piece = str | bytes  # text, or an image's digest
 
 
 class Prompt:
-    """One request's prompt; `blocks` are made when first asked for, and once.
+    """One request's prompt; `blocks` are made when first asked for, and once. `body` stays as it is.
 
     From then on `is_streamed` says whether the answer is to come as it is made.
     """
@@ -43,12 +38,26 @@ class Prompt:
         self._blocks: list[int] | None = None
 
     @property
+    def is_heavy(self) -> bool:
+        """May it take milliseconds to make the blocks? They should be made in a turn of their own then."""
+        return self._blocks is None and self.path in _READERS and sum(map(len, self.body)) > HEAVY_BODY
+
+    @property
     def blocks(self) -> list[int]:
         """Chained 64-bit hashes, at most `MAX_BLOCKS`; empty when there is nothing to route by."""
-        if self._blocks is None:
-            reader = _READERS.get(self.path)
-            self._blocks = self._cut(reader) if reader else []
-        return self._blocks
+        return self.read() if self._blocks is None else self._blocks
+
+    def read(self) -> list[int]:
+        """Makes the blocks now."""
+        reader = _READERS.get(self.path)
+        collects = gc.isenabled()
+        gc.disable()  # JSON has no cycles; to look for some in that of a heavy body can take as long as to read it
+        try:
+            self._blocks = blocks = self._cut(reader) if reader else []
+        finally:
+            if collects:
+                gc.enable()
+        return blocks
 
     def says_stream(self) -> bool:
         """Is the answer to come as it is made, as far as the body can be read?"""
@@ -56,57 +65,40 @@ class Prompt:
         return self.is_streamed
 
     def _cut(self, reader: "Reader") -> list[int]:
+        request = parsed(b"".join(self.body))  # of a body in one piece that is no copy
+        if not isinstance(request, dict):
+            return []
+        self.is_streamed = request.get("stream") is True
         try:
-            request = _parsed(self.body)
-            if not isinstance(request, dict):
-                return []
-            self.is_streamed = request.get("stream") is True
             return _chain(_whose(request), reader(request))
-        except (orjson.JSONDecodeError, orjson.JSONEncodeError, RecursionError):
-            return []  # no JSON, or nested deeper than anybody means it
-
-
-def _parsed(body: list[bytes]) -> Any:
-    if len(body) > 1:
-        body[:] = [b"".join(body)]  # one piece from here on, for the way to the replica too
-    raw = body[0] if body else b""
-    if len(raw) > LARGE_BODY:
-        raw = _without_embedded(raw)
-    return orjson.loads(raw)
-
-
-def _without_embedded(raw: bytes) -> bytes:
-    """The same JSON with each embedded image replaced by a digest of its bytes, which are read once and not copied.
-
-    Empty where more than `MAX_PARSED` bytes would be left.
-    """
-    pieces: list[bytes | memoryview] = []
-    view, done, room = memoryview(raw), 0, MAX_PARSED
-    while begin := EMBEDDED.search(raw, done, done + room):
-        end = raw.find(b'"', begin.end())
-        if end < 0:
-            break  # cut off in the middle: whoever parses it will say so
-        digest = xxh3_64_digest(view[begin.start() + 1 : end]).hex().encode()
-        pieces += view[done : begin.start()], b'"\\u0000image:%b"' % digest
-        room -= begin.end() - done
-        done = end + 1
-    if len(raw) - done > room:
-        return b""
-    return b"".join([*pieces, view[done:]]) if done else raw
+        except (orjson.JSONEncodeError, RecursionError):
+            return []  # nested deeper than anybody means it
 
 
 def _whose(request: dict[str, Any]) -> str:
-    """Prompts for different models or adapters share nothing."""
-    return f"{request.get('model')}|{request.get('lora_path')}"
+    """What SGLang keeps prompts apart by, however alike: model, adapter, and the two names that clients may give.
+
+    An adapter is named for itself or behind the model's name. In a batch each prompt has its own; the first one counts.
+    """
+    model, adapter = request.get("model"), _first(request.get("lora_path"))
+    if isinstance(model, str) and ":" in model:
+        model, _, named = model.partition(":")
+        adapter = named.strip() or adapter
+    names = _first(request.get("extra_key")), _first(request.get("cache_salt"))
+    return orjson.dumps([model, adapter or None, *(name or None for name in names)]).decode()
 
 
-def _chain(first: str, pieces: Iterator[Piece]) -> list[int]:
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _chain(whose: str, pieces: Iterator[Piece]) -> list[int]:
     """Cuts text into blocks, and gives each image its own; what is left of a text only chains on."""
     blocks: list[int] = []
-    text, seed = [first], 0
+    text, seed = [whose], SEED
     length = 0  # characters of text, each a byte at least
     for piece in pieces:
-        if length > MAX_BLOCKS * BLOCK_BYTES or len(blocks) > MAX_BLOCKS:
+        if length > MAX_BYTES or len(blocks) > MAX_BLOCKS:
             break  # what follows would be cut off
         if isinstance(piece, str):
             text.append(piece)
@@ -123,8 +115,8 @@ def _chain(first: str, pieces: Iterator[Piece]) -> list[int]:
 
 
 def _chain_text(text: str, seed: int, blocks: list[int]) -> int:
-    data = text.encode("utf-8", "surrogatepass")
-    whole = min(len(data) - len(data) % BLOCK_BYTES, MAX_BLOCKS * BLOCK_BYTES)
+    data = text[:MAX_BYTES].encode()
+    whole = min(len(data) - len(data) % BLOCK_BYTES, MAX_BYTES)
     for start in range(0, whole, BLOCK_BYTES):
         seed = xxh3_64_intdigest(data[start : start + BLOCK_BYTES], seed)
         blocks.append(seed)
@@ -136,8 +128,7 @@ def _chain_text(text: str, seed: int, blocks: list[int]) -> int:
 
 def _chat(request: dict[str, Any]) -> Iterator[Piece]:
     """OpenAI's chat completions, and Anthropic's messages with their `system` apart."""
-    if tools := request.get("tools"):
-        yield orjson.dumps(tools).decode()
+    yield from _tools(request)
     system = request.get("system")
     if isinstance(system, str):
         yield _text(system)
@@ -146,18 +137,33 @@ def _chat(request: dict[str, Any]) -> Iterator[Piece]:
     messages = request.get("messages")
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict):
-            yield f"\n{message.get('role')}:"
-            content = message.get("content")
-            if isinstance(content, str):
-                yield _text(content)
-            else:
-                yield from _parts(content)
-            if calls := message.get("tool_calls"):
-                yield orjson.dumps(calls).decode()
+            yield from _message(message)
+
+
+def _tools(request: dict[str, Any]) -> Iterator[Piece]:
+    """The tools come first in the prompt; all, none, or the one that is chosen."""
+    tools, choice = request.get("tools"), request.get("tool_choice")
+    if tools and choice != "none" and choice != {"type": "none"}:
+        yield orjson.dumps([tools, choice] if isinstance(choice, dict) else tools).decode()
+
+
+def _message(message: dict[str, Any]) -> Iterator[Piece]:
+    yield f"\n{message.get('role')}:"
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, str):
+        yield _text(content)
+    elif content is not None:
+        yield from _parts(content)
+    elif not calls:  # in /v1/responses a call or its result
+        yield orjson.dumps(message).decode()
+    if calls:
+        yield orjson.dumps(calls).decode()
 
 
 def _parts(content: Any) -> Iterator[Piece]:
     for part in content if isinstance(content, list) else ():
+        if isinstance(part, str):
+            yield _text(part)
         if not isinstance(part, dict):
             continue
         if isinstance(text := part.get("text"), str):
@@ -171,7 +177,7 @@ def _parts(content: Any) -> Iterator[Piece]:
 
 
 def _text(value: str) -> Piece:
-    """A text; a long one without a space was taken for an image, and counts as one."""
+    """A text; a long one in letters of base64 was taken for an image, and counts as one."""
     return value.removeprefix(IMAGE_MARK).encode() if value.startswith(IMAGE_MARK) else value
 
 
@@ -179,9 +185,9 @@ def _image(value: Any) -> Iterator[Piece]:
     """An image by its URL or by a digest of its bytes; a list of them one after the other."""
     if isinstance(value, str):
         if value.startswith(IMAGE_MARK):
-            yield value.removeprefix(IMAGE_MARK).encode("utf-8", "surrogatepass")
+            yield value.removeprefix(IMAGE_MARK).encode()
         else:
-            yield xxh3_64_digest(value.encode("utf-8", "surrogatepass")).hex().encode()
+            yield xxh3_64_digest(value.encode(), SEED).hex().encode()
     for item in value if isinstance(value, list) else ():
         yield from _image(item.get("url") if isinstance(item, dict) else item)
 
@@ -191,8 +197,9 @@ def _completion(request: dict[str, Any]) -> Iterator[Piece]:
 
 
 def _generate(request: dict[str, Any]) -> Iterator[Piece]:
-    """SGLang's own format. Its images come first: where the text names them is the replica's business."""
-    yield from _image(request.get("image_data"))
+    """SGLang's own format. Its images and the like come first: where the text names them is the replica's business."""
+    for kind in ("image_data", "video_data", "audio_data"):
+        yield from _image(request.get(kind))
     yield from _text_or_ids(request.get("text") or request.get("input_ids"))
 
 
@@ -201,7 +208,10 @@ def _embedding(request: dict[str, Any]) -> Iterator[Piece]:
 
 
 def _responses(request: dict[str, Any]) -> Iterator[Piece]:
+    yield from _tools(request)
     yield from _text_or_ids(request.get("instructions"))
+    if before := request.get("previous_response_id"):  # what was said there comes first
+        yield f"\n{before}:"
     given = request.get("input")
     if isinstance(given, list) and given and isinstance(given[0], dict):
         yield from _chat({"messages": given})
@@ -215,7 +225,7 @@ def _text_or_ids(value: Any) -> Iterator[Piece]:
         yield _text(value)
     elif isinstance(value, list) and value:
         if isinstance(value[0], int):
-            yield orjson.dumps(value).decode()
+            yield orjson.dumps(value[:MAX_BYTES]).decode()
         else:
             yield from _text_or_ids(value[0])
 

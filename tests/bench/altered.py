@@ -40,6 +40,8 @@ class WithoutMetrics(Balancer):
 class CutsOnly(RoundRobin):
     """Cuts each prompt into routing blocks, and then takes turns."""
 
+    reads_prompts = True
+
     def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
         assert prompt.blocks
         return super().choose(members, prompt)

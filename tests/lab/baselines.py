@@ -20,6 +20,8 @@ from tests.lab.workloads import Turn
 class _Unaware:
     """A policy that learns nothing from answers."""
 
+    reads_prompts = True
+
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
         pass
 
@@ -70,7 +72,7 @@ class BoundedHashing(_Unaware):
     """Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2016), by the prompt's first block.
 
     Nobody gets more than LOAD_FACTOR times the mean; who would, passes the request on along the ring. Load factor and
-    points a member are KubeAI's defaults.
+    points a member are KubeAI's defaults. The block is cut from the tokens here, for Prompt's differ from run to run.
     """
 
     name = "bounded_hashing"
@@ -87,7 +89,9 @@ class BoundedHashing(_Unaware):
             self._ids = set(by_id)
             self._ring = sorted((xxh3_64_intdigest(b"%d:%d" % (id, n)), id) for id in by_id for n in range(self.POINTS))
         bound = self.LOAD_FACTOR * (sum(member.in_flight for member in members) + 1) / len(members)
-        start = bisect.bisect(self._ring, (prompt.blocks[0] if prompt.blocks else 0, 0))
+        assert isinstance(prompt, Turn)
+        first_block = prompt.tokens[: int(TOKENS_PER_BLOCK) * TOKEN]
+        start = bisect.bisect(self._ring, (xxh3_64_intdigest(first_block), 0))
         for step in count(start):  # somebody is below the mean, hence below the bound
             member = by_id[self._ring[step % len(self._ring)][1]]
             if member.in_flight < bound:

@@ -1,12 +1,15 @@
 """What routing promises, held in virtual time; and that the simulator runs what it says."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.lab.simulate import Scenario, cpu, h200, main, scenario, tight
+from tests.lab.simulator import POLICIES
 
 SHARING = ["uniform", "zipf", "chat", "images", "one prompt", "hot prompt"]
 
@@ -69,6 +72,18 @@ def test_two_small_replicas_with_few_in_flight_keep_their_groups() -> None:
 def test_a_run_repeats_exactly_for_a_seed() -> None:
     first, again = (scenario("chat", 2, seed=3).run("prefix_aware") for _ in range(2))
     assert (first.seconds, first.cached, first.ttft_mean) == (again.seconds, again.cached, again.ttft_mean)
+
+
+def test_a_run_repeats_exactly_in_another_process(tmp_path: Path) -> None:
+    """The hashes of prompts differ from process to process."""
+    found = []
+    for name in ("one", "another"):
+        path = tmp_path / name
+        arguments = ["--replicas", "3", "--workload", "chat", "images", "--json", str(path)]
+        subprocess.run([sys.executable, "-m", "tests.lab.simulate", *arguments], check=True, stdout=subprocess.DEVNULL)
+        found.append([row | {"choice_us": 0} for row in json.loads(path.read_text())["rows"]])
+    assert found[0] == found[1]
+    assert {row["policy"] for row in found[0]} == {*POLICIES}
 
 
 def test_every_turn_of_every_conversation_is_answered() -> None:

@@ -50,8 +50,8 @@ class Writer:
         self.bytes_per_token = bytes_per_token
 
     def text(self, tokens: int) -> Piece:
-        letters = self.chance.randbytes(tokens * self.bytes_per_token).hex()[: tokens * self.bytes_per_token]
-        return Piece({"type": "text", "text": letters}, self.chance.randbytes(tokens * TOKEN))
+        words = self.chance.randbytes(tokens * self.bytes_per_token).hex(" ", 4)[: tokens * self.bytes_per_token]
+        return Piece({"type": "text", "text": words}, self.chance.randbytes(tokens * TOKEN))
 
     def image(self) -> Piece:
         url = f"http://images/{self.chance.getrandbits(64):x}.png"

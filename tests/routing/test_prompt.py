@@ -3,13 +3,16 @@
 import base64
 import json
 import random
+import subprocess
+import sys
 import tracemalloc
 from typing import Any
 
 import orjson
 import pytest
 
-from balancer.routing.prompt import BLOCK_BYTES, IMAGE_BLOCKS, LARGE_BODY, LEAST_BYTES, MAX_BLOCKS, MAX_PARSED, Prompt
+from balancer.routing.body import HEAVY_BODY, MAX_PARSED
+from balancer.routing.prompt import BLOCK_BYTES, IMAGE_BLOCKS, LEAST_BYTES, MAX_BLOCKS, Prompt
 
 SYSTEM = "You are the clerk of a lending library. " * 40
 IMAGE = base64.b64encode(random.Random(1).randbytes(60_000)).decode()
@@ -65,13 +68,93 @@ def test_a_block_depends_on_all_before_it() -> None:
     assert set(one).isdisjoint(other)
 
 
-@pytest.mark.parametrize("change", [{"model": "other"}, {"lora_path": "adapter"}, {"tools": [{"type": "function"}]}])
-def test_another_model_adapter_or_tool_set_shares_nothing(change: dict[str, Any]) -> None:
-    plain = blocks(messages=[SYSTEM_MESSAGE])
-    changed = Prompt(
-        "/v1/chat/completions", [orjson.dumps({"model": "m", "messages": [SYSTEM_MESSAGE]} | change)]
-    ).blocks
+APART = [
+    *({"model": "other"}, {"lora_path": "adapter"}, {"model": "m:adapter"}, {"lora_path": ["adapter", None]}),
+    *({"cache_salt": "tenant a"}, {"extra_key": "k"}, {"cache_salt": ["tenant a"]}),
+]
+ASKED = {
+    "/v1/chat/completions": {"messages": [SYSTEM_MESSAGE]},
+    "/v1/messages": {"system": SYSTEM, "messages": []},
+    "/v1/responses": {"instructions": SYSTEM},
+    "/v1/completions": {"prompt": SYSTEM},
+    "/v1/embeddings": {"input": SYSTEM},
+    "/generate": {"text": SYSTEM},
+}
+
+
+@pytest.mark.parametrize("change", APART)
+@pytest.mark.parametrize("path", ASKED)
+def test_another_model_adapter_or_name_of_the_cache_shares_nothing(path: str, change: dict[str, Any]) -> None:
+    plain, changed, again = (blocks(path, **ASKED[path] | more) for more in ({}, change, change))
     assert shared(plain, changed) == 0
+    assert changed == again
+
+
+def test_names_of_the_cache_are_not_taken_for_each_other() -> None:
+    names = [
+        *({"cache_salt": "a"}, {"extra_key": "a"}, {"lora_path": "a"}, {"extra_key": "a", "cache_salt": "b"}),
+        *({"extra_key": "b", "cache_salt": "a"}, {"extra_key": "a|b"}, {"model": "m|a"}, {}),
+    ]
+    assert len({blocks(messages=[SYSTEM_MESSAGE], **each)[0] for each in names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("one", "same"),
+    [
+        ({"model": "m:adapter"}, {"lora_path": "adapter"}),
+        ({"model": "m:adapter", "lora_path": "other"}, {"lora_path": "adapter"}),
+        ({"cache_salt": ""}, {"extra_key": None}),
+        ({"tools": [{"type": "function"}], "tool_choice": "none"}, {}),
+        ({"tools": [{"type": "function"}], "tool_choice": "auto"}, {"tools": [{"type": "function"}]}),
+    ],
+)
+def test_what_comes_to_the_same_for_the_replica_is_the_same(one: dict[str, Any], same: dict[str, Any]) -> None:
+    assert blocks(messages=[SYSTEM_MESSAGE], **one) == blocks(messages=[SYSTEM_MESSAGE], **same)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_another_tool_set_or_another_chosen_tool_shares_nothing(path: str) -> None:
+    tools, other = ([{"type": "function", "function": {"name": name}}] for name in "fg")
+    chosen = {"tool_choice": {"type": "function", "function": {"name": "f"}}}
+    asked = [{}, {"tools": tools}, {"tools": other}, {"tools": tools} | chosen]
+    firsts = {blocks(path, **ASKED[path] | more)[0] for more in asked}
+    assert len(firsts) == len(asked)
+
+
+def test_each_item_of_a_response_counts() -> None:
+    """Calls, their results and reasoning have no content as messages do."""
+    call = {"type": "function_call", "call_id": "1", "name": "look", "arguments": json.dumps({"at": "page " * 200})}
+    output = {"type": "function_call_output", "call_id": "1", "output": "a result, " * 100}
+    asked = [
+        *([user(SYSTEM), call], [user(SYSTEM), call | {"name": "find"}], [user(SYSTEM), call, output]),
+        [user(SYSTEM), call, output | {"output": "another result, " * 100}],
+    ]
+    found = [blocks("/v1/responses", input=each) for each in asked]
+    assert len({tuple(each) for each in found}) == len(asked)
+    assert WHOLE_BLOCKS_OF_SYSTEM <= shared(found[0], found[1]) < len(found[0])
+    assert shared(found[0], found[2]) >= len(found[0]) - 1
+    one, two, none = (blocks("/v1/responses", input=SYSTEM, previous_response_id=id) for id in ("r1", "r2", None))
+    assert shared(one, two) == shared(one, none) == 0
+
+
+@pytest.mark.parametrize("kind", ["image_data", "video_data", "audio_data"])
+def test_what_is_shown_or_played_counts_in_sglangs_own_format(kind: str) -> None:
+    one, same, other = (blocks("/generate", text=SYSTEM, **{kind: [seen]}) for seen in (IMAGE, IMAGE, OTHER_IMAGE))
+    assert one == same
+    assert shared(one, other) == 0
+
+
+def test_no_two_processes_make_the_same_hashes() -> None:
+    """So nobody can find out prompts that look alike here."""
+    program = (
+        "from balancer.routing.prompt import Prompt\n"
+        "body = b'{\"prompt\":[' + b','.join([b'1'] * 500) + b']}'\n"
+        'image = b\'{"image_data":"http://a/b.png"}\'\n'
+        "print(Prompt('/v1/completions', [body]).blocks, Prompt('/generate', [image]).blocks)\n"
+    )
+    said = [subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout for _ in range(2)]
+    assert said[0].startswith(b"[")
+    assert said[0] != said[1]
 
 
 @pytest.mark.parametrize("encoded", [IMAGE, SMALL_IMAGE], ids=["hashed where it stands", "parsed"])
@@ -198,11 +281,12 @@ def test_a_path_without_prompts_is_not_even_parsed() -> None:
     assert Prompt("/v1/models", [b"{"]).blocks == []
 
 
-def test_a_body_in_pieces_is_joined_once_and_passed_on_whole() -> None:
+def test_a_body_in_pieces_is_read_as_one_and_stays_as_it_is() -> None:
     raw = orjson.dumps({"model": "m", "messages": [SYSTEM_MESSAGE]})
-    body = [raw[:100], raw[100:300], raw[300:]]
+    pieces = [raw[:100], raw[100:300], raw[300:]]
+    body = pieces.copy()
     assert Prompt("/v1/chat/completions", body).blocks == blocks(messages=[SYSTEM_MESSAGE])
-    assert body == [raw]
+    assert list(map(id, body)) == list(map(id, pieces))
 
 
 def test_a_huge_prompt_makes_a_bounded_number_of_blocks() -> None:
@@ -232,7 +316,7 @@ def test_a_long_text_in_escapes_is_no_image(path: str) -> None:
         said = CHINESE + ending
         body = {"messages": [user(said)], "prompt": said, "text": said}
         raw = json.dumps(body).encode()
-        assert len(raw) > LARGE_BODY
+        assert len(raw) > HEAVY_BODY
         return Prompt(path, [raw]).blocks
 
     one, other = cut("开馆时间?" * 40), cut("谁写的?" * 40)

@@ -1,0 +1,71 @@
+"""Bodies that are dear to read for routing, many at once: others are answered in between."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from balancer.routing.body import MAX_NANOSECONDS, MAX_PARSED, nanoseconds
+from tests.lab.spawn import spawn_replica
+from tests.wire.client import request
+from tests.wire.process import BalancerProcess, running
+from tests.wire.running import on_uvloop
+
+POLICY = ("--policy", "prefix_aware")
+
+
+def filled(unit: bytes, size: int) -> bytes:
+    head, tail = b'{"messages":[', b'{"role":"user","content":"."}]}'
+    return head + (unit + b",") * ((size - len(head) - len(tail)) // (len(unit) + 1)) + tail
+
+
+def just_read(unit: bytes) -> bytes:
+    """So large that it is read, and hardly larger."""
+    size = MAX_PARSED
+    while nanoseconds(raw := filled(unit, size)) > MAX_NANOSECONDS:
+        size = size * 9 // 10
+    return raw
+
+
+def worked(balancer: BalancerProcess) -> float:
+    """Seconds of CPU time that its loop has had, so that what else runs on this machine is not counted."""
+    return int(Path(f"/proc/{balancer.process.pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+async def longest_wait(balancer: BalancerProcess, over: asyncio.Future[object]) -> float:
+    """What it did at most before it gave another client its own answer, again and again until `over`."""
+    client = await balancer.client()
+    longest = 0.0
+    while not over.done():
+        began = worked(balancer)
+        await client.send(request("GET", "/health"))
+        assert (await client.answer("GET")).status == 200
+        longest = max(longest, worked(balancer) - began)
+        await asyncio.sleep(0.002)
+    return longest
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        filled(b"[]", MAX_PARSED),
+        filled(b'{"content":"a"}', MAX_PARSED),
+        just_read(b'{"content":"a"}'),
+        just_read(b"[" * 100 + b"]" * 100),
+    ],
+    ids=["arrays", "messages", "messages that are read", "nested arrays that are read"],
+)
+@on_uvloop
+async def test_thirty_at_once_hold_up_nobody_for_long(body: bytes) -> None:
+    """Together they take a second or more; others wait for one or two of them."""
+    async with spawn_replica(status=400) as replica, running(replica.url, arguments=POLICY) as balancer:
+        clients = [await balancer.client() for _ in range(30)]
+
+        async def ask(number: int) -> int:
+            await clients[number].send(request(body=body))
+            return (await clients[number].answer()).status
+
+        asking = asyncio.gather(*(ask(number) for number in range(30)))
+        waited = await longest_wait(balancer, asking)
+        assert set(await asking) == {400}
+        assert waited < 0.3
