@@ -2,18 +2,13 @@
 
 import argparse
 import os
-import re
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from balancer import sky_flags
+from balancer import sky_flags, variables
 from balancer.errors import ConfigError
 from balancer.operate import commands, look
-
-# A quoted or escaped part, to be kept, or a comment. shlex's own comments begin inside a word too: in A=b#c.
-_COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"])*"|\\.)|(?:^|(?<=\s))#.*""")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,44 +57,13 @@ def _run(options: argparse.Namespace) -> int:
 def _source(options: argparse.Namespace) -> commands.Source:
     envs: dict[str, str] = {}
     for path in options.env_file:
-        envs |= _env_file("--env-file", path)
-    envs |= dict(_pair(text, "--env") for text in options.env)
+        envs |= variables.of_file("--env-file", path)
+    envs |= dict(variables.pair(text, "--env") for text in options.env)
     secrets: dict[str, str] = {}
     for path in options.secret_file:
-        secrets |= _env_file("--secret-file", path)
-    secrets |= dict(_pair(text, "--secret") for text in options.secret)
+        secrets |= variables.of_file("--secret-file", path)
+    secrets |= dict(variables.pair(text, "--secret") for text in options.secret)
     return commands.Source(options.service, getattr(options, "service_name", None), envs, secrets)
-
-
-def _pair(text: str, flag: str) -> tuple[str, str]:
-    name, has_value, value = text.partition("=")
-    if not name.isidentifier():
-        # Not shown: without a name the text may be the secret itself.
-        raise ConfigError(f"{flag}: write NAME=VALUE, the name being letters, digits and underscores")
-    if not has_value:
-        if name not in os.environ:
-            raise ConfigError(f"{flag} {name}: write {name}=VALUE, or set {name} in the environment")
-        value = os.environ[name]
-    return name, value
-
-
-def _env_file(flag: str, path: Path) -> dict[str, str]:
-    """NAME=VALUE lines as a shell would read them, `export` and comments included."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as failure:
-        raise ConfigError(f"{flag} {path}: {getattr(failure, 'strerror', 'it is not text')}") from None
-    found: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            words = shlex.split(_COMMENT.sub(lambda match: match[1] or "", line))
-        except ValueError as failure:
-            raise ConfigError(f"{flag} {path}:{number}: {str(failure).lower()}") from None
-        if words[:1] == ["export"]:
-            words = words[1:]
-        if words:
-            found.update([_pair(" ".join(words), f"{flag} {path}:{number}")])
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:

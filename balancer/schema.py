@@ -1,6 +1,5 @@
 """SkyServe's service YAML as frozen models: its keys, and which of them mean nothing here."""
 
-import re
 from typing import Annotated, Any
 
 import orjson
@@ -33,8 +32,8 @@ def _no_bool(value: object) -> object:
 def _starts_with_slash(path: str) -> str:
     if not path.startswith("/"):
         raise ValueError("should start with a slash (/)")
-    if not re.fullmatch("[!-~]+", path):
-        raise ValueError("should be ASCII without spaces: write %20 and the like")
+    if not path.isprintable():
+        raise ValueError("should be one line of printable characters")
     return path
 
 

@@ -179,13 +179,15 @@ def _variables(
                 raise document.fault((section, name), "is not a name that an environment variable can have")
             if isinstance(value, dict | list):
                 raise document.fault((section, name), "should be a single value")
-            if _weight(name, value) > _LONGEST_VARIABLE:
-                raise document.fault(
-                    (section, name), f"is longer than {_LONGEST_VARIABLE >> 10} KiB: put it into a file"
-                )
             found[str(name)] = value
             flags[str(name)] = flag
     found |= {**envs, **secrets}
+    for name, value in found.items():
+        path: KeyPath = ("envs" if flags.get(name) != "--secret" else "secrets", name)
+        if "\0" in str(value):
+            raise document.fault(path, "has a NUL in it, which no variable can have")
+        if len(f"{name}={value}\0".encode(errors="surrogateescape")) > _LONGEST_VARIABLE:
+            raise document.fault(path, f"is longer than {_LONGEST_VARIABLE >> 10} KiB: put it into a file")
     missing = {name: flags[name] for name, value in found.items() if value is None}
     return {name: str(value) for name, value in found.items() if value is not None}, missing
 
@@ -263,8 +265,3 @@ def _tls(service: Service, base: Path, document: Document) -> tuple[Path, Path] 
         return None
     certificate = _path(base, service.tls.certfile, ("service", "tls", "certfile"), document)
     return certificate, _path(base, service.tls.keyfile, ("service", "tls", "keyfile"), document)
-
-
-def _weight(name: str, value: Any) -> int:
-    """Bytes that NAME=VALUE takes in a process's environment."""
-    return len(f"{name}={value}\0".encode(errors="surrogateescape"))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Whoever stands further right may import whoever stands further left, or beside it in the same place.
 ORDER = [
     {"errors", "settings", "text_file"},
-    {"tree", "document", "schema", "resources", "spec", "sky_flags"},
+    {"tree", "document", "schema", "resources", "spec", "sky_flags", "variables"},
     {"fleet"},
     {"routing"},
     {"relay"},

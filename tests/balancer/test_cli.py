@@ -235,7 +235,7 @@ def test_check_names_the_gpus_that_would_be_used(groundserve: Groundserve, tmp_p
     assert "hush" not in said
 
 
-def test_env_files_are_read_as_a_shell_would(groundserve: Groundserve, tmp_path: Path) -> None:
+def test_env_files_are_read_as_sky_serve_reads_them(groundserve: Groundserve, tmp_path: Path) -> None:
     path, envs = tmp_path / "x.yaml", tmp_path / "envs"
     path.write_text(
         "service: {readiness_probe: '/$A/$B/$C', replicas: 1}\nrun: $GROUNDSERVE_PORT\nenvs: {A: , B: , C: }"

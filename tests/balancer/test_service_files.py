@@ -81,6 +81,7 @@ def refusal(text: str) -> str:
         ("service: {tls: {keyfile: ~nobody-of-that-name/x, certfile: c}}", ":1: service.tls.keyfile is in the home of"),
         ("service: {readiness_probe: {path: /, timeout_seconds: .nan}}", ":1: service.readiness_probe.timeout_seconds"),
         ("service: {readiness_probe: {path: /, timeout_seconds: .inf}}", ":1: service.readiness_probe.timeout_seconds"),
+        ('service: {readiness_probe: "/a\\r\\nb: c"}', ":1: service.readiness_probe should be one line of printable"),
         ("service: {replicas: .inf}", ":1: service.replicas should be a finite number"),
         ("service: {}\nx-groundserve: {idle_timeout: .nan}", ":2: x-groundserve.idle_timeout should be"),
         ("service: {}\nx-groundserve: {stop_grace: .inf}", ":2: x-groundserve.stop_grace should be"),
