@@ -52,14 +52,18 @@ class Settings(BaseModel):
 
     # The relay
     max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body; beyond: 413")
-    max_buffered_bytes: int = Field(1 << 30, gt=0, description="request bodies held at once, all together; beyond: 503")
+    max_buffered_bytes: int = Field(
+        1 << 30, gt=0, description="request bodies held in memory, all together; beyond: 503"
+    )
     max_head_bytes: int = Field(64 << 10, gt=0, description="largest request head; beyond: 431")
     head_timeout: float = Field(30, gt=0, description="time a request head may take to arrive; beyond: 408")
     body_timeout: float = Field(30, gt=0, description="silence allowed inside a request body; beyond: 408")
     keep_alive_timeout: float = Field(75, gt=0, description="time an idle client connection is kept")
-    send_timeout: float = Field(300, gt=0, description="time a client may take nothing of its answer before it is cut")
+    send_timeout: float = Field(
+        300, gt=0, description="time a client may read nothing of its answer before it is cut off"
+    )
     max_connections_per_client: int = Field(
-        2048, gt=0, description="open connections of one address (IPv6: one /64) but a trusted proxy's; beyond: 429"
+        2048, gt=0, description="open connections of one address (IPv6: one /64), trusted proxies excepted; beyond: 429"
     )
     connect_timeout: float = Field(2, gt=0, description="time a connection to a replica may take")
     first_byte_timeout: float = Field(
@@ -74,16 +78,20 @@ class Settings(BaseModel):
         0, ge=0, description="time between comment lines to a client whose stream has not begun; 0: none"
     )
     upstream_keep_alive: float = Field(
-        4, gt=0, description="age of an idle connection to a replica; below SGLang's own 5 s"
+        4, gt=0, description="how long an idle connection to a replica is kept; less than SGLang's own 5 s"
     )
     retry_sent: bool = Field(False, description="send a POST again when a replica died before its first byte")
     admin_paths: bool = Field(False, description="relay SGLang's admin paths to holders of the admin key")
-    trusted_proxies: tuple[str, ...] = Field((), description="addresses or networks whose X-Forwarded-* are kept")
-    cors_origins: tuple[str, ...] = Field((), description="browser origins that may call the endpoint; '*' for all")
+    trusted_proxies: tuple[str, ...] = Field(
+        (), description="addresses or networks of proxies whose X-Forwarded-* fields are kept"
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="origins of web pages that may call the endpoint; '*' for all"
+    )
 
     # Admission
     max_in_flight: int | None = Field(
-        None, gt=0, description="generating requests a replica may hold; none: from its own memory"
+        None, gt=0, description="generating requests a replica may hold; none: as many as it says itself"
     )
     max_pending: int | None = Field(
         None, gt=0, description="requests a replica may hold that it has not begun to answer; none: no such limit"
@@ -95,7 +103,7 @@ class Settings(BaseModel):
     )
 
     # The fleet
-    ready_interval: float = Field(1, gt=0, description="time between two looks at a replica's /ready")
+    ready_interval: float = Field(1, gt=0, description="time between two probes of a replica's /ready")
     ready_timeout: float = Field(5, gt=0, description="time /ready may take")
     silence_timeout: float = Field(
         60, gt=0, description="silence with requests in flight before a replica is asked why"
@@ -104,7 +112,7 @@ class Settings(BaseModel):
     max_ejection_time: float = Field(300, gt=0, description="longest ejection")
 
     # Leaving
-    drain_grace: float = Field(5, ge=0, description="time the port stays open after SIGTERM, with /ready at 503")
+    drain_grace: float = Field(5, ge=0, description="time the port stays open after SIGTERM, while /ready answers 503")
     drain_timeout: float = Field(600, ge=0, description="time answers in flight have after that")
 
     def renew(self, other: "Settings") -> None:

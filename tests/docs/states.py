@@ -67,7 +67,11 @@ STEPS = (
         Status.EJECTED,
         ((640, 120), (640, 200)),
         (671, 270),
-        (f"{CONSECUTIVE} failures in a row;", f"back after {SETTINGS.ejection_time:g} s, each", "next time later"),
+        (
+            f"{CONSECUTIVE} failures in a row, or bad",
+            "answers where others give good ones;",
+            f"back after {SETTINGS.ejection_time:g} s, later each time",
+        ),
     ),
     Step(Status.EJECTED, Status.READY, ((662, 200), (662, 120)), (0, 0), ()),
     Step(
