@@ -16,7 +16,7 @@ from balancer.fleet.probe import Prober
 from balancer.relay import asgi
 from balancer.relay.auth import Keys
 from balancer.relay.cors import Cors
-from balancer.relay.downstream import Doors
+from balancer.relay.doors import Doors
 from balancer.relay.proxy import Proxy
 from balancer.relay.record import Record
 from balancer.relay.reply import Reply

@@ -11,7 +11,8 @@ from typing import Any
 import uvicorn
 
 from balancer.errors import ConfigError
-from balancer.relay.downstream import ClientConnection, Doors
+from balancer.relay.doors import Doors
+from balancer.relay.downstream import ClientConnection
 from balancer.relay.tls_door import TlsDoor
 
 BACKLOG = 4096

@@ -1,20 +1,21 @@
 """Our side towards the clients: strict HTTP/1.1 in, replies out in order, a client that leaves noticed at once."""
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from collections import deque
+from typing import Protocol
 
 import httptools
 
 from balancer import errors
 from balancer.errors import ServeError
+from balancer.relay.doors import Doors
 from balancer.relay.reply import Reply
-from balancer.relay.request import Headers, Network, Peer, Request, new_request_id, read_head
-from balancer.settings import Settings
+from balancer.relay.request import Headers, Peer, Request, new_request_id, read_head
 
 MAX_PIPELINED = 32  # requests read ahead on one connection
-MAX_READ_AHEAD = 1 << 20  # bytes of their bodies
+MAX_READ_AHEAD = 1 << 20  # bytes that they take
+MORSEL = 4 << 10  # bytes parsed at once: some 150 of the smallest heads
+HEAD_COST = 1 << 10  # bytes of memory that a request takes beside what it says
 LEAST_PIECE = 1 << 10  # bytes of a piece of a body before the next one begins: each costs memory, and time to send
 MAX_SWALLOWED = 64 << 10  # of a refused request's body, to keep the connection usable
 LINGER = 2.0  # seconds a client has to take its last answer and close, before the connection is cut
@@ -30,69 +31,7 @@ class Source(Protocol):
     def resume(self) -> None: ...
 
 
-class Doors:
-    """What all client connections share: the limits, the way in, and whether the house is closing.
-
-    `check` looks at a request's head and raises ServeError to refuse it; `serve` answers a whole request; `refuse`
-    answers one that was refused.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        loop: asyncio.AbstractEventLoop,
-        check: Callable[[Request], None],
-        serve: Callable[[Request, Reply, "ClientConnection"], Coroutine[Any, Any, None]],
-        refuse: Callable[[Request, Reply, ServeError], None],
-        trusted: tuple[Network, ...] = (),
-    ) -> None:
-        self.settings = settings
-        self.loop = loop
-        self.check = check
-        self.serve = serve
-        self.refuse = refuse
-        self.trusted = trusted
-        self.connections: set[ClientConnection] = set()
-        self.origins: Counter[bytes] = Counter()  # open connections by client
-        self.buffered = 0  # bytes that request bodies take, over all connections
-        self.is_leaving = False  # set it, and every answer says that it is its connection's last
-        self.is_closed = False
-        self._unflushed: list[ClientConnection] = []
-
-    def flush_soon(self, connection: "ClientConnection") -> None:
-        """What was written there is sent at the end of this round of the loop, together with what all others get.
-
-        Answers that are sent one by one find their readers asleep one by one, and waking is dear: it was a twentieth
-        of a small request.
-        """
-        if not self._unflushed:
-            self.loop.call_soon(self._flush)
-        self._unflushed.append(connection)
-
-    def _flush(self) -> None:
-        unflushed, self._unflushed = self._unflushed, []
-        for connection in unflushed:
-            connection.flush()
-
-    def trust(self, proxies: tuple[Network, ...]) -> None:
-        """From now on these are the proxies whose word on who asks is kept, on open connections too."""
-        self.trusted = proxies
-        for connection in self.connections:
-            connection.recognise()
-
-    def sweep(self, now: float) -> None:
-        """Ends what took too long; call it a few times a second. `now` is the loop's time in seconds."""
-        for connection in list(self.connections):
-            connection.check_time(now)
-
-    def close(self) -> None:
-        """Nobody new comes in, and a connection ends with the answers that are under way on it; idle ones at once."""
-        self.is_leaving = self.is_closed = True
-        for connection in list(self.connections):
-            connection.close_if_idle()
-
-
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(asyncio.BufferedProtocol):
     """One client's connection. Requests may be read ahead; they are answered one after the other."""
 
     def __init__(self, doors: Doors) -> None:
@@ -104,9 +43,13 @@ class ClientConnection(asyncio.Protocol):
         self._url = b""
         self._headers: Headers = []
         self._is_in_head = False
-        self._read_size = 0  # bytes of the current read
-        self._head_room = 0  # bytes of the read in which the head began: its share of them is at most that
-        self._unfruitful = 0  # bytes that came since, or since the last read that brought some of a body
+        self._morsel_size = 0  # bytes that are parsed now
+        self._head_room = 0  # bytes of the morsel in which the head began: its share of them is at most that
+        self._unfruitful = 0  # bytes that came since, or since the last morsel that brought some of a body
+        self._unparsed = b""  # what was read when enough was read ahead
+        self._is_full = False  # enough is read, so reading is paused
+        self._reads_on_soon = False
+        self._completed = 0  # requests read whole
         self._reading: Request | None = None  # its head is whole, its body still coming
         self._is_body_unseen = False  # its head asks for another protocol, and the parser would take the body for that
         self._queue: deque[Request] = deque()  # the first one is being answered
@@ -116,7 +59,9 @@ class ClientConnection(asyncio.Protocol):
         self._is_deaf = False  # nothing more of what this client sends is listened to
         self._since = 0.0  # of the current wait: for the rest of a head, of a body, or for the next request
         self._is_blocked = False  # the client does not take what we send
-        self._unsent = 0
+        self._sent = 0  # bytes handed to the transport
+        self._taken = 0  # bytes of them that had left it at the last look
+        self._taken_at = 0.0  # when some last did, or there were none to take
         self._unwritten: list[bytes] = []  # waits for the end of this round of the loop
         self._is_over = False  # all is written that ever will be
 
@@ -139,32 +84,14 @@ class ClientConnection(asyncio.Protocol):
         elif self._doors.is_closed:
             transport.close()
 
-    def data_received(self, data: bytes) -> None:
-        if self._is_deaf or self._parser is None:
-            return
-        if self._reading is not None:
-            self._since = self._doors.loop.time()
-        self._read_size = len(data)
-        self._unfruitful += len(data)
-        unread: bytes | memoryview = data
-        while unread and not self._is_deaf:
-            try:
-                self._parser.feed_data(unread)
-                break
-            except httptools.HttpParserUpgrade as upgrade:
-                # Nothing is upgraded here: what follows this head is its body, or the next request.
-                self._parser = self._new_parser()
-                unread = memoryview(unread)[upgrade.args[0] :]
-                if self._is_body_unseen and self._reading is not None:
-                    self._parser.feed_data(_head_before_the_body_of(self._reading))
-            except httptools.HttpParserError as error:
-                if isinstance(error.__context__, Exception):
-                    raise  # ours, not the client's
-                self._refuse_now(errors.bad_request(f"Malformed request ({str(error).rstrip('.').lower()})."))
-        if self._unfruitful > self._settings.max_head_bytes and (self._is_in_head or self._reading is not None):
-            self._refuse_now(errors.head_too_large(self._settings.max_head_bytes))
-        if self._has_read_enough():
-            self._transport.pause_reading()  # type: ignore[union-attr]
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._doors.incoming
+
+    def buffer_updated(self, count: int) -> None:
+        if self._unparsed:
+            self._keep_unparsed(self._doors.incoming[:count])  # TLS may have had more when reading was paused
+        elif not self._is_deaf:
+            self._parse(self._doors.incoming[:count])
 
     def eof_received(self) -> None:
         """Who says no more is taken to have left, as every common proxy does.
@@ -190,7 +117,6 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._is_blocked = True
-        self._unsent = 0
         if self._source is not None:
             self._source.pause()
 
@@ -198,6 +124,81 @@ class ClientConnection(asyncio.Protocol):
         self._is_blocked = False
         if self._source is not None:
             self._source.resume()
+        if self._reply is None:
+            self._doors.loop.call_soon(self._answer_next)
+
+    # Reading
+
+    def _parse(self, data: memoryview) -> None:
+        """Parses one morsel, or one request with its body; a read may bring thousands, and others wait meanwhile."""
+        if self._reading is not None:
+            self._since = self._doors.loop.time()
+        completed = self._completed
+        while not self._is_deaf:
+            morsel = data if len(data) <= MORSEL else data[: self._bytes_at_once()]
+            data = data[len(morsel) :]
+            self._parse_morsel(morsel)
+            if not data or self._reading is None or self._completed != completed:
+                break
+        if self._is_deaf:
+            return
+        if data:
+            self._keep_unparsed(data)
+            self._read_on_soon()
+        if data or self._has_read_enough():
+            self._is_full = True
+            self._transport.pause_reading()  # type: ignore[union-attr]
+
+    def _bytes_at_once(self) -> int:
+        request = self._reading
+        if request is None or request.length is None or request.refusal is not None:
+            return MORSEL
+        return max(MORSEL, request.length - request.body_size)  # a body is no more than one request, however long
+
+    def _parse_morsel(self, data: memoryview) -> None:
+        self._morsel_size = len(data)
+        self._unfruitful += len(data)
+        while data and not self._is_deaf and self._parser is not None:
+            try:
+                self._parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                # Nothing is upgraded here: what follows this head is its body, or the next request.
+                self._parser = self._new_parser()
+                data = data[upgrade.args[0] :]
+                if self._is_body_unseen and self._reading is not None:
+                    self._parser.feed_data(_head_before_the_body_of(self._reading))
+            except httptools.HttpParserError as error:
+                if isinstance(error.__context__, Exception):
+                    raise  # ours, not the client's
+                self._refuse_now(errors.bad_request(f"Malformed request ({str(error).rstrip('.').lower()})."))
+        if self._unfruitful > self._settings.max_head_bytes and (self._is_in_head or self._reading is not None):
+            self._refuse_now(errors.head_too_large(self._settings.max_head_bytes))
+
+    def _has_read_enough(self) -> bool:
+        count = len(self._queue)
+        return count > MAX_PIPELINED or (count > 1 and sum(r.held for r in self._queue) > MAX_READ_AHEAD)
+
+    def _keep_unparsed(self, data: memoryview) -> None:
+        self._unparsed += data
+        self._doors.buffered += len(data)
+
+    def _read_on_soon(self) -> None:
+        if not self._reads_on_soon:
+            self._reads_on_soon = True
+            self._doors.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        """Parses what was read already, then reads; unless enough waits to be answered."""
+        self._reads_on_soon = False
+        if self._is_over or self._parser is None or self._has_read_enough() or self._transport.is_closing():  # type: ignore[union-attr]
+            return
+        unparsed, self._unparsed = self._unparsed, b""
+        self._doors.buffered -= len(unparsed)
+        self._is_full = False
+        self._parse(memoryview(unparsed))
+        if not self._is_full:
+            self._transport.resume_reading()  # type: ignore[union-attr]
 
     # What the parser tells us
 
@@ -206,7 +207,7 @@ class ClientConnection(asyncio.Protocol):
             return  # it is a head of our own
         self._is_in_head = True
         self._since = self._doors.loop.time()
-        self._head_room, self._unfruitful = self._read_size, 0
+        self._head_room, self._unfruitful = self._morsel_size, 0
         self._url = b""
         self._headers = []
 
@@ -233,6 +234,8 @@ class ClientConnection(asyncio.Protocol):
             if self._head_room + self._unfruitful > limit and self._head_size() > limit:
                 raise errors.head_too_large(limit)
             read_head(request, self._headers, self._peer)
+            if self._queue:
+                self._hold_behind_others(request)
             self._is_body_unseen = bool(parser.should_upgrade() and (request.is_chunked or request.length))
             if request.length is not None and request.length > self._settings.max_body_bytes:
                 raise errors.body_too_large(self._settings.max_body_bytes)
@@ -242,6 +245,12 @@ class ClientConnection(asyncio.Protocol):
         else:
             if request.expects_continue and not self._queue:
                 self.write(CONTINUE)
+
+    def _hold_behind_others(self, request: Request) -> None:
+        request.held = HEAD_COST + len(request.target) + len(request.fields)
+        self._doors.buffered += request.held
+        if self._doors.buffered > self._settings.max_buffered_bytes:
+            raise errors.buffers_full()
 
     def _head_size(self) -> int:
         return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
@@ -267,6 +276,7 @@ class ClientConnection(asyncio.Protocol):
         if self._reading is None or self._is_deaf or self._is_body_unseen:
             return
         request, self._reading = self._reading, None
+        self._completed += 1
         self._is_deaf = not request.keeps_alive
         self._queue.append(request)
         if len(self._queue) == 1:
@@ -298,7 +308,9 @@ class ClientConnection(asyncio.Protocol):
     # Answering
 
     def _answer_next(self) -> None:
-        if not self._queue or self._transport.is_closing():  # type: ignore[union-attr]
+        if self._reply is not None or self._is_blocked or not self._queue:
+            return
+        if self._transport.is_closing():  # type: ignore[union-attr]
             return
         doors, request = self._doors, self._queue[0]
         keeps_alive = request.keeps_alive and not doors.is_leaving and not (self._is_deaf and len(self._queue) == 1)
@@ -323,6 +335,7 @@ class ClientConnection(asyncio.Protocol):
         transport = self._transport
         # A replica's bytes may come between a connection's end and its request's; uvloop raises then.
         if transport is not None and not self._is_over and not transport.is_closing():
+            self._sent += len(data)
             transport.write(data)
 
     def flush(self) -> None:
@@ -343,19 +356,15 @@ class ClientConnection(asyncio.Protocol):
             return  # the client left in this very moment
         self.release(self._queue.popleft())
         self._since = self._doors.loop.time()
+        if self._is_full and not self._has_read_enough():
+            self._read_on_soon()
         if not keep or (self._doors.is_closed and not self._queue):
             self._close()
         elif self._queue:
-            if not self._has_read_enough():
-                self._transport.resume_reading()  # type: ignore[union-attr]
             # Not from here: thousands may wait, and each would be a few calls deeper.
             self._doors.loop.call_soon(self._answer_next)
         elif self._reading is not None and self._reading.expects_continue and self._reading.refusal is None:
             self.write(CONTINUE)
-
-    def _has_read_enough(self) -> bool:
-        count = len(self._queue)
-        return count > MAX_PIPELINED or (count > 1 and sum(r.body_size for r in self._queue) > MAX_READ_AHEAD)
 
     def release(self, request: Request) -> None:
         """The request's body is not needed any more: it will not be sent again."""
@@ -371,38 +380,49 @@ class ClientConnection(asyncio.Protocol):
         if self._reading is not None:
             self.release(self._reading)
             self._reading = None
+        self._doors.buffered -= len(self._unparsed)
+        self._unparsed = b""
 
     # Closing
 
     def check_time(self, now: float) -> None:
         """Ends whatever waits too long on this connection. `now` is the loop's time in seconds."""
-        settings, waited, transport = self._settings, now - self._since, self._transport
+        settings, transport = self._settings, self._transport
         if transport is None:
             return
         unsent = transport.get_write_buffer_size()
-        if self._is_blocked or (unsent and (self._is_over or transport.is_closing())):
-            self._check_progress(now, unsent)
-        elif self._is_over:
+        if not unsent or self._sent - unsent > self._taken:
+            self._taken, self._taken_at = self._sent - unsent, now
+        elif now - self._taken_at > settings.send_timeout:
+            transport.abort()
+            return
+        waited, request = now - self._since, self._reading
+        if self._is_over:
+            if unsent:
+                self._since = now
             # Below TLS, what the client has not taken yet is not to be seen.
-            if waited > (LINGER if transport.can_write_eof() else settings.send_timeout):
+            elif waited > (LINGER if transport.can_write_eof() else settings.send_timeout):
                 transport.abort()
         elif not transport.is_reading():
             return  # that nothing comes is our own doing; should the client leave, the next bytes to it will tell
         elif self._is_in_head:
             if waited > settings.head_timeout:
                 self._refuse_now(errors.request_timeout("head", settings.head_timeout))
-        elif self._reading is not None:
+        elif request is not None:
+            if request.expects_continue and self._queue:
+                return  # it has not been told to send its body yet
             if waited > settings.body_timeout:
                 self._refuse_now(errors.request_timeout("body", settings.body_timeout))
-        elif not self._queue and waited > settings.keep_alive_timeout:
+        elif self._queue or unsent:
+            self._since = now
+        elif waited > settings.keep_alive_timeout:
             self.flush()
             transport.close()
 
-    def _check_progress(self, now: float, unsent: int) -> None:
-        if unsent != self._unsent:
-            self._unsent, self._since = unsent, now
-        elif now - self._since > self._settings.send_timeout:
-            self._transport.abort()  # type: ignore[union-attr]
+    def abort(self) -> None:
+        """Ends the connection now, whatever is under way on it."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def close_if_idle(self) -> None:
         """Closes unless a request is being read or answered."""

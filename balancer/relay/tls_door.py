@@ -10,7 +10,8 @@ import socket
 import ssl
 from collections import Counter
 
-from balancer.relay.downstream import ClientConnection, Doors
+from balancer.relay.doors import Doors
+from balancer.relay.downstream import ClientConnection
 from balancer.relay.request import Peer
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds that a client has for it

@@ -226,12 +226,12 @@ async def test_what_is_read_ahead_is_bounded() -> None:
 
 @in_house
 async def test_requests_without_bodies_are_not_read_ahead_without_end_either(house: House) -> None:
-    """A read brings thousands of small ones: there must not be one more read for each that is answered."""
+    """However many a read brings: of the smallest ones a morsel holds some 150."""
     client = await house.client()
     count = 50_000
     await client.send(POST[:-1])
     (connection,) = house.balancer.doors.connections
-    sending = asyncio.ensure_future(client.send(POST[-1:] + get("/nowhere") * count))
+    sending = asyncio.ensure_future(client.send(POST[-1:] + b"GET / HTTP/1.1\r\nHost:\r\n\r\n" * count))
     most = answered = 0
     while answered < count:
         assert await client.more()
@@ -239,7 +239,43 @@ async def test_requests_without_bodies_are_not_read_ahead_without_end_either(hou
         client.received = client.received[-11:]
         most = max(most, len(connection._queue))
     await sending
-    assert 1000 < most < 15_000
+    assert 32 < most < 32 + 200
+
+
+@pytest.mark.parametrize(
+    "one",
+    [get("/nowhere"), get("/v1/models/lab"), get("/v1/models/lab", ("Connection", "upgrade"), ("Upgrade", "h2c"))],
+    ids=["refused", "relayed", "upgrade"],
+)
+@on_uvloop
+async def test_what_is_read_behind_a_slow_answer_is_counted_and_little(one: bytes) -> None:
+    async with LabReplica(head_delay=1.0) as a, serving(a) as house:
+        client = await house.client()
+        await client.send(POST)
+        await a.seen.until(lambda seen: seen.generations_started == 1)
+        (connection,) = house.balancer.doors.connections
+        a.set(head_delay=0.0)
+        sending = asyncio.ensure_future(client.send(one * 5000))
+        await until(lambda: connection._is_full, "enough is read")
+        queue, doors = connection._queue, house.balancer.doors
+        assert 32 < len(queue) < 32 + 150
+        assert len(queue) << 10 < doors.buffered < (len(queue) << 11) + (64 << 10), "each head and what is not parsed"
+        for _ in range(5001):
+            await client.answer()
+        await sending
+        assert doors.buffered == 0
+
+
+@on_uvloop
+async def test_heads_that_wait_take_of_what_all_may_hold_and_a_first_one_passes() -> None:
+    async with LabReplica(hang="before_head") as a, serving(a, max_buffered_bytes=300_000) as house:
+        clients = [await house.client() for _ in range(7)]
+        for client in clients:
+            await client.send(POST + get("/v1/models/lab", ("X-Big", "x" * 50_000)))
+        await a.seen.until(lambda seen: len(seen.requests) == 7)
+        await until(lambda: sum(c._is_deaf for c in house.balancer.doors.connections) == 2, "refused")
+        assert 250_000 < house.balancer.doors.buffered <= 300_000
+        assert (await house.ask(get("/health"), "GET")).status == 200
 
 
 @on_uvloop

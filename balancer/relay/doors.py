@@ -1,0 +1,110 @@
+"""What all client connections share: the limits, the way in, and whether the house is closing."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from balancer.errors import ServeError
+from balancer.relay.reply import Reply
+from balancer.relay.request import Network, Request
+from balancer.settings import Settings
+
+log = logging.getLogger("groundserve")
+
+READ_SIZE = 64 << 10  # bytes of one read
+
+
+class Connection(Protocol):
+    """A client's connection, as far as it concerns all of them together."""
+
+    def flush(self) -> None: ...
+
+    def recognise(self) -> None: ...
+
+    def check_time(self, now: float) -> None: ...
+
+    def close_if_idle(self) -> None: ...
+
+    def break_off(self, why: str) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class Doors:
+    """The way in, for all clients.
+
+    `check` looks at a request's head and raises ServeError to refuse it; `serve` answers a whole request; `refuse`
+    answers one that was refused.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
+        check: Callable[[Request], None],
+        serve: Callable[[Request, Reply, Any], Coroutine[Any, Any, None]],
+        refuse: Callable[[Request, Reply, ServeError], None],
+        trusted: tuple[Network, ...] = (),
+    ) -> None:
+        self.settings = settings
+        self.loop = loop
+        self.check = check
+        self.serve = serve
+        self.refuse = refuse
+        self.trusted = trusted
+        self.connections: set[Connection] = set()
+        self.origins: Counter[bytes] = Counter()  # open connections by client
+        self.buffered = 0  # bytes that requests take which are read and not yet passed on, over all connections
+        self.is_leaving = False  # set it, and every answer says that it is its connection's last
+        self.is_closed = False
+        self.incoming = memoryview(bytearray(READ_SIZE))  # each read's bytes, until they are parsed
+        self._unflushed: list[Connection] = []
+
+    def flush_soon(self, connection: Connection) -> None:
+        """What was written there is sent at the end of this round of the loop, together with what all others get.
+
+        Answers that are sent one by one find their readers asleep one by one, and waking is dear: it was a twentieth
+        of a small request.
+        """
+        if not self._unflushed:
+            self.loop.call_soon(self._flush)
+        self._unflushed.append(connection)
+
+    def _flush(self) -> None:
+        unflushed, self._unflushed = self._unflushed, []
+        for connection in unflushed:
+            try:
+                connection.flush()
+            except Exception:
+                _give_up(connection)
+
+    def trust(self, proxies: tuple[Network, ...]) -> None:
+        """From now on these are the proxies whose word on who asks is kept, on open connections too."""
+        self.trusted = proxies
+        for connection in self.connections:
+            connection.recognise()
+
+    def sweep(self, now: float) -> None:
+        """Ends what took too long; call it a few times a second. `now` is the loop's time in seconds."""
+        for connection in list(self.connections):
+            try:
+                connection.check_time(now)
+            except Exception:
+                _give_up(connection)
+
+    def close(self) -> None:
+        """Nobody new comes in, and a connection ends with the answers that are under way on it; idle ones at once."""
+        self.is_leaving = self.is_closed = True
+        for connection in list(self.connections):
+            try:
+                connection.close_if_idle()
+            except Exception:
+                _give_up(connection)
+
+
+def _give_up(connection: Connection) -> None:
+    """One connection's fault, in the midst of looking after all: the others must not wait for it."""
+    log.exception("a client's connection failed here; it is cut")
+    connection.abort()
