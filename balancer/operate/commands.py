@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from balancer.errors import ConfigError
@@ -118,7 +117,6 @@ def update(name: str, source: Source, mode: str) -> int:
         "do": "update",
         "text": read(source.path),
         "source": source.path,
-        "folder": str(Path.cwd()),
         "envs": dict(source.envs),
         "secrets": dict(source.secrets),
         "mode": mode,

@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -211,7 +210,8 @@ class _Up:
                 name=name,
                 envs=request["envs"],
                 secrets=request["secrets"],
-                base=Path(request["folder"]),
+                # Where `up` was typed: an update typed elsewhere would start every replica anew in that other folder.
+                base=self._recipe.spec.base,
             )
             mode = request["mode"]
         except KeyError as missing:

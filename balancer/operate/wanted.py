@@ -99,15 +99,16 @@ class Wanted:
         if self.coming is not None:
             raise ConfigError(f"{recipe.spec.name} is being updated to version {self.coming.version}: wait for its end")
         total = self.target if recipe.spec.autoscales else recipe.spec.min_replicas
-        if mode == "blue_green" and recipe.fits is not None and recipe.fits < 2 * total:
+        has_new_probe = recipe.readiness_probe != self.serving.readiness_probe and not recipe.starts_like(self.serving)
+        obstacle = self._obstacle(recipe, 2 * total)
+        if has_new_probe and obstacle:
             raise ConfigError(
-                f"blue_green wants both versions side by side, {2 * total} replicas, and this machine holds "
-                f"{recipe.fits}: use --mode rolling"
+                f"replicas and readiness_probe change together, and {obstacle}: update with the new readiness_probe "
+                "alone first, or take the service down and up again"
             )
-        if recipe.fixed_port is not None and recipe.fixed_port == self.serving.fixed_port and mode == "blue_green":
-            raise ConfigError(f"both versions would listen on port {recipe.fixed_port}: use --mode rolling")
-        has_new_probe = recipe.readiness_probe != self.serving.readiness_probe
-        if mode == "rolling" and has_new_probe and not recipe.starts_like(self.serving):
+        if mode == "blue_green" and obstacle:
+            raise ConfigError(f"{obstacle}: use --mode rolling")
+        if mode == "rolling" and has_new_probe:
             raise ConfigError("replicas and readiness_probe change together: use --mode blue_green")
         self.recipes[recipe.version] = recipe
         self._autoscaler = _autoscaler(recipe)
@@ -116,6 +117,15 @@ class Wanted:
             self.serving = recipe
         else:
             self.coming, self._mode, self._is_switched = recipe, mode, False
+
+    def _obstacle(self, recipe: Recipe, total: int) -> str:
+        """Why that many replicas, of both versions, cannot be side by side; empty where they can."""
+        if recipe.fits is not None and recipe.fits < total:
+            wants = f"blue_green wants both versions side by side, {total} replicas"
+            return f"{wants}, and this machine holds {recipe.fits}"
+        if recipe.fixed_port is not None and recipe.fixed_port == self.serving.fixed_port:
+            return f"both versions would listen on port {recipe.fixed_port}"
+        return ""
 
     def counts(self, replicas: Collection[Replica], load: Load, now: float) -> tuple[Mapping[int, int], Outcome | None]:
         """How many of each version to have now; and how an update ended, once, when it did."""

@@ -181,6 +181,7 @@ def test_a_flag_that_is_none_of_ours_says_what_to_write_instead(
             [],
             "all replicas would listen on port 8000 of this machine: let `run:` listen on ${GROUNDSERVE_PORT:-8000}",
         ),
+        (GOOD + "workdir: /nowhere/at/all", [], "workdir: there is no folder /nowhere/at/all"),
         (GOOD + "resources: {memory: 900000}", [], "1 replica of x want 900000 GB of memory"),
         ("service: {}\nrun: python -m replica --model smolm2", [], "unknown model smolm2: did you mean smollm2-135m?"),
         ("service: {}\nrun: python -m replica --model ./nowhere", [], "there is no folder ./nowhere"),

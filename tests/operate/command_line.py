@@ -51,12 +51,12 @@ class Groundserve:
         )
         return path
 
-    def __call__(self, *arguments: str | Path, code: int = 0) -> str:
-        """What the command prints; asserts its exit code. Standard error comes last."""
+    def __call__(self, *arguments: str | Path, code: int = 0, folder: Path = ROOT) -> str:
+        """What the command prints, typed in that folder; asserts its exit code. Standard error comes last."""
         done = subprocess.run(
             [sys.executable, "-m", "balancer.cli", *map(str, arguments)],
             env=self.environ,
-            cwd=ROOT,
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=PATIENCE,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.operate.command_line import LAB, Groundserve, until
+from tests.operate.command_line import LAB, ROOT, Groundserve, until
 from tests.operate.streaming import CHAT, streaming
 from tests.security.certificates import Authority
 
@@ -99,6 +99,27 @@ def test_policy_and_limits_change_under_streams_with_the_same_processes_and_noth
     assert seen.failed == []
     assert [(row["endpoint"], row["version"]) for row in status["replicas"]] == [(url, 2) for url in before]
     assert set(groundserve.processes()) == processes, "the balancer took it up as it runs"
+
+
+def test_an_update_typed_in_another_folder_touches_no_replica_and_its_paths_are_those_of_up(
+    groundserve: Groundserve, tmp_path: Path
+) -> None:
+    run = f"pwd > {tmp_path}/was-in-$SKYPILOT_SERVE_REPLICA_ID; {LAB}"
+    service = groundserve.service("lab", run)
+    groundserve.up(service).until_up()
+    before = [row["endpoint"] for row in groundserve.status("lab")["replicas"]]
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    text = service.read_text()
+    service.write_text(text.replace("service: {", 'service: {"load_balancing_policy": "least_load", '))
+    assert "lab is at version 2" in groundserve("update", "lab", service, folder=elsewhere)
+    service.write_text(text.replace('"/health"', '"/v1/models"'))
+    assert "lab is at version 3" in groundserve("update", "lab", service, folder=elsewhere)
+    status = groundserve.status("lab")
+    assert [(row["endpoint"], row["version"]) for row in status["replicas"]] == [(url, 3) for url in before]
+    service.write_text(service.read_text().replace("run: |", "workdir: tests\nrun: |"))
+    assert "lab is at version 4" in groundserve("update", "lab", service, folder=elsewhere)
+    folders = {id: (tmp_path / f"was-in-{id}").read_text().strip() for id in (1, 2, 3, 4)}
+    assert folders == {1: str(ROOT), 2: str(ROOT), 3: str(ROOT / "tests"), 4: str(ROOT / "tests")}
 
 
 def test_a_certificate_comes_with_another_balancer_and_the_same_replicas(

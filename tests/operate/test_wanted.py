@@ -113,6 +113,21 @@ def test_what_changes_only_the_balancer_touches_no_replica() -> None:
             "rolling",
             "replicas and readiness_probe change together: use --mode blue_green",
         ),
+        *(
+            (
+                made(),
+                made(2, "b $GROUNDSERVE_PORT", service="replicas: 2, readiness_probe: /up", fits=2),
+                mode,
+                "change together, and blue_green wants .* holds 2: update with the new readiness_probe alone",
+            )
+            for mode in ("rolling", "blue_green")
+        ),
+        (
+            made(run="serve", service="ports: 80"),
+            made(2, "better", service="ports: 80, readiness_probe: /up"),
+            "rolling",
+            "change together, and both versions would listen on port 80: update with the new readiness_probe alone",
+        ),
     ],
 )
 def test_an_update_that_cannot_come_that_way_is_refused(first: Recipe, second: Recipe, mode: Any, said: str) -> None:
