@@ -13,6 +13,7 @@ from balancer.schema import Operation
 from balancer.settings import Settings
 from replica.presets import PRESETS, Preset
 from tests.docs import MADE
+from tests.docs.cli_page import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
@@ -60,6 +61,15 @@ def test_no_other_setting_stands_there() -> None:
 def test_each_make_target_that_they_name_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`?\bmake ([a-z-]+)`?", DOCS)) <= targets
+
+
+@pytest.mark.parametrize("program", [program for program in PROGRAMS if " " in program])
+def test_each_flag_of_our_commands_exists(program: str) -> None:
+    said = PAGES["docs/cli.md"].partition(f"\n## {program}\n")[2].partition("\n## ")[0]
+    pages = "\n".join(text for name, text in PAGES.items() if name != "docs/cli.md")
+    commands = re.findall(rf"(?<![\w-]){program}(?= )([^`\n#|)]*)", pages)
+    flags = {flag for command in commands for flag in re.findall(r"(?<= )--?[a-z][\w-]*", command)}
+    assert [flag for flag in sorted(flags) if f"{flag} " not in said and f"{flag}," not in said] == []
 
 
 def test_each_file_that_they_name_exists() -> None:
