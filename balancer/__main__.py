@@ -14,6 +14,7 @@ from balancer import process, spec, text_file
 from balancer.config import Config
 from balancer.errors import ConfigError
 from balancer.fleet.member import Listed
+from balancer.operate.inherited import settle
 from balancer.settings import PolicyName, ReadinessProbe, Settings
 from balancer.tree import value_of
 from balancer.views.guard import is_loopback_name
@@ -21,6 +22,7 @@ from balancer.views.guard import is_loopback_name
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until told to stop; 0 after a clean end, 1 when it cannot start, 2 for wrong usage."""
+    settle()
     options = parse(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="groundserve: %(levelname)s: %(message)s")
     logging.getLogger("groundserve").setLevel(logging.INFO)

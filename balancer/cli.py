@@ -9,10 +9,12 @@ from pathlib import Path
 from balancer import sky_flags, variables
 from balancer.errors import ConfigError
 from balancer.operate import commands, look
+from balancer.operate.inherited import settle
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: done; 1: it failed, and one line said what and what to do; 2: wrong usage."""
+    settle()
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "down":
@@ -37,11 +39,13 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "up":
             recipe = commands.recipe_from(_source(options))
-            doors = commands.Doors(options.listen, options.admin, options.open, options.api_keys)
+            doors = commands.Doors(options.listen, options.admin, options.open, options.api_keys, options.admin_key)
             return commands.up(recipe, doors, options.on, is_detached=options.detach)
         case "check":
             return commands.check(_source(options))
         case "status":
+            if options.admin_key:
+                return look.admin_keys(options.names)
             how = look.Display(options.endpoint, options.json, options.verbose, options.watch)
             return look.status(options.names, how)
         case "scale":
@@ -92,12 +96,19 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--listen", metavar="HOST:PORT", help="the endpoint (default: 127.0.0.1, 30001 or the next free)")
     up.add_argument("--admin", metavar="HOST:PORT", help="status and drain (default: the port after the endpoint's)")
     up.add_argument("--api-keys", metavar="FILE", help="the keys that clients must have, one a line")
+    up.add_argument(
+        "--admin-key",
+        metavar="FILE",
+        default=os.environ.get("BALANCER_ADMIN_KEY") or None,
+        help="the key for changes on the admin port (default: one is made)",
+    )
     up.add_argument("--open", action="store_true", help="beyond loopback: everyone may use it")
     up.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
 
     status = command("status", "show services and their replicas")
     status.add_argument("names", nargs="*", metavar="NAME", help="which services, * and ? allowed (default: all)")
     status.add_argument("--endpoint", action="store_true", help="print the one service's endpoint and nothing else")
+    status.add_argument("--admin-key", action="store_true", help="print which file holds the key for its admin port")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument("--watch", action="store_true", help="show it anew each second")
     status.add_argument("-v", "--verbose", action="store_true", help="more columns")

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import signal
 import stat
 import sys
 
@@ -12,10 +11,11 @@ from balancer import listen
 from balancer.app import Balancer
 from balancer.config import Config, Reread
 from balancer.fleet.discovery import Resolve, resolve
+from balancer.operate.inherited import ending, tell
 
 
 async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None = None) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once.
+    """Serves until SIGTERM, SIGINT or SIGHUP, then drains; a second signal ends at once.
 
     `look_up` resolves replicas' names; `reread` is asked for the configuration anew when the service file changed.
     """
@@ -27,7 +27,7 @@ async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None 
     def signalled() -> None:
         (hurry if leaving.is_set() else leaving).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ending():
         loop.add_signal_handler(number, signalled)
     balancer = Balancer(config, loop, look_up=look_up, reread=reread)
     await balancer.start()
@@ -35,8 +35,7 @@ async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None 
     # the time per request.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-    print(f"listening on {balancer.endpoint}", file=sys.stderr)
-    print(f"admin on {balancer.admin_endpoint}", file=sys.stderr, flush=True)
+    tell(sys.stderr, f"listening on {balancer.endpoint}\nadmin on {balancer.admin_endpoint}")
     await leaving.wait()
     await balancer.leave(hurry)
     await balancer.stop()

@@ -1,4 +1,4 @@
-"""One child process with a log file, on a leash: asked to end, made to end, and gone when we are gone."""
+"""One child process with a log, on a leash: asked to end, made to end, and gone when we are gone."""
 
 import asyncio
 import contextlib
@@ -24,10 +24,13 @@ class Child:
 
     @classmethod
     async def start(cls, command: Command, log: Path, on_end: Callable[[], None]) -> "Child":
-        """Starts the command, its output appended to `log`; `on_end` is called when it ended. Raises CannotStart."""
-        leash = (sys.executable, "-I", "-S", _LEASH, str(os.getpid()))
+        """Starts the command, its output appended to `log`, which the leash keeps from growing for ever.
+
+        `log` is an absolute path; `on_end` is called when it ended. Raises CannotStart.
+        """
+        leash = (sys.executable, "-I", "-S", _LEASH, str(os.getpid()), f"--log={log}")
         try:
-            with log.open("ab") as output:
+            with log.open("ab") as output:  # what the leash itself has to say
                 process = await asyncio.create_subprocess_exec(
                     *leash,
                     *command.argv,

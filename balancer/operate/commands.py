@@ -1,6 +1,5 @@
 """What each `groundserve` command that changes something does (and `check`); returns the exit code."""
 
-import os
 import signal
 import sys
 import time
@@ -13,8 +12,9 @@ from balancer.operate import compose_project, control, engines, machine
 from balancer.operate import up as service_up
 from balancer.operate.detach import detached
 from balancer.operate.engines import Asked
+from balancer.operate.inherited import tell
 from balancer.operate.launch import masked
-from balancer.operate.look import snapshot_of, unknown, up_folders
+from balancer.operate.look import elsewhere, snapshot_of, unknown, up_folders, warn
 from balancer.operate.recipe import Recipe, recipe
 from balancer.operate.state import AlreadyUp, ServiceFolder, state_root
 from balancer.spec import load, read
@@ -39,7 +39,7 @@ def recipe_from(source: Source) -> Recipe:
     spec = load(source.path, name=source.name, envs=source.envs, secrets=source.secrets)
     made, warnings = machine.fitted_here(recipe(spec))
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        tell(sys.stderr, f"warning: {warning}")
     return made
 
 
@@ -51,6 +51,7 @@ class Doors:
     admin: str | None = None
     is_open: bool = False
     api_keys: str | None = None
+    admin_key: str | None = None
 
 
 def up(recipe: Recipe, doors: Doors, on: Asked, is_detached: bool) -> int:
@@ -67,10 +68,10 @@ def up(recipe: Recipe, doors: Doors, on: Asked, is_detached: bool) -> int:
         ) from None
     except OSError as failure:
         raise ConfigError(
-            f"{folder.path}: {failure.strerror}: set XDG_STATE_HOME to a folder that can be written"
+            f"{failure.filename or folder.path}: {failure.strerror}: set XDG_STATE_HOME to a folder that can be written"
         ) from None
     with lock:
-        where_to = service_up.addresses(doors.listen, doors.admin, doors.is_open, doors.api_keys, left)
+        where_to = service_up.addresses(doors.listen, doors.admin, doors.is_open, doors.api_keys, doors.admin_key, left)
 
         project = engines.project(recipe, folder, where_to) if kind == "compose" else None
         if project is not None:
@@ -131,17 +132,22 @@ def down(names: Sequence[str], replica_id: int | None) -> int:
         _ask(names[0], {"do": "replace", "id": replica_id})
         print(f"{names[0]}: replica {replica_id} finishes what it has and ends; another takes its place")
         return 0
-    found = up_folders(names)
-    if not found:
+    found, failures = up_folders(names)
+    if not found and not failures:
         print("No existing services.")
     for folder in found:
-        _take_down(folder)
-        print(f"{folder.name} is down")
-    return 0
+        # One that cannot be taken down is told of, and keeps none of the others up.
+        try:
+            _take_down(folder)
+            print(f"{folder.name} is down")
+        except ConfigError as failure:
+            failures.append(failure)
+    warn(failures)
+    return 1 if failures else 0
 
 
 def _take_down(folder: ServiceFolder) -> None:
-    if folder.left is not None:
+    if folder.is_left:
         compose_project.take_down(folder.name)
         folder.left_nothing()
         return
@@ -150,15 +156,29 @@ def _take_down(folder: ServiceFolder) -> None:
     except control.NotUp:
         # It starts, or it hangs: its children go with it, however it ends.
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if (process := folder.holder()) is not None:
-                os.kill(process, number)
+            if not _is_ended(folder, number):
                 _wait_until(lambda: not folder.is_up(), _PATIENCE)
     _wait_until(lambda: not folder.is_up(), _PATIENCE)
+    if folder.is_up():
+        raise ConfigError(f"{folder.name} does not end: see who has {folder.path / 'lock'} open")
+
+
+def _is_ended(folder: ServiceFolder, number: signal.Signals) -> bool:
+    """Did its controller end? If not, it now has the signal. Raises ConfigError where it cannot be reached."""
+    holder = folder.holder()
+    if holder is None:
+        return not folder.is_up()
+    elsewhere(folder)
+    try:
+        holder.signal(number)
+    except PermissionError:
+        raise ConfigError(f"{folder.name}: process {holder.pid} is another user's: it is not ours to end") from None
+    return False
 
 
 def _ask(name: str, request: Mapping[str, Any], timeout: float | None = 10) -> Any:
     folder = ServiceFolder(state_root(), name)
-    if folder.left is not None:
+    if folder.is_left:
         raise ConfigError(
             f"{name} serves on, but its controller is gone: groundserve up with its file takes it up again"
         )
@@ -167,6 +187,7 @@ def _ask(name: str, request: Mapping[str, Any], timeout: float | None = 10) -> A
     try:
         return control.ask(folder.socket, request, say=print, timeout=timeout)
     except control.NotUp:
+        elsewhere(folder)
         raise ConfigError(f"{name} is just starting or ending: try again in a moment") from None
 
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from balancer.operate.compose_project import Container, Project
 from balancer.operate.engine import CannotStart, Ended, Found, Running
 from balancer.operate.recipe import Recipe
 from balancer.operate.state import ServiceFolder
+from balancer.operate.state_file import write_whole
 
 # Where a replica listens in its container, as docker/*.Dockerfile and the balancer's DNS name have it.
 PORT = 8000
@@ -39,6 +40,7 @@ class ComposeEngine:
     infra = "compose"
 
     def __init__(self, project: Project, folder: ServiceFolder, on_change: Callable[[], None]) -> None:
+        self.fields: Mapping[str, str] = {}
         self._project = project
         self._folder = folder
         self._on_change = on_change
@@ -62,8 +64,8 @@ class ComposeEngine:
     async def start(self, id: int, recipe: Recipe) -> None:
         overlay = self._folder.path / "replica.json"
         async with self._one_at_a_time:
-            overlay.touch(0o600)  # envs may be secrets
-            overlay.write_text(json.dumps({"services": {"replica": replica_overlay(id, recipe)}}))
+            # Envs may be secrets: it is for our eyes only.
+            write_whole(overlay, json.dumps({"services": {"replica": replica_overlay(id, recipe)}}))
             count = len(await self._project.containers("replica")) + 1
             scale = ("up", "-d", "--no-recreate", "--no-deps", "--scale", f"replica={count}", "replica")
             await self._project.compose(*scale, overlays=[overlay])
@@ -105,6 +107,7 @@ class ComposeEngine:
         await self._project.compose("down", "--remove-orphans")
 
     def _take(self, id: int, container: Container) -> None:
+        self._folder.trim_replica_logs({id, *self._replicas})
         started = asyncio.get_running_loop().time() - container.age
         following = asyncio.create_task(self._follow(id, container))
         self._replicas[id] = _Replica(container, int(container.labels[_VERSION]), following, started)

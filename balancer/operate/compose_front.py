@@ -3,17 +3,18 @@
 import asyncio
 import contextlib
 import json
-import secrets
 from pathlib import Path
 from typing import Any
 
 from balancer.errors import ConfigError
+from balancer.operate import keys
 from balancer.operate.child import tail
 from balancer.operate.compose_project import Project
 from balancer.operate.engine import CannotStart
 from balancer.operate.front import Addresses, Front, told
 from balancer.operate.recipe import Recipe
 from balancer.operate.state import ServiceFolder
+from balancer.operate.state_file import write_whole
 from balancer.views.status import Snapshot
 
 # One that does not answer for this long, in seconds, is looked after; one that Docker started as often in vain has
@@ -40,25 +41,27 @@ def environ(where: Addresses, recipe: Recipe, folder: ServiceFolder) -> dict[str
         "PORT": port,
         "ADMIN_PORT": admin_port,
         "API_KEYS_FILE": str(Path(where.api_keys).absolute()) if where.api_keys else "",
-        "ADMIN_KEY_FILE": str(folder.admin_key_file),
+        "ADMIN_KEY_FILE": str(_admin_key_file(where, folder)),
         "STOP_GRACE_PERIOD": f"{recipe.spec.settings.drain_timeout + _STOP_MARGIN:.0f}s",
     }
 
 
 def admin_key(folder: ServiceFolder) -> str:
     """The key of the service's admin port: made once, so that a balancer that goes on running knows it."""
-    file = folder.admin_key_file
-    if not file.exists():
-        file.write_text(secrets.token_urlsafe(32))
-        file.chmod(0o644)  # the container's user reads it; others of this machine cannot enter the folder
-    return file.read_text()
+    # The container's user reads it; others of this machine cannot enter the folder.
+    return keys.drawn(folder.admin_key_file, 0o644)
+
+
+def _admin_key_file(where: Addresses, folder: ServiceFolder) -> Path:
+    return Path(where.admin_key).absolute() if where.admin_key else folder.admin_key_file
 
 
 class ComposeFront(Front):
     """The service `balancer` of a project; its service file lies in `folder`."""
 
     def __init__(self, project: Project, folder: ServiceFolder, where: Addresses, recipe: Recipe) -> None:
-        super().__init__(where.admin, {"Authorization": f"Bearer {admin_key(folder)}"})
+        key = keys.given(Path(where.admin_key), "--admin-key") if where.admin_key else admin_key(folder)
+        super().__init__(where.admin, _admin_key_file(where, folder), key)
         self._project = project
         self._folder = folder
         self._where = where
@@ -115,7 +118,7 @@ class ComposeFront(Front):
         """Starts the container where there is none, and another where it was made of other settings."""
         self._folder.write_service_file(told(self._recipe))
         overlay = self._folder.path / "balancer.json"
-        overlay.write_text(json.dumps({"services": {"balancer": self._overlay()}}))
+        write_whole(overlay, json.dumps({"services": {"balancer": self._overlay()}}))
         await self._project.compose("up", "-d", "--no-deps", "balancer", overlays=[overlay])
         if self._following is None or self._following.done():
             self._following = asyncio.create_task(self._follow())

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 from balancer.errors import ConfigError
 from balancer.operate.child import Child
 from balancer.operate.engine import CannotStart
+from balancer.operate.inherited import tell
 from balancer.operate.recipe import Command
 
 # The checkout: compose.yaml builds its images from it.
@@ -72,7 +74,7 @@ class Project:
         for image in sorted(set(listed.stdout.split())):
             is_there = subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False)
             if is_there.returncode != 0:
-                print(f"building {image}", flush=True)
+                tell(sys.stdout, f"building {image}")
                 if subprocess.run(self.command("build"), env=self._environ, check=False).returncode != 0:
                     raise ConfigError(f"{image} could not be built: see above")
                 return
@@ -146,7 +148,10 @@ def take_down(service: str) -> None:
     """Stops and removes a service's containers and network when its controller is gone; raises ConfigError."""
     # From where there is no compose file: the containers' labels say all that is needed.
     command = ["docker", "compose", "-p", name_of(service), "down", "--remove-orphans"]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    except OSError as failure:
+        raise ConfigError(f"{service}: {command[0]}: {failure.strerror}") from None
     if done.returncode != 0:
         raise ConfigError(f"{service}: {_last_line(done.stderr)}")
 

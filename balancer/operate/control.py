@@ -17,6 +17,8 @@ from balancer.errors import ConfigError
 Say = Callable[[str], None]
 Answer = Callable[[Mapping[str, Any], Say], Awaitable[Any]]
 
+# Seconds that a request may take to arrive, which is written at once.
+_REQUEST_TIMEOUT = 10.0
 # A request holds a service file at most.
 _LINE_LIMIT = 4 << 20
 
@@ -41,13 +43,13 @@ async def serving(path: Path, answer: Answer) -> AsyncIterator[None]:
             writer.write(json.dumps(message).encode() + b"\n")
 
         try:
-            request = json.loads(await reader.readline())
+            request = json.loads(await asyncio.wait_for(reader.readline(), _REQUEST_TIMEOUT))
             try:
                 send({"done": await answer(request, lambda text: send({"say": text}))})
             except ConfigError as failure:
                 send({"error": str(failure)})
             await writer.drain()
-        except (ValueError, ConnectionError):
+        except (ValueError, ConnectionError, TimeoutError):
             pass  # no request of ours, or a client that left
         finally:
             writer.close()
@@ -74,7 +76,10 @@ def ask(path: Path, request: Mapping[str, Any], say: Say | None = None, timeout:
             connection.sendall(json.dumps(request).encode() + b"\n")
             with connection.makefile("rb") as lines:
                 for line in lines:
-                    message = json.loads(line)
+                    try:
+                        message = json.loads(line)
+                    except ValueError:
+                        raise NotUp from None  # it ended amid its answer
                     if "error" in message:
                         raise ConfigError(message["error"])
                     if "done" in message:

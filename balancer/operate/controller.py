@@ -53,7 +53,7 @@ class Controller:
         self._report = Report(name, lambda: front.endpoint, engine.infra)
         self.snapshot = self._report.alone([], self.wanted, 0.0)
         self._traffic = Traffic()
-        self._readiness = Readiness()
+        self._readiness = Readiness(engine.fields)
         self._next_id = 1
         self._condemned: set[int] = set()
         self._updates: list[asyncio.Future[Outcome]] = []
@@ -140,9 +140,8 @@ class Controller:
         if outcome is not None:
             await self._updated(outcome)
         timeout = self.wanted.serving.spec.settings.drain_timeout
-        actions: list[Action] = [Drain(id) for id in self._condemned if id in self.replicas]
+        actions = plan.decide(self.replicas.values(), counts, self._next_id, now, timeout, self._condemned)
         self._condemned.clear()
-        actions += plan.decide(self.replicas.values(), counts, self._next_id, now, timeout)
         # A drain that a balancer forgot, because it is a new process, is told again.
         for replica in self.replicas.values():
             if replica.stage is Stage.DRAINING and replica.status not in ("DRAINING", "SHUTTING_DOWN", ""):
@@ -160,7 +159,10 @@ class Controller:
             case Drain(id) if self.replicas[id].stage is Stage.RUNNING:
                 self._keep(plan.drained(self.replicas[id], self._clock()))
                 await self._front.drain(id)
-            case Drain(id) | Forget(id):
+            case Drain(id):
+                # It is being ended already, only to start again: now it is not to.
+                self._keep(replace(self.replicas[id], stage=Stage.STOPPING))
+            case Forget(id):
                 self._forget(id)
             case Stop(id):
                 self._keep(replace(self.replicas[id], stage=Stage.STOPPING))
@@ -246,7 +248,7 @@ class Controller:
         else:
             word, reason = "", ""
         now = self._clock()
-        self._report.noted(self._engine.running())
+        self._report.noted(self._engine.running(), self.replicas.keys())
         listing = self._report.listing(self.replicas.values(), self.wanted, now)
         snapshot = await self._front.tell(self._report.service(self.wanted, word, reason), listing)
         if snapshot is None:

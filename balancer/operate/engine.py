@@ -1,6 +1,7 @@
 """What an engine can do: start a replica, stop it, list what runs, tell what ended. Others decide."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -60,6 +61,8 @@ class Engine(Protocol):
 
     # What the status tables say under INFRA.
     infra: str
+    # Headers by which its replicas let us in.
+    fields: Mapping[str, str]
 
     async def found(self) -> tuple[Found, ...]:
         """Takes over what an earlier controller left running. Call it once, before all else."""

@@ -54,10 +54,21 @@ def _files(recipe: Recipe, environ: Mapping[str, str]) -> list[Path]:
 
 
 def parts(
-    on: Project | None, recipe: Recipe, folder: ServiceFolder, where: Addresses, wake: asyncio.Event
+    on: Project | None,
+    recipe: Recipe,
+    folder: ServiceFolder,
+    where: Addresses,
+    replica_key: Path | None,
+    wake: asyncio.Event,
 ) -> tuple[Engine, Front]:
-    """Engine and balancer of one service, in that project's containers or, without one, as our children."""
+    """Engine and balancer of one service, in that project's containers or, without one, as our children.
+
+    `replica_key` is the file with the key that our children ask for, if they do.
+    """
     if on is None:
-        return LocalEngine(folder, wake.set), LocalFront(folder, where, recipe, wake.set)
+        return (
+            LocalEngine(folder, replica_key, wake.set),
+            LocalFront(folder, where, recipe, replica_key, wake.set),
+        )
     folder.leave(Left(where.listen, where.admin))
     return ComposeEngine(on, folder, wake.set), ComposeFront(on, folder, where, recipe)

@@ -2,13 +2,13 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from balancer.operate.keys import bearing
 from balancer.operate.recipe import Recipe
 from balancer.views.status import Snapshot
 
@@ -18,12 +18,16 @@ _TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the balancer listens, HOST:PORT each, and who may come in: all, or whoever has a key of that file."""
+    """Where the balancer listens, HOST:PORT each, and who may come in: all, or whoever has a key of that file.
+
+    `admin_key` is the file with the key for changes on the admin port; None: one of the service's own.
+    """
 
     listen: str
     admin: str
     is_open: bool = False
     api_keys: str | None = None
+    admin_key: str | None = None
 
     def endpoint(self, recipe: Recipe) -> str:
         return f"{'http' if recipe.spec.tls is None else 'https'}://{self.listen}"
@@ -32,11 +36,14 @@ class Addresses:
 class Front(ABC):
     """One balancer at a fixed endpoint, known by what it answers to the list of replicas."""
 
-    def __init__(self, admin: str, fields: Mapping[str, str] = MappingProxyType({})) -> None:
-        """`admin` is the admin port's HOST:PORT, `fields` are headers that go with each request."""
+    def __init__(self, admin: str, key_file: Path, key: str) -> None:
+        """`admin` is the admin port's HOST:PORT; its key lies in `key_file`, so that no other balancer listens to us
+        should it ever have that port.
+        """
+        self.key_file = key_file
         self.has_answered = False
         self._client = httpx.AsyncClient(
-            base_url=f"http://{admin}", headers=dict(fields), trust_env=False, timeout=_TIMEOUT
+            base_url=f"http://{admin}", headers=bearing(key), trust_env=False, timeout=_TIMEOUT
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Runs one command so that nothing of it outlives whoever started it: `leash.py PARENT_PID COMMAND...`.
+"""Runs one command so that nothing of it outlives whoever started it: `leash.py PARENT_PID [--log=FILE] COMMAND...`.
 
 What tini is for a container, for a process on this host. The leash adopts every process that the command
 leaves behind, and the kernel tells it when its parent dies, however that dies.
@@ -8,45 +8,83 @@ behind gets SIGTERM too. SIGHUP, also sent by the kernel when the parent dies, k
 the command ends by itself, whatever it left behind is killed. The exit code is the command's, or 128 + the
 signal that ended it.
 
-Started as a file, without site packages: it imports nothing of the project and stays at a few megabytes.
+With a log, what the command prints comes through a pipe and goes into files that do not grow for ever. All of it: the
+leash ends when the pipe has, whatever became of the command or of our parent.
+
+Started as a file, without site packages, so that it stays at a few megabytes.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
+
+# At the end, so that nothing of ours stands before the standard library.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from balancer.operate.rotation import RotatedLog
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
 
+PIPE_BYTES = 256 << 10  # so that a burst need not wait for us
+# Seconds for the pipe's end once all that we started is gone. A stranger who was handed its other side may keep it.
+LAST_WORDS = 5.0
+
 _OURS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
 
 
 def main(arguments: list[str]) -> int:
     parent, command = int(arguments[0]), arguments[1:]
-    # A SIGHUP that the starter ignored (nohup) would stay ignored, and then not even sigwait() sees it.
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    log = Path(command.pop(0).removeprefix("--log=")) if command[0].startswith("--log=") else None
+    # What the starter ignored (SIGHUP under nohup) would stay ignored, and then not even sigwait() sees it.
+    ignored = {number for number in _OURS if signal.getsignal(number) is signal.SIG_IGN}
+    for number in _OURS:
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     _prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
     if os.getppid() != parent:
         return 128 + signal.SIGHUP
-    return _hold(_start(command))
+    if log is None:
+        return _hold(_start(command, ignored - {signal.SIGCHLD}))
+    reading, writing = os.pipe()
+    with contextlib.suppress(OSError):  # all pipes of a user may take so much and no more
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    pid = _start(command, ignored - {signal.SIGCHLD}, writing)
+    os.close(writing)
+    keeping = threading.Thread(target=_keep, args=(reading, RotatedLog(log)), daemon=True)
+    keeping.start()
+    code = _hold(pid)
+    keeping.join(LAST_WORDS)
+    return code
 
 
-def _start(command: list[str]) -> int:
+def _keep(reading: int, log: RotatedLog) -> None:
+    while data := os.read(reading, PIPE_BYTES):
+        log.write(data)
+
+
+def _start(command: list[str], ignored: set[signal.Signals], out: int | None = None) -> int:
     leash = os.getpid()
     pid = os.fork()
     if pid:
         return pid
+    if out is not None:
+        os.dup2(out, 1)
+        os.dup2(out, 2)
     # Were the leash itself killed, the command has to go with it.
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != leash:
         os._exit(128 + signal.SIGKILL)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
     # Python ignores these two for itself, and what is ignored stays ignored in a command that is executed.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -1,10 +1,12 @@
 """The local engine: replicas as child processes of `groundserve up`, each with a port and a log file of its own."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from balancer.errors import ConfigError
+from balancer.operate import keys
 from balancer.operate.child import Child, tail
 from balancer.operate.engine import CannotStart, Ended, Found, Running
 from balancer.operate.ports import REPLICA_PORTS, free_ports, is_free
@@ -20,11 +22,16 @@ class _Replica:
 
 
 class LocalEngine:
-    """An `Engine`. Logs go to `folder`; `on_change` is called when a replica ended."""
+    """An `Engine`. Logs go to `folder`; `on_change` is called when a replica ended.
+
+    `key` is the file with the key that replicas ask for, where they are SGLang's.
+    """
 
     infra = "local"
 
-    def __init__(self, folder: ServiceFolder, on_change: Callable[[], None]) -> None:
+    def __init__(self, folder: ServiceFolder, key: Path | None, on_change: Callable[[], None]) -> None:
+        self.fields: Mapping[str, str] = keys.bearing(keys.given(key, keys.KEY_FILE)) if key is not None else {}
+        self._key = key
         self._folder = folder
         self._on_change = on_change
         self._replicas: dict[int, _Replica] = {}
@@ -37,7 +44,11 @@ class LocalEngine:
 
     async def start(self, id: int, recipe: Recipe) -> None:
         port = self._ports[id] = self._port(id, recipe.fixed_port)
-        child = await Child.start(recipe.command(id, port), self._folder.replica_log(id), self._on_change)
+        command = recipe.command(id, port)
+        if self._key is not None and recipe.launch is not None:
+            command = replace(command, envs={**command.envs, keys.KEY_FILE: str(self._key)})
+        self._folder.trim_replica_logs({id, *self._replicas})
+        child = await Child.start(command, self._folder.replica_log(id), self._on_change)
         self._replicas[id] = _Replica(child, f"http://127.0.0.1:{port}", time.monotonic())
 
     async def stop(self, id: int, grace: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from balancer.operate import keys
 from balancer.operate.child import Child, tail
 from balancer.operate.engine import CannotStart
 from balancer.operate.front import Addresses, Front, told
@@ -18,10 +19,19 @@ _LONGEST_BACKOFF = 10.0
 
 
 class LocalFront(Front):
-    """`on_change` is called when the process ended."""
+    """`on_change` is called when the process ended; `replica_key` is the file with the key that replicas ask for."""
 
-    def __init__(self, folder: ServiceFolder, where: Addresses, recipe: Recipe, on_change: Callable[[], None]) -> None:
-        super().__init__(where.admin)
+    def __init__(
+        self,
+        folder: ServiceFolder,
+        where: Addresses,
+        recipe: Recipe,
+        replica_key: Path | None,
+        on_change: Callable[[], None],
+    ) -> None:
+        file = Path(where.admin_key).absolute() if where.admin_key else folder.admin_key_file
+        super().__init__(where.admin, file, keys.given(file, "--admin-key") if where.admin_key else keys.drawn(file))
+        self._replica_key = replica_key
         self._folder = folder
         self._where = where
         self._recipe = recipe
@@ -99,6 +109,9 @@ class LocalFront(Front):
             flags.append("--open")
         if where.api_keys is not None:
             flags += ["--api-keys", where.api_keys]
+        flags += ["--admin-key", str(self.key_file)]
+        if self._replica_key is not None:
+            flags += ["--replica-key", str(self._replica_key)]
         flags += ["--service", str(self._folder.write_service_file(told(self._recipe)))]
         if self._recipe.spec.tls is not None:
             certificate, key = self._recipe.spec.tls

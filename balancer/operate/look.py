@@ -5,10 +5,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
 import httpx
 from rich.console import Console
@@ -16,7 +15,9 @@ from rich.text import Text
 
 from balancer.errors import ConfigError
 from balancer.operate import control
+from balancer.operate.log_reader import LogReader
 from balancer.operate.state import ServiceFolder, folders, state_root
+from balancer.operate.state_file import BrokenState
 from balancer.views.progress import COLOURS
 from balancer.views.status import ServiceRow, Snapshot
 from balancer.views.table import tables
@@ -53,8 +54,10 @@ def status(patterns: Sequence[str], how: Display) -> int:
 
 
 def _show(patterns: Sequence[str], how: Display, console: Console | None = None) -> int:
-    snapshots = [snapshot_of(folder) for folder in up_folders(patterns)]
-    if not snapshots and not patterns:
+    found, failures = up_folders(patterns)
+    warn(failures)
+    snapshots = [snapshot_of(folder) for folder in found]
+    if not snapshots and not patterns and not failures:
         snapshots = _of_a_stranger()
     if how.endpoint_only:
         if len(snapshots) != 1:
@@ -84,59 +87,105 @@ def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | Non
         paths = {f"{name}-{path.stem.removeprefix('replica-')} | ": path for path in known}
     if of == "controller" and folder.is_up() and not folder.controller_log.exists():
         raise ConfigError(f"the controller of {name} prints where groundserve up was started: only -d gives it a log")
-    if not paths or not any(path.exists() for path in paths.values()):
+    if not any(path.is_file() for path in paths.values()):
         some = f"replica {' or '.join(map(str, ids))}" if ids else "any replica"
         what = some if of == "replicas" else f"the {of}"
         known_names = ", ".join(other.name for other in folders(state_root())) or "none"
         raise ConfigError(f"there is no log of {what} of {name}; services that ran here: {known_names}")
-    for line in log_lines(paths, tail, follow):
-        print(line, flush=follow)
+    readers = {prefix: LogReader(path, folder.log_files(path)) for prefix, path in paths.items()}
+    for prefix, reader in readers.items():
+        for line in reader.all() if tail is None else reader.last(tail):
+            print(prefix + line, flush=follow)
+    while follow:
+        time.sleep(0.2)
+        for prefix, reader in readers.items():
+            for line in reader.more():
+                print(prefix + line, flush=True)
+    for prefix, reader in readers.items():
+        for line in reader.rest():
+            print(prefix + line)
     return 0
 
 
-def log_lines(paths: Mapping[str, Path], tail: int | None, follow: bool) -> Iterator[str]:
-    """The lines of each file with its prefix; `follow` never ends, and waits for files that are not there yet."""
-    opened: dict[str, TextIO] = {}
-    is_first = True
-    while is_first or follow:
-        for prefix, path in paths.items():
-            if prefix not in opened and path.exists():
-                opened[prefix] = path.open(errors="replace")
-            if prefix in opened:
-                lines = opened[prefix].read().splitlines()
-                yield from (prefix + line for line in (lines[-tail:] if is_first and tail is not None else lines))
-        is_first = False
-        if follow:
-            time.sleep(0.2)
+def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[ConfigError]]:
+    """Services that are up and fit, those without their controller too, and what is wrong with folders that fit.
 
-
-def up_folders(patterns: Iterable[str]) -> list[ServiceFolder]:
-    """Services that are up and fit, those without their controller too; raises ConfigError for what fits none."""
-    there = [folder for folder in folders(state_root()) if folder.is_up() or folder.left is not None]
-    patterns = list(patterns)
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(folder.name, pattern) for folder in there):
-            raise ConfigError(unknown(pattern))
-    return [f for f in there if not patterns or any(fnmatch.fnmatchcase(f.name, pattern) for pattern in patterns)]
+    Raises ConfigError for a pattern that fits none.
+    """
+    there: list[ServiceFolder] = []
+    failures: list[ConfigError] = []
+    fitting: set[str] = set()
+    for folder in folders(state_root()):
+        fits = {pattern for pattern in patterns if fnmatch.fnmatchcase(folder.name, pattern)}
+        if patterns and not fits:
+            continue
+        try:
+            if not folder.is_up() and not folder.is_left:
+                continue
+            there.append(folder)
+        except BrokenState as failure:
+            failures.append(ConfigError(f"{folder.name}: {failure}"))
+        fitting |= fits
+    if missing := [pattern for pattern in patterns if pattern not in fitting]:
+        raise ConfigError(unknown(missing[0]))
+    return there, failures
 
 
 def unknown(name: str) -> str:
     """For a person who named a service that is not up."""
-    there = ", ".join(folder.name for folder in folders(state_root()) if folder.is_up())
+    there = ", ".join(folder.name for folder in up_folders([])[0] if not folder.is_left)
     return f"no service {name} is up here; {f'there is {there}' if there else 'none is'}"
+
+
+def elsewhere(folder: ServiceFolder) -> None:
+    """Raises ConfigError where the service is up, but on another host: folders may lie on a disk that hosts share."""
+    holder = folder.holder()
+    if holder is not None and not holder.is_here:
+        raise ConfigError(
+            f"{folder.name} runs on {holder.host} as process {holder.pid}, out of reach from here: say it there"
+        )
+
+
+def admin_keys(patterns: Sequence[str]) -> int:
+    """Prints which file holds the key for changes on each service's admin port."""
+    found, failures = up_folders(patterns)
+    for folder in found:
+        try:
+            print(folder.admin_key_file if folder.is_left else control.ask(folder.socket, {"do": "admin key"}))
+        except control.NotUp:
+            failures.append(ConfigError(f"{folder.name} is just starting or ending: try again in a moment"))
+    warn(failures)
+    return 1 if failures else 0
 
 
 def snapshot_of(folder: ServiceFolder) -> Snapshot:
     """What its controller says; without one, its balancer."""
-    if (left := folder.left) is not None:
-        return _answered(f"http://{left.admin}") or Snapshot(
-            ServiceRow(folder.name, "-", "FAILED", None, "", "-", 0, 0, 0, 0)
-        )
     try:
+        if (left := folder.left) is not None:
+            return _answered(f"http://{left.admin}") or _bare(folder, "FAILED")
         return Snapshot.from_json(control.ask(folder.socket, {"do": "status"}))
-    except (control.NotUp, ConfigError):
-        # Up by its lock, but it does not answer: it begins, it ends, or it hangs.
-        return Snapshot(ServiceRow(folder.name, "-", "CONTROLLER_INIT", None, "", "-", 0, 0, 0, 0))
+    except BrokenState as failure:
+        return _bare(folder, "FAILED", str(failure))
+    except control.NotUp:
+        pass
+    except (ConfigError, ValueError):
+        return _bare(folder, "CONTROLLER_INIT")
+    # Up by its lock, but it does not answer: it begins, it ends, it hangs, or it runs where we cannot ask it.
+    try:
+        elsewhere(folder)
+    except ConfigError as failure:
+        return _bare(folder, "CONTROLLER_INIT", str(failure))
+    return _bare(folder, "CONTROLLER_INIT")
+
+
+def _bare(folder: ServiceFolder, word: str, reason: str = "") -> Snapshot:
+    return Snapshot(ServiceRow(folder.name, "-", word, None, "", "-", 0, 0, 0, 0, reason))
+
+
+def warn(failures: Iterable[ConfigError]) -> None:
+    """Tells of what is wrong beside what was done."""
+    for failure in failures:
+        print(f"groundserve: {failure}", file=sys.stderr)
 
 
 def _of_a_stranger() -> list[Snapshot]:

@@ -1,7 +1,7 @@
 """What to do next with each replica: start, drain, stop, wait, give up. Pure: the clock is passed in, seconds."""
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from balancer.operate.engine import Ended
@@ -148,8 +148,12 @@ def decide(
     next_id: int,
     now: float,
     drain_timeout: float,
+    condemned: Collection[int] = (),
 ) -> list[Action]:
-    """The actions that bring the replicas nearer to `wanted`: how many of which version. `next_id` is free."""
+    """The actions that bring the replicas nearer to `wanted`: how many of which version; one a replica at most.
+
+    `next_id` is free. `condemned` are replicas that go in any case; others take their places.
+    """
     replicas = list(replicas)
     actions: list[Action] = []
     for replica in replicas:
@@ -162,10 +166,14 @@ def decide(
                 actions.append(Stop(replica.id))
     for version in sorted({replica.version for replica in replicas} | wanted.keys()):
         mine = [replica for replica in replicas if replica.version == version and replica.is_wanted]
+        victims = [replica for replica in mine if replica.id in condemned]
+        mine = [replica for replica in mine if replica.id not in condemned]
         surplus = len(mine) - wanted.get(version, 0)
-        for victim in sorted(mine, key=_usefulness)[: max(0, surplus)]:
-            mine.remove(victim)
-            has_process = victim.stage is Stage.RUNNING
+        victims += sorted(mine, key=_usefulness)[: max(0, surplus)]
+        for victim in victims:
+            if victim in mine:
+                mine.remove(victim)
+            has_process = victim.stage in (Stage.RUNNING, Stage.REPLACING)
             actions.append(Drain(victim.id) if has_process else Forget(victim.id))
         actions += [Start(r.id, version) for r in mine if r.stage is Stage.WAITING and r.start_at <= now]
         for _ in range(-surplus):

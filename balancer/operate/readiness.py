@@ -1,13 +1,17 @@
 """Asks a replica the service's readiness question, for replicas that the balancer must not know yet."""
 
+from collections.abc import Mapping
+
 import httpx
 
 from balancer.settings import ReadinessProbe
 
 
 class Readiness:
-    def __init__(self) -> None:
-        self._client = httpx.AsyncClient(trust_env=False)
+    """`fields` are headers that go with each question, unless the probe has others of that name."""
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        self._client = httpx.AsyncClient(headers=dict(fields), trust_env=False)
 
     async def ask(self, endpoint: str | None, probe: ReadinessProbe) -> bool:
         """Does it answer 200 now?"""

@@ -29,8 +29,10 @@ class Report:
         self._infra = infra
         self._places: dict[int, Running] = {}
 
-    def noted(self, running: Iterable[Running]) -> None:
-        self._places |= {one.id: one for one in running}
+    def noted(self, running: Iterable[Running], known: Collection[int]) -> None:
+        """Takes note of where replicas are, and forgets those that are not known any more."""
+        places = self._places | {one.id: one for one in running}
+        self._places = {id: place for id, place in places.items() if id in known}
 
     def _named(self, id: int) -> str:
         return self._places[id].name if id in self._places else f"{self._name}-{id}"

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,16 +11,18 @@ import httpx
 from rich.console import Console
 
 from balancer.errors import ConfigError
-from balancer.operate import control, engines, machine
+from balancer.operate import control, engines, keys, machine
 from balancer.operate.child import tail
 from balancer.operate.compose_project import Project
 from balancer.operate.controller import Controller
 from balancer.operate.engine import CannotStart
 from balancer.operate.front import Addresses
+from balancer.operate.inherited import ending
 from balancer.operate.ports import free_ports, is_free
 from balancer.operate.recipe import Recipe, recipe
 from balancer.operate.state import Left, ServiceFolder
 from balancer.spec import parse
+from balancer.views.guard import is_loopback_name
 from balancer.views.progress import Lines, Moving
 from balancer.views.status import ReplicaRow, Snapshot
 
@@ -35,17 +36,24 @@ def addresses(
     admin: str | None,
     is_open: bool = False,
     api_keys: str | None = None,
+    admin_key: str | None = None,
     left: Left | None = None,
 ) -> Addresses:
     """What was asked for, port 0 being any free one; else where it was left; else the first free pair from 30001 on.
 
-    Raises ConfigError when a port that was asked for is taken.
+    Raises ConfigError when a port that was asked for is taken, or an address wants a word on who may come in.
     """
+    if admin is not None and not is_open and admin_key is None and not is_loopback_name(admin):
+        raise ConfigError(
+            f"--admin {admin} is not loopback: give --admin-key FILE, or say --open to let everyone who reaches it look"
+        )
     if left is not None and listen in (None, left.listen) and admin in (None, left.admin):
-        return Addresses(left.listen, left.admin, is_open, api_keys)  # taken, by the service itself
+        return Addresses(left.listen, left.admin, is_open, api_keys, admin_key)  # taken, by the service itself
     asked = [None if a is None else _usable(flag, a) for flag, a in (("--listen", listen), ("--admin", admin))]
     for port in range(_FIRST_PORT, _LAST_PORT, 2):
-        pair = Addresses(asked[0] or f"127.0.0.1:{port}", asked[1] or f"127.0.0.1:{port + 1}", is_open, api_keys)
+        pair = Addresses(
+            asked[0] or f"127.0.0.1:{port}", asked[1] or f"127.0.0.1:{port + 1}", is_open, api_keys, admin_key
+        )
         if all(asked) or all(is_free(*_split(address)) for address in (pair.listen, pair.admin)):
             return pair
     raise ConfigError(f"no two ports are free between {_FIRST_PORT} and {_LAST_PORT}: give --listen and --admin")
@@ -93,6 +101,7 @@ class _Up:
     ) -> None:
         self._recipe = first
         self._folder = folder
+        self._is_contained = on is not None
         self._progress = progress
         self._on_up = on_up
         self._is_up = False
@@ -101,12 +110,13 @@ class _Up:
         self._began = time.monotonic()
         self._ended = asyncio.Event()
         wake = asyncio.Event()
-        engine, self._front = engines.parts(on, first, folder, where, wake)
+        self._replica_key = None if on is not None else keys.for_replicas(first, folder.replica_key_file)
+        engine, self._front = engines.parts(on, first, folder, where, self._replica_key, wake)
         self._controller = Controller(first.spec.name, first, engine, self._front, wake, progress.say, self._look)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ending():
             loop.add_signal_handler(number, self._signalled)
         async with control.serving(self._folder.socket, self._answer):
             try:
@@ -115,7 +125,8 @@ class _Up:
                 self._failure = str(failure)
             finally:
                 self._progress.finish()
-                self._folder.left_nothing()
+                if self._is_contained:
+                    self._folder.left_nothing()
                 self._ended.set()
         if self._failure:
             self._progress.say(f"groundserve: {self._recipe.spec.name} failed: {self._failure}")
@@ -185,6 +196,8 @@ class _Up:
         match request:
             case {"do": "status"}:
                 return self._controller.snapshot.to_json()
+            case {"do": "admin key"}:
+                return str(self._front.key_file)
             case {"do": "scale", "replicas": int(target)}:
                 self._controller.scale(target)
                 return None
@@ -217,7 +230,13 @@ class _Up:
         except KeyError as missing:
             raise ConfigError(f"{name} runs under another version of groundserve: it wants {missing}") from None
         self._version = max(self._version, self._controller.wanted.newest.version) + 1
-        made, warnings = await asyncio.to_thread(machine.fitted_here, recipe(spec, self._version), running)
+        made = recipe(spec, self._version)
+        if self._replica_key is not None and made.launch is not None and keys.brings_its_own(made):
+            raise ConfigError(
+                f"{name}: its replicas ask for a key of this service, and now `run:` brings one of its own: take it "
+                "down and up again"
+            )
+        made, warnings = await asyncio.to_thread(machine.fitted_here, made, running)
         for warning in warnings:
             say(f"warning: {warning}")
         say(f"{name} goes from version {self._controller.wanted.serving.version} to {self._version}, {mode}")

@@ -129,6 +129,9 @@ class Wanted:
 
     def counts(self, replicas: Collection[Replica], load: Load, now: float) -> tuple[Mapping[int, int], Outcome | None]:
         """How many of each version to have now; and how an update ended, once, when it did."""
+        # What no replica is of any more will not be started again.
+        there = {self.serving.version, self.newest.version, *(replica.version for replica in replicas)}
+        self.recipes = {version: recipe for version, recipe in self.recipes.items() if version in there}
         if self._autoscaler is not None:
             self.target = self._autoscaler.target(now, self.target, load.arrived, load.in_flight, load.queued)
         if self.coming is None:

@@ -1,8 +1,9 @@
 """What a person sees while a service comes up: a line for each change, or on a terminal a table that moves."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from rich.console import Console, Group
@@ -11,6 +12,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from balancer.operate.inherited import nobody_looks, tell
 from balancer.views.status import ReplicaRow, Snapshot
 
 COLOURS = {
@@ -33,7 +35,7 @@ class Lines:
         self._statuses: dict[str, str] = {}
 
     def say(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+        tell(self._out, text)
 
     def show(self, snapshot: Snapshot) -> None:
         rows = {row.name: row for row in snapshot.replicas}
@@ -64,7 +66,8 @@ class Moving(Lines):
 
     def say(self, text: str) -> None:
         # Above the moving part; rich would read [brackets] as markup.
-        self._console.print(text, markup=False, highlight=False)
+        with self._whoever_looks():
+            self._console.print(text, markup=False, highlight=False)
 
     def show(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
@@ -73,10 +76,19 @@ class Moving(Lines):
 
     def finish(self) -> None:
         if self._live is not None:
-            self._live.stop()
+            with self._whoever_looks():
+                self._live.stop()
             self._live = None
             if self._snapshot is not None:
                 self._statuses = {row.name: row.status for row in self._snapshot.replicas}
+
+    @contextlib.contextmanager
+    def _whoever_looks(self) -> Iterator[None]:
+        """A terminal that is gone ends nothing; rich would end the program where it was a pipe."""
+        try:
+            yield
+        except (OSError, ValueError, SystemExit):
+            nobody_looks(self._out)
 
     def __rich__(self) -> Group:
         table = Table.grid(padding=(0, 2))

@@ -18,6 +18,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -204,6 +205,16 @@ def test_the_token_is_shown_nowhere(shell: Shell, llama2: list[str]) -> None:
     files = [file for file in (shell.folder / "state").rglob("*") if file.is_file()]
     assert {"replica-1.log", "controller.log"} <= {file.name for file in files}
     assert [file for file in files if TOKEN.encode() in file.read_bytes()] == []
+
+
+def test_a_replica_lets_only_its_balancer_in(shell: Shell, llama2: list[str]) -> None:
+    assert llama2
+    replicas = Groundserve(shell.folder).status("sglang-llama2")["replicas"]
+    asked = [httpx.get(f"{row['endpoint']}/v1/models", timeout=60, trust_env=False) for row in replicas]
+    assert [answer.status_code for answer in asked] == [401, 401]
+    key = (shell.folder / "state/groundserve/sglang-llama2/replica.key").read_text()
+    shell("groundserve logs sglang-llama2; groundserve status -v; ps -ef")
+    assert key not in shell.printed + shell.errors.read_text()
 
 
 def updated(shell: Shell, flag: str, code: int = 0) -> str:

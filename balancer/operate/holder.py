@@ -1,0 +1,79 @@
+"""The process that runs a service, known so well that no other one is ever taken for it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process id means one process only beside its host and when that process started: the folder may lie on a
+    disk that several hosts share, and a process id is given again.
+    """
+
+    pid: int
+    # In clock ticks since the boot, as /proc has it.
+    started: int
+    boot: str
+    host: str
+    # When it took the service, in seconds since the epoch.
+    since: float
+
+    @classmethod
+    def ours(cls) -> Self:
+        """This very process, from now on."""
+        pid = os.getpid()
+        return cls(pid, _started(pid) or 0, _boot(), socket.gethostname(), time.time())
+
+    @classmethod
+    def from_text(cls, text: str) -> Self | None:
+        """None where the text is not one that `to_text` made."""
+        try:
+            said = json.loads(text)
+            return cls(int(said["pid"]), int(said["started"]), str(said["boot"]), said["host"], float(said["since"]))
+        except (ValueError, TypeError, LookupError):
+            return None
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
+
+    @property
+    def is_here(self) -> bool:
+        """Does it live where we can see it: on this host, and in no container that hides it?"""
+        return self.boot == _boot() and self.started == _started(self.pid)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Reaches it or nobody. Raises PermissionError for another user's."""
+        with contextlib.suppress(ProcessLookupError):
+            # From here on the descriptor means one process, whoever gets its number.
+            descriptor = os.pidfd_open(self.pid)
+            try:
+                if self.is_here:
+                    signal.pidfd_send_signal(descriptor, number)
+            finally:
+                os.close(descriptor)
+
+
+@lru_cache(maxsize=1)
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int | None:
+    """None where there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The second field, in parentheses, is the program's name and may hold anything; this is the twenty-second.
+    return int(text.rpartition(")")[2].split()[19])

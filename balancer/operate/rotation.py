@@ -1,0 +1,101 @@
+"""Logs that end somewhere: NAME.log, then NAME.log.1 and NAME.log.2, as large as Compose's and no larger.
+
+Imported by the leash, which has neither the project's path nor site packages: the standard library is all it needs.
+"""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+# As compose.yaml has it for containers: max-size 10m, max-file 3.
+MAX_BYTES = 10 << 20
+FILES = 3
+
+_NUMBERED = re.compile(r"\.\d+$")
+
+
+class RotatedLog:
+    """Appends to a log whose files are bounded in size and number. Never raises: what cannot be written is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None
+
+    def write(self, data: bytes) -> None:
+        try:
+            while data:
+                data = data[self._write_some(data) :]
+        except OSError:
+            self.close()  # a full disk, say; the next piece tries anew
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _write_some(self, data: bytes) -> int:
+        if self._file is None:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        there = os.fstat(self._file)
+        room = MAX_BYTES - there.st_size
+        if len(data) > room:
+            # At the end of a line; in a line that is longer than that, anywhere.
+            room = data.rfind(b"\n", 0, max(0, room)) + 1 or (room if there.st_size == 0 else 0)
+            if room == 0:
+                self._turn(there)
+                return 0
+        return os.write(self._file, data[:room] if len(data) > room else data)
+
+    def _turn(self, full: os.stat_result) -> None:
+        """Goes on in an empty file."""
+        assert self._file is not None
+        with contextlib.suppress(FileNotFoundError):
+            now = self._path.stat()
+            if (now.st_dev, now.st_ino) == (full.st_dev, full.st_ino):  # else somebody else who logs there was first
+                try:
+                    shift(self._path)
+                except OSError:
+                    os.ftruncate(self._file, 0)  # a folder that cannot be written: the end is more than the beginning
+                    return
+        self.close()
+
+
+def shift(log: Path) -> None:
+    """Sets NAME.log aside as NAME.log.1, that as NAME.log.2, and so on; the last one goes. Raises OSError."""
+    aside = _aside(log)
+    for older, newer in zip(reversed(aside), [*reversed(aside[:-1]), log], strict=True):
+        with contextlib.suppress(FileNotFoundError):
+            newer.replace(older)
+
+
+def set_aside(log: Path) -> None:
+    """What a new life finds of the one before becomes NAME.log.1 and on; what is older goes. Raises OSError."""
+    if log.is_file():
+        shift(log)
+    else:
+        remove(log)
+
+
+def remove(log: Path) -> None:
+    for file in (log, *_aside(log)):
+        file.unlink(missing_ok=True)
+
+
+def base(path: Path) -> Path:
+    """The log that a file belongs to: NAME.log for NAME.log.1 too."""
+    return path.with_name(_NUMBERED.sub("", path.name))
+
+
+def files(log: Path, since: float = 0.0) -> list[Path]:
+    """The log's files, the oldest first; of those set aside only what was written to since then, by the epoch."""
+    there = []
+    for file in reversed(_aside(log)):
+        with contextlib.suppress(OSError):
+            if file.stat().st_mtime >= since:
+                there.append(file)
+    return [*there, *([log] if log.is_file() else [])]
+
+
+def _aside(log: Path) -> list[Path]:
+    return [log.with_name(f"{log.name}.{number}") for number in range(1, FILES)]

@@ -1,0 +1,46 @@
+"""Small files of a service's state: whole at any moment, and a clear line for one that cannot be used."""
+
+import os
+from pathlib import Path
+
+from balancer.errors import ConfigError
+
+
+class BrokenState(ConfigError):
+    """A file of state that cannot be used. The message is one line that names it."""
+
+
+def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
+    """Puts the file in its place at once, old or new but never half, be it that power fails. Raises OSError."""
+    fresh = path.with_name(f"{path.name}.new")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(descriptor, mode)  # neither the umask's, nor that of a file left by an earlier try
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    # The new name has to be on the disk too.
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_whole(path: Path) -> str | None:
+    """What the file holds, None where there is none; raises BrokenState."""
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as failure:
+        raise broken(path, getattr(failure, "strerror", None) or "it is not text") from None
+
+
+def broken(path: Path, why: str | None) -> BrokenState:
+    return BrokenState(f"{path} cannot be used ({why}): remove it")
