@@ -1,10 +1,10 @@
 """Which of a machine's GPUs a replica should get; pure, so that a lease and a look ahead choose alike."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from replica.gpu import Gpu
+from replica.kinds import is_of_kind
 
 # Where nobody knows how much a model takes, a GPU is free when this share of its memory is.
 _FREE_SHARE = 0.8
@@ -24,7 +24,7 @@ class Want:
 
     def is_met_by(self, gpu: Gpu) -> bool:
         """Is it of one of the kinds that are wanted?"""
-        return not self.kinds or any(is_of_kind(gpu.name, kind) for kind in self.kinds)
+        return not self.kinds or any(is_of_kind(gpu.name, kind, gpu.memory_total) for kind in self.kinds)
 
 
 def usable(gpus: Sequence[Gpu], want: Want) -> list[Gpu]:
@@ -53,16 +53,6 @@ def best_first(groups: Sequence[list[Gpu]], want: Want, failed_at: Mapping[Gpu, 
         return is_mixed, is_short, max(failed_at[gpu] for gpu in group), group[0].index
 
     return sorted(groups, key=cost)
-
-
-def is_of_kind(name: str, kind: str) -> bool:
-    """Is the GPU that the driver calls `name` what SkyPilot calls `kind`? "NVIDIA A100-SXM4-80GB" is an A100-80GB."""
-    return _words(kind) <= _words(name)
-
-
-def _words(name: str) -> set[str]:
-    # "RTX4090" and "RTX 4090", "RTXA6000" and "RTX A6000" are the same.
-    return set(re.findall(r"[A-Z0-9]+", re.sub(r"\bRTX(?=[A-Z]?\d)", "RTX ", name.upper())))
 
 
 def _need(gpu: Gpu, want: Want) -> float:

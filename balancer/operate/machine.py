@@ -2,12 +2,12 @@
 
 import json
 import os
-import re
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from balancer.errors import ConfigError
+from balancer.operate.kinds import is_of_kind
 from balancer.operate.recipe import Recipe, python, with_packages
 
 
@@ -130,18 +130,13 @@ def fitted(
                 f"{spec.source}: others hold GPUs, so that {free} of {_replicas(count)} can start now: "
                 f"groundserve check {spec.source} says who holds them"
             )
-    known = [kind for kind in spec.accelerators if any(_is_a(gpu.name, kind) for gpu in whole)]
+    known = [kind for kind in spec.accelerators if any(is_of_kind(gpu.name, kind, gpu.memory_total) for gpu in whole)]
     if each and whole and spec.accelerators and not known:
         kinds = ", ".join(spec.accelerators)
         warnings.append(f"{spec.source}: resources.accelerators: none of {kinds} is here; {whole[0].name} is used")
     kind = known[0] if known else whole[0].name.removeprefix("NVIDIA ") if whole else "GPU"
     resources = f"{each}x {kind}" if each else "1x CPU"
     return replace(recipe, gpus=each, resources=resources, fits=fits), warnings
-
-
-def _is_a(name: str, kind: str) -> bool:
-    """Is "NVIDIA A100-SXM4-80GB" an A100-80GB? Each word of the kind is one of the name's."""
-    return set(re.findall(r"\w+", kind.upper())) <= set(re.findall(r"\w+", name.upper()))
 
 
 def _replicas(count: int) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from replica.gpu import Gpu, list_gpus
+from replica.kinds import is_of_kind
 from replica.lease import LeaseError, holder, take
-from replica.placement import Want, is_of_kind
+from replica.placement import Want
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -51,6 +51,8 @@ def test_the_token_comes_from_the_variable_or_its_file(tmp_path: Path) -> None:
     file.write_text("hf_fromfile\n")
     assert read([], {"HF_TOKEN_FILE": str(file)}).hf_token == "hf_fromfile"
     assert read([], {"HF_TOKEN_FILE": str(file), "HF_TOKEN": "hf_direct"}).hf_token == "hf_direct"
+    file.write_bytes(b"\xef\xbb\xbfhf_fromwindows\r\n")
+    assert read([], {"HF_TOKEN_FILE": str(file)}).hf_token == "hf_fromwindows"
     file.write_text("")
     assert read([], {"HF_TOKEN_FILE": str(file)}).hf_token is None
 

@@ -80,17 +80,20 @@ def test_least_load_is_relative_to_each_members_limit() -> None:
     assert seen == {small.name: 4, large.name: 16}
 
 
-def test_instance_aware_least_load_knows_what_each_gpu_is_worth() -> None:
+@pytest.mark.parametrize(
+    ("targets", "large"), [({"L4": 1, "H100": 4}, "1x H100"), ({"L4": 1, "h100:2": 4, "H100": 1}, "2x H100")]
+)
+def test_instance_aware_least_load_knows_what_each_gpu_is_worth(targets: dict[str, float], large: str) -> None:
     fleet = Fleet(fleet_of(0).settings, fleet_of(0).readiness, lambda: 100.0)
     fleet.reconcile(
         [
             Listed("l4", "http://127.0.0.1:1", resources="1x L4"),
-            Listed("h100", "http://127.0.0.1:2", resources="1x H100"),
+            Listed("h100", "http://127.0.0.1:2", resources=large),
         ]
     )
     for member in fleet.members.values():
         make_ready(fleet, member)
-    admission = Admission(fleet, InstanceAwareLeastLoad({"L4": 1, "H100": 4}))
+    admission = Admission(fleet, InstanceAwareLeastLoad(targets))
     seen = Counter(place(admission, NO_PROMPT).member.name for _ in range(20))
     assert seen == {"l4": 4, "h100": 16}
 

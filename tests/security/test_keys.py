@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from balancer.__main__ import config_from, parse
 from balancer.errors import ConfigError, ServeError
 from balancer.relay.auth import Keys, bears, read_keys
 from tests.lab.replica import LabReplica
@@ -295,6 +296,19 @@ def test_a_file_that_cannot_be_used_is_refused_by_line_and_never_shown(row: tupl
     path.unlink()
     with pytest.raises(ConfigError, match="No such file"):
         read_keys(path)
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_no_part_of_a_key(tmp_path: Path) -> None:
+    (path := tmp_path / "keys").write_bytes(f"\ufeff{ALICE}\r\nbob:{hashed(BOB)}\r\n".encode())
+    assert {key.digest for key in read_keys(path).values()} == {
+        hashlib.sha256(key.encode()).digest() for key in (ALICE, BOB)
+    }
+    for flag, name in (("--admin-key", "admin_key"), ("--replica-key", "replica_key")):
+        path.write_bytes(f"\ufeff{ALICE}\r\n".encode())
+        assert getattr(config_from(parse([flag, str(path)])), name) == ALICE
+        path.write_bytes(b"\xff\xfe")
+        with pytest.raises(ConfigError, match=f"{flag} {path}:1: not UTF-8 text"):
+            config_from(parse([flag, str(path)]))
 
 
 # What is learned by guessing
