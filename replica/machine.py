@@ -9,16 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from replica import gpu
+from replica.memory import available_gib
 from replica.presets import Preset
 from replica.settings import Settings
 
 _MEMORY_WAIT = 30.0  # seconds that a dead replica's GPU memory may outlive its lease
-
-# Where a container's limit and its use stand, and the name in memory.stat of what can be dropped: cgroup v2, then v1.
-_LIMITS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 class MachineError(Exception):
@@ -49,7 +44,7 @@ def check_token(preset: Preset, told: Settings, environ: Mapping[str, str]) -> N
     """A gated model needs a token, unless it was fetched before."""
     if not preset.gated or told.hf_token or preset.model is None:
         return
-    home = Path(environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
+    home = Path(environ.get("HF_HOME") or Path(environ.get("HOME") or "~", ".cache/huggingface").expanduser())
     cache = Path(environ.get("HF_HUB_CACHE") or home / "hub")
     cached = cache / ("models--" + preset.model.replace("/", "--")) / "snapshots"
     if not cached.is_dir() and not (home / "token").is_file():
@@ -81,21 +76,6 @@ def cpu_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     except OSError:
         known = set()
     return "bfloat16" if known & {"avx512_bf16", "amx_bf16"} else "float32"
-
-
-def available_gib(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:
-    """Memory that this process may still take, in GiB: the machine's, or its container's if that is less."""
-    fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit, used, cache in _LIMITS:
-        try:
-            stat = (cgroup / limit).with_name("memory.stat").read_text()
-            dropped = int(dict(line.split() for line in stat.splitlines())[cache])
-            left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text()) + dropped
-        except (OSError, KeyError, ValueError):
-            continue  # the other layout, or "max": no limit
-        available = min(available, left)
-    return available / 2**30
 
 
 def wait_for_memory(

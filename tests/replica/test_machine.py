@@ -8,7 +8,6 @@ import pytest
 from replica.gpu import Gpu
 from replica.machine import (
     MachineError,
-    available_gib,
     check_memory,
     check_port,
     check_token,
@@ -73,29 +72,6 @@ def test_a_cpu_computes_in_the_number_type_that_it_has_instructions_for(tmp_path
 
 def test_an_unknown_cpu_computes_in_float32(tmp_path: Path) -> None:
     assert cpu_dtype(tmp_path / "cpuinfo") == "float32"
-
-
-def test_a_containers_limit_counts_less_what_can_be_dropped_from_its_cache(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\n")
-    assert available_gib(tmp_path, tmp_path) == 16
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text(f"{3 * 2**30}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {2**30}\n")
-    assert available_gib(tmp_path, tmp_path) == 16
-    (tmp_path / "memory.max").write_text(f"{4 * 2**30}\n")
-    assert available_gib(tmp_path, tmp_path) == 2
-
-
-def test_so_does_one_of_the_older_cgroups(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\n")
-    old = tmp_path / "memory"
-    old.mkdir()
-    (old / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    (old / "memory.usage_in_bytes").write_text(f"{3 * 2**30}\n")
-    (old / "memory.stat").write_text(f"inactive_file 5\ntotal_inactive_file {2**30}\n")
-    assert available_gib(tmp_path, tmp_path) == 16
-    (old / "memory.limit_in_bytes").write_text(f"{4 * 2**30}\n")
-    assert available_gib(tmp_path, tmp_path) == 2
 
 
 class Driver:
