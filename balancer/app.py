@@ -23,7 +23,7 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Network, Request
 from balancer.relay.tls import Certificate, replica_context
 from balancer.relay.upstream import Pool
-from balancer.relay.watch import FileWatch
+from balancer.relay.watch import MOUNT_ITS_FOLDER, FileWatch
 from balancer.routing.admission import Admission
 from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import PrefixAware
@@ -228,6 +228,9 @@ class Balancer:
     def _reload(self) -> None:
         """Takes up a service file that changed; a mistake in it leaves all as it was."""
         if self._service_watch is None or self._reread is None or not self._service_watch.has_changed():
+            return
+        if self._service_watch.is_cut_off:
+            log.warning("%s: %s", self.config.service_file, MOUNT_ITS_FOLDER)
             return
         try:
             self.renew(self._reread())

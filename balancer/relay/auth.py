@@ -11,7 +11,7 @@ from pathlib import Path
 
 from balancer import errors, text_file
 from balancer.errors import ConfigError
-from balancer.relay.watch import FileWatch
+from balancer.relay.watch import MOUNT_ITS_FOLDER, FileWatch
 
 log = logging.getLogger("groundserve")
 
@@ -64,6 +64,11 @@ class Keys:
     def reload(self) -> None:
         """Takes up what changed in the file; call it now and then. Requests of a key that is gone are finished."""
         if not self._watch.has_changed():
+            return
+        if self._watch.is_cut_off:
+            # Which of the keys still count cannot be known here, and one of them was perhaps taken back.
+            self._known = {}
+            log.error("--api-keys %s: nobody is let in until this is mended: %s", self._path, MOUNT_ITS_FOLDER)
             return
         try:
             fresh = read_keys(self._path, patience=0)

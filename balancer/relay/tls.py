@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from balancer.errors import ConfigError
-from balancer.relay.watch import FileWatch
+from balancer.relay.watch import MOUNT_ITS_FOLDER, FileWatch
 
 log = logging.getLogger("groundserve")
 
@@ -32,6 +32,9 @@ class Certificate:
     def reload(self) -> None:
         """Takes up a renewed certificate for connections to come; a pair that does not fit leaves the old one."""
         if not self._watch.has_changed():
+            return
+        if self._watch.is_cut_off:
+            log.warning("--tls-cert %s or --tls-key %s: %s", self._chain, self._key, MOUNT_ITS_FOLDER)
             return
         try:
             self._loaded()  # tried on a context of its own: a half-loaded pair would break every handshake

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 import re
 import statistics
 import time
@@ -220,6 +221,22 @@ def move_in(keys: Path, text: str) -> None:
 
 def remove(keys: Path) -> None:
     keys.unlink()
+
+
+@on_uvloop
+async def test_a_mounted_file_that_was_replaced_outside_lets_nobody_in(keys: Path) -> None:
+    # A file by its inode, whatever has its name since: what a container sees of a file that is mounted into it.
+    with keys.open() as mounted:
+        inside = Path(f"/proc/{os.getpid()}/fd/{mounted.fileno()}")
+        async with LabReplica() as lab, guarded(inside, lab) as house:
+            assert (await house.ask(request(body=chat(), headers=bearing(BOB)))).status == 200
+            move_in(keys, f"alice:{hashed(ALICE)}\n")
+            await until(lambda: repr(house.balancer.keys) == "<Keys >")
+            for key in (ALICE, BOB):
+                assert (await house.ask(request(body=chat(), headers=bearing(key)))).status == 401
+            (said,) = house.complaints
+            house.complaints.clear()
+    assert "mount the folder it lies in rather than the file" in said
 
 
 @on_uvloop

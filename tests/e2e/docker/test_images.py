@@ -19,8 +19,8 @@ pytestmark = pytest.mark.docker
 
 MB = 1_000_000
 DOCKERFILES = sorted(ROOT.glob("docker/*.Dockerfile")) + sorted((ROOT / "tests").rglob("*.Dockerfile"))
-OVERLAYS = ("docker/compose.cpu.yaml", "docker/compose.monitoring.yaml", "docker/compose.tls.yaml")
-COMBINATIONS = [some for count in range(4) for some in itertools.combinations(OVERLAYS, count)]
+OVERLAYS = tuple(f"docker/compose.{name}.yaml" for name in ("cpu", "keys", "monitoring", "tls"))
+COMBINATIONS = [some for count in range(5) for some in itertools.combinations(OVERLAYS, count)]
 
 
 def inspect_image(name: str) -> dict[str, Any]:
@@ -33,7 +33,11 @@ def config(*overlays: str, **environ: str) -> dict[str, Any]:
     project = Project(
         "groundserve-test-config",
         files,
-        {"TLS_DIR": "/certificates", **dict.fromkeys(("PORT", "ADMIN_PORT", "LEASE_VOLUME"), "")},
+        {
+            "TLS_DIR": "/certificates",
+            "KEYS_DIR": "/some-keys",
+            **dict.fromkeys(("PORT", "ADMIN_PORT", "LEASE_VOLUME"), ""),
+        },
     )
     return dict(json.loads(project.compose("config", "--format", "json", **environ)))
 
