@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 
-from replica import command, gpu, lease, machine, models, placement, presets, settings
+from replica import command, gpu, lease, machine, models, placement, presets, settings, surroundings
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     where = ", ".join(f"GPU {one.index} ({one.uuid})" for one in held.gpus) if held else "CPU"
     print(f"replica: {where}: {becomes}", flush=True)
     if not told.dry_run:
-        os.execve(becomes.argv[0], becomes.argv, {**environ, **becomes.environ})
+        os.execve(becomes.argv[0], becomes.argv, {**surroundings.set_right(environ, told.host), **becomes.environ})
 
 
 def become(told: settings.Settings, there: Sequence[gpu.Gpu], environ: Mapping[str, str]) -> None:
@@ -73,7 +73,7 @@ def become(told: settings.Settings, there: Sequence[gpu.Gpu], environ: Mapping[s
     if told.dry_run:
         return
     try:
-        os.execvpe(told.command[0], told.command, {**environ, **visible})
+        os.execvpe(told.command[0], told.command, {**surroundings.set_right(environ, told.host), **visible})
     except OSError as error:
         raise machine.MachineError(f"--exec {told.command[0]}: {error.strerror}") from None
 

@@ -17,6 +17,11 @@ from replica.settings import Settings
 # in.
 KEY_FILE_MARK = "@file:"
 
+# The plug-in takes it out again. An SGLang that could not load the plug-in only logs that, and would serve without what
+# it holds in; this flag it does not know, so it ends.
+PLUGIN_MARK = "--with-groundserve-plugin"
+_PLUGIN = "groundserve"  # its name among SGLang's entry points
+
 # A plain CPU has neither AMX kernels nor memory to spare: torch's own attention, one thread (replicas share
 # the cores, and more threads than cores make each slower), a KV pool of 16,384 tokens, and no busy loop while
 # idle.
@@ -61,6 +66,7 @@ def build(
         *("--model-path", folder, "--served-model-name", preset.served_name),
         *("--host", settings.host, "--port", str(settings.port)),
         *("--random-seed", str(seed), "--enable-metrics", "--enable-cache-report"),
+        PLUGIN_MARK,
         *preset.flags,
     ]
     if preset.overrides:
@@ -89,15 +95,22 @@ def _environ(settings: Settings, preset: Preset, gpus: Sequence[Gpu], environ: M
         "SGLANG_TIMEOUT_KEEP_ALIVE": "75",
     }
     if not gpus:
-        # SGLang warns of each kernel that a CPU lacks, in each of its processes, at each start.
-        defaults |= {"OMP_NUM_THREADS": "1", "SGLANG_CPU_WORKERS": "1", "PYTHONWARNINGS": "ignore::UserWarning"}
+        defaults |= {"OMP_NUM_THREADS": "1", "SGLANG_CPU_WORKERS": "1"}
     made = {name: value for name, value in defaults.items() if name not in environ}
     if gpus:
         made |= visible(gpus)
+        if "SGLANG_USE_CPU_ENGINE" in environ:
+            made["SGLANG_USE_CPU_ENGINE"] = "0"
     else:
-        made |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        # SGLang warns of each kernel that a CPU lacks, in each of its processes, at each start; where the surroundings
+        # make an error of a warning, it would not start.
+        made |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore::UserWarning"}
     if preset.is_embedded or (preset.model and Path(preset.model).is_absolute()):
         made["HF_HUB_OFFLINE"] = "1"
+    made |= settings.media.environ()  # read by the plug-in, in each of SGLang's processes
+    plugins = environ.get("SGLANG_PLUGINS")
+    if plugins:
+        made["SGLANG_PLUGINS"] = f"{plugins},{_PLUGIN}"
     if settings.hf_token:
         made["HF_TOKEN"] = settings.hf_token
     return made

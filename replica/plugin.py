@@ -1,4 +1,4 @@
-"""Our plug-in to SGLang, on its own entry points: a drain that loses nothing, and what a plain CPU lacks.
+"""Our plug-in to SGLang, on its own entry points: a drain that loses nothing, what a plain CPU lacks, media held in.
 
 Imported in each of SGLang's processes, before torch: what is heavy is imported where it is used.
 """
@@ -6,17 +6,18 @@ Imported in each of SGLang's processes, before torch: what is heavy is imported 
 import asyncio
 import importlib.util
 import os
+import pkgutil
 import re
 import sys
 import threading
 import time
 import types
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from replica.command import KEY_FILE_MARK
-from replica.settings import read_secret
+from replica.command import KEY_FILE_MARK, PLUGIN_MARK
+from replica.settings import SettingsError, read_secret
 
 # 0 switches our attention hook off, and a CPU replica runs SGLang's own (much slower on a cached prefix).
 ATTENTION_HOOK = "REPLICA_CPU_ATTENTION_HOOK"
@@ -36,25 +37,49 @@ def activate() -> None:
 
 
 def register_hooks() -> None:
-    """SGLang's plug-in entry point."""
+    """SGLang's plug-in entry point. Ends the process when a hook does not take hold, which SGLang would only log."""
+    from replica import media_hooks
+
+    try:
+        hooks = media_hooks.around(os.environ)
+        sys.argv[:] = fill_in_key(part for part in sys.argv if part != PLUGIN_MARK)
+    except (ValueError, SettingsError) as error:
+        sys.exit(f"replica: {error}")
+    end_forks_with_parent()
+    hooks["sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"] = drain
+    hooks["sglang.srt.entrypoints.engine._server_args_for_logging"] = mask_keys
+    if _on_cpu():
+        hooks["sglang.srt.models.llava.LlavaBaseForCausalLM.encode_images"] = encode_as_projected
+        if os.environ.get(ATTENTION_HOOK, "1") != "0":
+            hooks[
+                "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend"
+            ] = extend_new_rows
+    hook(hooks)
+
+
+def hook(hooks: Mapping[str, Callable[..., Any]]) -> None:
+    """Puts each hook around the function of that name, now, and ends the process when one is not there.
+
+    A replica without them would read its own files for a stranger, print its keys, or cut answers when it stops.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    sys.argv[:] = fill_in_key(sys.argv)
-    end_forks_with_parent()
-    HookRegistry.register(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", drain, HookType.AROUND
-    )
-    HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", mask_keys, HookType.AFTER)
-    if _on_cpu():
-        HookRegistry.register(
-            "sglang.srt.models.llava.LlavaBaseForCausalLM.encode_images", encode_as_projected, HookType.AROUND
-        )
-        if os.environ.get(ATTENTION_HOOK, "1") != "0":
-            HookRegistry.register(
-                "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
-                extend_new_rows,
-                HookType.AROUND,
+    stock = {target: _found(target) for target in hooks}
+    for target, around in hooks.items():
+        HookRegistry.register(target, around, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    for target in hooks:
+        if _found(target) is stock[target]:
+            sys.exit(
+                f"replica: this SGLang has no {target} to hold on to, so it is not served: SGLang 0.5.23 is needed"
             )
+
+
+def _found(target: str) -> object:
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError):
+        return None
 
 
 def _on_cpu() -> bool:
@@ -86,20 +111,22 @@ def end_forks_with_parent() -> None:
     os.register_at_fork(before=remember, after_in_child=start)
 
 
-def fill_in_key(argv: list[str]) -> list[str]:
+def fill_in_key(argv: Iterable[str]) -> list[str]:
     """argv with `@file:PATH` after --api-key replaced by what the file holds."""
+    given = list(argv)
     return [
         read_secret(Path(part.removeprefix(KEY_FILE_MARK)), "SGLANG_API_KEY_FILE")
         if before == "--api-key" and part.startswith(KEY_FILE_MARK)
         else part
-        for before, part in zip(["", *argv], argv, strict=False)
+        for before, part in zip(["", *given], given, strict=False)
     ]
 
 
-def mask_keys(shown: dict[str, Any], *_: object) -> dict[str, Any]:
-    """After SGLang's listing of its arguments for the log, which shows its keys in clear."""
+def mask_keys(stock: Callable[..., dict[str, Any]], *more: Any) -> dict[str, Any]:
+    """Around SGLang's listing of its arguments for the log, which shows its keys in clear."""
     return {
-        name: "***" if value and re.search(r"(api_key|password)$", name) else value for name, value in shown.items()
+        name: "***" if value and re.search(r"(api_key|password)$", name) else value
+        for name, value in stock(*more).items()
     }
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from replica.media import DOMAINS, LOCAL_PATH, PRIVATE, Policy
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 _EPILOG = """\
@@ -17,6 +19,7 @@ environment: MODEL, REPLICA_HOST, REPLICA_PORT, REPLICA_DEVICE, GPUS_PER_REPLICA
   MODELS_DIR    folder of the embedded models (.models of a checkout, else ~/.cache/groundserve/models)
   HF_TOKEN      Hugging Face token for gated models; or HF_TOKEN_FILE, a file that holds it
   SGLANG_ARGS   flags for SGLang, before those after --
+  ALLOWED_MEDIA_DOMAINS, ALLOWED_LOCAL_MEDIA_PATH, ALLOW_PRIVATE_MEDIA=1   as the flags
   SGLANG_API_KEY_FILE   file that holds the key which SGLang asks of its clients
 """
 
@@ -41,6 +44,7 @@ class Settings:
     hf_token: str | None = field(default=None, repr=False)
     api_key_file: Path | None = None
     sglang_args: tuple[str, ...] = ()
+    media: Policy = field(default_factory=Policy)
     dry_run: bool = False
     list_gpus: bool = False
     # A command that gets the lease in place of SGLang; empty: SGLang.
@@ -68,6 +72,20 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         raise SettingsError(f"SGLANG_ARGS cannot be split into flags: {error}") from None
     if flags.exec and not more:
         raise SettingsError("--exec runs the command that follows --, and there is none: --exec -- COMMAND")
+    if environ.get("SGLANG_PLATFORM"):
+        raise SettingsError(
+            f"SGLANG_PLATFORM={environ['SGLANG_PLATFORM']} keeps SGLang from loading groundserve's plug-in: unset it"
+        )
+    try:
+        allowed = Policy.read(
+            {
+                DOMAINS: pick(flags.allowed_media_domains, DOMAINS, ""),
+                LOCAL_PATH: pick(flags.allowed_local_media_path, LOCAL_PATH, ""),
+                PRIVATE: pick("1" if flags.allow_private_media else None, PRIVATE, "0"),
+            }
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     key_file = environ.get("SGLANG_API_KEY_FILE")
     if key_file and not read_secret(Path(key_file), "SGLANG_API_KEY_FILE"):
         raise SettingsError(f"SGLANG_API_KEY_FILE={key_file} is empty: an empty key would let everyone in")
@@ -84,6 +102,7 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         hf_token=_token(environ),
         api_key_file=Path(key_file).resolve() if key_file else None,
         sglang_args=sglang_args,
+        media=allowed,
         dry_run=flags.dry_run,
         list_gpus=flags.list_gpus,
         command=tuple(more) if flags.exec else (),
@@ -108,7 +127,10 @@ def models_dir(environ: Mapping[str, str]) -> Path:
         return Path(environ["MODELS_DIR"]).expanduser().resolve()
     if (_ROOT / "pyproject.toml").is_file():
         return _ROOT / ".models"
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundserve/models"
+    try:
+        return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundserve/models"
+    except RuntimeError:
+        raise SettingsError("this user has no home folder: set HOME, or MODELS_DIR to a folder for models") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,6 +147,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", metavar="N", help="GPUs for this replica, as tensor parallel ranks (1)")
     parser.add_argument(
         "--gpu-kinds", metavar="KINDS", help="lease these where the machine has them: L4,A100-80GB (any)"
+    )
+    parser.add_argument(
+        "--allowed-media-domains",
+        metavar="HOSTS",
+        help="the only hosts that images, videos and sounds are fetched from, separated by commas (all)",
+    )
+    parser.add_argument(
+        "--allowed-local-media-path",
+        metavar="FOLDER",
+        help="whose files requests may name as images, videos and sounds (none)",
+    )
+    parser.add_argument(
+        "--allow-private-media",
+        action="store_true",
+        help="fetch them from addresses that are not on the public Internet, too",
     )
     parser.add_argument("--dry-run", action="store_true", help="print lease and command, start nothing")
     parser.add_argument(

@@ -90,8 +90,10 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llava(logs: Path, key_file: Path) -> Iterator[Replica]:
-    """One replica that sees, and that wants a key of its clients."""
-    replica = Replica("tiny-llava", *free_ports(1), logs / "tiny-llava.log", SGLANG_API_KEY_FILE=str(key_file))
+    """One replica that sees, that wants a key of its clients, and that may fetch images from 127.0.0.1."""
+    allowed = {"ALLOW_PRIVATE_MEDIA": "1", "ALLOWED_MEDIA_DOMAINS": "127.0.0.1"}
+    log = logs / "tiny-llava.log"
+    replica = Replica("tiny-llava", *free_ports(1), log, SGLANG_API_KEY_FILE=str(key_file), **allowed)
     _started.append(replica)
     try:
         replica.wait_ready()
@@ -101,10 +103,16 @@ def tiny_llava(logs: Path, key_file: Path) -> Iterator[Replica]:
 
 
 @pytest.fixture(scope="session")
-def eyes(tiny_llava: Replica, key_file: Path, logs: Path) -> Iterator[str]:
-    """The endpoint of a balancer in front of it, which holds the key."""
+def in_front_of_eyes(tiny_llava: Replica, key_file: Path, logs: Path) -> Iterator[Balancer]:
+    """A balancer in front of it, which holds the key."""
     balancer = Balancer(logs / "balancer-eyes.log", [tiny_llava], "--replica-key", str(key_file))
     _started.append(balancer)
     balancer.wait_all_ready()
-    yield balancer.url
+    yield balancer
     balancer.end()
+
+
+@pytest.fixture
+def eyes(in_front_of_eyes: Balancer) -> str:
+    """Its endpoint."""
+    return in_front_of_eyes.url

@@ -8,6 +8,7 @@ import pytest
 
 from replica.command import build, masked
 from replica.gpu import Gpu
+from replica.media import Policy
 from replica.presets import PRESETS, resolve
 from replica.settings import Settings
 
@@ -57,6 +58,10 @@ def test_a_leased_gpu_is_given_by_its_index_in_bus_order() -> None:
     assert command.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert command.environ["CUDA_VISIBLE_DEVICES"] == "2"
     assert "SGLANG_USE_CPU_ENGINE" not in command.environ
+    meant_for_another = build(
+        TOLD, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={"SGLANG_USE_CPU_ENGINE": "1"}
+    )
+    assert meant_for_another.environ["SGLANG_USE_CPU_ENGINE"] == "0"
     assert "HF_HUB_OFFLINE" not in command.environ
     assert not {"--device", "--tp-size", "--context-length"} & set(command.argv)
 
@@ -114,3 +119,24 @@ def test_the_token_goes_into_the_environment_and_the_keys_path_into_argv() -> No
 )
 def test_secrets_are_masked_where_a_command_is_shown(argv: list[str], shown: list[str]) -> None:
     assert masked(argv) == shown
+
+
+def test_surroundings_that_choose_plug_ins_or_make_errors_of_warnings_change_nothing() -> None:
+    environ = {"SGLANG_PLUGINS": "theirs", "PYTHONWARNINGS": "error"}
+    made = build(TOLD, PRESETS["smollm2-135m"], (), seed=1, environ=environ).environ
+    assert made["SGLANG_PLUGINS"] == "theirs,groundserve"
+    assert made["PYTHONWARNINGS"] == "ignore::UserWarning"
+
+
+def test_what_media_are_allowed_is_told_to_the_plug_in(tmp_path: Path) -> None:
+    told = Settings(media=Policy(frozenset({"b.example", "a.example"}), tmp_path, True))
+    made = build(told, PRESETS["tiny-llava"], (), seed=1, environ={})
+    assert made.environ["ALLOWED_MEDIA_DOMAINS"] == "a.example b.example"
+    assert made.environ["ALLOWED_LOCAL_MEDIA_PATH"] == str(tmp_path)
+    assert made.environ["ALLOW_PRIVATE_MEDIA"] == "1"
+    nothing = build(TOLD, PRESETS["tiny-llava"], (), seed=1, environ={}).environ
+    assert (nothing["ALLOWED_LOCAL_MEDIA_PATH"], nothing["ALLOW_PRIVATE_MEDIA"]) == ("", "0")
+
+
+def test_an_sglang_that_did_not_load_the_plug_in_does_not_know_a_flag() -> None:
+    assert "--with-groundserve-plugin" in build(TOLD, PRESETS["smollm2-135m"], (), seed=1, environ={}).argv

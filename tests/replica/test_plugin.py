@@ -128,7 +128,7 @@ def test_a_key_is_read_from_its_file_into_the_arguments_only(tmp_path: Path) -> 
 
 def test_keys_are_masked_in_sglangs_own_log() -> None:
     shown = {"api_key": "sk-1", "admin_api_key": None, "ssl_keyfile_password": "p", "tokenizer_path": "t", "port": 1}
-    assert mask_keys(shown, object()) == {
+    assert mask_keys(lambda _: shown, object()) == {
         "api_key": "***",
         "admin_api_key": None,
         "ssl_keyfile_password": "***",
@@ -140,10 +140,10 @@ def test_keys_are_masked_in_sglangs_own_log() -> None:
 FORK = """
 import os, time
 from pathlib import Path
-from replica import gpu, lease, plugin
+from replica import gpu, lease, placement, plugin
 plugin.end_forks_with_parent()
 there = gpu.list_gpus({"REPLICA_PRETEND_GPUS": "1"})
-held = lease.take(there, 1, Path(os.environ["LEASES"]), wait=0, note="a parent")
+held = lease.take(there, placement.Want(1), Path(os.environ["LEASES"]), wait=0, note="a parent")
 if os.fork() == 0:
     print(os.getpid(), flush=True)
 time.sleep(600)
@@ -210,14 +210,19 @@ except NotImplementedError as error:
 import torchvision
 seen["torchvision"] = torchvision.__version__
 
+from replica import media_hooks
 from sglang.srt.plugins.hook_registry import HookRegistry
+media = media_hooks.around({})
 for case, cpu, switch in ("gpu", "0", "1"), ("cpu with stock attention", "1", "0"), ("cpu", "1", "1"):
     os.environ |= {"SGLANG_USE_CPU_ENGINE": cpu, "REPLICA_CPU_ATTENTION_HOOK": switch}
     HookRegistry.reset()
     plugin.register_hooks()
-    seen[case] = sorted(name.rpartition(".")[2] for name in HookRegistry._hooks)
-HookRegistry.apply_hooks()
-seen["not there"] = sorted(set(HookRegistry._hooks) - HookRegistry._patched)
+    seen[case] = sorted(name.rpartition(".")[2] for name in HookRegistry._hooks if name not in media)
+seen["held in"] = sorted(set(media) - HookRegistry._patched)
+try:
+    plugin.hook({"sglang.srt.utils.common.no_such_function": print})
+except SystemExit as end:
+    seen["not there"] = end.code
 print(json.dumps(seen))
 """
 
@@ -264,8 +269,12 @@ def test_the_drain_is_hooked_everywhere_and_attention_on_a_cpu_unless_switched_o
     assert seen[case] == hooked
 
 
-def test_what_is_hooked_exists_in_the_installed_sglang(seen: dict[str, Any]) -> None:
-    assert seen["not there"] == []
+def test_media_are_held_in_everywhere(seen: dict[str, Any]) -> None:
+    assert seen["held in"] == []
+
+
+def test_an_sglang_without_what_is_hooked_is_not_served(seen: dict[str, Any]) -> None:
+    assert "no sglang.srt.utils.common.no_such_function to hold on to" in seen["not there"]
 
 
 def test_a_vision_tower_computes_in_the_projectors_number_type() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from replica.media import Policy
 from replica.settings import Settings, SettingsError, models_dir, read, read_secret
 
 
@@ -37,6 +38,9 @@ def test_flags_after_two_dashes_go_to_sglang_after_those_of_the_environment() ->
         ([], {"HF_TOKEN_FILE": "/nowhere/token"}, "HF_TOKEN_FILE=/nowhere/token cannot be read"),
         ([], {"SGLANG_API_KEY_FILE": "/nowhere/key"}, "SGLANG_API_KEY_FILE=/nowhere/key cannot be read"),
         ([], {"SGLANG_API_KEY_FILE": "/dev/null"}, "is empty"),
+        ([], {"SGLANG_PLATFORM": "other"}, "SGLANG_PLATFORM=other keeps SGLang from loading groundserve's plug-in"),
+        ([], {"ALLOW_PRIVATE_MEDIA": "maybe"}, "ALLOW_PRIVATE_MEDIA=maybe"),
+        (["--allowed-local-media-path", "/nowhere"], {}, "ALLOWED_LOCAL_MEDIA_PATH=/nowhere: it is no folder"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(arguments: list[str], environ: dict[str, str], says: str) -> None:
@@ -71,3 +75,12 @@ def test_a_secret_of_several_words_is_refused(tmp_path: Path) -> None:
 def test_models_lie_where_models_dir_says_else_in_the_checkout(tmp_path: Path) -> None:
     assert models_dir({"MODELS_DIR": str(tmp_path)}) == tmp_path
     assert models_dir({}) == Path(__file__).resolve().parents[2] / ".models"
+
+
+def test_what_media_are_allowed_comes_from_flags_or_the_environment(tmp_path: Path) -> None:
+    flags = ["--allowed-media-domains", "a.example,b.example", "--allowed-local-media-path", str(tmp_path)]
+    wanted = Policy(frozenset({"a.example", "b.example"}), tmp_path.resolve(), True)
+    assert read([*flags, "--allow-private-media"], {}).media == wanted
+    environ = {"ALLOWED_MEDIA_DOMAINS": "a.example b.example", "ALLOWED_LOCAL_MEDIA_PATH": str(tmp_path)}
+    assert read([], {**environ, "ALLOW_PRIVATE_MEDIA": "1"}).media == wanted
+    assert read([], {}).media == Policy()

@@ -1,0 +1,170 @@
+"""Where the image, sound or video of a request may come from: the request itself, the web, what the operator allows.
+
+A client's string must not make the replica read its own files, nor ask what only its own network can reach.
+"""
+
+import ipaddress
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+DOMAINS = "ALLOWED_MEDIA_DOMAINS"
+LOCAL_PATH = "ALLOWED_LOCAL_MEDIA_PATH"
+PRIVATE = "ALLOW_PRIVATE_MEDIA"
+
+# In a dict, what SGLang takes for a source whatever it looks like.
+_SOURCE_KEYS = {"url", "image", "video", "audio", "video_path", "path"}
+_WORD = re.compile(r"[\w .+-]{0,64}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+_WEB = re.compile("https?://", re.IGNORECASE)
+_JPEG = "/9j/"  # how every JPEG begins in base64, and no path
+_LONGEST_PATH = 4096
+_DEEPEST = 16  # lists in lists
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class MediaError(ValueError):
+    """Media that the replica will not load, in words for the client. A ValueError, which SGLang answers with 400."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the operator allows beyond data: URLs and the public web.
+
+    domains: if any, the only hosts that media are fetched from. local: the folder that files may be read from.
+    private: addresses that are not on the public Internet may be asked, too.
+    """
+
+    domains: frozenset[str] = frozenset()
+    local: Path | None = None
+    private: bool = False
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> "Policy":
+        """From the three variables. Raises ValueError, which names the variable."""
+        folder = environ.get(LOCAL_PATH)
+        if folder and not Path(folder).is_dir():
+            raise ValueError(f"{LOCAL_PATH}={folder}: it is no folder")
+        private = environ.get(PRIVATE) or "0"
+        if private not in ("0", "1"):
+            raise ValueError(f"{PRIVATE}={private}: it is 0 or 1")
+        return cls(
+            frozenset(_host(part) for part in re.split(r"[\s,]+", environ.get(DOMAINS) or "") if part),
+            Path(folder).resolve() if folder else None,
+            private == "1",
+        )
+
+    def environ(self) -> dict[str, str]:
+        """The variables that `read` reads it from."""
+        return {
+            DOMAINS: " ".join(sorted(self.domains)),
+            LOCAL_PATH: str(self.local or ""),
+            PRIVATE: str(int(self.private)),
+        }
+
+    def settle(self, source: str) -> str:
+        """`source` so that it can be read in one way only: a data: URL, an http(s) URL, or a file's real path.
+
+        Raises MediaError for all else, and for a file outside the folder. Who is asked for a URL, and at which address,
+        is looked at when it is (replica/fetch.py).
+        """
+        if source.startswith("data:"):
+            return source
+        if web := _WEB.match(source):
+            return web[0].lower() + source[web.end() :]
+        is_file = source[:5].lower() == "file:" or (source.startswith("/") and not source.startswith(_JPEG))
+        if not is_file and _BASE64.fullmatch(source, 0, _LONGEST_PATH):
+            return f"data:;base64,{source}"  # said in so many words, it is never looked for as a file
+        if self.local is None:
+            raise MediaError(
+                f"{_shown(source)}: media are given as a data: URL or fetched by http(s); files of the replica are not "
+                f"read (its operator may allow a folder of them with {LOCAL_PATH})"
+            )
+        try:
+            file = Path(unquote(urlsplit(source).path) if source[:5].lower() == "file:" else source).resolve()
+            # Whether a file is there is told of the folder alone.
+            there = file.is_relative_to(self.local) and file.is_file()
+        except (OSError, ValueError, RuntimeError):
+            there = False
+        if not is_file or not there:
+            raise MediaError(f"{_shown(source)}: there is no such file in the folder that the operator allows")
+        return str(file)
+
+    def settle_all(self, value: Any, depth: int = 0) -> Any:
+        """`value` with every source in it settled: a string, SGLang's ImageData and the like, lists and dicts of them.
+
+        Changed in place where it can be. Raises MediaError.
+        """
+        if depth > _DEEPEST:
+            raise MediaError(f"media are in lists of at most {_DEEPEST}")
+        if isinstance(value, str):
+            return self.settle(value)
+        if isinstance(value, list):
+            for place, item in enumerate(value):
+                if not isinstance(item, int | float):
+                    value[place] = self.settle_all(item, depth + 1)
+        elif isinstance(value, tuple):
+            return tuple(self.settle_all(item, depth + 1) for item in value)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if not isinstance(item, str) or key in _SOURCE_KEYS or not _WORD.fullmatch(item):
+                    value[key] = self.settle_all(item, depth + 1)
+        elif isinstance(getattr(value, "url", None), str):
+            value.url = self.settle(value.url)
+        return value
+
+    def check_host(self, host: str, url: str) -> None:
+        """Raises MediaError when hosts are named and this is none of them."""
+        if self.domains and _host(host) not in self.domains:
+            raise MediaError(f"{_shown(url)}: the operator allows media from {', '.join(sorted(self.domains))} only")
+
+    def addresses(self, host: str, port: int) -> list[str]:
+        """The addresses of `host` that may be asked, to connect to just these: a second look-up might say others.
+
+        Raises MediaError when there are only others, OSError when the name is not known.
+        """
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        known = list(dict.fromkeys(str(address[0]) for *_, address in found))
+        allowed = [address for address in known if self.private or is_public(address)]
+        if not allowed:
+            raise MediaError(
+                f"{host} is not on the public Internet, and media are not fetched from elsewhere "
+                f"(the replica's operator may allow it with {PRIVATE}=1)"
+            )
+        return allowed
+
+
+def is_public(address: str) -> bool:
+    """Is this somebody else's address on the Internet, however it is wrapped for IPv6?"""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip.is_site_local:
+            return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not _is_ours(ip)
+
+
+def _is_ours(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """A machine may have a public address of its own, with its own doors behind it: only there can one listen."""
+    with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6) as probe:
+        try:
+            probe.bind((str(ip), 0))
+        except OSError:
+            return False
+    return True
+
+
+def _host(name: str) -> str:
+    return name.strip("[]").rstrip(".").lower()
+
+
+def _shown(source: str) -> str:
+    return repr(source if len(source) <= 100 else f"{source[:100]}...")

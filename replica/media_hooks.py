@@ -1,0 +1,89 @@
+"""replica/media.py's policy, put around every place where SGLang takes a client's string for a file or a URL."""
+
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+from replica import fetch
+from replica.media import MediaError, Policy
+
+_COMMON = "sglang.srt.utils.common"
+_FIELDS = ("image_data", "video_data", "audio_data")
+
+
+def around(environ: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
+    """What goes around which of SGLang's functions, by their full names.
+
+    A request is looked at as it comes in, which each model's own way of reading media lies behind; the common loaders
+    are held to the same, for what reads without being asked by a request. Raises ValueError.
+    """
+    policy = Policy.read(environ)
+    load = functools.partial(_load, policy)
+    return {
+        "sglang.srt.managers.io_struct.GenerateReqInput.__init__": functools.partial(_make, policy),
+        "sglang.srt.entrypoints.http_server.serve_generate_request": functools.partial(_serve, policy),
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": functools.partial(_admit, policy),
+        f"{_COMMON}.get_image_bytes": load,
+        f"{_COMMON}.load_audio": load,
+        f"{_COMMON}._normalize_video_input": load,
+        f"{_COMMON}._load_image": _decode,
+        f"{_COMMON}.get_mm_http_session": functools.partial(_session, policy),
+        f"{_COMMON}.download_remote_media": fetch.fetch,
+    }
+
+
+def _settle(policy: Policy, asked: Any) -> None:
+    for name in _FIELDS:
+        if given := getattr(asked, name, None):
+            setattr(asked, name, policy.settle_all(given))
+
+
+def _make(policy: Policy, stock: Callable[..., None], asked: Any, *more: Any, **named: Any) -> None:
+    """Around the request that every OpenAI or Anthropic one becomes: here a stream may still be refused with a 400."""
+    stock(asked, *more, **named)
+    _settle(policy, asked)
+
+
+async def _serve(policy: Policy, stock: Callable[..., Awaitable[Any]], asked: Any, *more: Any, **named: Any) -> Any:
+    """Around /generate, whose request is made of its body as it is, and which begins a stream before it looks."""
+    try:
+        _settle(policy, asked)
+    except MediaError as error:
+        from fastapi.responses import JSONResponse
+
+        return JSONResponse({"error": {"message": str(error)}}, 400)
+    return await stock(asked, *more, **named)
+
+
+def _admit(policy: Policy, stock: Callable[..., Any], manager: Any, asked: Any, *more: Any, **named: Any) -> Any:
+    """Around what every request goes through, embeddings and scores among them."""
+    try:
+        _settle(policy, asked)
+    except MediaError as error:
+        return _refuse(error)  # where it is first asked for an answer, as SGLang's own refusals
+    return stock(manager, asked, *more, **named)
+
+
+async def _refuse(error: MediaError) -> AsyncIterator[Any]:
+    nothing: tuple[Any, ...] = ()
+    for answer in nothing:  # makes it a generator
+        yield answer
+    raise error
+
+
+def _load(policy: Policy, stock: Callable[..., Any], source: Any, *more: Any, **named: Any) -> Any:
+    return stock(policy.settle(source) if isinstance(source, str) else source, *more, **named)
+
+
+def _decode(stock: Callable[..., Any], *more: Any, **named: Any) -> Any:
+    """Around the decoding of an image: what Pillow cannot take is a mistake of who sent it, however Pillow says so."""
+    try:
+        return stock(*more, **named)
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise MediaError(f"Could not decode image: {error}") from error
+
+
+def _session(policy: Policy, stock: Callable[..., Any]) -> Any:
+    return fetch.guarded(stock(), policy)

@@ -1,0 +1,53 @@
+"""What a replica takes from its surroundings, set right: variables that were meant for other programs, or are missing.
+
+A proxy is for what lies outside: a replica asks itself too, as it warms up, and must not ask itself through one.
+"""
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+_ANY = ("0.0.0.0", "::")
+
+
+def set_right(environ: Mapping[str, str], host: str) -> dict[str, str]:
+    """`environ` as a server on `host` wants it. A home that is missing or read-only is replaced by a fresh folder."""
+    made = {**environ, **no_proxy(environ, host)}
+    if not _takes_files(environ.get("TMPDIR")):
+        made.pop("TMPDIR", None)
+    home = environ.get("HOME") or _home()
+    if not _takes_files(home):
+        # For compilers' caches and the like. What was downloaded stays where it is.
+        downloads = f"{home}/.cache/huggingface"
+        if home and Path(downloads).is_dir():
+            made = {"HF_HOME": downloads, **made}
+        home = tempfile.mkdtemp(prefix="groundserve-home-", dir=made.get("TMPDIR"))
+    # Models' names and prompts are no matter of the machine's language.
+    return {**made, "HOME": str(home), "PYTHONUTF8": "1"}
+
+
+def no_proxy(environ: Mapping[str, str], host: str) -> dict[str, str]:
+    """Both spellings of NO_PROXY, with this machine in it; whatever else is said there stays."""
+    said = [part for name in ("no_proxy", "NO_PROXY") for part in re.split(r"[\s,]+", environ.get(name, "")) if part]
+    own = (*_LOOPBACK, *(() if host in _ANY else (host.strip("[]"),)))
+    parts = ["*"] if "*" in said else list(dict.fromkeys([*said, *own]))
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(parts))
+
+
+def _home() -> str | None:
+    try:
+        return str(Path.home())
+    except RuntimeError:  # a container's user that no file names
+        return None
+
+
+def _takes_files(folder: str | None) -> bool:
+    if not folder:
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,82 @@
+"""What a request names as an image never makes a real replica read its files or ask where it may not; it is a 400."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.images import data_url, png
+from tests.e2e.running import Balancer, Replica
+
+MODEL = "tiny-llava"
+
+
+def chat(image: str) -> dict[str, Any]:
+    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What color is it?"}]
+    return {"model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": content}]}
+
+
+def responses(image: str) -> dict[str, Any]:
+    content = [{"type": "input_image", "image_url": image}, {"type": "input_text", "text": "What color is it?"}]
+    return {"model": MODEL, "max_output_tokens": 4, "input": [{"role": "user", "content": content}]}
+
+
+def messages(image: str) -> dict[str, Any]:
+    source = {"type": "url", "url": image}
+    content = [{"type": "image", "source": source}, {"type": "text", "text": "What color is it?"}]
+    return {"model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": content}]}
+
+
+def generate(image: str) -> dict[str, Any]:
+    return {"text": "<image>\nWhat color is it?", "image_data": image, "sampling_params": {"max_new_tokens": 4}}
+
+
+def batch(image: str) -> dict[str, Any]:
+    one = generate(image)
+    return {**one, "text": [one["text"], one["text"]], "image_data": [[data_url("red")], [image]]}
+
+
+WAYS = {
+    "/v1/chat/completions": [chat],
+    "/v1/responses": [responses],
+    "/v1/messages": [messages],
+    "/generate": [generate, batch],
+}
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("home") / "private.png"
+    file.write_bytes(png("blue"))
+    return file
+
+
+@pytest.mark.parametrize(("path", "body"), [(path, body) for path, bodies in WAYS.items() for body in bodies])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_files_and_unnamed_hosts_are_refused(eyes: str, path: str, body: Any, stream: bool, private: Path) -> None:
+    asked = {**body(data_url("blue")), "stream": stream}
+    assert httpx.post(f"{eyes}{path}", json=asked, timeout=120).status_code == 200
+    for image in (f"file://{private}", str(private), "file:///no/such/file.png", "~/private.png"):
+        answer = httpx.post(f"{eyes}{path}", json={**body(image), "stream": stream}, timeout=120)
+        assert answer.status_code == 400, (image, answer.text)
+        assert "ALLOWED_LOCAL_MEDIA_PATH" in answer.text
+
+
+@pytest.mark.parametrize("path", WAYS)
+def test_a_host_that_is_not_named_is_refused(eyes: str, tiny_llava: Replica, path: str) -> None:
+    (body, *_) = WAYS[path]
+    inner = f"http://localhost:{tiny_llava.port}/flush_cache"
+    answer = httpx.post(f"{eyes}{path}", json=body(inner), timeout=120)
+    assert answer.status_code == 400, answer.text
+    assert "the operator allows media from 127.0.0.1 only" in answer.text
+
+
+def test_a_link_that_gives_no_image_is_the_clients_mistake_and_ejects_nobody(
+    eyes: str, tiny_llava: Replica, in_front_of_eyes: Balancer
+) -> None:
+    for _ in range(6):
+        answer = httpx.post(f"{eyes}/v1/chat/completions", json=chat(f"{tiny_llava.url}/no.png"), timeout=120)
+        assert answer.status_code == 400, answer.text
+        assert "cannot be fetched" in answer.text
+    assert in_front_of_eyes.statuses() == ["READY"]
