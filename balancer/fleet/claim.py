@@ -18,6 +18,12 @@ class Chosen(Protocol):
     @property
     def computing(self) -> int: ...
 
+    def begun(self) -> None:
+        """The member has computed the prompt."""
+
+    def over(self) -> None:
+        """The place is given back."""
+
 
 C = TypeVar("C", bound=Chosen)
 
@@ -60,8 +66,13 @@ class Claim(Generic[C]):
         self._computing = choice.computing
         member.computing += self._computing
 
-    def begun(self) -> None:
-        """The member has begun to answer: it has computed the prompt, and what waits here may follow."""
+    def begun(self, is_computed: bool = True) -> None:
+        """The member has begun to answer, so what waits here may follow; if well, it has computed the prompt."""
+        if is_computed:
+            self.choice.begun()
+        self._go_on()
+
+    def _go_on(self) -> None:
         self.member.computing -= self._computing
         self._computing = 0
         if self._is_pending:
@@ -78,8 +89,9 @@ class Claim(Generic[C]):
         self._fleet.in_flight -= 1
         self.member.in_flight -= 1
         self.member.generating -= self._is_generating
+        self.choice.over()
         was_pending = self._is_pending
-        self.begun()
+        self._go_on()
         if self.trial is not None:
             self._fleet.outliers.given_back(self.trial)
         if not was_pending:

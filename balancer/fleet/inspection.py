@@ -14,7 +14,8 @@ TOKENS_PER_REQUEST = 256
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`identity` changes with each start; `limit` is in requests, `capacity_tokens` in tokens; None: not said.
+    """`identity` changes with each start; `limit` is in requests, `capacity_tokens` in tokens, both of all its `ranks`
+    (data-parallel ones) together; None: not said.
 
     `is_whole` is False where the replica did not come to say who it is: SGLang's scheduler has to, between two steps.
     """
@@ -23,6 +24,7 @@ class Facts:
     limit: int | None = None
     capacity_tokens: int | None = None
     is_whole: bool = True
+    ranks: int = 1
 
 
 async def read_waiting(line: Line, timeout: float) -> int | None:
@@ -40,9 +42,11 @@ async def read_facts(line: Line, timeout: float) -> Facts:
     is_whole = loads is not None and info is not None
     loads, info = loads or {}, info or {}
     ranks = _ranks(loads)
-    capacity = _sum(ranks, "max_total_num_tokens") or _sum([info], "max_total_num_tokens")
+    count = len(ranks) or _sum([info], "dp_size") or 1
+    of_one = _sum([info], "max_total_num_tokens")  # /server_info tells one rank's
+    capacity = _sum(ranks, "max_total_num_tokens") or (of_one and of_one * count)
     running = _sum(ranks, "max_running_requests") or _sum([info], "max_running_requests")
-    return Facts(_identity(info), limit_of(running, capacity), capacity, is_whole)
+    return Facts(_identity(info), limit_of(running, capacity), capacity, is_whole, count)
 
 
 def _ranks(loads: dict[str, Any]) -> list[dict[str, Any]]:

@@ -137,6 +137,7 @@ class Member:
     limit: int = UNKNOWN_LIMIT
     own_limit: int | None = None  # what the replica says of itself
     capacity_tokens: int | None = None
+    ranks: int = 1  # data-parallel ones; each has its part of the KV pool, and its part of the requests
     identity: str | None = None
     last_byte_at: float = 0.0
     alive_at: float = 0.0  # when it last said, asked amid a silence, that it is at work

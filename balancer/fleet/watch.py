@@ -122,6 +122,7 @@ class Watch:
             return True
         if facts.is_whole:  # else who it is will be asked again after the next /ready
             self._inspected, self._was_refused = breaks, False
+            member.ranks = facts.ranks
         member.identity = facts.identity or member.identity
         member.capacity_tokens = facts.capacity_tokens or member.capacity_tokens
         member.own_limit = facts.limit or member.own_limit

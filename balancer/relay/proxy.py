@@ -268,7 +268,7 @@ class _Relay:
         now = self._member.last_byte_at  # when this very piece was read
         if self._record.first_byte is None:
             self._record.first_byte = now - self._record.received_at
-            self._claim.begun()
+            self._claim.begun(is_computed=self.status == 200)
         elif self._gaps is not None:
             self._gaps.note(now - self._last_at)
         self._last_at = now

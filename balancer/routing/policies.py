@@ -4,19 +4,30 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from balancer.fleet.member import Member
+from balancer.routing.prefix_index import Coming
 from balancer.routing.prompt import Prompt
 
 
 class Choice(NamedTuple):
     """A member, why it was chosen, and which share of the prompt (0 to 1) it has probably cached; None: not asked.
 
-    `computing` is what it has to compute before the answer begins, in blocks; 0 where nobody sees that begin.
+    `computing` is what it has to compute before the answer begins, in blocks; 0 where nobody sees that begin. `coming`
+    is who wants to know whether it begins; the claim tells.
     """
 
     member: Member
     reason: str
     matched: float | None = None
     computing: int = 0
+    coming: Coming | None = None
+
+    def begun(self) -> None:
+        if self.coming is not None:
+            self.coming.begun()
+
+    def over(self) -> None:
+        if self.coming is not None:
+            self.coming.over()
 
 
 class Policy(Protocol):

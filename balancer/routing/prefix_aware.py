@@ -27,8 +27,9 @@ LEAST_MEAN = 4.0
 ALIKE = 3.0
 # A match below this says little more than that all prompts here begin alike.
 LEAST_SHARE = 0.1
-# Answers that reuse less than this part of what was predicted, so many in a row, say that the cache is gone. Requests
-# that are prefilled together miss together, and prefixes are evicted early: at two in a row that was taken for a flush.
+# Answers that reuse less than this part of what earlier answers show to be cached, so many in a row, say that the cache
+# is gone. Prefixes are evicted early: at two in a row that was taken for a flush. Times the ranks, for one has a prefix
+# and any gets the request.
 DOUBT = 0.1
 FLUSHED_AFTER = 4
 
@@ -47,7 +48,9 @@ class PrefixAware:
         blocks = prompt.blocks
         size = len(blocks)
         loads = relative_loads(members)
-        found = {member: depth for member, depth in self.index.matched(blocks) if member in loads}
+        depths = {member: depth for member, depth in self.index.matched(blocks) if member in loads}
+        # Of a replica's ranks one has it, as a rule, and which of them gets the request is the replica's business.
+        found = {member: depth / member.ranks for member, depth in depths.items()}
         costs = work(found, size, found, loads, self.index.occupancy)
         best = min(costs, key=costs.__getitem__, default=None)
         if best is None or costs[best] > size + ALIKE or found[best] < LEAST_SHARE * size:
@@ -56,12 +59,12 @@ class PrefixAware:
             best = self._least_or_roomiest(costs, found, size)
         if not blocks:
             return Choice(best, "room", 0.0)
-        self.index.add(best, blocks)
+        coming = self.index.expect(best, blocks, depths.get(best, 0))
         depth = found.get(best, 0)
         reason = "prefix" if depth >= LEAST_SHARE * size else "room"
-        return Choice(best, reason, depth / size, size - depth if prompt.is_streamed else 0)
+        return Choice(best, reason, depth / size, int(size - depth) if prompt.is_streamed else 0, coming)
 
-    def _least_or_roomiest(self, costs: Mapping[Member, float], found: Mapping[Member, int], size: int) -> Member:
+    def _least_or_roomiest(self, costs: Mapping[Member, float], found: Mapping[Member, float], size: int) -> Member:
         """Who has least to do, in turn; if that has next to nothing of the prompt, who has most room for it."""
         least = min(costs.values())
         best = min((member for member, cost in costs.items() if cost == least), key=turn)
@@ -72,16 +75,18 @@ class PrefixAware:
         return min(alike, key=lambda member: (int(occupied.get(member, 0.0) * 10), costs[member], member.turn))
 
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
-        self.index.learn(choice.member, len(prompt.blocks), prompt_tokens)
-        if not choice.matched or cached_tokens is None or choice.member not in self.index.occupancy:
+        member, size = choice.member, len(prompt.blocks)
+        self.index.learn(member, size, prompt_tokens)
+        known = choice.coming.known if choice.coming else 0  # the rest may have been under way, and missed together
+        if not known or cached_tokens is None or member not in self.index.occupancy:
             return  # nothing to judge, or it left meanwhile
-        if cached_tokens >= DOUBT * choice.matched * prompt_tokens:
-            self._doubts.pop(choice.member, None)
+        if cached_tokens >= DOUBT * known / size * prompt_tokens:
+            self._doubts.pop(member, None)
             return
-        doubts = self._doubts[choice.member] = self._doubts.get(choice.member, 0) + 1
-        if doubts >= FLUSHED_AFTER:
-            self.forget(choice.member)
-            self.index.add(choice.member, prompt.blocks)
+        doubts = self._doubts[member] = self._doubts.get(member, 0) + 1
+        if doubts >= FLUSHED_AFTER * member.ranks:
+            self.forget(member)
+            self.index.add(member, prompt.blocks)
 
     def forget(self, member: Member) -> None:
         self._doubts.pop(member, None)

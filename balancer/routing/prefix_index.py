@@ -5,35 +5,86 @@ from collections import OrderedDict
 from balancer.fleet.member import Member
 from balancer.routing.prompt import BLOCK_BYTES
 
-# Before a member's answers say how many tokens it makes of a block: English has about 4 bytes a token.
+# Before any answer says how many tokens a member makes of a block: English has about 4 bytes a token.
 TOKENS_PER_BLOCK = BLOCK_BYTES / 4
+# A block may be learned to make so many times less or more, so that prompts made for it cannot grow the index for ever.
+FEWEST, MOST = TOKENS_PER_BLOCK / 4, TOKENS_PER_BLOCK * 8
 LEARNING_RATE = 0.05
 UNKNOWN_CAPACITY = 65_536  # tokens
+# Blocks that are kept for a member at the most, 13 MB of memory: 32 MiB of prompt, more than any KV pool holds today.
+MOST_BLOCKS = 65_536
+
+
+class TokensPerBlock:
+    """How many tokens are made of a block: a running mean of what answers told."""
+
+    __slots__ = ("answers", "mean")
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.mean = TOKENS_PER_BLOCK
+
+    def learn(self, blocks: int, tokens: int) -> None:
+        """The first answers weigh in full: what is forgotten while a pool is taken for too small does not come back."""
+        seen = min(max(tokens / blocks, FEWEST), MOST)
+        self.answers += 1
+        self.mean += max(LEARNING_RATE, 1 / self.answers) * (seen - self.mean)
 
 
 class _Cache:
-    """One member's blocks, the least recently used first."""
+    """One member's blocks."""
 
-    __slots__ = ("answers", "blocks", "slot", "tokens_per_block")
+    __slots__ = ("blocks", "coming", "slot", "tokens")
 
     def __init__(self, slot: int) -> None:
         self.slot = slot  # its bit in `PrefixIndex._owners`
-        self.blocks: OrderedDict[int, None] = OrderedDict()  # a plain dict is slow to lose its oldest key
-        self.tokens_per_block = TOKENS_PER_BLOCK
-        self.answers = 0  # that told how many tokens their prompts made
+        # Least recently used first; a plain dict is slow to lose its oldest key.
+        self.blocks: OrderedDict[int, None] = OrderedDict()
+        self.coming: dict[int, int] = {}  # in how many prompts each is that it has not begun to answer
+        self.tokens = TokensPerBlock()
+
+
+class Coming:
+    """A prompt that a member was given. Its blocks match from then on, and stay there if its answer begins.
+
+    `known` are the first of its blocks that earlier answers show to be there already. Call `over` in the end.
+    """
+
+    __slots__ = ("_blocks", "_cache", "_index", "_member", "known")
+
+    def __init__(self, index: "PrefixIndex", member: Member, cache: _Cache, blocks: list[int], known: int) -> None:
+        self._index = index
+        self._member = member
+        self._cache: _Cache | None = cache
+        self._blocks = blocks
+        self.known = known
+
+    def begun(self) -> None:
+        """The member has computed it."""
+        self._arrive(has_come=True)
+
+    def over(self) -> None:
+        """If its answer did not begin, it leaves no trace."""
+        self._arrive(has_come=False)
+
+    def _arrive(self, has_come: bool) -> None:
+        cache, self._cache = self._cache, None
+        if cache is not None and self.known < len(self._blocks):
+            self._index.arrived(self._member, cache, self._blocks, self.known, has_come)
 
 
 class PrefixIndex:
     """Block hashes of all members in one table: each block maps to a bit set of the members that have it.
 
-    Memory is bounded by construction: a member never has more blocks than its KV pool is taken to hold, and a block
-    that nobody has is not in the table.
+    Memory is bounded by construction: a member never has more blocks than its KV pool is taken to hold and the prompts
+    that it has not begun to answer have, and a block that nobody has is not in the table.
     """
 
     def __init__(self) -> None:
         self._owners: dict[int, int] = {}
         self._caches: dict[Member, _Cache] = {}
         self._members: dict[int, Member] = {}  # by slot
+        self._tokens = TokensPerBlock()  # of all members
         # The share of its KV pool that is probably in use, from 0 to 1; who is not in it has an empty one.
         self.occupancy: dict[Member, float] = {}
 
@@ -42,10 +93,15 @@ class PrefixIndex:
         return len(self._owners)
 
     def capacity(self, member: Member) -> int:
-        """How many blocks of prompt this member's KV pool is taken to hold."""
+        """How many blocks of prompt this member's KV pool is taken to hold.
+
+        Whose answers do not say how many tokens they had, as most streams do not, is taken to be like the others. Ranks
+        of a replica that share its requests out come to hold the same, so that only one of their pools counts.
+        """
         cache = self._caches.get(member)
-        tokens_per_block = cache.tokens_per_block if cache else TOKENS_PER_BLOCK
-        return max(1, int((member.capacity_tokens or UNKNOWN_CAPACITY) / tokens_per_block))
+        tokens = cache.tokens if cache and cache.tokens.answers else self._tokens
+        pool = (member.capacity_tokens or UNKNOWN_CAPACITY) / member.ranks
+        return min(max(1, int(pool / tokens.mean)), MOST_BLOCKS)
 
     def matched(self, blocks: list[int]) -> list[tuple[Member, int]]:
         """The members that have the first block, and how many of the first blocks each has."""
@@ -71,8 +127,42 @@ class PrefixIndex:
             found.append((self._members[lowest.bit_length() - 1], depth))
             slots ^= lowest
 
+    def expect(self, member: Member, blocks: list[int], matched: int) -> Coming:
+        """The member is given this prompt, of which it matched so many blocks. What is new pushes nothing out yet."""
+        cache = self._caches.get(member) or self._new_cache(member)
+        held, coming, owners, bit = cache.blocks, cache.coming, self._owners, 1 << cache.slot
+        known = matched
+        while known and blocks[known - 1] not in held:
+            known -= 1  # others that are under way would bring it
+        for block in reversed(blocks[:known]):
+            held.move_to_end(block)
+        for block in blocks[known:]:
+            count = coming.get(block, 0)
+            coming[block] = count + 1
+            if not count:
+                owners[block] = owners.get(block, 0) | bit
+        self._measure(member, cache)
+        return Coming(self, member, cache, blocks, known)
+
+    def arrived(self, member: Member, cache: _Cache, blocks: list[int], known: int, has_come: bool) -> None:
+        """What `expect` expected has come, or will not come."""
+        if self._caches.get(member) is not cache:
+            return  # it left, or was forgotten meanwhile
+        held, coming, bit = cache.blocks, cache.coming, 1 << cache.slot
+        for block in blocks[known:]:
+            if (count := coming[block]) > 1:
+                coming[block] = count - 1
+                continue
+            del coming[block]
+            if not has_come and block not in held:
+                self._disown(block, bit)
+        if has_come:
+            self.add(member, blocks)
+        else:
+            self._measure(member, cache)
+
     def add(self, member: Member, blocks: list[int]) -> None:
-        """The member gets this prompt: its blocks are the most recently used now, the first one the most of all."""
+        """The member has this prompt: its blocks are the most recently used now, the first one the most of all."""
         cache = self._caches.get(member) or self._new_cache(member)
         owners, held, bit = self._owners, cache.blocks, 1 << cache.slot
         for block in reversed(blocks):  # what is evicted first is the end of a prefix, as in a radix tree
@@ -81,21 +171,18 @@ class PrefixIndex:
             else:
                 held[block] = None
                 owners[block] = owners.get(block, 0) | bit
-        capacity = self.capacity(member)
-        for _ in range(len(held) - capacity):
-            self._disown(held.popitem(last=False)[0], bit)
-        self.occupancy[member] = len(held) / capacity
+        for _ in range(len(held) - self.capacity(member)):
+            block, _ = held.popitem(last=False)
+            if block not in cache.coming:
+                self._disown(block, bit)
+        self._measure(member, cache)
 
     def learn(self, member: Member, blocks: int, tokens: int) -> None:
-        """An answer told how many tokens a prompt of that many blocks made: a running mean, for the capacity.
-
-        The first answers weigh in full: what is forgotten while the capacity is taken for too small does not come back.
-        """
+        """An answer told how many tokens a prompt of that many blocks made: for the capacity."""
         cache = self._caches.get(member)
         if cache and blocks and tokens > 0:
-            seen = min(max(tokens / blocks, TOKENS_PER_BLOCK / 8), TOKENS_PER_BLOCK * 8)
-            cache.answers += 1
-            cache.tokens_per_block += max(LEARNING_RATE, 1 / cache.answers) * (seen - cache.tokens_per_block)
+            cache.tokens.learn(blocks, tokens)
+            self._tokens.learn(blocks, tokens)
 
     def forget(self, member: Member) -> None:
         """It left, restarted or flushed its cache."""
@@ -103,7 +190,7 @@ class PrefixIndex:
         self.occupancy.pop(member, None)
         if cache:
             del self._members[cache.slot]
-            for block in cache.blocks:
+            for block in cache.blocks.keys() | cache.coming.keys():
                 self._disown(block, 1 << cache.slot)
 
     def _new_cache(self, member: Member) -> _Cache:
@@ -111,6 +198,9 @@ class PrefixIndex:
         self._members[slot] = member
         self._caches[member] = cache = _Cache(slot)
         return cache
+
+    def _measure(self, member: Member, cache: _Cache) -> None:
+        self.occupancy[member] = min(1.0, (len(cache.blocks) + len(cache.coming)) / self.capacity(member))
 
     def _disown(self, block: int, bit: int) -> None:
         left = self._owners[block] & ~bit

@@ -26,6 +26,13 @@ class Chosen:
     def __init__(self, member: Member) -> None:
         self.member = member
         self.computing = 0
+        self.told: list[str] = []
+
+    def begun(self) -> None:
+        self.told.append("begun")
+
+    def over(self) -> None:
+        self.told.append("over")
 
 
 def listed(number: int, **more: Any) -> Listed:

@@ -91,6 +91,7 @@ class Simulation:
         self._ask(at_once)
         for _, request in self._events(at_once):
             sent_at, claim, turn, later = self._flying.pop(request)
+            claim.begun()
             claim.__exit__(None, None, None)
             self.policy.answered(claim.choice, turn, request.prompt_tokens, request.cached_tokens)
             assert request.first_token_at is not None

@@ -28,6 +28,13 @@ def place(admission: Admission, prompt: Prompt, tried: list[Member] | None = Non
 
 
 def finish(claim: Place) -> None:
+    """It is answered whole."""
+    claim.begun()
+    claim.__exit__(None, None, None)
+
+
+def leave(claim: Place) -> None:
+    """The client leaves before the answer begins."""
     claim.__exit__(None, None, None)
 
 
@@ -236,6 +243,98 @@ def test_of_two_that_have_as_much_of_it_the_one_that_computes_less_for_others_ge
     long.begun()  # it has computed that prompt, so what counts is in flight again
     assert (one.computing, two.computing) == (0, 0)
     assert place(admission, prompt).member is long.member
+
+
+def test_samples_of_one_prompt_that_are_prefilled_together_make_it_forget_nothing() -> None:
+    """None of them finds it cached, for none had been computed when they came."""
+    policy = PrefixAware()
+    admission = Admission(fleet_of(1), policy)
+    for number in range(5):
+        finish(place(admission, chat(system(number))))
+    known = len(policy.index)
+    prompt = chat(system(99))
+    claims = [place(admission, prompt) for _ in range(3 * FLUSHED_AFTER)]
+    assert [claim.choice.matched for claim in claims] == [0.0] + [1.0] * (3 * FLUSHED_AFTER - 1)
+    for claim in claims:
+        finish(claim)
+        policy.answered(claim.choice, prompt, prompt_tokens=1_000, cached_tokens=0)
+    assert len(policy.index) == known + len(prompt.blocks)
+
+
+def test_only_the_part_of_a_match_that_was_computed_before_is_judged() -> None:
+    policy = PrefixAware()
+    admission = Admission(fleet_of(1, capacity_tokens=200_000), policy)
+    finish(place(admission, chat(system(1))))
+    longer = system(1) + system(2, 60_000)
+    claims = [place(admission, chat(longer, f"{n}")) for n in range(2 * FLUSHED_AFTER)]
+    known = len(policy.index)
+    for claim in claims:
+        finish(claim)
+        # The system prompt was cached, a sixteenth of it all; the rest was under way for all of them.
+        policy.answered(claim.choice, chat(longer), prompt_tokens=16_000, cached_tokens=1_000)
+    assert len(policy.index) >= known
+    assert policy._doubts == {}
+
+
+def test_a_flushed_cache_is_noticed_by_what_comes_after_an_answer_began() -> None:
+    policy = PrefixAware()
+    admission = Admission(fleet_of(1), policy)
+    prompts = [chat(system(number)) for number in range(4)]
+    for prompt in prompts:
+        finish(place(admission, prompt))
+    for number in range(FLUSHED_AFTER):
+        prompt = prompts[number % 2]
+        claim = place(admission, prompt)
+        finish(claim)
+        policy.answered(claim.choice, prompt, prompt_tokens=1_000, cached_tokens=0)
+    assert policy.index.matched(prompts[2].blocks) == policy.index.matched(prompts[3].blocks) == []
+
+
+def test_requests_whose_clients_left_at_once_push_out_nothing() -> None:
+    policy = PrefixAware()
+    admission = Admission(fleet_of(2, capacity_tokens=8_000), policy)
+    hot = [chat(system(number)) for number in range(8)]
+    homes = {number: place(admission, prompt) for number, prompt in enumerate(hot)}
+    for claim in homes.values():
+        finish(claim)
+    for number in range(100, 120):
+        leave(place(admission, chat(system(number, 600_000))))
+    for number, prompt in enumerate(hot):
+        assert dict(policy.index.matched(prompt.blocks)) == {homes[number].member: len(prompt.blocks)}
+    assert policy.index.matched(chat(system(100, 600_000)).blocks) == []
+
+
+def test_equal_prompts_are_kept_together_before_the_first_answer() -> None:
+    policy = PrefixAware()
+    admission = Admission(fleet_of(4, capacity_tokens=200_000), policy)
+    prompt = chat(system(1, 40_000))
+    for number in range(10):  # other work, so that nobody is idle
+        place(admission, chat(system(number + 10, 2_000)))
+    claims = [place(admission, prompt) for _ in range(6)]
+    assert len({claim.member.name for claim in claims}) == 1
+    for claim in claims[:5]:
+        leave(claim)
+    assert dict(policy.index.matched(prompt.blocks)) == {claims[0].member: len(prompt.blocks)}
+    leave(claims[5])
+    assert policy.index.matched(prompt.blocks) == []
+
+
+def test_of_a_replica_with_ranks_one_has_a_prefix_and_any_gets_the_request() -> None:
+    policy = PrefixAware()
+    fleet = fleet_of(1, capacity_tokens=40_000)
+    (member,) = fleet.members.values()
+    admission = Admission(fleet, policy)
+    member.ranks = 4
+    prompt, other = chat(system(1)), chat(system(2))
+    for each in (prompt, other):
+        finish(place(admission, each))
+    for number in range(4 * FLUSHED_AFTER):
+        assert policy.index.matched(other.blocks) != [], f"after {number} misses, which chance explains"
+        claim = place(admission, prompt)
+        assert claim.choice.matched == 0.25
+        finish(claim)
+        policy.answered(claim.choice, prompt, prompt_tokens=1_000, cached_tokens=0)
+    assert policy.index.matched(other.blocks) == []
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -6,8 +6,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
 from balancer.fleet.member import Member
-from balancer.routing.prefix_index import PrefixIndex
+from balancer.routing.prefix_index import MOST_BLOCKS, Coming, PrefixIndex
 from balancer.routing.prompt import BLOCK_BYTES
 from tests.routing.fleets import fleet_of
 
@@ -92,6 +95,113 @@ def test_a_prompt_too_short_for_a_block_says_nothing_of_the_capacity() -> None:
     index.learn(one, blocks=0, tokens=12)
     index.learn(one, blocks=3, tokens=0)
     assert index.capacity(one) == 100
+
+
+def test_ranks_come_to_hold_the_same_so_one_pool_counts() -> None:
+    (one,) = members(1, 100)
+    one.ranks = 4
+    assert PrefixIndex().capacity(one) == 25
+
+
+def test_a_member_whose_answers_tell_no_tokens_is_taken_to_be_like_the_others() -> None:
+    one, two = members(2, 100)
+    index = PrefixIndex()
+    index.add(one, [1])
+    index.add(two, [1])
+    for _ in range(20):
+        index.learn(one, blocks=30, tokens=30 * BLOCK_BYTES // 8)
+    assert index.capacity(one) == index.capacity(two) == 200
+    index.learn(two, blocks=30, tokens=30 * BLOCK_BYTES // 2)
+    assert (index.capacity(one), index.capacity(two)) == (200, 50), "its own answers tell more"
+
+
+def test_prompts_that_make_hardly_a_token_let_no_member_have_blocks_without_end() -> None:
+    small, huge = members(2, 1_000)
+    huge.capacity_tokens = 1 << 40
+    index = PrefixIndex()
+    for member in (small, huge):
+        index.add(member, [1])
+        for _ in range(100):
+            index.learn(member, blocks=1_000, tokens=1)
+    assert index.capacity(small) == 4_000
+    assert index.capacity(huge) == MOST_BLOCKS
+
+
+def test_what_comes_matches_at_once_and_stays_only_if_its_answer_begins() -> None:
+    (one,) = members(1, 6)
+    index = PrefixIndex()
+    index.add(one, [1, 2, 3])
+    coming = index.expect(one, [1, 2, 3, 4, 5, 6, 7, 8], 3)
+    again = index.expect(one, [1, 2, 3, 4, 5, 9], 5)
+    assert (coming.known, again.known) == (3, 3)
+    assert matched(index, [1, 2, 3, 4, 5, 6, 7, 8]) == {"r1": 8}
+    coming.over()
+    assert matched(index, [1, 2, 3, 4, 5, 6]) == {"r1": 5}, "the other one would still bring those"
+    again.begun()
+    again.over()
+    coming.begun()
+    assert matched(index, [1, 2, 3, 4, 5, 9]) == {"r1": 6}
+    assert len(index) == 6
+    assert index.expect(one, [1, 2, 3, 4, 5, 9], 6).known == 6
+
+
+def test_what_was_on_its_way_to_a_member_that_was_forgotten_is_forgotten_too() -> None:
+    one, two = members(2, 100)
+    index = PrefixIndex()
+    coming = [index.expect(member, [1, 2], 0) for member in (one, two, one)]
+    index.forget(one)
+    assert matched(index, [1, 2]) == {"r2": 2}
+    coming[0].begun()
+    coming[2].over()
+    assert matched(index, [1, 2]) == {"r2": 2}
+    assert one not in index.occupancy
+
+
+class Play(RuleBasedStateMachine):
+    """Prompts of a few letters come, begin and leave, and members are forgotten. Blocks chain on, as hashes do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = PrefixIndex()
+        self.fleet = members(3, 8)
+        self.under_way: list[tuple[Member, list[int], Coming]] = []
+
+    @rule(which=st.integers(0, 2), prompt=st.lists(st.integers(0, 2), min_size=1, max_size=6))
+    def comes(self, which: int, prompt: list[int]) -> None:
+        blocks = [hash(tuple(prompt[: size + 1])) for size in range(len(prompt))]
+        member = self.fleet[which]
+        depth = dict(self.index.matched(blocks)).get(member, 0)
+        self.under_way.append((member, blocks, self.index.expect(member, blocks, depth)))
+        assert dict(self.index.matched(blocks))[member] == len(blocks)
+
+    @rule(which=st.integers(0, 100), begins=st.booleans())
+    def ends(self, which: int, begins: bool) -> None:
+        if self.under_way:
+            _, _, coming = self.under_way.pop(which % len(self.under_way))
+            if begins:
+                coming.begun()
+            coming.over()
+
+    @rule(which=st.integers(0, 2))
+    def is_forgotten(self, which: int) -> None:
+        self.index.forget(self.fleet[which])
+        assert self.fleet[which] not in self.index.occupancy
+
+    @invariant()
+    def nobody_has_more_than_its_pool_and_what_is_under_way(self) -> None:
+        on_the_way = sum(len(blocks) for _, blocks, _ in self.under_way)
+        assert len(self.index) <= 3 * 8 + on_the_way
+        assert all(0 <= share <= 1 for share in self.index.occupancy.values())
+
+    def teardown(self) -> None:
+        for _, _, coming in self.under_way:
+            coming.over()
+        for member in self.fleet:
+            self.index.forget(member)
+        assert len(self.index) == 0
+
+
+TestPlay = Play.TestCase
 
 
 def growth_over_a_million_prompts(capacity: int) -> tuple[int, int]:
