@@ -30,7 +30,7 @@ CLIENT_LEFT = 499  # nginx's status for it, only ever seen in logs and metrics
 SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
 OWN_METHODS = (b"GET", b"HEAD")
 BROKEN_STATUSES = (500, 502, 504)
-KEEP_ALIVE_RACE = 1.0  # seconds within which a reused connection that closes was closing already
+RACE = "race"  # among the reasons of retries: the same request on a new connection to the same member
 
 MAX_PATH = 1024  # characters that are remembered of a path: a head's worth, 20,000 times, is more than a GB
 
@@ -144,7 +144,7 @@ class Proxy:
                 record.member, record.reason, record.matched = member.name, choice.reason, choice.matched
                 record.attempts += 1
                 relay = _Relay(self, claim, request, reply, record, client)
-                outcome = await self._attempt(member, request, client, relay)
+                outcome = await self._attempt(member, request, client, relay, record)
                 relay.account(outcome)
             if outcome is Outcome.ANSWERED:
                 if record.prompt_tokens and record.texts == 1:  # of a batch the policy knows the first prompt only
@@ -161,7 +161,9 @@ class Proxy:
                 raise error
             record.retries += (outcome.value,)
 
-    async def _attempt(self, member: Member, request: Request, client: ClientConnection, relay: "_Relay") -> Outcome:
+    async def _attempt(
+        self, member: Member, request: Request, client: ClientConnection, relay: "_Relay", record: Record
+    ) -> Outcome:
         """One attempt at one member: on an idle connection if there is one, else (or after the race) on a new one."""
         head = request.head_for(member, self._replica_key)
         is_head = request.method == b"HEAD"
@@ -169,10 +171,11 @@ class Proxy:
         if connection := self.pool.idle_connection(member):
             client.take_from(connection)
             outcome = await connection.exchange(head, request.body, is_head, relay)
-            raced = outcome is Outcome.LOST and self.pool.loop.time() - connection.sent_at < KEEP_ALIVE_RACE
+            raced = outcome is Outcome.LOST and connection.was_closing()
             if outcome is not Outcome.REFUSED and not raced:
                 return outcome
-        began_at = self.pool.loop.time()
+        if raced:
+            record.retries += (RACE,)
         try:
             connection = await self.pool.connect(member)
         except TimeoutError:
@@ -182,7 +185,7 @@ class Proxy:
                 raise errors.out_of_sockets(str(error.strerror)) from None
             outcome = Outcome.REFUSED
         else:
-            relay.connected(self.pool.loop.time() - began_at)
+            relay.connected(connection.connected_in)
             client.take_from(connection)
             outcome = await connection.exchange(head, request.body, is_head, relay)
         if raced and outcome in (Outcome.REFUSED, Outcome.UNREACHED):

@@ -20,7 +20,8 @@ class Record:
     queued: float = 0.0
     # A new connection to the member took this long; None where an idle one was used.
     connect: float | None = None
-    # How the attempts before the last one failed, in the words of upstream.Outcome.
+    # Why it was sent again, each time: how the attempt before failed, in the words of upstream.Outcome, or the race
+    # with the end of a kept connection, which costs no attempt.
     retries: tuple[str, ...] = ()
     is_stream: bool = False
     first_byte: float | None = None

@@ -13,6 +13,10 @@ from balancer.settings import Settings
 
 Headers = list[tuple[bytes, bytes]]
 
+# A reused connection that closes within a round trip after a request was sent on it was closing already, and nobody
+# read that request. It takes as long as making the connection did, and in seconds no less and no more than these.
+LEAST_ROUND_TRIP = 0.05
+MOST_ROUND_TRIP = 0.5
 COPIED = 16 << 10  # bytes of a body that are sooner copied behind the head than sent beside it
 
 
@@ -48,6 +52,7 @@ class ReplicaConnection(asyncio.Protocol):
     def __init__(self, pool: "Pool", member: Member) -> None:
         self.member = member
         self.sent_at = self.last_byte_at = self.idle_since = 0.0
+        self.connected_in = 0.0  # seconds
         self.is_paused = False
         self.has_answered = False  # any byte of an answer to the current request
         self.has_head = False
@@ -98,6 +103,11 @@ class ReplicaConnection(asyncio.Protocol):
 
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
+
+    def was_closing(self) -> bool:
+        """Asked just when it was lost: did its end cross with the request that was sent on it?"""
+        round_trip = min(max(self.connected_in, LEAST_ROUND_TRIP), MOST_ROUND_TRIP)
+        return self._pool.loop.time() - self.sent_at < round_trip
 
     def close(self) -> None:
         if self._transport is not None:
@@ -236,6 +246,7 @@ class Pool:
 
     async def connect(self, member: Member) -> ReplicaConnection:
         """A new connection; raises OSError when refused, TimeoutError after connect_timeout."""
+        began_at = self.loop.time()
         async with asyncio.timeout(self.settings.connect_timeout):
             _, connection = await self.loop.create_connection(
                 lambda: ReplicaConnection(self, member),
@@ -243,6 +254,7 @@ class Pool:
                 member.port,
                 ssl=(self.tls or ssl.create_default_context()) if member.is_https else None,
             )
+        connection.connected_in = self.loop.time() - began_at
         return connection
 
     def keep(self, connection: ReplicaConnection) -> None:

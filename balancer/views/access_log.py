@@ -79,6 +79,7 @@ def _json_line(at: float, record: Record) -> bytes:
         "status": record.status,
         "member": record.member or None,
         "attempts": record.attempts,
+        "retries": ",".join(record.retries) or None,
         "queued": round(record.queued, 6),
         "ttft": None if record.first_byte is None else round(record.first_byte, 6),
         "duration": round(record.duration, 6),
@@ -107,7 +108,10 @@ def _text_line(at: float, record: Record) -> bytes:
     words = [_stamp(int(at)), f"id={record.id} method={record.method} path={_word(record.path)} status={record.status}"]
     if record.member:
         words.append(f"member={_our_word(record.member)}")
-    words.append(f"attempts={record.attempts} queued={record.queued:.6f}")
+    words.append(f"attempts={record.attempts}")
+    if record.retries:
+        words.append(f"retries={','.join(record.retries)}")
+    words.append(f"queued={record.queued:.6f}")
     if record.first_byte is not None:
         words.append(f"ttft={record.first_byte:.6f}")
     words.append(f"duration={record.duration:.6f} bytes_in={record.bytes_in} bytes_out={record.bytes_out}")
