@@ -27,6 +27,7 @@ from balancer.relay.watch import MOUNT_ITS_FOLDER, FileWatch
 from balancer.routing.admission import Admission
 from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import PrefixAware
+from balancer.settings import Settings
 from balancer.views.access_log import AccessLog
 from balancer.views.admin import admin_app
 from balancer.views.admin_connection import AdminConnection
@@ -94,7 +95,7 @@ class Balancer:
             self.pool,
             _Observer(self.access_log, self.tallies),
             answer_own,
-            Cors(settings.cors_origins),
+            self._cors(settings),
             config.replica_key.encode() if config.replica_key else None,
             self.keys,
             config.admin_key,
@@ -161,7 +162,7 @@ class Balancer:
         settings.renew(config.settings)
         self.fleet.renew(config.readiness)
         self.doors.trust(trusted)
-        self.proxy.cors = Cors(settings.cors_origins)
+        self.proxy.cors = self._cors(settings)
         if (config.policy, config.target_qps) != (before.policy, before.target_qps):
             self.admission.policy = _policy(config)
         if config.name != before.name:
@@ -169,6 +170,9 @@ class Balancer:
         if (config.tls_cert, config.tls_key) != (before.tls_cert, before.tls_key):
             log.warning("another certificate file is taken up at the next start only")
         self.config = config
+
+    def _cors(self, settings: Settings) -> Cors:
+        return Cors(settings.cors_origins, self.keys is not None, is_loopback_name(self.config.listen[0]))
 
     async def leave(self, hurry: asyncio.Event) -> None:
         """Drains: not ready any more, port still open; then port closed, answers in flight finish; the rest break.

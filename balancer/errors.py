@@ -80,6 +80,20 @@ def unauthorized() -> ServeError:
     return ServeError(401, "invalid_api_key", message, kind="authentication_error")
 
 
+def foreign_page(origin: str) -> ServeError:
+    whose = f"A page of {origin[:200]}" if origin else "A page of another site"
+    message = f"{whose} may not use this service. Name its origin in cors_origins, or give the service API keys."
+    return ServeError(403, "foreign_page", message)
+
+
+def foreign_host(host: str) -> ServeError:
+    message = (
+        f"Without API keys this port answers to this machine only, not to {host[:200]!r}. Ask for http://localhost; "
+        "behind a proxy, list that in trusted_proxies."
+    )
+    return ServeError(403, "foreign_host", message)
+
+
 def key_at_limit(limit: float) -> ServeError:
     message = f"This API key has {limit:g} requests going, which is its limit. Wait for one to end, or ask for more."
     return ServeError(429, "key_at_limit", message, kind="rate_limit_error", retry_after=1)

@@ -47,19 +47,24 @@ class Keys:
         self._watch = FileWatch(path)
         self._known = read_keys(path)
 
-    def admit(self, authorization: bytes) -> Key:
-        """The key that this `Authorization` field bears; raises ServeError for a wrong one, or one at its limit.
+    def admit(self, *authorizations: bytes) -> Key:
+        """The key that one of these `Authorization` fields bears; raises ServeError for none, or for one at its limit.
+
+        Some clients send what another service gave them, too: one good key is enough.
 
         Looking up a digest tells nothing about a key by its timing: who guesses does not know which guess has which
         digest's beginning, and the dictionary's own hash is drawn at random in each process.
         """
-        digest = sha256(bearer_token(authorization)).digest()
-        key = self._known.get(digest)
-        if key is None or not hmac.compare_digest(key.digest, digest):
-            raise errors.unauthorized()
-        if key.is_at_limit:
-            raise errors.key_at_limit(key.limit)
-        return key
+        busy: Key | None = None
+        for authorization in authorizations:
+            digest = sha256(bearer_token(authorization)).digest()
+            key = self._known.get(digest)
+            if key is None or not hmac.compare_digest(key.digest, digest):
+                continue
+            if not key.is_at_limit:
+                return key
+            busy = key
+        raise errors.unauthorized() if busy is None else errors.key_at_limit(busy.limit)
 
     def reload(self) -> None:
         """Takes up what changed in the file; call it now and then. Requests of a key that is gone are finished."""

@@ -1,17 +1,30 @@
-"""Browsers: preflights answered here, and our own fields on every answer, once the service names `cors_origins`."""
+"""Web pages: which may use the endpoint from a browser, and what their browsers are told about it."""
 
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
-from balancer.relay.request import Headers, Request
+from balancer import errors
+from balancer.relay.hosts import is_public_name
+from balancer.relay.request import Request
 
 MAX_AGE = b"600"
+EXPOSED = b"X-Request-Id, Request-Id, X-Replica-Id, X-Route-Reason, Retry-After, WWW-Authenticate, Allow, Date"
+READING = frozenset((b"GET", b"HEAD", b"OPTIONS"))
+OWN_SITE = frozenset((b"same-origin", b"none"))
 
 
 class Cors:
-    """Does nothing at all without origins; then the replicas' own CORS fields are theirs."""
+    """Pages of the `origins` may use and read everything, pages of others nothing.
 
-    def __init__(self, origins: Sequence[str]) -> None:
+    Where the service `has_keys`, a page of another site lacks one, and that is enough. Where it has none, and
+    `is_loopback` says that only this machine reaches the port, that machine's browser must not lend itself.
+    """
+
+    def __init__(self, origins: Sequence[str], has_keys: bool = False, is_loopback: bool = False) -> None:
         self._origins = frozenset(origin.encode() for origin in origins)
+        self._names = frozenset(urlsplit(origin).netloc.encode().lower() for origin in origins)
+        self._is_for_all = has_keys or b"*" in self._origins
+        self._is_loopback = is_loopback
 
     def _allowed(self, request: Request) -> bytes | None:
         if not request.origin or not self._origins:
@@ -20,42 +33,50 @@ class Cors:
             return b"*"
         return request.origin if request.origin in self._origins else None
 
+    def check(self, request: Request) -> None:
+        """Raises ServeError for what a page of a site that nobody named has its reader's browser send.
+
+        The rules are those of Go's CrossOriginProtection: a browser says where the page is, in Sec-Fetch-Site or, an
+        old one or without https, in Origin; other programs say neither. A key cannot be sent without a preflight.
+        """
+        if self._is_for_all:
+            return
+        if self._is_loopback and not request.is_from_proxy and self._is_foreign(request.host):
+            # A page of another site can have its own name point at this machine, and would be of this origin then.
+            raise errors.foreign_host(request.host.decode("latin-1"))
+        if not request.origin and not request.fetch_site:
+            return
+        if request.credentials or (request.method in READING and not request.asks_for_method):
+            return
+        if request.fetch_site in OWN_SITE or self._allowed(request) is not None:
+            return
+        if not request.fetch_site and request.origin.partition(b"://")[2].lower() == request.host.lower():
+            return
+        raise errors.foreign_page(request.origin.decode("latin-1"))
+
+    def _is_foreign(self, host: bytes) -> bool:
+        return is_public_name(host) and host.lower() not in self._names
+
     def is_preflight(self, request: Request) -> bool:
         """A browser asks whether it may send the real request; no key comes with that."""
-        return (
-            request.method == b"OPTIONS"
-            and b"access-control-request-method:" in request.fields.lower()
-            and self._allowed(request) is not None
-        )
+        return request.asks_for_method and request.method == b"OPTIONS" and self._allowed(request) is not None
 
     def fields(self, request: Request) -> bytes:
         """Header lines for any answer to this request."""
         allowed = self._allowed(request)
         if allowed is None:
             return b""
-        exposed = b"X-Request-Id, X-Replica-Id, X-Route-Reason"
         vary = b"" if allowed == b"*" else b"Vary: Origin\r\n"
-        return b"Access-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers: %b\r\n%b" % (
-            allowed,
-            exposed,
-            vary,
-        )
+        return b"Access-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers: %b\r\n%b" % (allowed, EXPOSED, vary)
 
-    def preflight(self, request: Request) -> Headers:
-        """What the browser may send: what it asked for."""
+    def preflight(self, request: Request) -> bytes:
+        """Header lines that say what the browser may send: what it asked for."""
         wanted = b"authorization, content-type"
         for line in request.fields.split(b"\r\n"):
             name, _, value = line.partition(b":")
             if name.lower() == b"access-control-request-headers":
                 wanted = value.strip()
-        return [
-            (b"Access-Control-Allow-Methods", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
-            (b"Access-Control-Allow-Headers", wanted),
-            (b"Access-Control-Max-Age", MAX_AGE),
-        ]
-
-    def without_foreign(self, headers: Headers) -> Headers:
-        """A replica's fields without its CORS fields, where this service has its own."""
-        if not self._origins:
-            return headers
-        return [(name, value) for name, value in headers if not name.lower().startswith(b"access-control-")]
+        return (
+            b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
+            b"Access-Control-Allow-Headers: %b\r\nAccess-Control-Max-Age: %b\r\n" % (wanted, MAX_AGE)
+        )

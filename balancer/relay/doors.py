@@ -80,6 +80,10 @@ class Doors:
             except Exception:
                 _give_up(connection)
 
+    def soon(self, connection: Connection, step: Callable[[], None]) -> None:
+        """The connection's next step, in the loop's next round."""
+        self.loop.call_soon(_taken, connection, step)
+
     def trust(self, proxies: tuple[Network, ...]) -> None:
         """From now on these are the proxies whose word on who asks is kept, on open connections too."""
         self.trusted = proxies
@@ -102,6 +106,13 @@ class Doors:
                 connection.close_if_idle()
             except Exception:
                 _give_up(connection)
+
+
+def _taken(connection: Connection, step: Callable[[], None]) -> None:
+    try:
+        step()
+    except Exception:
+        _give_up(connection)
 
 
 def _give_up(connection: Connection) -> None:

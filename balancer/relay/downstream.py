@@ -125,7 +125,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         if self._source is not None:
             self._source.resume()
         if self._reply is None:
-            self._doors.loop.call_soon(self._answer_next)
+            self._doors.soon(self, self._answer_next)
 
     # Reading
 
@@ -186,7 +186,7 @@ class ClientConnection(asyncio.BufferedProtocol):
     def _read_on_soon(self) -> None:
         if not self._reads_on_soon:
             self._reads_on_soon = True
-            self._doors.loop.call_soon(self._read_on)
+            self._doors.soon(self, self._read_on)
 
     def _read_on(self) -> None:
         """Parses what was read already, then reads; unless enough waits to be answered."""
@@ -362,7 +362,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._close()
         elif self._queue:
             # Not from here: thousands may wait, and each would be a few calls deeper.
-            self._doors.loop.call_soon(self._answer_next)
+            self._doors.soon(self, self._answer_next)
         elif self._reading is not None and self._reading.expects_continue and self._reading.refusal is None:
             self.write(CONTINUE)
 

@@ -4,7 +4,7 @@ import enum
 import posixpath
 import re
 from functools import lru_cache
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 
 class Kind(enum.Enum):
@@ -30,6 +30,8 @@ WAITED_FOR = GENERATING | {
 }  # fmt: skip
 OWN = {"/health", "/ready", "/server_info", "/get_server_info"}
 # Under /v1/, yet about one replica's own state: asked of any other, the answer would be wrong.
+_ENCODED = re.compile(rb"%[0-9A-Fa-f]{2}")
+_UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 NOT_SERVED = re.compile(r"/v1/loads(/.*)?|/v1/responses/.+")
 
 
@@ -39,13 +41,30 @@ def normalise(raw: bytes) -> str:
     return posixpath.normpath("/" + path.lstrip("/"))
 
 
-def kind_of(raw: bytes) -> tuple[str, Kind]:
-    """The normalised form of a raw path (no query) and what it is; everything not known is ADMIN."""
+def kind_of(raw: bytes) -> tuple[str, Kind, bytes]:
+    """The normalised form of a raw path (no query), what it is, and how it is sent on; what is not known is ADMIN."""
     return _remembered(raw) if len(raw) <= 128 else _kind_of(raw)
 
 
-def _kind_of(raw: bytes) -> tuple[str, Kind]:
+def _kind_of(raw: bytes) -> tuple[str, Kind, bytes]:
     path = normalise(raw)
+    return *_sorted(path), _sent(raw, path)
+
+
+def _sent(raw: bytes, path: str) -> bytes:
+    """What a replica decodes to that very path: as it was spelled where that does, without needless encoding."""
+    plain = _ENCODED.sub(_decoded, raw)
+    if unquote_to_bytes(plain) == path.encode("latin-1"):
+        return plain
+    return quote(path.encode("latin-1"), safe="/:@!$&'()*+,;=").encode()
+
+
+def _decoded(found: re.Match[bytes]) -> bytes:
+    byte = int(found[0][1:], 16)
+    return bytes((byte,)) if byte in _UNRESERVED else found[0]
+
+
+def _sorted(path: str) -> tuple[str, Kind]:
     if not path.isprintable():
         return path, Kind.ADMIN  # a replica's router may take /v1/loads%0A for /v1/loads
     if path in OWN:

@@ -70,15 +70,17 @@ class Proxy:
             raise errors.method_not_allowed(request.method.decode("latin-1"))
         if self.cors.is_preflight(request):
             return
+        self.cors.check(request)
         if request.kind is Kind.ADMIN:
-            if not self.settings.admin_paths or not bears(request.authorization, self._admin_key):
+            is_admin = any(bears(credential, self._admin_key) for credential in request.credentials)
+            if not self.settings.admin_paths or not is_admin:
                 raise errors.not_found(request.path)
             request.authorization = b""
             return
         if request.kind is Kind.OWN and request.method not in OWN_METHODS:
             raise errors.method_not_allowed(request.method.decode("latin-1"), "GET, HEAD")
         if self._keys is not None and request.path not in OPEN_PATHS:
-            request.key = self._keys.admit(request.authorization)
+            request.key = self._keys.admit(*request.credentials)
             request.authorization = b""  # it is for this door; a replica has another key, or none
 
     def refuse(self, request: Request, reply: Reply, error: ServeError) -> None:
@@ -103,7 +105,8 @@ class Proxy:
             comments = Comments(self.pool.loop, every, request, reply)
         try:
             if self.cors.is_preflight(request):
-                reply.whole(204, self.cors.preflight(request), b"")
+                reply.extra_fields += self.cors.preflight(request)
+                reply.whole(204, (), b"")
             elif request.kind is Kind.OWN:
                 await self._answer_own(request, reply)
             else:
@@ -261,7 +264,7 @@ class _Relay:
             )
         if 300 <= status < 400:
             headers = _leading_here(headers, self._member)
-        self._reply.begin(status, self._proxy.cors.without_foreign(headers), length, own)
+        self._reply.begin(status, headers, length, own)
         self._client.release(self._request)  # the replica has it; long answers need not keep large prompts in memory
         if self._reply.is_event_stream:
             self._gaps = self._proxy.observer.gaps(self._member)

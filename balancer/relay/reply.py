@@ -1,7 +1,10 @@
 """What one client gets for one request: an answer relayed as it comes, one of our own errors, or a broken stream."""
 
 from collections.abc import Iterable
+from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
+from time import time
 from typing import Protocol
 
 from balancer.errors import ServeError, is_anthropic
@@ -15,7 +18,13 @@ Headers = list[tuple[bytes, bytes]]
 # Bytes of a piece of a body that may wait for what else is written in this round of the event loop. More is sent at
 # once: a client that does not take it must hold back its replica before the next piece is read.
 SMALL = 16 << 10
-NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"x-request-id", b"x-replica-id", b"x-route-reason"}
+# A replica's word on which pages may read it is none: SGLang's is that all may. That is for `cors_origins` to say.
+_CORS = frozenset(
+    b"access-control-allow-origin access-control-allow-credentials access-control-allow-methods "
+    b"access-control-allow-headers access-control-expose-headers access-control-max-age "
+    b"access-control-allow-private-network timing-allow-origin".split()
+)
+NOT_PASSED_ON = HOP_BY_HOP | _CORS | {b"content-length", b"x-request-id", b"x-replica-id", b"x-route-reason"}
 
 
 def _status_line(status: int) -> bytes:
@@ -24,6 +33,11 @@ def _status_line(status: int) -> bytes:
     except ValueError:
         phrase = "Status"
     return b"HTTP/1.1 %d %b\r\n" % (status, phrase.encode())
+
+
+@lru_cache(maxsize=2)
+def _date(second: int) -> bytes:
+    return b"Date: %b\r\n" % formatdate(second, usegmt=True).encode()
 
 
 STATUS_LINES = {status: _status_line(status) for status in range(100, 1000)}
@@ -86,18 +100,22 @@ class Reply:
         request = self.request
         lines = [STATUS_LINES[status]]
         dropped: set[bytes] = set()
-        is_encoded = False
+        is_encoded = is_unbuffered = False
         for name, value in headers:
             lowered = name.lower()
             if lowered not in NOT_PASSED_ON:
                 lines.append(b"%b: %b\r\n" % (name, value))
                 if lowered == b"content-type":
-                    self.is_event_stream = value.startswith(b"text/event-stream")
+                    self.is_event_stream = value[:17].lower() == b"text/event-stream"
                 elif lowered == b"content-encoding":
                     is_encoded = True
+                elif lowered == b"x-accel-buffering":
+                    is_unbuffered = True
             elif lowered == b"connection" and value.lower() not in (b"keep-alive", b"close"):
                 dropped.update(token.strip().lower() for token in value.split(b","))
         self.tail.begin(self.is_event_stream)
+        if self.is_event_stream and not is_unbuffered:
+            own += b"X-Accel-Buffering: no\r\n"  # nginx and its kin else collect a stream before they pass it on
         if is_encoded or length is not None:
             self.is_event_stream = False  # an event of ours would be read as something else, or as the end
         if dropped:
@@ -167,7 +185,7 @@ class Reply:
 
     def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """An answer of the balancer's own."""
-        self.begin(status, headers, len(body))
+        self.begin(status, headers, len(body), _date(int(time())))
         if body and self.request.method != b"HEAD":
             self.body(body)
         self.is_chunked = False
@@ -182,7 +200,7 @@ class Reply:
             return
         request = self.request
         if request.path == "/":  # refused before its target was looked at
-            request.path, _ = kind_of(request.target.partition(b"?")[0])
+            request.path = kind_of(request.target.partition(b"?")[0])[0]
         self.error = error
         headers = [(b"Content-Type", b"application/json")]
         if error.retry_after is not None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.member import Member
-from balancer.relay.auth import Key
+from balancer.relay.auth import Key, bearer_token
+from balancer.relay.hosts import is_host
 from balancer.relay.paths import WAITED_FOR, Kind, kind_of
 
 Headers = list[tuple[bytes, bytes]]
@@ -20,8 +21,17 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade http2-settings".split()
 )
+_AUTHORITY_ENDS = re.compile(rb"[/?#]")
 MAX_DIGITS = 20  # of the largest number that the parser counts to; leading zeros it takes without end
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
+# How each request is said to have come here, by its version (RFC 9110 section 7.6.3).
+VIA = {"1.0": b"1.0 groundserve", "1.1": b"1.1 groundserve"}
+# What is said of who asks, and how, beside X-Forwarded-For, -Proto and -Host: kept from trusted proxies alone.
+HEARSAY = frozenset(
+    b"forwarded x-real-ip x-client-ip x-cluster-client-ip true-client-ip cf-connecting-ip x-forwarded x-forwarded-by "
+    b"x-forwarded-port x-forwarded-prefix x-forwarded-scheme x-forwarded-server x-forwarded-ssl front-end-https "
+    b"x-original-host x-original-uri x-original-url x-rewrite-url".split()
+)
 _START = os.urandom(6).hex().encode()
 _count = itertools.count(1)
 
@@ -44,8 +54,12 @@ class Request:
     kind: Kind = Kind.ADMIN
     host: bytes = b""
     fields: bytes = b""
-    authorization: bytes = b""
+    credentials: tuple[bytes, ...] = ()  # all that it bears, each as an Authorization field's value
+    authorization: bytes = b""  # the one that a replica gets, if it gets its client's
     origin: bytes = b""
+    fetch_site: bytes = b""  # where the browser says that the page is which asks
+    asks_for_method: bool = False  # as a browser does before it sends another site's request
+    is_from_proxy: bool = False  # a trusted one
     length: int | None = None
     is_chunked: bool = False
     expects_continue: bool = False
@@ -68,11 +82,10 @@ class Request:
 
     def head_for(self, member: Member, api_key: bytes | None) -> bytes:
         """The request's head as that member gets it; the body follows as it came."""
-        target = self.target if self.target.startswith(b"/") else self.path.encode("latin-1")
         authorization = b"Bearer " + api_key if api_key is not None else self.authorization
         return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n" % (
             self.method,
-            target,
+            self.target,
             member.authority,
             self.fields,
             b"Authorization: %b\r\n" % authorization if authorization else b"",
@@ -110,6 +123,8 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
     hosts = 0
     encoding = b""
     forwarded: dict[bytes, bytes] = {}
+    authorizations: tuple[bytes, ...] = ()
+    api_keys: tuple[bytes, ...] = ()
     for name, value in headers:
         lowered = name.lower()
         action = _ACTIONS.get(lowered)
@@ -128,19 +143,27 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
             dropped.update(token.strip().lower() for token in value.split(b","))
         elif action == "forwarded" and peer.is_trusted:
             forwarded[lowered] = b"%b, %b" % (forwarded[lowered], value) if lowered in forwarded else value
+        elif action == "hearsay" and peer.is_trusted:
+            kept.append(b"%b: %b\r\n" % (name, value))
         elif action == "request-id" and REQUEST_ID.fullmatch(value):
             request.id = value
         elif action == "authorization":
-            request.authorization = value
+            authorizations += (value,)
         elif action == "api-key":
             # Anthropic's clients on /v1/messages; SGLang looks for a bearer token only.
-            request.authorization = request.authorization or b"Bearer " + value
+            api_keys += (b"Bearer " + value,)
         elif action == "origin":
-            request.origin = value
+            request.origin = b"%b, %b" % (request.origin, value) if request.origin else value
             kept.append(b"%b: %b\r\n" % (name, value))
         elif action == "expect":
             # Who speaks HTTP/1.0 does not know interim answers, whatever else it says.
             request.expects_continue = value.strip().lower() == b"100-continue" and request.version == "1.1"
+        elif action == "fetch-site":
+            request.fetch_site = value.strip()
+            kept.append(b"%b: %b\r\n" % (name, value))
+        elif action == "asks-for-method":
+            request.asks_for_method = True
+            kept.append(b"%b: %b\r\n" % (name, value))
         elif action == "explain":
             request.wants_explanation = value.strip() == b"1"
     if not request.id:
@@ -153,6 +176,12 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
             raise errors.bad_request("Only the transfer encoding 'chunked' is accepted, and only in HTTP/1.1.")
     if hosts > 1 or (hosts == 0 and request.version == "1.1"):
         raise errors.bad_request("A request needs exactly one Host field.")
+    if request.host and not is_host(request.host):
+        raise errors.bad_request("The Host field is no name or address with or without a port.")
+    if authorizations or api_keys:
+        request.credentials = (*authorizations, *api_keys)
+        request.authorization = next(filter(bearer_token, request.credentials), request.credentials[0])
+    request.is_from_proxy = peer.is_trusted
     if dropped and not dropped <= _ACTIONS.keys():
         # Only names that would have been passed on matter; Connection cannot hide what the balancer itself needs.
         kept = [line for line in kept if line.partition(b":")[0].lower() not in dropped]
@@ -169,27 +198,35 @@ def _read_target(request: Request) -> None:
         scheme, found, rest = target.partition(b"://")
         if not found or scheme.lower() not in (b"http", b"https"):
             raise errors.bad_request("The request target is not a path.")
-        slash = rest.find(b"/")
-        target = rest[slash:] if slash >= 0 else b"/"
-        request.target = target
+        end = _AUTHORITY_ENDS.search(rest)
+        request.host, target = (rest, b"/") if end is None else (rest[: end.start()], rest[end.start() :])
+        if not is_host(request.host):
+            raise errors.bad_request("The request target names no host.")
     if b"#" in target:
         raise errors.bad_request("A request target has no fragment.")  # some servers would cut it off, some not
-    request.path, request.kind = kind_of(target.partition(b"?")[0])
+    path, mark, query = target.partition(b"?")
+    request.path, request.kind, sent = kind_of(path)
+    request.target = sent + mark + query
 
 
 def _forwarded(request: Request, known: dict[bytes, bytes], peer: Peer) -> bytes:
     """Which request it is, who asked, and how, for the replica's log; a trusted proxy's word on that is kept."""
     before = known.get(b"x-forwarded-for")
-    return b"X-Request-Id: %b\r\nx-forwarded-for: %b\r\nx-forwarded-proto: %b\r\nx-forwarded-host: %b\r\n" % (
-        request.id,
-        b"%b, %b" % (before, peer.address) if before else peer.address,
-        known.get(b"x-forwarded-proto", peer.scheme),
-        known.get(b"x-forwarded-host", request.host),
+    return (
+        b"X-Request-Id: %b\r\nVia: %b\r\nx-forwarded-for: %b\r\nx-forwarded-proto: %b\r\nx-forwarded-host: %b\r\n"
+        % (
+            request.id,
+            VIA[request.version],
+            b"%b, %b" % (before, peer.address) if before else peer.address,
+            known.get(b"x-forwarded-proto", peer.scheme),
+            known.get(b"x-forwarded-host", request.host),
+        )
     )
 
 
 _ACTIONS: dict[bytes, str] = {
     **dict.fromkeys(HOP_BY_HOP, "drop"),
+    **dict.fromkeys(HEARSAY, "hearsay"),
     b"connection": "connection",
     b"transfer-encoding": "encoding",
     b"content-length": "length",
@@ -203,4 +240,6 @@ _ACTIONS: dict[bytes, str] = {
     b"x-forwarded-proto": "forwarded",
     b"x-forwarded-host": "forwarded",
     b"x-route-explain": "explain",
+    b"sec-fetch-site": "fetch-site",
+    b"access-control-request-method": "asks-for-method",
 }

@@ -107,7 +107,7 @@ class Guard:
 def is_loopback_name(host: str) -> bool:
     """Does this `Host` (with or without a port) mean this machine, whoever resolves it?"""
     try:
-        name = urlsplit(f"//{host}").hostname or ""
+        name = host if host.count(":") > 1 and "[" not in host else urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False

@@ -32,6 +32,7 @@ class Wire:
 
 WAYS: dict[str, Callable[[Doors], object]] = {
     "what was written is sent": lambda doors: doors,
+    "each takes its next step": lambda doors: [doors],
     "times are looked at": lambda doors: doors.sweep(0.0),
     "all are closed": lambda doors: doors.close(),
 }
@@ -51,6 +52,8 @@ async def test_one_connections_fault_leaves_the_others_theirs(
         doors.connections.add(wire)
         if way is WAYS["what was written is sent"]:
             doors.flush_soon(wire)
+        if way is WAYS["each takes its next step"]:
+            doors.soon(wire, wire.flush)
     way(doors)
     await asyncio.sleep(0)
     assert [wire.asked for wire in wires] == [1] * 5

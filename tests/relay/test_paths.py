@@ -1,8 +1,10 @@
 """The allow-list, and that no route of SGLang's is on it by oversight."""
 
 import importlib.util
+import random
 import re
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
@@ -69,6 +71,18 @@ def test_normalise(raw: bytes, path: str) -> None:
 def test_what_is_remembered_is_what_would_be_found(raw: bytes) -> None:
     assert kind_of(raw) == kind_of(raw)
     assert kind_of(raw)[0] == normalise(raw)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_sent_decodes_to_what_was_decided_on(seed: int) -> None:
+    random_ = random.Random(seed)
+    parts = [b"/", b"//", b"v1", b"%2f", b"%2F", b"%66", b".", b"..", b"%2e", b"\\", b"%5c", b"%", b"%25", b"%zz", b"*"]
+    parts += [b"models", b"\xff", b"%ff", b";a=b", b"~", b"%7e", b"%00", b" ", b":", b"@"]
+    for _ in range(500):
+        raw = b"/" + b"".join(random_.choices(parts, k=random_.randrange(12)))
+        path, kind, sent = kind_of(raw)
+        assert unquote_to_bytes(sent).decode("latin-1") == path
+        assert kind_of(sent) == (path, kind, sent), "and is decided on alike by the next balancer"
 
 
 @pytest.mark.parametrize("raw", [b"/v1/loads%0A", b"/v1/responses/resp_1/cancel%0a", b"/v1/models%00", b"/v1/x%7f"])

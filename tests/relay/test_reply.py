@@ -1,5 +1,9 @@
 """How an answer is framed for its client, told from the bytes that are written."""
 
+import re
+import time
+from email.utils import parsedate_to_datetime
+
 import pytest
 
 from balancer import errors
@@ -69,6 +73,33 @@ def test_status_lines(status: int, line: bytes) -> None:
     reply, wire = reply_to()
     reply.begin(status, [], 0)
     assert wire.written.startswith(b"HTTP/1.1 " + line + b"\r\n")
+
+
+def test_our_own_answers_are_dated() -> None:
+    for answer in (lambda reply: reply.whole(200, [], b"x"), lambda reply: reply.refuse(errors.unauthorized())):
+        reply, wire = reply_to()
+        answer(reply)
+        (date,) = re.findall(rb"\r\nDate: ([^\r]+)\r\n", wire.written)
+        assert abs(parsedate_to_datetime(date.decode()).timestamp() - time.time()) < 5
+        assert date.endswith(b" GMT")
+
+
+@pytest.mark.parametrize(
+    ("headers", "values"),
+    [
+        ([(b"Content-Type", b"text/event-stream")], [b"no"]),
+        ([(b"content-type", b"Text/Event-Stream; charset=utf-8"), (b"Content-Encoding", b"gzip")], [b"no"]),
+        ([(b"Content-Type", b"text/event-stream"), (b"X-ACCEL-Buffering", b"yes")], [b"yes"]),
+        ([(b"Content-Type", b"application/json")], []),
+        ([], []),
+    ],
+)
+def test_streams_of_events_ask_proxies_not_to_collect_them(
+    headers: list[tuple[bytes, bytes]], values: list[bytes]
+) -> None:
+    reply, wire = reply_to()
+    reply.begin(200, headers, None)
+    assert re.findall(rb"(?i)\r\nx-accel-buffering: ([^\r]+)\r\n", wire.written) == values
 
 
 def test_only_events_and_large_pieces_are_sent_one_by_one() -> None:

@@ -77,6 +77,11 @@ RIGHT = {
     "hashed in the file": bearing(ALICE),
     "as Anthropic's clients send it": (("x-api-key", BOB),),
     "both, and bearer counts": (("x-api-key", "nonsense"), *bearing(BOB)),
+    "both, and the other counts": (("x-api-key", BOB), *bearing("nonsense")),
+    "a proxy's password before it": (("Authorization", "Basic bm9uc2Vuc2U="), ("x-api-key", BOB)),
+    "the second of two": (*bearing("nonsense"), *bearing(BOB)),
+    "the first of two": (*bearing(BOB), *bearing("nonsense")),
+    "the second of two others": (("x-api-key", "nonsense"), ("X-API-Key", BOB)),
 }
 
 
@@ -112,6 +117,39 @@ async def test_without_keys_the_clients_own_authorization_is_the_replicas_busine
     async with LabReplica() as lab, serving(lab) as house:
         await house.ask(request(body=chat(), headers=bearing("whatever")))
         assert lab.seen.last.headers_named("authorization") == ["Bearer whatever"]
+
+
+PASSED_ON = {
+    "one": (bearing("a"), "Bearer a"),
+    "the other": ((("x-api-key", "b"),), "Bearer b"),
+    "both": ((("x-api-key", "b"), *bearing("a")), "Bearer a"),
+    "two": ((*bearing("a"), *bearing("c")), "Bearer a"),
+    "a password and a key": ((("Authorization", "Basic cDpw"), ("x-api-key", "b")), "Bearer b"),
+    "a password": ((("Authorization", "Basic cDpw"),), "Basic cDpw"),
+    "nothing in it": ((("Authorization", "Bearer "), ("x-api-key", "b")), "Bearer b"),
+}
+
+
+@pytest.mark.parametrize("row", **each(PASSED_ON))
+@on_uvloop
+async def test_without_keys_here_a_replica_gets_one_of_them(row: tuple[tuple[tuple[str, str], ...], str]) -> None:
+    fields, passed = row
+    async with LabReplica() as lab, serving(lab) as house:
+        await house.ask(request(body=chat(), headers=fields))
+        assert lab.seen.last.headers_named("authorization") == [passed]
+        assert lab.seen.last.header("x-api-key") is None
+
+
+@on_uvloop
+async def test_a_key_at_its_limit_gives_way_to_another(keys: Path) -> None:
+    async with LabReplica(hang="before_head") as lab, guarded(keys, lab) as house:
+        first = await house.client()
+        await first.send(request(body=chat(), headers=bearing(ALICE)))
+        await lab.seen.until(lambda seen: len(seen.requests) == 1)
+        lab.set(hang="")
+        assert (await house.ask(request(body=chat(), headers=(*bearing(ALICE), ("x-api-key", "x"))))).status == 429
+        assert (await house.ask(request(body=chat(), headers=(*bearing(ALICE), ("x-api-key", BOB))))).status == 200
+        first.leave()
 
 
 @on_uvloop

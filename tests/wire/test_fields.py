@@ -1,13 +1,12 @@
 """Header fields: which pass byte for byte, which are dropped, and which the balancer sets."""
 
-import itertools
 import re
 from collections.abc import Iterator
 
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import CHAT, chat, request
+from tests.wire.client import chat, request
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
 
 GET = ("GET", "/v1/models/lab")
@@ -53,6 +52,7 @@ async def test_a_request_reaches_the_replica_byte_for_byte_with_what_the_balance
         *fields[:7],
         fields[8],
         ("X-Request-Id", "mine.1-2_3"),
+        ("Via", "1.1 groundserve"),
         ("x-forwarded-for", "127.0.0.1"),
         ("x-forwarded-proto", "http"),
         ("x-forwarded-host", "wire.test"),
@@ -88,7 +88,8 @@ DROPPED = {
 async def test_fields_of_the_connection_do_not_pass(house: House, fields: tuple[tuple[str, str], ...]) -> None:
     await house.ask(request(*GET, headers=(*fields, ("X-Kept", "1"))), "GET")
     names = {name.lower() for name, _ in house.replicas[0].seen.last.headers}
-    assert names == {"host", "x-kept", "x-request-id", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}
+    forwarded = {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "via"}
+    assert names == {"host", "x-kept", "x-request-id", *forwarded}
 
 
 @in_house
@@ -125,6 +126,81 @@ async def test_forwarded_fields_are_kept_from_trusted_proxies_only(row: tuple[tu
         assert seen.headers_named("x-forwarded-for") == [chain]
         assert seen.headers_named("x-forwarded-proto") == [scheme]
         assert seen.headers_named("x-forwarded-host") == [host]
+
+
+OTHERS = ("Forwarded", "X-Real-IP", "x-client-ip", "True-Client-IP", "X-Forwarded-Port", "X-FORWARDED-PREFIX")
+
+
+@pytest.mark.parametrize("is_trusted", [False, True])
+@on_uvloop
+async def test_what_else_is_said_of_who_asks_is_hearsay_too(is_trusted: bool) -> None:
+    said = tuple((name, "for=203.0.113.7") for name in OTHERS)
+    async with LabReplica() as a, serving(a, trusted_proxies=("127.0.0.1",) if is_trusted else ()) as house:
+        await house.ask(request(*GET, headers=said), "GET")
+        for name in OTHERS:
+            assert a.seen.last.headers_named(name) == ["for=203.0.113.7"] * is_trusted, name
+
+
+@in_house
+async def test_a_replica_learns_which_way_a_request_came(house: House) -> None:
+    await house.ask(request(*GET, headers=(("Via", "1.1 edge"),)), "GET")
+    assert house.replicas[0].seen.last.headers_named("via") == ["1.1 edge", "1.1 groundserve"]
+    await house.ask(request(*GET, version="1.0"), "GET")
+    assert house.replicas[0].seen.last.headers_named("via") == ["1.0 groundserve"]
+
+
+# Host
+
+HOSTS = {
+    "a name": ("a", True), "with a port": ("a:80", True), "an empty port": ("a:", True), "none": ("", True),
+    "the last port": ("a.b-c_d.test:65535", True), "zeros": ("a:000080", True), "an address": ("192.0.2.1:1", True),
+    "an IPv6 address": ("[::1]", True), "with its port": ("[2001:db8::1]:8000", True), "encoded": ("%41:1", True),
+    "a space": ("a b", False), "a slash": ("a/b", False), "a user": ("a@b", False), "a backslash": ("a\\b", False),
+    "no closing bracket": ("[::1", False), "no opening one": ("::1]", False), "no brackets": ("::1", False),
+    "no address in them": ("[a]", False), "a zone": ("[fe80::1%25eth0]", False), "too long": ("[::1::2]", False),
+    "a port too high": ("a:99999", False), "the next": ("a:65536", False), "a name for it": ("a:http", False),
+    "two": ("a:1:2", False), "a sign": ("a:-1", False), "a port alone": (":80", False), "a query": ("a?b", False),
+    "a fragment": ("a#b", False), "quotes": ('"a"', False), "angles": ("<a>", False), "a tab": ("a\tb", False),
+    "beyond ASCII": ("b\xfccher", False), "a lone percent": ("a%zz", False), "digits": ("a:" + "9" * 5000, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", **each(HOSTS))
+@in_house
+async def test_a_host_is_a_name_or_an_address_with_or_without_a_port(house: House, row: tuple[str, bool]) -> None:
+    host, is_one = row
+    answer = await house.ask(request(*GET).replace(b"wire.test", host.encode("latin-1")), "GET")
+    assert (answer.status, answer.is_last) == ((200, False) if is_one else (400, True))
+    if is_one:
+        assert house.replicas[0].seen.last.headers_named("x-forwarded-host") == [host]
+    else:
+        assert "Host" in answer.error["message"]
+        assert house.replicas[0].seen.requests == []
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "seen"),
+    [
+        ("http://other.test/v1/files", "other.test", "/v1/files"),
+        ("http://other.test:8000/v1/files?a=/b", "other.test:8000", "/v1/files?a=/b"),
+        ("HTTPS://[::1]:1/v1/files", "[::1]:1", "/v1/files"),
+    ],
+)
+@in_house
+async def test_the_host_in_a_target_counts_and_not_the_field(house: House, target: str, host: str, seen: str) -> None:
+    assert (await house.ask(request("GET", target), "GET")).status == 200
+    last = house.replicas[0].seen.last
+    assert (last.target, last.headers_named("x-forwarded-host")) == (seen, [host])
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["http://", "http:///v1/x", "http://u@a/v1/x", "http://a:99999/v1/x", "http://a:b:c/v1/x", "http://[::1/v1"],
+)
+@in_house
+async def test_a_target_that_names_no_host_is_400(house: House, target: str) -> None:
+    assert (await house.ask(request("GET", target), "GET")).status == 400
+    assert house.replicas[0].seen.requests == []
 
 
 # X-Request-Id
@@ -190,62 +266,3 @@ async def test_the_replicas_own_key_takes_its_place() -> None:
         assert answer.status == 200
         assert a.seen.last.headers_named("authorization") == ["Bearer inner"]
         assert b"inner" not in answer.body + str(answer.headers).encode() + str(house.log()).encode()
-
-
-# CORS
-
-ORIGIN = ("Origin", "https://app.test")
-PREFLIGHT = (
-    ORIGIN,
-    ("Access-Control-Request-Method", "POST"),
-    ("Access-Control-Request-Headers", "authorization, x-a"),
-)
-OPEN = {"a list": (("https://app.test", "https://b.test"), "https://app.test"), "all": (("*",), "*")}
-
-
-@pytest.mark.parametrize("row", **each(OPEN))
-@on_uvloop
-async def test_a_preflight_is_answered_here(row: tuple[tuple[str, ...], str]) -> None:
-    origins, allowed = row
-    async with LabReplica() as a, serving(a, cors_origins=origins) as house:
-        client = await house.client()
-        for path, letters in itertools.product((CHAT, "/health", "/nowhere"), (str, str.lower, str.upper)):
-            await client.send(request("OPTIONS", path, headers=tuple((letters(n), v) for n, v in PREFLIGHT)))
-            answer = await client.answer("OPTIONS")
-            assert (answer.status, answer.body, answer.is_last) == (204, b"", False)
-            assert answer.header("access-control-allow-origin") == allowed
-            assert answer.header("access-control-allow-headers") == "authorization, x-a"
-            assert "POST" in (answer.header("access-control-allow-methods") or "")
-            assert answer.header("content-length") is None
-            assert answer.header("vary") == (None if allowed == "*" else "Origin")
-        assert a.seen.requests == []
-
-
-@on_uvloop
-async def test_answers_and_our_own_errors_carry_the_cors_fields_and_the_replicas_are_dropped() -> None:
-    async with LabReplica() as a, serving(a, cors_origins=("https://app.test",), queue_size=0) as house:
-        a.set(headers=(("Access-Control-Allow-Origin", "*"), ("access-control-expose-headers", "x-their")))
-        big = ("X-Big", "x" * 70_000)
-        for data, status in (
-            (request(body=chat(), headers=(ORIGIN,)), 200),
-            (request("GET", "/nowhere", headers=(ORIGIN,)), 404),
-            (request("GET", "/health", headers=(ORIGIN,)), 200),
-            (request("TRACE", CHAT, headers=(ORIGIN,)), 405),
-            (request(headers=(ORIGIN, ("Content-Length", str(1 << 40)))), 413),
-            (request("GET", "/v1/models", headers=(ORIGIN, big)), 431),
-        ):
-            answer = await house.ask(data)
-            assert answer.status == status
-            if status != 431:  # nothing of that head was read
-                assert answer.header("access-control-allow-origin") == "https://app.test", status
-                assert "X-Request-Id" in (answer.header("access-control-expose-headers") or "")
-        other = await house.ask(request(body=chat(), headers=(("Origin", "https://evil.test"),)))
-        assert (other.status, other.header("access-control-allow-origin")) == (200, None)
-
-
-@in_house
-async def test_without_origins_of_our_own_cors_is_the_replicas(house: House) -> None:
-    house.replicas[0].set(headers=(("Access-Control-Allow-Origin", "*"),))
-    answer = await house.ask(request("OPTIONS", CHAT, headers=PREFLIGHT), "OPTIONS")
-    assert (answer.status, answer.header("access-control-allow-origin")) == (200, "*")
-    assert house.replicas[0].seen.last.method == "OPTIONS"

@@ -13,7 +13,7 @@ SERVED = [
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
     "/v1/responses", "/v1/rerank", "/v1/score", "/v1/models", "/v1/models/org%2Fname", "/v1/tokenize", "/v1/files",
     "/generate", "/classify", "/encode", "/rerank", "/score", "/tokenize", "/detokenize", "/model_info",
-    "/get_model_info", "/v1/chat/completions/", "//v1/models", "/v1//models", "/v1/x%2Fy?a=%2F&b=//../c",
+    "/get_model_info", "/v1/x%2Fy?a=%2F&b=//../c",
     "/v1/%20x", "/v1/models?key=flush_cache", "/v1/a;b=c", "/v1/~x", "/v1/%C3%A4",
 ]  # fmt: skip
 
@@ -56,6 +56,27 @@ async def test_a_serving_path_is_relayed_as_it_was_spelled(house: House, target:
     assert (await client.answer("OPTIONS")).header("x-replica-id") == "a"
     seen = house.replicas[0].seen
     assert target in (seen.probes[-1].target, seen.requests[-1].target if seen.requests else "")
+
+
+@pytest.mark.parametrize(
+    ("target", "sent"),
+    [
+        ("/v1//files", "/v1/files"),
+        ("//v1/files", "/v1/files"),
+        ("/v1/files/", "/v1/files"),
+        ("/v1/files//?a=//b/", "/v1/files?a=//b/"),
+        ("/v1/./files/x/..", "/v1/files"),
+        ("/v1/%66iles", "/v1/files"),
+        ("/v1/%2e%2e/v1/%66iles", "/v1/files"),
+        ("/v1/files/%25%3f%20//x", "/v1/files/%25%3F%20/x"),
+        ("/v1\\files", "/v1/files"),
+        ("http://wire.test//v1/files", "/v1/files"),
+    ],
+)
+@in_house
+async def test_what_a_replica_gets_is_what_was_decided_on(house: House, target: str, sent: str) -> None:
+    assert (await house.ask(request("PUT", target), "PUT")).status == 200
+    assert house.replicas[0].seen.last.target == sent
 
 
 @pytest.mark.parametrize("target", ["http://wire.test/v1/files?a=/b", "HTTPS://wire.test:1/v1/files?a=/b"])

@@ -184,3 +184,19 @@ async def test_who_is_refused_has_two_seconds_to_read_why(house: House) -> None:
             await asyncio.sleep(0.05)
             assert asyncio.get_running_loop().time() - began < 4
     assert asyncio.get_running_loop().time() - began > 1.5
+
+
+@pytest.mark.parametrize("is_sent", [True, False], ids=["sent then", "not even then"])
+@in_house
+async def test_a_body_that_waits_for_our_word_is_late_from_that_word_on(house: House, is_sent: bool) -> None:
+    """Behind a slow answer the word comes late, and that is not the client's doing."""
+    house.replicas[0].next(1, head_delay=1.0)
+    body = chat()
+    client = await house.client()
+    expecting = (("Expect", "100-continue"), ("Content-Length", str(len(body))))
+    await client.send(POST + request(headers=expecting))
+    assert (await client.answer()).status == 200
+    assert await client.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    if is_sent:
+        await client.send(body)
+    assert (await client.answer()).status == (200 if is_sent else 408)

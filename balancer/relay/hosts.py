@@ -1,0 +1,43 @@
+"""What a Host field may say, and which names a web page of anybody could have."""
+
+import ipaddress
+import re
+from functools import lru_cache
+
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::(\d*))?")
+_DIGITS = 5  # of the highest port, 65535
+# The public DNS gives these to nobody, so no page of another site has such a name; nor one without a dot.
+_PRIVATE = (".localhost", ".local", ".internal", ".lan", ".home.arpa", ".test")
+
+
+def is_host(value: bytes) -> bool:
+    """Is this a name or an address, with or without a port, as RFC 9112 section 3.2 wants it? Empty is none."""
+    return _remembered(value) if len(value) <= 128 else _is_host(value)
+
+
+def _is_host(value: bytes) -> bool:
+    found = _HOST.fullmatch(value)
+    if found is None:
+        return False
+    host, port = found[1], (found[2] or b"").lstrip(b"0") or b"0"
+    if len(port) > _DIGITS or int(port) > 65535:
+        return False
+    try:
+        return not host.startswith(b"[") or bool(ipaddress.IPv6Address(host[1:-1].decode()))
+    except ValueError:
+        return False
+
+
+_remembered = lru_cache(maxsize=1024)(_is_host)
+
+
+def is_public_name(host: bytes) -> bool:
+    """Could the public DNS know this host, so that whoever owns the name can have it point at this machine?"""
+    name = host.lower() if host.startswith(b"[") else host.lower().partition(b":")[0].rstrip(b".")
+    if b"." not in name or name.startswith(b"["):
+        return False
+    try:
+        ipaddress.IPv4Address(name.decode())
+    except ValueError:
+        return not name.decode().endswith(_PRIVATE)
+    return False
