@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from balancer.operate import rotation
 
@@ -12,7 +12,7 @@ _BLOCK = 64 * 1024
 
 
 class LogReader:
-    """`files` are those that the log lies in at first, the oldest first; none: it is yet to come."""
+    """`files` are what the log lies in at first, the oldest first; none: it is yet to come. Use it in a `with`."""
 
     def __init__(self, log: Path, files: Sequence[Path]) -> None:
         self._log = log
@@ -24,6 +24,14 @@ class LogReader:
                 self._before.append(file.open("rb"))
         if self._before:
             self._file = self._before.pop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (*self._before, self._file):
+            if file is not None:
+                file.close()
 
     def all(self) -> Iterator[str]:
         """Every line that is there. One without an end is kept for `more`."""

@@ -1,5 +1,6 @@
 """What services there are and what they do: `groundserve status` and `groundserve logs`."""
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -92,18 +93,21 @@ def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | Non
         what = some if of == "replicas" else f"the {of}"
         known_names = ", ".join(other.name for other in folders(state_root())) or "none"
         raise ConfigError(f"there is no log of {what} of {name}; services that ran here: {known_names}")
-    readers = {prefix: LogReader(path, folder.log_files(path)) for prefix, path in paths.items()}
-    for prefix, reader in readers.items():
-        for line in reader.all() if tail is None else reader.last(tail):
-            print(prefix + line, flush=follow)
-    while follow:
-        time.sleep(0.2)
+    with contextlib.ExitStack() as opened:
+        readers = {
+            prefix: opened.enter_context(LogReader(path, folder.log_files(path))) for prefix, path in paths.items()
+        }
         for prefix, reader in readers.items():
-            for line in reader.more():
-                print(prefix + line, flush=True)
-    for prefix, reader in readers.items():
-        for line in reader.rest():
-            print(prefix + line)
+            for line in reader.all() if tail is None else reader.last(tail):
+                print(prefix + line, flush=follow)
+            if not follow and tail is None:
+                for line in reader.rest():
+                    print(prefix + line)
+        while follow:
+            time.sleep(0.2)
+            for prefix, reader in readers.items():
+                for line in reader.more():
+                    print(prefix + line, flush=True)
     return 0
 
 
