@@ -34,6 +34,7 @@ class Giver(Protocol):
     settings: Settings
     outliers: Outliers
     in_flight: int
+    generating: int
     turns: int
 
     @property
@@ -56,6 +57,7 @@ class Claim(Generic[C]):
         fleet.turns += 1
         member.turn = fleet.turns
         fleet.in_flight += 1
+        fleet.generating += is_generating
         if not member.in_flight:
             member.busy_since = fleet.clock()
         member.in_flight += 1
@@ -87,6 +89,7 @@ class Claim(Generic[C]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._fleet.in_flight -= 1
+        self._fleet.generating -= self._is_generating
         self.member.in_flight -= 1
         self.member.generating -= self._is_generating
         self.choice.over()

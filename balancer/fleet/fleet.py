@@ -35,8 +35,9 @@ class Fleet:
         self.when_left: list[Callable[[Member], None]] = []
         self.when_refused: list[Callable[[Member], None]] = []
         self.when_doubted: list[Callable[[Member], None]] = []
-        self.is_asleep = False  # there are no replicas only because nobody asks: who waits wakes one
+        self.is_asleep = False  # there are no replicas only because nobody asks: what generates wakes one
         self.in_flight = 0  # requests at members, those that left among them
+        self.generating = 0  # of these, those that generate
         self.turns = 0  # choices made
         self.ready_since: float | None = None  # when a member was ready for the first time
         self._available: list[Member] = []
@@ -173,10 +174,13 @@ class Fleet:
         """Is there an available member, full or not, that was not tried?"""
         return any(member not in tried for member in self.available())
 
-    def is_starting(self) -> bool:
-        """Is a replica on its way that has not been ready yet and still may become so?"""
+    def is_starting(self, wakes: bool = True) -> bool:
+        """Is a replica on its way that has not been ready yet and still may become so?
+
+        `wakes`: the request that asks has one started where the service is asleep.
+        """
         now = self.clock()
-        return self.is_asleep or any(
+        return (wakes and self.is_asleep) or any(
             m.status(now) in (Status.PROVISIONING, Status.STARTING) for m in self.members.values()
         )
 

@@ -17,6 +17,8 @@ from balancer.spec import Spec
 WINDOW = 60.0
 # Share of a delay in which the load must have asked for the change.
 SHARE = 0.8
+# Seconds for which a request that was refused says that all is full.
+FULL = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +73,23 @@ class Autoscaler:
         self._asked: deque[tuple[float, int]] = deque()
         # What was asked for before there were as many replicas is no reason to have fewer again.
         self._rose_at = -math.inf
+        self._full_until = -math.inf
 
-    def target(self, now: float, current: int, arrived: int, in_flight: int, queued: int) -> int:
+    def target(self, now: float, current: int, arrived: int, in_flight: int, queued: int, turned_away: int = 0) -> int:
         """How many replicas there should be. Call it every second or so.
 
-        `arrived` are the requests since the last call, `in_flight` those at replicas, `queued` those that wait.
+        `arrived` are the requests since the last call, `in_flight` those at replicas, `queued` those that wait,
+        `turned_away` those that were refused since the last call because all was full: whatever the target says, such a
+        load asks for one replica more.
         """
         self._arrivals.append((now, arrived))
         while self._arrivals[0][0] <= now - WINDOW:
             self._arrivals.popleft()
         asked = self._asked_for(in_flight + queued)
+        if turned_away:
+            self._full_until = now + FULL
+        if now < self._full_until:
+            asked = self._clipped(max(asked, current + 1))
         self._note(now, asked)
         wanted = self._wanted(now, current, asked, is_waiting=queued > 0 or arrived > 0)
         if wanted > current:

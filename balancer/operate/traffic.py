@@ -5,22 +5,26 @@ from balancer.views.status import Snapshot
 
 
 class Traffic:
-    """Adds up what arrived between two looks; the balancer counts by replica, and replicas come and go."""
+    """What arrived between two looks, served or not: generating requests, each once, as they came through the door."""
 
     def __init__(self) -> None:
-        self._totals: dict[tuple[int, str], int] = {}
+        self._arrived: int | None = None  # the balancer's totals as last seen
+        self._turned_away = 0
         self._load = Load()
 
     def note(self, snapshot: Snapshot) -> None:
-        totals = {(row.id, row.endpoint): row.requests_total for row in snapshot.replicas}
-        arrived = 0
-        for key, total in totals.items():
-            before = self._totals.get(key, 0)
-            # A balancer that started anew counts from 0 again.
-            arrived += total - before if total >= before else total
-        self._totals = totals
         service = snapshot.service
-        self._load = Load(self._load.arrived + arrived, service.in_flight, service.queue_depth)
+        before = service.arrived_total if self._arrived is None else self._arrived
+        if service.arrived_total < before:  # a balancer that started anew counts from 0 again
+            before = self._turned_away = 0
+        self._load = Load(
+            self._load.arrived + service.arrived_total - before,
+            service.generating,
+            service.generating_queued,
+            self._load.turned_away
+            + max(0, service.turned_away_total - self._turned_away) * (self._arrived is not None),
+        )
+        self._arrived, self._turned_away = service.arrived_total, service.turned_away_total
 
     def take(self) -> Load:
         """The load since the last call."""

@@ -17,11 +17,15 @@ from balancer.operate.rollout import Mode, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests: those that came since the last look, those at replicas, those that wait for one."""
+    """Generating requests: those that came since the last look, those at replicas, those that wait for one.
+
+    `turned_away` are those refused since the last look because all was full.
+    """
 
     arrived: int = 0
     in_flight: int = 0
     queued: int = 0
+    turned_away: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,9 @@ class Wanted:
         there = {self.serving.version, self.newest.version, *(replica.version for replica in replicas)}
         self.recipes = {version: recipe for version, recipe in self.recipes.items() if version in there}
         if self._autoscaler is not None:
-            self.target = self._autoscaler.target(now, self.target, load.arrived, load.in_flight, load.queued)
+            self.target = self._autoscaler.target(
+                now, self.target, load.arrived, load.in_flight, load.queued, load.turned_away
+            )
         if self.coming is None:
             return {self.serving.version: self.target}, None
         seen = rollout.look(self._mode, replicas, self.coming.version, self.target, self._surge())

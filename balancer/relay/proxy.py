@@ -31,6 +31,7 @@ SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE
 OWN_METHODS = (b"GET", b"HEAD")
 BROKEN_STATUSES = (500, 502, 504)
 RACE = "race"  # among the reasons of retries: the same request on a new connection to the same member
+TURNED_AWAY = ("queue_full", "queue_timeout", "replicas_busy")  # more replicas would have taken it
 
 MAX_PATH = 1024  # characters that are remembered of a path: a head's worth, 20,000 times, is more than a GB
 
@@ -112,6 +113,7 @@ class Proxy:
             else:
                 await self._relay(request, reply, client, record)
         except ServeError as error:
+            self.admission.turned_away_total += request.is_generating and error.code in TURNED_AWAY
             reply.refuse(error)
         except asyncio.CancelledError:
             if not reply.is_over:
@@ -129,6 +131,7 @@ class Proxy:
 
     async def _relay(self, request: Request, reply: Reply, client: ClientConnection, record: Record) -> None:
         """Attempts at one member after the other, until one answers or nothing is left; raises ServeError."""
+        self.admission.arrived_total += request.is_generating
         prompt = Prompt(request.path, request.body)
         if prompt.is_heavy:
             await self.admission.read(prompt)

@@ -43,6 +43,9 @@ class Admission:
     def __init__(self, fleet: Fleet, policy: Policy) -> None:
         self.fleet = fleet
         self.policy = policy
+        # Generating requests that came through the door, and those of them that were refused because all was full.
+        self.arrived_total = 0
+        self.turned_away_total = 0
         self._queue: deque[_Waiter] = deque()  # generating requests
         self._plain: deque[_Waiter] = deque()  # others: they need a replica, and no room there
         self._reading = asyncio.Lock()
@@ -63,6 +66,10 @@ class Admission:
                 prompt.read()
                 await asyncio.sleep(0)
 
+    @property
+    def generating_queued(self) -> int:
+        return len(self._queue)
+
     def claim_now(self, ask: Ask) -> Place | None:
         """A place at once, or None where the request would have to wait."""
         if self._queue and ask.is_generating:
@@ -73,7 +80,7 @@ class Admission:
         """A place, after a wait if need be; raises ServeError when there is none, or the wait was in vain."""
         settings = self.fleet.settings
         if not self.fleet.has_other(ask.tried):
-            if not self.fleet.is_starting() or not settings.start_wait:
+            if not self.fleet.is_starting(ask.is_generating) or not settings.start_wait:
                 raise errors.no_replica()
             wait = settings.start_wait if ask.is_waited_for else min(MOMENT, settings.start_wait)
         else:
@@ -124,6 +131,6 @@ class Admission:
         settings = self.fleet.settings
         if self.fleet.has_other(waiter.ask.tried):
             return errors.queue_timeout(settings.queue_timeout) if now >= waiter.until else None
-        if now >= waiter.until or not self.fleet.is_starting():
+        if now >= waiter.until or not self.fleet.is_starting(waiter.ask.is_generating):
             return errors.no_replica()
         return None

@@ -55,7 +55,7 @@ class ServiceWord(BaseModel):
     endpoint: str | None = None
     status: str = ""
     reason: str = ""
-    is_asleep: bool = Field(False, description="a request that finds no replica makes the engine start one")
+    is_asleep: bool = Field(False, description="a generating request that finds no replica makes the engine start one")
 
 
 class Replicas(BaseModel):

@@ -44,6 +44,10 @@ def take_snapshot(facts: ServiceFacts, fleet: Fleet, admission: Admission) -> Sn
         total=len(members),
         queue_depth=admission.queue_depth,
         in_flight=fleet.in_flight,
+        arrived_total=admission.arrived_total,
+        turned_away_total=admission.turned_away_total,
+        generating=fleet.generating,
+        generating_queued=admission.generating_queued,
         reason=facts.reason,
     )
     rows = sorted((_row(member, now) for member in members), key=lambda row: row.id)

@@ -1,7 +1,7 @@
 """One snapshot of a service and its replicas: the source of `GET /status`, the tables, the page and the metrics."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 
@@ -22,6 +22,12 @@ class ServiceRow:
     total: int
     queue_depth: int
     in_flight: int
+    # Generating requests, by which a service scales: those that came through the door since the balancer began, however
+    # they ended; of them those refused because all was full; those that are at replicas now; those that wait for one.
+    arrived_total: int = 0
+    turned_away_total: int = 0
+    generating: int = 0
+    generating_queued: int = 0
     # Why the service is FAILED, in one line; empty otherwise.
     reason: str = ""
 
@@ -30,7 +36,7 @@ class ServiceRow:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Raises ValueError when a field is missing; fields it does not know are left out."""
+        """Raises ValueError when a field without a default is missing; fields it does not know are left out."""
         return cls(**_known(cls, data))
 
 
@@ -99,6 +105,6 @@ def _known(row: type[ServiceRow] | type[ReplicaRow], data: Mapping[str, Any]) ->
     if not isinstance(data, Mapping):
         raise ValueError(f"a {row.__name__} is an object, not {type(data).__name__}")
     names = {field.name for field in fields(row)}
-    if missing := names - {"reason"} - data.keys():
+    if missing := {field.name for field in fields(row) if field.default is MISSING} - data.keys():
         raise ValueError(f"the status lacks {', '.join(sorted(missing))}")
     return {name: data[name] for name in names & data.keys()}

@@ -35,7 +35,10 @@ REPLICA = ReplicaRow(
 
 
 def test_json_has_exactly_the_promised_fields() -> None:
-    promised_service = "name version status uptime_seconds endpoint policy ready total queue_depth in_flight"
+    promised_service = (
+        "name version status uptime_seconds endpoint policy ready total queue_depth in_flight "
+        "arrived_total turned_away_total generating generating_queued"
+    )
     promised_replica = (
         "id name version endpoint launched_seconds infra resources status in_flight requests_total failures_total "
         "ejected_for_seconds cached_tokens_total prompt_tokens_total"

@@ -208,3 +208,22 @@ def test_a_target_in_flight_needs_no_qps() -> None:
         "replica_policy: {min_replicas: 0, max_replicas: 2}", more="x-groundserve: {target_in_flight_per_replica: 8}"
     )
     assert found == Rule(least=0, most=2, in_flight=8)
+
+
+def test_a_load_that_is_turned_away_asks_for_one_replica_more_after_each_delay() -> None:
+    """Where a replica does less than the target says, as the rate alone would never tell."""
+    autoscaler, targets = Autoscaler(QPS), [1]
+    for second in range(1000):
+        is_full = second >= 100 and targets[-1] < 3 and second % 5 == 0
+        targets.append(autoscaler.target(float(second), targets[-1], 1, 0, 0, turned_away=int(is_full)))
+    (first, two), (second, three) = changes(targets)
+    assert (two, three) == (2, 3)
+    assert 0 <= first - (100 + SHARE * QPS.upscale_delay) <= 5
+    assert 0 <= second - first - SHARE * QPS.upscale_delay <= 5
+
+
+def test_one_request_that_was_turned_away_asks_for_nothing() -> None:
+    autoscaler, target = Autoscaler(QPS), 1
+    for second in range(1000):
+        target = autoscaler.target(float(second), target, 1, 0, 0, turned_away=int(second == 500))
+    assert target == 1

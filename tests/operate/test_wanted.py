@@ -12,7 +12,7 @@ from balancer.operate.recipe import Recipe, recipe
 from balancer.operate.traffic import Traffic
 from balancer.operate.wanted import Load, Outcome, Wanted
 from balancer.spec import parse
-from balancer.views.status import ReplicaRow, ServiceRow, Snapshot
+from balancer.views.status import ServiceRow, Snapshot
 
 
 def made(version: int = 1, run: str = "serve $GROUNDSERVE_PORT", service: str = "replicas: 2", **more: Any) -> Recipe:
@@ -154,31 +154,29 @@ def test_two_versions_on_one_port_take_turns() -> None:
 # What arrived
 
 
-def snapshot(*totals: tuple[int, int], queued: int = 0, in_flight: int = 0) -> Snapshot:
-    service = ServiceRow("x", "1", "READY", 1.0, "http://e", "round_robin", 1, 1, queued, in_flight)
-    rows = (
-        ReplicaRow(id, f"x-{id}", 1, f"http://{id}", 1.0, "local", "1x CPU", "READY", 0, total, 0, 0.0, 0, 0)
-        for id, total in totals
-    )
-    return Snapshot(service, tuple(rows))
+def snapshot(arrived: int, generating: int = 0, queued: int = 0, turned_away: int = 0) -> Snapshot:
+    service = ServiceRow("x", "1", "READY", 1.0, "http://e", "round_robin", 1, 1, queue_depth=99, in_flight=99)
+    counts = {"arrived_total": arrived, "turned_away_total": turned_away}
+    return Snapshot(replace(service, generating=generating, generating_queued=queued, **counts))
 
 
-def test_arrivals_are_what_the_replicas_totals_grew_by() -> None:
+def test_the_load_is_what_came_through_the_door_since_the_last_look() -> None:
     traffic = Traffic()
-    traffic.note(snapshot((1, 5), (2, 7)))
-    assert traffic.take() == Load(12, 0, 0)
-    traffic.note(snapshot((1, 6), (2, 7), queued=3, in_flight=2))
-    traffic.note(snapshot((1, 8), (2, 7), queued=1, in_flight=4))
-    assert traffic.take() == Load(3, 4, 1)
-    assert traffic.take() == Load(0, 4, 1)
+    traffic.note(snapshot(0))
+    traffic.note(snapshot(12, turned_away=3))
+    assert traffic.take() == Load(12, 0, 0, 3)
+    traffic.note(snapshot(13, generating=2, queued=3, turned_away=4))
+    traffic.note(snapshot(15, generating=4, queued=1, turned_away=6))
+    assert traffic.take() == Load(3, 4, 1, 3)
+    assert traffic.take() == Load(0, 4, 1, 0)
 
 
-def test_replicas_that_come_go_or_count_anew_make_no_negative_load() -> None:
+def test_what_came_before_the_controller_is_no_load_and_a_new_balancer_counts_from_nothing() -> None:
     traffic = Traffic()
-    traffic.note(snapshot((1, 50), (2, 70)))
-    traffic.take()
-    traffic.note(snapshot((2, 4), (3, 1)))
-    assert traffic.take().arrived == 5
+    traffic.note(snapshot(50_000, turned_away=70))
+    assert traffic.take() == Load(0, 0, 0, 0)
+    traffic.note(snapshot(5, turned_away=2))
+    assert traffic.take() == Load(5, 0, 0, 2)
 
 
 # What an earlier controller left running

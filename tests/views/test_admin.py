@@ -76,6 +76,10 @@ def test_status_tells_the_facts_of_service_and_replicas() -> None:
         "total": 3,
         "queue_depth": 0,
         "in_flight": 1,
+        "arrived_total": 0,
+        "turned_away_total": 0,
+        "generating": 1,
+        "generating_queued": 0,
     }
     assert [row["status"] for row in said["replicas"]] == ["READY", "EJECTED", "DRAINING"]
     first, second, third_row = said["replicas"]

@@ -302,3 +302,37 @@ async def test_a_client_that_leaves_before_its_first_token_makes_room_for_the_ne
         second.leave()
         await house.at_rest()
         assert house.member("a").pending == 0
+
+
+# What came through the door, for whoever decides how many replicas there should be
+
+
+@on_uvloop
+async def test_what_arrives_is_counted_once_refused_or_not_and_only_what_generates() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, max_in_flight=1, queue_size=0) as house:
+        admission = house.balancer.admission
+        a.next(1, status=503)
+        b.next(1, status=503)
+        assert (await house.ask(POST)).status == 503
+        assert (admission.arrived_total, admission.turned_away_total) == (1, 1), "two attempts, one request"
+        for member in house.balancer.fleet.members.values():
+            member.full_until = 0.0
+        holders = await occupied(house, 2)
+        for _ in range(5):
+            assert (await house.ask(POST)).status == 429
+            assert (await house.ask(MODELS, "GET")).status == 200
+        assert (admission.arrived_total, admission.turned_away_total) == (8, 6)
+        for holder in holders:
+            holder.leave()
+
+
+@on_uvloop
+async def test_a_service_asleep_is_woken_by_what_generates_and_not_by_polling() -> None:
+    async with serving(ready=0, start_wait=5) as house:
+        house.balancer.fleet.is_asleep = True
+        assert (await house.ask(MODELS, "GET")).status == 503
+        assert (house.balancer.admission.arrived_total, house.balancer.admission.generating_queued) == (0, 0)
+        client = await house.client()
+        await client.send(POST)
+        await until(lambda: house.balancer.admission.generating_queued == 1)
+        assert house.balancer.admission.arrived_total == 1
