@@ -10,8 +10,10 @@ import httpx
 from balancer import listen
 from balancer.config import Config, Reread
 from balancer.errors import ConfigError
+from balancer.fleet.dial import Dialer
 from balancer.fleet.discovery import DnsDiscovery, Resolve, resolve
 from balancer.fleet.fleet import Fleet
+from balancer.fleet.lateness import Lateness
 from balancer.fleet.probe import Prober
 from balancer.relay import asgi
 from balancer.relay.auth import Keys
@@ -21,6 +23,7 @@ from balancer.relay.proxy import Proxy
 from balancer.relay.record import Record
 from balancer.relay.reply import Reply
 from balancer.relay.request import Network, Request
+from balancer.relay.sweep import Job, Sweep
 from balancer.relay.tls import Certificate, replica_context
 from balancer.relay.upstream import Pool
 from balancer.relay.watch import MOUNT_ITS_FOLDER, FileWatch
@@ -44,7 +47,6 @@ from balancer.views.tally import Tallies
 log = logging.getLogger("groundserve")
 
 LAST_CALL = 0.1  # seconds from the port's closing to the end of idle connections: requests may be on their way
-SWEEP = 0.25  # seconds between two looks at everything that can time out
 
 
 class Balancer:
@@ -69,17 +71,19 @@ class Balancer:
         self.facts = ServiceFacts(config.name)
         self.tallies = Tallies()
         self.fleet = Fleet(settings, config.readiness, loop.time)
+        self.lateness = Lateness(loop, self.tallies.loop_lag.note)
+        self.dialer = Dialer(look_up, self.lateness.within)
         self.fleet.when_joined.append(self.tallies.member_joined)
         self.fleet.when_left.append(self.tallies.member_left)
         self.admission = Admission(self.fleet, _policy(config))
         self.keys = Keys(config.api_keys) if config.api_keys else None
         self.certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         replica_tls = replica_context(config.replica_ca)
-        self.prober = Prober(self.fleet, config.replica_key, replica_tls)
+        self.prober = Prober(self.fleet, config.replica_key, replica_tls, dialer=self.dialer)
         self.discovery = DnsDiscovery(config.discover, self.fleet, look_up) if config.discover else None
         if self.discovery is not None:
             self.discovery.when_untold.append(self.facts.untold)
-        self.pool = Pool(settings, loop, self.fleet.doubted, replica_tls)
+        self.pool = Pool(settings, loop, self.fleet.doubted, replica_tls, self.dialer)
         self.fleet.when_left.append(self.pool.forget)
         self.access_log = AccessLog(log_descriptor, config.is_log_json)
         headers = {"Authorization": f"Bearer {config.replica_key}"} if config.replica_key else {}
@@ -110,7 +114,7 @@ class Balancer:
         )
         list_replicas = self.discovery.told if self.discovery else self.fleet.reconcile
         admin = admin_app(self.facts, self.fleet, self.admission, list_replicas, lambda: config.admin_key)
-        figures = BalancerCollector(
+        self.figures = BalancerCollector(
             self.fleet,
             self.admission,
             self.tallies,
@@ -118,7 +122,7 @@ class Balancer:
             connections=lambda: len(self.doors.connections),
             buffered=lambda: self.doors.buffered,
         )
-        admin.include_router(metrics_router(registry_of(figures)))
+        admin.include_router(metrics_router(registry_of(self.figures)))
         self.history = History(self.fleet, self.admission, self.tallies)
         self.feed = Feed(self.facts, self.fleet, self.admission, self.tallies, self.history)
         add_page(admin, self.feed)
@@ -136,10 +140,12 @@ class Balancer:
         self._admin_server = listen.server(guarded, AdminConnection)
         self._door: listen.Door | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._sweep = Sweep(self._jobs())
 
     async def start(self) -> None:
         """Opens both ports and begins to watch the replicas."""
         self.facts.endpoint = self.endpoint
+        self.lateness.start()
         self.fleet.reconcile(self.config.replicas)
         self.prober.start()
         if self.discovery is not None:
@@ -147,7 +153,7 @@ class Balancer:
         context = self.certificate.context if self.certificate else None
         self._door = await listen.door(self.doors, self._sockets[0], context)
         self._tasks.append(asyncio.ensure_future(self._admin_server.serve(sockets=[self._sockets[1]])))
-        self._tasks.append(asyncio.ensure_future(self._sweep()))
+        self._tasks.append(asyncio.ensure_future(self._sweep.run()))
         while not self._admin_server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
 
@@ -206,28 +212,27 @@ class Balancer:
             await self.discovery.stop()
         await self.prober.stop()
         self.pool.close()
+        await self.dialer.close()
+        self.lateness.stop()
         await self._client.aclose()
         await self._own_client.aclose()
         self.access_log.flush()
 
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP)
-            try:
-                now = self.loop.time()
-                self.doors.sweep(now)
-                self.pool.sweep(now)
-                self.admission.expire()
-                self.access_log.flush()
-                self.tallies.count()
-                self.history.take(now)
-                if self.keys is not None:
-                    self.keys.reload()
-                if self.certificate is not None:
-                    self.certificate.reload()
-                self._reload()
-            except Exception:
-                log.exception("the sweep failed; it goes on")
+    def _jobs(self) -> dict[str, Job]:
+        jobs: dict[str, Job] = {
+            "client connections": self.doors.sweep,
+            "connections to replicas": self.pool.sweep,
+            "waiting requests": lambda _: self.admission.expire(),
+            "the access log": lambda _: self.access_log.flush_some(),
+            "the counts": lambda _: self.tallies.count_some(),
+            "the page's history": self.history.take,
+            "the service file": lambda _: self._reload(),
+        }
+        if (keys := self.keys) is not None:
+            jobs["API keys"] = lambda _: keys.reload()
+        if (certificate := self.certificate) is not None:
+            jobs["the certificate"] = lambda _: certificate.reload()
+        return jobs
 
     def _reload(self) -> None:
         """Takes up a service file that changed; a mistake in it leaves all as it was."""

@@ -14,7 +14,8 @@ from balancer.fleet.member import Listed
 log = logging.getLogger("groundserve")
 
 INTERVAL = 1.0
-LOOK_UP_TIMEOUT = 5.0
+# Longer than a resolver takes to give up a dead name server and ask the next one, in seconds.
+LOOK_UP_TIMEOUT = 20.0
 # How long an engine's list stands after it was last told, in seconds. A controller tells it twice a second.
 TOLD_STANDS = 10.0
 # How long the last answer stands when DNS fails or knows no replica; members that answer stay even longer, in seconds.

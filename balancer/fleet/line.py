@@ -6,14 +6,14 @@ hundredths of one here. And it tells of a death at once: the kernel closes the c
 
 import asyncio
 import errno
-import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import httptools
 
+from balancer.fleet.dial import Dialer, Unresolved
 from balancer.fleet.member import Member
 
 LARGEST_ANSWER = 1 << 20
@@ -51,12 +51,14 @@ class Line:
         tls: ssl.SSLContext | None = None,
         fields: Mapping[str, str] | None = None,
         when_broken: Callable[[], None] | None = None,
+        dialer: Dialer | None = None,
     ) -> None:
         self.breaks = 0  # connections that ended unannounced: after each, another process may answer
         self._member = member
         self._tls = (tls or ssl.create_default_context()) if member.is_https else None
         self._fields = {"host": member.authority.decode(), **(fields or {})}
         self._when_broken = when_broken
+        self._dialer = dialer or Dialer()
         self._connection: _Connection | None = None
 
     async def ask(
@@ -67,7 +69,7 @@ class Line:
         fields: Mapping[str, str] | None = None,
         body: bytes = b"",
     ) -> Answer:
-        """The answer; raises Unheard (after `timeout` seconds at the latest) or NotAsked.
+        """The answer; raises Unheard (`timeout` seconds after it is known where to ask, at the latest) or NotAsked.
 
         `path` and the names in `fields` are ASCII; a field replaces the line's own of the same name.
         """
@@ -79,38 +81,35 @@ class Line:
         lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in merged.items()), "", ""]
         message = "\r\n".join(lines).encode() + body
         try:
-            async with asyncio.timeout(timeout):
-                if self._connection is not None and not self._connection.is_closed:
-                    try:
+            if self._connection is not None and not self._connection.is_closed:
+                try:
+                    async with self._dialer.within(timeout):
                         return await self._connection.exchange(message)
-                    except ConnectionError:
-                        pass  # it was closing already
-                self._connection = await self._connect()
+                except ConnectionError:
+                    pass  # it was closing already
+            addresses = await self._dialer.addresses(self._member)
+            async with self._dialer.within(timeout):
+                self._connection = await self._connect(addresses, timeout)
                 return await self._connection.exchange(message)
         except TimeoutError:
             raise Unheard(f"no answer within {timeout:g} s") from None
-        except OSError as error:
+        except (OSError, Unresolved) as error:
             raise Unheard(str(error)) from None
         finally:
             if self._connection is not None and self._connection.is_asked:
                 self.close()  # its answer would be taken for that to the next question
 
-    async def _connect(self) -> "_Connection":
-        member = self._member
+    async def _connect(self, addresses: Sequence[str], timeout: float) -> "_Connection":
         try:
-            _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _Connection(self._ended),
-                member.host,
-                member.port,
-                ssl=self._tls,
+            return await self._dialer.connect(
+                self._member, addresses, lambda: _Connection(self._ended), self._tls, timeout
             )
-        except (TimeoutError, socket.gaierror):
-            raise  # neither says that nothing listens
+        except TimeoutError:
+            raise  # it does not say that nothing listens
         except OSError as error:
             if error.errno in OUR_OWN_LIMITS:
                 raise NotAsked(str(error)) from None
             raise Refused(str(error)) from None
-        return connection
 
     def close(self) -> None:
         if self._connection is not None:

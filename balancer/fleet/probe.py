@@ -5,6 +5,7 @@ import functools
 import random
 import ssl
 
+from balancer.fleet.dial import Dialer
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.line import Line
 from balancer.fleet.member import Member
@@ -14,15 +15,21 @@ from balancer.fleet.watch import Watch
 class Prober:
     """Watches the members of a fleet as they come and go.
 
-    `api_key` is what the replicas themselves want, `tls` how https replicas are checked, `seed` that of the jitter.
+    `api_key` is what the replicas themselves want, `tls` how https replicas are checked, `seed` that of the jitter,
+    `dialer` what connects to them.
     """
 
     def __init__(
-        self, fleet: Fleet, api_key: str | None = None, tls: ssl.SSLContext | None = None, seed: int | None = None
+        self,
+        fleet: Fleet,
+        api_key: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        seed: int | None = None,
+        dialer: Dialer | None = None,
     ) -> None:
         self._fleet = fleet
         fields = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._line_to = functools.partial(Line, tls=tls, fields=fields)
+        self._line_to = functools.partial(Line, tls=tls, fields=fields, dialer=dialer or Dialer())
         self._jitter = random.Random(seed)
         self._watches: dict[Member, Watch] = {}
         fleet.when_joined.append(self._joined)

@@ -53,6 +53,7 @@ class Rule:
 RULES = {
     Outcome.REFUSED: Rule(any_method=True),
     Outcome.UNREACHED: Rule(any_method=True, is_failure=True),
+    Outcome.UNKNOWN: Rule(any_method=True),
     Outcome.BUSY: Rule(any_method=True),
     Outcome.LOST: Rule(safe_methods=True, is_failure=True),
     Outcome.SILENT: Rule(is_failure=True),
@@ -76,7 +77,7 @@ def may_repeat(outcome: Outcome, method: bytes, sent: int, settings: Settings, b
 def final_error(outcome: Outcome, settings: Settings, retry_after: int) -> ServeError:
     """What the client is told when the request cannot be repeated."""
     match outcome:
-        case Outcome.REFUSED | Outcome.UNREACHED:
+        case Outcome.REFUSED | Outcome.UNREACHED | Outcome.UNKNOWN:
             return errors.unreachable()
         case Outcome.BUSY:
             return errors.replicas_busy(retry_after)

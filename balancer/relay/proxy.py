@@ -8,6 +8,7 @@ from typing import Any
 
 from balancer import errors
 from balancer.errors import ServeError
+from balancer.fleet.dial import Unresolved
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.line import OUR_OWN_LIMITS
 from balancer.fleet.member import Member
@@ -32,6 +33,7 @@ OWN_METHODS = (b"GET", b"HEAD")
 BROKEN_STATUSES = (500, 502, 504)
 RACE = "race"  # among the reasons of retries: the same request on a new connection to the same member
 TURNED_AWAY = ("queue_full", "queue_timeout", "replicas_busy")  # more replicas would have taken it
+UNSENT = (Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN)
 
 MAX_PATH = 1024  # characters that are remembered of a path: a head's worth, 20,000 times, is more than a GB
 
@@ -158,7 +160,7 @@ class Proxy:
                     policy.answered(choice, prompt, record.prompt_tokens, record.cached_tokens)
                 return
             ask.tried.append(member)
-            sent += outcome not in (Outcome.REFUSED, Outcome.UNREACHED)
+            sent += outcome not in UNSENT
             now = self.pool.loop.time()
             error = final_error(outcome, self.settings, relay.retry_after)
             if not self.fleet.has_other(ask.tried):
@@ -186,6 +188,9 @@ class Proxy:
             connection = await self.pool.connect(member)
         except TimeoutError:
             outcome = Outcome.UNREACHED
+        except Unresolved as trouble:
+            log.warning("replica %s could not be asked: %s", member.name, trouble)
+            outcome = Outcome.UNKNOWN
         except OSError as error:
             if error.errno in OUR_OWN_LIMITS:
                 raise errors.out_of_sockets(str(error.strerror)) from None
@@ -194,7 +199,7 @@ class Proxy:
             relay.connected(connection.connected_in)
             client.take_from(connection)
             outcome = await connection.exchange(head, request.body, is_head, relay)
-        if raced and outcome in (Outcome.REFUSED, Outcome.UNREACHED):
+        if raced and outcome in UNSENT:
             relay.account(outcome)
             return Outcome.LOST  # it may have begun on this before it went away: what was sent stays sent
         return outcome

@@ -2,12 +2,14 @@
 
 import asyncio
 import enum
+import functools
 import ssl
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import httptools
 
+from balancer.fleet.dial import Dialer
 from balancer.fleet.member import Member
 from balancer.settings import Settings
 
@@ -26,6 +28,7 @@ class Outcome(enum.Enum):
     ANSWERED = "answered"  # a whole answer was relayed
     REFUSED = "refused"  # no connection, or it was gone before anything was sent
     UNREACHED = "unreached"  # no connection within connect_timeout
+    UNKNOWN = "unknown"  # no connection, because nobody says where the member is
     LOST = "lost"  # sent, and the connection ended before the first byte of an answer
     BUSY = "busy"  # the replica said 503
     SILENT = "silent"  # no byte of a body within first_byte_timeout
@@ -216,7 +219,7 @@ class Pool:
     """The idle and the busy connections to all members.
 
     Idle ones are used newest first and closed before SGLang would close them. `doubt` is called, and called again, with
-    a member one of whose answers is silent, `tls` is for https members.
+    a member one of whose answers is silent, `tls` is for https members, `dialer` connects to all.
     """
 
     def __init__(
@@ -225,11 +228,13 @@ class Pool:
         loop: asyncio.AbstractEventLoop,
         doubt: Callable[[Member], None],
         tls: ssl.SSLContext | None = None,
+        dialer: Dialer | None = None,
     ) -> None:
         self.settings = settings
         self.loop = loop
         self.doubt = doubt
         self.tls = tls
+        self._dialer = dialer or Dialer()
         self.busy: set[ReplicaConnection] = set()
         self._idle: dict[Member, list[ReplicaConnection]] = {}
 
@@ -245,15 +250,15 @@ class Pool:
         return None
 
     async def connect(self, member: Member) -> ReplicaConnection:
-        """A new connection; raises OSError when refused, TimeoutError after connect_timeout."""
+        """A new connection.
+
+        Raises OSError when refused, TimeoutError after connect_timeout, Unresolved when nobody says where it is.
+        """
+        addresses = await self._dialer.addresses(member)
+        tls = (self.tls or ssl.create_default_context()) if member.is_https else None
+        make = functools.partial(ReplicaConnection, self, member)
         began_at = self.loop.time()
-        async with asyncio.timeout(self.settings.connect_timeout):
-            _, connection = await self.loop.create_connection(
-                lambda: ReplicaConnection(self, member),
-                member.host,
-                member.port,
-                ssl=(self.tls or ssl.create_default_context()) if member.is_https else None,
-            )
+        connection = await self._dialer.connect(member, addresses, make, tls, self.settings.connect_timeout)
         connection.connected_in = self.loop.time() - began_at
         return connection
 

@@ -13,6 +13,7 @@ from balancer.relay.record import Record
 
 MAX_WAITING = 20_000
 TOO_SLOW = "whoever reads this log is too slow"
+PIECES = 16  # writes in one go
 SAFE_WRITE = 4096  # a pipe that polls as writable takes this much without blocking
 
 
@@ -41,20 +42,28 @@ class AccessLog:
 
     def flush(self) -> None:
         """Writes what the reader takes without blocking."""
-        while self._records or self._unwritten or self._dropped:
+        while self.flush_some():
+            pass
+
+    def flush_some(self) -> bool:
+        """Writes what takes a few milliseconds at most; True: the reader may take more."""
+        for _ in range(PIECES):
+            if not (self._records or self._unwritten or self._dropped):
+                return False
             if not self._unwritten:
                 self._unwritten = self._next_lines()
             if not self._poll.poll(0):
-                return  # the reader is slow: the lines wait
+                return False  # the reader is slow: the lines wait
             try:
                 written = os.write(self._descriptor, self._unwritten[:SAFE_WRITE])
             except BlockingIOError:
-                return  # a terminal may take less than it says
+                return False  # a terminal may take less than it says
             except OSError:  # nobody reads the log any more
                 self._records.clear()
                 self._unwritten, self._dropped = b"", 0
-                return
+                return False
             self._unwritten = self._unwritten[written:]
+        return True
 
     def _next_lines(self) -> bytes:
         lines = []

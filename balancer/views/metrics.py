@@ -1,12 +1,15 @@
 """Prometheus metrics: what was counted, and what the fleet is at the moment of the scrape."""
 
+import asyncio
+import re
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from itertools import accumulate
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
 from fastapi.responses import Response
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Metric, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -16,6 +19,10 @@ from balancer.fleet.member import Status
 from balancer.relay.auth import Keys
 from balancer.routing.admission import Admission
 from balancer.views.tally import Histogram, Tallies
+
+PIECE = 200  # samples that are written in one go
+HEADING = re.compile(rb"\A(# .*\n)+")
+EOF = b"# EOF\n"
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily | InfoMetricFamily
 
@@ -36,9 +43,33 @@ def metrics_router(registry: CollectorRegistry) -> APIRouter:
     @router.get("/metrics")
     async def metrics(accept: Annotated[str, Header()] = "") -> Response:
         encode, content_type = choose_encoder(accept)
-        return Response(encode(registry), media_type=content_type)
+        return Response(await encoded(registry, encode), media_type=content_type)
 
     return router
+
+
+async def encoded(registry: Collector, encode: Callable[[Any], bytes]) -> bytes:
+    """The text of all families, a few milliseconds' worth at a time: streams flow on in between."""
+    pieces = []
+    for family in registry.collect():
+        for start in range(0, max(1, len(family.samples)), PIECE):
+            part = copy(family)
+            part.samples = family.samples[start : start + PIECE]
+            text = encode(_Just(part)).removesuffix(EOF)
+            pieces.append(HEADING.sub(b"", text) if start else text)
+            await asyncio.sleep(0)
+    # Only OpenMetrics has a mark at its end: what it makes of nothing.
+    return b"".join((*pieces, encode(_Just())))
+
+
+class _Just(Collector):
+    """These families."""
+
+    def __init__(self, *families: Metric) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 class BalancerCollector(Collector):
@@ -167,6 +198,11 @@ class BalancerCollector(Collector):
             ("buffered_bytes", "Bytes of request bodies held.", self._buffered()),
         ):
             yield GaugeMetricFamily(f"groundserve_{name}", said, value=value)
+        lag = HistogramMetricFamily(
+            "groundserve_loop_lag_seconds", "How late the event loop was, looked at ten times a second."
+        )
+        lag.add_metric((), *_buckets(self._tallies.loop_lag))
+        yield lag
         yield InfoMetricFamily(
             "groundserve_balancer", "What this balancer does.", {"policy": self._admission.policy.name}
         )

@@ -19,6 +19,7 @@ GAP = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0
 DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300, 600)
 WAIT = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 CONNECT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
+LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 # How far the predicted cached share of a prompt was from the actual one.
 MISJUDGED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 
@@ -26,6 +27,7 @@ PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/respons
 PATHS |= {"/v1/models", "/v1/score", "/v1/rerank", "/health", "/ready"}
 STATUSES = tuple(f"{hundreds}xx" for hundreds in range(10))
 CLIENT_LEFT = 499
+PIECE = 250  # requests that are counted in one go
 REMEMBERED = 50  # requests whose routing the page shows
 
 
@@ -104,13 +106,14 @@ class Tallies:
     """
 
     def __init__(self) -> None:
-        self._uncounted: list[Record] = []
+        self._uncounted: deque[Record] = deque()
         self.members: dict[str, MemberTally] = {}
         self.nobody = MemberTally()
         self.keys: defaultdict[str, KeyTally] = defaultdict(KeyTally)
         self.errors: defaultdict[str, int] = defaultdict(int)
         self.retries: defaultdict[str, int] = defaultdict(int)
         self.queue_wait = Histogram(WAIT)
+        self.loop_lag = Histogram(LAG)
         self.bytes_in = 0
         self.bytes_out = 0
         self.routed = 0  # requests that went to a member
@@ -123,9 +126,14 @@ class Tallies:
 
     def count(self) -> None:
         """Brings all counts up to now."""
-        uncounted, self._uncounted = self._uncounted, []
-        for record in uncounted:
-            self._count(record)
+        while self.count_some():
+            pass
+
+    def count_some(self) -> bool:
+        """Counts what takes a few milliseconds at most; True: there is more."""
+        for _ in range(min(PIECE, len(self._uncounted))):
+            self._count(self._uncounted.popleft())
+        return bool(self._uncounted)
 
     def _count(self, record: Record) -> None:
         tally = self.members.get(record.member, self.nobody)

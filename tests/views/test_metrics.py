@@ -7,11 +7,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from balancer.app import Balancer
+from balancer.fleet.member import Listed
+from balancer.views.metrics import PIECE, encoded
 from tests.lab.model import ModelSettings
 from tests.lab.replica import LabReplica
 from tests.views.serving import CHAT, chat, client_of, run, serving, stream, until
@@ -254,6 +257,37 @@ def test_keys_are_counted_by_name_until_they_are_taken_away(tmp_path: Path) -> N
             assert 'key="line-1"' in text
             assert "line-2" not in text
             assert "secret" not in text
+
+    run(main())
+
+
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
+def test_a_scrape_is_made_in_pieces_and_is_what_one_made_at_once_would_be(accept: str) -> None:
+    async def main() -> None:
+        async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
+            await client.post(CHAT, json=stream())
+            balancer.fleet.reconcile([Listed(f"r{number}", f"http://127.0.0.1:{number}") for number in range(1, 65)])
+            registry = CollectorRegistry()
+            registry.register(balancer.figures)
+            whole = choose_encoder(accept)[0](registry)
+            turns, others = 0, True
+
+            async def take_turns() -> None:
+                nonlocal turns
+                while others:
+                    await asyncio.sleep(0)
+                    turns += 1
+
+            task = asyncio.create_task(take_turns())
+            text = await encoded(registry, choose_encoder(accept)[0])
+            others = False
+            await task
+            assert len(text) > 100_000
+            assert turns >= len(text.splitlines()) / (PIECE + 10)
+            changing = ("loop_lag", "probes_total", "client_connections")
+            same = [[line for line in said.decode().splitlines() if not any(c in line for c in changing)]
+                    for said in (whole, text)]  # fmt: skip
+            assert same[0] == same[1]
 
     run(main())
 

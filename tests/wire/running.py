@@ -17,6 +17,7 @@ import uvloop
 from balancer import app
 from balancer.app import Balancer
 from balancer.config import Config, Reread
+from balancer.fleet.discovery import Resolve, resolve
 from balancer.fleet.ejection import Outlier
 from balancer.fleet.member import Listed, Member
 from balancer.settings import Settings
@@ -176,6 +177,7 @@ async def serving(
     ready: int | None = None,
     config: dict[str, Any] | None = None,
     reread: Reread | None = None,
+    look_up: Resolve = resolve,
     **settings: Any,
 ) -> AsyncIterator[House]:
     """A balancer in front of these replicas (members a, b, ...), once `ready` of them (all) are."""
@@ -191,7 +193,7 @@ async def serving(
     settings = {"drain_grace": 0, "drain_timeout": 0} | settings
     whole = {"listen": ("127.0.0.1", 0), "admin": ("127.0.0.1", 0), "replicas": listed, "is_log_json": True}
     told = Config(**(whole | {"settings": Settings(**settings)} | (config or {})))
-    balancer = Balancer(told, loop, log_writer, reread=reread)
+    balancer = Balancer(told, loop, log_writer, look_up, reread)
     await balancer.start()
     house = House(balancer, replicas, log_reader)
     house.complaints = complaints

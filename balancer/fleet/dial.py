@@ -1,0 +1,128 @@
+"""Connects to members, by the last known addresses of their names."""
+
+import asyncio
+import ipaddress
+import ssl
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from balancer.fleet.discovery import Resolve, resolve
+from balancer.fleet.lateness import Within
+from balancer.fleet.member import Member
+
+# Seconds for which a name's addresses are used unasked.
+FRESH = 1.0
+# Seconds for which a name server is waited for while older addresses are known.
+PATIENCE = 0.1
+
+P = TypeVar("P", bound=asyncio.BaseProtocol)
+
+
+class Unresolved(Exception):
+    """Nobody says where the replica is; the message says why."""
+
+
+class Dialer:
+    """Opens connections to members and remembers where their names led.
+
+    A name server that fails or is slow says nothing of a replica: addresses stand until it gives others, and its time
+    is not the connection's. `within` limits a wait, in seconds.
+    """
+
+    def __init__(self, look_up: Resolve = resolve, within: Within = asyncio.timeout) -> None:
+        self.within = within
+        self._names = _Names(look_up)
+
+    async def addresses(self, member: Member) -> Sequence[str]:
+        """Where to find it; raises Unresolved when its name was never resolved and cannot be."""
+        return (member.host,) if _is_address(member.host) else await self._names.addresses(member.host, member.port)
+
+    async def connect(
+        self,
+        member: Member,
+        addresses: Sequence[str],
+        make: Callable[[], P],
+        tls: ssl.SSLContext | None,
+        seconds: float,
+    ) -> P:
+        """A connection to the first of these that takes one, within so many seconds, all together.
+
+        Raises TimeoutError when one of them did not answer, else the OSError of the last one.
+        """
+        loop = asyncio.get_running_loop()
+        name = member.host if tls is not None else None
+        troubles: list[OSError] = []
+        for address in addresses:
+            try:
+                async with self.within(seconds / len(addresses)):
+                    _, made = await loop.create_connection(make, address, member.port, ssl=tls, server_hostname=name)
+            except OSError as error:
+                troubles.append(error)
+            else:
+                self._names.good(member.host, address)
+                return made
+        raise next((error for error in troubles if isinstance(error, TimeoutError)), troubles[-1])
+
+    async def close(self) -> None:
+        """Ends what it asks of name servers."""
+        await self._names.close()
+
+
+class _Names:
+    def __init__(self, look_up: Resolve) -> None:
+        self._look_up = look_up
+        self._known: dict[str, list[str]] = {}
+        self._tried_at: dict[str, float] = {}
+        self._asking: dict[str, asyncio.Task[str]] = {}
+
+    async def addresses(self, name: str, port: int) -> Sequence[str]:
+        loop = asyncio.get_running_loop()
+        known = self._known.get(name)
+        asking = self._asking.get(name)
+        if known and (asking is not None or loop.time() - self._tried_at[name] < FRESH):
+            return known
+        if asking is None:
+            self._tried_at[name] = loop.time()
+            asking = self._asking[name] = asyncio.create_task(self._ask(name, port))
+        if known:
+            await asyncio.wait((asking,), timeout=PATIENCE)
+            return self._known[name]
+        why = await asyncio.shield(asking)
+        if name not in self._known:
+            raise Unresolved(f"its name {name} is not known: {why}")
+        return self._known[name]
+
+    async def _ask(self, name: str, port: int) -> str:
+        """Takes up what a name server says; why it said nothing, else."""
+        try:
+            found = await self._look_up(name, port)
+        except OSError as error:
+            return str(error) or "no answer in time"
+        else:
+            before = self._known.get(name, [])
+            if found and set(found) != set(before):
+                self._known[name] = list(found)
+            return "" if found else "no such name"
+        finally:
+            self._tried_at[name] = asyncio.get_running_loop().time()
+            del self._asking[name]
+
+    def good(self, name: str, address: str) -> None:
+        """That one answered: it is tried first from now on."""
+        known = self._known.get(name)
+        if known and known[0] != address and address in known:
+            known.sort(key=lambda other: other != address)
+
+    async def close(self) -> None:
+        asking = list(self._asking.values())
+        for question in asking:
+            question.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

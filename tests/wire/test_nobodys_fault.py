@@ -1,0 +1,93 @@
+"""What goes wrong on our own side speaks against no replica: a loop that stood still, a name server's troubles."""
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import pytest
+
+from balancer.fleet.member import Listed
+from tests.lab.replica import LabReplica
+from tests.wire.client import chat, request
+from tests.wire.process import running
+from tests.wire.running import House, on_uvloop, serving, until
+
+POST = request(body=chat())
+
+
+async def rows(url: str) -> list[dict[str, Any]]:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        found: list[dict[str, Any]] = (await client.get(f"{url}/status")).json()["replicas"]
+        return found
+
+
+@on_uvloop
+async def test_a_balancer_that_was_stopped_for_a_while_blames_nobody() -> None:
+    """All its timers are due when it goes on, and all that came meanwhile waits in its sockets."""
+    patience = {"connect_timeout": 0.5, "ready_timeout": 0.5, "ready_interval": 0.05, "first_byte_timeout": 1}
+    patience |= {"upstream_keep_alive": 0.01, "idle_timeout": 1}
+    async with LabReplica() as a, LabReplica() as b, running(a.url, b.url, **patience) as balancer:
+        a.set(head_delay=0.4)
+        b.set(first_token_delay=0.4, token_interval=0.2)
+        clients = [await balancer.client() for _ in range(8)]
+        for number, client in enumerate(clients):
+            await client.send(request(body=chat(stream=number % 2 == 0, tokens=4)))
+        await a.seen.until(lambda seen: len(seen.requests) == 4)
+        balancer.signal(signal.SIGSTOP)
+        await asyncio.sleep(2)
+        balancer.signal(signal.SIGCONT)
+        answers = [await client.answer() for client in clients]
+        assert [(answer.status, answer.is_whole) for answer in answers] == [(200, True)] * 8
+        assert [row["failures_total"] for row in await rows(balancer.admin_url)] == [0, 0]
+
+
+@on_uvloop
+async def test_one_heavy_callback_makes_no_connect_time_out() -> None:
+    async with LabReplica() as a, serving(a, connect_timeout=0.2) as house:
+        client = await house.client()
+        await client.send(POST)
+        asyncio.get_running_loop().call_later(0.0005, time.sleep, 0.6)
+        assert (await client.answer()).status == 200
+        assert house.member("a").failures_total == 0
+
+
+class NameServer:
+    """Says where the replicas are until it has trouble."""
+
+    def __init__(self) -> None:
+        self.has_trouble = False
+        self.delay = 0.0
+
+    async def __call__(self, name: str, port: int) -> Sequence[str]:
+        await asyncio.sleep(self.delay)
+        if self.has_trouble:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("trouble", ["fails", "slow"])
+@on_uvloop
+async def test_a_name_server_in_trouble_takes_no_replica_out(trouble: str) -> None:
+    names = NameServer()
+    async with LabReplica() as a, LabReplica() as b:
+        listed = tuple(Listed(name, f"http://gpu.test:{replica.port}") for name, replica in (("a", a), ("b", b)))
+        settings = {"connect_timeout": 0.3, "upstream_keep_alive": 0.01, "ready_interval": 0.1}
+        async with serving(a, b, config={"replicas": listed}, look_up=names, **settings) as house:
+            names.has_trouble, names.delay = trouble == "fails", 3.0 if trouble == "slow" else 0.0
+            for _ in range(4):
+                await asyncio.sleep(0.6)
+                assert (await house.ask(POST)).status == 200
+            for replica in (a, b):
+                replica.drop_connections()  # so that the probes need new ones
+            await asyncio.sleep(0.3)
+            assert (await house.ask(POST)).status == 200
+            await all_ready(house)
+
+
+async def all_ready(house: House) -> None:
+    await until(lambda: len(house.balancer.fleet.available()) == 2)
+    assert [house.member(name).failures_total for name in "ab"] == [0, 0]
