@@ -183,7 +183,7 @@ def snapshot_of(folder: ServiceFolder) -> Snapshot:
 
 
 def _bare(folder: ServiceFolder, word: str, reason: str = "") -> Snapshot:
-    return Snapshot(ServiceRow(folder.name, "-", word, None, "", "-", 0, 0, 0, 0, reason))
+    return Snapshot(ServiceRow(folder.name, "-", word, None, "", "-", 0, 0, 0, 0, reason=reason))
 
 
 def warn(failures: Iterable[ConfigError]) -> None:
