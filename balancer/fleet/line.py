@@ -135,6 +135,7 @@ class _Connection(asyncio.Protocol):
         self._answer: asyncio.Future[Answer] | None = None
         self._status = 0
         self._body = b""
+        self._size = 0
         self._ends_with_connection = False
 
     @property
@@ -147,7 +148,7 @@ class _Connection(asyncio.Protocol):
             raise ConnectionResetError("the connection was closed at once")
         self._answer = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
-        self._status, self._body = 0, b""
+        self._status, self._body, self._size = 0, b"", 0
         self._transport.write(message)
         answer = await self._answer
         self._answer = None
@@ -164,6 +165,10 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._parser is None or self._answer is None or self._answer.done():
             self.close()  # nobody asked
+            return
+        self._size += len(data)
+        if self._size > 2 * LARGEST_ANSWER:  # with its head and framing
+            self._fail("the answer is too long")
             return
         try:
             self._parser.feed_data(data)

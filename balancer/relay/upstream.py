@@ -19,6 +19,7 @@ Headers = list[tuple[bytes, bytes]]
 # read that request. It takes as long as making the connection did, and in seconds no less and no more than these.
 LEAST_ROUND_TRIP = 0.05
 MOST_ROUND_TRIP = 0.5
+LARGEST_HEAD = 64 << 10  # bytes of a replica's fields, and of all else that comes without any of a body
 COPIED = 16 << 10  # bytes of a body that are sooner copied behind the head than sent beside it
 
 
@@ -66,6 +67,7 @@ class ReplicaConnection(asyncio.Protocol):
         self._answer: Answer | None = None
         self._outcome: asyncio.Future[Outcome] | None = None
         self._headers: Headers = []
+        self._unfruitful = 0  # bytes that came since, or since the last read that brought some of a body
         self._is_interim = False
         self._has_no_body = False
         self._ends_with_connection = False
@@ -80,6 +82,7 @@ class ReplicaConnection(asyncio.Protocol):
             return Outcome.REFUSED
         self.has_answered = self.has_head = self.has_begun = self._can_be_kept = False
         self._has_no_body = is_head
+        self._unfruitful = 0
         self._answer = answer
         self._outcome = self._pool.loop.create_future()
         self.sent_at = self.last_byte_at = self._pool.loop.time()
@@ -139,6 +142,7 @@ class ReplicaConnection(asyncio.Protocol):
             return
         self.last_byte_at = self.member.last_byte_at = self._pool.loop.time()
         self.has_answered = True
+        self._unfruitful += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -146,8 +150,14 @@ class ReplicaConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, Exception):
                 raise  # ours, not the replica's
-            self._can_be_kept = False
-            self.finish(Outcome.BROKEN if self.has_head else Outcome.MANGLED)
+            self._give_up()
+        if self._unfruitful > LARGEST_HEAD:
+            self._give_up()  # a head, interim answers, trailers or a chunk's extensions without end
+
+    def _give_up(self) -> None:
+        """What came is no HTTP, or more of it than anybody means."""
+        self._can_be_kept = False
+        self.finish(Outcome.BROKEN if self.has_head else Outcome.MANGLED)
 
     def eof_received(self) -> None:
         """The replica said all it will say; asyncio closes the connection."""
@@ -180,6 +190,9 @@ class ReplicaConnection(asyncio.Protocol):
         self._is_interim = 100 <= status < 200
         if self._is_interim or self._answer is None:
             return
+        if self._unfruitful > LARGEST_HEAD and sum(len(n) + len(v) + 4 for n, v in headers) > LARGEST_HEAD:
+            self._give_up()
+            return
         if status < 100:  # none that there is, and unlike an interim answer it may have a body
             self._can_be_kept = False
             self.finish(Outcome.MANGLED)
@@ -205,6 +218,7 @@ class ReplicaConnection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         if self._answer is not None:
             self.has_begun = True
+            self._unfruitful = 0
             self._answer.on_body(data)
 
     def on_message_complete(self) -> None:

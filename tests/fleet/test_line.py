@@ -109,8 +109,9 @@ def test_answers_in_every_framing_are_read(said: bytes, answer: Answer) -> None:
         b"close:HTTP/1.1 100 Continue\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (LARGEST_ANSWER + 1, bytes(LARGEST_ANSWER + 1)),
         b"HTTP/1.1 101 Switch\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * LARGEST_ANSWER,
     ],
-    ids=["closed", "no HTTP", "half a body", "interim alone", "too long", "upgrade"],
+    ids=["closed", "no HTTP", "half a body", "interim alone", "too long", "upgrade", "a head without end"],
 )
 def test_what_is_no_whole_answer_is_unheard_and_the_next_question_gets_its_own_answer(said: bytes | None) -> None:
     async def play() -> None:

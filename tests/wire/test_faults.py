@@ -366,6 +366,31 @@ async def test_other_errors_of_a_replica_pass_unchanged_and_are_not_repeated(hou
     assert house.member("a").failures_total - failures == (status in (500, 502, 504))
 
 
+ENDLESS = {
+    "head": ("HTTP/1.1 200 OK\r\n" + "X: y\r\n" * 300_000, False),
+    "field": ("HTTP/1.1 200 OK\r\nX: " + "y" * 2_000_000, False),
+    "interim answers": ("HTTP/1.1 102 Processing\r\n\r\n" * 100_000, False),
+    "trailers": ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n" + "X: y\r\n" * 300_000, True),
+    "chunk extension": ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n2;" + "x" * 2_000_000, True),
+    "head, and then a body": ("HTTP/1.1 200 OK\r\n" + "X: y\r\n" * 20_000 + "Content-Length: 2\r\n\r\nhi", False),
+}
+
+
+@pytest.mark.parametrize("row", **each(ENDLESS))
+@in_house
+async def test_what_a_replica_says_beside_a_body_has_an_end(house: House, row: tuple[str, bool]) -> None:
+    raw, has_begun = row
+    a = house.replicas[0]
+    a.set(raw=raw, raw_then="hang")
+    answer = await house.ask(POST)
+    if has_begun:
+        assert (answer.status, answer.body, answer.is_whole) == (200, b"hi", False)
+    else:
+        assert (answer.status, answer.error["code"]) == (502, "replica_bad_answer")
+    await a.seen.until(lambda seen: seen.last.outcome == "client_left")
+    assert len(answer.headers) < 20
+
+
 MANGLED = {
     "no HTTP": "hello\r\n\r\n",
     "another protocol": "ICY 200 OK\r\n\r\n",
