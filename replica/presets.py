@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,8 +89,9 @@ def resolve(model: str) -> Preset:
     for preset in PRESETS.values():
         if model in (preset.name, preset.model):
             return preset
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    # As a string first: a Path raises for a name that is too long, and for the home of somebody unknown.
+    folder = Path(os.path.expanduser(model))  # noqa: PTH111
+    if os.path.isdir(folder):  # noqa: PTH112
         if not (folder / "config.json").is_file():
             raise ModelError(f"{model} is no model folder: it has no config.json")
         weights = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))

@@ -75,7 +75,7 @@ def for_replicas(recipe: Recipe, drawn_file: Path, environ: Mapping[str, str] = 
     if recipe.launch is None or brings_its_own(recipe, environ) or not _reads_files(envs):
         return None
     if chosen := envs.get(KEY_FILE) or envs.get(_BALANCERS):
-        path = recipe.spec.workdir / Path(chosen).expanduser()
+        path = recipe.workdir / Path(chosen).expanduser()
         given(path, KEY_FILE)
         return path
     drawn(drawn_file)

@@ -84,8 +84,9 @@ def placed(recipe: Recipe, there: tuple[Gpu, ...]) -> list[str]:
 
 def fitted_here(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
     """The recipe fitted to this machine, and all there is to warn of; raises ConfigError when it cannot run here."""
-    if not os.path.isdir(recipe.spec.workdir):  # noqa: PTH112 - the path's own method raises for names that are too long
-        raise ConfigError(f"{recipe.spec.source}: workdir: there is no folder {recipe.spec.workdir}")
+    if not os.path.isdir(recipe.workdir):  # noqa: PTH112 - the path's own method raises for names that are too long
+        what = "run: cd" if recipe.launch and recipe.launch.folder else "workdir"
+        raise ConfigError(f"{recipe.spec.source}: {what}: there is no folder {recipe.workdir}")
     there = gpus() if recipe.launch is not None or recipe.gpus else ()
     made, warnings = fitted(recipe, recipe.spec.min_replicas, there, available_gb(), running)
     check_model(made)

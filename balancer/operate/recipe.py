@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from balancer.errors import ConfigError
-from balancer.operate.launch import Launch, understand
+from balancer.operate.launch import PORT_MARK, Launch, read
+from balancer.operate.script import Misread
 from balancer.settings import ReadinessProbe
 from balancer.spec import Spec
 
@@ -68,28 +69,34 @@ class Recipe:
         """Would a replica of the other recipe be the very same process?"""
         return self.fixed_port == other.fixed_port and self.command(0, 0) == other.command(0, 0)
 
+    @property
+    def workdir(self) -> Path:
+        """The folder that a replica's process starts in: where the script would have gone before it starts SGLang."""
+        return Path(os.path.normpath(self.spec.workdir / self.launch.folder)) if self.launch else self.spec.workdir
+
     def command(self, id: int, port: int) -> Command:
         """The process of a replica on this host."""
         envs = self.envs(id, port)
         if self.launch is None:
-            return Command(("bash", "-c", self.spec.run), envs, self.spec.workdir)
-        return Command((*python("replica"), *self.arguments(port)), with_packages(envs), self.spec.workdir)
+            return Command(("bash", "-c", self.spec.run), envs, self.workdir)
+        return Command((*python("replica"), *self.arguments(port)), with_packages(envs), self.workdir)
 
     def envs(self, id: int, port: int) -> dict[str, str]:
         """What a replica finds in its environment; secrets may be among it."""
         own = {REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
         if self.gpus:
             own[LEASE_WAIT] = os.environ.get(LEASE_WAIT) or LEASE_WAIT_HERE
-        return {**self.spec.envs, **own, **(self.launch.envs if self.launch else {})}
+        return {**self.spec.envs, **own, **(self.launch.at_port(port).envs if self.launch else {})}
 
     def arguments(self, port: int) -> tuple[str, ...]:
         """Those of `python -m replica`, where the script starts SGLang."""
         assert self.launch is not None
-        arguments = ["--model", _absolute(self.launch.model, self.spec.workdir), "--port", str(port)]
+        launch = self.launch.at_port(port)
+        arguments = ["--model", _absolute(launch.model, self.workdir), "--port", str(port)]
         if self.gpus:
             arguments += ["--gpus", str(self.gpus)]
-        if self.launch.flags:
-            arguments += ["--", *self.launch.flags]
+        if launch.flags:
+            arguments += ["--", *launch.flags]
         return tuple(arguments)
 
     @property
@@ -106,9 +113,11 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
     for name, flag in spec.missing.items():
         raise ConfigError(f"{spec.source}: {name} has no value: give it with {flag} {name}=VALUE")
     gpus = max(spec.accelerators.values(), default=0)
-    launch = understand(spec.run, {**os.environ, **spec.envs, GPUS: str(gpus), PORT: "8000"})
+    launch, why_not = _launch(spec, gpus)
     notes: list[str] = []
     fixed_port = None
+    if why_not:
+        notes.append(f"{spec.source}: run: {why_not}, so bash runs it as it is")
     if launch is not None:
         gpus = launch.gpus or gpus
         notes += [
@@ -118,16 +127,25 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
         if spec.port is None:
             raise ConfigError(
                 f"{spec.source}: nothing says where a replica listens: let `run:` use ${{{PORT}:-8000}}, "
-                "or give resources.ports"
+                f"or give resources.ports{why_not and f' ({why_not})'}"
             )
         fixed_port = spec.port
         most = spec.max_replicas
         if most is None or most > 1:
             raise ConfigError(
                 f"{spec.source}: all replicas would listen on port {spec.port} of this machine: "
-                f"let `run:` listen on ${{{PORT}:-{spec.port}}}, or ask for one replica"
+                f"let `run:` listen on ${{{PORT}:-{spec.port}}}, or ask for one replica{why_not and f' ({why_not})'}"
             )
     return Recipe(version, spec, launch, gpus, fixed_port, resources, None, tuple(notes))
+
+
+def _launch(spec: Spec, gpus: int) -> tuple[Launch | None, str]:
+    """The SGLang command of the script; where there is none of which all is understood, why, if it starts SGLang."""
+    try:
+        return read(spec.run, {**os.environ, **spec.envs, GPUS: str(gpus), PORT: PORT_MARK}), ""
+    except Misread as obstacle:
+        is_close = re.search(r"\bsglang(\.launch_server| +serve)\b|-m +replica\b", spec.run)
+        return None, f"it starts SGLang in a way that is not understood: {obstacle}" if is_close else ""
 
 
 def python(module: str) -> tuple[str, ...]:
@@ -143,5 +161,6 @@ def with_packages(envs: Mapping[str, str]) -> dict[str, str]:
 
 def _absolute(model: str, workdir: Path) -> str:
     """A model's folder as an absolute path; anything else stays a name."""
-    folder = workdir / Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
+    # As strings: a Path raises for names that are too long, and for the home of somebody unknown.
+    folder = os.path.join(workdir, os.path.expanduser(model))  # noqa: PTH111, PTH118
+    return str(Path(folder).resolve()) if os.path.isdir(folder) else model  # noqa: PTH112

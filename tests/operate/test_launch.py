@@ -1,6 +1,12 @@
-import pytest
+import subprocess
+from pathlib import Path
 
-from balancer.operate.launch import Launch, masked, understand
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from balancer.operate.launch import PORT_MARK, Launch, masked, read, understand
+from balancer.operate.script import Misread
 
 SEED_LLAVA = """
 conda activate sglang
@@ -37,6 +43,24 @@ def test_a_script_like_the_seeds_is_understood() -> None:
         "M=a/b\npython -m sglang.launch_server --model-path $M",
         "MODEL=a/b python -m replica",
         'python -m sglang.launch_server --model-path "a/b" $NOTHING',
+        "sglang serve a/b",
+        "sglang serve a/b --port 8000 --host 0.0.0.0",
+        "sglang serve --model-type llm a/b --port ${GROUNDSERVE_PORT:-8000}",
+        "sglang serve --model a/b --model-type=auto",
+        ".venv/bin/sglang serve a/b",
+        "uv run sglang serve a/b",
+        "uv run --frozen --with sglang python -m sglang.launch_server --model-path a/b",
+        "uv run -m sglang.launch_server --model-path a/b",
+        "exec env A=1 B=2 python3 -u -m sglang.launch_server --model-path a/b",
+        "env sglang serve a/b",
+        "sglang \\\n  serve \\\n  a/b # comment \\\n",
+        "# if this were a script | with pipes\n\nsglang serve a/b",
+        "sglang serve a/\\\nb",
+        "export M=a/b N\nsglang serve $M",
+        "apt-get update && sudo apt-get install -y x\nuv pip install sglang[all]\npython -m pip list\nsglang serve a/b",
+        "sglang serve a/x --model-path=a/b",
+        "sglang serve --model-pa a/b --por 8000",
+        'ulimit -n 65536; nvidia-smi; echo "it\'s * [here] {a,b}"; sglang serve a/b',
     ],
 )
 def test_every_way_to_start_one_server(script: str) -> None:
@@ -95,10 +119,178 @@ def test_other_commands_are_named() -> None:
         "sglang serve --model-path a/b --x '$Y'",
         "python -m replica --model a/b --device cpu",
         "trap 'echo x' EXIT; sglang serve --model-path a/b",
+        "sglang serve a/b 2>&1 | tee log",
+        "sglang serve a/b || echo failed",
+        "sglang serve --config all.yaml",
+        "sglang serve a/b --model-type diffusion",
+        "sglang serve --help",
+        "sglang serve a/b --port",
+        "sglang serve a/b --tp many",
+        "sglang serve a/b --x *.json",
+        "sglang serve a/b --x {1,2}",
+        "sglang serve a/b --x ~nobody/x",
+        "sglang serve a/b --x $1",
+        "sglang serve a/b --x $'a'",
+        "sglang serve a/b --x ${Y%y}",
+        "sglang serve a/b --x \\$Y",
+        "sglang serve a/b <<END\nEND",
+        "numactl --cpunodebind=0 sglang serve a/b",
+        "env -u A sglang serve a/b",
+        "uv run --env-file .env sglang serve a/b",
+        "uv run --directory x sglang serve a/b",
+        "python -X dev -m sglang.launch_server --model-path a/b",
+        "python prepare.py && sglang serve a/b",
+        "mkdir -p models; sglang serve a/b",
+        "huggingface-cli download a/b && sglang serve a/b",
+        "source .env && sglang serve a/b",
+        "set -a; . .env; sglang serve a/b",
+        "cd; sglang serve a/b",
+        "cd - && sglang serve a/b",
+        "cd x || exit; sglang serve a/b",
+        "export -n A; sglang serve a/b",
+        "PATH+=:x sglang serve a/b",
+        "[ -d x ] && sglang serve a/b",
+        "sglang serve a/b; ;",
+        "python -m replica a/b",
+        "python -m replica --model a/b --gpu-kinds L4",
     ],
 )
 def test_what_needs_a_shell_or_is_no_server_is_left_to_bash(script: str) -> None:
     assert understand(script, {"Y": "y"}) is None
+
+
+def test_a_script_starts_its_server_in_the_folder_that_it_goes_to() -> None:
+    launch = understand("cd /models && cd $SUB\nsglang serve ./llama; cd /elsewhere", {"SUB": "a b", "X": ""})
+    assert launch is None, "two words are no folder"
+    launch = understand('cd /models && cd "$SUB/.."\nsglang serve ./llama; cd /elsewhere', {"SUB": "a b"})
+    assert launch is not None
+    assert (launch.folder, launch.model) == ("/models/a b/..", "./llama")
+
+
+def test_what_a_script_exports_and_what_it_keeps_to_itself() -> None:
+    script = "A=1\nB=2\nexport B C=3\nHOME=/x\nD=4 E=~/y env F=6 sglang serve a/$A"
+    launch = understand(script, {"HOME": "/root"})
+    assert launch is not None
+    assert launch.envs == {"B": "2", "C": "3", "HOME": "/x", "D": "4", "E": "/x/y", "F": "6"}
+    assert launch.model == "a/1"
+
+
+def test_a_replicas_own_port_stands_wherever_the_script_puts_it() -> None:
+    launch = understand("export L=log-$P\nsglang serve a/b --port $P --x http://h:$P/y", {"P": PORT_MARK})
+    assert launch is not None
+    placed = launch.at_port(20500)
+    assert (placed.flags, placed.envs) == (("--x", "http://h:20500/y"), {"L": "log-20500"})
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("sglang serve a/b | tee log", "it has a | in it"),
+        ("if true; then sglang serve a/b; fi", "it has `if` in it"),
+        ("./prepare --token hush; sglang serve a/b", "`./prepare` may have to run too"),
+        ("sglang serve a/b --x $UNKNOWN", "$UNKNOWN has no value before the script runs"),
+        ("sglang serve $(cat model)", "it has `$(` in it"),
+        ("sglang serve", "it does not say which model to serve"),
+        ("sglang serve a/b\nsglang serve a/b", "it starts two servers"),
+    ],
+)
+def test_what_stands_in_the_way_is_said_without_secrets(script: str, why: str) -> None:
+    with pytest.raises(Misread) as obstacle:
+        read(script, {})
+    assert str(obstacle.value) == why
+
+
+PIECES = st.sampled_from(
+    [
+        *(
+            "a",
+            "--f",
+            "b=c",
+            " ",
+            "  ",
+            "\t",
+            "#",
+            "' '",
+            "'x y'",
+            '"x  y"',
+            '""',
+            "''",
+            "$A",
+            "${A}",
+            '"$A"',
+            '"${A} z"',
+            "$B",
+        ),
+        *(
+            "${B}",
+            '"$B"',
+            "$E",
+            '"$E"',
+            "${E:-d}",
+            "${B:-d}",
+            "${NO:-x y}",
+            '"${NO:-x y}"',
+            "\\ ",
+            "\\n",
+            "\\'",
+            '\\"',
+            "\\\n",
+        ),
+        *(
+            "\n",
+            ";",
+            "&&",
+            "~",
+            "~/m",
+            ":~",
+            "=",
+            "{",
+            "}",
+            ",",
+            "[",
+            "*",
+            "?",
+            "'#'",
+            '"\\\\"',
+            '"\\""',
+            '"a\\n"',
+            "é",
+            ":",
+            "/",
+            ".",
+            "!",
+            "%",
+            "@",
+        ),
+    ]
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    pieces=st.lists(PIECES, max_size=7),
+    around=st.sampled_from(["{} --flag <>", 'V=<>\n{} --flag "$V"', "export V=<> && {} --flag $V", "{} --flag=<> $A"]),
+)
+def test_what_is_understood_is_what_bash_makes_of_it(tmp_path: Path, pieces: list[str], around: str) -> None:
+    """Random words around a flag, given to bash with a program in SGLang's place that says what it got."""
+    variables = {"A": "one", "B": " two  three", "E": "", "HOME": "/home/x"}
+    script = around.replace("{}", "sglang serve --model-path m").replace("<>", "".join(pieces))
+    try:
+        launch = read(script, variables)
+    except Misread:
+        return
+    (program := tmp_path / "sglang").write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    program.chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", "-c", script],
+        env={**variables, "PATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    got = done.stdout.decode().split("\0")[:-1]
+    assert got[:3] == ["serve", "--model-path", "m"]
+    assert launch.flags == tuple(got[3:]), script
 
 
 def test_secrets_among_flags_are_masked() -> None:

@@ -50,6 +50,40 @@ def test_a_folder_of_a_model_is_found_from_anywhere(tmp_path: Path) -> None:
     assert launch.command(1, 1).argv[5] == str(tmp_path / "model")
 
 
+def test_a_replica_starts_in_the_folder_that_its_script_goes_to(tmp_path: Path) -> None:
+    (tmp_path / "sub/llama").mkdir(parents=True)
+    text = f"service: {{}}\nworkdir: {tmp_path}\nrun: cd sub && sglang serve ./llama --chat-template ./x.jinja"
+    command = made(text).command(1, 1)
+    assert command.workdir == tmp_path / "sub"
+    assert command.argv[5:] == (str(tmp_path / "sub/llama"), "--port", "1", "--", "--chat-template", "./x.jinja")
+    away = f"service: {{}}\nworkdir: {tmp_path}\nrun: cd /srv/../srv; sglang serve a/b"
+    assert made(away).command(1, 1).workdir == Path("/srv")
+
+
+def test_each_replica_has_its_own_port_wherever_the_script_uses_it() -> None:
+    run = "export LOG=log-$GROUNDSERVE_PORT; sglang serve a/b --port $GROUNDSERVE_PORT --x $GROUNDSERVE_PORT"
+    command = made(f"service: {{replicas: 2}}\nrun: {run}").command(1, 20500)
+    assert command.argv[5:] == ("a/b", "--port", "20500", "--", "--x", "20500")
+    assert command.envs["LOG"] == "log-20500"
+
+
+def test_sglang_that_is_not_understood_is_run_as_it_is_with_a_warning_that_says_why() -> None:
+    run = "sglang serve a/b --port ${GROUNDSERVE_PORT:-8000} 2>&1 | tee log"
+    why = "run: it starts SGLang in a way that is not understood: it has a > in it"
+    piped = made(f"service: {{replicas: 2}}\nrun: {run}")
+    assert (piped.launch, piped.notes) == (None, (f"x.yaml: {why}, so bash runs it as it is",))
+    fixed = "service: {replicas: 2}\nresources: {ports: 8000}\nrun: sglang serve a/b --port 8000 | tee log"
+    assert refusal(fixed).endswith(
+        "or ask for one replica (it starts SGLang in a way that is not understood: it has a | in it)"
+    )
+    assert made("service: {}\nrun: vllm serve --port $GROUNDSERVE_PORT | tee log").notes == ()
+
+
+@pytest.mark.parametrize("model", ["x" * 300, "~nobody-of-that-name/x", "a" * 5000 + "/b"])
+def test_a_model_that_can_be_no_folder_is_a_name(model: str) -> None:
+    assert made(f"service: {{}}\nrun: sglang serve '{model}'").command(1, 1).argv[5] == model
+
+
 def test_any_other_script_is_run_as_it_is() -> None:
     script = made("service: {}\nworkdir: /srv\nenvs: {A: 1}\nrun: serve --port ${GROUNDSERVE_PORT:-8000}\n")
     command = script.command(2, 20501)
