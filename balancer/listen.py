@@ -14,6 +14,7 @@ from balancer.errors import ConfigError
 from balancer.relay.doors import Doors
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.tls_door import TlsDoor
+from balancer.relay.vanished import expect_life
 
 BACKLOG = 4096
 
@@ -61,6 +62,7 @@ def listening(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            expect_life(listener)
             listener.bind(address)
             listener.listen(BACKLOG)  # from here on it is ours; uvloop would not even say that another was quicker
         except OSError:

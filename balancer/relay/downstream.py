@@ -11,6 +11,7 @@ from balancer.errors import ServeError
 from balancer.relay.doors import Doors
 from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Peer, Request, new_request_id, read_head
+from balancer.relay.vanished import UNACKNOWLEDGED, expect_life, has_vanished
 
 MAX_PIPELINED = 32  # requests read ahead on one connection
 MAX_READ_AHEAD = 1 << 20  # bytes that they take
@@ -20,6 +21,7 @@ LEAST_PIECE = 1 << 10  # bytes of a piece of a body before the next one begins: 
 MAX_SWALLOWED = 64 << 10  # of a refused request's body, to keep the connection usable
 LINGER = 2.0  # seconds a client has to take its last answer and close, before the connection is cut
 MAX_UNSENT = 64 << 10  # bytes that TLS holds for a slow client before its replica is paused, as plain connections do
+LOOK = 5.0  # seconds between two looks at whether who waits for an answer is still there
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -61,6 +63,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._is_blocked = False  # the client does not take what we send
         self._sent = 0  # bytes handed to the transport
         self._taken = 0  # bytes of them that had left it at the last look
+        self._looked_at = 0.0  # whether the client has vanished
         self._taken_at = 0.0  # when some last did, or there were none to take
         self._unwritten: list[bytes] = []  # waits for the end of this round of the loop
         self._is_over = False  # all is written that ever will be
@@ -76,6 +79,8 @@ class ClientConnection(asyncio.BufferedProtocol):
             transport.set_write_buffer_limits(MAX_UNSENT)  # type: ignore[attr-defined]
         self._peer = Peer.of(address[0] if isinstance(address, tuple) else "", is_tls, self._doors.trusted)
         self._since = self._doors.loop.time()
+        # A slow client is ours to judge, by send_timeout; one that vanished amid its answer is seen to have.
+        expect_life(transport.get_extra_info("socket"), max(UNACKNOWLEDGED, self._settings.send_timeout))
         self._doors.connections.add(self)
         origin, limit = self._peer.origin, self._settings.max_connections_per_client
         self._doors.origins[origin] += 1
@@ -396,6 +401,11 @@ class ClientConnection(asyncio.BufferedProtocol):
         elif now - self._taken_at > settings.send_timeout:
             transport.abort()
             return
+        if self._reply is not None and now - self._looked_at > LOOK:
+            self._looked_at = now
+            if has_vanished(transport.get_extra_info("socket")):
+                transport.abort()
+                return
         waited, request = now - self._since, self._reading
         if self._is_over:
             if unsent:

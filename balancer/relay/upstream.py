@@ -11,6 +11,7 @@ import httptools
 
 from balancer.fleet.dial import Dialer
 from balancer.fleet.member import Member
+from balancer.relay.vanished import expect_life
 from balancer.settings import Settings
 
 Headers = list[tuple[bytes, bytes]]
@@ -135,6 +136,7 @@ class ReplicaConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
+        expect_life(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         if self._answer is None or self._parser is None:
