@@ -1,17 +1,18 @@
 """FastAPI routes of the admin port: status, the list of replicas, drain and undrain."""
 
-import hmac
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Header, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 from balancer.errors import ConfigError, ServeError
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member
+from balancer.relay.auth import bears
 from balancer.routing.admission import Admission
 from balancer.views.snapshot import ServiceFacts, take_snapshot
 
@@ -19,7 +20,7 @@ from balancer.views.snapshot import ServiceFacts, take_snapshot
 class ListedReplica(BaseModel):
     """One replica of `PUT /replicas`, as an engine lists it."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     id: int | None = Field(None, ge=1)
     name: str = Field(min_length=1, max_length=200, pattern=r"^[\w.:\[\]-]+$")
@@ -48,7 +49,7 @@ class ListedReplica(BaseModel):
 class ServiceWord(BaseModel):
     """What an engine says of the service as a whole."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     name: str | None = None
     version: int | str | None = None
@@ -61,10 +62,40 @@ class ServiceWord(BaseModel):
 class Replicas(BaseModel):
     """The body of `PUT /replicas`: the whole list; who is missing from it is gone."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     service: ServiceWord | None = None
     replicas: list[ListedReplica]
+
+
+class Said(BaseModel):
+    """What an error says."""
+
+    message: str
+    type: str
+    code: str
+    param: None
+
+
+class Refusal(BaseModel):
+    """The body of every error."""
+
+    error: Said
+
+
+def refusals(**why: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's entries for errors: `status_404="when"`."""
+    return {int(status[-3:]): {"model": Refusal, "description": when} for status, when in why.items()}
+
+
+Number = Annotated[int, Path(ge=1)]
+REFUSED = refusals(status_403="this machine's port is asked for by another name, or by a page of another site")
+UNCHANGED = refusals(
+    status_401="the admin key is missing or wrong",
+    status_413="no Content-Length, or a large one",
+    status_422="not valid",
+)
+UNKNOWN = UNCHANGED | refusals(status_404="no replica has this number")
 
 
 def admin_app(
@@ -75,19 +106,21 @@ def admin_app(
     admin_key: Callable[[], str | None],
 ) -> FastAPI:
     """The admin port's app. `list_replicas` takes the list of `PUT /replicas`; it raises ConfigError."""
-    app = FastAPI(title="groundserve admin")
+    # No pages of FastAPI's: they are empty where their scripts, which come from a CDN, cannot be had.
+    app = FastAPI(title="groundserve admin", docs_url=None, redoc_url=None, responses=REFUSED)
 
-    def with_key(authorization: Annotated[str, Header()] = "") -> None:
+    def with_key(request: Request) -> None:
         key = admin_key()
-        if key is not None and not hmac.compare_digest(authorization.encode(), f"Bearer {key}".encode()):
+        borne = request.headers.getlist("authorization")
+        if key is not None and not any(bears(one.encode("latin-1"), key) for one in borne):
             raise HTTPException(401, "This wants the admin key: 'Authorization: Bearer KEY'.")
 
     changing = [Depends(with_key)]
 
-    @app.exception_handler(HTTPException)
-    async def refused(_: Any, error: HTTPException) -> Response:
+    @app.exception_handler(AnyHTTPException)
+    async def refused(_: Any, error: AnyHTTPException) -> Response:
         said = ServeError(error.status_code, "admin", str(error.detail))
-        return Response(said.body, said.status, media_type="application/json")
+        return Response(said.body, said.status, error.headers, media_type="application/json")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Any, error: RequestValidationError) -> Response:
@@ -105,7 +138,7 @@ def admin_app(
         """200 while this process works, whatever the replicas do."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "no replica is ready, or the balancer is leaving"}})
     async def ready() -> Response:
         is_ready = bool(fleet.available()) and not facts.is_leaving
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
@@ -121,17 +154,17 @@ def admin_app(
         rows = take_snapshot(facts, fleet, admission).replicas
         return JSONResponse(next(row for row in rows if row.id == member.id).to_json())
 
-    @app.post("/replicas/{number}/drain", dependencies=changing)
-    async def drain(number: int) -> Response:
+    @app.post("/replicas/{number}/drain", dependencies=changing, responses=UNKNOWN)
+    async def drain(number: Number) -> Response:
         fleet.drain(member := _member(number))
         return _row(member)
 
-    @app.post("/replicas/{number}/undrain", dependencies=changing)
-    async def undrain(number: int) -> Response:
+    @app.post("/replicas/{number}/undrain", dependencies=changing, responses=UNKNOWN)
+    async def undrain(number: Number) -> Response:
         fleet.undrain(member := _member(number))
         return _row(member)
 
-    @app.put("/replicas", dependencies=changing)
+    @app.put("/replicas", dependencies=changing, responses=UNCHANGED)
     async def replicas(wanted: Replicas) -> Response:
         try:
             list_replicas([replica.listed() for replica in wanted.replicas])

@@ -106,7 +106,7 @@ class Feed:
 def feed_router(feed: Feed) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/feed")
+    @router.get("/feed", responses={503: {"description": "as many look on already as may"}})
     async def events() -> StreamingResponse:
         """What `GET /status` says and more, as server-sent events, each second."""
         if feed.is_full:

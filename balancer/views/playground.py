@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 from fastapi import APIRouter, Request
@@ -15,16 +16,22 @@ SENT_WITH_BODY = ("authorization", "content-type", "content-length")
 RETURNED = ("content-type", "retry-after", "x-request-id", "x-replica-id", "x-route-reason")
 
 
+AS_SAID: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "what the endpoint says"},
+    "5XX": {"description": "what the endpoint says, or that it does not answer"},
+}
+
+
 def playground_router(endpoint: Callable[[], str], client: httpx.AsyncClient) -> APIRouter:
     """Routes under /playground. A page of the admin port calls these only, so nothing of another origin is needed."""
     router = APIRouter(prefix="/playground")
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses=AS_SAID)
     async def models(request: Request) -> Response:
         """The endpoint's own list of models."""
         return await _passed_on(request, client, endpoint() + "/v1/models")
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=AS_SAID)
     async def chat(request: Request) -> Response:
         """A chat through the endpoint, streamed as it comes."""
         return await _passed_on(request, client, endpoint() + "/v1/chat/completions")
@@ -59,7 +66,8 @@ async def _passed_on(request: Request, client: httpx.AsyncClient, url: str) -> R
         with contextlib.suppress(asyncio.CancelledError):
             await leaving
     kept = {name: answer.headers[name] for name in RETURNED if name in answer.headers}
-    return StreamingResponse(_pieces(answer), answer.status_code, {**kept, "Cache-Control": "no-store"})
+    fresh = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_pieces(answer), answer.status_code, kept | fresh)
 
 
 async def _body_of(request: Request, is_read: asyncio.Event) -> AsyncIterator[bytes]:
