@@ -123,4 +123,4 @@ class DnsDiscovery:
         place = f"[{address}]:{self._port}" if ":" in address else f"{address}:{self._port}"
         url = f"http://{place}"
         told = self._told.get(url)
-        return told if told and told.state == "RUNNING" else Listed(name=place, url=url, infra="dns")
+        return told if told and told.state == "RUNNING" else Listed(name=place, url=url, infra="dns", is_found=True)

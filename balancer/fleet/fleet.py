@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from balancer.errors import ConfigError
+from balancer.fleet.aliases import sort_out
 from balancer.fleet.claim import C, Claim
 from balancer.fleet.ejection import Outlier
 from balancer.fleet.member import UNKNOWN_LIMIT, Listed, Member, Status, Verdict
@@ -29,7 +30,7 @@ class Fleet:
         self.readiness = readiness
         self.clock = clock
         self.members: dict[int, Member] = {}
-        self.outliers = Outliers(clock, lambda: self.members.values())
+        self.outliers = Outliers(clock, self.shown)
         self.when_room: list[Callable[[], None]] = []
         self.when_joined: list[Callable[[Member], None]] = []
         self.when_left: list[Callable[[Member], None]] = []
@@ -129,6 +130,10 @@ class Fleet:
         """Is this very record still in the fleet?"""
         return self.members.get(member.id) is member
 
+    def shown(self) -> list[Member]:
+        """The members that are replicas: without second addresses of the same."""
+        return [member for member in self.members.values() if not member.is_hidden]
+
     # Who may be given a request
 
     def available(self) -> list[Member]:
@@ -181,7 +186,7 @@ class Fleet:
         """
         now = self.clock()
         return (wakes and self.is_asleep) or any(
-            m.status(now) in (Status.PROVISIONING, Status.STARTING) for m in self.members.values()
+            m.status(now) in (Status.PROVISIONING, Status.STARTING) for m in self.shown()
         )
 
     def room_made(self) -> None:
@@ -191,6 +196,7 @@ class Fleet:
 
     def changed(self) -> None:
         """A fact of some member changed: what was derived from it is out of date."""
+        sort_out(self.members.values())
         self._available_until = 0.0
         self.room_made()
 

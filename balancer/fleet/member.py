@@ -88,6 +88,7 @@ class Listed:
     launched_seconds: float | None = None
     state: str = "RUNNING"
     reason: str = ""
+    is_found: bool = False  # by DNS: an address, and perhaps not the only one of its replica
 
     def __post_init__(self) -> None:
         if not self.url and self.state != "RUNNING":
@@ -121,6 +122,8 @@ class Member:
     is_https: bool = False
     authority: bytes = b""
 
+    alias_of: str = ""  # the name of the member that is the same replica at another address
+    is_hidden: bool = False  # no replica of its own, as far as is known
     draining: bool = False
     refusing: bool = False
     ready: Question = field(default_factory=Question)
@@ -220,7 +223,7 @@ class Member:
             return Status.STARTING
         if self.is_failing_for(self.readiness.consecutive_failure_threshold_timeout, now):
             return Status.FAILED_PROBING
-        if self.refusing or self.probe is not Verdict.PASSING:
+        if self.refusing or self.probe is not Verdict.PASSING or self.alias_of or self.is_hidden:
             return Status.NOT_READY
         if self.ejected_until > now:
             return Status.EJECTED

@@ -167,7 +167,7 @@ class BalancerCollector(Collector):
 
     def _replicas(self) -> Iterator[Family]:
         fleet, now = self._fleet, self._fleet.clock()
-        members = list(fleet.members.values())
+        members = fleet.shown()
         statuses = [member.status(now) for member in members]
         by_status = GaugeMetricFamily("groundserve_replicas", "Replicas by status.", labels=("status",))
         for status in Status:

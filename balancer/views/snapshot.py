@@ -31,7 +31,7 @@ class ServiceFacts:
 def take_snapshot(facts: ServiceFacts, fleet: Fleet, admission: Admission) -> Snapshot:
     """The service and its replicas as they are now."""
     now = fleet.clock()
-    members = list(fleet.members.values())
+    members = fleet.shown()
     statuses = [member.status(now) for member in members]
     service = ServiceRow(
         name=facts.name,
