@@ -5,6 +5,8 @@ prefill takes longer.
 """
 
 import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from balancer.relay.reply import Reply
 from balancer.relay.request import Request
@@ -14,28 +16,51 @@ STREAMING = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses
 
 
 class Comments:
-    """Writes one each `every` seconds until the stream's first byte or `stop`; the first one sends the head, too."""
+    """Writes one each `every` seconds until the stream's first byte or `stop`; the first one sends the head, too.
 
-    __slots__ = ("_every", "_loop", "_reply", "_request", "_timer")
+    `read` reads a heavy prompt when it is its turn.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, every: float, request: Request, reply: Reply) -> None:
+    __slots__ = ("_every", "_loop", "_read", "_reply", "_request", "_timer")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        every: float,
+        request: Request,
+        reply: Reply,
+        read: Callable[[Prompt], Coroutine[Any, Any, None]],
+    ) -> None:
         self._loop = loop
         self._every = every
         self._request = request
         self._reply = reply
-        self._timer = loop.call_later(every, self._due)
+        self._read = read
+        self._timer: asyncio.TimerHandle | asyncio.Task[None] = loop.call_later(every, self._due)
 
     def stop(self) -> None:
         self._timer.cancel()
 
     def _due(self) -> None:
-        reply = self._reply
-        if not reply.has_begun and self._is_streamed():
-            reply.begin_early()
-        if reply.comment():
-            self._timer = self._loop.call_later(self._every, self._due)
-
-    def _is_streamed(self) -> bool:
-        """Read only now: few requests wait for so long."""
+        if self._reply.has_begun:
+            self._comment()
+            return
+        # Read only now: few requests wait for so long.
         prompt = Prompt(self._request.path, self._request.body)
-        return prompt.says_stream()
+        if prompt.is_heavy:
+            self._timer = self._loop.create_task(self._begin_when_read(prompt))
+        else:
+            self._begin(prompt)
+
+    async def _begin_when_read(self, prompt: Prompt) -> None:
+        await self._read(prompt)
+        self._begin(prompt)
+
+    def _begin(self, prompt: Prompt) -> None:
+        if not self._reply.has_begun and prompt.says_stream():
+            self._reply.begin_early()
+        self._comment()
+
+    def _comment(self) -> None:
+        if self._reply.comment():
+            self._timer = self._loop.call_later(self._every, self._due)

@@ -105,7 +105,7 @@ class Proxy:
             key.in_flight += 1
         comments = None
         if (every := self.settings.keep_alive_comments) and request.path in STREAMING and request.is_generating:
-            comments = Comments(self.pool.loop, every, request, reply)
+            comments = Comments(self.pool.loop, every, request, reply, self.admission.read)
         try:
             if self.cors.is_preflight(request):
                 reply.extra_fields += self.cors.preflight(request)
@@ -135,7 +135,7 @@ class Proxy:
         """Attempts at one member after the other, until one answers or nothing is left; raises ServeError."""
         self.admission.arrived_total += request.is_generating
         prompt = Prompt(request.path, request.body)
-        if prompt.is_heavy:
+        if self.admission.must_read(prompt):
             await self.admission.read(prompt)
         ask = Ask(prompt, request.is_generating, is_waited_for=request.is_waited_for)
         outcome = Outcome.REFUSED

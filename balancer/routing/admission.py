@@ -56,15 +56,18 @@ class Admission:
     def queue_depth(self) -> int:
         return len(self._queue) + len(self._plain)
 
+    def must_read(self, prompt: Prompt) -> bool:
+        """Should the prompt be read before a place is asked for? The policy goes by it, and it is heavy."""
+        return self.policy.reads_prompts and prompt.is_heavy
+
     async def read(self, prompt: Prompt) -> None:
-        """Reads a heavy prompt where the policy goes by it, before a place is asked for.
+        """Reads a heavy prompt in its turn.
 
         One at a time, and all else in between: else those that come together would stop the loop for all of them.
         """
-        if self.policy.reads_prompts:
-            async with self._reading:
-                prompt.read()
-                await asyncio.sleep(0)
+        async with self._reading:
+            prompt.read()
+            await asyncio.sleep(0)
 
     @property
     def generating_queued(self) -> int:

@@ -97,6 +97,8 @@ def _end_of_image(raw: bytes, begin: int) -> int:
     end = raw.find(b'"', found.end())
     if end < 0 or raw.find(b" ", begin, end) >= 0:
         return -1
+    if raw.find(b"\\", begin, end) < 0:  # a tenth of the time of counting none
+        return end
     # Of backslashes only those before a slash, as PHP writes it: all else is text in escapes, or the quote is in it.
     escapes = raw.count(b"\\", begin, end)
     return end if escapes == raw.count(b"\\/", begin, end) else -1

@@ -61,16 +61,15 @@ class Coming:
 
     def begun(self) -> None:
         """The member has computed it."""
-        self._arrive(has_come=True)
+        if self._cache is not None:
+            self._index.arrived(self._member, self._cache, self._blocks, self.known, True)
+            self._cache = None
 
     def over(self) -> None:
         """If its answer did not begin, it leaves no trace."""
-        self._arrive(has_come=False)
-
-    def _arrive(self, has_come: bool) -> None:
-        cache, self._cache = self._cache, None
-        if cache is not None and self.known < len(self._blocks):
-            self._index.arrived(self._member, cache, self._blocks, self.known, has_come)
+        if self._cache is not None:
+            self._index.arrived(self._member, self._cache, self._blocks, self.known, False)
+            self._cache = None
 
 
 class PrefixIndex:
@@ -141,13 +140,13 @@ class PrefixIndex:
             coming[block] = count + 1
             if not count:
                 owners[block] = owners.get(block, 0) | bit
-        self._measure(member, cache)
+        self._measure(member, cache, self.capacity(member))
         return Coming(self, member, cache, blocks, known)
 
     def arrived(self, member: Member, cache: _Cache, blocks: list[int], known: int, has_come: bool) -> None:
         """What `expect` expected has come, or will not come."""
-        if self._caches.get(member) is not cache:
-            return  # it left, or was forgotten meanwhile
+        if known == len(blocks) or self._caches.get(member) is not cache:
+            return  # there is nothing new, or the member left or was forgotten meanwhile
         held, coming, bit = cache.blocks, cache.coming, 1 << cache.slot
         for block in blocks[known:]:
             if (count := coming[block]) > 1:
@@ -159,7 +158,7 @@ class PrefixIndex:
         if has_come:
             self.add(member, blocks)
         else:
-            self._measure(member, cache)
+            self._measure(member, cache, self.capacity(member))
 
     def add(self, member: Member, blocks: list[int]) -> None:
         """The member has this prompt: its blocks are the most recently used now, the first one the most of all."""
@@ -171,11 +170,12 @@ class PrefixIndex:
             else:
                 held[block] = None
                 owners[block] = owners.get(block, 0) | bit
-        for _ in range(len(held) - self.capacity(member)):
+        capacity = self.capacity(member)
+        for _ in range(len(held) - capacity):
             block, _ = held.popitem(last=False)
             if block not in cache.coming:
                 self._disown(block, bit)
-        self._measure(member, cache)
+        self._measure(member, cache, capacity)
 
     def learn(self, member: Member, blocks: int, tokens: int) -> None:
         """An answer told how many tokens a prompt of that many blocks made: for the capacity."""
@@ -199,8 +199,8 @@ class PrefixIndex:
         self._caches[member] = cache = _Cache(slot)
         return cache
 
-    def _measure(self, member: Member, cache: _Cache) -> None:
-        self.occupancy[member] = min(1.0, (len(cache.blocks) + len(cache.coming)) / self.capacity(member))
+    def _measure(self, member: Member, cache: _Cache, capacity: int) -> None:
+        self.occupancy[member] = min(1.0, (len(cache.blocks) + len(cache.coming)) / capacity)
 
     def _disown(self, block: int, bit: int) -> None:
         left = self._owners[block] & ~bit

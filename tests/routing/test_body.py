@@ -285,11 +285,11 @@ async def test_thirty_dear_bodies_at_once_are_read_one_by_one_with_all_else_in_b
 @on_uvloop
 async def test_where_the_policy_does_not_go_by_prompts_none_is_read() -> None:
     prompt = Prompt(CHAT, [filled(b'{"content":"a"}', size=700 << 10)])
-    assert prompt.is_heavy
-    await Admission(fleet_of(1), LeastLoad()).read(prompt)
-    assert prompt.is_heavy
-    await Admission(fleet_of(1), PrefixAware()).read(prompt)
-    assert not prompt.is_heavy
+    assert not Admission(fleet_of(1), LeastLoad()).must_read(prompt)
+    admission = Admission(fleet_of(1), PrefixAware())
+    assert admission.must_read(prompt)
+    await admission.read(prompt)
+    assert not admission.must_read(prompt)
 
 
 @on_uvloop

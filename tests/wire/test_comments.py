@@ -18,7 +18,7 @@ STREAM = request(body=BODY)
 
 @pytest.fixture(scope="module")
 def house() -> Iterator[House]:
-    with kept({}, keep_alive_comments=0.15, first_byte_timeout=1.0) as house:
+    with kept({}, keep_alive_comments=0.15, first_byte_timeout=1.0, cors_origins=("http://a",)) as house:
         yield house
 
 

@@ -69,3 +69,23 @@ async def test_thirty_at_once_hold_up_nobody_for_long(body: bytes) -> None:
         waited = await longest_wait(balancer, asking)
         assert set(await asking) == {400}
         assert waited < 0.3
+
+
+@on_uvloop
+async def test_thirty_that_wait_for_their_first_comment_together_hold_up_nobody_for_long() -> None:
+    """Whether they want a stream is found out only then, whatever the policy."""
+    body = just_read(b'{"content":"a"}')
+    async with (
+        spawn_replica(status=400, head_delay=3) as replica,
+        running(replica.url, keep_alive_comments=0.5) as balancer,
+    ):
+        clients = [await balancer.client() for _ in range(30)]
+
+        async def ask(number: int) -> int:
+            await clients[number].send(request(body=body))
+            return (await clients[number].answer()).status
+
+        asking = asyncio.gather(*(ask(number) for number in range(30)))
+        waited = await longest_wait(balancer, asking)
+        assert set(await asking) == {400}
+        assert waited < 0.3
