@@ -37,6 +37,7 @@ class NotAsked(Exception):
 class Answer:
     status: int
     body: bytes
+    location: str = ""  # where it says to go instead
 
 
 class Line:
@@ -136,6 +137,7 @@ class _Connection(asyncio.Protocol):
         self._status = 0
         self._body = b""
         self._size = 0
+        self._location = b""
         self._ends_with_connection = False
 
     @property
@@ -149,6 +151,7 @@ class _Connection(asyncio.Protocol):
         self._answer = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
         self._status, self._body, self._size = 0, b"", 0
+        self._location = b""
         self._transport.write(message)
         answer = await self._answer
         self._answer = None
@@ -190,6 +193,8 @@ class _Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() in (b"content-length", b"transfer-encoding"):
             self._ends_with_connection = False
+        elif name.lower() == b"location":
+            self._location = value
 
     def on_message_begin(self) -> None:
         self._ends_with_connection = True
@@ -213,7 +218,7 @@ class _Connection(asyncio.Protocol):
 
     def _succeed(self) -> None:
         if self._answer is not None and not self._answer.done():
-            self._answer.set_result(Answer(self._status, self._body))
+            self._answer.set_result(Answer(self._status, self._body, self._location.decode("latin-1")))
 
     def _fail(self, why: str) -> None:
         if self._answer is not None and not self._answer.done():

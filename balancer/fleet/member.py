@@ -10,6 +10,8 @@ from balancer.settings import ReadinessProbe
 
 UNKNOWN_LIMIT = 256
 FAILURES_TO_FAIL = 2
+# Seconds for which a probe fails before it is told what it gets: a replica that loads is not worth a word.
+SAID_AFTER = 10.0
 
 
 class Status(enum.StrEnum):
@@ -44,23 +46,26 @@ class Question:
     failures: int = 0
     passes_total: int = 0
     failures_total: int = 0
+    got: str = ""  # what the last one got that failed; empty after a pass
 
     def passed(self, now: float) -> bool:
         """Notes a pass; True when the verdict changed."""
-        self.failures = 0
+        self.failures, self.got = 0, ""
         self.passes_total += 1
         return self._turn(Verdict.PASSING, now)
 
-    def failed(self, now: float) -> bool:
+    def failed(self, now: float, got: str = "") -> bool:
         """Notes a failure; True when the verdict changed. One failure alone does not undo a pass."""
+        self.got = got
         self.failures += 1
         self.failures_total += 1
         if self.verdict is Verdict.PASSING and self.failures < FAILURES_TO_FAIL:
             return False
         return self._turn(Verdict.FAILING, now)
 
-    def surely_failed(self, now: float) -> bool:
+    def surely_failed(self, now: float, got: str = "") -> bool:
         """Notes a failure that needs no second opinion (nothing listens there); True when the verdict changed."""
+        self.got = got
         self.failures = max(self.failures, FAILURES_TO_FAIL)
         self.failures_total += 1
         return self._turn(Verdict.FAILING, now)
@@ -228,6 +233,16 @@ class Member:
         if self.ejected_until > now:
             return Status.EJECTED
         return Status.READY
+
+    def trouble(self, now: float) -> str:
+        """Why it may not be given requests, where that has been so for a while; empty where there is nothing to say."""
+        if self.listed.reason or self.is_leaving or self.listed.state != "RUNNING":
+            return self.listed.reason
+        if self.alias_of:
+            return f"the same replica as {self.alias_of}"
+        if self.is_failing_for(SAID_AFTER, now):
+            return next((q.got for q in (self.ready, self.service) if q.verdict is Verdict.FAILING and q.got), "")
+        return ""
 
     def is_available(self, now: float) -> bool:
         """May it be given requests at all? A full member is available."""

@@ -6,7 +6,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from typing import Protocol
-from urllib.parse import quote
+from urllib.parse import quote, urljoin, urlsplit
 
 import orjson
 
@@ -23,6 +23,25 @@ TOKEN_PATHS = ("/health", "/health_generate")
 SOON = 1.0
 # However much hurries, /ready is not asked more often than once in this many seconds.
 LEAST_GAP = 0.02
+
+
+REDIRECTING = (301, 302, 303, 307, 308)
+SAME_METHOD = (307, 308)
+REDIRECTS = 10
+SILENT = "it holds requests, is silent, and does not say that it is at work"
+
+
+def _onward(member: Member, path: str, location: str) -> str:
+    """The path that a redirect of the member leads to; empty where it leads elsewhere."""
+    try:
+        parts = urlsplit(urljoin(f"{member.url}{path}", location))
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return ""
+    if (parts.scheme == "https", parts.hostname, port) != (member.is_https, member.host, member.port):
+        return ""
+    query = f"?{parts.query}" if parts.query else ""
+    return quote(f"{parts.path or '/'}{query}", safe="%/?:@!$&'()*+,;=-._~[]")
 
 
 class LineTo(Protocol):
@@ -81,19 +100,19 @@ class Watch:
             return
         try:
             answer = await self._ready_line.ask("/ready", fleet.settings.ready_timeout)
-        except Refused:
+        except Refused as error:
             self._was_refused = True
-            fleet.noted(member, member.ready.surely_failed(fleet.clock()))
+            fleet.noted(member, member.ready.surely_failed(fleet.clock(), f"GET /ready: {error}"))
             return
-        except Unheard:
-            fleet.noted(member, member.ready.failed(fleet.clock()))
+        except Unheard as error:
+            fleet.noted(member, member.ready.failed(fleet.clock(), f"GET /ready: {error}"))
             return
         was_refusing = member.refusing
         if answer.status == 503:
             member.refusing = True
             fleet.noted(member, not was_refusing)
         elif answer.status not in (200, 404):
-            fleet.noted(member, member.ready.failed(fleet.clock()))
+            fleet.noted(member, member.ready.failed(fleet.clock(), f"GET /ready got {answer.status}"))
         elif not await self._is_another():
             # 404 is an older SGLang, without /ready: there the service's probe alone decides.
             member.refusing = False
@@ -155,13 +174,13 @@ class Watch:
             if self._is_at_work():
                 return
         try:
-            passes = await self._ask_service(self._service_line)
-        except Unheard:
+            got = await self._ask_service(self._service_line)
+        except Unheard as error:
             if self._is_at_work():
                 return  # a long prefill keeps anything waiting
-            passes = False
+            got = f"the readiness probe {fleet.readiness.path}: {error}"
         now = fleet.clock()
-        fleet.noted(member, member.service.passed(now) if passes else member.service.failed(now))
+        fleet.noted(member, member.service.failed(now, got) if got else member.service.passed(now))
 
     async def _judge_silence(self) -> None:
         """It holds requests and has not said a byte for long: does its scheduler hang, or is a prefill that long?
@@ -174,12 +193,12 @@ class Watch:
         now = fleet.clock()
         if is_alive:
             member.alive_at = now
-        fleet.noted(member, member.service.passed(now) if is_alive else member.service.surely_failed(now))
+        fleet.noted(member, member.service.passed(now) if is_alive else member.service.surely_failed(now, SILENT))
 
     async def _is_alive(self, line: Line, timeout: float) -> bool:
         try:
             answer = await line.ask("/server_info", timeout)
-            return answer.status == 200 or await self._ask_service(line)
+            return answer.status == 200 or not await self._ask_service(line)
         except Unheard:
             return False
 
@@ -200,16 +219,29 @@ class Watch:
         heard_at = max(member.last_byte_at, member.busy_since, member.alive_at)
         return member.generating > 0 and self._fleet.clock() - heard_at > self._fleet.settings.silence_timeout
 
-    async def _ask_service(self, line: Line) -> bool:
+    async def _ask_service(self, line: Line) -> str:
+        """What the service's probe got instead of a 200; empty where it passes. Raises Unheard.
+
+        Redirects to the replica itself are followed, as SkyServe does.
+        """
         probe = self._fleet.readiness
         path = quote(probe.path, safe="%/?:@!$&'()*+,;=-._~[]")
-        if probe.post_data is None:
-            answer = await line.ask(path, probe.timeout_seconds, fields=probe.headers)
-        else:
-            fields = {"content-type": "application/json"} | probe.headers
+        method, fields, body = "GET", probe.headers, b""
+        if probe.post_data is not None:
+            method, fields = "POST", {"content-type": "application/json"} | probe.headers
             body = orjson.dumps(probe.post_data)
-            answer = await line.ask(path, probe.timeout_seconds, "POST", fields, body)
-        return answer.status == 200
+        for _ in range(REDIRECTS):
+            answer = await line.ask(path, probe.timeout_seconds, method, fields, body)
+            if answer.status == 200:
+                return ""
+            onward = _onward(self._member, path, answer.location) if answer.status in REDIRECTING else ""
+            if not onward:
+                break
+            path = onward
+            if answer.status not in SAME_METHOD:
+                method, fields, body = "GET", probe.headers, b""
+        aside = f", to {answer.location[:200]}" if answer.location else ""
+        return f"the readiness probe {probe.path} got {answer.status}{aside}"
 
     # Its word on a silent answer, whatever others it sends
 

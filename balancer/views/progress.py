@@ -97,7 +97,9 @@ class Moving(Lines):
         for row in self._snapshot.replicas if self._snapshot else ():
             mark = Text("●", COLOURS.get(row.status, "cyan")) if _is_settled(row) else self._spinner
             age = Text(f"{row.launched_seconds:.0f} s", justify="right")
-            told = "" if row.status == "READY" else row.reason or self._last_line(row.id)
+            # While it loads, its own words say more than that no probe gets through yet.
+            told = self._last_line(row.id) if row.status == "STARTING" else ""
+            told = "" if row.status == "READY" else told or row.reason or self._last_line(row.id)
             last = Text(told, "dim", overflow="ellipsis", no_wrap=True)
             table.add_row(mark, Text(row.name), Text(row.status, COLOURS.get(row.status, "cyan")), age, last)
         return Group(table)

@@ -84,5 +84,5 @@ def _row(member: Member, now: float) -> ReplicaRow:
         ejected_for_seconds=round(max(0.0, member.ejected_until - now), 3),
         cached_tokens_total=member.cached_tokens_total,
         prompt_tokens_total=member.prompt_tokens_total,
-        reason=listed.reason,
+        reason=member.trouble(now),
     )

@@ -1,13 +1,14 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Listed, Status, Verdict
+from balancer.fleet.member import SAID_AFTER, Listed, Status, Verdict
 from tests.fleet.members import Chosen, claimed
 from tests.fleet.watched import INTERVAL, TIMEOUT, probes, statuses, until, until_ready, until_status, watched
 from tests.lab.replica import LabReplica
@@ -611,5 +612,91 @@ def test_stopping_ends_every_task_and_connection() -> None:
             await hung.seen.until(lambda seen: seen.connections_open == 0)
             ours = {task for task in asyncio.all_tasks() - before if "Watch" in repr(task.get_coro())}
             assert ours == set()
+
+    asyncio.run(play())
+
+
+# What a probe gets
+
+
+@contextlib.asynccontextmanager
+async def saying(answers: dict[str, tuple[int, str]]) -> AsyncIterator[tuple[str, list[str]]]:
+    """A server that answers each path so: a status, and where to go instead; its URL, and what it was asked."""
+    heard: list[str] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                method, path, *_ = (await reader.readuntil(b"\r\n\r\n")).decode().split()
+                heard.append(f"{method} {path}")
+                status, onward = answers.get(path, (404, ""))
+                field = f"Location: {onward}\r\n".replace("HERE", url) if onward else ""
+                writer.write(f"HTTP/1.1 {status} Said\r\n{field}Content-Length: 0\r\n\r\n".encode())
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield url, heard
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "onward"),
+    [
+        ("/health/", 307, "/health"),
+        ("/health/", 301, "HERE/health"),
+        ("/a/b", 308, "../health"),
+        ("/one", 302, "/two"),
+        ("/one?x=1", 303, "/health"),
+    ],
+)
+def test_a_probe_that_is_redirected_is_followed_as_skyserve_does(path: str, status: int, onward: str) -> None:
+    async def play() -> None:
+        answers = {"/health": (200, ""), path: (status, onward), "/two": (302, "/health")}
+        async with saying(answers) as (url, heard), watched(url, readiness={"path": path}) as fleet:
+            await until_ready(fleet)
+            assert f"GET {path}" in heard
+            assert "GET /health" in heard
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("answers", "got"),
+    [
+        ({}, "/health/ got 404"),
+        ({"/health/": (503, "")}, "/health/ got 503"),
+        ({"/health/": (302, "http://login.example/")}, "/health/ got 302, to http://login.example/"),
+        ({"/health/": (302, "https://127.0.0.1/health")}, "/health/ got 302, to https://127.0.0.1/health"),
+        ({"/health/": (302, "/health/")}, "/health/ got 302, to /health/"),
+        ({"/ready": (500, "")}, "GET /ready got 500"),
+        (None, "GET /ready: "),
+    ],
+)
+def test_a_probe_that_fails_for_long_says_what_it_gets(answers: dict[str, tuple[int, str]] | None, got: str) -> None:
+    async def play() -> None:
+        async with saying(answers or {}) as (url, _):
+            where = url if answers is not None else "http://127.0.0.1:1"
+            async with watched(where, readiness={"path": "/health/"}) as fleet:
+                member = fleet.members[1]
+                await until(fleet, lambda: member.probe is Verdict.FAILING)
+                now = fleet.clock()
+                assert member.trouble(now) == "", "not at once: a replica that loads looks like that"
+                assert got in member.trouble(now + SAID_AFTER + 1)
+
+    asyncio.run(play())
+
+
+def test_after_a_pass_there_is_nothing_to_say() -> None:
+    async def play() -> None:
+        async with LabReplica(health=500) as replica, watched(replica) as fleet:
+            member = fleet.members[1]
+            await until(fleet, lambda: member.service.verdict is Verdict.FAILING)
+            replica.set(health=200)
+            await until_ready(fleet)
+            assert member.trouble(fleet.clock() + 1000) == ""
 
     asyncio.run(play())
