@@ -229,10 +229,14 @@ class Balancer:
             "the service file": lambda _: self._reload(),
         }
         if (keys := self.keys) is not None:
-            jobs["API keys"] = lambda _: keys.reload()
+            jobs["API keys"] = lambda _: self._reload_keys(keys)
         if (certificate := self.certificate) is not None:
             jobs["the certificate"] = lambda _: certificate.reload()
         return jobs
+
+    def _reload_keys(self, keys: Keys) -> None:
+        if keys.reload():
+            self.tallies.keep_keys({key.name for key in keys})
 
     def _reload(self) -> None:
         """Takes up a service file that changed; a mistake in it leaves all as it was."""

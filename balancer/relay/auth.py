@@ -66,26 +66,30 @@ class Keys:
             busy = key
         raise errors.unauthorized() if busy is None else errors.key_at_limit(busy.limit)
 
-    def reload(self) -> None:
-        """Takes up what changed in the file; call it now and then. Requests of a key that is gone are finished."""
+    def reload(self) -> bool:
+        """Takes up what changed in the file; call it now and then. Returns whether something did.
+
+        Requests of a key that is gone are finished.
+        """
         if not self._watch.has_changed():
-            return
+            return False
         if self._watch.is_cut_off:
             # Which of the keys still count cannot be known here, and one of them was perhaps taken back.
             self._known = {}
             log.error("--api-keys %s: nobody is let in until this is mended: %s", self._path, MOUNT_ITS_FOLDER)
-            return
+            return True
         try:
             fresh = read_keys(self._path, patience=0)
         except ConfigError as error:
             log.warning("%s; the keys stay as they were", error)
-            return
+            return False
         for digest, key in fresh.items():
             if known := self._known.get(digest):
                 known.name, known.limit = key.name, key.limit
                 fresh[digest] = known
         self._known = fresh
         log.info("%s: %d keys taken up", self._path, len(fresh))
+        return True
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._known.values())

@@ -6,7 +6,7 @@ It is left to do what it is good at, when somebody scrapes: balancer/views/metri
 
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 from balancer.fleet.member import Member
@@ -180,6 +180,11 @@ class Tallies:
         key.requests[status] += 1
         key.prompt_tokens += record.prompt_tokens or 0
         key.completion_tokens += record.completion_tokens or 0
+
+    def keep_keys(self, names: Set[str]) -> None:
+        """Forgets what was counted for keys of other names: where they change often, that would grow for ever."""
+        for gone in self.keys.keys() - names:
+            del self.keys[gone]
 
     # What the fleet tells
 

@@ -1,5 +1,6 @@
 """Decisions about replicas, in virtual time."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,10 @@ NO_GPU = Ended(1, "no GPU free", waits_for_gpu=True)
 READY = Replica(1, 1, Stage.RUNNING, status="READY", was_ready=True)
 
 
-def decide(*replicas: Replica, wanted: dict[int, int], now: float = 0.0) -> list[plan.Action]:
-    return plan.decide(replicas, wanted, next_id=9, now=now, drain_timeout=100)
+def decide(
+    *replicas: Replica, wanted: dict[int, int], now: float = 0.0, condemned: Collection[int] = ()
+) -> list[plan.Action]:
+    return plan.decide(replicas, wanted, next_id=9, now=now, drain_timeout=100, condemned=condemned)
 
 
 def test_missing_replicas_are_started_side_by_side_under_new_numbers() -> None:
@@ -162,3 +165,31 @@ def test_waiting_for_a_gpu_is_no_failure_and_goes_on_for_ever() -> None:
     replica = plan.observed(plan.started(replica, now), "READY", 0, now, OPERATION)
     assert (replica.waits_for_gpu, replica.reason) == (False, "")
     assert not plan.ended(replica, DIED, now, OPERATION).waits_for_gpu
+
+
+def test_a_condemned_replica_goes_and_another_takes_its_place() -> None:
+    two = replace(READY, id=2)
+    assert decide(READY, two, wanted={1: 2}, condemned={2}) == [Drain(2), Start(9, 1)]
+    assert decide(Replica(1, 1, start_at=5), two, wanted={1: 2}, condemned={1}) == [Forget(1), Start(9, 1)]
+
+
+def test_who_is_condemned_in_the_step_that_takes_it_anyway_is_told_once() -> None:
+    three = [READY, replace(READY, id=2), replace(READY, id=3)]
+    assert decide(*three, wanted={1: 2}, condemned={3}) == [Drain(3)]
+    assert decide(*three, wanted={1: 1}, condemned={3}) == [Drain(3), Drain(2)]
+    assert decide(*three, wanted={}, condemned={1, 2, 3, 7}) == [Drain(1), Drain(2), Drain(3)]
+    unusable = replace(READY, status="FAILED_PROBING")
+    assert decide(unusable, wanted={1: 1}, condemned={1}) == [Drain(1), Start(9, 1)]
+
+
+@pytest.mark.parametrize("stage", [Stage.DRAINING, Stage.STOPPING])
+def test_who_goes_already_is_not_condemned_again(stage: Stage) -> None:
+    going = replace(READY, stage=stage, status="DRAINING")
+    assert decide(going, replace(READY, id=2), wanted={1: 1}, condemned={1}) == []
+
+
+def test_only_what_has_no_process_is_forgotten() -> None:
+    for stage in (Stage.RUNNING, Stage.REPLACING):
+        assert decide(replace(READY, stage=stage), wanted={}) == [Drain(1)]
+    for stage in (Stage.WAITING, Stage.GIVEN_UP):
+        assert decide(replace(READY, stage=stage), wanted={}) == [Forget(1)]

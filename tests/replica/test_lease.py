@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -302,3 +303,22 @@ def test_what_others_wrote_into_a_lock_does_no_harm(tmp_path: Path, written: byt
 )
 def test_kinds_are_skypilots_names(name: str, kind: str, is_one: bool) -> None:
     assert is_of_kind(name, kind) is is_one
+
+
+def test_those_who_only_ask_who_holds_it_keep_nobody_out(tmp_path: Path) -> None:
+    gpu = gpus(1)
+    take(gpu, Want(1), tmp_path, wait=0, note="before").release()
+    is_over = threading.Event()
+
+    def ask() -> None:
+        while not is_over.is_set():
+            holder(gpu[0], tmp_path)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for _ in range(300):
+            take(gpu, Want(1), tmp_path, wait=0, note="mine").release()
+    finally:
+        is_over.set()
+        asking.join()
