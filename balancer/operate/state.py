@@ -128,11 +128,14 @@ class ServiceFolder:
         """Makes the file anew, whole at any moment, for a balancer that looks at it again and again.
 
         A readiness probe's headers may hold a key. Other users are kept from it by our own folder's mode; inside a
-        container that is given only the inner folder, its user can read it.
+        container that is given only the inner folder, its user can read it. Raises BrokenState.
         """
         inner = self.service_file.parent
-        inner.mkdir(exist_ok=True)
-        inner.chmod(0o755)
+        try:
+            inner.mkdir(exist_ok=True)
+            inner.chmod(0o755)
+        except OSError as failure:
+            raise broken(inner, failure.strerror) from None
         write_whole(self.service_file, text, 0o644)
         return self.service_file
 

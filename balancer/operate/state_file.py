@@ -11,8 +11,15 @@ class BrokenState(ConfigError):
 
 
 def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
-    """Puts the file in its place at once, old or new but never half, be it that power fails. Raises OSError."""
+    """Puts the file in its place at once, old or new but never half, be it that power fails. Raises BrokenState."""
     fresh = path.with_name(f"{path.name}.new")
+    try:
+        _write(fresh, path, text, mode)
+    except OSError as failure:
+        raise BrokenState(f"{path} cannot be written: {failure.strerror}") from None
+
+
+def _write(fresh: Path, path: Path, text: str, mode: int) -> None:
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -187,7 +187,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         write_whole(file, "\ud800")
     assert read_whole(file) == "old"
     (tmp_path / "left.json.new").mkdir()
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(BrokenState, match=r"left\.json cannot be written: Is a directory"):
         write_whole(file, "new")
     assert read_whole(file) == "old"
 
@@ -232,6 +232,22 @@ def test_broken_folders_are_no_other_ones_affair(groundserve: Groundserve, tmp_p
             said = groundserve(*command, code=code)
             assert "Traceback" not in said
     assert len(folders(root)) == 7 * len(BROKEN) + 1
+
+
+@pytest.mark.parametrize("name", ["balancer/service.yaml", "balancer", "control.sock", "replica-1.log", "balancer.log"])
+def test_a_start_that_a_broken_file_stops_says_so_in_one_line(
+    groundserve: Groundserve, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "state/groundserve/lab" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name == "balancer":
+        path.write_text("")
+    else:
+        path.mkdir()
+    said = groundserve("up", groundserve.service("lab", replicas=1), code=1)
+    assert said.startswith(f"groundserve: {path}")
+    assert said.count("\n") == 1
+    assert groundserve.processes() == {}
 
 
 def test_status_and_down_of_others_go_on_beside_a_broken_folder(groundserve: Groundserve, tmp_path: Path) -> None:
