@@ -17,7 +17,7 @@ from balancer.tree import KeyPath, read, shown
 Model = TypeVar("Model", bound=BaseModel)
 
 # Characters that variables may come to.
-_MOST_FILLED = 1 << 20
+_MOST_FILLED = 128 << 10
 # The halves of a character beyond 16 bits are none alone: they can be neither printed nor written.
 _IMPOSSIBLE = re.compile("[\0\ud800-\udfff]")
 

@@ -34,7 +34,7 @@ def needs(top: Resources, port: int | None, document: Document) -> Needs:
 
     Raises ConfigError, with its line, for an amount that is none.
     """
-    alternatives = _alternatives(top)
+    alternatives = _alternatives(top, document)
     accelerators: dict[str, int] = {}
     for under, each in alternatives:
         accelerators |= _accelerators(under, each.accelerators, document)
@@ -69,11 +69,14 @@ def _accelerators(under: KeyPath, value: Any, document: Document) -> dict[str, i
     return found
 
 
-def _alternatives(top: Resources) -> list[tuple[KeyPath, Resources]]:
+def _alternatives(top: Resources, document: Document) -> list[tuple[KeyPath, Resources]]:
     """What `resources:` says itself, and each of its any_of: and ordered:, with where it stands."""
     found: list[tuple[KeyPath, Resources]] = [(("resources",), top)]
     for key, alternatives in (("any_of", top.any_of), ("ordered", top.ordered)):
-        found += [(("resources", key, index), each) for index, each in enumerate(alternatives)]
+        for index, each in enumerate(alternatives):
+            if each.any_of or each.ordered:
+                raise document.fault(("resources", key, index), "has alternatives of its own: write them side by side")
+            found.append((("resources", key, index), each))
     return found
 
 

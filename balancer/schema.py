@@ -60,6 +60,19 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def _check_size(data: object, depth: int = 0) -> int:
+    """How many values there are in what was JSON; raises ValueError where the balancer could not be handed them."""
+    if depth > 40:
+        raise ValueError("post_data should be smaller: at most 5,000 values, 40 deep")
+    if isinstance(data, str) and "\0" in data:
+        raise ValueError("post_data should have no NUL in it")
+    parts = [*data, *data.values()] if isinstance(data, dict) else data if isinstance(data, list) else []
+    count = 1 + sum(_check_size(part, depth + 1) for part in parts)
+    if count > 5000:
+        raise ValueError("post_data should be smaller: at most 5,000 values, 40 deep")
+    return count
+
+
 # Numbers may come as text: `replicas: $REPLICAS` is filled in with a string.
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
@@ -83,9 +96,11 @@ class Probe(ReadinessProbe):
             return {"path": value}
         if isinstance(value, dict) and isinstance(value.get("post_data"), str):
             try:
-                return value | {"post_data": orjson.loads(value["post_data"])}
+                data = orjson.loads(value["post_data"])
             except orjson.JSONDecodeError:
                 raise ValueError("post_data should be an object, or JSON in a string") from None
+            _check_size(data)
+            return value | {"post_data": data}
         return value
 
 

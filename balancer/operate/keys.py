@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from balancer import text_file
 from balancer.errors import ConfigError
 from balancer.operate.recipe import Recipe
 from balancer.operate.state_file import broken, read_whole, write_whole
@@ -40,10 +41,7 @@ def drawn(path: Path, mode: int = 0o600) -> str:
 
 def given(path: Path, flag: str) -> str:
     """The key in a file that somebody else keeps; raises ConfigError."""
-    try:
-        key = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as failure:
-        raise ConfigError(f"{flag} {path}: {getattr(failure, 'strerror', 'it is not text')}") from None
+    key = text_file.read(path, f"{flag} {path}", "a file with a key").strip()
     if not usable(key):
         raise ConfigError(f"{flag} {path}: one line with a key is wanted there")
     return key

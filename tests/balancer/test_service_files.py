@@ -82,6 +82,22 @@ def refusal(text: str) -> str:
         ("service: {readiness_probe: {path: /, timeout_seconds: .nan}}", ":1: service.readiness_probe.timeout_seconds"),
         ("service: {readiness_probe: {path: /, timeout_seconds: .inf}}", ":1: service.readiness_probe.timeout_seconds"),
         ('service: {readiness_probe: "/a\\r\\nb: c"}', ":1: service.readiness_probe should be one line of printable"),
+        (
+            f"service: {{readiness_probe: {{path: /, post_data: '{{\"a\": {'[' * 900 + ']' * 900}}}'}}}}",
+            ":1: service.readiness_probe post_data should be smaller: at most 5,000 values, 40 deep",
+        ),
+        (
+            f"service: {{readiness_probe: {{path: /, post_data: '{{\"a\": [{'1,' * 6000}1]}}'}}}}",
+            ":1: service.readiness_probe post_data should be smaller: at most 5,000 values, 40 deep",
+        ),
+        (
+            'service: {readiness_probe: {path: /, post_data: \'{"a": "\\u0000"}\'}}',
+            ":1: service.readiness_probe post_data should have no NUL in it",
+        ),
+        (
+            "service: {}\nresources: {any_of: [{any_of: [{memory: 4}]}]}",
+            ":2: resources.any_of[0] has alternatives of its",
+        ),
         ("service: {replicas: .inf}", ":1: service.replicas should be a finite number"),
         ("service: {}\nx-groundserve: {idle_timeout: .nan}", ":2: x-groundserve.idle_timeout should be"),
         ("service: {}\nx-groundserve: {stop_grace: .inf}", ":2: x-groundserve.stop_grace should be"),
@@ -112,7 +128,7 @@ def test_aliases_that_multiply_cost_neither_time_nor_memory() -> None:
 def test_variables_that_multiply_are_refused() -> None:
     many = ", ".join(["$A"] * 5000)
     text = f"service: {{readiness_probe: {{path: /, post_data: {{a: [{many}]}}}}}}\nenvs: {{A: {'x' * 1000}}}"
-    assert refusal(text).endswith("becomes longer than 1,048,576 characters once variables are filled in")
+    assert refusal(text).endswith("becomes longer than 131,072 characters once variables are filled in")
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,18 @@ def test_a_file_that_cannot_be_is_refused_and_changes_nothing(groundserve: Groun
     bad = groundserve.folder / "bad.yaml"
     bad.write_text("service: {replica: 1}")
     assert "service.replica is unknown" in groundserve("update", "lab", bad, code=1)
+    for text, said in (
+        ("service: {replicas: {{ replicas }}}", "bad.yaml:1: service.replicas has a list or a mapping for a key"),
+        ("service: {}\nenvs: {A: &x [*x]}", "bad.yaml:2: not valid YAML: the alias *x stands inside what it names"),
+        ("service: {}\n? [a, b]\n: 1", "bad.yaml:2: the file has a list or a mapping for a key"),
+        ("[" * 100_000, "bad.yaml:1: not valid YAML: it is nested more than 50 deep"),
+        ("#" * 300_000, "bad.yaml: larger than 256 KiB"),
+    ):
+        bad.write_text(text)
+        answer = groundserve("update", "lab", bad, code=1)
+        assert said in answer
+        assert answer.count("\n") == 1
+    assert "it is a folder" in groundserve("update", "lab", groundserve.folder, code=1)
     assert "No such file" in groundserve("update", "lab", "nowhere.yaml", code=1)
     assert "no service other is up here" in groundserve("update", "other", service, code=1)
     assert groundserve.status("lab")["replicas"][0]["endpoint"] == before

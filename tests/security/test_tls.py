@@ -315,10 +315,12 @@ async def test_a_pair_that_does_not_fit_leaves_the_old_certificate(
 
 def test_what_cannot_be_used_is_said_in_one_line(authority: Authority, pair: Pair, tmp_path: Path) -> None:
     (noise := tmp_path / "noise").write_text("no PEM")
+    (marked := tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + pair.key.read_bytes())
     for cert, key, said in (
         (pair.cert, authority.pair.key, "key values mismatch"),
         (noise, pair.key, "--tls-cert"),
         (pair.cert, noise, "--tls-key"),
+        (pair.cert, marked, "a byte order mark stands first"),
         (tmp_path / "nowhere", pair.key, "No such file"),
         (pair.cert, encrypted(pair, tmp_path).key, "the key is encrypted"),
     ):
