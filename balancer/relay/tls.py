@@ -1,6 +1,5 @@
 """TLS: the endpoint's certificate, renewed without a restart, and whom https replicas are trusted by."""
 
-import codecs
 import logging
 import ssl
 from pathlib import Path
@@ -56,8 +55,6 @@ class Certificate:
             context.load_cert_chain(self._chain, self._key, _no_password)
         except ssl.SSLError as error:
             why = (error.reason or "not PEM").replace("_", " ").lower()
-            if any(path.read_bytes()[:3] == codecs.BOM_UTF8 for path in (self._chain, self._key)):
-                why = "a byte order mark stands first, which OpenSSL does not pass over: save it without"
             raise ConfigError(f"--tls-cert {self._chain}, --tls-key {self._key}: {why}") from None
         except OSError as error:
             raise ConfigError(f"--tls-cert {self._chain}, --tls-key {self._key}: {error.strerror}") from None

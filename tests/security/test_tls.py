@@ -313,14 +313,22 @@ async def test_a_pair_that_does_not_fit_leaves_the_old_certificate(
         await renewed_to("other", house, authority)
 
 
+def test_files_as_windows_saves_them_are_used(pair: Pair, authority: Authority, tmp_path: Path) -> None:
+    saved = []
+    for name, path in (("cert", pair.cert), ("key", pair.key), ("ca", authority.pair.cert)):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+        saved.append(tmp_path / name)
+    cert, key, ca = saved
+    assert Certificate(cert, key).context.get_ciphers()
+    assert replica_context(ca).cert_store_stats()["x509"] == 1
+
+
 def test_what_cannot_be_used_is_said_in_one_line(authority: Authority, pair: Pair, tmp_path: Path) -> None:
     (noise := tmp_path / "noise").write_text("no PEM")
-    (marked := tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + pair.key.read_bytes())
     for cert, key, said in (
         (pair.cert, authority.pair.key, "key values mismatch"),
         (noise, pair.key, "--tls-cert"),
         (pair.cert, noise, "--tls-key"),
-        (pair.cert, marked, "a byte order mark stands first"),
         (tmp_path / "nowhere", pair.key, "No such file"),
         (pair.cert, encrypted(pair, tmp_path).key, "the key is encrypted"),
     ):
