@@ -14,7 +14,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
-from replica.media import DOMAINS, MediaError, Policy
+from replica.media import DOMAINS, MediaError, Policy, check_content
 
 
 class Unfetchable(MediaError):
@@ -28,7 +28,9 @@ class Unreachable(Unfetchable, requests.exceptions.ConnectionError):
 def fetch(stock: Callable[..., bytes], url: str, *more: Any, **named: Any) -> bytes:
     """Around SGLang's download_remote_media: a URL that cannot be fetched is the client's mistake, not ours."""
     try:
-        return stock(url, *more, **named)
+        content = stock(url, *more, **named)
+        check_content(content)
+        return content
     except MediaError:
         raise
     except requests.exceptions.Timeout:

@@ -3,6 +3,7 @@
 A client's string must not make the replica read its own files, nor ask what only its own network can reach.
 """
 
+import base64
 import ipaddress
 import re
 import socket
@@ -73,12 +74,13 @@ class Policy:
         is looked at when it is (replica/fetch.py).
         """
         if source.startswith("data:"):
+            _check_data(source)
             return source
         if web := _WEB.match(source):
             return web[0].lower() + source[web.end() :]
         is_file = source[:5].lower() == "file:" or (source.startswith("/") and not source.startswith(_JPEG))
         if not is_file and _BASE64.fullmatch(source, 0, _LONGEST_PATH):
-            return f"data:;base64,{source}"  # said in so many words, it is never looked for as a file
+            return self.settle(f"data:;base64,{source}")  # said in so many words, it is never looked for as a file
         if self.local is None:
             raise MediaError(
                 f"{_shown(source)}: media are given as a data: URL or fetched by http(s); files of the replica are not "
@@ -136,6 +138,25 @@ class Policy:
                 f"(the replica's operator may allow it with {PRIVATE}=1)"
             )
         return allowed
+
+
+def check_content(content: bytes) -> None:
+    """Raises MediaError for what FFmpeg would take for a list of further files and addresses, and open them itself."""
+    text = content.split(b"\0", 1)[0].lower()  # of a true image, sound or video a few bytes
+    if text.startswith((b"#extm3u", b"ffconcat")) or b"<mpd" in text or b"c=in ip" in text:
+        raise MediaError("a playlist is no image, video or sound: send what it lists")
+
+
+def _check_data(source: str) -> None:
+    start = source.find(",") + 1
+    for length in (4096, len(source)):
+        try:
+            content = base64.b64decode(source[start : start + length])
+        except ValueError:
+            return  # SGLang will say so
+        check_content(content)
+        if b"\0" in content:
+            return
 
 
 def is_public(address: str) -> bool:

@@ -1,12 +1,13 @@
 """replica/media.py: what a request may name as an image, a video or a sound, and which addresses may be asked."""
 
+from base64 import b64encode
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from replica.media import MediaError, Policy, is_public
+from replica.media import MediaError, Policy, check_content, is_public
 
 STRICT = Policy()
 
@@ -108,6 +109,29 @@ def test_lists_that_are_nested_without_end_are_refused() -> None:
         nested = [nested]
     with pytest.raises(MediaError, match="lists of at most"):
         STRICT.settle_all(nested)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"#EXTM3U\n#EXTINF:1,\nhttp://169.254.169.254/x.ts\n",
+        b"#EXTM3U\n\0\xff",
+        b"ffconcat version 1.0\nfile /etc/passwd\n",
+        b"<?xml?>" + b" " * 100_000 + b"<MPD profiles='urn:mpeg:dash:profile:full'>",
+        b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\nc=IN IP4 10.0.0.1\r\n",
+    ],
+)
+def test_a_list_of_further_addresses_is_no_media(content: bytes) -> None:
+    with pytest.raises(MediaError, match="a playlist is no image"):
+        check_content(content)
+    for source in (f"data:audio/wav;base64,{b64encode(content).decode()}", b64encode(content).decode()):
+        with pytest.raises(MediaError, match="a playlist is no image"):
+            STRICT.settle(source)
+
+
+def test_true_media_are_not_looked_through() -> None:
+    check_content(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR <MPD c=IN IP4 ffconcat #EXTM3U")
+    check_content(b"RIFF\x24\x08\0\0WAVEfmt ")
 
 
 @pytest.mark.parametrize("address", ["1.1.1.1", "93.184.215.14", "2606:4700:4700::1111", "64:ff9b::101:101"])
