@@ -2,6 +2,7 @@
 
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,37 @@ def test_https_with_keys_and_an_admin_port_that_wants_its_own(guarded: Project, 
         drain = guarded.url(30002) + "/replicas/1/drain"
         assert client.post(drain).status_code == 401
         assert client.post(drain, headers={"Authorization": "Bearer open-up"}).status_code == 200
+
+
+@pytest.mark.parametrize("mounted", ["folder", "file"])
+def test_a_key_that_an_editor_takes_out_stops_working(lab_images: Project, folder: Path, mounted: str) -> None:
+    assert lab_images.files == LAB_FILES
+    keys = folder / "api-keys"
+    keys.write_text("old-key-11111111\nkept-key-2222222\n")
+    ways = {
+        "folder": (("docker/compose.keys.yaml",), {"KEYS_DIR": str(folder), "KEYS": keys.name}),
+        "file": ((), {"API_KEYS_FILE": str(keys)}),
+    }
+    overlays, given = ways[mounted]
+    project = Project("groundserve-test-keys", (*LAB_FILES, *overlays), given)
+
+    def status(key: str) -> int:
+        return httpx.get(
+            project.url() + "/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=20
+        ).status_code
+
+    try:
+        project.up()
+        assert [status("old-key-11111111"), status("kept-key-2222222")] == [200, 200]
+        subprocess.run(["sed", "-i", "/old-key/d", str(keys)], check=True)  # writes a new file under the old name
+        give_up = time.monotonic() + 10
+        while status("old-key-11111111") != 401:
+            assert time.monotonic() < give_up
+            time.sleep(0.2)
+        # Of a single file the container never sees what replaced it, so no key can be trusted there.
+        assert status("kept-key-2222222") == (200 if mounted == "folder" else 401)
+    finally:
+        project.down()
 
 
 def test_without_an_admin_key_the_admin_port_shows_and_changes_nothing(lab: Project) -> None:
