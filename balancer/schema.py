@@ -190,7 +190,7 @@ class Operation(_Section):
     max_restart_backoff: float = Field(60, ge=0, description="longest such wait")
     restart_limit: int = Field(5, ge=1, description="failed starts in a row before a replica is given up")
     stable_after: float = Field(60, ge=0, description="time being ready after which earlier failures are forgotten")
-    stop_grace: float = Field(3, ge=0, description="time an idle replica has to end after SIGTERM; then SIGKILL")
+    stop_grace: float = Field(20, ge=0, description="time an idle replica has to end after SIGTERM; then SIGKILL")
     target_in_flight_per_replica: float | None = Field(
         None, gt=0, description="autoscaling by requests in flight and waiting, instead of requests a second"
     )

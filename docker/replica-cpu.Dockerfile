@@ -23,7 +23,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM sglang AS models
 WORKDIR /build
 COPY replica/__init__.py replica/command.py replica/gpu.py replica/media.py replica/models.py replica/plugin.py \
-     replica/presets.py replica/settings.py replica/tiny_llava.py replica/
+     replica/presets.py replica/scratch.py replica/settings.py replica/tiny_llava.py replica/
 RUN MODELS_DIR=/opt/models python3 -m replica.models \
     && chmod -R a+rX /opt/models
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     where = ", ".join(f"GPU {one.index} ({one.uuid})" for one in held.gpus) if held else "CPU"
     print(f"replica: {where}: {becomes}", flush=True)
     if not told.dry_run:
-        os.execve(becomes.argv[0], becomes.argv, {**surroundings.set_right(environ, told.host), **becomes.environ})
+        os.execve(becomes.argv[0], becomes.argv, {**surroundings.with_scratch(environ, told.host), **becomes.environ})
 
 
 def become(told: settings.Settings, there: Sequence[gpu.Gpu], environ: Mapping[str, str]) -> None:

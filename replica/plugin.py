@@ -4,6 +4,7 @@ Imported in each of SGLang's processes, before torch: what is heavy is imported 
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import os
 import pkgutil
@@ -16,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from replica import scratch
 from replica.command import KEY_FILE_MARK, PLUGIN_MARK
 from replica.settings import SettingsError, read_secret
 
@@ -48,6 +50,7 @@ def register_hooks() -> None:
     end_forks_with_parent()
     hooks["sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"] = drain
     hooks["sglang.srt.entrypoints.engine._server_args_for_logging"] = mask_keys
+    hooks["sglang.srt.managers.load_snapshot.shm_path_for"] = remember_shared_memory
     if _on_cpu():
         hooks["sglang.srt.models.llava.LlavaBaseForCausalLM.encode_images"] = encode_as_projected
         if os.environ.get(ATTENTION_HOOK, "1") != "0":
@@ -128,6 +131,16 @@ def mask_keys(stock: Callable[..., dict[str, Any]], *more: Any) -> dict[str, Any
         name: "***" if value and re.search(r"(api_key|password)$", name) else value
         for name, value in stock(*more).items()
     }
+
+
+def remember_shared_memory(stock: Callable[[str], str], name: str) -> str:
+    """Around the naming of a file in shared memory that SGLang never removes: it goes with this start's own folder."""
+    path = stock(name)
+    folder = Path(os.environ.get("TMPDIR", "/"))
+    if folder.name.startswith(scratch.PREFIX):
+        with contextlib.suppress(OSError):  # it stands there from the process that named it first
+            (folder / f"{scratch.ELSEWHERE}{Path(path).name}").symlink_to(path)
+    return path
 
 
 class Server(Protocol):

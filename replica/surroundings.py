@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from replica import scratch
+
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 _ANY = ("0.0.0.0", "::")
 
@@ -23,9 +25,20 @@ def set_right(environ: Mapping[str, str], host: str) -> dict[str, str]:
         downloads = f"{home}/.cache/huggingface"
         if home and Path(downloads).is_dir():
             made = {"HF_HOME": downloads, **made}
-        home = tempfile.mkdtemp(prefix="groundserve-home-", dir=made.get("TMPDIR"))
+        home = tempfile.mkdtemp(dir=made.get("TMPDIR"))
     # Models' names and prompts are no matter of the machine's language.
     return {**made, "HOME": str(home), "PYTHONUTF8": "1"}
+
+
+def with_scratch(environ: Mapping[str, str], host: str) -> dict[str, str]:
+    """The same with a temporary folder of its own, which is removed after it has ended."""
+    named = environ.get("TMPDIR")
+    folder = scratch.take(Path(named if named and _takes_files(named) else tempfile.gettempdir()))
+    if folder is None:
+        return set_right(environ, host)
+    made = set_right({**environ, "TMPDIR": str(folder)}, host)
+    # What it compiles would go there too, and is worth keeping.
+    return {"TORCHINDUCTOR_CACHE_DIR": f"{made['HOME']}/.cache/torchinductor", **made}
 
 
 def no_proxy(environ: Mapping[str, str], host: str) -> dict[str, str]:

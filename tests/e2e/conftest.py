@@ -9,6 +9,14 @@ import pytest
 from balancer.operate.ports import free_ports
 from tests.e2e.running import Balancer, Program, Replica
 
+# Variables that are meant for others, in which a replica has to come up all the same: a proxy that nobody answers at; a
+# home and a temporary folder that take no files, a language of one byte a letter, warnings that are errors.
+NO_PROXY_THERE = "http://127.0.0.1:9"
+SURROUNDINGS = (
+    dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"), NO_PROXY_THERE),
+    {"HOME": "/proc", "TMPDIR": "/no/such", "LC_ALL": "en_US.ISO-8859-1", "PYTHONWARNINGS": "error"},
+)
+
 _started: list[Program] = []
 
 
@@ -37,7 +45,10 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pair(logs: Path) -> Iterator[list[Replica]]:
-    replicas = [Replica("smollm2-135m", port, logs / f"smollm2-{n}.log") for n, port in enumerate(free_ports(2), 1)]
+    replicas = [
+        Replica("smollm2-135m", port, logs / f"smollm2-{n}.log", **around)
+        for n, (port, around) in enumerate(zip(free_ports(2), SURROUNDINGS, strict=True), 1)
+    ]
     _started.extend(replicas)
     try:
         for replica in replicas:
