@@ -9,22 +9,32 @@ from tests.docs.svg import Picture
 
 SETTINGS = Settings()
 LEFT, WIDE, HIGH, STEP, TOP = 132, 236, 46, 74, 62
+# How an answer can end that has begun.
+BEGUN = (Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK)
 # What an outcome is called on the picture.
 CALLED = {
     Outcome.REFUSED: "nothing listens there",
     Outcome.UNREACHED: f"no connection in {SETTINGS.connect_timeout:g} s",
+    Outcome.UNKNOWN: "its name leads nowhere",
     Outcome.BUSY: "it says 503: full",
     Outcome.LOST: "it died before the first byte",
     Outcome.SILENT: f"silent for {SETTINGS.first_byte_timeout:g} s",
     Outcome.MANGLED: "its answer is not HTTP",
     Outcome.BROKEN: "it died amid the answer",
-    Outcome.STALLED: f"silent for {SETTINGS.idle_timeout:g} s amid it",
+    Outcome.STALLED: f"no sign of life for {SETTINGS.idle_timeout:g} s",
+    Outcome.STUCK: f"alive, yet silent for {SETTINGS.first_byte_timeout:g} s",
 }
 STAGES: tuple[tuple[str, str, tuple[ServeError | Outcome, ...]], ...] = (
     (
         "the head arrives",
         "path, key and limits are checked",
-        (errors.bad_request(""), errors.unauthorized(), errors.not_found(""), errors.head_too_large(1)),
+        (
+            errors.bad_request(""),
+            errors.unauthorized(),
+            errors.foreign_page(""),
+            errors.not_found(""),
+            errors.head_too_large(1),
+        ),
     ),
     (
         "the body arrives",
@@ -37,13 +47,13 @@ STAGES: tuple[tuple[str, str, tuple[ServeError | Outcome, ...]], ...] = (
         (errors.queue_full(1), errors.queue_timeout(1), errors.no_replica()),
     ),
     ("the policy chooses", "a place at that replica is taken", ()),
-    ("a connection", "an idle one, or a new one", (Outcome.REFUSED, Outcome.UNREACHED)),
+    ("a connection", "an idle one, or a new one", (Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN)),
     (
         "the request is sent",
         "and the first byte awaited",
         (Outcome.BUSY, Outcome.LOST, Outcome.SILENT, Outcome.MANGLED),
     ),
-    ("the answer is relayed", "each event as it comes", (Outcome.BROKEN, Outcome.STALLED)),
+    ("the answer is relayed", "each event as it comes", BEGUN),
     ("its end", "the place is given back", ()),
 )
 
@@ -55,6 +65,9 @@ def goes_on(outcome: Outcome) -> str:
 
 
 def picture() -> str:
+    drawn = {end for _, _, ends in STAGES for end in ends if isinstance(end, Outcome)}
+    if missing := set(Outcome) - drawn - {Outcome.ANSWERED}:
+        raise ValueError(f"tests/docs/life.py does not draw {missing}")
     p = Picture(
         990,
         TOP + STEP * len(STAGES) + 26,
@@ -81,7 +94,7 @@ def picture() -> str:
             p.text(LEFT + WIDE + 46, y, CALLED[end], "s")
             p.text(LEFT + WIDE + 232, y, goes_on(end), "s a")
             error = final_error(end, SETTINGS, 1)
-            is_begun = end in (Outcome.BROKEN, Outcome.STALLED)
+            is_begun = end in BEGUN
             words = f"error event {error.code}, no [DONE]" if is_begun else f"{error.status} {error.code}"
             p.text(LEFT + WIDE + (232 if is_begun else 430), y, words, "c r")
     waiting, connecting, sending = (TOP + STEP * n + HIGH / 2 for n in (2, 4, 5))
