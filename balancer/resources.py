@@ -103,7 +103,7 @@ def _memory(under: KeyPath, resources: Resources, document: Document) -> float |
     if text.endswith("x") and (each := _positive(text[:-1])) is not None:
         cores = _cpus(under, resources, document)
         return None if cores is None else each * cores
-    parts = re.fullmatch(r"([^a-z+]+)(?:([kmgtp])(?:b|i|ib))?\+?", text)
+    parts = re.fullmatch(r"(.+?)(?:([kmgtp])(?:b|i|ib))?\+?", text)
     if parts is None or (size := _positive(parts[1])) is None:
         what = "should be a number, or like '4+', '16GB' or '512MB'"
         raise document.fault((*under, "memory"), f"{what} (it is {resources.memory!r})")
