@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate.engine import Found
+from balancer.operate.engine import Found, Running
 from balancer.operate.plan import Replica, Stage
 from balancer.operate.recipe import Recipe, recipe
+from balancer.operate.report import Report
 from balancer.operate.traffic import Traffic
 from balancer.operate.wanted import Load, Outcome, Wanted
 from balancer.spec import parse
@@ -216,3 +217,33 @@ def test_versions_that_came_after_ours_are_left_behind_too() -> None:
     wanted = Wanted(ours)
     wanted.adopt([Found(1, 1, ours.digest, 60.0), Found(2, 2, "broken", 5.0)])
     assert (wanted.serving.version, wanted.newest.version) == (2, 3)
+
+
+def test_only_versions_that_have_replicas_or_will_have_some_are_remembered() -> None:
+    """A service that is updated for years does not remember each of its files."""
+    wanted = Wanted(made())
+    for version in range(2, 50):
+        wanted.update(made(version, f"serve {version} $GROUNDSERVE_PORT"), "rolling")
+        old, new = [ready(1, version - 1), ready(2, version - 1)], [ready(3, version), ready(4, version)]
+        wanted.counts(old, Load(), 0.0)
+        assert wanted.recipes.keys() == {version - 1, version}
+        assert wanted.counts(new, Load(), 0.0)[1] == Outcome(version)
+    wanted.counts(new, Load(), 0.0)
+    assert wanted.recipes.keys() == {49}
+    wanted.update(made(50, "serve --worse $GROUNDSERVE_PORT"), "rolling")
+    lost = Replica(5, 50, Stage.GIVEN_UP, reason="no such flag")
+    assert wanted.counts([*new, lost], Load(), 0.0)[1] == Outcome(50, "no such flag")
+    wanted.counts([*new, replace(lost, stage=Stage.STOPPING)], Load(), 0.0)
+    assert wanted.recipes.keys() == {49, 50}, "it is still there, and asked for"
+    wanted.counts(new, Load(), 0.0)
+    assert wanted.recipes.keys() == {49}
+
+
+def test_a_replica_that_is_gone_is_nowhere_any_more() -> None:
+    report, wanted = Report("x", lambda: "http://127.0.0.1:1", "local"), Wanted(made())
+    for id in range(1, 100):
+        report.noted([Running(id, f"x-{id}", f"http://127.0.0.1:{id}", 1.0)], {id})
+    rows = report.listing([ready(98), ready(99)], wanted, 0.0)
+    assert [row["endpoint"] for row in rows] == ["", "http://127.0.0.1:99"]
+    report.noted([], {99})
+    assert report.listing([ready(99)], wanted, 0.0)[0]["endpoint"] == "http://127.0.0.1:99", "where it was last"
