@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from balancer import errors
@@ -21,6 +21,7 @@ from balancer.relay.paths import Kind
 from balancer.relay.record import Record, RequestObserver, Spans
 from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
+from balancer.relay.unavailable import Unavailable, retry_after
 from balancer.relay.upstream import Outcome, Pool
 from balancer.routing.admission import Admission, Ask, Place
 from balancer.routing.prompt import Prompt
@@ -30,7 +31,7 @@ log = logging.getLogger("groundserve")
 CLIENT_LEFT = 499  # nginx's status for it, only ever seen in logs and metrics
 SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
 OWN_METHODS = (b"GET", b"HEAD")
-BROKEN_STATUSES = (500, 502, 504)
+BROKEN_STATUSES = (500, 502, 503, 504)
 RACE = "race"  # among the reasons of retries: the same request on a new connection to the same member
 TURNED_AWAY = ("queue_full", "queue_timeout", "replicas_busy")  # more replicas would have taken it
 UNSENT = (Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN)
@@ -227,6 +228,7 @@ class _Relay:
         "_claim",
         "_client",
         "_gaps",
+        "_held",
         "_last_at",
         "_member",
         "_proxy",
@@ -248,6 +250,7 @@ class _Relay:
         self._record = record
         self._client = client
         self._gaps: Spans | None = None
+        self._held: Unavailable | None = None
         self._last_at = 0.0
         self.status = 0
         self.retry_after = 1
@@ -257,9 +260,16 @@ class _Relay:
 
     def on_head(self, status: int, headers: Headers, length: int | None) -> bool:
         self.status = status
-        if status == 503:
-            self.retry_after = _retry_after(headers)
+        if status != 503:
+            self._begin(status, headers, length)
+        elif (seconds := retry_after(headers)) is not None:
+            self.retry_after = seconds
             return False
+        else:
+            self._held = Unavailable(headers, length)
+        return True
+
+    def _begin(self, status: int, headers: Headers, length: int | None) -> None:
         record = self._record
         own = b"X-Replica-Id: %b\r\n" % self._member.name.encode("latin-1", "replace")
         if self._request.wants_explanation:
@@ -276,9 +286,19 @@ class _Relay:
         self._client.release(self._request)  # the replica has it; long answers need not keep large prompts in memory
         if self._reply.is_event_stream:
             self._gaps = self._proxy.observer.gaps(self._member)
-        return True
+
+    def _let_go(self, held: Unavailable) -> None:
+        """What was held back is an answer like any other."""
+        self._held = None
+        self._begin(self.status, held.headers, held.length)
+        for piece in held.pieces:
+            self.on_body(piece)
 
     def on_body(self, data: bytes) -> None:
+        if self._held is not None:
+            if not self._held.holds(data):
+                self._let_go(self._held)
+            return
         now = self._member.last_byte_at  # when this very piece was read
         if self._record.first_byte is None:
             self._record.first_byte = now - self._record.received_at
@@ -288,11 +308,16 @@ class _Relay:
         self._last_at = now
         self._reply.body(data)
 
-    def on_end(self) -> None:
+    def on_end(self, seconds: float) -> bool:
+        if self._held is not None:
+            if self._held.says_full(self._request.path, seconds):
+                return False
+            self._let_go(self._held)
         record, counts = self._record, self._reply.tail.counts()
         record.prompt_tokens, record.completion_tokens = counts.prompt, counts.completion
         record.cached_tokens, record.texts = counts.cached, counts.texts
         self._reply.end()
+        return True
 
     def account(self, outcome: Outcome) -> None:
         """Tells the fleet what this attempt says of the member."""
@@ -319,11 +344,3 @@ def _leading_here(headers: Headers, member: Member) -> Headers:
     """
     itself = re.compile(rb"\Ahttps?://%b(?=/[^/])" % re.escape(member.authority))
     return [(name, itself.sub(b"", value) if name.lower() == b"location" else value) for name, value in headers]
-
-
-def _retry_after(headers: Sequence[tuple[bytes, bytes]]) -> int:
-    """A 503's Retry-After in whole seconds, from 1 to 60; 1 where there is none (or a date, which nobody sends)."""
-    for name, value in headers:
-        if name.lower() == b"retry-after" and value.isdigit() and len(value) < 10:
-            return min(max(int(value), 1), 60)
-    return 1

@@ -32,7 +32,7 @@ class Outcome(enum.Enum):
     UNREACHED = "unreached"  # no connection within connect_timeout
     UNKNOWN = "unknown"  # no connection, because nobody says where the member is
     LOST = "lost"  # sent, and the connection ended before the first byte of an answer
-    BUSY = "busy"  # the replica said 503
+    BUSY = "busy"  # the replica said that it is full
     SILENT = "silent"  # no byte of a body within first_byte_timeout
     MANGLED = "mangled"  # what came was not HTTP, and nothing of it was relayed
     BROKEN = "broken"  # ended or went wrong amid the answer
@@ -48,7 +48,8 @@ class Answer(Protocol):
 
     def on_body(self, data: bytes) -> None: ...
 
-    def on_end(self) -> None: ...
+    def on_end(self, seconds: float) -> bool:
+        """It is whole, so long after the request was sent. False: it says that the replica is full."""
 
 
 class ReplicaConnection(asyncio.Protocol):
@@ -107,6 +108,10 @@ class ReplicaConnection(asyncio.Protocol):
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_result(outcome)
             self._answer = None
+
+    def _finish_whole(self, answer: Answer) -> None:
+        is_taken = answer.on_end(self._pool.loop.time() - self.sent_at)
+        self.finish(Outcome.ANSWERED if is_taken else Outcome.BUSY)
 
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
@@ -168,8 +173,7 @@ class ReplicaConnection(asyncio.Protocol):
         self._parser = None  # it holds this connection, which holds it
         self._can_be_kept = False
         if self._answer is not None and self.has_head and self._ends_with_connection and error is None:
-            self._answer.on_end()
-            self.finish(Outcome.ANSWERED)
+            self._finish_whole(self._answer)
         elif self.has_head:
             self.finish(Outcome.BROKEN)
         else:
@@ -214,8 +218,7 @@ class ReplicaConnection(asyncio.Protocol):
             self.finish(Outcome.BUSY)
         elif self._has_no_body:
             # The parser would wait for the body that the head announces; this connection ends here.
-            self._answer.on_end()
-            self.finish(Outcome.ANSWERED)
+            self._finish_whole(self._answer)
 
     def on_body(self, data: bytes) -> None:
         if self._answer is not None:
@@ -227,8 +230,7 @@ class ReplicaConnection(asyncio.Protocol):
         if self._is_interim or self._answer is None:
             return
         self._can_be_kept = self._parser.should_keep_alive()  # type: ignore[union-attr]
-        self._answer.on_end()
-        self.finish(Outcome.ANSWERED)
+        self._finish_whole(self._answer)
 
 
 class Pool:

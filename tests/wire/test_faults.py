@@ -348,6 +348,35 @@ async def test_a_member_that_was_busy_is_used_again_when_its_time_is_over() -> N
 # Answers that are the replica's own
 
 
+SAID_503 = {
+    "after the work": ('{"message": "Request running timeout reached."}', "/v1/chat/completions"),
+    "without a word": ("", "/v1/chat/completions"),
+    "at length": ("x" * 200_000, "/v1/chat/completions"),
+    "by a proxy": ("<h1>503 Service Temporarily Unavailable</h1>", "/generate"),
+}
+
+
+@pytest.mark.parametrize("row", **each(SAID_503))
+@in_house
+async def test_a_503_that_does_not_say_full_is_an_answer(house: House, row: tuple[str, str]) -> None:
+    body, path = row
+    house.replicas[0].set(status=503, body=body)
+    answer = await house.ask(request(path=path, body=chat()))
+    assert (answer.status, answer.body, answer.header("x-replica-id")) == (503, body.encode(), "a")
+    assert numbers(*house.replicas) == [1, 0], "it may have been generated"
+    assert house.member("a").full_until == 0.0, "nor is the replica full for others"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@in_house
+async def test_a_503_that_says_full_goes_elsewhere(house: House, path: str) -> None:
+    overloaded = '{"type": "error", "error": {"type": "overloaded_error", "message": "Internal server error"}}'
+    house.replicas[0].set(status=503, **({"body": overloaded} if path == "/v1/messages" else {}))
+    answer = await house.ask(request(path=path, body=chat()))
+    assert (answer.status, answer.header("x-replica-id")) == (200, "b")
+    assert house.member("a").full_until > 0.0
+
+
 @pytest.mark.parametrize("status", [400, 401, 404, 408, 413, 422, 429, 499, 500, 501, 502, 504, 599])
 @in_house
 async def test_other_errors_of_a_replica_pass_unchanged_and_are_not_repeated(house: House, status: int) -> None:
