@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from balancer.errors import ConfigError
+from balancer.operate import limits
 from balancer.operate.kinds import is_of_kind
 from balancer.operate.recipe import Recipe, python, with_packages
 
@@ -40,12 +40,6 @@ def check_model(recipe: Recipe) -> None:
         flags = argv[len(python("replica")) :]
         # On the CPU: a lease is not what is asked here, and GPUs may be in use by the replicas that these replace.
         _replica("--device", "cpu", "--dry-run", *flags)
-
-
-def available_gb(meminfo: Path = Path("/proc/meminfo")) -> float:
-    """Memory that new processes may take, in GB."""
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024 / 1e9
 
 
 def seats(there: tuple[Gpu, ...], each: int) -> list[tuple[Gpu, ...]]:
@@ -88,7 +82,7 @@ def fitted_here(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
         what = "run: cd" if recipe.launch and recipe.launch.folder else "workdir"
         raise ConfigError(f"{recipe.spec.source}: {what}: there is no folder {recipe.workdir}")
     there = gpus() if recipe.launch is not None or recipe.gpus else ()
-    made, warnings = fitted(recipe, recipe.spec.min_replicas, there, available_gb(), running)
+    made, warnings = fitted(recipe, recipe.spec.min_replicas, there, limits.memory() / 1e9, running)
     check_model(made)
     return made, [*recipe.spec.warnings, *recipe.notes, *warnings]
 
@@ -107,9 +101,9 @@ def fitted(
             f"{_replicas(count)} of {spec.name} want {spec.memory * count:g} GB of memory, {memory:.1f} GB are free: "
             "stop something, or run fewer replicas"
         )
-    if spec.cpus is not None and spec.cpus * count > (os.cpu_count() or 1):
+    if spec.cpus is not None and spec.cpus * count > limits.cores():
         warnings.append(
-            f"{_replicas(count)} of {spec.name} want {spec.cpus * count:g} cores; here are {os.cpu_count()}"
+            f"{_replicas(count)} of {spec.name} want {spec.cpus * count:g} cores; here are {limits.cores():g}"
         )
     whole = [gpu for gpu in there if not gpu.is_split]
     # SGLang takes a GPU where there is one, asked for or not.

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate.machine import Gpu, available_gb, fitted, gpus, placed
+from balancer.operate.machine import Gpu, fitted, gpus, placed
 from balancer.operate.recipe import Recipe, recipe
 from balancer.spec import parse
 
@@ -133,8 +133,3 @@ def test_this_machine_can_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("REPLICA_PRETEND_GPUS", "many")
     with pytest.raises(ConfigError, match="REPLICA_PRETEND_GPUS=many is not a number of GPUs"):
         gpus()
-
-
-def test_free_memory_is_the_kernels_own_estimate(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal:  24000000 kB\nMemFree: 1 kB\nMemAvailable: 2000000 kB\n")
-    assert available_gb(tmp_path / "meminfo") == 2.048
