@@ -192,7 +192,7 @@ class Operation(_Section):
     stable_after: float = Field(60, ge=0, description="time being ready after which earlier failures are forgotten")
     stop_grace: float = Field(20, ge=0, description="time an idle replica has to end after SIGTERM; then SIGKILL")
     target_in_flight_per_replica: float | None = Field(
-        None, gt=0, description="autoscaling by requests in flight and waiting, instead of requests a second"
+        None, gt=0, description="autoscaling by generating requests in flight and waiting, instead of requests a second"
     )
 
 

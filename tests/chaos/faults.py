@@ -185,7 +185,7 @@ class Faults(Watcher):
             self.load.runs.set()
 
     async def errors(self) -> None:
-        """500s are passed on as they are, and five in a row eject."""
+        """500s are passed on as they are, and eject whoever answers so where others do not."""
         victim = self.victim()
         async with self.fault("errors", victim):
             await victim.tell("set", status=500)
