@@ -14,6 +14,7 @@ import pytest
 from tests.lab.replica import LabReplica
 from tests.security.certificates import Authority
 from tests.wire.client import Client, request
+from tests.wire.fuzz import WITH_UNREAD, fuzz, unread
 from tests.wire.process import running
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving, until
 
@@ -139,6 +140,13 @@ def _push_through_tls(url: str, authority: Authority, pause: float, is_over: asy
             count += 500
             if count > 30_000:
                 time.sleep(min(pause, 0.1))
+
+
+@on_uvloop
+async def test_whatever_is_said_over_and_over_by_who_never_reads() -> None:
+    """`make fuzz` goes on with other requests."""
+    async with LabReplica() as lab, serving(lab, **WITH_UNREAD) as house:
+        await fuzz(house, unread, [0])
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,15 @@
     python -m tests.wire.fuzz --seconds 60 [--seed 1]
 
 Of mutated requests: every connection gets whole HTTP answers and then its end; the replica saw exactly the requests
-that were answered in its name, each well-formed; nothing is left in flight, held or complained of. Of mutated answers:
-one request gets one answer at most, valid HTTP, and the next request is served as if nothing had been.
+that were answered in its name, each well-formed and in the form that was decided on; nothing is left in flight, held or
+complained of; no page of a site that nobody named may read anything. Of the same said over and over by who never reads:
+little is held for it, and it is cut. Of mutated answers: one request gets one answer at most, valid HTTP, and the next
+request is served as if nothing had been.
 """
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import random
 import sys
@@ -19,7 +22,10 @@ from dataclasses import dataclass
 
 import uvloop
 
+from balancer.relay.hosts import is_host
+from balancer.relay.paths import kind_of
 from tests.lab.replica import LabReplica
+from tests.lab.seen import SeenRequest
 from tests.wire.client import CHAT, Answer, BadAnswer, Client, Ended, chat, chunks, request
 from tests.wire.running import House, serving
 
@@ -27,6 +33,10 @@ AT_ONCE = 200  # connections with mutated requests
 IN_TURN = 10  # mutated answers
 # Clients that do not come to an end are ended soon, and so are replicas.
 WITH_CLIENTS = {"head_timeout": 0.2, "body_timeout": 0.2, "keep_alive_timeout": 0.2}
+# Who takes nothing is cut by send_timeout, and not for being slow to send, too.
+WITH_UNREAD = {"head_timeout": 20.0, "body_timeout": 20.0, "keep_alive_timeout": 20.0, "send_timeout": 0.5}
+UNREAD = 8  # connections that send as much as is taken, and never read
+MOST_HELD = 1 << 20  # bytes, for each of them
 WITH_REPLICAS = {"first_byte_timeout": 0.1, "idle_timeout": 0.1, "ejection_time": 0.001}
 CHUNKED = (("Transfer-Encoding", "chunked"),)
 
@@ -47,6 +57,11 @@ REQUESTS = [
     request("GET", "/flush_cache"),
     request("GET", "/v1/%2e%2e/flush_cache"),
     request("OPTIONS", CHAT, headers=(("Origin", "http://x"), ("Access-Control-Request-Method", "POST"))),
+    request("GET", "//v1/./files//x/?a=//b"),
+    request("GET", "http://other.test:80/v1/%66iles"),
+    request("GET", "/v1/files", headers=(("Authorization", "Bearer a"), ("x-api-key", "b"), ("Forwarded", "for=c"))),
+    request("GET", "/v1/files", headers=(("Origin", "http://x"), ("Sec-Fetch-Site", "cross-site"))),
+    request("GET", "/v1/files") * 300,
 ]
 
 ANSWERS = [
@@ -68,6 +83,8 @@ TOKENS = [
     b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n", b"Connection: keep-alive\r\n", b"Host: other\r\n",
     b"0\r\n\r\n", b"5\r\n", b"ffffffffffffffff", b"99999999999999999999", b"-1", b"+", b"0x", b"HTTP/1.0", b"HTTP/1.1",
     b"GET /v1/smuggled HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"\xff",
+    b"Host: [::1\r\n", b"@", b"[", b"]:", b":99999", b"Origin: http://x\r\n", b"x-api-key: k\r\n", b"Via: 1.0 x\r\n",
+    b"Authorization: Basic eA==\r\n", b"X-Real-IP: 1.2.3.4\r\n", b"http://other.test", b"//", b"%2e%2e", b"%2F",
     b"\x80", b"%00", b"/../", b"//", b"chunked", b"x" * 5000, b"A: " + b"b" * 70_000 + b"\r\n",
 ]  # fmt: skip
 
@@ -149,8 +166,61 @@ async def requests(house: House, cases: list[Case]) -> None:
         raise Fault(f"reached the replica, unanswered: {reached - told}; answered, not reached: {told - reached}")
     if not all(answer.is_whole for answers in answered for answer in answers):
         raise Fault("an answer that is not whole")
+    if any(name.lower().startswith("access-control") for told in answered for a in told for name, _ in a.headers):
+        raise Fault("a page of a site that nobody named may read an answer")
+    for passed in (*replica.seen.requests, *ours):
+        check_passed_on(passed)
     if any(request.target.startswith("/flush") for request in replica.seen.requests):
         raise Fault("an admin path")
+
+
+def check_passed_on(seen: SeenRequest) -> None:
+    """Raises Fault for a request that reached the replica in a form of its own, or with what it should not have."""
+    path = seen.target.partition("?")[0].encode("latin-1")
+    if path != kind_of(path)[2]:
+        raise Fault(f"decided on as {kind_of(path)[2]!r}, sent as {path!r}")
+    (host,) = seen.headers_named("x-forwarded-host")
+    if host and not is_host(host.encode("latin-1")):
+        raise Fault(f"came for {host!r}, which is no host")
+    if len(seen.headers_named("authorization")) > 1 or seen.header("x-api-key") is not None:
+        raise Fault("more than one credential")
+    if seen.header("forwarded") or seen.header("x-real-ip"):
+        raise Fault("what a stranger says of who asks")
+    if not (seen.headers_named("via") or [""])[-1].endswith(" groundserve"):
+        raise Fault("no word of the way here")
+
+
+async def unread(house: House, cases: list[Case]) -> None:
+    """Has each said over and over by a client that never reads. Raises Fault."""
+    house.renew()
+    doors = house.balancer.doors
+    clients = [await house.client(receive_buffer=4096) for _ in cases]
+    saying = [asyncio.ensure_future(say_on(client, case)) for client, case in zip(clients, cases, strict=True)]
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while doors.connections:
+        for connection in doors.connections:
+            unsent, queue = connection._transport.get_write_buffer_size(), connection._queue
+            if unsent > MOST_HELD or len(queue) > 200:
+                raise Fault(f"holds {unsent} bytes of answers, {len(queue)} requests")
+        if loop.time() - began > 15:
+            raise Fault("not cut")
+        await asyncio.sleep(0.01)
+    for task in saying:
+        task.cancel()
+    await asyncio.gather(*saying, return_exceptions=True)
+    await house.emptied()
+
+
+async def say_on(client: Client, case: Case) -> None:
+    """Until the connection ends, or nobody listens any more and it says no more: then it leaves."""
+    data = case.data or b"x"
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        async with asyncio.timeout(4):
+            while True:
+                await client.send(data * (1 + (1 << 16) // len(data)))
+                await asyncio.sleep(0)
+    client.leave()
 
 
 async def answers(house: House, cases: list[Case]) -> None:
@@ -183,7 +253,7 @@ Play = Callable[[House, list[Case]], Awaitable[None]]
 
 async def fuzz(house: House, play: Play, seeds: Iterable[int]) -> int:
     """A round of cases for each seed; how many. Raises Fault that tells how to repeat it."""
-    corpus, count = (REQUESTS, AT_ONCE) if play is requests else (ANSWERS, IN_TURN)
+    corpus, count = {requests: (REQUESTS, AT_ONCE), unread: (REQUESTS, UNREAD), answers: (ANSWERS, IN_TURN)}[play]
     played = 0
     for seed in seeds:
         random_ = random.Random(seed)
@@ -207,13 +277,13 @@ async def culprit(house: House, play: Play, cases: list[Case]) -> str:
 
 
 async def _main(seconds: float, seed: int) -> None:
-    for play, settings in ((requests, WITH_CLIENTS), (answers, WITH_REPLICAS)):
+    for play, settings in ((requests, WITH_CLIENTS), (unread, WITH_UNREAD), (answers, WITH_REPLICAS)):
         began, played = time.monotonic(), 0
         async with LabReplica() as replica, serving(replica, **settings) as house:
             for step in itertools.count():
                 played += await fuzz(house, play, [seed + step])
                 took = time.monotonic() - began
-                is_last = took >= seconds / 2
+                is_last = took >= seconds / 3
                 line = f"{took:5.0f} s, {played} {play.__name__}"
                 if sys.stdout.isatty():
                     print(f"\r{line}", end="\n" if is_last else "", flush=True)
