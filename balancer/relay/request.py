@@ -179,8 +179,8 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
     if request.host and not is_host(request.host):
         raise errors.bad_request("The Host field is no name or address with or without a port.")
     if authorizations or api_keys:
-        request.credentials = (*authorizations, *api_keys)
-        request.authorization = next(filter(bearer_token, request.credentials), request.credentials[0])
+        request.credentials = borne = authorizations + api_keys
+        request.authorization = borne[0] if len(borne) == 1 else next(filter(bearer_token, borne), borne[0])
     request.is_from_proxy = peer.is_trusted
     if dropped and not dropped <= _ACTIONS.keys():
         # Only names that would have been passed on matter; Connection cannot hide what the balancer itself needs.
@@ -206,7 +206,8 @@ def _read_target(request: Request) -> None:
         raise errors.bad_request("A request target has no fragment.")  # some servers would cut it off, some not
     path, mark, query = target.partition(b"?")
     request.path, request.kind, sent = kind_of(path)
-    request.target = sent + mark + query
+    if sent != request.target:
+        request.target = sent + mark + query
 
 
 def _forwarded(request: Request, known: dict[bytes, bytes], peer: Peer) -> bytes:
