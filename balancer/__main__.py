@@ -10,14 +10,15 @@ from typing import Any, get_args
 
 import uvloop
 
-from balancer import process, spec, text_file
+from balancer import process
 from balancer.config import Config
 from balancer.errors import ConfigError
 from balancer.fleet.member import Listed
-from balancer.operate.inherited import settle
-from balancer.settings import PolicyName, ReadinessProbe, Settings
-from balancer.tree import value_of
-from balancer.views.guard import is_loopback_name
+from balancer.inherited import settle
+from balancer.spec import service_file, text_file
+from balancer.spec.loopback import is_loopback_name
+from balancer.spec.settings import PolicyName, ReadinessProbe, Settings
+from balancer.spec.tree import value_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
 
     `patience`: seconds to wait for what a pipe brings, which a process that serves has not got.
     """
-    described = spec.load(options.service, patience=patience) if options.service else None
+    described = service_file.load(options.service, patience=patience) if options.service else None
     values: dict[str, Any] = described.settings.model_dump(exclude_unset=True) if described else {}
     for pair in options.set:
         key, found, value = pair.partition("=")
@@ -133,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _target_qps(described: spec.Spec | None) -> dict[str, float]:
+def _target_qps(described: service_file.Spec | None) -> dict[str, float]:
     policy = described.service.replica_policy if described else None
     target = policy.target_qps_per_replica if policy else None
     return dict(target) if isinstance(target, dict) else {}

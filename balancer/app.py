@@ -7,42 +7,42 @@ import logging
 
 import httpx
 
-from balancer import listen
+from balancer.admin.connection import AdminConnection
+from balancer.admin.feed import Feed
+from balancer.admin.guard import Guard
+from balancer.admin.playground import playground_router
+from balancer.admin.routes import admin_app
+from balancer.admin.site import add_page
 from balancer.config import Config, Reread
 from balancer.errors import ConfigError
 from balancer.fleet.dial import Dialer
 from balancer.fleet.discovery import DnsDiscovery, Resolve, resolve
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.lateness import Lateness
-from balancer.fleet.probe import Prober
-from balancer.relay import asgi
+from balancer.fleet.prober import Prober
+from balancer.observe.access_log import AccessLog
+from balancer.observe.history import History
+from balancer.observe.metrics import BalancerCollector, metrics_router, registry_of
+from balancer.observe.record import Record
+from balancer.observe.snapshot import ServiceFacts
+from balancer.observe.tally import Tallies
+from balancer.relay import asgi, listen
 from balancer.relay.auth import Keys
 from balancer.relay.cors import Cors
 from balancer.relay.doors import Doors
+from balancer.relay.file_watch import MOUNT_ITS_FOLDER, FileWatch
+from balancer.relay.own_paths import public_app
 from balancer.relay.proxy import Proxy
-from balancer.relay.record import Record
 from balancer.relay.reply import Reply
 from balancer.relay.request import Network, Request
 from balancer.relay.sweep import Job, Sweep
 from balancer.relay.tls import Certificate, replica_context
 from balancer.relay.upstream import Pool
-from balancer.relay.watch import MOUNT_ITS_FOLDER, FileWatch
 from balancer.routing.admission import Admission
 from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import PrefixAware
-from balancer.settings import Settings
-from balancer.views.access_log import AccessLog
-from balancer.views.admin import admin_app
-from balancer.views.admin_connection import AdminConnection
-from balancer.views.feed import Feed
-from balancer.views.guard import Guard, is_loopback_name
-from balancer.views.history import History
-from balancer.views.metrics import BalancerCollector, metrics_router, registry_of
-from balancer.views.playground import playground_router
-from balancer.views.public import public_app
-from balancer.views.site import add_page
-from balancer.views.snapshot import ServiceFacts
-from balancer.views.tally import Tallies
+from balancer.spec.loopback import is_loopback_name
+from balancer.spec.settings import Settings
 
 log = logging.getLogger("groundserve")
 

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from balancer import sky_flags, variables
 from balancer.errors import ConfigError
-from balancer.operate import commands, look
-from balancer.operate.inherited import settle
+from balancer.inherited import settle
+from balancer.operate.commands import change, show, sky_flags, variables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,27 +37,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "up":
-            recipe = commands.recipe_from(_source(options))
-            doors = commands.Doors(options.listen, options.admin, options.open, options.api_keys, options.admin_key)
-            return commands.up(recipe, doors, options.on, is_detached=options.detach)
+            recipe = change.recipe_from(_source(options))
+            doors = change.Doors(options.listen, options.admin, options.open, options.api_keys, options.admin_key)
+            return change.up(recipe, doors, options.on, is_detached=options.detach)
         case "check":
-            return commands.check(_source(options))
+            return change.check(_source(options))
         case "status":
             if options.admin_key:
-                return look.admin_keys(options.names)
-            how = look.Display(options.endpoint, options.json, options.verbose, options.watch)
-            return look.status(options.names, how)
+                return show.admin_keys(options.names)
+            how = show.Display(options.endpoint, options.json, options.verbose, options.watch)
+            return show.status(options.names, how)
         case "scale":
-            return commands.scale(options.name, options.replicas)
+            return change.scale(options.name, options.replicas)
         case "update":
-            return commands.update(options.name, _source(options), options.mode)
+            return change.update(options.name, _source(options), options.mode)
         case "logs":
-            return look.logs(options.name, options.ids, options.of, options.follow, options.tail)
+            return show.logs(options.name, options.ids, options.of, options.follow, options.tail)
         case _:
-            return commands.down(options.names, options.replica_id)
+            return change.down(options.names, options.replica_id)
 
 
-def _source(options: argparse.Namespace) -> commands.Source:
+def _source(options: argparse.Namespace) -> change.Source:
     envs: dict[str, str] = {}
     for path in options.env_file:
         envs |= variables.of_file("--env-file", path)
@@ -67,7 +66,7 @@ def _source(options: argparse.Namespace) -> commands.Source:
     for path in options.secret_file:
         secrets |= variables.of_file("--secret-file", path)
     secrets |= dict(variables.pair(text, "--secret") for text in options.secret)
-    return commands.Source(options.service, getattr(options, "service_name", None), envs, secrets)
+    return change.Source(options.service, getattr(options, "service_name", None), envs, secrets)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from balancer.fleet.member import Listed
-from balancer.settings import PolicyName, ReadinessProbe, Settings
+from balancer.spec.settings import PolicyName, ReadinessProbe, Settings
 
 
 @dataclass(frozen=True, slots=True)

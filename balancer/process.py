@@ -7,11 +7,11 @@ import os
 import stat
 import sys
 
-from balancer import listen
 from balancer.app import Balancer
 from balancer.config import Config, Reread
 from balancer.fleet.discovery import Resolve, resolve
-from balancer.operate.inherited import ending, tell
+from balancer.inherited import ending, tell
+from balancer.relay import listen
 
 
 async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None = None) -> None:

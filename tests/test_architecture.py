@@ -11,13 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Whoever stands further right may import whoever stands further left, or beside it in the same place.
 ORDER = [
-    {"errors", "settings", "text_file"},
-    {"tree", "document", "schema", "resources", "spec", "sky_flags", "variables"},
+    {"errors", "inherited"},
+    {"spec"},
+    {"contract"},
     {"fleet"},
     {"routing"},
+    {"observe"},
     {"relay"},
-    {"operate", "views"},
-    {"config", "listen", "app", "process"},
+    {"admin"},
+    {"operate", "config", "app", "process"},
     {"cli", "__main__"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
@@ -49,6 +51,16 @@ def test_imports_go_only_to_the_left(path: Path) -> None:
         if name.startswith("balancer."):
             other = name.split(".")[1]
             assert PLACE.get(other, 99) <= PLACE[own], f"{own} imports {name}, which stands to its right"
+
+
+OPERATE = {"errors", "inherited", "spec", "contract", "operate"}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) == "operate"], ids=lambda path: path.name)
+def test_whoever_operates_a_service_imports_nothing_of_its_balancer(path: Path) -> None:
+    """They meet over HTTP, in the types of balancer/contract."""
+    others = {name.split(".")[1] for name in imported(path) if name.startswith("balancer.")}
+    assert others <= OPERATE
 
 
 @pytest.mark.parametrize(("program", "other"), [("balancer", "replica"), ("replica", "balancer")])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from balancer.schema import Operation
-from balancer.settings import Settings
+from balancer.spec.schema import Operation
+from balancer.spec.settings import Settings
 from replica.presets import PRESETS, Preset
 from tests.docs import MADE
 from tests.docs.cli_page import PROGRAMS

@@ -7,9 +7,9 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from balancer.document import NoMeaning, Refused
-from balancer.schema import Probe, ReplicaPolicy, Resources, Service, Task
-from balancer.spec import parse
+from balancer.spec.document import NoMeaning, Refused
+from balancer.spec.schema import Probe, ReplicaPolicy, Resources, Service, Task
+from balancer.spec.service_file import parse
 
 PAGE = (Path(__file__).parents[1] / "docs/service-file.md").read_text()
 SECTIONS = {"": Task, "service": Service, "replica_policy": ReplicaPolicy, "resources": Resources}

@@ -11,7 +11,7 @@ import pytest
 
 from balancer import errors
 from balancer.errors import ConfigError
-from balancer.listen import listening
+from balancer.relay.listen import listening
 from replica import gpu, lease, machine
 from replica.placement import Want
 from replica.presets import PRESETS

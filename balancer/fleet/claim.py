@@ -6,7 +6,7 @@ from typing import Generic, Protocol, TypeVar
 
 from balancer.fleet.member import Member
 from balancer.fleet.outliers import Outliers, Trial
-from balancer.settings import Settings
+from balancer.spec.settings import Settings
 
 
 class Chosen(Protocol):

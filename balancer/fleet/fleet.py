@@ -9,7 +9,7 @@ from balancer.fleet.claim import C, Claim
 from balancer.fleet.ejection import Outlier
 from balancer.fleet.member import UNKNOWN_LIMIT, Listed, Member, Status, Verdict
 from balancer.fleet.outliers import Outliers
-from balancer.settings import ReadinessProbe, Settings
+from balancer.spec.settings import ReadinessProbe, Settings
 
 Clock = Callable[[], float]
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import orjson
 
-from balancer.fleet.line import Line, Unheard
 from balancer.fleet.member import UNKNOWN_LIMIT
+from balancer.fleet.probe_connection import Line, Unheard
 
 LEAST_LIMIT = 16
 TOKENS_PER_REQUEST = 256

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from balancer.errors import ConfigError
 from balancer.fleet.ejection import Outlier
-from balancer.settings import ReadinessProbe
+from balancer.spec.settings import ReadinessProbe
 
 UNKNOWN_LIMIT = 256
 FAILURES_TO_FAIL = 2

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from balancer import errors, text_file
+from balancer import errors
 from balancer.errors import ConfigError
-from balancer.relay.watch import MOUNT_ITS_FOLDER, FileWatch
+from balancer.relay.file_watch import MOUNT_ITS_FOLDER, FileWatch
+from balancer.spec import text_file
 
 log = logging.getLogger("groundserve")
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from balancer.errors import ServeError
 from balancer.relay.reply import Reply
 from balancer.relay.request import Network, Request
-from balancer.settings import Settings
+from balancer.spec.settings import Settings
 
 log = logging.getLogger("groundserve")
 

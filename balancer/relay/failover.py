@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from balancer import errors
 from balancer.errors import ServeError
 from balancer.relay.upstream import Outcome
-from balancer.settings import Settings
+from balancer.spec.settings import Settings
 
 SAFE_METHODS = (b"GET", b"HEAD")
 MAX_SENT = 3

@@ -10,15 +10,15 @@ from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.dial import Unresolved
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.line import OUR_OWN_LIMITS
 from balancer.fleet.member import Member
+from balancer.fleet.probe_connection import OUR_OWN_LIMITS
+from balancer.observe.record import Record, RequestObserver, Spans
 from balancer.relay.auth import OPEN_PATHS, Keys, bears
 from balancer.relay.comments import STREAMING, Comments
 from balancer.relay.cors import Cors
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import RULES, RetryBudget, final_error, may_repeat
 from balancer.relay.paths import Kind
-from balancer.relay.record import Record, RequestObserver, Spans
 from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 from balancer.relay.unavailable import Unavailable, retry_after

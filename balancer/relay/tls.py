@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from balancer.errors import ConfigError
-from balancer.relay.watch import MOUNT_ITS_FOLDER, FileWatch
+from balancer.relay.file_watch import MOUNT_ITS_FOLDER, FileWatch
 
 log = logging.getLogger("groundserve")
 

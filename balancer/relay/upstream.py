@@ -12,7 +12,7 @@ import httptools
 from balancer.fleet.dial import Dialer
 from balancer.fleet.member import Member
 from balancer.relay.vanished import expect_life
-from balancer.settings import Settings
+from balancer.spec.settings import Settings
 
 Headers = list[tuple[bytes, bytes]]
 

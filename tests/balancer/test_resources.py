@@ -3,7 +3,7 @@
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.spec import Spec, parse
+from balancer.spec.service_file import Spec, parse
 
 
 def spec(text: str) -> Spec:

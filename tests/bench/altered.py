@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from balancer import __main__, process
 from balancer.app import Balancer
 from balancer.fleet.member import Member
-from balancer.relay.record import Record, Spans
+from balancer.observe.access_log import AccessLog
+from balancer.observe.record import Record, Spans
 from balancer.routing.policies import Choice, RoundRobin
 from balancer.routing.prompt import Prompt
-from balancer.views.access_log import AccessLog
 
 
 class NoSpans:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from balancer.operate.autoscale import Autoscaler, Rule
+from balancer.operate.controller.autoscale import Autoscaler, Rule
 from tests.bench.install import Unavailable, cache_folder
 from tests.bench.skyserve import skyserve
 
@@ -86,7 +86,7 @@ class Scaler(Protocol):
 
 
 class Ours:
-    """balancer/operate/autoscale.py; the replicas that go first are those not ready yet, then the youngest."""
+    """controller/autoscale.py; the replicas that go first are those not ready yet, then the youngest."""
 
     def __init__(self, rule: Rule) -> None:
         self._autoscaler = Autoscaler(rule)

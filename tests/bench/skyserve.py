@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from balancer.operate.autoscale import Rule
+from balancer.operate.controller.autoscale import Rule
 from tests.bench.install import environment
 
 PROGRAM = Path(__file__).with_name("skyserve_autoscaler.py")

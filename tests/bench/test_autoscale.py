@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 import yaml
 
-from balancer.operate.autoscale import Rule, rule_for
-from balancer.spec import parse
+from balancer.operate.controller.autoscale import Rule, rule_for
+from balancer.spec.service_file import parse
 from tests.bench.autoscale import HOUR, LOADS, START, Load, Seen, needed, ours, run
 from tests.bench.skyserve import SkyServe, service
 

@@ -17,7 +17,7 @@ import uvloop
 
 from balancer import process
 from balancer.config import Config
-from balancer.settings import ReadinessProbe, Settings
+from balancer.spec.settings import ReadinessProbe, Settings
 
 
 class Names:

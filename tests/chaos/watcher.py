@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from balancer.settings import Settings
+from balancer.spec.settings import Settings
 from tests.chaos.client import Wish
 from tests.chaos.judge import Fault, Judge
 from tests.chaos.load import Load

@@ -4,7 +4,7 @@ from balancer import errors
 from balancer.errors import ServeError
 from balancer.relay.failover import RULES, final_error
 from balancer.relay.upstream import Outcome
-from balancer.settings import Settings
+from balancer.spec.settings import Settings
 from tests.docs.svg import Picture
 
 SETTINGS = Settings()

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from balancer.operate import plan, rollout
-from balancer.operate.plan import Drain, Forget, Replica, Stage, Start, Stop
-from balancer.operate.rollout import Verdict
-from balancer.schema import Operation
+from balancer.operate.controller import plan, rollout
+from balancer.operate.controller.plan import Drain, Forget, Replica, Stage, Start, Stop
+from balancer.operate.controller.rollout import Verdict
+from balancer.spec.schema import Operation
 from tests.docs.svg import Picture
 
 TOTAL = 3

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from balancer.fleet.ejection import CONSECUTIVE
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Status
-from balancer.settings import ReadinessProbe, Settings
+from balancer.spec.settings import ReadinessProbe, Settings
 from tests.docs.svg import Picture, Point
 from tests.fleet.members import Clock, claimed, fail, fleet_of, listed, make_ready
 

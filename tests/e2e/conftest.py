@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from balancer.operate.ports import free_ports
+from balancer.operate.engines.local.ports import free_ports
 from tests.e2e.running import Balancer, Program, Replica
 
 # Variables that are meant for others, in which a replica has to come up all the same: a proxy that nobody answers at; a

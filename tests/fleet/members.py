@@ -5,7 +5,7 @@ from typing import Any
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member
-from balancer.settings import ReadinessProbe, Settings
+from balancer.spec.settings import ReadinessProbe, Settings
 
 
 class Clock:

@@ -11,7 +11,7 @@ import uvloop
 from balancer.fleet.dial import FRESH, PATIENCE, Dialer, Unresolved
 from balancer.fleet.ejection import Outlier
 from balancer.fleet.member import Listed, Member
-from balancer.settings import ReadinessProbe
+from balancer.spec.settings import ReadinessProbe
 from tests.lab.replica import LabReplica
 
 SERVFAIL = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")

@@ -5,7 +5,7 @@ import pytest
 from balancer.errors import ConfigError
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member, Status
-from balancer.settings import ReadinessProbe
+from balancer.spec.settings import ReadinessProbe
 from tests.fleet.members import Clock, claim, claimed, fail, fleet_of, listed, make_ready
 
 

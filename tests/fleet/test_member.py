@@ -7,7 +7,7 @@ import pytest
 from balancer.errors import ConfigError
 from balancer.fleet.ejection import Outlier
 from balancer.fleet.member import Listed, Member, Question, Status, Verdict
-from balancer.settings import ReadinessProbe
+from balancer.spec.settings import ReadinessProbe
 
 NOW = 10_000.0
 PATIENCE = 180.0

@@ -8,8 +8,8 @@ from typing import Any
 
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member, Status
-from balancer.fleet.probe import Prober
-from balancer.settings import ReadinessProbe, Settings
+from balancer.fleet.prober import Prober
+from balancer.spec.settings import ReadinessProbe, Settings
 from tests.lab.replica import LabReplica
 
 INTERVAL = 0.05

@@ -10,7 +10,7 @@ from balancer.fleet.member import Listed, Member
 from balancer.routing.admission import Admission, Ask, Place
 from balancer.routing.policies import LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import PrefixAware
-from balancer.settings import ReadinessProbe, Settings
+from balancer.spec.settings import ReadinessProbe, Settings
 from tests.bench.stats import quantile
 from tests.lab.baselines import BoundedHashing, CacheAware, Oracle
 from tests.lab.model import ModelSettings, QueueFull, ReplicaModel, TooLong

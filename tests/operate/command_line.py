@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from balancer.operate import control
+from balancer.operate.state import control_socket
 
 ROOT = Path(__file__).parents[2]
 # A replica from the lab that starts at once and ends at once.
@@ -73,7 +73,7 @@ class Groundserve:
     def status(self, name: str) -> dict[str, Any]:
         """What `groundserve status --json` shows of it, without starting a process to ask."""
         socket = self.folder / "state/groundserve" / name / "control.sock"
-        shown: dict[str, Any] = control.ask(socket, {"do": "status"})
+        shown: dict[str, Any] = control_socket.ask(socket, {"do": "status"})
         return shown
 
     def until(self, name: str, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from balancer.operate.autoscale import SHARE, Autoscaler, Rule, rule_for
-from balancer.spec import parse
+from balancer.operate.controller.autoscale import SHARE, Autoscaler, Rule, rule_for
+from balancer.spec.service_file import parse
 
 QPS = Rule(least=1, most=10, requests_per_second=2.0, upscale_delay=300, downscale_delay=1200)
 IN_FLIGHT = Rule(least=0, most=4, in_flight=8, upscale_delay=30, downscale_delay=120)

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate import compose_project, engines
-from balancer.operate.compose import replica_overlay
-from balancer.operate.compose_front import admin_key, environ
-from balancer.operate.compose_project import Container, name_of
-from balancer.operate.front import Addresses
-from balancer.operate.recipe import Recipe, recipe
-from balancer.operate.state import Left, ServiceFolder
-from balancer.operate.up import addresses
-from balancer.spec import parse
+from balancer.operate.commands.up import addresses
+from balancer.operate.engines import choose
+from balancer.operate.engines.balancer_handle import Addresses
+from balancer.operate.engines.compose import project
+from balancer.operate.engines.compose.balancer_handle import admin_key, environ
+from balancer.operate.engines.compose.engine import replica_overlay
+from balancer.operate.engines.compose.project import Container, name_of
+from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.operate.state.service_folder import Left, ServiceFolder
+from balancer.spec.service_file import parse
 
 LOOPBACK = Addresses("127.0.0.1:30001", "127.0.0.1:30002")
 
@@ -124,32 +125,32 @@ def docker_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[in
 
 def test_auto_is_local_where_sglang_is_installed(docker_says: Callable[[int], None]) -> None:
     docker_says(0)
-    assert engines.chosen("auto", made()) == "local"
-    assert engines.chosen("local", made()) == "local"
-    assert engines.chosen("compose", made()) == "compose"
+    assert choose.chosen("auto", made()) == "local"
+    assert choose.chosen("local", made()) == "local"
+    assert choose.chosen("compose", made()) == "compose"
 
 
 def test_compose_without_an_engine_says_what_to_do(docker_says: Callable[[int], None]) -> None:
     docker_says(1)
     with pytest.raises(ConfigError, match="no Docker engine with Compose v2 answers: start it, or use --on local"):
-        engines.chosen("compose", made())
+        choose.chosen("compose", made())
 
 
 def test_compose_without_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="no Docker engine with Compose v2 answers"):
-        engines.chosen("compose", made())
+        choose.chosen("compose", made())
 
 
 def test_compose_runs_sglang_only() -> None:
     with pytest.raises(ConfigError, match="Compose runs the replica's image: use --on local"):
-        engines.chosen("compose", made("./serve.sh $GROUNDSERVE_PORT"))
+        choose.chosen("compose", made("./serve.sh $GROUNDSERVE_PORT"))
 
 
 def test_an_installation_without_the_checkout_cannot_build_images(tmp_path: Path) -> None:
     """As `pip install` leaves it: the package alone, elsewhere."""
-    shutil.copytree(Path(compose_project.__file__).parents[1], tmp_path / "balancer")
-    code = "from balancer.operate.compose_project import check_engine as c; c()"
+    shutil.copytree(Path(project.__file__).parents[3], tmp_path / "balancer")
+    code = "from balancer.operate.engines.compose.project import check_engine as c; c()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "which this installation has not: run it in a clone of groundserve, or use --on local" in done.stderr
 
@@ -159,13 +160,13 @@ def test_compose_file_of_the_environment_comes_before_our_own_overlay(
 ) -> None:
     folder = folder_at(tmp_path / "x")
     monkeypatch.delenv("COMPOSE_FILE", raising=False)
-    usual = engines.project(made(), folder, LOOPBACK).command("ps", overlays=[tmp_path / "ours.json"])
+    usual = choose.project(made(), folder, LOOPBACK).command("ps", overlays=[tmp_path / "ours.json"])
     files = [usual[at + 1] for at, word in enumerate(usual) if word == "-f"]
     assert [Path(file).name for file in files] == ["compose.yaml", "compose.cpu.yaml", "ours.json"]
-    on_gpus = engines.project(made(gpus=1), folder, LOOPBACK).command("ps")
+    on_gpus = choose.project(made(gpus=1), folder, LOOPBACK).command("ps")
     assert [Path(word).name for word in on_gpus if word.endswith(".yaml")] == ["compose.yaml"]
     monkeypatch.setenv("COMPOSE_FILE", "compose.yaml:mine.yaml")
-    mine = engines.project(made(), folder, LOOPBACK).command("ps")
+    mine = choose.project(made(), folder, LOOPBACK).command("ps")
     assert [Path(word).name for word in mine if word.endswith(".yaml")] == ["compose.yaml", "mine.yaml"]
 
 

@@ -9,14 +9,14 @@ import httpx
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate import keys
-from balancer.operate.front import Addresses
-from balancer.operate.local import LocalEngine
-from balancer.operate.local_front import LocalFront
-from balancer.operate.recipe import Recipe, recipe
-from balancer.operate.state import ServiceFolder
-from balancer.operate.state_file import BrokenState
-from balancer.spec import parse
+from balancer.operate.engines.balancer_handle import Addresses
+from balancer.operate.engines.local.balancer_handle import LocalFront
+from balancer.operate.engines.local.engine import LocalEngine
+from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.operate.state import keys
+from balancer.operate.state.service_folder import ServiceFolder
+from balancer.operate.state.state_file import BrokenState
+from balancer.spec.service_file import parse
 from tests.operate.command_line import LAB, Groundserve
 
 EVIL = {"replicas": [{"id": 1, "name": "evil", "endpoint": "http://127.0.0.1:9"}]}

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import balancer.operate.kinds
+import balancer.operate.engines.local.kinds
 import replica.kinds
-from balancer.operate.kinds import is_of_kind
+from balancer.operate.engines.local.kinds import is_of_kind
 
 # What nvidia-smi calls it, its memory in MiB; kinds that it is, and kinds that it is not.
 TABLE = [
@@ -100,5 +100,5 @@ def test_where_nobody_knows_its_memory_the_name_decides(name: str, kind: str, is
 
 
 def test_replica_and_balancer_go_by_the_very_same_rule() -> None:
-    both = [Path(module.__file__ or "").read_text() for module in (replica.kinds, balancer.operate.kinds)]
+    both = [Path(module.__file__ or "").read_text() for module in (replica.kinds, balancer.operate.engines.local.kinds)]
     assert both[0] == both[1]

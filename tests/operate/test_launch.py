@@ -5,8 +5,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from balancer.operate.launch import PORT_MARK, Launch, masked, read, understand
-from balancer.operate.script import Misread
+from balancer.operate.recipe.launch import PORT_MARK, Launch, masked, read, understand
+from balancer.operate.recipe.script import Misread
 
 SEED_LLAVA = """
 conda activate sglang

@@ -11,7 +11,7 @@ import pytest
 
 from tests.operate.command_line import ROOT, until
 
-LEASH = [sys.executable, "-I", "-S", str(ROOT / "balancer/operate/leash.py")]
+LEASH = [sys.executable, "-I", "-S", str(ROOT / "balancer/operate/engines/leash.py")]
 # A child in a session of its own whose parent is gone: nothing ties it to the command any more.
 STRAY = "(setsid sleep 1000 &)"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from balancer.operate import rotation
-from balancer.operate.log_reader import LogReader
-from balancer.operate.rotation import FILES, MAX_BYTES, RotatedLog
-from balancer.operate.state import ServiceFolder
+from balancer.operate.commands.log_reader import LogReader
+from balancer.operate.engines import rotation
+from balancer.operate.engines.rotation import FILES, MAX_BYTES, RotatedLog
+from balancer.operate.state.service_folder import ServiceFolder
 from tests.operate.command_line import LAB, ROOT, Groundserve, until
 from tests.operate.test_leash import LEASH
 

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate.machine import Gpu, fitted, gpus, placed
-from balancer.operate.recipe import Recipe, recipe
-from balancer.spec import parse
+from balancer.operate.engines.local.machine import Gpu, fitted, gpus, placed
+from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.spec.service_file import parse
 
 L4 = Gpu("NVIDIA L4", is_split=False, held_by=None)
 A100 = Gpu("NVIDIA A100-SXM4-80GB", is_split=False, held_by=None)

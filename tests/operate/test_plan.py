@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from balancer.operate import plan
-from balancer.operate.engine import Ended
-from balancer.operate.plan import Drain, Forget, Replace, Replica, Stage, Start, Stop
-from balancer.schema import Operation
+from balancer.operate.controller import plan
+from balancer.operate.controller.plan import Drain, Forget, Replace, Replica, Stage, Start, Stop
+from balancer.operate.engines.engine import Ended
+from balancer.spec.schema import Operation
 
 OPERATION = Operation(restart_backoff=1, max_restart_backoff=8, restart_limit=5, stable_after=60)
 DIED = Ended(1, "it died")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate.recipe import Recipe, recipe
-from balancer.spec import parse
+from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.spec.service_file import parse
 
 
 def made(text: str, **envs: str) -> Recipe:

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from balancer.operate import plan, rollout
-from balancer.operate.engine import Ended
-from balancer.operate.plan import Drain, Forget, Replica, Stage, Start, Stop
-from balancer.operate.rollout import Look, Mode, Verdict
-from balancer.schema import Operation
+from balancer.operate.controller import plan, rollout
+from balancer.operate.controller.plan import Drain, Forget, Replica, Stage, Start, Stop
+from balancer.operate.controller.rollout import Look, Mode, Verdict
+from balancer.operate.engines.engine import Ended
+from balancer.spec.schema import Operation
 
 OPERATION = Operation()
 

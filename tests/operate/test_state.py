@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from balancer.operate.holder import Holder
-from balancer.operate.state import AlreadyUp, Left, ServiceFolder, folders
-from balancer.operate.state_file import BrokenState, read_whole, write_whole
+from balancer.operate.state.holder import Holder
+from balancer.operate.state.service_folder import AlreadyUp, Left, ServiceFolder, folders
+from balancer.operate.state.state_file import BrokenState, read_whole, write_whole
 from tests.operate.command_line import Groundserve, until
 
 
@@ -101,7 +101,7 @@ def test_down_ends_no_process_that_only_has_the_number(groundserve: Groundserve,
 
 def test_down_ends_a_controller_that_does_not_answer(groundserve: Groundserve, tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from balancer.operate.state import ServiceFolder\n"
+        "import sys, time; from pathlib import Path; from balancer.operate.state.service_folder import ServiceFolder\n"
         "lock = ServiceFolder(Path(sys.argv[1]), 'lab').claim(); print('has it', flush=True); time.sleep(1000)"
     )
     argv = [sys.executable, "-c", script, str(tmp_path / "state/groundserve")]

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
+from balancer.contract.status import ServiceRow, Snapshot
 from balancer.errors import ConfigError
-from balancer.operate.engine import Found, Running
-from balancer.operate.plan import Replica, Stage
-from balancer.operate.recipe import Recipe, recipe
-from balancer.operate.report import Report
-from balancer.operate.traffic import Traffic
-from balancer.operate.wanted import Load, Outcome, Wanted
-from balancer.spec import parse
-from balancer.views.status import ServiceRow, Snapshot
+from balancer.operate.controller.plan import Replica, Stage
+from balancer.operate.controller.report import Report
+from balancer.operate.controller.traffic import Traffic
+from balancer.operate.controller.wanted import Load, Outcome, Wanted
+from balancer.operate.engines.engine import Found, Running
+from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.spec.service_file import parse
 
 
 def made(version: int = 1, run: str = "serve $GROUNDSERVE_PORT", service: str = "replicas: 2", **more: Any) -> Recipe:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from balancer.relay.doors import Doors
-from balancer.settings import Settings
+from balancer.spec.settings import Settings
 from tests.wire.running import each, on_uvloop
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from balancer.relay.failover import MAX_SENT, RULES, RetryBudget, final_error, may_repeat
 from balancer.relay.upstream import Outcome
-from balancer.settings import Settings
+from balancer.spec.settings import Settings
 
 PLAIN, RETRYING = Settings(), Settings(retry_sent=True)
 

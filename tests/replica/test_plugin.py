@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from balancer.schema import Operation
+from balancer.spec.schema import Operation
 from replica.gpu import Gpu
 from replica.lease import holder
 from replica.plugin import DRAIN_GRACE, drain, encode_as_projected, fill_in_key, mask_keys

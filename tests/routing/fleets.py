@@ -2,7 +2,7 @@
 
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member
-from balancer.settings import ReadinessProbe, Settings
+from balancer.spec.settings import ReadinessProbe, Settings
 
 
 def fleet_of(count: int, capacity_tokens: int | None = 10_000, limit: int = 256, **settings: object) -> Fleet:

@@ -8,8 +8,9 @@ import httpx
 import pytest
 
 from balancer.__main__ import config_from, parse
+from balancer.admin.guard import MAX_BODY, Guard, Message
 from balancer.errors import ConfigError
-from balancer.views.guard import MAX_BODY, Guard, Message, is_loopback_name
+from balancer.spec.loopback import is_loopback_name
 from tests.lab.replica import LabReplica
 from tests.wire.client import Client
 from tests.wire.running import House, each, on_uvloop, serving, until

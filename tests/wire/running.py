@@ -20,7 +20,7 @@ from balancer.config import Config, Reread
 from balancer.fleet.discovery import Resolve, resolve
 from balancer.fleet.ejection import Outlier
 from balancer.fleet.member import Listed, Member
-from balancer.settings import Settings
+from balancer.spec.settings import Settings
 from tests.lab.knobs import Knobs
 from tests.lab.replica import LabReplica
 from tests.wire.client import Answer, Client

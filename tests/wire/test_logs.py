@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 import pytest
 
-from balancer.relay.record import Record
-from balancer.views.access_log import MAX_WAITING, AccessLog
+from balancer.observe.access_log import MAX_WAITING, AccessLog
+from balancer.observe.record import Record
 from tests.lab.replica import LabReplica
 from tests.wire.client import CHAT, Client, chat, request
 from tests.wire.process import ROOT

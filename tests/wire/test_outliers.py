@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from balancer.settings import PolicyName
+from balancer.spec.settings import PolicyName
 from tests.lab.replica import LabReplica
 from tests.wire.client import chat, request
 from tests.wire.running import House, each, on_uvloop, serving

@@ -10,7 +10,7 @@ import httpx
 from tests.e2e.page.browser import browser
 from tests.e2e.page.pictures import keep, png
 from tests.e2e.running import Balancer, Replica
-from tests.views.serving import CHAT
+from tests.observe.serving import CHAT
 
 ANSWERED = "!document.querySelector('[aria-busy]') && document.querySelectorAll('.theirs').length === 1"
 SYSTEM = "You are the librarian of a small town. You are patient, exact and kind, and you answer in one sentence. "

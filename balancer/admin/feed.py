@@ -1,0 +1,148 @@
+"""What the page shows, live: server-sent events with the service, its replicas, and why requests went where."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, HTTPException
+from fastapi.responses import StreamingResponse
+
+from balancer.fleet.fleet import Fleet
+from balancer.observe.history import INTERVAL, KEPT, History
+from balancer.observe.record import Record
+from balancer.observe.snapshot import ServiceFacts, take_snapshot
+from balancer.observe.tally import Tallies
+from balancer.routing.admission import Admission
+
+PERIOD = 1.0  # seconds between two events
+MAX_VIEWERS = 64
+MAX_TEXT = 120  # characters of a path or a reason
+
+
+class Feed:
+    """Events for every viewer: `history` once, then `state` each second and `sample` every five."""
+
+    def __init__(
+        self, facts: ServiceFacts, fleet: Fleet, admission: Admission, tallies: Tallies, history: History
+    ) -> None:
+        self._facts = facts
+        self._fleet = fleet
+        self._admission = admission
+        self._tallies = tallies
+        self._history = history
+        self._closing = asyncio.Event()
+        self._viewers = 0
+        self._state_event = b""
+        self._state_at = -PERIOD
+
+    def close(self) -> None:
+        """Ends every stream: viewers may come back to the next process."""
+        self._closing.set()
+
+    @property
+    def is_full(self) -> bool:
+        return self._viewers >= MAX_VIEWERS
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The events of one viewer, until it leaves or the balancer does."""
+        self._viewers += 1
+        try:
+            seen = self._history.taken
+            yield _event("history", self._whole_history())
+            while not self._closing.is_set():
+                if self._history.taken != seen:
+                    seen = self._history.taken
+                    yield _event("sample", self._last_sample())
+                yield self._latest_state()
+                try:
+                    async with asyncio.timeout(PERIOD):
+                        await self._closing.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            self._viewers -= 1
+
+    def _latest_state(self) -> bytes:
+        """The state as of now, or of half a second ago: it is put together once for all viewers."""
+        now = self._fleet.clock()
+        if now - self._state_at >= PERIOD / 2:
+            self._state_event, self._state_at = _event("state", self._state(now)), now
+        return self._state_event
+
+    def _state(self, now: float) -> dict[str, Any]:
+        state = take_snapshot(self._facts, self._fleet, self._admission).to_json()
+        for row in state["replicas"]:
+            member = self._fleet.members[row["id"]]
+            course = self._history.courses.get(member.id)
+            row["limit"] = member.limit
+            row["draining"] = member.draining
+            row |= {} if course is None else {**course.lately().to_json(), "in_flight": member.in_flight}
+        self._tallies.count()
+        newest_first = enumerate(reversed(self._tallies.recent))
+        state["decisions"] = [_decision(self._tallies.routed - n, record, now) for n, record in newest_first]
+        return state
+
+    def _whole_history(self) -> dict[str, Any]:
+        return {
+            "interval_seconds": INTERVAL,
+            "kept": KEPT,
+            "service": [sample.to_json() for sample in self._history.service],
+            "replicas": {
+                str(number): [sample.to_json() for sample in course.samples]
+                for number, course in self._history.courses.items()
+            },
+        }
+
+    def _last_sample(self) -> dict[str, Any]:
+        courses = self._history.courses.items()
+        return {
+            "service": self._history.service[-1].to_json(),
+            # How many samples there are tells a viewer when a replica began anew.
+            "replicas": {str(n): {"count": len(c.samples), **c.samples[-1].to_json()} for n, c in courses},
+        }
+
+
+def feed_router(feed: Feed) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/feed", responses={503: {"description": "as many look on already as may"}})
+    async def events() -> StreamingResponse:
+        """What `GET /status` says and more, as server-sent events, each second."""
+        if feed.is_full:
+            raise HTTPException(503, f"{MAX_VIEWERS} viewers are here already; close a page, or read /status.")
+        return StreamingResponse(
+            feed.events(),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+    return router
+
+
+def _decision(number: int, record: Record, now: float) -> dict[str, Any]:
+    return {
+        "number": number,  # ids are the clients' to choose, and may repeat
+        "id": record.id,
+        "ago_seconds": round(now - record.received_at - record.duration, 1),
+        "path": _cut(record.path),
+        "status": record.status,
+        "replica": record.member,
+        "reason": _cut(record.reason),
+        "attempts": record.attempts,
+        "queued_seconds": round(record.queued, 3),
+        "ttft_seconds": None if record.first_byte is None else round(record.first_byte, 3),
+        "duration_seconds": round(record.duration, 3),
+        "prompt_tokens": record.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
+        "predicted_share": None if record.matched is None else round(record.matched, 3),
+        "key": record.key,
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(data))

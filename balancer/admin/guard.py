@@ -1,0 +1,106 @@
+"""What every request on the admin port passes first: rules against hostile web pages, and the security headers."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from balancer.errors import ServeError
+from balancer.spec.loopback import is_loopback_name
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+READING = ("GET", "HEAD", "OPTIONS")
+# Its requests go on to the serving port, which has its own limits and wants its own keys.
+PLAYGROUND = "/playground/"
+MAX_BODY = 1 << 20
+BODY_TIMEOUT = 30.0  # seconds of silence allowed inside a body
+
+POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-opener-policy": b"same-origin",
+    b"cross-origin-resource-policy": b"same-origin",
+    b"permissions-policy": b"camera=(), geolocation=(), microphone=()",
+}
+
+
+class Guard:
+    """An ASGI app around the admin port's. The routes themselves ask for the admin key, where there is one.
+
+    `is_loopback`: this port can only be reached from this machine; `has_key`: there is an admin key.
+    """
+
+    def __init__(self, app: App, is_loopback: bool, has_key: bool) -> None:
+        self._app = app
+        self._is_loopback = is_loopback
+        self._has_key = has_key
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *HEADERS.items(),
+                    (b"content-security-policy", POLICY),
+                ]
+            await send(message)
+
+        is_read = False
+
+        async def receive_in_time() -> Message:
+            nonlocal is_read
+            if is_read:
+                return await receive()
+            async with asyncio.timeout(BODY_TIMEOUT):
+                message = await receive()
+            is_read = not message.get("more_body", False)
+            return message
+
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self._app(scope, receive_in_time, send_with_headers)
+        else:
+            await _answer(refusal, send_with_headers)
+
+    def _refusal(self, scope: Message) -> ServeError | None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        if self._is_loopback and not is_loopback_name(host):
+            # A page of another site can have its own name point at this machine, and would be of this origin then.
+            return _forbidden(f"This port answers to this machine only, not to {host!r}: ask for http://localhost.")
+        if scope["method"] in READING:
+            return None
+        origin = headers.get(b"origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            return _forbidden("A page of another site may change nothing here.")
+        if scope["path"].startswith(PLAYGROUND):
+            return None
+        if not self._has_key and not self._is_loopback:
+            return _forbidden("Others can reach this port, so changes want a key: start the balancer with --admin-key.")
+        length = headers.get(b"content-length", "0")
+        if b"transfer-encoding" in headers or not length.isdecimal() or int(length) > MAX_BODY:
+            return ServeError(413, "body_too_large", f"Send a Content-Length of at most {MAX_BODY} bytes here.")
+        return None
+
+
+def _forbidden(message: str) -> ServeError:
+    return ServeError(403, "forbidden", message)
+
+
+async def _answer(error: ServeError, send: Send) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(error.body))]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": error.body})

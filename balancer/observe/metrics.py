@@ -1,0 +1,264 @@
+"""Prometheus metrics: what was counted, and what the fleet is at the moment of the scrape."""
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from itertools import accumulate
+from typing import Annotated, Any, Protocol
+
+from fastapi import APIRouter, Header
+from fastapi.responses import Response
+from prometheus_client import CollectorRegistry, Metric, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from balancer.fleet.fleet import Fleet
+from balancer.fleet.member import Status
+from balancer.observe.tally import Histogram, Tallies
+from balancer.routing.admission import Admission
+
+PIECE = 200  # samples that are written in one go
+HEADING = re.compile(rb"\A(# .*\n)+")
+EOF = b"# EOF\n"
+
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily | InfoMetricFamily
+
+
+def registry_of(collector: Collector) -> CollectorRegistry:
+    """A registry of its own with the balancer's collector, this process's CPU and memory, and its Python."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return registry
+
+
+def metrics_router(registry: CollectorRegistry) -> APIRouter:
+    """`GET /metrics`, in the format that the scraper's `Accept` field asks for."""
+    router = APIRouter()
+
+    @router.get("/metrics")
+    async def metrics(accept: Annotated[str, Header()] = "") -> Response:
+        encode, content_type = choose_encoder(accept)
+        return Response(await encoded(registry, encode), media_type=content_type)
+
+    return router
+
+
+async def encoded(registry: Collector, encode: Callable[[Any], bytes]) -> bytes:
+    """The text of all families, a few milliseconds' worth at a time: streams flow on in between."""
+    pieces = []
+    for family in registry.collect():
+        for start in range(0, max(1, len(family.samples)), PIECE):
+            part = copy(family)
+            part.samples = family.samples[start : start + PIECE]
+            text = encode(_Just(part)).removesuffix(EOF)
+            pieces.append(HEADING.sub(b"", text) if start else text)
+            await asyncio.sleep(0)
+    # Only OpenMetrics has a mark at its end: what it makes of nothing.
+    return b"".join((*pieces, encode(_Just())))
+
+
+class _Just(Collector):
+    """These families."""
+
+    def __init__(self, *families: Metric) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+class NamedKey(Protocol):
+    """One caller's key, as far as figures show it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+
+class BalancerCollector(Collector):
+    """Makes every series anew at each scrape: of a replica or a key that went, nothing is left.
+
+    A replica's name is the label `replica`; it is empty for what concerns no replica, or one that went meanwhile.
+    `connections` and `buffered` tell how many clients are connected and how many bytes of their requests are held.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        admission: Admission,
+        tallies: Tallies,
+        keys: Iterable[NamedKey] | None,
+        connections: Callable[[], int],
+        buffered: Callable[[], int],
+    ) -> None:
+        self._fleet = fleet
+        self._admission = admission
+        self._tallies = tallies
+        self._keys = keys
+        self._connections = connections
+        self._buffered = buffered
+
+    def collect(self) -> Iterator[Family]:
+        self._tallies.count()
+        yield from self._requests()
+        yield from self._latencies()
+        yield from self._tokens()
+        yield from self._replicas()
+        yield from self._here()
+        if self._keys is not None:
+            yield from self._by_key(self._keys)
+
+    def _requests(self) -> Iterator[Family]:
+        requests = _counter("requests", "Requests that ended.", "replica", "path", "status")
+        for name, tally in (*self._tallies.members.items(), ("", self._tallies.nobody)):
+            for (path, status), count in sorted(tally.requests.items()):
+                requests.add_metric((name, path, status), count)
+        yield requests
+        yield _by_label(
+            "errors", "Requests that the balancer itself refused or ended, by code.", "code", self._tallies.errors
+        )
+        yield _by_label(
+            "retries", "Attempts that failed and were made again, by how they failed.", "reason", self._tallies.retries
+        )
+        yield _single("received_bytes", "Bytes of request bodies.", self._tallies.bytes_in)
+        yield _single("sent_bytes", "Bytes of response bodies.", self._tallies.bytes_out)
+
+    def _latencies(self) -> Iterator[Family]:
+        members = self._tallies.members.items()
+        everyone = (*members, ("", self._tallies.nobody))
+        yield _histogram(
+            "time_to_first_token_seconds",
+            "From a streaming request's head to the first byte of its answer.",
+            ((name, tally.ttft) for name, tally in members),
+        )
+        yield _histogram(
+            "inter_token_latency_seconds",
+            "Between two reads of a streamed answer, from its first byte on.",
+            ((name, tally.gaps) for name, tally in members),
+        )
+        yield _histogram(
+            "request_duration_seconds",
+            "From a request's head to the end of its answer.",
+            ((name, tally.duration) for name, tally in everyone),
+        )
+        yield _histogram(
+            "connect_seconds",
+            "Of new connections to a replica.",
+            ((name, tally.connect) for name, tally in members),
+        )
+        wait = HistogramMetricFamily(
+            "groundserve_queue_wait_seconds", "How long requests waited for a replica that took them."
+        )
+        wait.add_metric((), *_buckets(self._tallies.queue_wait))
+        yield wait
+
+    def _tokens(self) -> Iterator[Family]:
+        members = self._tallies.members.items()
+        for name, said in (
+            ("prompt_tokens", "Tokens of prompts, where the answer says how many."),
+            ("completion_tokens", "Generated tokens, where the answer says how many."),
+            ("cached_tokens", "Tokens of prompts that the replica had in its cache, as its answer says."),
+            ("predicted_cached_tokens", "Tokens of prompts that prefix_aware took to be in the replica's cache."),
+        ):
+            field = "predicted_tokens" if name == "predicted_cached_tokens" else name
+            yield _by_label(name, said, "replica", {member: getattr(tally, field) for member, tally in members})
+        yield _histogram(
+            "cache_prediction_error_ratio",
+            "How far the cached share of a prompt that prefix_aware predicted was from the actual one.",
+            ((name, tally.misjudged) for name, tally in members),
+        )
+
+    def _replicas(self) -> Iterator[Family]:
+        fleet, now = self._fleet, self._fleet.clock()
+        members = fleet.shown()
+        statuses = [member.status(now) for member in members]
+        by_status = GaugeMetricFamily("groundserve_replicas", "Replicas by status.", labels=("status",))
+        for status in Status:
+            by_status.add_metric((status.value,), statuses.count(status))
+        yield by_status
+        up = _gauge("replica_up", "1 if the replica may be given requests.", "replica")
+        in_flight = _gauge("in_flight", "Requests at the replica now.", "replica")
+        limit = _gauge("in_flight_limit", "Generating requests that the replica may hold.", "replica")
+        failures = _counter("replica_failures", "Attempts at the replica that failed.", "replica")
+        ejections = _counter("ejections", "How often the replica was ejected for its failures.", "replica")
+        probes = _counter("probes", "Answers to readiness probes.", "replica", "probe", "result")
+        for member in members:
+            label = (member.name,)
+            up.add_metric(label, member.is_available(now))
+            in_flight.add_metric(label, member.in_flight)
+            limit.add_metric(label, member.limit)
+            failures.add_metric(label, member.failures_total)
+            ejections.add_metric(label, member.outlier.ejections_total)
+            for probe, question in (("ready", member.ready), ("service", member.service)):
+                probes.add_metric((member.name, probe, "pass"), question.passes_total)
+                probes.add_metric((member.name, probe, "fail"), question.failures_total)
+        yield from (up, in_flight, limit, failures, ejections, probes)
+
+    def _here(self) -> Iterator[Family]:
+        for name, said, value in (
+            ("queue_depth", "Requests that wait for room at a replica.", self._admission.queue_depth),
+            ("client_connections", "Open connections of clients.", self._connections()),
+            ("buffered_bytes", "Bytes of request bodies held.", self._buffered()),
+        ):
+            yield GaugeMetricFamily(f"groundserve_{name}", said, value=value)
+        lag = HistogramMetricFamily(
+            "groundserve_loop_lag_seconds", "How late the event loop was, looked at ten times a second."
+        )
+        lag.add_metric((), *_buckets(self._tallies.loop_lag))
+        yield lag
+        yield InfoMetricFamily(
+            "groundserve_balancer", "What this balancer does.", {"policy": self._admission.policy.name}
+        )
+
+    def _by_key(self, keys: Iterable[NamedKey]) -> Iterator[Family]:
+        requests = _counter("key_requests", "Requests by the name of their API key.", "key", "status")
+        tokens = _counter("key_tokens", "Tokens by the name of the API key.", "key", "kind")
+        in_flight = _gauge("key_in_flight", "Requests that the key has going.", "key")
+        for key in keys:
+            in_flight.add_metric((key.name,), key.in_flight)
+            tally = self._tallies.keys.get(key.name)
+            if tally is None:
+                continue
+            for status, count in sorted(tally.requests.items()):
+                requests.add_metric((key.name, status), count)
+            tokens.add_metric((key.name, "prompt"), tally.prompt_tokens)
+            tokens.add_metric((key.name, "completion"), tally.completion_tokens)
+        yield from (requests, tokens, in_flight)
+
+
+def _counter(name: str, said: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"groundserve_{name}", said, labels=labels)
+
+
+def _gauge(name: str, said: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"groundserve_{name}", said, labels=labels)
+
+
+def _single(name: str, said: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"groundserve_{name}", said, value=value)
+
+
+def _by_label(name: str, said: str, label: str, counts: dict[str, int]) -> CounterMetricFamily:
+    family = _counter(name, said, label)
+    for value, count in sorted(counts.items()):
+        family.add_metric((value,), count)
+    return family
+
+
+def _histogram(name: str, said: str, members: Iterable[tuple[str, Histogram]]) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(f"groundserve_{name}", said, labels=("replica",))
+    for member, histogram in members:
+        family.add_metric((member,), *_buckets(histogram))
+    return family
+
+
+def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+    """Cumulative counts, as Prometheus has them, and the sum."""
+    bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True)), histogram.total

@@ -1,0 +1,87 @@
+"""`groundserve up -d`: the controller goes on in the background, and the caller waits until the service is up."""
+
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from balancer.operate.engines.rotation import RotatedLog
+
+# What the background process says when its service came up.
+_UP = b"\x04"
+_LOOK = 0.1  # seconds between two looks at its log
+
+
+def detached(work: Callable[[Callable[[], None]], int], log: Path) -> int:
+    """Forks, runs `work` in the background with its output in `log`, and shows that output until it calls back.
+
+    `work` gets the function to call once it is up. The exit code: 0 then, else that of the work. The background asks
+    nothing of the caller: should that go away meanwhile, the service comes up all the same.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log.touch(0o600)
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.close(reading)
+        code = 1
+        try:
+            code = _in_background(work, writing, log)
+        finally:
+            os._exit(code)
+    os.close(writing)
+    with log.open("rb") as said:
+        try:
+            return _follow(reading, process, said)
+        except KeyboardInterrupt:
+            os.kill(process, signal.SIGTERM)
+            return _follow(reading, process, said)
+
+
+def _in_background(work: Callable[[Callable[[], None]], int], writing: int, log: Path) -> int:
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    sys.stdout = sys.stderr = _Into(RotatedLog(log))
+
+    def came_up() -> None:
+        with contextlib.suppress(BrokenPipeError):  # the caller is gone
+            os.write(writing, _UP)
+        os.close(writing)
+
+    try:
+        return work(came_up)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        return 1
+
+
+class _Into(io.TextIOBase):
+    """What is printed goes into a log, line by line."""
+
+    def __init__(self, log: RotatedLog) -> None:
+        self._log = log
+
+    def write(self, text: str, /) -> int:
+        self._log.write(text.encode(errors="replace"))
+        return len(text)
+
+
+def _follow(reading: int, process: int, said: BinaryIO) -> int:
+    word: bytes | None = None
+    while word is None:
+        if select.select([reading], [], [], _LOOK)[0]:
+            word = os.read(reading, 1)
+        sys.stdout.write(said.read().decode(errors="replace"))
+        sys.stdout.flush()
+    if word == _UP:
+        return 0
+    _, status = os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status) or 1

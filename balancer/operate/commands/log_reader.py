@@ -1,0 +1,111 @@
+"""Reads one log that rotates: all of it or its last lines, then what is appended meanwhile."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from balancer.operate.engines import rotation
+
+_BLOCK = 64 * 1024
+
+
+class LogReader:
+    """`files` are what the log lies in at first, the oldest first; none: it is yet to come. Use it in a `with`."""
+
+    def __init__(self, log: Path, files: Sequence[Path]) -> None:
+        self._log = log
+        self._file: BinaryIO | None = None
+        self._before: list[BinaryIO] = []
+        self._rest = b""
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                self._before.append(file.open("rb"))
+        if self._before:
+            self._file = self._before.pop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (*self._before, self._file):
+            if file is not None:
+                file.close()
+
+    def all(self) -> Iterator[str]:
+        """Every line that is there. One without an end is kept for `more`."""
+        for file in self._before:
+            yield from self._read(file)
+            file.close()
+        if self._file is not None:
+            yield from self._read(self._file)
+
+    def last(self, count: int) -> list[str]:
+        """The last lines, read from the end: of a log of gigabytes no more than of a short one."""
+        blocks: list[bytes] = []
+        ends = 0
+        there = [*self._before, *([self._file] if self._file is not None else [])]
+        end = [file.seek(0, os.SEEK_END) for file in there]
+        for file, size in zip(reversed(there), reversed(end), strict=True):
+            position = size
+            while position > 0 and ends <= count:
+                start = max(0, position - _BLOCK)
+                file.seek(start)
+                blocks.append(file.read(position - start))
+                ends += blocks[-1].count(b"\n")
+                position = start
+            file.seek(size)
+        lines = _lines(b"".join(reversed(blocks)))
+        return lines[max(0, len(lines) - count) :]
+
+    def more(self) -> Iterator[str]:
+        """The lines that were completed since the last call, in whatever file they are by now."""
+        if self._file is None:
+            self._file = _opened(self._log)
+        while self._file is not None:
+            there = os.fstat(self._file.fileno())
+            # Asked before the rest is read: a file that was set aside gets nothing more.
+            newer = self._newer(there)
+            if there.st_size < self._file.tell():
+                self._file.seek(0)  # somebody emptied it
+            yield from self._read(self._file)
+            if newer is None:
+                return
+            self._file.close()
+            self._file = _opened(newer)
+
+    def rest(self) -> list[str]:
+        """The last line where it has no end."""
+        lines, self._rest = _lines(self._rest), b""
+        return lines
+
+    def _read(self, file: BinaryIO) -> Iterator[str]:
+        while block := file.read(_BLOCK):
+            self._rest += block
+            # A progress bar ends its lines with a carriage return.
+            if cut := max(self._rest.rfind(b"\n"), self._rest.rfind(b"\r")) + 1:
+                lines, self._rest = _lines(self._rest[:cut]), self._rest[cut:]
+                yield from lines
+
+    def _newer(self, mine: os.stat_result) -> Path | None:
+        """The file that goes on where ours ends; None where ours is the log itself, or where nothing is."""
+        newer = None
+        for file in reversed(rotation.files(self._log)):
+            with contextlib.suppress(FileNotFoundError):
+                seen = file.stat()
+                if (seen.st_dev, seen.st_ino) == (mine.st_dev, mine.st_ino):
+                    return newer
+                newer = file
+        return newer  # ours is gone: on with the oldest that there is
+
+
+def _opened(file: Path) -> BinaryIO | None:
+    try:
+        return file.open("rb")
+    except FileNotFoundError:
+        return None
+
+
+def _lines(text: bytes) -> list[str]:
+    return [line.decode(errors="replace") for line in text.splitlines()]

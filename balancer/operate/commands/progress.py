@@ -1,0 +1,109 @@
+"""What a person sees while a service comes up: a line for each change, or on a terminal a table that moves."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from balancer.contract.status import ReplicaRow, Snapshot
+from balancer.inherited import nobody_looks, tell
+
+COLOURS = {
+    "READY": "green",
+    "DRAINING": "yellow",
+    "EJECTED": "yellow",
+    "NOT_READY": "yellow",
+    "FAILED": "red",
+    "FAILED_INITIAL_DELAY": "red",
+    "FAILED_PROBING": "red",
+}
+
+
+class Lines:
+    """Progress as plain lines, for logs and pipes: one for each status that a replica takes."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._began = time.monotonic()
+        self._statuses: dict[str, str] = {}
+
+    def say(self, text: str) -> None:
+        tell(self._out, text)
+
+    def show(self, snapshot: Snapshot) -> None:
+        rows = {row.name: row for row in snapshot.replicas}
+        for name, row in rows.items():
+            if self._statuses.get(name) != row.status:
+                seconds = time.monotonic() - self._began
+                why = f"  {row.reason}" if row.status.startswith("FAILED") else ""
+                self.say(f"{name}  {row.status:<13} {seconds:6.1f} s{why}")
+        for name in self._statuses.keys() - rows.keys():
+            self.say(f"{name}  gone")
+        self._statuses = {name: row.status for name, row in rows.items()}
+
+    def finish(self) -> None:
+        """The service is up: from here on every change is a line."""
+
+
+class Moving(Lines):
+    """Progress on a terminal: a row a replica with its age and the last line of its log, until all is up."""
+
+    def __init__(self, console: Console, last_line: Callable[[int], str]) -> None:
+        super().__init__(sys.stdout)
+        self._last_line = last_line
+        self._console = console
+        self._snapshot: Snapshot | None = None
+        self._spinner = Spinner("dots")
+        self._live: Live | None = Live(self, console=console, refresh_per_second=8)
+        self._live.start()
+
+    def say(self, text: str) -> None:
+        # Above the moving part; rich would read [brackets] as markup.
+        with self._whoever_looks():
+            self._console.print(text, markup=False, highlight=False)
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        if self._live is None:
+            super().show(snapshot)
+
+    def finish(self) -> None:
+        if self._live is not None:
+            with self._whoever_looks():
+                self._live.stop()
+            self._live = None
+            if self._snapshot is not None:
+                self._statuses = {row.name: row.status for row in self._snapshot.replicas}
+
+    @contextlib.contextmanager
+    def _whoever_looks(self) -> Iterator[None]:
+        """A terminal that is gone ends nothing; rich would end the program where it was a pipe."""
+        try:
+            yield
+        except (OSError, ValueError, SystemExit):
+            nobody_looks(self._out)
+
+    def __rich__(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        if self._snapshot is None:
+            table.add_row(self._spinner, Text("starting the balancer"))
+        for row in self._snapshot.replicas if self._snapshot else ():
+            mark = Text("●", COLOURS.get(row.status, "cyan")) if _is_settled(row) else self._spinner
+            age = Text(f"{row.launched_seconds:.0f} s", justify="right")
+            # While it loads, its own words say more than that no probe gets through yet.
+            told = self._last_line(row.id) if row.status == "STARTING" else ""
+            told = "" if row.status == "READY" else told or row.reason or self._last_line(row.id)
+            last = Text(told, "dim", overflow="ellipsis", no_wrap=True)
+            table.add_row(mark, Text(row.name), Text(row.status, COLOURS.get(row.status, "cyan")), age, last)
+        return Group(table)
+
+
+def _is_settled(row: ReplicaRow) -> bool:
+    return row.status == "READY" or row.status.startswith("FAILED")

@@ -1,0 +1,207 @@
+"""What services there are and what they do: `groundserve status` and `groundserve logs`."""
+
+import contextlib
+import fnmatch
+import json
+import os
+import sys
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import httpx
+from rich.console import Console
+from rich.text import Text
+
+from balancer.contract.status import ServiceRow, Snapshot
+from balancer.errors import ConfigError
+from balancer.operate.commands.log_reader import LogReader
+from balancer.operate.commands.progress import COLOURS
+from balancer.operate.commands.table import tables
+from balancer.operate.state import control_socket
+from balancer.operate.state.service_folder import ServiceFolder, folders, state_root
+from balancer.operate.state.state_file import BrokenState
+
+# The admin port that is asked when no service of our own is known: Compose's, or one started by hand.
+STRANGER = "GROUNDSERVE_ADMIN"
+_DEFAULT_ADMIN = "http://127.0.0.1:30002"
+
+
+LogOf = Literal["replicas", "balancer", "controller"]
+
+
+@dataclass(frozen=True, slots=True)
+class Display:
+    """How `status` shows what it found."""
+
+    endpoint_only: bool = False
+    as_json: bool = False
+    verbose: bool = False
+    watch: bool = False
+
+
+def status(patterns: Sequence[str], how: Display) -> int:
+    if not how.watch:
+        return _show(patterns, how)
+    console = Console(highlight=False)
+    while True:
+        with console.capture() as capture:
+            _show(patterns, how, console)
+        console.clear()
+        sys.stdout.write(capture.get())
+        sys.stdout.flush()
+        time.sleep(1)
+
+
+def _show(patterns: Sequence[str], how: Display, console: Console | None = None) -> int:
+    found, failures = up_folders(patterns)
+    warn(failures)
+    snapshots = [snapshot_of(folder) for folder in found]
+    if not snapshots and not patterns and not failures:
+        snapshots = _of_a_stranger()
+    if how.endpoint_only:
+        if len(snapshots) != 1:
+            raise ConfigError(f"--endpoint wants one service, and {len(snapshots) or 'none'} fit: give one NAME")
+        print(snapshots[0].service.endpoint)
+    elif how.as_json:
+        print(json.dumps([snapshot.to_json() for snapshot in snapshots], indent=2))
+    else:
+        text = Text(tables(snapshots, how.verbose))
+        for word, colour in COLOURS.items():
+            text.highlight_regex(rf"(?<!\S){word}(?!\S)", colour)
+        (console or Console(highlight=False)).print(text, soft_wrap=True)
+    return 0
+
+
+def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | None) -> int:
+    """`ids`: which replicas, none meaning all."""
+    folder = ServiceFolder(state_root(), name)
+    if of == "balancer":
+        paths = {"": folder.balancer_log}
+    elif of == "controller":
+        paths = {"": folder.controller_log}
+    elif len(ids) == 1:
+        paths = {"": folder.replica_log(ids[0])}
+    else:
+        known = [folder.replica_log(id) for id in ids] or folder.replica_logs()
+        paths = {f"{name}-{path.stem.removeprefix('replica-')} | ": path for path in known}
+    if of == "controller" and folder.is_up() and not folder.controller_log.exists():
+        raise ConfigError(f"the controller of {name} prints where groundserve up was started: only -d gives it a log")
+    if not any(path.is_file() for path in paths.values()):
+        some = f"replica {' or '.join(map(str, ids))}" if ids else "any replica"
+        what = some if of == "replicas" else f"the {of}"
+        known_names = ", ".join(other.name for other in folders(state_root())) or "none"
+        raise ConfigError(f"there is no log of {what} of {name}; services that ran here: {known_names}")
+    with contextlib.ExitStack() as opened:
+        readers = {
+            prefix: opened.enter_context(LogReader(path, folder.log_files(path))) for prefix, path in paths.items()
+        }
+        for prefix, reader in readers.items():
+            for line in reader.all() if tail is None else reader.last(tail):
+                print(prefix + line, flush=follow)
+            if not follow and tail is None:
+                for line in reader.rest():
+                    print(prefix + line)
+        while follow:
+            time.sleep(0.2)
+            for prefix, reader in readers.items():
+                for line in reader.more():
+                    print(prefix + line, flush=True)
+    return 0
+
+
+def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[ConfigError]]:
+    """Services that are up and fit, those without their controller too, and what is wrong with folders that fit.
+
+    Raises ConfigError for a pattern that fits none.
+    """
+    there: list[ServiceFolder] = []
+    failures: list[ConfigError] = []
+    fitting: set[str] = set()
+    for folder in folders(state_root()):
+        fits = {pattern for pattern in patterns if fnmatch.fnmatchcase(folder.name, pattern)}
+        if patterns and not fits:
+            continue
+        try:
+            if not folder.is_up() and not folder.is_left:
+                continue
+            there.append(folder)
+        except BrokenState as failure:
+            failures.append(ConfigError(f"{folder.name}: {failure}"))
+        fitting |= fits
+    if missing := [pattern for pattern in patterns if pattern not in fitting]:
+        raise ConfigError(unknown(missing[0]))
+    return there, failures
+
+
+def unknown(name: str) -> str:
+    """For a person who named a service that is not up."""
+    there = ", ".join(folder.name for folder in up_folders([])[0] if not folder.is_left)
+    return f"no service {name} is up here; {f'there is {there}' if there else 'none is'}"
+
+
+def elsewhere(folder: ServiceFolder) -> None:
+    """Raises ConfigError where the service is up, but on another host: folders may lie on a disk that hosts share."""
+    holder = folder.holder()
+    if holder is not None and not holder.is_here:
+        raise ConfigError(
+            f"{folder.name} runs on {holder.host} as process {holder.pid}, out of reach from here: say it there"
+        )
+
+
+def admin_keys(patterns: Sequence[str]) -> int:
+    """Prints which file holds the key for changes on each service's admin port."""
+    found, failures = up_folders(patterns)
+    for folder in found:
+        try:
+            print(folder.admin_key_file if folder.is_left else control_socket.ask(folder.socket, {"do": "admin key"}))
+        except control_socket.NotUp:
+            failures.append(ConfigError(f"{folder.name} is just starting or ending: try again in a moment"))
+    warn(failures)
+    return 1 if failures else 0
+
+
+def snapshot_of(folder: ServiceFolder) -> Snapshot:
+    """What its controller says; without one, its balancer."""
+    try:
+        if (left := folder.left) is not None:
+            return _answered(f"http://{left.admin}") or _bare(folder, "FAILED")
+        return Snapshot.from_json(control_socket.ask(folder.socket, {"do": "status"}))
+    except BrokenState as failure:
+        return _bare(folder, "FAILED", str(failure))
+    except control_socket.NotUp:
+        pass
+    except (ConfigError, ValueError):
+        return _bare(folder, "CONTROLLER_INIT")
+    # Up by its lock, but it does not answer: it begins, it ends, it hangs, or it runs where we cannot ask it.
+    try:
+        elsewhere(folder)
+    except ConfigError as failure:
+        return _bare(folder, "CONTROLLER_INIT", str(failure))
+    return _bare(folder, "CONTROLLER_INIT")
+
+
+def _bare(folder: ServiceFolder, word: str, reason: str = "") -> Snapshot:
+    return Snapshot(ServiceRow(folder.name, "-", word, None, "", "-", 0, 0, 0, 0, reason=reason))
+
+
+def warn(failures: Iterable[ConfigError]) -> None:
+    """Tells of what is wrong beside what was done."""
+    for failure in failures:
+        print(f"groundserve: {failure}", file=sys.stderr)
+
+
+def _of_a_stranger() -> list[Snapshot]:
+    """The balancer at GROUNDSERVE_ADMIN or the default address, if one answers there."""
+    snapshot = _answered(os.environ.get(STRANGER, _DEFAULT_ADMIN).rstrip("/"))
+    return [] if snapshot is None else [snapshot]
+
+
+def _answered(admin: str) -> Snapshot | None:
+    """What the balancer at this admin port says; None where none answers."""
+    try:
+        answer = httpx.get(f"{admin}/status", timeout=5, trust_env=False)
+        return Snapshot.from_json(answer.raise_for_status().json())
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+        return None

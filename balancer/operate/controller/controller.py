@@ -1,0 +1,296 @@
+"""Keeps a service as it is wanted: looks at it, decides by plan.py, acts through an engine, tells the balancer."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from balancer.contract.status import Snapshot
+from balancer.errors import ConfigError
+from balancer.operate.controller import plan
+from balancer.operate.controller.plan import Action, Drain, Forget, Replace, Replica, Stage, Start, Stop
+from balancer.operate.controller.readiness import Readiness
+from balancer.operate.controller.report import Report
+from balancer.operate.controller.rollout import Mode
+from balancer.operate.controller.traffic import Traffic
+from balancer.operate.controller.wanted import Outcome, Wanted
+from balancer.operate.engines.balancer_handle import Front
+from balancer.operate.engines.engine import CannotStart, Ended, Engine
+from balancer.operate.recipe.recipe import Recipe
+
+# Seconds between two looks when nothing happens; whatever ends is looked at at once.
+_PERIOD = 0.5
+
+
+class Controller:
+    """One service. `run` works until `close` was called and all is down.
+
+    Other methods may be called at any time from the same event loop; they note what is wanted, and `run` does it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        recipe: Recipe,
+        engine: Engine,
+        front: Front,
+        wake: asyncio.Event,
+        say: Callable[[str], None],
+        show: Callable[[Snapshot], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`wake` is set by engine and front when something ended. `say` gets lines for a person, `show` snapshots."""
+        self.name = name
+        self.wanted = Wanted(recipe)
+        self.replicas: dict[int, Replica] = {}
+        self._engine = engine
+        self._front = front
+        self._wake = wake
+        self._say = say
+        self._show = show
+        self._clock = clock
+        self._report = Report(name, lambda: front.endpoint, engine.infra)
+        self.snapshot = self._report.alone([], self.wanted, 0.0)
+        self._traffic = Traffic()
+        self._readiness = Readiness(engine.fields)
+        self._next_id = 1
+        self._condemned: set[int] = set()
+        self._updates: list[asyncio.Future[Outcome]] = []
+        self._is_closing = False
+        self._hurry = asyncio.Event()
+        self._stopping: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Works until closed; then all is down. Raises CannotStart when there can be no balancer."""
+        try:
+            await self._adopt()
+            while not self._is_closing:
+                self._wake.clear()
+                await self._step()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), _PERIOD)
+        finally:
+            await self._end()
+
+    def close(self) -> None:
+        """Ends the service once the answers in flight are finished; called again, at once."""
+        if self._is_closing:
+            self._hurry.set()
+        self._is_closing = True
+        self._wake.set()
+
+    def scale(self, target: int) -> None:
+        """Wants that many replicas from now on, and tries again those given up. Raises ConfigError."""
+        self.wanted.scale(target)
+        for replica in self.replicas.values():
+            if replica.stage is Stage.GIVEN_UP:
+                self._keep(replace(replica, stage=Stage.WAITING, failures=0, start_at=0.0))
+        self._wake.set()
+
+    def replace_replica(self, id: int) -> None:
+        """Drains a replica and ends it; another takes its place. Raises ConfigError when there is none such."""
+        if id not in self.replicas or not self.replicas[id].is_wanted:
+            known = ", ".join(str(replica.id) for replica in self.replicas.values() if replica.is_wanted)
+            raise ConfigError(f"{self.name} has no replica {id}; it has {known or 'none'}")
+        self._condemned.add(id)
+        self._wake.set()
+
+    async def update(self, recipe: Recipe, mode: Mode) -> Outcome:
+        """Wants this version from now on; returns when all is of it, or when it failed and the old one is back.
+
+        Raises ConfigError when it cannot come that way.
+        """
+        before = self.wanted.serving
+        self.wanted.update(recipe, mode)
+        if self.wanted.coming is None:
+            # The same processes serve: only what the balancer does with them is new.
+            for replica in self.replicas.values():
+                if replica.version == before.version:
+                    self._keep(replace(replica, version=recipe.version))
+            await self._front.renew(recipe)
+            self._wake.set()
+            return Outcome(recipe.version)
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._updates.append(outcome)
+        self._wake.set()
+        return await outcome
+
+    async def _adopt(self) -> None:
+        """Goes on with the replicas that an earlier controller left running."""
+        found = await self._engine.found()
+        if not found:
+            return
+        self.wanted.adopt(found)
+        now = self._clock()
+        for one in found:
+            launched_at = now - one.launched_seconds
+            self._keep(Replica(one.id, one.version, Stage.RUNNING, launched_at, was_ready=True))
+        self._next_id = max(one.id for one in found) + 1
+        self._say(f"{self.name}: found {len(found)} of its replicas running")
+
+    async def _step(self) -> None:
+        await self._front.keep_up()
+        for over in self._engine.ended():
+            self._lost(over)
+        await self._tell()
+        await self._look_at_hidden()
+        now = self._clock()
+        counts, outcome = self.wanted.counts(self.replicas.values(), self._traffic.take(), now)
+        if outcome is not None:
+            await self._updated(outcome)
+        timeout = self.wanted.serving.spec.settings.drain_timeout
+        actions = plan.decide(self.replicas.values(), counts, self._next_id, now, timeout, self._condemned)
+        self._condemned.clear()
+        # A drain that a balancer forgot, because it is a new process, is told again.
+        for replica in self.replicas.values():
+            if replica.stage is Stage.DRAINING and replica.status not in ("DRAINING", "SHUTTING_DOWN", ""):
+                await self._front.drain(replica.id)
+        if self._front.is_leaving:
+            actions = [action for action in actions if not isinstance(action, Stop)]
+        if actions:
+            await asyncio.gather(*(self._act(action) for action in actions))
+            await self._tell()
+
+    async def _act(self, action: Action) -> None:
+        match action:
+            case Start(id, version):
+                await self._start(id, version)
+            case Drain(id) if self.replicas[id].stage is Stage.RUNNING:
+                self._keep(plan.drained(self.replicas[id], self._clock()))
+                await self._front.drain(id)
+            case Drain(id):
+                # It is being ended already, only to start again: now it is not to.
+                self._keep(replace(self.replicas[id], stage=Stage.STOPPING))
+            case Forget(id):
+                self._forget(id)
+            case Stop(id):
+                self._keep(replace(self.replicas[id], stage=Stage.STOPPING))
+                self._stop(id, None)
+            case Replace(id, reason):
+                self._keep(replace(self.replicas[id], stage=Stage.REPLACING, reason=reason))
+                self._stop(id, reason)
+
+    async def _start(self, id: int, version: int) -> None:
+        if id not in self.replicas:
+            self._next_id = max(self._next_id, id + 1)
+            self._keep(Replica(id, version))
+        self._keep(plan.started(self.replicas[id], self._clock()))
+        try:
+            await self._engine.start(id, self.wanted.recipes[version])
+        except CannotStart as failure:
+            self._lost(Ended(id, str(failure)))
+
+    def _stop(self, id: int, reason: str | None) -> None:
+        """Ends a replica's process without waiting for it; `reason`: it starts again afterwards."""
+
+        async def stop() -> None:
+            await self._engine.stop(id, self.wanted.serving.spec.operation.stop_grace)
+            if reason is None:
+                self._forget(id)
+            else:
+                self._lost(Ended(id, reason))
+            self._wake.set()
+
+        task = asyncio.create_task(stop())
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+    def _lost(self, over: Ended) -> None:
+        id = over.id
+        replica = self.replicas.get(id)
+        if replica is None:
+            return
+        if not replica.is_wanted:
+            self._forget(id)
+            return
+        now = self._clock()
+        operation = self.wanted.recipes[replica.version].spec.operation
+        changed = plan.ended(replica, over, now, operation)
+        self._keep(changed)
+        if changed.stage is Stage.GIVEN_UP:
+            self._say(f"{self.name}-{id} is given up: {over.reason}")
+        elif not changed.waits_for_gpu:
+            self._say(f"{self.name}-{id} ended, starts again in {changed.start_at - now:.3g} s: {over.reason}")
+        elif not replica.waits_for_gpu:
+            self._say(f"{self.name}-{id} waits for a GPU: {over.reason}")
+
+    async def _updated(self, outcome: Outcome) -> None:
+        if outcome.failure:
+            self._say(f"{self.name} stays at version {self.wanted.serving.version}: {outcome.failure}")
+        else:
+            self._say(f"{self.name} is at version {outcome.version}")
+            await self._front.renew(self.wanted.serving)
+        for waiting in self._updates:
+            waiting.set_result(outcome)
+        self._updates.clear()
+
+    async def _look_at_hidden(self) -> None:
+        """Asks the replicas that the balancer must not know yet whether they are ready."""
+        coming = self.wanted.coming
+        if coming is None or self.wanted.hidden is None:
+            return
+        endpoints = {running.id: running.endpoint for running in self._engine.running()}
+        asked = [r for r in self.replicas.values() if r.version == coming.version and r.stage is Stage.RUNNING]
+        answers = await asyncio.gather(
+            *(self._readiness.ask(endpoints.get(replica.id), coming.readiness_probe) for replica in asked)
+        )
+        for replica, is_ready in zip(asked, answers, strict=True):
+            status = "READY" if is_ready else "STARTING"
+            self._keep(plan.observed(replica, status, 0, self._clock(), coming.spec.operation))
+
+    async def _tell(self) -> None:
+        """Gives the balancer the list, and takes what it says of each replica."""
+        if self._is_closing:
+            word, reason = "SHUTTING_DOWN", ""
+        elif plan.is_hopeless(self.replicas.values(), self.wanted.target):
+            word, reason = "FAILED", next((r.reason for r in self.replicas.values() if r.reason), "")
+        else:
+            word, reason = "", ""
+        now = self._clock()
+        self._report.noted(self._engine.running(), self.replicas.keys())
+        listing = self._report.listing(self.replicas.values(), self.wanted, now)
+        snapshot = await self._front.tell(self._report.service(self.wanted, word, reason), listing)
+        if snapshot is None:
+            if not self._front.has_answered:
+                self.snapshot = self._report.alone(self.replicas.values(), self.wanted, now)
+                self._show(self.snapshot)
+            return
+        self._traffic.note(snapshot)
+        for row in snapshot.replicas:
+            replica = self.replicas.get(row.id)
+            if replica is not None and replica.stage in (Stage.RUNNING, Stage.DRAINING):
+                operation = self.wanted.recipes[replica.version].spec.operation
+                self._keep(plan.observed(replica, row.status, row.in_flight, now, operation))
+        self.snapshot = self._report.shown(snapshot, self.replicas.values(), self.wanted, now)
+        self._show(self.snapshot)
+
+    async def _end(self) -> None:
+        """Balancer first, so that nobody is cut off; then the replicas, which have nothing left to do."""
+        self._is_closing = True
+        for waiting in self._updates:
+            waiting.set_result(Outcome(0, "it was taken down"))
+        self._updates.clear()
+        await self._tell()
+        await self._front.stop(self._hurry)
+        await self._readiness.close()
+        ids = [running.id for running in self._engine.running()]
+
+        async def stop_all(grace: float) -> None:
+            await asyncio.gather(*(self._engine.stop(id, grace) for id in ids))
+
+        async def hurry() -> None:
+            await self._hurry.wait()
+            await stop_all(0.0)
+
+        hurrying = asyncio.create_task(hurry())
+        await stop_all(self.wanted.serving.spec.operation.stop_grace)
+        hurrying.cancel()
+        await asyncio.gather(*self._stopping)
+        await self._engine.close()
+
+    def _keep(self, replica: Replica) -> None:
+        self.replicas[replica.id] = replica
+
+    def _forget(self, id: int) -> None:
+        self.replicas.pop(id, None)

@@ -1,0 +1,194 @@
+"""What to do next with each replica: start, drain, stop, wait, give up. Pure: the clock is passed in, seconds."""
+
+import enum
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from balancer.operate.engines.engine import Ended
+from balancer.spec.schema import Operation
+
+# The balancer's words for a replica that will not become ready any more.
+UNUSABLE = ("FAILED_INITIAL_DELAY", "FAILED_PROBING")
+
+# A replica that was never ready is given up after this many starts: loading a model only to fail takes minutes.
+FIRST_STARTS = 3
+# Seconds between two tries to lease a GPU; each try waits a little, too (recipe.py).
+GPU_INTERVAL = 2.0
+
+
+class Stage(enum.Enum):
+    """Where a replica is in its life, as its engine knows it."""
+
+    WAITING = "its next start is due at start_at"
+    RUNNING = "its process runs"
+    DRAINING = "it runs, gets no new requests, and finishes what it has"
+    STOPPING = "it was told to end, for good"
+    REPLACING = "it was told to end because it is of no use; then it starts again"
+    GIVEN_UP = "it failed too often"
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One replica as the controller knows it. Times are on the controller's clock."""
+
+    id: int
+    version: int
+    stage: Stage = Stage.WAITING
+    # When its present process was started, or its last one if none runs.
+    launched_at: float = 0.0
+    start_at: float = 0.0
+    drained_at: float = 0.0
+    # The balancer's word for it and its requests in flight; empty while the balancer does not know it.
+    status: str = ""
+    in_flight: int = 0
+    ready_since: float | None = None
+    was_ready: bool = False
+    # Lives in a row that ended before the replica was ready for `stable_after`.
+    failures: int = 0
+    restarts: int = 0
+    # Why its last life ended.
+    reason: str = ""
+    # It ended because others hold all GPUs that would do; until it is ready, or ends for another reason.
+    waits_for_gpu: bool = False
+
+    @property
+    def is_wanted(self) -> bool:
+        """Does it count towards the number that is wanted?"""
+        return self.stage not in (Stage.DRAINING, Stage.STOPPING)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start the replica with this number, which is new or waiting."""
+
+    id: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End a replica for good."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """End a replica that became unusable; it counts as a failure and starts again."""
+
+    id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop a replica that has no process."""
+
+    id: int
+
+
+Action = Start | Drain | Stop | Replace | Forget
+
+
+def backoff(failures: int, operation: Operation) -> float:
+    """Seconds to wait before the next start after that many failures in a row."""
+    # A float cannot hold 2.0 ** 1024.
+    return min(operation.max_restart_backoff, operation.restart_backoff * 2.0 ** min(failures - 1, 32))
+
+
+def started(replica: Replica, now: float) -> Replica:
+    restarts = replica.restarts + (replica.failures > 0 or replica.was_ready)
+    return replace(replica, stage=Stage.RUNNING, launched_at=now, restarts=restarts, status="", ready_since=None)
+
+
+def ended(replica: Replica, over: Ended, now: float, operation: Operation) -> Replica:
+    """The replica after its process ended unasked: waiting for its next start, or given up."""
+    changed = replace(
+        replica, reason=over.reason, status="", in_flight=0, ready_since=None, waits_for_gpu=over.waits_for_gpu
+    )
+    if over.waits_for_gpu:
+        return replace(changed, stage=Stage.WAITING, start_at=now + GPU_INTERVAL)
+    failures = replica.failures + 1
+    changed = replace(changed, failures=failures)
+    limit = operation.restart_limit if replica.was_ready else min(FIRST_STARTS, operation.restart_limit)
+    if failures >= limit or (over.is_hopeless and not replica.was_ready):
+        return replace(changed, stage=Stage.GIVEN_UP)
+    return replace(changed, stage=Stage.WAITING, start_at=now + backoff(failures, operation))
+
+
+def drained(replica: Replica, now: float) -> Replica:
+    return replace(replica, stage=Stage.DRAINING, drained_at=now)
+
+
+def observed(replica: Replica, status: str, in_flight: int, now: float, operation: Operation) -> Replica:
+    """The replica with what the balancer says of it. Being ready long enough wipes out earlier failures."""
+    is_ready = status == "READY"
+    since = (replica.ready_since if replica.ready_since is not None else now) if is_ready else None
+    is_stable = since is not None and now - since >= operation.stable_after
+    return replace(
+        replica,
+        status=status,
+        in_flight=in_flight,
+        ready_since=since,
+        was_ready=replica.was_ready or is_ready,
+        failures=0 if is_stable else replica.failures,
+        reason="" if is_ready else replica.reason,
+        waits_for_gpu=replica.waits_for_gpu and not is_ready,
+    )
+
+
+def decide(
+    replicas: Iterable[Replica],
+    wanted: Mapping[int, int],
+    next_id: int,
+    now: float,
+    drain_timeout: float,
+    condemned: Collection[int] = (),
+) -> list[Action]:
+    """The actions that bring the replicas nearer to `wanted`: how many of which version; one a replica at most.
+
+    `next_id` is free. `condemned` are replicas that go in any case; others take their places.
+    """
+    replicas = list(replicas)
+    actions: list[Action] = []
+    for replica in replicas:
+        if replica.stage is Stage.RUNNING and replica.status in UNUSABLE:
+            actions.append(Replace(replica.id, f"it was {replica.status}"))
+        elif replica.stage is Stage.DRAINING:
+            # SHUTTING_DOWN: it knows of the drain and nothing is in flight. Empty: it never knew the replica.
+            is_idle = replica.status in ("SHUTTING_DOWN", "")
+            if is_idle or now - replica.drained_at > drain_timeout:
+                actions.append(Stop(replica.id))
+    for version in sorted({replica.version for replica in replicas} | wanted.keys()):
+        mine = [replica for replica in replicas if replica.version == version and replica.is_wanted]
+        victims = [replica for replica in mine if replica.id in condemned]
+        mine = [replica for replica in mine if replica.id not in condemned]
+        surplus = len(mine) - wanted.get(version, 0)
+        victims += sorted(mine, key=_usefulness)[: max(0, surplus)]
+        for victim in victims:
+            if victim in mine:
+                mine.remove(victim)
+            has_process = victim.stage in (Stage.RUNNING, Stage.REPLACING)
+            actions.append(Drain(victim.id) if has_process else Forget(victim.id))
+        actions += [Start(r.id, version) for r in mine if r.stage is Stage.WAITING and r.start_at <= now]
+        for _ in range(-surplus):
+            actions.append(Start(next_id, version))
+            next_id += 1
+    dropped = {action.id for action in actions if isinstance(action, Drain | Forget)}
+    return [action for action in actions if not (isinstance(action, Replace) and action.id in dropped)]
+
+
+def _usefulness(replica: Replica) -> tuple[bool, bool, int, int]:
+    """The smallest goes first: without a process, then not ready, then the least busy, then the youngest."""
+    return replica.stage is Stage.RUNNING, replica.status == "READY", replica.in_flight, -replica.id
+
+
+def is_hopeless(replicas: Iterable[Replica], total: int) -> bool:
+    """Has every replica that is wanted been given up?"""
+    mine = [replica for replica in replicas if replica.is_wanted]
+    return bool(mine) and total > 0 and all(replica.stage is Stage.GIVEN_UP for replica in mine)

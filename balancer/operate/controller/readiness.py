@@ -1,0 +1,34 @@
+"""Asks a replica the service's readiness question, for replicas that the balancer must not know yet."""
+
+from collections.abc import Mapping
+
+import httpx
+
+from balancer.spec.settings import ReadinessProbe
+
+
+class Readiness:
+    """`fields` are headers that go with each question, unless the probe has others of that name."""
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        self._client = httpx.AsyncClient(headers=dict(fields), trust_env=False)
+
+    async def ask(self, endpoint: str | None, probe: ReadinessProbe) -> bool:
+        """Does it answer 200 now?"""
+        if endpoint is None:
+            return False
+        method = "GET" if probe.post_data is None else "POST"
+        try:
+            answer = await self._client.request(
+                method,
+                f"{endpoint}{probe.path}",
+                json=probe.post_data,
+                headers=probe.headers,
+                timeout=probe.timeout_seconds,
+            )
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == 200
+
+    async def close(self) -> None:
+        await self._client.aclose()

@@ -1,0 +1,32 @@
+"""What is asked of a service, from one of the balancer's snapshots to the next."""
+
+from balancer.contract.status import Snapshot
+from balancer.operate.controller.wanted import Load
+
+
+class Traffic:
+    """What arrived between two looks, served or not: generating requests, each once, as they came through the door."""
+
+    def __init__(self) -> None:
+        self._arrived: int | None = None  # the balancer's totals as last seen
+        self._turned_away = 0
+        self._load = Load()
+
+    def note(self, snapshot: Snapshot) -> None:
+        service = snapshot.service
+        before = service.arrived_total if self._arrived is None else self._arrived
+        if service.arrived_total < before:  # a balancer that started anew counts from 0 again
+            before = self._turned_away = 0
+        self._load = Load(
+            self._load.arrived + service.arrived_total - before,
+            service.generating,
+            service.generating_queued,
+            self._load.turned_away
+            + max(0, service.turned_away_total - self._turned_away) * (self._arrived is not None),
+        )
+        self._arrived, self._turned_away = service.arrived_total, service.turned_away_total
+
+    def take(self) -> Load:
+        """The load since the last call."""
+        load, self._load = self._load, Load(0, self._load.in_flight, self._load.queued)
+        return load

@@ -1,0 +1,171 @@
+"""How many replicas of which version are wanted: as scaled, as the load asks, as an update is under way.
+
+No process and no socket: the controller asks, with its clock.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from balancer.errors import ConfigError
+from balancer.operate.controller import rollout
+from balancer.operate.controller.autoscale import Autoscaler, rule_for
+from balancer.operate.controller.plan import Replica
+from balancer.operate.controller.rollout import Mode, Verdict
+from balancer.operate.engines.engine import Found
+from balancer.operate.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Generating requests: those that came since the last look, those at replicas, those that wait for one.
+
+    `turned_away` are those refused since the last look because all was full.
+    """
+
+    arrived: int = 0
+    in_flight: int = 0
+    queued: int = 0
+    turned_away: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an update ended; `failure` is empty when it went well."""
+
+    version: int
+    failure: str = ""
+
+
+class Wanted:
+    """The number wanted, the version that serves, and the version that is on its way, if one is."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipes = {recipe.version: recipe}
+        self.target = recipe.spec.min_replicas
+        self.serving = recipe
+        self.coming: Recipe | None = None
+        self._mode: Mode = "rolling"
+        self._is_switched = False
+        self._autoscaler = _autoscaler(recipe)
+
+    @property
+    def newest(self) -> Recipe:
+        return self.coming or self.serving
+
+    @property
+    def is_asleep(self) -> bool:
+        """Are there no replicas only because nobody asks for anything?"""
+        return self.target == 0 and self._autoscaler is not None
+
+    @property
+    def hidden(self) -> int | None:
+        """The version whose replicas get no requests yet."""
+        if self.coming is None or self._mode == "rolling" or self._is_switched:
+            return None
+        return self.coming.version
+
+    def adopt(self, found: Collection[Found]) -> None:
+        """Begins where an earlier controller ended: with its versions, and on to our own where theirs is another.
+
+        How the others were started is not known any more; should one of them end meanwhile, it comes back as ours.
+        """
+        ours, digest = self.serving, self.serving.digest
+        alike = {one.version for one in found if one.digest == digest}
+        others = {one.version for one in found} - alike
+        for version in others:
+            self.recipes[version] = replace(ours, version=version)
+        newest = max(alike | others)
+        version = newest if newest in alike else newest + 1
+        ours = self.recipes[version] = replace(ours, version=version)
+        if others:
+            self.serving, self.coming = self.recipes[max(others)], ours
+        else:
+            self.serving = ours
+
+    def scale(self, target: int) -> None:
+        """Raises ConfigError where the load decides, or the machine or the script cannot have so many."""
+        recipe = self.newest
+        name, policy = recipe.spec.name, recipe.spec.service.replica_policy
+        if policy is not None and recipe.spec.autoscales:
+            most = "as many as fit" if policy.max_replicas is None else policy.max_replicas
+            raise ConfigError(
+                f"{name} scales with its load, {policy.min_replicas} to {most}: "
+                "change its replica_policy with groundserve update"
+            )
+        if recipe.fixed_port is not None and target > 1:
+            raise ConfigError(f"{name} listens on port {recipe.fixed_port} only: it can have one replica")
+        if recipe.fits is not None and target > recipe.fits:
+            raise ConfigError(f"{name} with {target} replicas does not fit: this machine holds {recipe.fits}")
+        self.target = target
+
+    def update(self, recipe: Recipe, mode: Mode) -> None:
+        """Wants this version from now on; raises ConfigError when it cannot come that way."""
+        if self.coming is not None:
+            raise ConfigError(f"{recipe.spec.name} is being updated to version {self.coming.version}: wait for its end")
+        total = self.target if recipe.spec.autoscales else recipe.spec.min_replicas
+        has_new_probe = recipe.readiness_probe != self.serving.readiness_probe and not recipe.starts_like(self.serving)
+        obstacle = self._obstacle(recipe, 2 * total)
+        if has_new_probe and obstacle:
+            raise ConfigError(
+                f"replicas and readiness_probe change together, and {obstacle}: update with the new readiness_probe "
+                "alone first, or take the service down and up again"
+            )
+        if mode == "blue_green" and obstacle:
+            raise ConfigError(f"{obstacle}: use --mode rolling")
+        if mode == "rolling" and has_new_probe:
+            raise ConfigError("replicas and readiness_probe change together: use --mode blue_green")
+        self.recipes[recipe.version] = recipe
+        self._autoscaler = _autoscaler(recipe)
+        self.target = total
+        if recipe.starts_like(self.serving):
+            self.serving = recipe
+        else:
+            self.coming, self._mode, self._is_switched = recipe, mode, False
+
+    def _obstacle(self, recipe: Recipe, total: int) -> str:
+        """Why that many replicas, of both versions, cannot be side by side; empty where they can."""
+        if recipe.fits is not None and recipe.fits < total:
+            wants = f"blue_green wants both versions side by side, {total} replicas"
+            return f"{wants}, and this machine holds {recipe.fits}"
+        if recipe.fixed_port is not None and recipe.fixed_port == self.serving.fixed_port:
+            return f"both versions would listen on port {recipe.fixed_port}"
+        return ""
+
+    def counts(self, replicas: Collection[Replica], load: Load, now: float) -> tuple[Mapping[int, int], Outcome | None]:
+        """How many of each version to have now; and how an update ended, once, when it did."""
+        # What no replica is of any more will not be started again.
+        there = {self.serving.version, self.newest.version, *(replica.version for replica in replicas)}
+        self.recipes = {version: recipe for version, recipe in self.recipes.items() if version in there}
+        if self._autoscaler is not None:
+            self.target = self._autoscaler.target(
+                now, self.target, load.arrived, load.in_flight, load.queued, load.turned_away
+            )
+        if self.coming is None:
+            return {self.serving.version: self.target}, None
+        seen = rollout.look(self._mode, replicas, self.coming.version, self.target, self._surge())
+        if self.hidden is not None and seen.old == 0:
+            # Ready by our own asking: now the balancer has to find them so, before the old ones may go.
+            self._is_switched = True
+            return {self.serving.version: self.target, self.coming.version: self.target}, None
+        counts = {self.serving.version: seen.old, self.coming.version: seen.new}
+        if seen.verdict is Verdict.GOING:
+            return counts, None
+        outcome = Outcome(self.coming.version, seen.reason)
+        if seen.verdict is Verdict.DONE:
+            self.serving = self.coming
+        else:
+            self._autoscaler = _autoscaler(self.serving)
+        self.coming = None
+        return counts, outcome
+
+    def _surge(self) -> int:
+        """How many replicas there may be beyond the number wanted: what is free, one where nobody counts."""
+        assert self.coming is not None
+        if self.coming.fixed_port is not None and self.coming.fixed_port == self.serving.fixed_port:
+            return 0
+        return 1 if self.coming.fits is None else max(0, self.coming.fits - self.target)
+
+
+def _autoscaler(recipe: Recipe) -> Autoscaler | None:
+    rule = rule_for(recipe.spec, recipe.fits, recipe.resources)
+    return None if rule is None else Autoscaler(rule)

@@ -1,0 +1,93 @@
+"""The balancer in front of a service's replicas, as the controller needs it: kept up, told of the replicas, asked."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from balancer.contract.status import Snapshot
+from balancer.operate.recipe.recipe import Recipe
+from balancer.operate.state.keys import bearing
+
+# It answers from memory; more than this on loopback means that it hangs.
+_TIMEOUT = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the balancer listens, HOST:PORT each, and who may come in: all, or whoever has a key of that file.
+
+    `admin_key` is the file with the key for changes on the admin port; None: one of the service's own.
+    """
+
+    listen: str
+    admin: str
+    is_open: bool = False
+    api_keys: str | None = None
+    admin_key: str | None = None
+
+    def endpoint(self, recipe: Recipe) -> str:
+        return f"{'http' if recipe.spec.tls is None else 'https'}://{self.listen}"
+
+
+class Front(ABC):
+    """One balancer at a fixed endpoint, known by what it answers to the list of replicas."""
+
+    def __init__(self, admin: str, key_file: Path, key: str) -> None:
+        """`admin` is the admin port's HOST:PORT; its key lies in `key_file`, so that no other balancer listens to us
+        should it ever have that port.
+        """
+        self.key_file = key_file
+        self.has_answered = False
+        self._client = httpx.AsyncClient(
+            base_url=f"http://{admin}", headers=bearing(key), trust_env=False, timeout=_TIMEOUT
+        )
+
+    @property
+    @abstractmethod
+    def endpoint(self) -> str:
+        """Where clients find it, as a URL."""
+
+    @property
+    @abstractmethod
+    def is_leaving(self) -> bool:
+        """Does an earlier process still finish the answers that it began? It alone knows which replicas they need."""
+
+    @abstractmethod
+    async def keep_up(self) -> None:
+        """Starts it where it does not run; raises CannotStart when it never will."""
+
+    @abstractmethod
+    async def renew(self, recipe: Recipe) -> None:
+        """Has it do as this recipe says: policy, limits and probe while requests go on; a certificate's place anew."""
+
+    @abstractmethod
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """Returns when it is gone: once every answer in flight is finished, or at once when `hurry` is set."""
+
+    async def tell(self, service: dict[str, Any], replicas: list[dict[str, Any]]) -> Snapshot | None:
+        """Hands over the whole list of replicas; what the balancer makes of it, or None while it does not answer."""
+        try:
+            answer = await self._client.put("/replicas", json={"service": service, "replicas": replicas})
+            answer.raise_for_status()
+            snapshot = Snapshot.from_json(answer.json())
+        except (httpx.HTTPError, ValueError):
+            return None
+        self.has_answered = True
+        return snapshot
+
+    async def drain(self, id: int) -> bool:
+        """Whether the balancer took note of it."""
+        try:
+            return (await self._client.post(f"/replicas/{id}/drain")).is_success
+        except httpx.HTTPError:
+            return False
+
+
+def told(recipe: Recipe) -> str:
+    """The service file that the balancer gets of a recipe."""
+    # There is no other load balancer in front that has to notice first that this one leaves.
+    return recipe.spec.for_balancer(recipe.readiness_probe, {"drain_grace": 0})

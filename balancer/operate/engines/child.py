@@ -1,0 +1,88 @@
+"""One child process with a log, on a leash: asked to end, made to end, and gone when we are gone."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from balancer.operate.engines.engine import CannotStart
+from balancer.operate.recipe.recipe import Command
+
+_LEASH = str(Path(__file__).with_name("leash.py"))
+
+
+class Child:
+    """`code` is None while it runs; then 0, the exit code, or 128 + the signal that ended it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path, on_end: Callable[[], None]) -> None:
+        self.log = log
+        self._process = process
+        self._watch = asyncio.create_task(self._wait(on_end))
+
+    @classmethod
+    async def start(cls, command: Command, log: Path, on_end: Callable[[], None]) -> "Child":
+        """Starts the command, its output appended to `log`, which the leash keeps from growing for ever.
+
+        `log` is an absolute path; `on_end` is called when it ended. Raises CannotStart.
+        """
+        leash = (sys.executable, "-I", "-S", _LEASH, str(os.getpid()), f"--log={log}")
+        try:
+            with log.open("ab") as output:  # what the leash itself has to say
+                process = await asyncio.create_subprocess_exec(
+                    *leash,
+                    *command.argv,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=asyncio.subprocess.STDOUT,
+                    cwd=command.workdir,
+                    env={**os.environ, **command.envs},
+                    # Ctrl-C at our terminal is ours to act on, in order.
+                    start_new_session=True,
+                )
+        except OSError as failure:
+            raise CannotStart(f"{failure.filename or log}: {failure.strerror}") from None
+        return cls(process, log, on_end)
+
+    @property
+    def code(self) -> int | None:
+        code = self._process.returncode
+        return code if code is None or code >= 0 else 128 - code
+
+    async def stop(self, grace: float | None) -> None:
+        """Returns when it is gone with all that it started: SIGTERM, and after `grace` seconds, if any, SIGKILL."""
+        self.signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(asyncio.shield(self._watch), grace)
+        except TimeoutError:
+            await self.kill()
+
+    async def kill(self) -> None:
+        self.signal(signal.SIGHUP)
+        await self._watch
+
+    async def ended(self) -> None:
+        """Returns when it is gone."""
+        await asyncio.shield(self._watch)
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    async def _wait(self, on_end: Callable[[], None]) -> None:
+        await self._process.wait()
+        on_end()
+
+
+def tail(log: Path, lines: int) -> list[str]:
+    """The last lines of a log that are not blank; none while there is no log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 64 * 1024))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]

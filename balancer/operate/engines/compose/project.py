@@ -1,0 +1,184 @@
+"""One Compose project, driven as a person drives it: by `docker compose` and `docker`, never by their sockets."""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from balancer.errors import ConfigError
+from balancer.inherited import tell
+from balancer.operate.engines.child import Child
+from balancer.operate.engines.engine import CannotStart
+from balancer.operate.recipe.recipe import Command
+
+# The checkout: compose.yaml builds its images from it.
+ROOT = Path(__file__).resolve().parents[4]
+_SERVICE = "com.docker.compose.service"
+_PROJECT = "com.docker.compose.project"
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """One container as `docker inspect` told it. `address` is empty while it has none; `age` is in seconds."""
+
+    id: str
+    labels: Mapping[str, str]
+    address: str
+    is_running: bool
+    exit_code: int
+    restarts: int
+    age: float
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Container":
+        state = facts["State"]
+        networks = facts["NetworkSettings"]["Networks"].values()
+        started = re.sub(r"(\.\d{6})\d*", r"\1", state["StartedAt"].replace("Z", "+00:00"))
+        return cls(
+            facts["Id"],
+            facts["Config"]["Labels"] or {},
+            next((network["IPAddress"] for network in networks if network["IPAddress"]), ""),
+            state["Running"],
+            state["ExitCode"],
+            facts["RestartCount"],
+            max(0.0, (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds()),
+        )
+
+
+class Project:
+    """`files` are compose files, the first one the project's own; `environ` is what they take from the environment."""
+
+    def __init__(self, service: str, files: Sequence[Path], environ: Mapping[str, str]) -> None:
+        self.name = name_of(service)
+        self._files = tuple(files)
+        self._environ = {**os.environ, **environ}
+
+    def command(self, *arguments: str, overlays: Sequence[Path] = ()) -> list[str]:
+        files = [part for file in (*self._files, *overlays) for part in ("-f", str(file))]
+        return ["docker", "compose", "-p", self.name, "--project-directory", str(ROOT), *files, *arguments]
+
+    def build_what_is_missing(self) -> None:
+        """Builds the images that are not there, and shows it; raises ConfigError. Blocks, for minutes perhaps."""
+        listed = subprocess.run(
+            self.command("config", "--images"), env=self._environ, capture_output=True, text=True, check=False
+        )
+        if listed.returncode != 0:
+            raise ConfigError(_last_line(listed.stderr))
+        for image in sorted(set(listed.stdout.split())):
+            is_there = subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False)
+            if is_there.returncode != 0:
+                tell(sys.stdout, f"building {image}")
+                if subprocess.run(self.command("build"), env=self._environ, check=False).returncode != 0:
+                    raise ConfigError(f"{image} could not be built: see above")
+                return
+
+    async def compose(self, *arguments: str, overlays: Sequence[Path] = ()) -> str:
+        """What `docker compose` printed; raises CannotStart with its last line."""
+        return await _run(self.command(*arguments, overlays=overlays), self._environ)
+
+    async def docker(self, *arguments: str) -> str:
+        """What `docker` printed; raises CannotStart with its last line."""
+        return await _run(["docker", *arguments], self._environ)
+
+    async def containers(self, service: str) -> list[Container]:
+        """Those of one of the project's services, the ended ones too."""
+        labels = [f"label={_PROJECT}={self.name}", f"label={_SERVICE}={service}"]
+        ids = await self.docker("ps", "-aq", "--no-trunc", *(part for one in labels for part in ("--filter", one)))
+        found = [await self.inspect(id) for id in ids.split()]
+        return [container for container in found if container is not None]
+
+    async def inspect(self, id: str) -> Container | None:
+        """None when there is no such container."""
+        try:
+            return Container.of(json.loads(await self.docker("inspect", id))[0])
+        except CannotStart:
+            return None
+
+    async def follow(self, id: str, log: Path) -> Container | None:
+        """Appends what the container prints to `log` until it ends; what it is then, None when it is gone."""
+        since: tuple[str, ...] = ()
+        while True:
+            printing = await Child.start(Command(("docker", "logs", "--follow", *since, id), {}, ROOT), log, _nothing)
+            try:
+                await printing.ended()
+            except asyncio.CancelledError:
+                await printing.kill()
+                raise
+            container = await self.inspect(id)
+            if container is None or not container.is_running:
+                return container
+            since = ("--since", "0s")  # the engine was restarted under it, or restarted it
+            await asyncio.sleep(1)
+
+
+def name_of(service: str) -> str:
+    """Compose takes lower case, digits, '-' and '_' only."""
+    return "groundserve-" + re.sub(r"[^a-z0-9_-]", "-", service.lower())
+
+
+def check_engine() -> None:
+    """Raises ConfigError unless a Docker engine with Compose v2 answers and the project's compose.yaml is here."""
+    if not (ROOT / "compose.yaml").is_file():
+        raise ConfigError(
+            "--on compose builds its images from the project's own folder, which this installation has not: run it in "
+            "a clone of groundserve, or use --on local"
+        )
+    if not has_engine():
+        raise ConfigError("no Docker engine with Compose v2 answers: start it, or use --on local")
+
+
+def has_engine() -> bool:
+    try:
+        return all(
+            subprocess.run(["docker", *words], capture_output=True, check=False).returncode == 0
+            for words in (("compose", "version"), ("info",))
+        )
+    except FileNotFoundError:
+        return False
+
+
+def take_down(service: str) -> None:
+    """Stops and removes a service's containers and network when its controller is gone; raises ConfigError."""
+    # From where there is no compose file: the containers' labels say all that is needed.
+    command = ["docker", "compose", "-p", name_of(service), "down", "--remove-orphans"]
+    try:
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    except OSError as failure:
+        raise ConfigError(f"{service}: {command[0]}: {failure.strerror}") from None
+    if done.returncode != 0:
+        raise ConfigError(f"{service}: {_last_line(done.stderr)}")
+
+
+async def _run(command: Sequence[str], environ: Mapping[str, str]) -> str:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=environ,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            # Ctrl-C at our terminal is ours to act on, in order.
+            start_new_session=True,
+        )
+    except OSError as failure:
+        raise CannotStart(f"{command[0]}: {failure.strerror}") from None
+    out, error = await process.communicate()
+    if process.returncode != 0:
+        raise CannotStart(_last_line(error.decode(errors="replace")))
+    return out.decode(errors="replace")
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "docker failed and said nothing"
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,167 @@
+"""Runs one command so that nothing of it outlives whoever started it: `leash.py PARENT_PID [--log=FILE] COMMAND...`.
+
+What tini is for a container, for a process on this host. The leash adopts every process that the command
+leaves behind, and the kernel tells it when its parent dies, however that dies.
+
+SIGTERM and SIGINT go to the command alone, as `docker stop` does it; if it ends by that, what it left
+behind gets SIGTERM too. SIGHUP, also sent by the kernel when the parent dies, kills everything at once. When
+the command ends by itself, whatever it left behind is killed. The exit code is the command's, or 128 + the
+signal that ended it.
+
+With a log, what the command prints comes through a pipe and goes into files that do not grow for ever. All of it: the
+leash ends when the pipe has, whatever became of the command or of our parent.
+
+Started as a file, without site packages, so that it stays at a few megabytes.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+# At the end, so that nothing of ours stands before the standard library.
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+
+from balancer.operate.engines.rotation import RotatedLog
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+CANNOT_EXECUTE = 126
+NOT_FOUND = 127
+
+PIPE_BYTES = 256 << 10  # so that a burst need not wait for us
+# Seconds for the pipe's end once all that we started is gone. A stranger who was handed its other side may keep it.
+LAST_WORDS = 5.0
+
+_OURS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
+
+
+def main(arguments: list[str]) -> int:
+    parent, command = int(arguments[0]), arguments[1:]
+    log = Path(command.pop(0).removeprefix("--log=")) if command[0].startswith("--log=") else None
+    # What the starter ignored (SIGHUP under nohup) would stay ignored, and then not even sigwait() sees it.
+    ignored = {number for number in _OURS if signal.getsignal(number) is signal.SIG_IGN}
+    for number in _OURS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
+    if os.getppid() != parent:
+        return 128 + signal.SIGHUP
+    if log is None:
+        return _hold(_start(command, ignored - {signal.SIGCHLD}))
+    reading, writing = os.pipe()
+    with contextlib.suppress(OSError):  # all pipes of a user may take so much and no more
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    pid = _start(command, ignored - {signal.SIGCHLD}, writing)
+    os.close(writing)
+    keeping = threading.Thread(target=_keep, args=(reading, RotatedLog(log)), daemon=True)
+    keeping.start()
+    code = _hold(pid)
+    keeping.join(LAST_WORDS)
+    return code
+
+
+def _keep(reading: int, log: RotatedLog) -> None:
+    while data := os.read(reading, PIPE_BYTES):
+        log.write(data)
+
+
+def _start(command: list[str], ignored: set[signal.Signals], out: int | None = None) -> int:
+    leash = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    if out is not None:
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+    # Were the leash itself killed, the command has to go with it.
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != leash:
+        os._exit(128 + signal.SIGKILL)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
+    # Python ignores these two for itself, and what is ignored stays ignored in a command that is executed.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], command)
+    except OSError as failure:
+        os.write(2, f"{command[0]}: {failure.strerror}\n".encode())
+        os._exit(NOT_FOUND if isinstance(failure, FileNotFoundError) else CANNOT_EXECUTE)
+
+
+def _hold(pid: int) -> int:
+    code: int | None = None
+    was_asked = False
+    while True:
+        received = signal.sigwait(_OURS)
+        if received == signal.SIGHUP:
+            _kill_all()
+            return 128 + signal.SIGKILL if code is None else code
+        if received in (signal.SIGTERM, signal.SIGINT):
+            was_asked = True
+            _send(received, [pid] if code is None else _descendants())
+        ended, code_now = _reap(pid)
+        if ended:
+            code = code_now
+            if not was_asked:
+                _kill_all()
+            else:
+                _send(signal.SIGTERM, _descendants())
+        if code is not None and not _descendants():
+            return code
+
+
+def _reap(pid: int) -> tuple[bool, int]:
+    """Takes note of all children that ended; whether `pid` was among them, and its exit code."""
+    ended, code = False, 0
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            if found[0] == pid:
+                ended, code = True, os.waitstatus_to_exitcode(found[1])
+    return ended, code if code >= 0 else 128 - code
+
+
+def _kill_all() -> None:
+    # Again and again: a process may fork between the look and the signal.
+    while living := _descendants():
+        _send(signal.SIGKILL, living)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+
+
+def _send(number: int, processes: list[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process, number)
+
+
+def _descendants() -> list[int]:
+    """All living processes below this one. Orphans count: they were handed to us, the subreaper."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                # "PID (NAME) STATE PPID ...": NAME may hold anything, even a parenthesis.
+                state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    children.setdefault(int(parent), []).append(int(entry.name))
+    found = list(children.get(os.getpid(), ()))
+    for process in found:
+        found.extend(children.get(process, ()))
+    return found
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        sys.exit(f"prctl({option}): {os.strerror(ctypes.get_errno())}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

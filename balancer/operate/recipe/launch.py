@@ -1,0 +1,279 @@
+"""The SGLang command inside a `run:` script: found, understood, and left alone when there is more to it.
+
+SkyServe runs `run:` with bash on a machine of its own. Here a script that only starts SGLang becomes
+a replica (`python -m replica`, which leases GPUs and knows this machine); every other is run as it is.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from balancer.operate.recipe.script import Misread, Word, commands
+
+# What the variable for the port is filled in with: each replica has its own, `at_port` puts it there.
+PORT_MARK = "${GROUNDSERVE_PORT}"
+
+# Commands around the server that change nothing for it once `python -m replica` starts it.
+_WITHOUT_EFFECT = {"echo", "printf", "nvidia-smi", "true", ":", "date", "pwd", "ls", "hostname"}
+# Those that prepare what groundserve brings: they are named, and not run.
+_INSTALLERS = {"pip", "pip3", "conda", "mamba", "apt", "apt-get", "ulimit", "sleep"}
+_LOGINS = (("huggingface-cli", "login"), ("hf", "auth"), ("uv", "pip"), ("uv", "sync"), ("uv", "venv"))
+_ACTIVATES = re.compile(r"(.*/)?(activate|conda\.sh|\.?(bashrc|bash_profile|profile))")
+_SECRET_FLAG = re.compile(r"--(.*-)?(key|keys|password|passphrase|secret|token)")
+_PYTHON = re.compile(r"(.*/)?python(3(\.\d+)?)?")
+_SGLANG = re.compile(r"(.*/)?sglang")
+# Flags of Python that change nothing about a server, and flags of `uv run` without and with a value that only choose
+# its environment, which groundserve brings itself.
+_OF_PYTHON = {"-u", "-B", "-s", "-P"}
+_OF_UV = {"--active", "--frozen", "--locked", "--no-sync", "--isolated", "--no-project", "--offline", "--all-extras"}
+_OF_UV |= {"--no-dev", "--exact", "-q", "--quiet", "-v", "--verbose"}
+_OF_UV_WITH_VALUE = {"--with", "--python", "-p", "--project", "--extra", "--group", "--index-url", "--index"}
+# SGLang's flags that are groundserve's to give.
+_OURS = {
+    "--model-path": "model",
+    "--model": "model",
+    "--host": "host",
+    "--port": "port",
+    "--gpus": "gpus",
+    "--tp": "gpus",
+    "--tp-size": "gpus",
+    "--tensor-parallel-size": "gpus",
+}
+# With these it serves nothing.
+_NOT_OURS = {"--help", "-h", "--version"}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a script starts its server: SGLang's model and its other flags, without host and port."""
+
+    model: str
+    flags: tuple[str, ...]
+    # GPUs that one server takes, by its tensor parallel size or --gpus; None: the script does not say.
+    gpus: int | None
+    # What the script sets for it, on top of the service's envs.
+    envs: Mapping[str, str]
+    # Commands of the script that are not run, with keys and tokens replaced by ***.
+    left_out: tuple[str, ...]
+    # The folder that the script goes to first, from the one it is started in.
+    folder: str = ""
+
+    def at_port(self, port: int) -> "Launch":
+        """For a replica on that port, where the script uses it for more than --port."""
+
+        def filled(text: str) -> str:
+            return text.replace(PORT_MARK, str(port))
+
+        envs = {name: filled(value) for name, value in self.envs.items()}
+        return replace(self, model=filled(self.model), flags=tuple(map(filled, self.flags)), envs=envs)
+
+
+def understand(script: str, variables: Mapping[str, str]) -> Launch | None:
+    """The one SGLang command of a bash script, variables filled in; None when there is more to the script."""
+    try:
+        return read(script, variables)
+    except Misread:
+        return None
+
+
+def read(script: str, variables: Mapping[str, str]) -> Launch:
+    """As understand, but raises Misread, which says what stands in the way."""
+    variables, exported = dict(variables), set(variables)
+    exports: dict[str, str] = {}
+    left_out: list[str] = []
+    folder = ""
+    found: Launch | None = None
+    for command in commands(script):
+        assigned, rest = _assignments(command, variables)
+        if not rest:
+            variables |= assigned
+            exports |= {name: value for name, value in assigned.items() if name in exported}
+        elif rest[0].source == "export":
+            for word in rest[1:]:
+                name, value = _exported(word, variables)
+                exported.add(name)
+                if value is not None:
+                    exports[name] = variables[name] = value
+        elif (what := _around(rest)) is _Around.FOLDER:
+            folder = folder if found else _joined(folder, rest, variables)
+        elif what is _Around.LEFT_OUT:
+            left_out.append(_shown(rest))
+        elif what is _Around.SERVER:
+            server, given = _server([field for word in rest for field in word.fields(variables)])
+            if server is None:
+                raise Misread(f"`{rest[0].source}` may have to run too")
+            if found is not None:
+                raise Misread("it starts two servers")
+            found = _launch(*server, {**exports, **assigned, **given}, variables)
+    if found is None:
+        raise Misread("it starts no SGLang")
+    return replace(found, left_out=tuple(left_out), folder=folder)
+
+
+class _Around(Enum):
+    """What a command is to the server: itself, perhaps; where it starts; named and not run; nothing."""
+
+    SERVER = auto()
+    FOLDER = auto()
+    LEFT_OUT = auto()
+    NOTHING = auto()
+
+
+def _around(command: list[Word]) -> _Around:
+    first, second = command[0].source, command[1].source if len(command) > 1 else ""
+    if first == "cd":
+        return _Around.FOLDER
+    if first == "set":
+        if any(word.source in ("-a", "allexport") or re.match("-[a-z]*a", word.source) for word in command):
+            raise Misread("it has `set -a` in it")
+        return _Around.NOTHING
+    if first in _WITHOUT_EFFECT or (first == "conda" and second in ("activate", "deactivate")):
+        return _Around.NOTHING
+    if first in ("source", ".") and _ACTIVATES.fullmatch(second.strip("'\"")):
+        return _Around.NOTHING
+    if first == "sudo":
+        first = second
+    is_pip = bool(_PYTHON.fullmatch(first)) and [word.source for word in command[1:3]] == ["-m", "pip"]
+    if first in _INSTALLERS or (first, second) in _LOGINS or is_pip:
+        return _Around.LEFT_OUT
+    return _Around.SERVER
+
+
+def _exported(word: Word, variables: Mapping[str, str]) -> tuple[str, str | None]:
+    """The name and value of one word after `export`; None where the variable has none."""
+    if name := word.assigned:
+        return name, word.text(variables)[len(name) + 1 :]
+    if not re.fullmatch(r"[A-Za-z_]\w*", word.source):
+        raise Misread("it has an `export` with more than names and values in it")
+    return word.source, variables.get(word.source)
+
+
+def _assignments(command: list[Word], variables: Mapping[str, str]) -> tuple[dict[str, str], list[Word]]:
+    """The NAME=VALUE that a command begins with, and the rest of it."""
+    assigned: dict[str, str] = {}
+    rest = list(command)
+    while rest and (name := rest[0].assigned):
+        assigned[name] = rest.pop(0).text({**variables, **assigned})[len(name) + 1 :]
+    return assigned, rest
+
+
+def _joined(folder: str, command: list[Word], variables: Mapping[str, str]) -> str:
+    """The folder after this `cd`."""
+    where = [field for word in command[1:] for field in word.fields(variables)]
+    if where[:1] == ["--"]:
+        where = where[1:]
+    if len(where) != 1 or where[0].startswith("-") or not where[0]:
+        raise Misread("it has a `cd` with more or less than a folder in it")
+    return os.path.join(folder, where[0])  # noqa: PTH118 - ".." is gone up when the folder is there
+
+
+def _server(words: list[str]) -> tuple[tuple[str, list[str]] | None, dict[str, str]]:
+    """Which program a command starts, "sglang" or "replica", with its arguments; and what is set for it on the way."""
+    given: dict[str, str] = {}
+    while words and words[0] in ("exec", "nohup", "command", "env", "uv"):
+        wrapper, *words = words
+        if wrapper == "env":
+            while words and (found := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", words[0], re.DOTALL)):
+                given[found[1]] = found[2]
+                words = words[1:]
+        elif wrapper == "uv":
+            words = _without_uv(words)
+    if len(words) > 1 and _SGLANG.fullmatch(words[0]) and words[1] == "serve":
+        return ("sglang", _of_serve(words[2:])), given
+    if words and _PYTHON.fullmatch(words[0]):
+        rest = words[1:]
+        while rest and rest[0] in _OF_PYTHON:
+            rest = rest[1:]
+        for module, program in (("sglang.launch_server", "sglang"), ("replica", "replica")):
+            if rest[:2] == ["-m", module]:
+                return (program, rest[2:]), given
+    return None, given
+
+
+def _without_uv(words: list[str]) -> list[str]:
+    """What `uv run` runs; nothing where that cannot be told."""
+    if words[:1] != ["run"]:
+        return []
+    words = words[1:]
+    while words and words[0].startswith("-"):
+        flag, has_value, _ = words[0].partition("=")
+        if flag in ("-m", "--module"):
+            return ["python", "-m", *words[1:]]
+        if flag == "--":
+            return words[1:]
+        if flag in _OF_UV:
+            words = words[1:]
+        elif flag in _OF_UV_WITH_VALUE:
+            words = words[1 if has_value else 2 :]
+        else:
+            return []
+    return words
+
+
+def _of_serve(arguments: list[str]) -> list[str]:
+    """What `sglang serve` hands on to the server: a model that stands first has its flag, --model-type is its own."""
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, has_value, value = word.partition("=")
+        if flag != "--model-type":
+            rest.append(word)
+        elif (value if has_value else next(words, "")) not in ("auto", "llm"):
+            raise Misread("it serves another --model-type than llm")
+    return ["--model-path", *rest] if rest and not rest[0].startswith("-") else rest
+
+
+def _launch(program: str, arguments: list[str], envs: Mapping[str, str], variables: Mapping[str, str]) -> Launch:
+    own, flags = arguments, []
+    has_marker = program == "replica" and "--" in arguments
+    if has_marker:
+        cut = arguments.index("--")
+        own, flags = arguments[:cut], arguments[cut + 1 :]
+    taken: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(own)
+    for word in words:
+        flag, has_value, value = word.partition("=")
+        if flag in _NOT_OURS:
+            raise Misread(f"SGLang is started with {flag}")
+        if name := _ours(flag):
+            taken[name] = value if has_value else next(words, "")
+            if not taken[name]:
+                raise Misread(f"{flag} has no value")
+        else:
+            rest.append(word)
+    if program == "replica" and (rest or (has_marker and not flags)):
+        raise Misread("it gives `python -m replica` more than model, host, port and GPUs")
+    model = taken.get("model") or ({**variables, **envs}.get("MODEL", "") if program == "replica" else "")
+    if not model:
+        raise Misread("it does not say which model to serve")
+    gpus = taken.get("gpus")
+    if gpus is not None and not re.fullmatch("[1-9][0-9]{0,3}", gpus):
+        raise Misread(f"{gpus} is not a number of GPUs")
+    return Launch(model, tuple(flags or rest), int(gpus) if gpus else None, envs, ())
+
+
+def _ours(flag: str) -> str:
+    """What a flag that is groundserve's to give is for; argparse takes the beginnings of long flags too."""
+    if flag in _OURS:
+        return _OURS[flag]
+    meant = {name for known, name in _OURS.items() if len(flag) > 4 and known.startswith(flag) and flag != "--model-"}
+    return meant.pop() if len(meant) == 1 else ""
+
+
+def _shown(command: list[Word]) -> str:
+    return " ".join(masked([word.source for word in command]))
+
+
+def masked(flags: Sequence[str]) -> list[str]:
+    """The flags with the values of keys and tokens replaced by ***, for printing."""
+    shown: list[str] = []
+    hide_next = False
+    for flag in flags:
+        name, has_value, _ = flag.partition("=")
+        is_secret = _SECRET_FLAG.fullmatch(name) is not None
+        shown.append("***" if hide_next else f"{name}=***" if is_secret and has_value else flag)
+        hide_next = is_secret and not has_value
+    return shown

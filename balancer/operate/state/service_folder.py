@@ -1,0 +1,217 @@
+"""The folder of one service under XDG_STATE_HOME: its lock, control socket, logs, keys, and the balancer's file."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from balancer.operate.engines import rotation
+from balancer.operate.state.holder import Holder
+from balancer.operate.state.state_file import BrokenState, broken, read_whole, write_whole
+
+# Seconds for which `claim` tries: whoever only looks (`is_up`) has the lock too, for a few microseconds.
+_CLAIMING = 0.5
+# Logs kept of replicas that are gone: an update or a drain gives new numbers, and nobody reads those of last month.
+_GONE_LOGS = 20
+
+
+class AlreadyUp(Exception):
+    """Another `groundserve up` runs this service."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Where a balancer that outlived its controller listens, HOST:PORT each."""
+
+    listen: str
+    admin: str
+
+
+class ServiceFolder:
+    """Where one service keeps its files. They stay after it went down; only the lock says that it is up."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.name = name
+        self.path = root / name
+        self.socket = self.path / "control.sock"
+        # A folder of its own, because a container is given folders: a file it would go on seeing as it was.
+        self.service_file = self.path / "balancer" / "service.yaml"
+        self.balancer_log = self.path / "balancer.log"
+        self.controller_log = self.path / "controller.log"
+        self.admin_key_file = self.path / "admin.key"
+        self.replica_key_file = self.path / "replica.key"
+        self._lock_file = self.path / "lock"
+        # What outlives its controller says here where it is found; only while it is to be there.
+        self._left_file = self.path / "left.json"
+
+    def claim(self) -> TextIO:
+        """Makes the folder and locks it for as long as the file stays open, however the process ends.
+
+        What the life before logged is set aside, as NAME.log.1. Raises AlreadyUp, and OSError where the folder cannot
+        be used.
+        """
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The control socket in it is as private as the folder.
+        self.path.chmod(0o700)
+        # Not inherited by children (PEP 446): the lock is ours alone.
+        lock = self._lock_file.open("a")
+        try:
+            _lock(lock)
+            self.sign(lock)
+            for log in {rotation.base(path) for path in self.path.glob("*.log*")}:
+                rotation.set_aside(log)
+            self.socket.unlink(missing_ok=True)
+        except BaseException:
+            lock.close()
+            raise
+        return lock
+
+    def sign(self, lock: TextIO) -> None:
+        """Leaves word in the lock of who we are, for `down` to use when nothing else works."""
+        lock.truncate(0)
+        lock.write(Holder.ours().to_text())
+        lock.flush()
+
+    def holder(self) -> Holder | None:
+        """The process that signed the lock, if it still holds it."""
+        return self._signed() if self.is_up() else None
+
+    def is_up(self) -> bool:
+        """Does a `groundserve up` hold the lock now? Raises BrokenState where nobody can tell."""
+        try:
+            with self._lock_file.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        except OSError as failure:
+            raise broken(self._lock_file, failure.strerror) from None
+        return False
+
+    @property
+    def is_left(self) -> bool:
+        """Does the service serve on without its controller? Raises BrokenState."""
+        return os.path.lexists(self._left_file) and not self.is_up()
+
+    @property
+    def left(self) -> Left | None:
+        """Where it serves on without its controller; None where nothing was left. Raises BrokenState."""
+        text = read_whole(self._left_file) if self.is_left else None
+        if text is None:
+            return None
+        try:
+            said = json.loads(text)
+            listen, admin = said["listen"], said["admin"]
+        except (ValueError, TypeError, LookupError):
+            raise self._broken_left("it is not whole") from None
+        if not isinstance(listen, str) or not isinstance(admin, str):
+            raise self._broken_left("it is none of ours")
+        return Left(listen, admin)
+
+    def leave(self, left: Left) -> None:
+        """From now on the service would outlive its controller."""
+        write_whole(self._left_file, json.dumps(asdict(left)))
+
+    def left_nothing(self) -> None:
+        """Raises BrokenState when that cannot be said."""
+        try:
+            self._left_file.unlink(missing_ok=True)
+        except OSError as failure:
+            raise broken(self._left_file, failure.strerror) from None
+
+    def write_service_file(self, text: str) -> Path:
+        """Makes the file anew, whole at any moment, for a balancer that looks at it again and again.
+
+        A readiness probe's headers may hold a key. Other users are kept from it by our own folder's mode; inside a
+        container that is given only the inner folder, its user can read it. Raises BrokenState.
+        """
+        inner = self.service_file.parent
+        try:
+            inner.mkdir(exist_ok=True)
+            inner.chmod(0o755)
+        except OSError as failure:
+            raise broken(inner, failure.strerror) from None
+        write_whole(self.service_file, text, 0o644)
+        return self.service_file
+
+    def replica_log(self, id: int) -> Path:
+        return self.path / f"replica-{id}.log"
+
+    def replica_logs(self) -> list[Path]:
+        """Of all replicas that there were, in order of their numbers."""
+        return [log for _, log in sorted(self._numbered_logs())]
+
+    def trim_replica_logs(self, there: set[int]) -> None:
+        """Removes the logs of replicas that are gone, but for the last ones; `there`: the numbers in use."""
+        gone = sorted((id, log) for id, log in self._numbered_logs() if id not in there)
+        for _, log in gone[:-_GONE_LOGS]:
+            rotation.remove(log)
+
+    def log_files(self, log: Path) -> list[Path]:
+        """The files that this life's part of a log lies in, the oldest first."""
+        signed = self._signed()
+        return rotation.files(log, since=signed.since if signed is not None else 0.0)
+
+    def _numbered_logs(self) -> Iterator[tuple[int, Path]]:
+        for path in self.path.glob("replica-*.log"):
+            number = path.stem.removeprefix("replica-")
+            if number.isdecimal() and path.is_file():
+                yield int(number), path
+
+    def _signed(self) -> Holder | None:
+        try:
+            return Holder.from_text(read_whole(self._lock_file) or "")
+        except BrokenState:
+            return None
+
+    def _broken_left(self, why: str) -> BrokenState:
+        return BrokenState(f"{self._left_file} cannot be used ({why}): groundserve down {self.name}, or remove it")
+
+
+def state_root(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder with one folder a service."""
+    base = environ.get("XDG_STATE_HOME") or ""
+    # The specification: a path that is not absolute is to be ignored.
+    home = Path(base) if base.startswith("/") else Path("~/.local/state").expanduser()
+    return home / "groundserve"
+
+
+def folders(root: Path) -> list[ServiceFolder]:
+    """All services that ever were, in order of their names; raises BrokenState where nobody can tell."""
+    try:
+        names = sorted(path.name for path in root.iterdir() if path.is_dir() and not _has_none(path / "lock"))
+    except FileNotFoundError:
+        return []
+    except OSError as failure:
+        raise BrokenState(f"{root}: {failure.strerror}: set XDG_STATE_HOME to a folder that can be read") from None
+    return [ServiceFolder(root, name) for name in names]
+
+
+def _has_none(path: Path) -> bool:
+    """Is it certain that there is no such file?"""
+    try:
+        path.lstat()
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _lock(lock: TextIO) -> None:
+    """Raises AlreadyUp when it is held for longer than by somebody who looks."""
+    give_up = time.monotonic() + _CLAIMING
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                raise AlreadyUp from None
+            time.sleep(0.002)
+        else:
+            return

@@ -1,0 +1,136 @@
+"""What one replica asks of the machine: SkyPilot's `resources:`, whose forms are many."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from balancer.spec.document import Document
+from balancer.spec.schema import Resources
+from balancer.spec.tree import KeyPath
+
+_Read = Callable[[KeyPath, Resources, Document], float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the alternatives of `resources:` come to."""
+
+    # GPU types that will do, and how many of each one replica takes; empty: no GPU asked for.
+    accelerators: Mapping[str, int]
+    # GB, 1024 MB each, and cores; None: the file does not say.
+    memory: float | None
+    cpus: float | None
+    # The port that the file expects a replica on.
+    port: int | None
+    # For a person: what could not be made use of.
+    warnings: tuple[str, ...]
+
+
+def needs(top: Resources, port: int | None, document: Document) -> Needs:
+    """`port` is the one that the file says elsewhere: then replicas may open others too.
+
+    Raises ConfigError, with its line, for an amount that is none.
+    """
+    alternatives = _alternatives(top, document)
+    accelerators: dict[str, int] = {}
+    for under, each in alternatives:
+        accelerators |= _accelerators(under, each.accelerators, document)
+    if port is None:
+        port = next(filter(None, (_port(under, each.ports, document) for under, each in alternatives)), None)
+    return Needs(
+        accelerators=MappingProxyType(accelerators),
+        memory=_least(alternatives, _memory, document),
+        cpus=_least(alternatives, _cpus, document),
+        port=port,
+        warnings=tuple(_unclear(alternatives, document)),
+    )
+
+
+def _accelerators(under: KeyPath, value: Any, document: Document) -> dict[str, int]:
+    """From any of SkyServe's forms: "L4", "L4:2", {L4: 2, A10G: 1}, ["L4:1", "A100:1"], "24GB+:1"."""
+    path: KeyPath = (*under, "accelerators")
+    if value is None:
+        return {}
+    items = [value] if isinstance(value, str) else value
+    if isinstance(items, dict):
+        items = [key if count is None else f"{key}:{count}" for key, count in items.items()]
+    if not isinstance(items, list | set) or not all(isinstance(item, str) and item.strip() for item in items):
+        raise document.fault(path, "should be like 'L4:1' or {L4: 1, A100: 1}")
+    found: dict[str, int] = {}
+    for item in items:
+        parts = re.fullmatch(r"(.+?)(?::([^:]*[^:+Bb]))?", item.strip())
+        kind, count = (parts[1], parts[2]) if parts else (item, None)
+        if not re.fullmatch(r"[1-9][0-9]{0,3}(\.0+)?", count or "1"):
+            raise document.fault(path, f"asks for {count} of {kind}: a replica takes whole GPUs")
+        found[kind] = int(float(count or "1"))
+    return found
+
+
+def _alternatives(top: Resources, document: Document) -> list[tuple[KeyPath, Resources]]:
+    """What `resources:` says itself, and each of its any_of: and ordered:, with where it stands."""
+    found: list[tuple[KeyPath, Resources]] = [(("resources",), top)]
+    for key, alternatives in (("any_of", top.any_of), ("ordered", top.ordered)):
+        for index, each in enumerate(alternatives):
+            if each.any_of or each.ordered:
+                raise document.fault(("resources", key, index), "has alternatives of its own: write them side by side")
+            found.append((("resources", key, index), each))
+    return found
+
+
+def _least(alternatives: list[tuple[KeyPath, Resources]], read: _Read, document: Document) -> float | None:
+    """What each of the alternatives asks for at the least; one that does not say it has it from `resources:` itself."""
+    top, *others = (read(under, each, document) for under, each in alternatives)
+    amounts = [top if amount is None else amount for amount in others] or [top]
+    return min((amount for amount in amounts if amount is not None), default=None) if None not in amounts else None
+
+
+def _cpus(under: KeyPath, resources: Resources, document: Document) -> float | None:
+    if resources.cpus is None:
+        return None
+    if (cores := _positive(str(resources.cpus).removesuffix("+"))) is None:
+        raise document.fault((*under, "cpus"), f"should be a number, or like '4+' (it is {resources.cpus!r})")
+    return cores
+
+
+def _memory(under: KeyPath, resources: Resources, document: Document) -> float | None:
+    """GB, from any of SkyPilot's forms: 16, "16+", "16GB", "512MB+", "16Gi"; "4x" is 4 GB for each of `cpus`."""
+    if resources.memory is None:
+        return None
+    text = str(resources.memory).strip().lower()
+    if text.endswith("x") and (each := _positive(text[:-1])) is not None:
+        cores = _cpus(under, resources, document)
+        return None if cores is None else each * cores
+    parts = re.fullmatch(r"(.+?)(?:([kmgtp])(?:b|i|ib))?\+?", text)
+    if parts is None or (size := _positive(parts[1])) is None:
+        what = "should be a number, or like '4+', '16GB' or '512MB'"
+        raise document.fault((*under, "memory"), f"{what} (it is {resources.memory!r})")
+    return size * 1024.0 ** ("kmgtp".index(parts[2]) - 2) if parts[2] else size
+
+
+def _unclear(alternatives: list[tuple[KeyPath, Resources]], document: Document) -> Iterator[str]:
+    """A warning for each amount that says too little to be checked."""
+    for under, each in alternatives:
+        if str(each.memory).endswith("x") and each.cpus is None:
+            yield document.remark((*under, "memory"), "is for each core, and nothing says how many: it is not checked")
+
+
+def _positive(text: str) -> float | None:
+    """None where it is no number of which there can be some."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 0 < number < math.inf else None
+
+
+def _port(under: KeyPath, value: Any, document: Document) -> int | None:
+    """SkyServe wants one port for a service, in any of its forms: 8000, "8000", [8000]."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not values:
+        return None
+    if len(values) > 1 or not re.fullmatch("[0-9]{1,5}", str(values[0])) or not 1 <= int(values[0]) <= 65535:
+        raise document.fault((*under, "ports"), "should be the one port that a replica listens on, like 8000")
+    return int(values[0])

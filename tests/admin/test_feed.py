@@ -1,0 +1,279 @@
+"""The page's feed: what viewers are told, and when; the last fifteen minutes with the clock moved by hand."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from balancer.contract.status import Snapshot
+from balancer.fleet.fleet import Fleet
+from balancer.fleet.member import Listed
+from balancer.observe.history import INTERVAL, KEPT, History
+from balancer.observe.record import Record
+from balancer.observe.tally import REMEMBERED, Tallies
+from balancer.routing.admission import Admission
+from balancer.routing.policies import RoundRobin
+from balancer.spec.settings import ReadinessProbe, Settings
+from tests.lab.replica import LabReplica
+from tests.observe.serving import CHAT, chat, client_of, run, serving, stream, until
+
+
+class Parts:
+    """A fleet of one with its tallies and history; `now` is the clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.tallies = Tallies()
+        self.fleet = Fleet(Settings(), ReadinessProbe(), lambda: self.now)
+        self.fleet.when_joined.append(self.tallies.member_joined)
+        self.fleet.when_left.append(self.tallies.member_left)
+        self.fleet.reconcile([Listed("one", "http://127.0.0.1:1")])
+        self.history = History(self.fleet, Admission(self.fleet, RoundRobin()), self.tallies)
+
+    def answered(self, **more: Any) -> None:
+        record = Record("id", "POST", CHAT, self.now, status=200, member="one", attempts=1, first_byte=0.5, **more)
+        self.tallies.finished(record)
+
+    def pass_time(self, seconds: float) -> None:
+        """As the balancer's sweep does: a look four times a second."""
+        for _ in range(round(seconds * 4)):
+            self.now += 0.25
+            self.history.take(self.now)
+
+
+def test_a_sample_is_what_happened_since_the_last() -> None:
+    parts = Parts()
+    for _ in range(3):
+        parts.answered(prompt_tokens=100, completion_tokens=20, cached_tokens=25, is_stream=False)
+    (member,) = parts.fleet.members.values()
+    gaps = parts.tallies.gaps(member)
+    for _ in range(40):
+        gaps.note(0.02)
+    parts.answered(prompt_tokens=100, cached_tokens=75, is_stream=True)
+    parts.pass_time(INTERVAL)
+    (sample,) = parts.history.courses[1].samples
+    assert sample.to_json() == {
+        "tokens_per_second": (3 * 20 + 40) / INTERVAL,
+        "ttft_seconds": 0.5,
+        "cached_share": 0.375,
+        "in_flight": 0,
+    }
+    assert parts.history.service[-1].requests_per_second == 4 / INTERVAL
+    parts.pass_time(INTERVAL)
+    quiet = parts.history.courses[1].samples[-1].to_json()
+    assert quiet == {"tokens_per_second": 0, "ttft_seconds": None, "cached_share": None, "in_flight": 0}
+
+
+def test_fifteen_minutes_are_kept_and_no_more() -> None:
+    parts = Parts()
+    parts.pass_time(INTERVAL * (KEPT + 30))
+    assert INTERVAL * KEPT == 15 * 60
+    assert len(parts.history.service) == len(parts.history.courses[1].samples) == KEPT
+    assert parts.history.taken == KEPT + 30
+
+
+def test_lately_is_the_last_minute_for_first_tokens_and_all_that_is_kept_for_the_cache() -> None:
+    parts = Parts()
+    parts.answered(prompt_tokens=100, cached_tokens=0, is_stream=True)
+    parts.pass_time(INTERVAL)
+    course = parts.history.courses[1]
+    assert course.lately().ttft_seconds == 0.5
+    parts.answered(prompt_tokens=100, cached_tokens=100)
+    parts.pass_time(60)
+    assert course.lately().ttft_seconds is None
+    assert course.lately().cached_share == 0.5
+    assert course.lately().tokens_per_second == 0
+
+
+def test_a_replica_that_left_or_started_anew_has_no_past() -> None:
+    parts = Parts()
+    parts.answered(prompt_tokens=100, completion_tokens=50)
+    parts.pass_time(INTERVAL * 3)
+    (member,) = parts.fleet.members.values()
+    parts.fleet.restarted(member)
+    parts.pass_time(INTERVAL)
+    assert [sample.tokens_per_second for sample in parts.history.courses[1].samples] == [0]
+    parts.fleet.reconcile([])
+    parts.pass_time(INTERVAL)
+    assert parts.history.courses == {}
+    # The counts that a replica took along do not make a negative rate.
+    assert all(sample.requests_per_second >= 0 for sample in parts.history.service)
+
+
+# Over the wire
+
+
+async def events(client: httpx.AsyncClient, endpoint: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async with client.stream("GET", endpoint + "/feed") as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["cache-control"] == "no-store"
+        name = ""
+        async for line in answer.aiter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                yield name, orjson.loads(line.removeprefix("data: "))
+
+
+async def next_state(feed: AsyncIterator[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    async for name, data in feed:
+        if name == "state":
+            return data
+    raise AssertionError("the feed ended")
+
+
+def test_a_viewer_gets_history_first_and_then_the_state_each_second() -> None:
+    async def main() -> None:
+        async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
+            await client.post(CHAT, json=stream())
+            feed = events(client, balancer.admin_endpoint)
+            name, history = await anext(feed)
+            assert (name, history["interval_seconds"], history["kept"]) == ("history", INTERVAL, KEPT)
+            began = balancer.loop.time()
+            states = [await next_state(feed) for _ in range(3)]
+            assert 1.8 < balancer.loop.time() - began < 4
+            status = (await client.get(balancer.admin_endpoint + "/status")).json()
+            for state in states:
+                # All that /status says, in the same words.
+                assert Snapshot.from_json(state).to_json().keys() == status.keys()
+                assert status["replicas"][0].keys() <= state["replicas"][0].keys()
+            (decision,) = states[-1]["decisions"]
+            assert decision["replica"] == "replica-1"
+            assert decision["reason"] == "in turn"
+            assert decision["path"] == CHAT
+            assert decision["status"] == 200
+            await feed.aclose()  # type: ignore[attr-defined]
+
+    run(main())
+
+
+def test_a_replica_that_dies_is_told_within_two_seconds() -> None:
+    async def main() -> None:
+        async with (
+            LabReplica() as one,
+            LabReplica() as two,
+            serving(one, two) as balancer,
+            client_of(balancer) as client,
+        ):
+            feed = events(client, balancer.admin_endpoint)
+            assert [row["status"] for row in (await next_state(feed))["replicas"]] == ["READY", "READY"]
+            two.refuse()
+            two.drop_connections()
+            async with asyncio.timeout(3):
+                while (await next_state(feed))["replicas"][1]["status"] != "NOT_READY":
+                    pass
+            await feed.aclose()  # type: ignore[attr-defined]
+
+    run(main())
+
+
+def test_only_the_last_decisions_are_kept_newest_first_and_long_paths_are_cut() -> None:
+    async def main() -> None:
+        async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
+            for number in range(REMEMBERED + 10):
+                await client.post(f"/v1/{number}", json=chat())
+            await client.post("/v1/" + "x" * 500, json=chat())
+            feed = events(client, balancer.admin_endpoint)
+            decisions = (await next_state(feed))["decisions"]
+            assert len(decisions) == REMEMBERED
+            assert len(decisions[0]["path"]) == 120
+            assert decisions[1]["path"] == f"/v1/{REMEMBERED + 9}"
+            await feed.aclose()  # type: ignore[attr-defined]
+
+    run(main())
+
+
+def test_viewers_are_let_go_when_the_balancer_ends() -> None:
+    async def main() -> None:
+        async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
+            feed = events(client, balancer.admin_endpoint)
+            await next_state(feed)
+            ended = asyncio.ensure_future(_to_the_end(feed))
+            balancer.feed.close()  # the first thing that Balancer.stop does
+            async with asyncio.timeout(2):
+                await ended
+
+    run(main())
+
+
+async def _to_the_end(feed: AsyncIterator[Any]) -> None:
+    async for _ in feed:
+        pass
+
+
+# The playground's way to the endpoint
+
+
+def test_the_playground_streams_as_the_endpoint_does_and_says_who_answered() -> None:
+    async def main() -> None:
+        async with LabReplica(token_interval=0.05) as lab, serving(lab) as balancer, client_of(balancer) as client:
+            url = balancer.admin_endpoint + "/playground" + CHAT
+            async with client.stream("POST", url, json=stream()) as answer:
+                assert answer.headers["x-replica-id"] == "replica-1"
+                assert answer.headers["x-route-reason"].startswith("in turn")
+                assert answer.headers["content-type"].startswith("text/event-stream")
+                came = [balancer.loop.time() async for _ in answer.aiter_raw()]
+            assert came[-1] - came[0] > 0.25, "each token was passed on as it came"
+            models = await client.get(balancer.admin_endpoint + "/playground/v1/models")
+            assert [model["id"] for model in models.json()["data"]] == ["lab"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("hang", ["before_head", "after_tokens"])
+def test_a_browser_that_leaves_is_noticed_before_and_in_the_answer(hang: str) -> None:
+    async def main() -> None:
+        async with LabReplica(hang=hang) as lab, serving(lab) as balancer, client_of(balancer) as client:
+            url = balancer.admin_endpoint + "/playground" + CHAT
+            asked = asyncio.ensure_future(client.post(url, json=stream()))
+            await lab.seen.until(lambda seen: len(seen.requests) == 1)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+            await until(lambda: lab.seen.last.outcome == "client_left", timeout=2)
+            await until(lambda: not balancer.fleet.members[1].in_flight)
+
+    run(main())
+
+
+def test_a_browser_that_leaves_leaves_the_queue() -> None:
+    async def main() -> None:
+        lab = LabReplica(hang="before_head")
+        async with lab, serving(lab, settings={"max_in_flight": 1}) as balancer, client_of(balancer) as client:
+            url = balancer.admin_endpoint + "/playground" + CHAT
+            asked = [asyncio.ensure_future(client.post(url, json=stream())) for _ in range(2)]
+            await until(lambda: balancer.admission.queue_depth == 1)
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+            await until(lambda: balancer.admission.queue_depth == 0, timeout=2)
+
+    run(main())
+
+
+def test_a_stream_that_breaks_ends_with_the_endpoints_own_words() -> None:
+    async def main() -> None:
+        lab = LabReplica(cut="after_tokens", cut_after=2)
+        async with lab, serving(lab) as balancer, client_of(balancer) as client:
+            answer = await client.post(balancer.admin_endpoint + "/playground" + CHAT, json=stream())
+            assert '"code":"stream_broken"' in answer.text
+            assert "[DONE]" not in answer.text
+
+    run(main())
+
+
+def test_a_large_image_passes_and_one_too_large_is_refused_as_the_endpoint_refuses_it() -> None:
+    async def main() -> None:
+        limit = {"max_body_bytes": 3 << 20}
+        async with LabReplica() as lab, serving(lab, settings=limit) as balancer, client_of(balancer) as client:
+            url = balancer.admin_endpoint + "/playground" + CHAT
+            assert (await client.post(url, json=chat("x" * (2 << 20)))).status_code == 200
+            assert lab.seen.last.body_length > 2 << 20
+            answer = await client.post(url, json=chat("x" * (4 << 20)))
+            assert answer.status_code == 413
+            assert answer.json()["error"]["code"] == "body_too_large"
+
+    run(main())
