@@ -118,6 +118,13 @@ def install():
     pip("-r", TORCH)
     print("[4/4] installing groundserve itself", flush=True)
     pip("--no-deps", "--no-build-isolation", "--editable", ".")
+    fill_gaps()
+
+
+def fill_gaps():
+    """Has each Python of .venv know what a plain CPU lacks, by a line in a .pth file that it reads at its start."""
+    (packages,) = VENV.glob("lib/python*/site-packages")
+    (packages / "groundserve_cpu.pth").write_text("import replica.cpu_imports; replica.cpu_imports.prepare()\n")
 
 
 def main():
