@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from balancer.__main__ import config_from, parse
-from balancer.app import SWEEP
+from balancer.relay.sweep import INTERVAL
 from tests.lab.replica import LabReplica
 from tests.wire.client import chat, request
 from tests.wire.running import House, on_uvloop, serving, until
@@ -145,7 +145,7 @@ async def test_an_odd_file_is_logged_once_and_changes_nothing(tmp_path: Path, te
         file.with_suffix(".new").replace(file)
         await until(lambda: house.complaints)
         assert (await house.ask(request(body=chat()))).status == 200
-        await asyncio.sleep(3 * SWEEP)
+        await asyncio.sleep(3 * INTERVAL)
         (complaint,) = house.complaints
         assert str(file) in complaint
         assert complaint.rstrip().endswith("; all stays as it was")
