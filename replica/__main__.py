@@ -9,9 +9,11 @@ import importlib.util
 import json
 import os
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 
 from replica import command, gpu, lease, machine, models, placement, presets, settings, surroundings
+from replica.kinds import is_of_kind
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -81,8 +83,14 @@ def become(told: settings.Settings, there: Sequence[gpu.Gpu], environ: Mapping[s
 def describe_gpus(told: settings.Settings, environ: Mapping[str, str]) -> str:
     """A JSON list, one object a GPU, memory in MiB; held_by is null while nobody leases it.
 
-    A GPU that has failed has a `problem` instead, and the driver's words for it.
+    kinds are those of --gpu-kinds that it is of; seat is the place of its group among those that replicas with --gpus
+    of them would be given, held ones included, null where it is in none. A GPU that has failed has a `problem` instead,
+    and the driver's words for it.
     """
+    there = gpu.list_gpus(environ, warn)
+    want = placement.Want(told.gpus, told.gpu_kinds, _gib(told))
+    ranked = lease.best_first(there, want, told.lease_dir, time.time())
+    seats = {one: seat for seat, group in enumerate(ranked) for one in group}
     rows = [
         {"index": one.index, "name": one.name, "problem": one.problem}
         if one.problem
@@ -94,10 +102,20 @@ def describe_gpus(told: settings.Settings, environ: Mapping[str, str]) -> str:
             "memory_used": one.memory_used,
             "mig": one.mig,
             "held_by": lease.holder(one, told.lease_dir),
+            "kinds": [kind for kind in told.gpu_kinds if is_of_kind(one.name, kind, one.memory_total)],
+            "seat": seats.get(one),
         }
-        for one in gpu.list_gpus(environ, warn)
+        for one in there
     ]
     return "[" + ",".join(f"\n {json.dumps(row)}" for row in rows) + "\n]" if rows else "[]"
+
+
+def _gib(told: settings.Settings) -> float:
+    """What the model takes on each GPU, in GiB; 0 where nobody knows."""
+    try:
+        return presets.resolve(told.model).gpu_gib / told.gpus if told.model else 0.0
+    except presets.ModelError:
+        return 0.0
 
 
 def warn(line: str) -> None:

@@ -1,7 +1,4 @@
-"""GPUs by SkyPilot's names: is what NVIDIA's driver calls "NVIDIA GeForce RTX 4090" an RTX4090? Pure.
-
-The replica and the balancer both go by this, and neither imports the other: the file stands in both, word for word.
-"""
+"""GPUs by SkyPilot's names: is what NVIDIA's driver calls "NVIDIA GeForce RTX 4090" an RTX4090? Pure."""
 
 import re
 

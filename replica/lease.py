@@ -70,14 +70,12 @@ def take(
     taken first, then the one on which no replica failed to start lately. Where the machine has GPUs of the kinds that
     are wanted, only those are taken. Waits up to `wait` seconds. `note` tells others who holds it. Raises LeaseError.
     """
-    groups = placement.groups(gpus, want)
-    if not groups:
+    if not placement.groups(gpus, want):
         raise LeaseError(_too_many(gpus, want))
     _make_shared(directory)
     give_up = clock() + max(wait, _GLANCE)
     while True:
-        failures = {gpu: _failed_at(_read(_path(gpu, directory)), now()) for gpu in gpus}
-        for group in placement.best_first(groups, want, failures):
+        for group in best_first(gpus, want, directory, now()):
             descriptors = _lock_all(group, directory)
             if descriptors is not None:
                 _sign(descriptors, note, now())
@@ -108,6 +106,12 @@ def _time(said: Mapping[str, Any], name: str) -> float:
 
 def _state(gpu: Gpu, directory: Path) -> str:
     return gpu.problem or holder(gpu, directory) or "free"
+
+
+def best_first(gpus: Sequence[Gpu], want: Want, directory: Path, now: float) -> list[list[Gpu]]:
+    """The groups that may be leased, held ones included, in the order in which `take` tries them at that time."""
+    failures = {gpu: _failed_at(_read(_path(gpu, directory)), now) for gpu in gpus}
+    return placement.best_first(placement.groups(gpus, want), want, failures)
 
 
 def holder(gpu: Gpu, directory: Path) -> str | None:

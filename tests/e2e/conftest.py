@@ -1,13 +1,17 @@
 """Two real SGLang replicas on the CPU and the balancer in front, started once; one more that sees, when asked for."""
 
+import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from balancer.operate.engines.local.ports import free_ports
-from tests.e2e.running import Balancer, Program, Replica
+from replica.settings import models_dir
+from tests.e2e.running import ROOT, Balancer, Program, Replica
 
 # Variables that are meant for others, in which a replica has to come up all the same: a proxy that nobody answers at; a
 # home and a temporary folder that take no files, a language of one byte a letter, warnings that are errors.
@@ -44,9 +48,16 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pair(logs: Path) -> Iterator[list[Replica]]:
+def models() -> str:
+    """The folder of the embedded models; made here, for the surroundings of some replicas let nothing be downloaded."""
+    subprocess.run([sys.executable, "-m", "replica.models", "smollm2-135m", "tiny-llava"], cwd=ROOT, check=True)
+    return str(models_dir(os.environ))
+
+
+@pytest.fixture(scope="session")
+def pair(models: str, logs: Path) -> Iterator[list[Replica]]:
     replicas = [
-        Replica("smollm2-135m", port, logs / f"smollm2-{n}.log", **around)
+        Replica("smollm2-135m", port, logs / f"smollm2-{n}.log", MODELS_DIR=models, **around)
         for n, (port, around) in enumerate(zip(free_ports(2), SURROUNDINGS, strict=True), 1)
     ]
     _started.extend(replicas)
@@ -100,11 +111,13 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_llava(logs: Path, key_file: Path) -> Iterator[Replica]:
+def tiny_llava(models: str, logs: Path, key_file: Path) -> Iterator[Replica]:
     """One replica that sees, that wants a key of its clients, and that may fetch images from 127.0.0.1."""
     allowed = {"ALLOW_PRIVATE_MEDIA": "1", "ALLOWED_MEDIA_DOMAINS": "127.0.0.1"}
     log = logs / "tiny-llava.log"
-    replica = Replica("tiny-llava", *free_ports(1), log, SGLANG_API_KEY_FILE=str(key_file), **allowed)
+    replica = Replica(
+        "tiny-llava", *free_ports(1), log, SGLANG_API_KEY_FILE=str(key_file), MODELS_DIR=models, **allowed
+    )
     _started.append(replica)
     try:
         replica.wait_ready()

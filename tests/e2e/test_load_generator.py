@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from replica.settings import models_dir
-
 MODEL = "smollm2-135m"
 
 
@@ -26,9 +24,9 @@ def bench_serving(*flags: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_it_measures_the_endpoint(endpoint: str, tmp_path: Path) -> None:
+def test_it_measures_the_endpoint(endpoint: str, models: str, tmp_path: Path) -> None:
     asked = ("--backend", "sglang-oai-chat", "--base-url", endpoint, "--model", MODEL)
     workload = ("--dataset-name", "random-ids", "--random-input-len", "16", "--random-output-len", "4")
-    tokenizer = ("--tokenizer", str(models_dir(os.environ) / MODEL))
+    tokenizer = ("--tokenizer", f"{models}/{MODEL}")
     said = bench_serving(*asked, *workload, *tokenizer, "--num-prompts", "2", folder=tmp_path)
     assert re.search(r"Successful requests: +2\b", said), said

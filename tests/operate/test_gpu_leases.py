@@ -43,3 +43,13 @@ def test_an_update_without_a_free_gpu_stops_the_old_replica_first(one_gpu: Groun
 def test_more_replicas_than_gpus_are_up_with_those_that_have_one(one_gpu: Groundserve) -> None:
     one_gpu.up(one_gpu.service("lab", LEASED, replicas=2)).until("lab is up after")
     assert sorted(row["status"] for row in one_gpu.status("lab")["replicas"]) == ["PROVISIONING", "READY"]
+
+
+def test_a_script_that_starts_another_server_gets_a_gpu_of_its_own(one_gpu: Groundserve) -> None:
+    wants = "resources: {accelerators: pretended}"
+    script = LAB.replace("exec ", 'test "$CUDA_VISIBLE_DEVICES" = 0 || exit 9\nexec ')
+    first = one_gpu.up(one_gpu.service("first", script, replicas=1, more=wants)).until_up()
+    second = one_gpu.up(one_gpu.service("second", script, replicas=1, more=wants))
+    assert "bash on port" in second.until("second-1 waits for a GPU: no GPU free")
+    assert first.end(signal.SIGTERM) == 0
+    second.until_up()

@@ -296,3 +296,28 @@ def test_what_is_understood_is_what_bash_makes_of_it(tmp_path: Path, pieces: lis
 def test_secrets_among_flags_are_masked() -> None:
     flags = ["--api-key", "hush", "--admin-api-key=hush", "--hf-token", "hush", "--tokenizer-path", "t"]
     assert masked(flags) == ["--api-key", "***", "--admin-api-key=***", "--hf-token", "***", "--tokenizer-path", "t"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "more"),
+    [
+        ("--tp 4", 4, ""),
+        ("--tp 2 --dp 2", 4, "--dp 2 --tp-size 2"),
+        ("--tp-size=2 --dp-size=2", 4, "--dp-size=2 --tp-size 2"),
+        ("--tp 2 --pp-size 2", 4, "--pp-size 2 --tp-size 2"),
+        ("--dp-size 2", 2, "--dp-size 2 --tp-size 1"),
+        ("--tp 2 --dp 2 --pipeline-parallel-size 3", 12, "--dp 2 --pipeline-parallel-size 3 --tp-size 2"),
+        ("--tp 8 --dp 8 --enable-dp-attention", 8, "--dp 8 --enable-dp-attention"),
+        ("--dp 1", None, "--dp 1"),
+        ("", None, ""),
+    ],
+)
+def test_gpus_of_all_parallel_sizes_are_counted(flags: str, gpus: int | None, more: str) -> None:
+    launch = understand(f"sglang serve a/b {flags}", {})
+    assert launch is not None
+    assert (launch.gpus, " ".join(launch.flags)) == (gpus, more)
+
+
+@pytest.mark.parametrize("size", ["0", "two", "-1", "--port", ""])
+def test_a_parallel_size_that_is_none_is_left_to_bash(size: str) -> None:
+    assert understand(f"sglang serve a/b --dp {size}", {}) is None

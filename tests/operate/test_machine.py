@@ -1,10 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate.engines.local.machine import Gpu, fitted, gpus, placed
+from balancer.operate.engines.local.machine import Gpu, fitted, gpus, of_kind, placed
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.spec.service_file import parse
 
@@ -20,6 +21,15 @@ def made(more: str = "", run: str = "sglang serve --model-path a/b", service: st
 def box(*holders: str | None) -> tuple[Gpu, ...]:
     """A machine with an L4 for each, held or free."""
     return tuple(Gpu("NVIDIA L4", False, holder, index, 23034, 4602) for index, holder in enumerate(holders))
+
+
+def seated(there: tuple[Gpu, ...], each: int = 1, *kinds: str) -> tuple[Gpu, ...]:
+    """As `python -m replica` seats them: neighbours together, of the kinds that are wanted where there are any."""
+    kinds_of = [tuple(kind for kind in kinds if kind in gpu.name) for gpu in there]
+    whole = [at for at, gpu in enumerate(there) if not gpu.is_split and not gpu.problem]
+    mine = [at for at in whole if kinds_of[at]] or whole
+    seats = {at: place // each for place, at in enumerate(mine) if place // each < len(mine) // each}
+    return tuple(replace(gpu, kinds=kinds_of[at], seat=seats.get(at)) for at, gpu in enumerate(there))
 
 
 def refusal(*arguments: Any) -> str:
@@ -43,15 +53,20 @@ def test_too_few_cores_are_a_warning() -> None:
 
 def test_too_few_gpus_are_refused_with_what_there_is() -> None:
     wants = made("resources: {accelerators: {L4: 2, A100: 2}}")
-    assert fitted(wants, 1, (L4, L4), 99)[0].gpus == 2
-    assert refusal(wants, 2, (L4, L4, L4), 99) == (
+    assert fitted(wants, 1, seated((L4, L4), 2, "L4", "A100"), 99)[0].gpus == 2
+    assert refusal(wants, 2, seated((L4, L4, L4), 2, "L4", "A100"), 99) == (
         "2 replicas of x want 2 GPUs each (L4, A100); this machine has 3: run fewer replicas"
     )
     assert refusal(wants, 1, (), 99).endswith("this machine has none: smollm2 and tiny-llava run without")
-    assert "this machine has none and 1 split by MIG" in refusal(wants, 1, (MIG,), 99)
+    assert "this machine has none and 1 split by MIG" in refusal(wants, 1, seated((MIG,)), 99)
+    lost = replace(L4, index=1, problem="GPU is lost")
+    assert "this machine has 1, and GPU 1 (GPU is lost) cannot be used: run fewer replicas" in refusal(
+        made(), 2, seated((L4, lost)), 99
+    )
 
 
 def uses(recipe: Recipe, there: tuple[Gpu, ...]) -> list[str]:
+    there = seated(there, recipe.gpus or 1, *recipe.spec.accelerators)
     each = fitted(recipe, 0, there, 99)[0]
     lines = [line.partition("): ") for line in placed(each, there)]
     assert [line[0] for line in lines] == [
@@ -85,9 +100,9 @@ def test_gpus_side_by_side_are_taken_together_as_the_lease_does() -> None:
 
 def test_gpus_that_others_hold_are_warned_of_but_not_our_own_in_an_update() -> None:
     two = made(service="{replicas: 2}")
-    there = box("llava on port 8001", None, None)
+    there = seated(box("llava on port 8001", None, None))
     assert fitted(two, 2, there, 99)[1] == []
-    there = box("llava on port 8001", "llava on port 8002", None)
+    there = seated(box("llava on port 8001", "llava on port 8002", None))
     assert fitted(two, 2, there, 99)[1] == [
         "x.yaml: others hold GPUs, so that 1 of 2 replicas can start now: groundserve check x.yaml says who holds them"
     ]
@@ -96,40 +111,58 @@ def test_gpus_that_others_hold_are_warned_of_but_not_our_own_in_an_update() -> N
 
 def test_sglang_takes_a_gpu_where_there_is_one() -> None:
     assert fitted(made(), 1, (), 99)[0].resources == "1x CPU"
-    on_gpu = fitted(made(), 1, (L4,), 99)[0]
+    on_gpu = fitted(made(), 1, seated((L4,)), 99)[0]
     assert (on_gpu.gpus, on_gpu.resources) == (1, "1x L4")
-    assert "want 1 GPU each" in refusal(made(), 2, (L4,), 99)
+    assert "want 1 GPU each" in refusal(made(), 2, seated((L4,)), 99)
+
+
+def test_where_no_gpu_is_of_a_kind_that_was_asked_for_another_is_used_and_said() -> None:
+    here, warnings = fitted(made("resources: {accelerators: A100}"), 1, seated((A100,), 1, "A100"), 99)
+    assert (here.resources, warnings) == ("1x A100", [])
+    here, warnings = fitted(made("resources: {accelerators: H100}"), 1, seated((A100,), 1, "H100"), 99)
+    assert here.resources == "1x A100-SXM4-80GB"
+    assert warnings == [f"x.yaml: resources.accelerators: none of H100 is here; {A100.name} is used"]
+
+
+def test_only_gpus_of_the_kind_that_was_asked_for_count_and_are_shown() -> None:
+    wants = made("resources: {accelerators: L4}")
+    there = seated((A100, replace(L4, index=1)), 1, "L4")
+    assert placed(fitted(wants, 1, there, 99)[0], there) == [
+        f"GPU 0 ({A100.name}): stays free: it is no L4",
+        "GPU 1 (NVIDIA L4): for replica 1",
+    ]
+    assert "(L4); this machine has 1 of L4: run fewer replicas" in refusal(wants, 2, there, 99)
 
 
 @pytest.mark.parametrize(
-    ("kind", "there", "resources", "is_known"),
-    [
-        ("L4", L4, "1x L4", True),
-        ("A100-80GB", A100, "1x A100-80GB", True),
-        ("A100", A100, "1x A100", True),
-        ("a100", A100, "1x a100", True),
-        ("H100", A100, "1x A100-SXM4-80GB", False),
-        ("L40", L4, "1x L4", False),
-    ],
+    ("there", "gpus"),
+    [((L4,) * 8, 8), ((A100,) * 4, 1), ((A100, *(L4,) * 8), 1), ((L4,) * 4, 8), ((), 1)],
 )
-def test_the_gpu_that_was_asked_for_is_recognised(kind: str, there: Gpu, resources: str, is_known: bool) -> None:
-    here, warnings = fitted(made(f"resources: {{accelerators: {kind}}}"), 1, (there,), 99)
-    assert here.resources == resources
-    assert warnings == (
-        [] if is_known else [f"x.yaml: resources.accelerators: none of {kind} is here; {there.name} is used"]
+def test_of_several_kinds_the_first_of_which_enough_are_here_says_how_many(there: tuple[Gpu, ...], gpus: int) -> None:
+    wants = made("resources: {accelerators: {A100: 1, L4: 8}}")
+    assert of_kind(wants, seated(there, 1, "A100", "L4")).gpus == gpus
+
+
+def test_a_script_that_is_no_sglang_gets_a_lease_too() -> None:
+    script = made("resources: {accelerators: {L4: 2}}", run="serve $GROUNDSERVE_PORT")
+    argv = script.command(1, 8001).argv
+    assert argv[argv.index("-m") + 1 :] == (
+        *("replica", "--gpus", "2", "--gpu-kinds", "L4", "--port", "8001", "--exec"),
+        *("--", "bash", "-c", "serve $GROUNDSERVE_PORT"),
     )
-
-
-def test_a_script_that_is_no_sglang_is_told_that_its_gpus_are_not_kept_apart() -> None:
-    script = made("resources: {accelerators: L4}", run="serve $GROUNDSERVE_PORT")
-    assert "nothing keeps its GPUs apart" in fitted(script, 2, (L4, L4), 99)[1][0]
-    assert fitted(script, 1, (L4,), 99)[1] == []
+    assert "want 2 GPUs each (L4)" in refusal(script, 2, seated((L4, L4), 2, "L4"), 99)
+    for run in ("python -m replica --gpus 1 --exec -- serve $GROUNDSERVE_PORT & wait", "serve $GROUNDSERVE_PORT"):
+        wants = "resources: {accelerators: L4}" if "replica" in run else ""
+        assert made(wants, run=run).command(1, 8001).argv == ("bash", "-c", run)
 
 
 def test_this_machine_can_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("REPLICA_PRETEND_GPUS", "3")
     monkeypatch.setenv("LEASE_DIR", str(tmp_path))
-    assert gpus() == tuple(Gpu("pretended GPU", False, None, index, 81920, 0) for index in range(3))
+    assert gpus(kinds=["L4"]) == tuple(
+        Gpu("pretended GPU", index=index, memory_total=81920, seat=index) for index in range(3)
+    )
+    assert [gpu.seat for gpu in gpus(each=2)] == [0, 0, None]
     monkeypatch.setenv("REPLICA_PRETEND_GPUS", "many")
     with pytest.raises(ConfigError, match="REPLICA_PRETEND_GPUS=many is not a number of GPUs"):
         gpus()

@@ -154,3 +154,13 @@ def test_a_command_that_cannot_be_run_is_refused(arguments: tuple[str, ...], say
     answer = replica(*arguments)
     assert answer.returncode == 1
     assert says in answer.stderr
+
+
+def test_the_list_of_gpus_tells_in_which_order_replicas_are_given_them(tmp_path: Path) -> None:
+    rows = json.loads(replica("--list-gpus", "--gpus", "2", REPLICA_PRETEND_GPUS="5", LEASE_DIR=str(tmp_path)).stdout)
+    assert [row["seat"] for row in rows] == [0, 0, 1, 1, None]
+    assert [row["kinds"] for row in rows] == [[]] * 5
+    rows = json.loads(
+        replica("--list-gpus", "--gpu-kinds", "pretended,L4", REPLICA_PRETEND_GPUS="1", LEASE_DIR=str(tmp_path)).stdout
+    )
+    assert rows[0]["kinds"] == ["pretended"]

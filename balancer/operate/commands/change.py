@@ -105,7 +105,7 @@ def check(source: Source) -> int:
     else:
         print(f"run: SGLang serves {made.launch.model}" + "".join(f" {flag}" for flag in masked(made.launch.flags)))
         if made.gpus:
-            print("\n".join(machine.placed(made, machine.gpus())))
+            print("\n".join(machine.placed(made, machine.seated_for(made))))
     return 0
 
 

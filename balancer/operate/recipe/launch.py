@@ -4,6 +4,7 @@ SkyServe runs `run:` with bash on a machine of its own. Here a script that only 
 a replica (`python -m replica`, which leases GPUs and knows this machine); every other is run as it is.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,13 @@ _OURS = {
     "--tp-size": "gpus",
     "--tensor-parallel-size": "gpus",
 }
+# Sizes that multiply the GPUs that a server takes, beside its tensor parallel size.
+_SIZES = {
+    **dict.fromkeys(("--dp", "--dp-size", "--data-parallel-size"), "dp"),
+    **dict.fromkeys(("--pp", "--pp-size", "--pipeline-parallel-size"), "pp"),
+}
+# With it, data parallel ranks share the GPUs of the tensor parallel group.
+_SHARED = "--enable-dp-attention"
 # With these it serves nothing.
 _NOT_OURS = {"--help", "-h", "--version"}
 
@@ -51,7 +59,7 @@ class Launch:
 
     model: str
     flags: tuple[str, ...]
-    # GPUs that one server takes, by its tensor parallel size or --gpus; None: the script does not say.
+    # GPUs that one server takes, by its parallel sizes or --gpus; None: the script does not say.
     gpus: int | None
     # What the script sets for it, on top of the service's envs.
     envs: Mapping[str, str]
@@ -249,10 +257,31 @@ def _launch(program: str, arguments: list[str], envs: Mapping[str, str], variabl
     model = taken.get("model") or ({**variables, **envs}.get("MODEL", "") if program == "replica" else "")
     if not model:
         raise Misread("it does not say which model to serve")
-    gpus = taken.get("gpus")
-    if gpus is not None and not re.fullmatch("[1-9][0-9]{0,3}", gpus):
-        raise Misread(f"{gpus} is not a number of GPUs")
-    return Launch(model, tuple(flags or rest), int(gpus) if gpus else None, envs, ())
+    tensor = _size(taken["gpus"]) if "gpus" in taken else None
+    if program == "replica":
+        return Launch(model, tuple(flags), tensor, envs, ())
+    return Launch(model, *_parallel(rest, tensor), envs, ())
+
+
+def _parallel(flags: list[str], tensor: int | None) -> tuple[tuple[str, ...], int | None]:
+    """The flags, and how many GPUs they come to. The tensor parallel size is said where it is not all of them."""
+    sizes: dict[str, int] = {}
+    for at, flag in enumerate(flags):
+        name, has_value, value = flag.partition("=")
+        if known := _SIZES.get(name):
+            sizes[known] = _size(value if has_value else "".join(flags[at + 1 : at + 2]))
+    if _SHARED in flags:
+        sizes.pop("dp", None)
+    others = math.prod(sizes.values())
+    if others == 1:
+        return tuple(flags), tensor
+    return (*flags, "--tp-size", str(tensor or 1)), (tensor or 1) * others
+
+
+def _size(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise Misread(f"{text} is not a number of GPUs")
+    return int(text)
 
 
 def _ours(flag: str) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from balancer.errors import ConfigError
@@ -23,6 +23,9 @@ PORT = "GROUNDSERVE_PORT"
 LEASE_WAIT = "LEASE_WAIT"
 # Seconds that one start waits for a GPU; its controller goes on trying, and meanwhile can tell a person why.
 LEASE_WAIT_HERE = "3"
+
+# A script that comes to its GPUs by itself.
+_LEASES_ITSELF = re.compile(r"-m +replica\b")
 
 # The folder that the project's packages are in, so that children find them wherever they are started.
 _PACKAGES = str(Path(__file__).resolve().parents[3])
@@ -78,7 +81,11 @@ class Recipe:
         """The process of a replica on this host."""
         envs = self.envs(id, port)
         if self.launch is None:
-            return Command(("bash", "-c", self.spec.run), envs, self.workdir)
+            script = ("bash", "-c", self.spec.run)
+            if not self.gpus or _LEASES_ITSELF.search(self.spec.run):
+                return Command(script, envs, self.workdir)
+            lease = ("--gpus", str(self.gpus), *self._kinds(), "--port", str(port), "--exec", "--", *script)
+            return Command((*python("replica"), *lease), with_packages(envs), self.workdir)
         return Command((*python("replica"), *self.arguments(port)), with_packages(envs), self.workdir)
 
     def envs(self, id: int, port: int) -> dict[str, str]:
@@ -94,10 +101,14 @@ class Recipe:
         launch = self.launch.at_port(port)
         arguments = ["--model", _absolute(launch.model, self.workdir), "--port", str(port)]
         if self.gpus:
-            arguments += ["--gpus", str(self.gpus)]
+            arguments += ["--gpus", str(self.gpus), *self._kinds()]
         if launch.flags:
             arguments += ["--", *launch.flags]
         return tuple(arguments)
+
+    def _kinds(self) -> tuple[str, ...]:
+        kinds = ",".join(self.spec.accelerators)
+        return ("--gpu-kinds", kinds) if kinds else ()
 
     @property
     def digest(self) -> str:
@@ -112,7 +123,7 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
         raise ConfigError(f"{spec.source}: there is no `run:`, so nothing says how to start a replica")
     for name, flag in spec.missing.items():
         raise ConfigError(f"{spec.source}: {name} has no value: give it with {flag} {name}=VALUE")
-    gpus = max(spec.accelerators.values(), default=0)
+    gpus = min(spec.accelerators.values(), default=0)  # until it is known which kinds are here
     launch, why_not = _launch(spec, gpus)
     notes: list[str] = []
     fixed_port = None
@@ -137,6 +148,12 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
                 f"let `run:` listen on ${{{PORT}:-{spec.port}}}, or ask for one replica{why_not and f' ({why_not})'}"
             )
     return Recipe(version, spec, launch, gpus, fixed_port, resources, None, tuple(notes))
+
+
+def for_kind(made: Recipe, kind: str) -> Recipe:
+    """The recipe where replicas run on GPUs of that kind, of which the file may want another number."""
+    spec = replace(made.spec, accelerators={kind: made.spec.accelerators[kind]})
+    return replace(recipe(spec, made.version), resources=made.resources, fits=made.fits)
 
 
 def _launch(spec: Spec, gpus: int) -> tuple[Launch | None, str]:

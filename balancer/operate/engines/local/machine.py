@@ -3,34 +3,57 @@
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from balancer.errors import ConfigError
 from balancer.operate.engines.local import limits
-from balancer.operate.engines.local.kinds import is_of_kind
-from balancer.operate.recipe.recipe import Recipe, python, with_packages
+from balancer.operate.recipe.recipe import Recipe, for_kind, python, with_packages
+from balancer.spec.service_file import Spec
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One NVIDIA GPU as `python -m replica --list-gpus` lists it; memory in MiB, 0 where nobody knows."""
+    """One NVIDIA GPU as `python -m replica --list-gpus` lists it; memory in MiB, 0 where nobody knows.
+
+    `kinds` are the wanted ones that it is of, `seat` the place of its group among those that replicas are given, held
+    ones included; None: no replica of the service is given it. `problem`: it has failed, in the driver's words.
+    """
 
     name: str
-    is_split: bool
-    held_by: str | None
+    is_split: bool = False
+    held_by: str | None = None
     index: int = 0
     memory_total: int = 0
     memory_used: int = 0
+    kinds: tuple[str, ...] = ()
+    seat: int | None = None
+    problem: str = ""
 
 
-def gpus() -> tuple[Gpu, ...]:
-    """Raises ConfigError when the driver does not answer."""
-    rows = json.loads(_replica("--list-gpus"))
+def gpus(each: int = 1, kinds: Iterable[str] = (), model: str | None = None) -> tuple[Gpu, ...]:
+    """Seated for replicas of that model with `each` of them, of those kinds. Raises ConfigError when none answers."""
+    flags = ["--gpus", str(each), "--gpu-kinds", ",".join(kinds), *(("--model", model) if model else ())]
     return tuple(
-        Gpu(row["name"], bool(row["mig"]), row["held_by"], row["index"], row["memory_total"], row["memory_used"])
-        for row in rows
-        if "problem" not in row
+        Gpu(row["name"], index=row["index"], problem=row["problem"])
+        if "problem" in row
+        else Gpu(
+            row["name"],
+            bool(row["mig"]),
+            row["held_by"],
+            row["index"],
+            row["memory_total"],
+            row["memory_used"],
+            tuple(row["kinds"]),
+            row["seat"],
+        )
+        for row in json.loads(_replica("--list-gpus", *flags))
     )
+
+
+def seated_for(recipe: Recipe) -> tuple[Gpu, ...]:
+    """The machine's GPUs as the replicas of a recipe would be given them."""
+    return gpus(recipe.gpus or 1, recipe.spec.accelerators, recipe.model)
 
 
 def check_model(recipe: Recipe) -> None:
@@ -42,13 +65,16 @@ def check_model(recipe: Recipe) -> None:
         _replica("--device", "cpu", "--dry-run", *flags)
 
 
-def seats(there: tuple[Gpu, ...], each: int) -> list[tuple[Gpu, ...]]:
-    """The groups of GPUs that replicas with `each` of them may lease now, in the order in which they are taken.
+def seats(there: tuple[Gpu, ...]) -> list[tuple[Gpu, ...]]:
+    """The groups of GPUs that replicas may lease, in the order in which they are given; held ones among them."""
+    groups: dict[int, list[Gpu]] = {}
+    for gpu in there:
+        if gpu.seat is not None:
+            groups.setdefault(gpu.seat, []).append(gpu)
+    return [tuple(groups[seat]) for seat in sorted(groups)]
 
-    Aligned, as `python -m replica` leases them: 0-1, 2-3, ... for two.
-    """
-    whole = [gpu for gpu in there if not gpu.is_split]
-    groups = [tuple(whole[start : start + each]) for start in range(0, len(whole) - each + 1, each)]
+
+def _free(groups: list[tuple[Gpu, ...]]) -> list[tuple[Gpu, ...]]:
     return [group for group in groups if all(gpu.held_by is None for gpu in group)]
 
 
@@ -56,9 +82,11 @@ def placed(recipe: Recipe, there: tuple[Gpu, ...]) -> list[str]:
     """A line for each GPU: what it is, and who has it or gets it when the service comes up."""
     most = recipe.spec.max_replicas
     lines = []
-    order = [gpu for group in seats(there, recipe.gpus) for gpu in group]
+    order = [gpu for group in _free(seats(there)) for gpu in group]
     for gpu in there:
-        if gpu.is_split:
+        if gpu.problem:
+            use = f"cannot be used: {gpu.problem}"
+        elif gpu.is_split:
             use = "split by MIG, which no replica takes"
         elif gpu.held_by is not None:
             use = f"held by {gpu.held_by}"
@@ -68,6 +96,8 @@ def placed(recipe: Recipe, there: tuple[Gpu, ...]) -> list[str]:
                 use = f"for replica {number}"
             else:
                 use = "stays free" if most is not None and number > most else "for when the load asks for more"
+        elif gpu.seat is None and recipe.spec.accelerators and not gpu.kinds:
+            use = f"stays free: it is no {' or '.join(recipe.spec.accelerators)}"
         else:
             use = f"stays free: a replica takes {recipe.gpus} that lie side by side"
         free = gpu.memory_total - gpu.memory_used
@@ -81,10 +111,22 @@ def fitted_here(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
     if not os.path.isdir(recipe.workdir):  # noqa: PTH112 - the path's own method raises for names that are too long
         what = "run: cd" if recipe.launch and recipe.launch.folder else "workdir"
         raise ConfigError(f"{recipe.spec.source}: {what}: there is no folder {recipe.workdir}")
-    there = gpus() if recipe.launch is not None or recipe.gpus else ()
+    there: tuple[Gpu, ...] = ()
+    if recipe.launch is not None or recipe.gpus:
+        recipe = of_kind(recipe, gpus(kinds=recipe.spec.accelerators))
+        there = seated_for(recipe)
     made, warnings = fitted(recipe, recipe.spec.min_replicas, there, limits.memory() / 1e9, running)
     check_model(made)
     return made, [*recipe.spec.warnings, *recipe.notes, *warnings]
+
+
+def of_kind(recipe: Recipe, there: tuple[Gpu, ...]) -> Recipe:
+    """For the first of the kinds that the file names of which enough are here, else any; for all where none is."""
+    whole = [gpu for gpu in there if not gpu.is_split and not gpu.problem]
+    here = {kind: sum(kind in gpu.kinds for gpu in whole) for kind in recipe.spec.accelerators}
+    enough = [kind for kind, count in here.items() if count >= recipe.spec.accelerators[kind]]
+    known = enough or [kind for kind, count in here.items() if count]
+    return for_kind(recipe, known[0]) if known else recipe
 
 
 def fitted(
@@ -105,33 +147,40 @@ def fitted(
         warnings.append(
             f"{_replicas(count)} of {spec.name} want {spec.cpus * count:g} cores; here are {limits.cores():g}"
         )
-    whole = [gpu for gpu in there if not gpu.is_split]
+    usable = [gpu for gpu in there if not gpu.is_split and not gpu.problem]
+    known = [kind for kind in spec.accelerators if any(kind in gpu.kinds for gpu in usable)]
+    mine = [gpu for gpu in usable if not known or gpu.kinds]
     # SGLang takes a GPU where there is one, asked for or not.
-    each = recipe.gpus or (1 if whole and recipe.launch else 0)
-    if recipe.launch is None:
-        if each and count > 1:
-            warnings.append(f"{spec.source}: run: starts no SGLang that is known, so nothing keeps its GPUs apart")
-    elif each * count > len(whole):
-        wanted = f" ({', '.join(spec.accelerators)})" if spec.accelerators else ""
-        has = f"this machine has {len(whole) or 'none'}"
-        if len(there) > len(whole):
-            has += f" and {len(there) - len(whole)} split by MIG"
-        what = "run fewer replicas" if len(whole) >= each else "smollm2 and tiny-llava run without"
-        raise ConfigError(f"{_replicas(count)} of {spec.name} want {_gpus(each)} each{wanted}; {has}: {what}")
-    elif each:
-        fits = len(whole) // each if fits is None else min(fits, len(whole) // each)
-        if not running and (free := len(seats(there, each))) < count:
+    each = recipe.gpus or (1 if mine and recipe.launch else 0)
+    groups = seats(there)
+    if each and len(groups) < count:
+        raise ConfigError(
+            f"{_replicas(count)} of {spec.name} want {_gpus(each)} each{_too_few(there, mine, known, spec, each)}"
+        )
+    if each:
+        fits = len(groups) if fits is None else min(fits, len(groups))
+        if not running and (free := len(_free(groups))) < count:
             warnings.append(
                 f"{spec.source}: others hold GPUs, so that {free} of {_replicas(count)} can start now: "
                 f"groundserve check {spec.source} says who holds them"
             )
-    known = [kind for kind in spec.accelerators if any(is_of_kind(gpu.name, kind, gpu.memory_total) for gpu in whole)]
-    if each and whole and spec.accelerators and not known:
+    if each and mine and spec.accelerators and not known:
         kinds = ", ".join(spec.accelerators)
-        warnings.append(f"{spec.source}: resources.accelerators: none of {kinds} is here; {whole[0].name} is used")
-    kind = known[0] if known else whole[0].name.removeprefix("NVIDIA ") if whole else "GPU"
+        warnings.append(f"{spec.source}: resources.accelerators: none of {kinds} is here; {mine[0].name} is used")
+    kind = known[0] if known else mine[0].name.removeprefix("NVIDIA ") if mine else "GPU"
     resources = f"{each}x {kind}" if each else "1x CPU"
     return replace(recipe, gpus=each, resources=resources, fits=fits), warnings
+
+
+def _too_few(there: tuple[Gpu, ...], mine: list[Gpu], known: list[str], spec: Spec, each: int) -> str:
+    """What is wanted, what is here, and what to do about it."""
+    wanted = f" ({', '.join(spec.accelerators)})" if spec.accelerators else ""
+    has = f"this machine has {len(mine) or 'none'}{f' of {known[0]}' if known and len(mine) < len(there) else ''}"
+    if split := sum(gpu.is_split for gpu in there):
+        has += f" and {split} split by MIG"
+    if failed := [f"GPU {gpu.index} ({gpu.problem})" for gpu in there if gpu.problem]:
+        has += f", and {', '.join(failed)} cannot be used"
+    return f"{wanted}; {has}: {'run fewer replicas' if len(mine) >= each else 'smollm2 and tiny-llava run without'}"
 
 
 def _replicas(count: int) -> str:

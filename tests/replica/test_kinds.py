@@ -1,12 +1,8 @@
 """SkyPilot's names of GPUs against NVIDIA's own, as nvidia-smi prints them."""
 
-from pathlib import Path
-
 import pytest
 
-import balancer.operate.engines.local.kinds
-import replica.kinds
-from balancer.operate.engines.local.kinds import is_of_kind
+from replica.kinds import is_of_kind
 
 # What nvidia-smi calls it, its memory in MiB; kinds that it is, and kinds that it is not.
 TABLE = [
@@ -97,8 +93,3 @@ def test_each_gpu_is_known_by_sky_pilots_names_and_by_no_other(name: str, memory
 )
 def test_where_nobody_knows_its_memory_the_name_decides(name: str, kind: str, is_one: bool) -> None:
     assert is_of_kind(name, kind) is is_one
-
-
-def test_replica_and_balancer_go_by_the_very_same_rule() -> None:
-    both = [Path(module.__file__ or "").read_text() for module in (replica.kinds, balancer.operate.engines.local.kinds)]
-    assert both[0] == both[1]
