@@ -17,7 +17,7 @@ from balancer.relay.auth import OPEN_PATHS, Keys, bears
 from balancer.relay.comments import STREAMING, Comments
 from balancer.relay.cors import Cors
 from balancer.relay.downstream import ClientConnection
-from balancer.relay.failover import RULES, RetryBudget, final_error, may_repeat
+from balancer.relay.failover import RULES, SAFE_METHODS, RetryBudget, final_error, may_repeat
 from balancer.relay.paths import Kind
 from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
@@ -229,6 +229,7 @@ class _Relay:
         "_client",
         "_gaps",
         "_held",
+        "_is_full",
         "_last_at",
         "_member",
         "_proxy",
@@ -251,6 +252,7 @@ class _Relay:
         self._client = client
         self._gaps: Spans | None = None
         self._held: Unavailable | None = None
+        self._is_full = False  # the replica says so
         self._last_at = 0.0
         self.status = 0
         self.retry_after = 1
@@ -263,8 +265,10 @@ class _Relay:
         if status != 503:
             self._begin(status, headers, length)
         elif (seconds := retry_after(headers)) is not None:
-            self.retry_after = seconds
+            self.retry_after, self._is_full = seconds, True
             return False
+        elif self._request.method in SAFE_METHODS:
+            return False  # another may well answer, whatever this one means; and of HEAD nothing else is to be had
         else:
             self._held = Unavailable(headers, length)
         return True
@@ -311,6 +315,7 @@ class _Relay:
     def on_end(self, seconds: float) -> bool:
         if self._held is not None:
             if self._held.says_full(self._request.path, seconds):
+                self._is_full = True
                 return False
             self._let_go(self._held)
         record, counts = self._record, self._reply.tail.counts()
@@ -330,7 +335,8 @@ class _Relay:
         elif outcome is Outcome.REFUSED:
             fleet.refused(member)
         elif outcome is Outcome.BUSY:
-            fleet.busy(member, self.retry_after)
+            if self._is_full:
+                fleet.busy(member, self.retry_after)
         elif RULES[outcome].is_failure:
             fleet.failed(member)
         elif RULES[outcome].is_doubtful:

@@ -367,6 +367,17 @@ async def test_a_503_that_does_not_say_full_is_an_answer(house: House, row: tupl
     assert house.member("a").full_until == 0.0, "nor is the replica full for others"
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@in_house
+async def test_what_only_asks_goes_elsewhere_from_any_503(house: House, method: str) -> None:
+    """Of a HEAD the words are not to be had; and nothing is generated twice."""
+    house.replicas[0].set(status=503, body="Request running timeout reached.")
+    answer = await house.ask(request(method, "/v1/whatever"), method)
+    assert (answer.status, answer.header("x-replica-id")) == (200, "b")
+    assert numbers(*house.replicas) == [1, 1]
+    assert house.member("a").full_until == 0.0, "it is not full"
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 @in_house
 async def test_a_503_that_says_full_goes_elsewhere(house: House, path: str) -> None:
