@@ -56,6 +56,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Series:
             for _ in range(3):
                 await client.post(CHAT, json=chat(text))
             await client.post(CHAT, json=stream(text))
+            for replica in (one, two):
+                replica.next(1, cut="after_tokens")
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.post(CHAT, json=stream())
             for replica, status in ((one, 503), (two, 503), (one, 500), (two, 500)):
                 replica.next(1, status=status)
             for _ in range(2):

@@ -321,3 +321,9 @@ def test_gpus_of_all_parallel_sizes_are_counted(flags: str, gpus: int | None, mo
 @pytest.mark.parametrize("size", ["0", "two", "-1", "--port", ""])
 def test_a_parallel_size_that_is_none_is_left_to_bash(size: str) -> None:
     assert understand(f"sglang serve a/b --dp {size}", {}) is None
+
+
+@pytest.mark.parametrize("braces", ["{a,b}", "{1..3}", "{,}", '{"a",b}', "{$A,b}"])
+@pytest.mark.parametrize("script", ["export V=<> && sglang serve m --flag $V", "sglang serve m --flag <>"])
+def test_braces_of_which_bash_makes_several_words_are_left_to_bash(script: str, braces: str) -> None:
+    assert understand(script.replace("<>", braces), {"A": "one"}) is None

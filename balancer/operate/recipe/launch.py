@@ -152,6 +152,7 @@ def _around(command: list[Word]) -> _Around:
 def _exported(word: Word, variables: Mapping[str, str]) -> tuple[str, str | None]:
     """The name and value of one word after `export`; None where the variable has none."""
     if name := word.assigned:
+        word.refuse_braces()
         return name, word.text(variables)[len(name) + 1 :]
     if not re.fullmatch(r"[A-Za-z_]\w*", word.source):
         raise Misread("it has an `export` with more than names and values in it")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 _REFERENCE = re.compile(r"\$(?:(?P<plain>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)(?::-(?P<default>[^}$`\"'\\]*))?\})")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=")
 _PATTERN = re.compile(r"[*?\[]")
-_PATTERN_OR_BRACES = re.compile(r"[*?\[]|\{[^}]*(?:,|\.\.)")
+_BRACES = re.compile(r"\{[^}]*(?:,|\.\.)")
 _SPECIAL = "|&;()<>"
 # Words that begin something longer than a simple command, where they come first.
 _COMPOUND = {
@@ -80,8 +80,15 @@ class Word:
             raise Misread(f"`{self.source}` has a ~ that only bash can replace")
         return said + "".join(part.value(variables) for part in others)
 
+    def refuse_braces(self) -> None:
+        """Raises Misread for {a,b}, of which bash makes several words, also of an assignment that is an argument."""
+        plain = "".join("" if part.is_quoted or part.name else part.text or "" for part in self.parts)
+        if _BRACES.search(plain):
+            raise Misread(f"`{self.source}` has braces that bash replaces")
+
     def fields(self, variables: Mapping[str, str]) -> list[str]:
         """The words that it comes to: variables without quotes are split, and may come to none. Raises Misread."""
+        self.refuse_braces()
         fields: list[str] = []
         field: str | None = None
         for place, part in enumerate(self.parts):
@@ -89,7 +96,7 @@ class Word:
             if part.is_quoted:
                 field = (field or "") + value
                 continue
-            if (_PATTERN if part.name else _PATTERN_OR_BRACES).search(value):
+            if _PATTERN.search(value):
                 raise Misread(f"`{self.source}` has a pattern that bash replaces")
             if not part.name:
                 if place == 0 and value.startswith("~"):
