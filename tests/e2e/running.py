@@ -105,9 +105,12 @@ class Replica(Program):
         return found[1:]
 
     def scheduler(self) -> int:
-        """The process that generates."""
-        (pid,) = (pid for pid in self.offspring() if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
-        return pid
+        """The process that generates: it holds the model, and so the most memory. (Its title is not always set.)"""
+
+        def resident(pid: int) -> int:
+            return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+        return max(self.offspring(), key=resident)
 
     def figure(self, name: str) -> float:
         """The sum of one of SGLang's metrics over its labels; 0 before it first appears."""

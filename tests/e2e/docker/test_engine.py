@@ -44,7 +44,7 @@ class OnCompose(Groundserve):
         ).split()
 
     def controller(self) -> int:
-        return int((self.folder / "state/groundserve" / NAME / "lock").read_text())
+        return int(json.loads((self.folder / "state/groundserve" / NAME / "lock").read_text())["pid"])
 
     def endpoint(self) -> str:
         return self("status", "--endpoint", NAME).strip()
@@ -187,7 +187,7 @@ def test_a_service_that_cannot_start_fails_with_the_replicas_own_words(groundser
 @pytest.mark.parametrize(
     ("arguments", "run", "words"),
     [
-        (["--admin", "0.0.0.0:0"], RUN, "published on 127.0.0.1 only"),
+        (["--admin", "0.0.0.0:0", "--open"], RUN, "published on 127.0.0.1 only"),
         (["--listen", "0.0.0.0:0"], RUN, "give --api-keys FILE, or say --open"),
         ([], "./serve.sh $GROUNDSERVE_PORT", "use --on local"),
     ],
