@@ -6,13 +6,14 @@ from functools import lru_cache
 
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::(\d*))?")
 _DIGITS = 5  # of the highest port, 65535
+_SHORT = 128  # bytes of a Host that is remembered: clients send the same few again and again
 # The public DNS gives these to nobody, so no page of another site has such a name; nor one without a dot.
 _PRIVATE = (".localhost", ".local", ".internal", ".lan", ".home.arpa", ".test")
 
 
 def is_host(value: bytes) -> bool:
     """Is this a name or an address, with or without a port, as RFC 9112 section 3.2 wants it? Empty is none."""
-    return _remembered(value) if len(value) <= 128 else _is_host(value)
+    return _is_remembered_host(value) if len(value) <= _SHORT else _is_host(value)
 
 
 def _is_host(value: bytes) -> bool:
@@ -28,11 +29,15 @@ def _is_host(value: bytes) -> bool:
         return False
 
 
-_remembered = lru_cache(maxsize=1024)(_is_host)
+_is_remembered_host = lru_cache(maxsize=1024)(_is_host)
 
 
 def is_public_name(host: bytes) -> bool:
     """Could the public DNS know this host, so that whoever owns the name can have it point at this machine?"""
+    return _is_remembered_name(host) if len(host) <= _SHORT else _is_public_name(host)
+
+
+def _is_public_name(host: bytes) -> bool:
     name = host.lower() if host.startswith(b"[") else host.lower().partition(b":")[0].rstrip(b".")
     if b"." not in name or name.startswith(b"["):
         return False
@@ -41,3 +46,6 @@ def is_public_name(host: bytes) -> bool:
     except ValueError:
         return not name.decode().endswith(_PRIVATE)
     return False
+
+
+_is_remembered_name = lru_cache(maxsize=1024)(_is_public_name)
