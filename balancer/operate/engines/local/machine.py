@@ -113,7 +113,8 @@ def fitted_here(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
         raise ConfigError(f"{recipe.spec.source}: {what}: there is no folder {recipe.workdir}")
     there: tuple[Gpu, ...] = ()
     if recipe.launch is not None or recipe.gpus:
-        recipe = of_kind(recipe, gpus(kinds=recipe.spec.accelerators))
+        if len(recipe.spec.accelerators) > 1:  # else there is nothing to choose, and nvidia-smi may take seconds
+            recipe = of_kind(recipe, gpus(kinds=recipe.spec.accelerators))
         there = seated_for(recipe)
     made, warnings = fitted(recipe, recipe.spec.min_replicas, there, limits.memory() / 1e9, running)
     check_model(made)
