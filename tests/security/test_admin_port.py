@@ -12,7 +12,7 @@ from balancer.admin.guard import MAX_BODY, Guard, Message
 from balancer.errors import ConfigError
 from balancer.spec.loopback import is_loopback_name
 from tests.lab.replica import LabReplica
-from tests.wire.client import Client
+from tests.support.client import Client
 from tests.wire.running import House, each, on_uvloop, serving, until
 
 

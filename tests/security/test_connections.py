@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import Client, Ended, chat, request
+from tests.support.client import Client, Ended, chat, request
 from tests.wire.running import on_uvloop, serving, until
 
 

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from balancer.observe.access_log import AccessLog
 from balancer.observe.record import Record
 from tests.lab.replica import LabReplica
-from tests.wire.client import CHAT, chat, request
+from tests.support.client import CHAT, chat, request
 from tests.wire.running import each, on_uvloop, serving
 
 HOSTILE_TARGETS = {

@@ -15,7 +15,7 @@ from balancer.__main__ import config_from, parse
 from balancer.errors import ConfigError, ServeError
 from balancer.relay.auth import Keys, bears, read_keys
 from tests.lab.replica import LabReplica
-from tests.wire.client import CHAT, chat, request
+from tests.support.client import CHAT, chat, request
 from tests.wire.running import each, on_uvloop, serving, until
 
 ALICE, BOB = "sk-alice-0123456789", "sk-bob-9876543210"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import CHAT, chat, request
+from tests.support.client import CHAT, chat, request
 from tests.wire.running import each, on_uvloop, serving
 
 # SGLang 0.5.23's routes that change it, or show what is not the client's.

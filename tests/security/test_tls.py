@@ -20,7 +20,7 @@ from balancer.relay.downstream import LINGER, MAX_UNSENT, ClientConnection
 from balancer.relay.tls import Certificate, replica_context
 from tests.lab.replica import LabReplica
 from tests.security.certificates import Authority, Pair, encrypted
-from tests.wire.client import CHAT, chat, request
+from tests.support.client import CHAT, chat, request
 from tests.wire.running import House, each, on_uvloop, serving, until
 
 BODY = {"model": "lab", "messages": [], "max_tokens": 3}

@@ -13,7 +13,7 @@ import pytest
 
 from tests.lab.replica import LabReplica
 from tests.security.certificates import Authority
-from tests.wire.client import Client, request
+from tests.support.client import Client, request
 from tests.wire.fuzz import WITH_UNREAD, fuzz, unread
 from tests.wire.process import running
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving, until

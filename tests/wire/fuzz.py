@@ -26,7 +26,7 @@ from balancer.relay.hosts import is_host
 from balancer.relay.paths import kind_of
 from tests.lab.replica import LabReplica
 from tests.lab.seen import SeenRequest
-from tests.wire.client import CHAT, Answer, BadAnswer, Client, Ended, chat, chunks, request
+from tests.support.client import CHAT, Answer, BadAnswer, Client, Ended, chat, chunks, request
 from tests.wire.running import House, serving
 
 AT_ONCE = 200  # connections with mutated requests

@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from tests.wire.client import Client
+from tests.support.client import Client
 from tests.wire.running import SOON
 
 ROOT = Path(__file__).parents[2]

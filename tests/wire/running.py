@@ -23,7 +23,7 @@ from balancer.fleet.member import Listed, Member
 from balancer.spec.settings import Settings
 from tests.lab.knobs import Knobs
 from tests.lab.replica import LabReplica
-from tests.wire.client import Answer, Client
+from tests.support.client import Answer, Client
 
 DEADLINE = 60.0  # seconds for one test
 SOON = 5.0  # for what should be there already

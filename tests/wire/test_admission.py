@@ -7,7 +7,7 @@ import pytest
 from balancer.routing.admission import Ask
 from balancer.routing.prompt import Prompt
 from tests.lab.replica import LabReplica
-from tests.wire.client import Client, chat, request
+from tests.support.client import Client, chat, request
 from tests.wire.running import House, each, on_uvloop, serving, until
 
 POST = request(body=chat())

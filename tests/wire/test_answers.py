@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import chat, request
+from tests.support.client import chat, request
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
 
 POST = request(body=chat())

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import Client, chat, chunks, request
+from tests.support.client import Client, chat, chunks, request
 from tests.wire.running import House, in_house, kept, on_uvloop, serving, until
 
 MIB = 1 << 20

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import CHAT, Answer, chat, request
+from tests.support.client import CHAT, Answer, chat, request
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
 
 STREAM = request(body=chat(stream=True, tokens=5))

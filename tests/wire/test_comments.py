@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import Answer, chat, request
+from tests.support.client import Answer, chat, request
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving, until
 
 LINE = b": waiting\n\n"

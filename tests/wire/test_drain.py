@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import Ended, chat, request
+from tests.support.client import Ended, chat, request
 from tests.wire.process import running
 from tests.wire.running import House, on_uvloop, serving, until
 

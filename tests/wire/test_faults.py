@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import CHAT, chat, request
+from tests.support.client import CHAT, chat, request
 from tests.wire.running import House, deaf, each, hanging_up, in_house, kept, on_uvloop, serving, until
 
 POST = request(body=chat())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import chat, request
+from tests.support.client import chat, request
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
 
 GET = ("GET", "/v1/models/lab")

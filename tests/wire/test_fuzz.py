@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.wire.client import chat, chunks, request
+from tests.support.client import chat, chunks, request
 from tests.wire.fuzz import ANSWERS, CHUNKED, REQUESTS, WITH_CLIENTS, WITH_REPLICAS, answers, fuzz, requests
 from tests.wire.running import House, in_house, kept
 

@@ -7,7 +7,7 @@ import pytest
 
 from balancer.routing.body import MAX_NANOSECONDS, MAX_PARSED, nanoseconds
 from tests.lab.spawn import spawn_replica
-from tests.wire.client import request
+from tests.support.client import request
 from tests.wire.process import BalancerProcess, running
 from tests.wire.running import on_uvloop
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.wire.client import chat, chunks, request
+from tests.support.client import chat, chunks, request
 from tests.wire.running import House, each, in_house, kept
 
 POST = request(body=chat())

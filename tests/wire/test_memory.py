@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import Client, chat, request
+from tests.support.client import Client, chat, request
 from tests.wire.process import BalancerProcess, running
 from tests.wire.running import on_uvloop
 

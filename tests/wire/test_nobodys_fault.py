@@ -12,7 +12,7 @@ import pytest
 
 from balancer.fleet.member import Listed
 from tests.lab.replica import LabReplica
-from tests.wire.client import chat, request
+from tests.support.client import chat, request
 from tests.wire.process import running
 from tests.wire.running import House, on_uvloop, serving, until
 

@@ -8,7 +8,7 @@ import pytest
 
 from balancer.spec.settings import PolicyName
 from tests.lab.replica import LabReplica
-from tests.wire.client import chat, request
+from tests.support.client import chat, request
 from tests.wire.running import House, each, on_uvloop, serving
 
 POLICIES = ["round_robin", "least_load", "prefix_aware"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import CHAT, chat, request
+from tests.support.client import CHAT, chat, request
 from tests.wire.running import each, on_uvloop, serving
 
 ORIGIN = ("Origin", "https://app.test")

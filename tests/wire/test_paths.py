@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import chat, request
+from tests.support.client import chat, request
 from tests.wire.running import House, in_house, kept, on_uvloop, serving
 
 SERVED = [

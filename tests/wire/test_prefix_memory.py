@@ -8,7 +8,7 @@ import pytest
 from balancer.routing.prefix_aware import PrefixAware
 from balancer.routing.prefix_index import PrefixIndex
 from balancer.routing.prompt import Prompt
-from tests.wire.client import chat, request
+from tests.support.client import chat, request
 from tests.wire.running import House, in_house, kept
 
 PROMPT = [{"role": "system", "content": "You are the clerk of a lending library. " * 100}]

@@ -12,7 +12,7 @@ import pytest
 from balancer.__main__ import config_from, parse
 from balancer.relay.sweep import INTERVAL
 from tests.lab.replica import LabReplica
-from tests.wire.client import chat, request
+from tests.support.client import chat, request
 from tests.wire.running import House, on_uvloop, serving, until
 
 FILE = """

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.replica import LabReplica
-from tests.wire.client import Ended, chat, request
+from tests.support.client import Ended, chat, request
 from tests.wire.running import House, in_house, kept, on_uvloop, serving, until
 
 POST = request(body=chat())

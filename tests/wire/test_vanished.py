@@ -13,7 +13,7 @@ from balancer.fleet.member import Listed
 from balancer.relay.vanished import UNACKNOWLEDGED, expect_life, has_vanished
 from tests.lab.replica import LabReplica
 from tests.security.certificates import Authority
-from tests.wire.client import chat, request
+from tests.support.client import chat, request
 from tests.wire.running import on_uvloop, serving, until
 
 OPTIONS = (
