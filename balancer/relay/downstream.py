@@ -63,8 +63,8 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._is_blocked = False  # the client does not take what we send
         self._sent = 0  # bytes handed to the transport
         self._taken = 0  # bytes of them that had left it at the last look
+        self._taken_at = 0.0  # when some last did, or there were none to take; a new client has had no time for it yet
         self._looked_at = 0.0  # whether the client has vanished
-        self._taken_at = 0.0  # when some last did, or there were none to take
         self._unwritten: list[bytes] = []  # waits for the end of this round of the loop
         self._is_over = False  # all is written that ever will be
 
@@ -78,7 +78,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         if is_tls:
             transport.set_write_buffer_limits(MAX_UNSENT)  # type: ignore[attr-defined]
         self._peer = Peer.of(address[0] if isinstance(address, tuple) else "", is_tls, self._doors.trusted)
-        self._since = self._doors.loop.time()
+        self._since = self._taken_at = self._doors.loop.time()
         # A slow client is ours to judge, by send_timeout; one that vanished amid its answer is seen to have.
         expect_life(transport.get_extra_info("socket"), max(UNACKNOWLEDGED, self._settings.send_timeout))
         self._doors.connections.add(self)

@@ -107,6 +107,23 @@ async def test_the_endpoint_speaks_https(authority: Authority, pair: Pair) -> No
 
 
 @on_uvloop
+async def test_a_client_is_not_judged_between_its_handshake_and_its_first_request(
+    authority: Authority, pair: Pair
+) -> None:
+    """Until then TLS holds session tickets for it, which it has had no time to take."""
+
+    class SweptAtOnce(set[ClientConnection]):
+        def add(self, connection: ClientConnection) -> None:
+            super().add(connection)
+            doors.loop.call_soon(lambda: doors.sweep(doors.loop.time()))
+
+    async with LabReplica() as lab, secured(pair, lab) as house, client(house, authority) as https:
+        doors = house.balancer.doors
+        doors.connections = SweptAtOnce()  # type: ignore[assignment]
+        assert (await https.post(CHAT, json=BODY)).status_code == 200
+
+
+@on_uvloop
 async def test_a_client_that_leaves_is_noticed_through_tls_too(authority: Authority, pair: Pair) -> None:
     async with LabReplica(token_interval=0.05) as lab, secured(pair, lab) as house, client(house, authority) as https:
         async with https.stream("POST", CHAT, json=BODY | {"stream": True, "max_tokens": 500}) as answer:
