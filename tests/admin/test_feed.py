@@ -18,7 +18,8 @@ from balancer.routing.admission import Admission
 from balancer.routing.policies import RoundRobin
 from balancer.spec.settings import ReadinessProbe, Settings
 from tests.lab.replica import LabReplica
-from tests.observe.serving import CHAT, chat, client_of, run, serving, stream, until
+from tests.observe.serving import CHAT, chat, client_of, run, serving, stream
+from tests.support.until import until
 
 
 class Parts:
@@ -233,7 +234,7 @@ def test_a_browser_that_leaves_is_noticed_before_and_in_the_answer(hang: str) ->
             await lab.seen.until(lambda seen: len(seen.requests) == 1)
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
-            await until(lambda: lab.seen.last.outcome == "client_left", timeout=2)
+            await until(lambda: lab.seen.last.outcome == "client_left", within=2)
             await until(lambda: not balancer.fleet.members[1].in_flight)
 
     run(main())
@@ -249,7 +250,7 @@ def test_a_browser_that_leaves_leaves_the_queue() -> None:
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
-            await until(lambda: balancer.admission.queue_depth == 0, timeout=2)
+            await until(lambda: balancer.admission.queue_depth == 0, within=2)
 
     run(main())
 

@@ -16,7 +16,8 @@ from balancer.routing.admission import Admission
 from balancer.routing.policies import RoundRobin
 from tests.fleet.members import Clock, claimed, fail, fleet_of, listed, make_ready
 from tests.lab.replica import LabReplica
-from tests.observe.serving import run, serving, until
+from tests.observe.serving import run, serving
+from tests.support.until import until
 
 
 class Admin:

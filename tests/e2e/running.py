@@ -5,23 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
+from tests.support.until import wait_until
+
 ROOT = Path(__file__).resolve().parents[2]
 START = 480.0  # seconds a replica may take on a busy machine; alone it takes about 30
 _LIBC = ctypes.CDLL(None)
-
-
-def until(true: Callable[[], bool], seconds: float, what: str) -> None:
-    """Waits for something that another process does and tells nobody of."""
-    give_up = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < give_up, f"not within {seconds:g} s: {what}"
-        time.sleep(0.1)
 
 
 def is_running(pid: int) -> bool:
@@ -94,7 +86,7 @@ class Replica(Program):
             return False
 
     def wait_ready(self) -> None:
-        until(lambda: self.is_ready() or not self.check_alive(), START, f"{self.name} is ready")
+        wait_until(lambda: self.is_ready() or not self.check_alive(), f"{self.name} is ready", START)
 
     def offspring(self) -> list[int]:
         """Its children, and theirs."""
@@ -125,7 +117,7 @@ class Balancer(Program):
         listed = [part for replica in replicas for part in ("--replica", replica.url)]
         ports = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
         super().__init__("balancer", log, "-m", "balancer", *ports, *flags, *listed)
-        until(lambda: self.check_alive() and self._said("admin on ") != "", 30, "the balancer listens")
+        wait_until(lambda: self.check_alive() and self._said("admin on "), "the balancer listens", 30)
         self.url = self._said("listening on ")
         self.admin = self._said("admin on ")
 
@@ -139,4 +131,4 @@ class Balancer(Program):
         return [replica["status"] for replica in replicas]
 
     def wait_all_ready(self) -> None:
-        until(lambda: self.check_alive() and set(self.statuses()) == {"READY"}, 60, "all replicas are READY")
+        wait_until(lambda: self.check_alive() and set(self.statuses()) == {"READY"}, "all replicas are READY")

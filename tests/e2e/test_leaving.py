@@ -3,7 +3,8 @@
 import httpx
 import pytest
 
-from tests.e2e.running import Balancer, Replica, until
+from tests.e2e.running import Balancer, Replica
+from tests.support.until import wait_until
 
 ABORTED = "sglang:num_aborted_requests_total"
 LONG = {"text": "Once upon a time", "sampling_params": {"temperature": 0, "max_new_tokens": 2000, "ignore_eos": True}}
@@ -22,13 +23,13 @@ def test_leaving_a_stream_aborts_the_generation(balancer: Balancer, replicas: li
     before = aborted(replicas)
     with httpx.stream("POST", f"{balancer.url}/generate", json={**LONG, "stream": True}, timeout=60) as answer:
         assert next(answer.iter_lines()).startswith("data: ")
-    until(lambda: aborted(replicas) == before + 1, 30, "the generation is aborted")
-    until(lambda: in_flight(balancer) == 0, 5, "nothing is in flight")
+    wait_until(lambda: aborted(replicas) == before + 1, "the generation is aborted", 30)
+    wait_until(lambda: in_flight(balancer) == 0, "nothing is in flight", 5)
 
 
 def test_leaving_before_the_headers_aborts_the_generation(balancer: Balancer, replicas: list[Replica]) -> None:
     before = aborted(replicas)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{balancer.url}/generate", json=LONG, timeout=2)
-    until(lambda: aborted(replicas) == before + 1, 30, "the generation is aborted")
-    until(lambda: in_flight(balancer) == 0, 5, "nothing is in flight")
+    wait_until(lambda: aborted(replicas) == before + 1, "the generation is aborted", 30)
+    wait_until(lambda: in_flight(balancer) == 0, "nothing is in flight", 5)

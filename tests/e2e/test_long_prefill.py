@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.running import Balancer, Replica, until
+from tests.e2e.running import Balancer, Replica
+from tests.support.until import wait_until
 
 PATIENCE = 0.4  # seconds: time-out of the service's probe, and the time between two
 
@@ -32,7 +33,7 @@ def test_a_prefill_longer_than_the_probes_time_out_takes_no_replica_out(
     service.write_text(json.dumps({"service": described, "resources": {"ports": 8000}, "run": "sglang serve"}))
     balancer = Balancer(tmp_path / "balancer.log", replicas[:1], "--service", str(service))
     try:
-        until(lambda: balancer.statuses() == ["READY"], 60, "the replica is READY")
+        wait_until(lambda: balancer.statuses() == ["READY"], "the replica is READY", 60)
         prompt = "".join(f" {first + n}" for n in range(760))  # some 3,800 tokens, never seen before
         got: list[int] = []
 

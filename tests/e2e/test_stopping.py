@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from tests.e2e.images import data_url, seen_in
-from tests.e2e.running import Balancer, Replica, is_running, until
+from tests.e2e.running import Balancer, Replica, is_running
+from tests.support.until import wait_until
 
 pytestmark = pytest.mark.last
 GRACE = 5.0  # seconds that a replica goes on serving after SIGTERM
@@ -62,7 +63,7 @@ def test_a_killed_replica_is_missed_by_nobody_and_comes_back(balancer: Balancer,
     askers = [threading.Thread(target=ask) for _ in range(4)]
     for asker in askers:
         asker.start()
-    until(lambda: sum(r.figure("sglang:num_running_reqs") for r in replicas) >= 1, 60, "requests run")
+    wait_until(lambda: sum(r.figure("sglang:num_running_reqs") for r in replicas) >= 1, "requests run", 60)
     children = replicas[0].offspring()
     assert len(children) >= 2
     replicas[0].process.kill()
@@ -73,7 +74,7 @@ def test_a_killed_replica_is_missed_by_nobody_and_comes_back(balancer: Balancer,
     for asker in askers:
         asker.join()
     assert sorted(statuses) == [200, 200, 502, 502]
-    until(lambda: not any(is_running(pid) for pid in children), 15, "its children are gone too")
+    wait_until(lambda: not any(is_running(pid) for pid in children), "its children are gone too", 15)
     replicas[0].restart()
     replicas[0].wait_ready()
     balancer.wait_all_ready()
@@ -89,7 +90,7 @@ def test_a_killed_replica_with_image_workers_leaves_no_process_and_its_port_free
     assert any(b"launch_server" in name for name in names), "SGLang forks its image workers"
     tiny_llava.process.kill()
     tiny_llava.process.wait()
-    until(lambda: not any(is_running(pid) for pid in children), 30, "all its processes are gone")
+    wait_until(lambda: not any(is_running(pid) for pid in children), "all its processes are gone", 30)
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", tiny_llava.port))
@@ -98,11 +99,11 @@ def test_a_killed_replica_with_image_workers_leaves_no_process_and_its_port_free
 
 def test_stopping_a_replica_behind_the_balancer_loses_no_request(balancer: Balancer, replicas: list[Replica]) -> None:
     traffic = Sparse(balancer.url)
-    until(lambda: len(traffic.outcomes) >= 3, 60, "requests are answered")
+    wait_until(lambda: len(traffic.outcomes) >= 3, "requests are answered", 60)
     replicas[1].process.send_signal(signal.SIGTERM)
     assert replicas[1].process.wait(timeout=60) == 0
     enough = len(traffic.outcomes) + 4
-    until(lambda: len(traffic.outcomes) >= enough, 60, "requests are answered after the replica has gone")
+    wait_until(lambda: len(traffic.outcomes) >= enough, "requests are answered after the replica has gone", 60)
     traffic.stop()
     assert set(traffic.outcomes.values()) == {200}
     assert balancer.statuses() == ["READY", "NOT_READY"]
@@ -115,10 +116,10 @@ def test_a_stopping_replica_serves_on_for_a_while_then_finishes_what_it_has(pair
     answers: list[Any] = []
     long = threading.Thread(target=lambda: answers.append(generate(replica.url, 150).json()))
     long.start()
-    until(lambda: replica.figure("sglang:num_running_reqs") >= 1, 60, "the long request runs")
+    wait_until(lambda: replica.figure("sglang:num_running_reqs") >= 1, "the long request runs", 60)
     stopped = time.monotonic()
     replica.process.send_signal(signal.SIGTERM)
-    until(lambda: httpx.get(f"{replica.url}/ready", timeout=5).status_code == 503, 1, "/ready says 503 at once")
+    wait_until(lambda: httpx.get(f"{replica.url}/ready", timeout=5).status_code == 503, "/ready says 503 at once", 1)
     traffic = Sparse(replica.url)
     assert replica.process.wait(timeout=120) == 0
     traffic.stop()

@@ -8,8 +8,9 @@ from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member
 from tests.fleet.members import Clock, claim, claimed, fleet_of, make_ready
 from tests.fleet.test_discovery import discovering
-from tests.fleet.watched import until, watched
+from tests.fleet.watched import watched
 from tests.lab.replica import LabReplica
+from tests.support.until import until
 
 SURE = "7 52.01"  # a seed, and the time that the start took
 
@@ -100,7 +101,7 @@ def test_a_seed_that_was_given_to_all_makes_no_aliases() -> None:
 def test_a_replica_that_is_listed_twice_is_shown_twice_and_used_once() -> None:
     async def play() -> None:
         async with LabReplica() as replica, watched(replica, f"http://localhost:{replica.port}") as fleet:
-            await until(fleet, lambda: all(member.has_passed for member in fleet.members.values()))
+            await until(lambda: all(member.has_passed for member in fleet.members.values()))
             assert [member.name for member in fleet.available()] == ["r1"]
             assert fleet.members[2].alias_of == "r1"
             assert [member.name for member in fleet.shown()] == ["r1", "r2"]

@@ -10,8 +10,9 @@ from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import SAID_AFTER, Listed, Status, Verdict
 from tests.fleet.members import Chosen, claimed
-from tests.fleet.watched import INTERVAL, TIMEOUT, probes, statuses, until, until_ready, until_status, watched
+from tests.fleet.watched import INTERVAL, TIMEOUT, probes, statuses, until_ready, until_status, watched
 from tests.lab.replica import LabReplica
+from tests.support.until import until
 
 
 def asked(replica: LabReplica, path: str) -> int:
@@ -38,7 +39,7 @@ def test_a_member_is_ready_when_both_questions_pass() -> None:
     async def play() -> None:
         async with LabReplica(health=503) as replica, watched(replica) as fleet:
             member = fleet.members[1]
-            await until(fleet, lambda: member.service.verdict is Verdict.FAILING)
+            await until(lambda: member.service.verdict is Verdict.FAILING)
             assert member.ready.verdict is Verdict.PASSING
             assert statuses(fleet) == ["STARTING"]
             replica.set(health=200)
@@ -109,7 +110,7 @@ def test_a_custom_get_probe_passes_by_200_alone() -> None:
             LabReplica(status=204) as replica,
             watched(replica, readiness={"path": "/v1/anything", "headers": {"X-Probe": "1"}}) as fleet,
         ):
-            await until(fleet, lambda: fleet.members[1].service.verdict is Verdict.FAILING)
+            await until(lambda: fleet.members[1].service.verdict is Verdict.FAILING)
             assert replica.seen.last.method == "GET"
             replica.set(status=0)
             await until_ready(fleet)
@@ -444,7 +445,7 @@ def test_a_deep_question_that_failed_once_is_asked_again_soon() -> None:
     async def play() -> None:
         readiness = {"endpoint_probe_interval_seconds": 4.0}
         async with LabReplica(health=503) as replica, watched(replica, readiness=readiness) as fleet:
-            await until(fleet, lambda: fleet.members[1].service.verdict is Verdict.FAILING)
+            await until(lambda: fleet.members[1].service.verdict is Verdict.FAILING)
             replica.set(health=200)
             await until_ready(fleet)
             passed = asked(replica, "/health")
@@ -470,7 +471,7 @@ def test_a_restart_between_two_probes_is_noticed_without_any_traffic() -> None:
             old = fleet.members[1]
             old.requests_total = 5
             replica = await restart(replica, random_seed=2)
-            await until(fleet, lambda: fleet.members[1] is not old)
+            await until(lambda: fleet.members[1] is not old)
             new = await until_status(fleet, 1, Status.READY)
             assert (new.identity, new.requests_total, new.url) == ("2", 0, old.url)
         await replica.stop()
@@ -509,8 +510,8 @@ def test_a_restart_leaves_no_ejection_behind_and_keeps_a_drain() -> None:
             old.ejected_until = fleet.clock() + 3600
             fleet.drain(old)
             replica = await restart(replica)
-            await until(fleet, lambda: fleet.members[1] is not old)
-            await until(fleet, lambda: fleet.members[1].has_passed)
+            await until(lambda: fleet.members[1] is not old)
+            await until(lambda: fleet.members[1].has_passed)
             assert statuses(fleet) == ["SHUTTING_DOWN"]
             fleet.undrain(fleet.members[1])
             assert statuses(fleet) == ["READY"]
@@ -565,7 +566,7 @@ def test_one_that_cannot_say_who_it_is_amid_a_prefill_stays_in_and_is_asked_late
                 assert statuses(fleet) == ["READY"]
             replica.set(service_status=200, random_seed=0)
             replica.random_seed = 2  # as if it had been another process all along
-            await until(fleet, lambda: fleet.members[1] is not old)
+            await until(lambda: fleet.members[1] is not old)
         await replica.stop()
 
     asyncio.run(play())
@@ -682,7 +683,7 @@ def test_a_probe_that_fails_for_long_says_what_it_gets(answers: dict[str, tuple[
             where = url if answers is not None else "http://127.0.0.1:1"
             async with watched(where, readiness={"path": "/health/"}) as fleet:
                 member = fleet.members[1]
-                await until(fleet, lambda: member.probe is Verdict.FAILING)
+                await until(lambda: member.probe is Verdict.FAILING)
                 now = fleet.clock()
                 assert member.trouble(now) == "", "not at once: a replica that loads looks like that"
                 assert got in member.trouble(now + SAID_AFTER + 1)
@@ -694,7 +695,7 @@ def test_after_a_pass_there_is_nothing_to_say() -> None:
     async def play() -> None:
         async with LabReplica(health=500) as replica, watched(replica) as fleet:
             member = fleet.members[1]
-            await until(fleet, lambda: member.service.verdict is Verdict.FAILING)
+            await until(lambda: member.service.verdict is Verdict.FAILING)
             replica.set(health=200)
             await until_ready(fleet)
             assert member.trouble(fleet.clock() + 1000) == ""

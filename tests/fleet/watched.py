@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from balancer.fleet.fleet import Fleet
@@ -11,6 +11,7 @@ from balancer.fleet.member import Listed, Member, Status
 from balancer.fleet.prober import Prober
 from balancer.spec.settings import ReadinessProbe, Settings
 from tests.lab.replica import LabReplica
+from tests.support.until import until
 
 INTERVAL = 0.05
 TIMEOUT = 0.25
@@ -37,29 +38,14 @@ async def watched(
         await prober.stop()
 
 
-async def until(fleet: Fleet, claim: Callable[[], object], timeout: float = 10.0) -> None:
-    """Wait until the claim holds; looked at after each change of the fleet. Raises AssertionError."""
-    changed = asyncio.Event()
-    fleet.when_room.append(changed.set)
-    try:
-        async with asyncio.timeout(timeout):
-            while not claim():
-                changed.clear()
-                await changed.wait()
-    except TimeoutError:
-        raise AssertionError(f"not so after {timeout} s: {statuses(fleet)}") from None
-    finally:
-        fleet.when_room.remove(changed.set)
-
-
 async def until_ready(fleet: Fleet, count: int | None = None) -> None:
     wanted = len(fleet.members) if count is None else count
-    await until(fleet, lambda: statuses(fleet).count("READY") == wanted)
+    await until(lambda: statuses(fleet).count("READY") == wanted, lambda: statuses(fleet))
 
 
 async def until_status(fleet: Fleet, number: int, status: Status) -> Member:
     """The member of that number, once it has that status."""
-    await until(fleet, lambda: fleet.members[number].status(fleet.clock()) is status)
+    await until(lambda: fleet.members[number].status(fleet.clock()) is status, lambda: statuses(fleet))
     return fleet.members[number]
 
 

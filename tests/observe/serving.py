@@ -1,7 +1,7 @@
 """A whole balancer in the test's own event loop, with lab replicas behind it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -46,10 +46,3 @@ async def client_of(balancer: Balancer, **more: Any) -> AsyncIterator[httpx.Asyn
     """A client of the endpoint; its admin port is at `balancer.admin_endpoint`."""
     async with httpx.AsyncClient(base_url=balancer.endpoint, timeout=20, trust_env=False, **more) as client:
         yield client
-
-
-async def until(claim: Callable[[], object], timeout: float = 10.0) -> None:
-    """Waits for what other parts of this loop bring about; raises TimeoutError."""
-    async with asyncio.timeout(timeout):
-        while not claim():  # noqa: ASYNC110 - what is waited for has no event
-            await asyncio.sleep(0.005)

@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tests.lab.model import ModelSettings
 from tests.lab.replica import LabReplica
-from tests.observe.serving import CHAT, chat, client_of, run, serving, stream, until
+from tests.observe.serving import CHAT, chat, client_of, run, serving, stream
+from tests.support.until import until
 
 DOCKER = Path(__file__).parents[2] / "docker"
 DASHBOARD = DOCKER / "grafana/dashboards/groundserve.json"

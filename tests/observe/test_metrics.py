@@ -17,7 +17,8 @@ from balancer.fleet.member import Listed
 from balancer.observe.metrics import PIECE, encoded
 from tests.lab.model import ModelSettings
 from tests.lab.replica import LabReplica
-from tests.observe.serving import CHAT, chat, client_of, run, serving, stream, until
+from tests.observe.serving import CHAT, chat, client_of, run, serving, stream
+from tests.support.until import until
 
 ROOT = Path(__file__).parents[2]
 

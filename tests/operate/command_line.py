@@ -7,20 +7,18 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from balancer.operate.state import control_socket
+from tests.support.until import wait_until
 
 ROOT = Path(__file__).parents[2]
 # A replica from the lab that starts at once and ends at once.
 LAB = f"exec {sys.executable} -m tests.lab.replica --exit-look 0.02 --port $GROUNDSERVE_PORT"
 ANY_PORT = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
 PATIENCE = 60.0
-
-T = TypeVar("T")
 
 
 class Groundserve:
@@ -78,7 +76,7 @@ class Groundserve:
 
     def until(self, name: str, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first status of a service that fits."""
-        return until(lambda: self.status(name), is_so)
+        return wait_until(lambda: self.status(name), fits=is_so)
 
     def processes(self) -> dict[int, str]:
         """Everything alive that was started below this test, by the state folder in its environment."""
@@ -94,7 +92,7 @@ class Groundserve:
         return found
 
     def until_nothing_runs(self) -> None:
-        until(self.processes, lambda processes: not processes)
+        wait_until(self.processes, fits=lambda processes: not processes)
 
     def stop_all(self) -> None:
         for up in self._ups:
@@ -128,10 +126,7 @@ class Up:
 
     def until(self, text: str, patience: float = PATIENCE) -> str:
         """The first line with this text."""
-        found = until(
-            lambda: [line for line in self.lines if text in line], bool, lambda: "".join(self.lines), patience
-        )
-        return found[0]
+        return wait_until(lambda: [line for line in self.lines if text in line], lambda: self.text, patience)[0]
 
     def end(self, number: signal.Signals) -> int:
         """Its exit code after this signal."""
@@ -151,14 +146,3 @@ class Up:
         assert self.process.stdout is not None
         with self.process.stdout as out:
             self.lines.extend(iter(out.readline, ""))
-
-
-def until(
-    look: Callable[[], T], is_so: Callable[[T], bool], explain: Callable[[], object] = str, patience: float = PATIENCE
-) -> T:
-    """What `look` shows once it fits; looks again and again, for `patience` seconds."""
-    give_up = time.monotonic() + patience
-    while not is_so(seen := look()):
-        assert time.monotonic() < give_up, f"still {seen!r} {explain()}"
-        time.sleep(0.05)
-    return seen

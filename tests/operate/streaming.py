@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from tests.operate.command_line import until
+from tests.support.until import wait_until
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 
@@ -45,10 +45,10 @@ def streaming(endpoint: str, clients: int = 4, body: Mapping[str, Any] = CHAT) -
     for thread in threads:
         thread.start()
     try:
-        until(lambda: seen.answered, lambda count: count > clients)
+        wait_until(lambda: seen.answered, fits=lambda count: count > clients)
         yield seen
         before = seen.answered
-        until(lambda: seen.answered, lambda count: count > before + clients)
+        wait_until(lambda: seen.answered, fits=lambda count: count > before + clients)
     finally:
         is_over.set()
         for thread in threads:

@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.operate.command_line import ANY_PORT, LAB, ROOT, Groundserve, until
+from tests.operate.command_line import ANY_PORT, LAB, ROOT, Groundserve
+from tests.support.until import wait_until
 
 SLOW = f"{LAB} --start-delay 1"
 # Shells that start a command as nohup does, and as a script's `&` does.
@@ -41,7 +42,7 @@ def is_ready(groundserve: Groundserve) -> bool:
 
 
 def until_ready(groundserve: Groundserve) -> str:
-    until(lambda: is_ready(groundserve), bool)
+    wait_until(lambda: is_ready(groundserve))
     endpoint: str = groundserve.status("lab")["service"]["endpoint"]
     return endpoint
 
@@ -201,7 +202,7 @@ def test_a_balancer_of_its_own_takes_what_it_is_handed(tmp_path: Path, shell: st
             return httpx.get(f"http://127.0.0.1:{ports[1]}/health").status_code == 200
         return False
 
-    until(answers, bool)
+    wait_until(answers)
     if shell == NOHUP:
         balancer.send_signal(signal.SIGHUP)
         time.sleep(0.3)

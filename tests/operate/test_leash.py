@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.operate.command_line import ROOT, until
+from tests.operate.command_line import ROOT
+from tests.support.until import wait_until
 
 LEASH = [sys.executable, "-I", "-S", str(ROOT / "balancer/operate/engines/leash.py")]
 # A child in a session of its own whose parent is gone: nothing ties it to the command any more.
@@ -64,7 +65,7 @@ def test_strays_go_when_the_command_ends(marked: dict[str, str]) -> None:
 
 def test_strays_go_when_the_command_is_killed(marked: dict[str, str]) -> None:
     leash = leashed(marked, f"{STRAY}; sleep 1001; true")
-    until(lambda: alive(marked, "sleep"), lambda found: len(found) == 2)
+    wait_until(lambda: alive(marked, "sleep"), fits=lambda found: len(found) == 2)
     os.kill(*alive(marked, "bash"), signal.SIGKILL)
     assert leash.wait(30) == 137
     assert alive(marked) == []
@@ -72,7 +73,7 @@ def test_strays_go_when_the_command_is_killed(marked: dict[str, str]) -> None:
 
 def test_sigterm_reaches_the_command_which_ends_in_its_own_time(marked: dict[str, str]) -> None:
     leash = leashed(marked, "trap 'sleep 0.3; exit 5' TERM; while true; do sleep 0.05; done")
-    until(lambda: alive(marked, "sleep"), bool)
+    wait_until(lambda: alive(marked, "sleep"))
     leash.terminate()
     assert leash.wait(30) == 5
 
@@ -82,7 +83,7 @@ def test_sigterm_reaches_what_a_shell_leaves_behind(marked: dict[str, str], tmp_
         f"trap 'echo asked > {tmp_path}/told; exit 0' TERM; echo up > {tmp_path}/up; while true; do sleep 0.05; done"
     )
     leash = leashed(marked, f'bash -c "{server}"; true')
-    until((tmp_path / "up").exists, bool)
+    wait_until((tmp_path / "up").exists)
     leash.terminate()
     assert leash.wait(30) == 143
     assert (tmp_path / "told").read_text() == "asked\n"
@@ -91,7 +92,7 @@ def test_sigterm_reaches_what_a_shell_leaves_behind(marked: dict[str, str], tmp_
 
 def test_sighup_kills_everything_at_once(marked: dict[str, str]) -> None:
     leash = leashed(marked, f"trap '' TERM HUP; {STRAY}; while true; do sleep 0.05; done")
-    until(lambda: alive(marked, "sleep"), bool)
+    wait_until(lambda: alive(marked, "sleep"))
     leash.send_signal(signal.SIGHUP)
     assert leash.wait(30) == 137
     assert alive(marked) == []
@@ -101,18 +102,18 @@ def test_everything_goes_when_the_parent_is_killed(marked: dict[str, str]) -> No
     command = ["bash", "-c", f"{STRAY}; sleep 1001; true"]
     program = f"import os, subprocess; subprocess.run([*{LEASH!r}, str(os.getpid()), *{command!r}])"
     parent = subprocess.Popen([sys.executable, "-c", program], env=marked, start_new_session=True)
-    until(lambda: alive(marked, "sleep"), lambda found: len(found) == 2)
+    wait_until(lambda: alive(marked, "sleep"), fits=lambda found: len(found) == 2)
     parent.kill()
     parent.wait(30)
-    until(lambda: alive(marked), lambda found: not found)
+    wait_until(lambda: alive(marked), fits=lambda found: not found)
 
 
 def test_the_command_goes_when_the_leash_itself_is_killed(marked: dict[str, str]) -> None:
     leash = leashed(marked, "exec sleep 1001")
-    until(lambda: alive(marked, "sleep"), bool)
+    wait_until(lambda: alive(marked, "sleep"))
     leash.kill()
     leash.wait(30)
-    until(lambda: alive(marked), lambda found: not found)
+    wait_until(lambda: alive(marked), fits=lambda found: not found)
 
 
 def test_a_leash_whose_parent_is_gone_already_starts_nothing(marked: dict[str, str], tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from balancer.operate.commands.log_reader import LogReader
 from balancer.operate.engines import rotation
 from balancer.operate.engines.rotation import FILES, MAX_BYTES, RotatedLog
 from balancer.operate.state.service_folder import ServiceFolder
-from tests.operate.command_line import LAB, ROOT, Groundserve, until
+from tests.operate.command_line import LAB, ROOT, Groundserve
 from tests.operate.test_leash import LEASH
+from tests.support.until import wait_until
 
 # Prints its number on each line of 50 bytes, so that a missing one shows.
 COUNTING = "import sys; sys.stdout.writelines(f'{n:049}\\n' for n in range(int(sys.argv[1])))"
@@ -142,10 +143,10 @@ def test_what_was_printed_before_the_starter_was_killed_is_there(tmp_path: Path)
     command = ["bash", "-c", f'{sys.executable} -c "{COUNTING}" 20000; echo up > {tmp_path}/up; sleep 1001']
     program = f"import os, subprocess; subprocess.run([*{LEASH!r}, str(os.getpid()), '--log={log}', *{command!r}])"
     parent = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
-    until((tmp_path / "up").exists, bool)
+    wait_until((tmp_path / "up").exists)
     parent.kill()
     parent.wait(30)
-    assert len(until(lambda: everything(log), lambda lines: len(lines) == 20_000)) == 20_000
+    assert len(wait_until(lambda: everything(log), fits=lambda lines: len(lines) == 20_000)) == 20_000
 
 
 # Reading

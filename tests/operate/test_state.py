@@ -16,7 +16,8 @@ import pytest
 from balancer.operate.state.holder import Holder
 from balancer.operate.state.service_folder import AlreadyUp, Left, ServiceFolder, folders
 from balancer.operate.state.state_file import BrokenState, read_whole, write_whole
-from tests.operate.command_line import Groundserve, until
+from tests.operate.command_line import Groundserve
+from tests.support.until import wait_until
 
 
 def as_directory(path: Path) -> None:
@@ -296,4 +297,4 @@ def test_it_is_up_until_its_holder_ends(tmp_path: Path) -> None:
     with holding(tmp_path / "x/lock", None) as process:
         assert folder.is_up()
         process.kill()
-        until(folder.is_up, lambda is_up: not is_up)
+        wait_until(folder.is_up, fits=lambda is_up: not is_up)

@@ -13,7 +13,8 @@ import sys
 import httpx
 import pytest
 
-from tests.operate.command_line import ANY_PORT, LAB, ROOT, Groundserve, until
+from tests.operate.command_line import ANY_PORT, LAB, ROOT, Groundserve
+from tests.support.until import wait_until
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -126,7 +127,7 @@ def test_a_dead_balancer_comes_back_at_the_same_endpoint_with_the_same_replicas(
         pid for pid, line in groundserve.processes().items() if "-m balancer " in line and "leash" not in line
     )
     os.kill(balancer, signal.SIGKILL)
-    until(lambda: balancer in groundserve.processes(), lambda is_there: not is_there)
+    wait_until(lambda: balancer in groundserve.processes(), fits=lambda is_there: not is_there)
 
     def answers() -> bool:
         try:
@@ -135,7 +136,7 @@ def test_a_dead_balancer_comes_back_at_the_same_endpoint_with_the_same_replicas(
         except httpx.TransportError:
             return False
 
-    until(answers, bool)
+    wait_until(answers)
     assert replica_processes(groundserve) == replicas
     after = groundserve.until("lab", lambda status: status["service"]["ready"] == 2)
     assert [row["endpoint"] for row in after["replicas"]] == [row["endpoint"] for row in before["replicas"]]
@@ -185,7 +186,7 @@ def test_ctrl_c_lets_an_answer_finish_and_a_second_one_does_not(groundserve: Gro
     up = groundserve.up(groundserve.service("lab", f"{LAB} --first-token-delay 600", replicas=1)).until_up()
     url = f"{groundserve('status', '--endpoint').strip()}/v1/chat/completions"
     with httpx.Client(timeout=60) as client, client.stream("POST", url, json={**CHAT, "stream": True}):
-        until(in_flight, lambda count: count == 1)
+        wait_until(in_flight, fits=lambda count: count == 1)
         up.process.send_signal(signal.SIGINT)
         up.until("once more ends at once")
         up.process.send_signal(signal.SIGINT)
@@ -210,7 +211,7 @@ def test_scaling_up_and_down_loses_nothing(groundserve: Groundserve) -> None:
             stream.__exit__(None, None, None)
     status = groundserve.until("lab", lambda status: status["service"]["total"] == 1)
     assert status["replicas"][0]["status"] == "READY"
-    until(lambda: len(replica_processes(groundserve)), lambda count: count == 1)
+    wait_until(lambda: len(replica_processes(groundserve)), fits=lambda count: count == 1)
     groundserve("scale", "lab", "0")
     empty = groundserve.until("lab", lambda status: status["service"]["total"] == 0)
     assert empty["service"]["status"] == "NO_REPLICA"

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import httpx
 
-from tests.operate.command_line import LAB, ROOT, Groundserve, until
+from tests.operate.command_line import LAB, ROOT, Groundserve
 from tests.operate.streaming import CHAT, streaming
 from tests.security.certificates import Authority
+from tests.support.until import wait_until
 
 
 def endpoint(groundserve: Groundserve) -> str:
@@ -147,7 +148,7 @@ def test_a_certificate_comes_with_another_balancer_and_the_same_replicas(
     assert "lab is at version 2" in groundserve("update", "lab", service)
     url = groundserve("status", "--endpoint").strip()
     assert url.startswith("https://127.0.0.1:")
-    until(lambda: answers(url, authority.pair.cert), bool)
+    wait_until(lambda: answers(url, authority.pair.cert))
     assert [row["endpoint"] for row in groundserve.status("lab")["replicas"]] == before
 
 

@@ -13,7 +13,8 @@ from balancer.errors import ConfigError
 from balancer.spec.loopback import is_loopback_name
 from tests.lab.replica import LabReplica
 from tests.support.client import Client
-from tests.wire.running import House, each, on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import House, each, on_uvloop, serving
 
 
 async def ask(house: House, method: str, path: str, **more: Any) -> httpx.Response:

@@ -7,7 +7,8 @@ import pytest
 
 from tests.lab.replica import LabReplica
 from tests.support.client import Client, Ended, chat, request
-from tests.wire.running import on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import on_uvloop, serving
 
 
 @on_uvloop

@@ -16,7 +16,8 @@ from balancer.errors import ConfigError, ServeError
 from balancer.relay.auth import Keys, bears, read_keys
 from tests.lab.replica import LabReplica
 from tests.support.client import CHAT, chat, request
-from tests.wire.running import each, on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import each, on_uvloop, serving
 
 ALICE, BOB = "sk-alice-0123456789", "sk-bob-9876543210"
 

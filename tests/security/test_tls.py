@@ -21,7 +21,8 @@ from balancer.relay.tls import Certificate, replica_context
 from tests.lab.replica import LabReplica
 from tests.security.certificates import Authority, Pair, encrypted
 from tests.support.client import CHAT, chat, request
-from tests.wire.running import House, each, on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import House, each, on_uvloop, serving
 
 BODY = {"model": "lab", "messages": [], "max_tokens": 3}
 

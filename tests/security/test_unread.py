@@ -14,9 +14,10 @@ import pytest
 from tests.lab.replica import LabReplica
 from tests.security.certificates import Authority
 from tests.support.client import Client, request
+from tests.support.until import until
 from tests.wire.fuzz import WITH_UNREAD, fuzz, unread
 from tests.wire.process import running
-from tests.wire.running import House, each, in_house, kept, on_uvloop, serving, until
+from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
 
 MIB = 1 << 20
 KEY = "sk-0123456789"

@@ -24,6 +24,7 @@ from balancer.spec.settings import Settings
 from tests.lab.knobs import Knobs
 from tests.lab.replica import LabReplica
 from tests.support.client import Answer, Client
+from tests.support.until import until
 
 DEADLINE = 60.0  # seconds for one test
 SOON = 5.0  # for what should be there already
@@ -42,15 +43,6 @@ def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
             runner.run(bounded())
 
     return run
-
-
-async def until(claim: Callable[[], object], what: str = "", within: float = SOON) -> None:
-    """Waits until the claim holds; AssertionError after `within` seconds."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + within
-    while not claim():
-        assert loop.time() < deadline, f"not so within {within} s: {what or claim}"
-        await asyncio.sleep(0.002)
 
 
 def in_house(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:

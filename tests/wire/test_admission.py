@@ -8,7 +8,8 @@ from balancer.routing.admission import Ask
 from balancer.routing.prompt import Prompt
 from tests.lab.replica import LabReplica
 from tests.support.client import Client, chat, request
-from tests.wire.running import House, each, on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import House, each, on_uvloop, serving
 
 POST = request(body=chat())
 MODELS = request("GET", "/v1/models/lab")

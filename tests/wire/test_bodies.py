@@ -10,7 +10,8 @@ import pytest
 
 from tests.lab.replica import LabReplica
 from tests.support.client import Client, chat, chunks, request
-from tests.wire.running import House, in_house, kept, on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import House, in_house, kept, on_uvloop, serving
 
 MIB = 1 << 20
 CHUNKED = (("Transfer-Encoding", "chunked"),)

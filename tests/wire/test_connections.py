@@ -9,7 +9,8 @@ import pytest
 
 from tests.lab.replica import LabReplica
 from tests.support.client import CHAT, chat, request
-from tests.wire.running import House, each, in_house, kept, on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
 
 POST = request(body=chat())
 MODELS = request("GET", "/v1/models/lab")

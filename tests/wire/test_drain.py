@@ -9,8 +9,9 @@ import pytest
 
 from tests.lab.replica import LabReplica
 from tests.support.client import Ended, chat, request
+from tests.support.until import until
 from tests.wire.process import running
-from tests.wire.running import House, on_uvloop, serving, until
+from tests.wire.running import House, on_uvloop, serving
 
 POST = request(body=chat())
 LONG = request(body=chat(stream=True, tokens=20))

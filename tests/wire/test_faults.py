@@ -8,7 +8,8 @@ import pytest
 
 from tests.lab.replica import LabReplica
 from tests.support.client import CHAT, chat, request
-from tests.wire.running import House, deaf, each, hanging_up, in_house, kept, on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import House, deaf, each, hanging_up, in_house, kept, on_uvloop, serving
 
 POST = request(body=chat())
 GET = request("GET", "/v1/models/lab")

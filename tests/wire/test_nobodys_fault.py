@@ -13,8 +13,9 @@ import pytest
 from balancer.fleet.member import Listed
 from tests.lab.replica import LabReplica
 from tests.support.client import chat, request
+from tests.support.until import until
 from tests.wire.process import running
-from tests.wire.running import House, on_uvloop, serving, until
+from tests.wire.running import House, on_uvloop, serving
 
 POST = request(body=chat())
 

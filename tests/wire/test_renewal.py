@@ -13,7 +13,8 @@ from balancer.__main__ import config_from, parse
 from balancer.relay.sweep import INTERVAL
 from tests.lab.replica import LabReplica
 from tests.support.client import chat, request
-from tests.wire.running import House, on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import House, on_uvloop, serving
 
 FILE = """
 name: {name}

@@ -7,7 +7,8 @@ import pytest
 
 from tests.lab.replica import LabReplica
 from tests.support.client import Ended, chat, request
-from tests.wire.running import House, in_house, kept, on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import House, in_house, kept, on_uvloop, serving
 
 POST = request(body=chat())
 LIMIT = 64 << 10

@@ -14,7 +14,8 @@ from balancer.relay.vanished import UNACKNOWLEDGED, expect_life, has_vanished
 from tests.lab.replica import LabReplica
 from tests.security.certificates import Authority
 from tests.support.client import chat, request
-from tests.wire.running import on_uvloop, serving, until
+from tests.support.until import until
+from tests.wire.running import on_uvloop, serving
 
 OPTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),

@@ -3,19 +3,15 @@
 import json
 import os
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
 ROOT = Path(__file__).parents[3]
 # What the tests build, so that a person's own images keep their names.
 TAG = "test"
-
-T = TypeVar("T")
 
 
 class CommandError(AssertionError):
@@ -131,12 +127,3 @@ class Project:
     def ready(self) -> set[str]:
         """The members that the balancer calls READY."""
         return {row["name"] for row in self.status()["replicas"] if row["status"] == "READY"}
-
-
-def until(look: Callable[[], T], what: str, timeout: float = 60) -> T:
-    """The first true value of `look`, asked again and again. Raises AssertionError."""
-    give_up = time.monotonic() + timeout
-    while not (seen := look()):
-        assert time.monotonic() < give_up, f"not within {timeout:g} s: {what}"
-        time.sleep(0.2)
-    return seen

@@ -8,8 +8,9 @@ import httpx
 import pytest
 
 from tests.e2e.docker.conftest import CPU_FILES
-from tests.e2e.docker.project import TAG, Project, docker, until
+from tests.e2e.docker.project import TAG, Project, docker
 from tests.e2e.docker.traffic import Traffic, traffic
+from tests.support.until import wait_until
 
 pytestmark = pytest.mark.docker
 
@@ -41,7 +42,9 @@ def test_scaling_real_replicas_under_sparse_traffic_loses_nothing(service: Proje
             await seen.more(2)
             for count in (1, 2):
                 await asyncio.to_thread(service.scale, count)
-                await asyncio.to_thread(until, lambda n=count: len(service.ready()) == n, f"{count} ready replicas")
+                await asyncio.to_thread(
+                    wait_until, lambda n=count: len(service.ready()) == n, f"{count} ready replicas"
+                )
                 await seen.more(4)
         return seen
 

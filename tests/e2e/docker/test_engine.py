@@ -12,8 +12,9 @@ import pytest
 
 from tests.e2e.docker.conftest import CPU_FILES, LAB_FILES
 from tests.e2e.docker.project import ROOT, TAG, Project, docker
-from tests.operate.command_line import Groundserve, until
+from tests.operate.command_line import Groundserve
 from tests.operate.test_update import CHAT, streaming
+from tests.support.until import wait_until
 
 pytestmark = pytest.mark.docker
 
@@ -172,8 +173,8 @@ def test_a_killed_replica_is_started_again_and_a_killed_balancer_comes_back(grou
     assert first not in groundserve.containers()
     (balancer,) = groundserve.containers("balancer")
     os.kill(int(docker("inspect", "-f", "{{.State.Pid}}", balancer)), signal.SIGKILL)
-    until(lambda: int(docker("inspect", "-f", "{{.RestartCount}}", balancer)), bool)
-    until(groundserve.is_ready, bool)
+    wait_until(lambda: int(docker("inspect", "-f", "{{.RestartCount}}", balancer)))
+    wait_until(groundserve.is_ready)
     assert groundserve.ask().status_code == 200
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.docker.conftest import LAB_FILES
-from tests.e2e.docker.project import Container, Project, docker, until
+from tests.e2e.docker.project import Container, Project, docker
+from tests.support.until import wait_until
 
 pytestmark = pytest.mark.docker
 
@@ -48,7 +49,7 @@ def serving(projects: list[Project], count: int) -> dict[str, list[str]]:
         holding = {name: gpus for name, gpus in found.items() if gpus}
         return holding if len(holding) == count else {}
 
-    return until(look, f"{count} replicas with a lease")
+    return wait_until(look, f"{count} replicas with a lease")
 
 
 def test_replicas_of_two_projects_lease_each_a_gpu_of_its_own(projects: list[Project]) -> None:
@@ -70,19 +71,19 @@ def test_a_surplus_replica_says_who_holds_the_gpus_and_takes_the_first_that_is_f
     gpus = serving(projects, 4)
     start(second, 1)
     (surplus,) = second.containers()
-    said = until(lambda: REFUSAL.search(surplus.logs()), "a line that says why", 20)
+    said = wait_until(lambda: REFUSAL.search(surplus.logs()), "a line that says why", 20)
     assert all(name[:12] in said[1] for name in gpus), "it names every holder"
     assert said[0].count("\n") == 0
 
     # It comes back after each vain wait, and no faster.
     before, since = surplus.again().restarts, time.monotonic()
-    until(lambda: surplus.again().restarts >= before + 2, "it tries again", 30)
+    wait_until(lambda: surplus.again().restarts >= before + 2, "it tries again", 30)
     assert time.monotonic() - since > 3, "two more starts are a whole wait apart"
 
     victim, freed = next(iter(gpus.items()))
     docker("kill", "--signal", "KILL", victim)
     # A restart's pause, which Docker makes longer and longer, and a look at the locks.
-    assert until(lambda: held(surplus), "the surplus replica has the freed GPU", 60) == freed
+    assert wait_until(lambda: held(surplus), "the surplus replica has the freed GPU", 60) == freed
 
 
 def test_a_crashed_replica_is_started_again_and_leases_again(projects: list[Project]) -> None:
@@ -97,7 +98,7 @@ def test_a_crashed_replica_is_started_again_and_leases_again(projects: list[Proj
         "        os.kill(one, signal.SIGKILL)\n"
     )
     docker("exec", "--detach", crashing.id, "python3", "-c", kill)
-    until(lambda: crashing.again().restarts == 1 and crashing.logs().count("lab: GPUs") == 2, "it serves again")
+    wait_until(lambda: crashing.again().restarts == 1 and crashing.logs().count("lab: GPUs") == 2, "it serves again")
     assert held(crashing) == gpus[crashing.id], "the one GPU that was free"
     assert len({gpu for one in serving(projects, 4).values() for gpu in one}) == 4
 
@@ -112,5 +113,5 @@ def test_two_gpus_a_replica_are_neighbours_and_all_or_nothing(projects: list[Pro
     (pair,) = [name for name, found in gpus.items() if found == ["2", "3"]]
     assert "lab: GPUs 2,3; tensor parallel size 2" in docker("logs", pair)
     (waiting,) = [one for one in first.containers() if one.id != pair]
-    said = until(lambda: REFUSAL.search(waiting.logs()), "a line that says why", 20)
+    said = wait_until(lambda: REFUSAL.search(waiting.logs()), "a line that says why", 20)
     assert "GPU 1: free" in said[1], "half a pair is not held"

@@ -7,8 +7,9 @@ import httpx
 import pytest
 
 from tests.e2e.docker.conftest import build_lab
-from tests.e2e.docker.project import Project, docker, until
+from tests.e2e.docker.project import Project, docker
 from tests.e2e.docker.traffic import Outcome, Traffic, ask, traffic
+from tests.support.until import wait_until
 
 pytestmark = pytest.mark.docker
 
@@ -23,7 +24,7 @@ async def ready(project: Project, count: int) -> set[str]:
         found = project.ready()
         return found if len(found) == count == project.status()["service"]["total"] else set()
 
-    return await asyncio.to_thread(until, look, f"{count} ready replicas")
+    return await asyncio.to_thread(wait_until, look, f"{count} ready replicas")
 
 
 def test_scaling_2_6_2_4_under_streams_loses_nothing(lab: Project) -> None:
@@ -151,7 +152,7 @@ def test_a_paused_replica_is_left_out_and_its_streams_go_on_afterwards(lab: Proj
             victim = lab.containers()[0]
             await asyncio.to_thread(docker, "pause", victim.id)
             try:
-                await asyncio.to_thread(until, lambda: len(lab.ready()) == 1, "the paused replica is left out")
+                await asyncio.to_thread(wait_until, lambda: len(lab.ready()) == 1, "the paused replica is left out")
                 # Others than the clients, who by now may all wait for the paused one.
                 async with httpx.AsyncClient(base_url=lab.url(), timeout=60) as client:
                     others = await asyncio.gather(*(ask(client, Outcome(), TOKENS) for _ in range(6)))

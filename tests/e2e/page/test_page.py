@@ -19,7 +19,8 @@ from tests.e2e.page.pictures import keep, png
 from tests.lab.knobs import Knobs
 from tests.lab.model import ModelSettings
 from tests.lab.replica import LabReplica
-from tests.observe.serving import CHAT, chat, client_of, run, serving, stream, until
+from tests.observe.serving import CHAT, chat, client_of, run, serving, stream
+from tests.support.until import until
 
 READY = "document.querySelectorAll('#cards .badge.good').length === arguments[0]"
 ANSWERED = "!document.querySelector('[aria-busy]') && document.querySelectorAll('.theirs').length === arguments[0]"
