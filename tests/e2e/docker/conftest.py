@@ -1,6 +1,6 @@
 """Builds the images once, and starts the projects that several tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             # The first to ask for an image builds it; first in the list is the one that counts.
             item.add_marker(pytest.mark.timeout(1500), append=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows what the containers said, which are gone when a person comes to look."""
+    report = yield
+    if report.failed and Path(__file__).parent in item.path.parents:
+        ids = docker("ps", "--all", "--quiet", "--filter", "label=com.docker.compose.project").split()
+        for id in ids:
+            name = docker("inspect", "--format", "{{.Name}}: {{.State.Status}}, {{.RestartCount}} restarts", id).strip()
+            report.sections.append((f"docker logs {name}", docker("logs", "--timestamps", "--tail", "40", id)))
+    return report
 
 
 def build_lab(project: Project, version: int = 1) -> None:
