@@ -6,9 +6,9 @@ import pytest
 
 from balancer.fleet.fleet import Fleet
 from tests.admin.test_routes import Admin, replica
-from tests.fleet.members import Clock, fleet_of
 from tests.lab.replica import LabReplica
 from tests.security.test_admin_port import ask
+from tests.support.fleets import Clock, fleet_of
 from tests.wire.running import on_uvloop, serving
 
 NO_BOOLEANS = ["yes", "true", 1, 0, "", None, [], {}]

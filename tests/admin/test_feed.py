@@ -9,16 +9,15 @@ import orjson
 import pytest
 
 from balancer.contract.status import Snapshot
-from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed
 from balancer.observe.history import INTERVAL, KEPT, History
 from balancer.observe.record import Record
 from balancer.observe.tally import REMEMBERED, Tallies
 from balancer.routing.admission import Admission
 from balancer.routing.policies import RoundRobin
-from balancer.spec.settings import ReadinessProbe, Settings
 from tests.lab.replica import LabReplica
 from tests.observe.serving import CHAT, chat, client_of, run, serving, stream
+from tests.support.fleets import fleet_of
 from tests.support.until import until
 
 
@@ -28,7 +27,7 @@ class Parts:
     def __init__(self) -> None:
         self.now = 0.0
         self.tallies = Tallies()
-        self.fleet = Fleet(Settings(), ReadinessProbe(), lambda: self.now)
+        self.fleet = fleet_of(0, lambda: self.now)
         self.fleet.when_joined.append(self.tallies.member_joined)
         self.fleet.when_left.append(self.tallies.member_left)
         self.fleet.reconcile([Listed("one", "http://127.0.0.1:1")])

@@ -14,9 +14,9 @@ from balancer.fleet.member import Member
 from balancer.observe.snapshot import ServiceFacts
 from balancer.routing.admission import Admission
 from balancer.routing.policies import RoundRobin
-from tests.fleet.members import Clock, claimed, fail, fleet_of, listed, make_ready
 from tests.lab.replica import LabReplica
 from tests.observe.serving import run, serving
+from tests.support.fleets import Clock, claimed, fail, fleet_of, listed, make_ready
 from tests.support.until import until
 
 

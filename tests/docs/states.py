@@ -8,7 +8,7 @@ from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Status
 from balancer.spec.settings import ReadinessProbe, Settings
 from tests.docs.svg import Picture, Point
-from tests.fleet.members import Clock, claimed, fail, fleet_of, listed, make_ready
+from tests.support.fleets import Clock, claimed, fail, fleet_of, listed, make_ready
 
 WIDE, HIGH = 190, 50
 PLACES: dict[Status, Point] = {

@@ -6,10 +6,10 @@ import pytest
 
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member
-from tests.fleet.members import Clock, claim, claimed, fleet_of, make_ready
 from tests.fleet.test_discovery import discovering
 from tests.fleet.watched import watched
 from tests.lab.replica import LabReplica
+from tests.support.fleets import Clock, claim, claimed, fleet_of, make_ready
 from tests.support.until import until
 
 SURE = "7 52.01"  # a seed, and the time that the start took

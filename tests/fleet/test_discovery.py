@@ -9,7 +9,7 @@ from balancer.errors import ConfigError
 from balancer.fleet.discovery import GRACE, INTERVAL, TOLD_STANDS, DnsDiscovery, resolve
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed
-from tests.fleet.members import Clock, claimed, fleet_of, make_ready
+from tests.support.fleets import Clock, claimed, fleet_of, make_ready
 
 PORT = 8000
 

@@ -6,7 +6,7 @@ from balancer.errors import ConfigError
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member, Status
 from balancer.spec.settings import ReadinessProbe
-from tests.fleet.members import Clock, claim, claimed, fail, fleet_of, listed, make_ready
+from tests.support.fleets import Clock, claim, claimed, fail, fleet_of, listed, make_ready
 
 
 def names(members: Iterable[Member]) -> list[str]:

@@ -14,7 +14,7 @@ from balancer.routing.admission import Admission, Ask, Place
 from balancer.routing.policies import LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import PrefixAware
 from balancer.routing.prompt import Prompt
-from tests.fleet.members import Clock, claimed, fleet_of
+from tests.support.fleets import Clock, claimed, fleet_of
 
 POLICIES = [RoundRobin, LeastLoad, PrefixAware]
 GOOD_SECONDS, BAD_SECONDS = 0.5, 0.02

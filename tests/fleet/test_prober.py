@@ -9,9 +9,9 @@ import pytest
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import SAID_AFTER, Listed, Status, Verdict
-from tests.fleet.members import Chosen, claimed
 from tests.fleet.watched import INTERVAL, TIMEOUT, probes, statuses, until_ready, until_status, watched
 from tests.lab.replica import LabReplica
+from tests.support.fleets import Chosen, claimed
 from tests.support.until import until
 
 

@@ -10,7 +10,7 @@ from balancer.fleet.fleet import Fleet
 from balancer.routing.admission import Admission, Ask
 from balancer.routing.policies import RoundRobin
 from balancer.routing.prompt import Prompt
-from tests.fleet.members import Clock, claimed, fail, fleet_of, listed, make_ready
+from tests.support.fleets import Clock, claimed, fail, fleet_of, listed, make_ready
 
 
 class Queue:

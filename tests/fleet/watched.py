@@ -9,8 +9,9 @@ from typing import Any
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member, Status
 from balancer.fleet.prober import Prober
-from balancer.spec.settings import ReadinessProbe, Settings
+from balancer.spec.settings import ReadinessProbe
 from tests.lab.replica import LabReplica
+from tests.support.fleets import fleet_of
 from tests.support.until import until
 
 INTERVAL = 0.05
@@ -28,7 +29,7 @@ async def watched(
     """A fleet of these replicas (or addresses) under a prober. `readiness` and other keywords change the defaults."""
     ours = {"ready_interval": INTERVAL, "ready_timeout": TIMEOUT} | settings
     theirs = {"endpoint_probe_interval_seconds": INTERVAL, "timeout_seconds": TIMEOUT} | (readiness or {})
-    fleet = Fleet(Settings(**ours), ReadinessProbe(**theirs), asyncio.get_running_loop().time)
+    fleet = fleet_of(0, asyncio.get_running_loop().time, readiness=ReadinessProbe(**theirs), **ours)
     prober = Prober(fleet, api_key, tls, seed=1)
     urls = [replica if isinstance(replica, str) else replica.url for replica in replicas]
     fleet.reconcile([Listed(f"r{number}", url, number) for number, url in enumerate(urls, 1)])

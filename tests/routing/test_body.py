@@ -29,7 +29,7 @@ from balancer.routing.body import (
 from balancer.routing.policies import LeastLoad
 from balancer.routing.prefix_aware import PrefixAware
 from balancer.routing.prompt import MAX_BLOCKS, Prompt
-from tests.routing.fleets import fleet_of
+from tests.support.fleets import fleet_of
 from tests.wire.running import on_uvloop
 
 CHAT = "/v1/chat/completions"

@@ -5,13 +5,12 @@ from collections import Counter
 import orjson
 import pytest
 
-from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member
 from balancer.routing.admission import Admission, Ask, Place
 from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import FLUSHED_AFTER, PrefixAware
 from balancer.routing.prompt import BLOCK_BYTES, Prompt
-from tests.routing.fleets import fleet_of, make_ready
+from tests.support.fleets import fleet_of, make_ready
 
 NO_PROMPT = Prompt("/v1/models", [])
 
@@ -91,7 +90,7 @@ def test_least_load_is_relative_to_each_members_limit() -> None:
     ("targets", "large"), [({"L4": 1, "H100": 4}, "1x H100"), ({"L4": 1, "h100:2": 4, "H100": 1}, "2x H100")]
 )
 def test_instance_aware_least_load_knows_what_each_gpu_is_worth(targets: dict[str, float], large: str) -> None:
-    fleet = Fleet(fleet_of(0).settings, fleet_of(0).readiness, lambda: 100.0)
+    fleet = fleet_of(0)
     fleet.reconcile(
         [
             Listed("l4", "http://127.0.0.1:1", resources="1x L4"),

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from balancer.fleet.member import Member
 from balancer.routing.prefix_index import MOST_BLOCKS, Coming, PrefixIndex
 from balancer.routing.prompt import BLOCK_BYTES
-from tests.routing.fleets import fleet_of
+from tests.support.fleets import fleet_of
 
 
 def members(count: int, capacity_blocks: int) -> list[Member]:

@@ -1,5 +1,6 @@
-"""Fleets whose clock is moved by hand, and members in any state, without a probe or a socket."""
+"""Fleets in any state, without a probe or a socket; their clock is moved by hand."""
 
+from collections.abc import Callable
 from typing import Any
 
 from balancer.fleet.claim import Claim
@@ -40,13 +41,24 @@ def listed(number: int, **more: Any) -> Listed:
 
 
 def fleet_of(
-    size: int, clock: Clock, *, ready: bool = True, readiness: ReadinessProbe | None = None, **settings: Any
+    size: int,
+    clock: Callable[[], float] | None = None,
+    *,
+    ready: bool = True,
+    readiness: ReadinessProbe | None = None,
+    capacity_tokens: int | None = 10_000,
+    **settings: Any,
 ) -> Fleet:
-    """That many members, all READY unless `ready` is False; other keywords are settings."""
-    fleet = Fleet(Settings(**settings), readiness or ReadinessProbe(), clock)
+    """That many members r1, r2, ..., all READY unless `ready` is False; other keywords are settings.
+
+    `capacity_tokens` is the KV pool of each. Without a `clock` time stands still.
+    """
+    fleet = Fleet(Settings(**settings), readiness or ReadinessProbe(), clock or Clock())
     fleet.reconcile([listed(number) for number in range(1, size + 1)])
-    for member in fleet.members.values() if ready else ():
-        make_ready(fleet, member)
+    for member in fleet.members.values():
+        member.capacity_tokens = capacity_tokens
+        if ready:
+            make_ready(fleet, member)
     return fleet
 
 
