@@ -1,14 +1,13 @@
-"""Connects to members, by the last known addresses of their names."""
+"""Connects to replicas, by the last known addresses of their names."""
 
 import asyncio
 import ipaddress
 import ssl
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from balancer.fleet.discovery import Resolve, resolve
 from balancer.fleet.lateness import Within
-from balancer.fleet.member import Member
 
 # Seconds for which a name's addresses are used unasked.
 FRESH = 1.0
@@ -22,8 +21,18 @@ class Unresolved(Exception):
     """Nobody says where the replica is; the message says why."""
 
 
+class Located(Protocol):
+    """A replica, as far as connecting to it goes."""
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def port(self) -> int: ...
+
+
 class Dialer:
-    """Opens connections to members and remembers where their names led.
+    """Opens connections to replicas and remembers where their names led.
 
     A name server that fails or is slow says nothing of a replica: addresses stand until it gives others, and its time
     is not the connection's. `within` limits a wait, in seconds.
@@ -33,13 +42,13 @@ class Dialer:
         self.within = within
         self._names = _Names(look_up)
 
-    async def addresses(self, member: Member) -> Sequence[str]:
+    async def addresses(self, replica: Located) -> Sequence[str]:
         """Where to find it; raises Unresolved when its name was never resolved and cannot be."""
-        return (member.host,) if _is_address(member.host) else await self._names.addresses(member.host, member.port)
+        return (replica.host,) if _is_address(replica.host) else await self._names.addresses(replica.host, replica.port)
 
     async def connect(
         self,
-        member: Member,
+        replica: Located,
         addresses: Sequence[str],
         make: Callable[[], P],
         tls: ssl.SSLContext | None,
@@ -50,16 +59,16 @@ class Dialer:
         Raises TimeoutError when one of them did not answer, else the OSError of the last one.
         """
         loop = asyncio.get_running_loop()
-        name = member.host if tls is not None else None
+        name = replica.host if tls is not None else None
         troubles: list[OSError] = []
         for address in addresses:
             try:
                 async with self.within(seconds / len(addresses)):
-                    _, made = await loop.create_connection(make, address, member.port, ssl=tls, server_hostname=name)
+                    _, made = await loop.create_connection(make, address, replica.port, ssl=tls, server_hostname=name)
             except OSError as error:
                 troubles.append(error)
             else:
-                self._names.good(member.host, address)
+                self._names.good(replica.host, address)
                 return made
         raise next((error for error in troubles if isinstance(error, TimeoutError)), troubles[-1])
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from balancer.errors import ConfigError
+from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.ejection import Outlier
 from balancer.spec.settings import ReadinessProbe
 
@@ -122,10 +123,7 @@ class Member:
     since: float  # when its life began, as far as is known here
     outlier: Outlier
     readiness: ReadinessProbe
-    host: str = ""
-    port: int = 80
-    is_https: bool = False
-    authority: bytes = b""
+    address: ReplicaAddress = field(init=False)
 
     alias_of: str = ""  # the name of the member that is the same replica at another address
     is_hidden: bool = False  # no replica of its own, as far as is known
@@ -159,11 +157,7 @@ class Member:
     prompt_tokens_total: int = 0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.listed.url)
-        self.is_https = parts.scheme == "https"
-        self.host = parts.hostname or ""
-        self.port = parts.port or (443 if self.is_https else 80)
-        self.authority = parts.netloc.encode()
+        self.address = ReplicaAddress.of(self.listed.name, self.listed.url)
         self.launched_at = self.since - (self.listed.launched_seconds or 0.0)
 
     @property
@@ -173,6 +167,22 @@ class Member:
     @property
     def url(self) -> str:
         return self.listed.url
+
+    @property
+    def host(self) -> str:
+        return self.address.host
+
+    @property
+    def port(self) -> int:
+        return self.address.port
+
+    @property
+    def is_https(self) -> bool:
+        return self.address.is_https
+
+    @property
+    def authority(self) -> bytes:
+        return self.address.authority
 
     def is_other_life(self, listed: Listed) -> bool:
         """Does the engine speak of another start of this replica than the one known here?"""

@@ -8,6 +8,7 @@ from typing import Any
 
 from balancer import errors
 from balancer.errors import ServeError
+from balancer.fleet.claim import Claim
 from balancer.fleet.dial import Unresolved
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
@@ -23,7 +24,8 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 from balancer.relay.unavailable import Unavailable, retry_after
 from balancer.relay.upstream import Outcome, Pool
-from balancer.routing.admission import Admission, Ask, Place
+from balancer.routing.admission import Admission, Waiter
+from balancer.routing.policies import Choice
 from balancer.routing.prompt import Prompt
 
 log = logging.getLogger("groundserve")
@@ -138,15 +140,15 @@ class Proxy:
         prompt = Prompt(request.path, request.body)
         if self.admission.must_read(prompt):
             await self.admission.read(prompt)
-        ask = Ask(prompt, request.is_generating, is_waited_for=request.is_waited_for)
+        waiter = Waiter(prompt, request.is_generating, is_waited_for=request.is_waited_for)
         outcome = Outcome.REFUSED
         sent = 0
         self.budget.deposit()
         while True:
-            claim = self.admission.claim_now(ask)
+            claim = self.admission.claim_now(waiter)
             if claim is None:
                 asked_at = self.pool.loop.time()
-                claim = await self.admission.claim(ask)
+                claim = await self.admission.claim(waiter)
                 record.queued += self.pool.loop.time() - asked_at
             with claim as member:
                 choice = claim.choice
@@ -160,11 +162,11 @@ class Proxy:
                     policy = self.admission.policy
                     policy.answered(choice, prompt, record.prompt_tokens, record.cached_tokens)
                 return
-            ask.tried.append(member)
+            waiter.tried.append(member)
             sent += outcome not in UNSENT
             now = self.pool.loop.time()
             error = final_error(outcome, self.settings, relay.retry_after)
-            if not self.fleet.has_other(ask.tried):
+            if not self.fleet.has_other(waiter.tried):
                 raise error
             if not may_repeat(outcome, request.method, sent, self.settings, self.budget, now):
                 raise error
@@ -241,7 +243,13 @@ class _Relay:
     )
 
     def __init__(
-        self, proxy: Proxy, claim: Place, request: Request, reply: Reply, record: Record, client: ClientConnection
+        self,
+        proxy: Proxy,
+        claim: Claim[Choice],
+        request: Request,
+        reply: Reply,
+        record: Record,
+        client: ClientConnection,
     ) -> None:
         self._proxy = proxy
         self._claim = claim

@@ -12,14 +12,12 @@ from balancer.fleet.member import Member
 from balancer.routing.policies import Choice, Policy
 from balancer.routing.prompt import Prompt
 
-Place = Claim[Choice]
-
 MOMENT = 2.0  # seconds that anything waits for a replica that is about to be ready, as where one takes over
 
 
 @dataclass(slots=True, eq=False)
-class Ask:
-    """What a request wants of the fleet; `tried` are the members that it has been to.
+class Waiter:
+    """A request that wants a place; `tried` are the members that it has been to.
 
     `is_waited_for`: it may wait as long as `start_wait` for a replica that starts; else it waits a moment at most.
     """
@@ -31,9 +29,9 @@ class Ask:
 
 
 @dataclass(slots=True, eq=False)
-class _Waiter:
-    ask: Ask
-    place: "asyncio.Future[Place]"
+class _Queued:
+    waiter: Waiter
+    place: "asyncio.Future[Claim[Choice]]"
     until: float
 
 
@@ -46,8 +44,8 @@ class Admission:
         # Generating requests that came through the door, and those of them that were refused because all was full.
         self.arrived_total = 0
         self.turned_away_total = 0
-        self._queue: deque[_Waiter] = deque()  # generating requests
-        self._plain: deque[_Waiter] = deque()  # others: they need a replica, and no room there
+        self._queue: deque[_Queued] = deque()  # generating requests
+        self._plain: deque[_Queued] = deque()  # others: they need a replica, and no room there
         self._reading = asyncio.Lock()
         fleet.when_room.append(self.assign)
         fleet.when_left.append(lambda member: self.policy.forget(member))
@@ -73,27 +71,27 @@ class Admission:
     def generating_queued(self) -> int:
         return len(self._queue)
 
-    def claim_now(self, ask: Ask) -> Place | None:
+    def claim_now(self, waiter: Waiter) -> Claim[Choice] | None:
         """A place at once, or None where the request would have to wait."""
-        if self._queue and ask.is_generating:
+        if self._queue and waiter.is_generating:
             return None
-        return self._claim(ask)
+        return self._claim(waiter)
 
-    async def claim(self, ask: Ask) -> Place:
+    async def claim(self, waiter: Waiter) -> Claim[Choice]:
         """A place, after a wait if need be; raises ServeError when there is none, or the wait was in vain."""
         settings = self.fleet.settings
-        if not self.fleet.has_other(ask.tried):
-            if not self.fleet.is_starting(ask.is_generating) or not settings.start_wait:
+        if not self.fleet.has_other(waiter.tried):
+            if not self.fleet.is_starting(waiter.is_generating) or not settings.start_wait:
                 raise errors.no_replica()
-            wait = settings.start_wait if ask.is_waited_for else min(MOMENT, settings.start_wait)
+            wait = settings.start_wait if waiter.is_waited_for else min(MOMENT, settings.start_wait)
         else:
             wait = settings.queue_timeout
         if self.queue_depth >= settings.queue_size:
             raise errors.queue_full(settings.queue_size)
-        place: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(ask, place, self.fleet.clock() + wait)
-        queue = self._queue if ask.is_generating else self._plain
-        queue.append(waiter)
+        place: asyncio.Future[Claim[Choice]] = asyncio.get_running_loop().create_future()
+        queued = _Queued(waiter, place, self.fleet.clock() + wait)
+        queue = self._queue if waiter.is_generating else self._plain
+        queue.append(queued)
         self.assign()  # who waits already may be waiting for a member that this one need not have
         try:
             return await place
@@ -103,37 +101,39 @@ class Admission:
             raise
         finally:
             with contextlib.suppress(ValueError):  # who got a place has left the queue already
-                queue.remove(waiter)
+                queue.remove(queued)
 
     def assign(self) -> None:
         """Gives places to those who wait, first come first served."""
         if not self._queue and not self._plain:
             return  # as it is after nearly every request
         for queue in (self._plain, self._queue):
-            for waiter in list(queue):
-                if waiter.place.done():
+            for queued in list(queue):
+                if queued.place.done():
                     continue  # it is leaving by itself
-                if claim := self._claim(waiter.ask):
-                    queue.remove(waiter)
-                    waiter.place.set_result(claim)
-                elif not waiter.ask.tried:
+                if claim := self._claim(queued.waiter):
+                    queue.remove(queued)
+                    queued.place.set_result(claim)
+                elif not queued.waiter.tried:
                     break  # who comes later has no better chance; only earlier attempts narrow a request's choice
 
     def expire(self) -> None:
         """Says no to those who waited out, or who wait for nothing. Call it a few times a second."""
         self.assign()
         now = self.fleet.clock()
-        for waiter in (*self._plain, *self._queue):
-            if not waiter.place.done() and (refusal := self._refusal(waiter, now)):
-                waiter.place.set_exception(refusal)
+        for queued in (*self._plain, *self._queue):
+            if not queued.place.done() and (refusal := self._refusal(queued, now)):
+                queued.place.set_exception(refusal)
 
-    def _claim(self, ask: Ask) -> Place | None:
-        return self.fleet.claim(lambda members: self.policy.choose(members, ask.prompt), ask.is_generating, ask.tried)
+    def _claim(self, waiter: Waiter) -> Claim[Choice] | None:
+        return self.fleet.claim(
+            lambda members: self.policy.choose(members, waiter.prompt), waiter.is_generating, waiter.tried
+        )
 
-    def _refusal(self, waiter: _Waiter, now: float) -> errors.ServeError | None:
+    def _refusal(self, queued: _Queued, now: float) -> errors.ServeError | None:
         settings = self.fleet.settings
-        if self.fleet.has_other(waiter.ask.tried):
-            return errors.queue_timeout(settings.queue_timeout) if now >= waiter.until else None
-        if now >= waiter.until or not self.fleet.is_starting(waiter.ask.is_generating):
+        if self.fleet.has_other(queued.waiter.tried):
+            return errors.queue_timeout(settings.queue_timeout) if now >= queued.until else None
+        if now >= queued.until or not self.fleet.is_starting(queued.waiter.is_generating):
             return errors.no_replica()
         return None

@@ -8,10 +8,11 @@ from itertools import count
 import orjson
 import pytest
 
+from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
-from balancer.routing.admission import Admission, Ask, Place
-from balancer.routing.policies import LeastLoad, Policy, RoundRobin
+from balancer.routing.admission import Admission, Waiter
+from balancer.routing.policies import Choice, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import PrefixAware
 from balancer.routing.prompt import Prompt
 from tests.support.fleets import Clock, claimed, fleet_of
@@ -38,11 +39,11 @@ def drive(fleet: Fleet, policy: Policy, clock: Clock, bad: Iterator[bool], fails
     All bad ones have one prompt, as a client's that tries the same picture again and again.
     """
     admission, numbers, until = Admission(fleet, policy), count(), clock.now + seconds
-    going: list[tuple[float, int, Place, bool]] = []
+    going: list[tuple[float, int, Claim[Choice], bool]] = []
 
     def begin() -> None:
         is_bad, number = next(bad), next(numbers)
-        place = admission.claim_now(Ask(BAD_PROMPT if is_bad else prompt(f"{number} " * 300), True))
+        place = admission.claim_now(Waiter(BAD_PROMPT if is_bad else prompt(f"{number} " * 300), True))
         assert place is not None
         is_failure = fails(is_bad, place.member)
         takes = BAD_SECONDS if is_failure else GOOD_SECONDS * random.uniform(0.8, 1.2)
@@ -133,7 +134,7 @@ def test_failed_requests_count_as_load_for_a_second() -> None:
         place.__exit__(None, None, None)
     assert (failing.in_flight, failing.load, other.load) == (0, 3, 0)
     admission = Admission(fleet, LeastLoad())
-    places = [admission.claim_now(Ask(prompt("Hello"), True)) for _ in range(3)]
+    places = [admission.claim_now(Waiter(prompt("Hello"), True)) for _ in range(3)]
     assert [place and place.member for place in places] == [other] * 3
     clock.move(1)
     assert claimed(fleet).member is failing

@@ -7,7 +7,7 @@ import pytest
 
 from balancer.errors import ServeError
 from balancer.fleet.fleet import Fleet
-from balancer.routing.admission import Admission, Ask
+from balancer.routing.admission import Admission, Waiter
 from balancer.routing.policies import RoundRobin
 from balancer.routing.prompt import Prompt
 from tests.support.fleets import Clock, claimed, fail, fleet_of, listed, make_ready
@@ -28,9 +28,9 @@ class Queue:
         assert self.admission.queue_depth == 1
 
     async def _wait(self) -> str:
-        ask = Ask(Prompt("/v1/completions", [b"{}"]), is_generating=True)
-        assert self.admission.claim_now(ask) is None
-        with await self.admission.claim(ask) as member:
+        waiter = Waiter(Prompt("/v1/completions", [b"{}"]), is_generating=True)
+        assert self.admission.claim_now(waiter) is None
+        with await self.admission.claim(waiter) as member:
             return member.name
 
     async def said(self) -> str | None:
@@ -101,11 +101,11 @@ def test_who_waits_for_one_member_alone_keeps_nobody_from_another_that_is_free()
         prompt = Prompt("/v1/completions", [b"{}"])
         with claimed(fleet) as full:
             other = next(member for member in fleet.members.values() if member is not full)
-            tried = asyncio.ensure_future(admission.claim(Ask(prompt, True, [other])))
+            tried = asyncio.ensure_future(admission.claim(Waiter(prompt, True, [other])))
             await asyncio.sleep(0)
             assert admission.queue_depth == 1
-            ask = Ask(prompt, True)
-            place = admission.claim_now(ask) or await asyncio.wait_for(admission.claim(ask), 5)
+            waiter = Waiter(prompt, True)
+            place = admission.claim_now(waiter) or await asyncio.wait_for(admission.claim(waiter), 5)
             assert place.member is other
             assert not tried.done()
             place.__exit__(None, None, None)

@@ -5,10 +5,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Listed, Member
-from balancer.routing.admission import Admission, Ask, Place
-from balancer.routing.policies import LeastLoad, Policy, RoundRobin
+from balancer.routing.admission import Admission, Waiter
+from balancer.routing.policies import Choice, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import PrefixAware
 from balancer.spec.settings import ReadinessProbe, Settings
 from tests.bench.stats import quantile
@@ -81,7 +82,7 @@ class Simulation:
         self._held_back = max_pending is not None
         self._ready: deque[tuple[Turn, Conversation]] = deque()  # a turn, and those after it
         self._waiting: deque[tuple[float, Turn, Conversation]] = deque()  # at the balancer, since when
-        self._flying: dict[Request, tuple[float, Place, Turn, Conversation]] = {}
+        self._flying: dict[Request, tuple[float, Claim[Choice], Turn, Conversation]] = {}
         self._computing: list[Request] = []  # of those, the ones whose first token was not seen yet
         self._waits: list[float] = []
 
@@ -130,7 +131,7 @@ class Simulation:
             sent_at, turn, later = self._waiting[0]
             turn.blocks  # noqa: B018  cutting a prompt into blocks is not part of the choice
             began = time.perf_counter_ns()
-            claim = self.admission.claim_now(Ask(turn, True))
+            claim = self.admission.claim_now(Waiter(turn, True))
             self.choice_times.append(time.perf_counter_ns() - began)
             if claim is None:
                 return  # all are full: it waits at the balancer

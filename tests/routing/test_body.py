@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balancer.routing.admission import Admission, Ask
+from balancer.routing.admission import Admission, Waiter
 from balancer.routing.body import (
     HEAVY_BODY,
     IMAGE_MARK,
@@ -173,7 +173,7 @@ def test_a_conversation_with_base64_in_it_stays_at_its_member(holder: dict[str, 
 
 def asked(admission: Admission, body: list[bytes]) -> str:
     prompt = Prompt(CHAT, body)
-    claim = admission.claim_now(Ask(prompt, True))
+    claim = admission.claim_now(Waiter(prompt, True))
     assert claim is not None
     with claim as member:
         claim.begun()

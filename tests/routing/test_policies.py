@@ -5,9 +5,10 @@ from collections import Counter
 import orjson
 import pytest
 
+from balancer.fleet.claim import Claim
 from balancer.fleet.member import Listed, Member
-from balancer.routing.admission import Admission, Ask, Place
-from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
+from balancer.routing.admission import Admission, Waiter
+from balancer.routing.policies import Choice, InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import FLUSHED_AFTER, PrefixAware
 from balancer.routing.prompt import BLOCK_BYTES, Prompt
 from tests.support.fleets import fleet_of, make_ready
@@ -20,19 +21,19 @@ def chat(system: str, question: str = "", stream: bool = False) -> Prompt:
     return Prompt("/v1/chat/completions", [orjson.dumps({"model": "m", "stream": stream, "messages": messages})])
 
 
-def place(admission: Admission, prompt: Prompt, tried: list[Member] | None = None) -> Place:
-    claim = admission.claim_now(Ask(prompt, True, tried or []))
+def place(admission: Admission, prompt: Prompt, tried: list[Member] | None = None) -> Claim[Choice]:
+    claim = admission.claim_now(Waiter(prompt, True, tried or []))
     assert claim is not None
     return claim
 
 
-def finish(claim: Place) -> None:
+def finish(claim: Claim[Choice]) -> None:
     """It is answered whole."""
     claim.begun()
     claim.__exit__(None, None, None)
 
 
-def leave(claim: Place) -> None:
+def leave(claim: Claim[Choice]) -> None:
     """The client leaves before the answer begins."""
     claim.__exit__(None, None, None)
 
@@ -120,7 +121,7 @@ def test_one_system_prompt_for_all_does_not_pile_up_on_one_member() -> None:
     """60 % of each prompt is shared by all, 32 requests are in flight on two members."""
     admission = Admission(fleet_of(2, capacity_tokens=200_000), PrefixAware())
     seen: Counter[str] = Counter()
-    flying: list[Place] = []
+    flying: list[Claim[Choice]] = []
     for number in range(320):
         if len(flying) == 32:
             finish(flying.pop(0))

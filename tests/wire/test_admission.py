@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from balancer.routing.admission import Ask
+from balancer.routing.admission import Waiter
 from balancer.routing.prompt import Prompt
 from tests.lab.replica import LabReplica
 from tests.support.client import Client, chat, request
@@ -203,17 +203,17 @@ async def test_a_place_that_is_free_is_not_waited_for_behind_one_who_has_just_go
     """Two places are given back, and one waits: the other place is for whoever comes in that very turn of the loop."""
     async with LabReplica() as a, serving(a, max_in_flight=2) as house:
         admission = house.balancer.admission
-        ask = Ask(Prompt("/v1/completions", []), is_generating=True)
-        held = [admission.claim_now(ask), admission.claim_now(ask)]
-        waiter = asyncio.ensure_future(admission.claim(ask))
+        waiter = Waiter(Prompt("/v1/completions", []), is_generating=True)
+        held = [admission.claim_now(waiter), admission.claim_now(waiter)]
+        waiting = asyncio.ensure_future(admission.claim(waiter))
         await asyncio.sleep(0)
         assert admission.queue_depth == 1
         for place in held:
             assert place is not None
             place.__exit__(None, None, None)
-        free = admission.claim_now(ask)
+        free = admission.claim_now(waiter)
         assert free is not None
-        for place in (free, await waiter):
+        for place in (free, await waiting):
             place.__exit__(None, None, None)
 
 
@@ -221,9 +221,9 @@ async def test_a_place_that_is_free_is_not_waited_for_behind_one_who_has_just_go
 async def test_a_place_given_in_the_moment_of_leaving_is_given_on() -> None:
     async with LabReplica() as a, serving(a, max_in_flight=1) as house:
         admission = house.balancer.admission
-        ask = Ask(Prompt("/v1/completions", []), is_generating=True)
-        held = admission.claim_now(ask)
-        first, second = (asyncio.ensure_future(admission.claim(ask)) for _ in range(2))
+        waiter = Waiter(Prompt("/v1/completions", []), is_generating=True)
+        held = admission.claim_now(waiter)
+        first, second = (asyncio.ensure_future(admission.claim(waiter)) for _ in range(2))
         await asyncio.sleep(0)
         assert held is not None
         held.__exit__(None, None, None)  # the place is the first one's now, who does not know it yet
