@@ -1,10 +1,13 @@
 """One request as a client sees it, byte for byte: what came, and how it ended."""
 
 import asyncio
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
 from typing import Literal
+
+from tests.support.client import BadAnswer, Client, Ended, request
 
 # How it ended. whole: an answer complete in its framing. broken: a stream that ended early and said so as promised.
 # ugly: an answer that ended early in any other way. left: the client went away. hung: nothing for LONGEST. no door:
@@ -72,45 +75,43 @@ async def ask(port: int, wish: Wish) -> Got:
 
 async def _exchange(port: int, got: Got) -> None:
     wish = got.wish
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    client = await Client.open(f"http://127.0.0.1:{port}")
     try:
-        head = f"{wish.method} {wish.path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {wish.id}\r\n"
-        if wish.body:
-            head += f"Content-Type: application/json\r\nContent-Length: {len(wish.body)}\r\n"
-        writer.write(head.encode() + b"\r\n" + wish.body)
+        fields = (("X-Request-Id", wish.id), *((("Content-Type", "application/json"),) if wish.body else ()))
+        with contextlib.suppress(ConnectionError):  # the answer, if there is one, has come before
+            await client.send(request(wish.method, wish.path, wish.body or None, fields, host="localhost"))
         try:
-            await _read(reader, got)
-        except asyncio.IncompleteReadError as error:
-            got.body += error.partial
+            await _read(client, got)
+        except Ended as ended:
+            got.body += ended.rest
             got.end, got.why = ("no door", "closed without an answer") if not got.status else ended_early(got)
+        except BadAnswer as bad:
+            got.end, got.why = "ugly", str(bad)
     finally:
-        writer.transport.abort()
+        client.leave("reset")
 
 
-async def _read(reader: asyncio.StreamReader, got: Got) -> None:
-    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    got.status = int(lines[0].split()[1])
-    got.headers = {
-        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)
-    }
+async def _read(client: Client, got: Got) -> None:
+    got.status, fields = await client.head()
+    got.headers = {name.lower(): value for name, value in fields}
     got.end = "whole"
     if got.wish.method == "HEAD" or got.status == 204:
         return
     if got.headers.get("transfer-encoding") == "chunked":
-        while size := int(await reader.readuntil(b"\r\n"), 16):
-            await _body(reader, got, size)
-            await reader.readexactly(2)
+        while size := int(await client.until(b"\r\n"), 16):
+            await _body(client, got, size)
+            await client.exactly(2)
             if got.end == "left":
                 return
-        await reader.readexactly(2)
+        await client.exactly(2)
     else:
-        await _body(reader, got, int(got.headers["content-length"]))
+        await _body(client, got, int(got.headers["content-length"]))
     if got.status == 200 and got.wish.stream and not is_finished(got):
         got.end, got.why = "ugly", f"a whole stream without its end: {got.body[-80:]!r}"
 
 
-async def _body(reader: asyncio.StreamReader, got: Got, size: int) -> None:
-    got.body += await reader.readexactly(size)
+async def _body(client: Client, got: Got, size: int) -> None:
+    got.body += await client.exactly(size)
     if got.status == 200 and got.wish.leaves_after is not None and len(got.body) >= got.wish.leaves_after:
         got.end = "left"
 

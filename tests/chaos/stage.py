@@ -3,19 +3,20 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
-import sys
 import tempfile
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from balancer.operate.engines.local.ports import REPLICA_PORTS, free_ports, is_free
 from tests.chaos.client import Wish, ask
 from tests.chaos.replica import Replica
+from tests.support.program import Program
+from tests.support.until import until
 
-ROOT = Path(__file__).parents[2]
 # Everything that waits in a balancer, made short, so that a fault takes a second and not a minute; seconds.
 SETTINGS: dict[str, Any] = {
     "ready_interval": 0.1,
@@ -50,9 +51,7 @@ class Stage:
     readiness: dict[str, Any]
     port: int = 0
     admin_port: int = 0
-    process: asyncio.subprocess.Process | None = None
-    complaints: list[str] = field(default_factory=list)  # what the balancer said on stderr
-    listening: asyncio.Future[None] | None = None
+    program: Program | None = None
 
     @property
     def log(self) -> Path:
@@ -87,39 +86,27 @@ class Stage:
             command = ["-m", "balancer", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--log-format", "json"]
             command += ["--service", str(config)]
             command += [word for replica in self.replicas for word in ("--replica", replica.url)]
-        with self.log.open("wb") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, *command, stdout=log, stderr=asyncio.subprocess.PIPE, cwd=ROOT
-            )
-        assert self.process.stderr is not None
-        ports = {}
-        while len(ports) < 2:
-            line = (await self.process.stderr.readline()).decode()
-            if not line.startswith(("listening on ", "admin on ")):
-                rest = await self.process.stderr.read()
-                raise RuntimeError(f"the balancer does not start: {line}{rest.decode()}")
-            ports[line.split()[0]] = int(line.rpartition(":")[2])
-        self.port, self.admin_port = ports["listening"], ports["admin"]
-        self.listening = asyncio.ensure_future(self._listen())
+        self.program = program = Program(*command, name="the balancer", log=self.log, has_own_errors=True)
+        await until(lambda: program.check_alive() and program.said("admin on "), "the balancer listens", 30)
+        self.port, self.admin_port = (
+            int(program.said(start).rpartition(":")[2]) for start in ("listening on ", "admin on ")
+        )
 
-    async def _listen(self) -> None:
-        assert self.process is not None
-        assert self.process.stderr is not None
-        async for line in self.process.stderr:
-            if b"WARNING: DNS " not in line:
-                self.complaints.append(line.decode().rstrip())
+    @property
+    def complaints(self) -> list[str]:
+        """What the balancer said on standard error, but for where it listens and for names that are not answered."""
+        assert self.program is not None
+        expected = re.compile(r"(listening|admin) on |.*WARNING: DNS ")
+        return [line for line in self.program.errors.read_text().splitlines() if not expected.match(line)]
 
     async def stop(self) -> None:
         """Ends the balancer as an operator would; raises Violation when it does not end cleanly."""
-        assert self.process is not None
-        if self.process.returncode is None:
-            self.process.send_signal(signal.SIGTERM)
+        assert self.program is not None
+        if self.program.process.poll() is None:
+            self.program.signal(signal.SIGTERM)
         try:
-            async with asyncio.timeout(15):
-                code = await self.process.wait()
-                assert self.listening is not None
-                await self.listening
-        except TimeoutError:
+            code = await self.program.ended(15)
+        except AssertionError:
             raise Violation("the balancer does not end within 15 s of SIGTERM") from None
         if code:
             raise Violation(f"the balancer ended with {code}: {self.complaints[-5:]}")
@@ -168,18 +155,16 @@ class Stage:
         spare.replace(self.folder / "names")
 
     def descriptors(self) -> int:
-        assert self.process is not None
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        assert self.program is not None
+        return self.program.descriptors
 
     async def tasks(self) -> int:
         """How many tasks live in its loop; only where `is_dns`, for only that balancer tells."""
-        assert self.process is not None
+        assert self.program is not None
         told = self.folder / "names.tasks"
         told.unlink(missing_ok=True)
-        self.process.send_signal(signal.SIGUSR1)
-        async with asyncio.timeout(10):
-            while not told.exists():  # noqa: ASYNC110 - a file
-                await asyncio.sleep(0.01)
+        self.program.signal(signal.SIGUSR1)
+        await until(told.exists, "the balancer tells its tasks")
         return int(told.read_text())
 
 
@@ -206,8 +191,7 @@ async def stage(count: int, is_dns: bool, has_defaults: bool = False) -> AsyncIt
             await here.start()
             yield here
         finally:
-            if here.process is not None and here.process.returncode is None:
-                here.process.kill()
-                await here.process.wait()
+            if here.program is not None:
+                here.program.close()
             for replica in replicas:
                 await replica.kill()

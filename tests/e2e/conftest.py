@@ -11,7 +11,8 @@ import pytest
 
 from balancer.operate.engines.local.ports import free_ports
 from replica.settings import models_dir
-from tests.e2e.running import ROOT, Balancer, Program, Replica
+from tests.e2e.running import Balancer, Replica
+from tests.support.program import ROOT, Program
 
 # Variables that are meant for others, in which a replica has to come up all the same: a proxy that nobody answers at; a
 # home and a temporary folder that take no files, a language of one byte a letter, warnings that are errors.
@@ -67,7 +68,7 @@ def pair(models: str, logs: Path) -> Iterator[list[Replica]]:
         yield replicas
     finally:
         for replica in replicas:
-            replica.end()
+            replica.close()
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def in_front(pair: list[Replica], logs: Path) -> Iterator[Balancer]:
     balancer = Balancer(logs / "balancer.log", pair)
     _started.append(balancer)
     yield balancer
-    balancer.end()
+    balancer.close()
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def tiny_llava(models: str, logs: Path, key_file: Path) -> Iterator[Replica]:
         replica.wait_ready()
         yield replica
     finally:
-        replica.end()
+        replica.close()
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +134,7 @@ def in_front_of_eyes(tiny_llava: Replica, key_file: Path, logs: Path) -> Iterato
     _started.append(balancer)
     balancer.wait_all_ready()
     yield balancer
-    balancer.end()
+    balancer.close()
 
 
 @pytest.fixture

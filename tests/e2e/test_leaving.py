@@ -15,7 +15,7 @@ def aborted(replicas: list[Replica]) -> float:
 
 
 def in_flight(balancer: Balancer) -> int:
-    count: int = httpx.get(f"{balancer.admin}/status", timeout=10).json()["service"]["in_flight"]
+    count: int = httpx.get(f"{balancer.admin_url}/status", timeout=10).json()["service"]["in_flight"]
     return count
 
 

@@ -54,4 +54,4 @@ def test_a_prefill_longer_than_the_probes_time_out_takes_no_replica_out(
         assert took > 3 * PATIENCE, "the prefill was too short to show anything"
         assert seen == {"READY"}
     finally:
-        balancer.end()
+        balancer.close()

@@ -25,10 +25,10 @@ from PIL import Image
 from replica import models
 from replica.settings import models_dir
 from tests.e2e.images import PLAIN, WORDS
-from tests.e2e.running import ROOT
 from tests.e2e.shell import DOCS, Shell, commands
 from tests.operate.command_line import Groundserve
 from tests.operate.streaming import Streams, streaming
+from tests.support.program import ROOT
 
 # As SkyServe 0.14.1 heads its tables (format_service_table in sky/serve/serve_utils.py).
 SERVICES = ["NAME", "VERSION", "UPTIME", "STATUS", "REPLICAS", "ENDPOINT"]

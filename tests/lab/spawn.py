@@ -11,27 +11,26 @@ async with spawn_replica("--faithful", token_interval=0.02) as replica:
 import asyncio
 import contextlib
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-ROOT = Path(__file__).parents[2]
+from tests.support.program import Program
+from tests.support.until import until
 
 
 class SpawnedReplica:
     """The process, and its control port."""
 
-    def __init__(self, process: asyncio.subprocess.Process, control: str) -> None:
-        self.process = process
+    def __init__(self, program: Program, control: str) -> None:
+        self.program = program
         self.url = ""  # known once it is ready
         self._control = httpx.AsyncClient(base_url=control, timeout=30.0)
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        return self.program.pid
 
     @property
     def port(self) -> int:
@@ -39,7 +38,7 @@ class SpawnedReplica:
 
     async def ready(self) -> None:
         """Wait until it listens."""
-        self.url = await _line(self.process, "ready")
+        self.url = await _said(self.program, "ready ")
 
     async def set(self, **changes: Any) -> None:
         await self._turn(changes)
@@ -76,29 +75,18 @@ class SpawnedReplica:
             return seen
 
     def send_signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        self.program.signal(number)
 
     async def wait(self) -> int:
         """Its exit code, negative for a signal."""
-        return await self.process.wait()
+        return await self.program.ended()
 
     async def close(self) -> None:
         await self._control.aclose()
-        await _end(self.process)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
-    await process.wait()
-
-
-async def _line(process: asyncio.subprocess.Process, word: str) -> str:
-    assert process.stdout is not None
-    line = (await process.stdout.readline()).decode().split()
-    if len(line) != 2 or line[0] != word:
-        raise RuntimeError(f"the lab replica said {line}, not {word!r}")
-    return line[1]
+async def _said(program: Program, start: str) -> str:
+    return await until(lambda: program.check_alive() and program.said(start), f"the lab replica says {start!r}", 60)
 
 
 @contextlib.asynccontextmanager
@@ -106,29 +94,16 @@ async def spawn_replica(
     *flags: str, wait: bool = True, port: int = 0, host: str = "127.0.0.1", **knobs: Any
 ) -> AsyncIterator[SpawnedReplica]:
     """Start one, on a port of its own unless given, ready unless `wait` is False, and kill it in the end."""
-    turned = [text for name, value in knobs.items() for text in (f"--{name.replace('_', '-')}", _said(value))]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "tests.lab.replica",
-        *("--host", host, "--port", str(port)),
-        *turned,
-        *flags,
-        stdout=asyncio.subprocess.PIPE,
-        cwd=ROOT,
-    )
-    try:
-        replica = SpawnedReplica(process, await _line(process, "control"))
-    except BaseException:
-        await _end(process)
-        raise
-    try:
-        if wait:
-            await replica.ready()
-        yield replica
-    finally:
-        await replica.close()
+    turned = [text for name, value in knobs.items() for text in (f"--{name.replace('_', '-')}", _word(value))]
+    with Program("-m", "tests.lab.replica", "--host", host, "--port", str(port), *turned, *flags) as program:
+        replica = SpawnedReplica(program, await _said(program, "control "))
+        try:
+            if wait:
+                await replica.ready()
+            yield replica
+        finally:
+            await replica.close()
 
 
-def _said(value: object) -> str:
+def _word(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from balancer.operate.state import control_socket
+from tests.support.program import ROOT, Program
 from tests.support.until import wait_until
 
-ROOT = Path(__file__).parents[2]
 # A replica from the lab that starts at once and ends at once.
 LAB = f"exec {sys.executable} -m tests.lab.replica --exit-look 0.02 --port $GROUNDSERVE_PORT"
 ANY_PORT = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
@@ -96,53 +95,23 @@ class Groundserve:
 
     def stop_all(self) -> None:
         for up in self._ups:
-            up.process.kill()
-            up.process.wait()
-            up.reader.join()
+            up.close()
         for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
 
-class Up:
-    """A `groundserve up` in the foreground, and what it printed so far."""
+class Up(Program):
+    """A `groundserve up` in the foreground."""
 
     def __init__(self, groundserve: Groundserve, arguments: list[str]) -> None:
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "balancer.cli", "up", *arguments],
-            env=groundserve.environ,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.reader = threading.Thread(target=self._read)
-        self.reader.start()
+        super().__init__("-m", "balancer.cli", "up", *arguments, name="groundserve up", environ=groundserve.environ)
 
     def until_up(self, patience: float = PATIENCE) -> "Up":
         self.until("stop   groundserve down", patience)
         return self
 
-    def until(self, text: str, patience: float = PATIENCE) -> str:
-        """The first line with this text."""
-        return wait_until(lambda: [line for line in self.lines if text in line], lambda: self.text, patience)[0]
-
     def end(self, number: signal.Signals) -> int:
         """Its exit code after this signal."""
-        self.process.send_signal(number)
+        self.signal(number)
         return self.wait()
-
-    def wait(self) -> int:
-        code = self.process.wait(timeout=PATIENCE)
-        self.reader.join()
-        return code
-
-    @property
-    def text(self) -> str:
-        return "".join(self.lines)
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as out:
-            self.lines.extend(iter(out.readline, ""))

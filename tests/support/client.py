@@ -70,9 +70,10 @@ def request(
     body: bytes | None = None,
     headers: tuple[tuple[str, str], ...] = (),
     version: str = "1.1",
+    host: str = "wire.test",
 ) -> bytes:
     """A well-formed request; a `body` gets its Content-Length."""
-    lines = [f"{method} {path} HTTP/{version}", "Host: wire.test", *(f"{name}: {value}" for name, value in headers)]
+    lines = [f"{method} {path} HTTP/{version}", f"Host: {host}", *(f"{name}: {value}" for name, value in headers)]
     if body is not None:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b"")

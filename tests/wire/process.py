@@ -2,40 +2,30 @@
 
 import asyncio
 import contextlib
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from tests.support.client import Client
+from tests.support.program import BalancerProgram
+from tests.support.until import until
 from tests.wire.running import SOON
 
-ROOT = Path(__file__).parents[2]
 
+class BalancerProcess(BalancerProgram):
+    """The process, and the clients that end with it."""
 
-class BalancerProcess:
-    """The process, its endpoint, and all it prints."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.url = ""
-        self.admin_url = ""
-        self.printed = b""  # on standard output: the access log
+    def __init__(self, replicas: tuple[str, ...], *flags: str) -> None:
         self.clients: list[Client] = []
-        self.complained = b""  # on standard error, after the two lines that say where it listens
+        super().__init__(replicas, *flags, has_own_errors=True)
 
     @property
-    def memory(self) -> int:
-        """Bytes that it holds in memory now."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    def printed(self) -> bytes:
+        """What is on its standard output: the access log."""
+        return self.log.read_bytes()
 
     @property
-    def descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+    def complained(self) -> bytes:
+        """What is on its standard error after the two lines that say where it listens."""
+        return b"".join(self.errors.read_bytes().splitlines(keepends=True)[2:])
 
     async def client(self, receive_buffer: int = 0) -> Client:
         """A new connection, closed with the process."""
@@ -55,8 +45,7 @@ class BalancerProcess:
 
     async def end(self) -> int:
         """Waits for its end; the exit status."""
-        async with asyncio.timeout(SOON * 2):
-            return await self.process.wait()
+        return await self.ended(SOON * 2)
 
 
 @contextlib.asynccontextmanager
@@ -64,36 +53,12 @@ async def running(
     *replicas: str, arguments: tuple[str, ...] = (), **settings: object
 ) -> AsyncIterator[BalancerProcess]:
     """`python -m balancer` in front of these URLs, once one of them can be served; killed at the end if need be."""
-    options = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--log-format", "json", *arguments]
-    options += [word for url in replicas for word in ("--replica", url)]
-    options += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "balancer", *options, cwd=ROOT, stdout=pipe, stderr=pipe, stdin=asyncio.subprocess.DEVNULL
-    )
-    balancer = BalancerProcess(process)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    readers: list[asyncio.Task[None]] = []
-    try:
-        async with asyncio.timeout(SOON * 4):
-            balancer.url = (await process.stderr.readline()).split()[-1].decode()
-            balancer.admin_url = (await process.stderr.readline()).split()[-1].decode()
-        readers = [
-            asyncio.ensure_future(_kept(process.stdout, balancer, "printed")),
-            asyncio.ensure_future(_kept(process.stderr, balancer, "complained")),
-        ]
-        await balancer.says(200)
-        yield balancer
-    finally:
-        for client in balancer.clients:
-            client.leave()
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-        await asyncio.gather(*readers)
-
-
-async def _kept(stream: asyncio.StreamReader, balancer: BalancerProcess, name: str) -> None:
-    while data := await stream.read(1 << 16):
-        setattr(balancer, name, getattr(balancer, name) + data)
+    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    with BalancerProcess(replicas, "--log-format", "json", *arguments, *options) as balancer:
+        try:
+            await until(balancer.is_listening, "the balancer listens", SOON * 4)
+            await balancer.says(200)
+            yield balancer
+        finally:
+            for client in balancer.clients:
+                client.leave()

@@ -17,8 +17,8 @@ from balancer.observe.access_log import MAX_WAITING, AccessLog
 from balancer.observe.record import Record
 from tests.lab.replica import LabReplica
 from tests.support.client import CHAT, Client, chat, request
+from tests.support.program import ROOT
 from tests.support.until import until
-from tests.wire.process import ROOT
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
 
 POST = request(body=chat())

@@ -32,7 +32,7 @@ def test_a_real_model_answers_and_the_page_shows_how(balancer: Balancer, tmp_pat
             httpx.AsyncClient(base_url=balancer.url, timeout=300) as client,
         ):
             await tab.resize(1100, 1180)
-            await tab.open(balancer.admin + "/")
+            await tab.open(balancer.admin_url + "/")
             await tab.until("document.querySelectorAll('#cards .badge.good').length === 2")
             for number in range(12):
                 await talk(client, number)
@@ -64,7 +64,7 @@ def test_a_real_model_names_the_colour_of_a_dropped_image(tiny_llava: Replica, k
         (tmp_path / "picture.png").write_bytes(png((220, 30, 30), 336))
         async with browser(tmp_path / "profile") as tab:
             await tab.resize(420, 900, 2)
-            await tab.open(balancer.admin + "/")
+            await tab.open(balancer.admin_url + "/")
             await tab.until("document.getElementById('model').value === 'tiny-llava'")
             await tab.type("#files", str(tmp_path / "picture.png"))
             await tab.until("document.querySelectorAll('#pictures img').length === 1")
@@ -83,4 +83,4 @@ def test_a_real_model_names_the_colour_of_a_dropped_image(tiny_llava: Replica, k
         asyncio.run(main(balancer))
         assert key_file.read_text().strip() not in json.dumps(balancer.tail(1000))
     finally:
-        balancer.end()
+        balancer.close()

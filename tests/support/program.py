@@ -1,0 +1,159 @@
+"""Programs that a test starts: `python -m ...` as a process of its own, its output in files, its end certain."""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.support.until import until, wait_until
+
+ROOT = Path(__file__).parents[2]
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_the_test() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed test run leaves nothing behind
+
+
+class Program:
+    """One program, running from the start. Its standard error goes to the same file as its standard output, unless
+    `errors` says a file of its own; without a `log` both are temporary. `environ` is added to the test's own variables.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        name: str = "",
+        log: Path | None = None,
+        has_own_errors: bool = False,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name or " ".join(arguments[:2])
+        self._folder = None if log else tempfile.mkdtemp(prefix="program-")
+        self.log = log or Path(self._folder or "", "log")
+        self.errors = self.log.with_name(f"{self.log.name}.errors") if has_own_errors else self.log
+        self._arguments = arguments
+        self._environ = {**os.environ, **(environ or {})}
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as output, self.errors.open("ab") as errors:
+            return subprocess.Popen(
+                [sys.executable, *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                cwd=ROOT,
+                env=self._environ,
+                preexec_fn=_die_with_the_test,
+            )
+
+    def restart(self) -> None:
+        """The same program again, once it has ended; its output is added."""
+        assert self.process.poll() is not None
+        self.process = self._start()
+
+    # What it says
+
+    @property
+    def text(self) -> str:
+        """All of its standard output so far, and its standard error where both go to one file."""
+        return self.log.read_text(errors="replace")
+
+    def lines(self) -> list[str]:
+        """The lines that are whole, of both files, without their line ends."""
+        text = self.text + (self.errors.read_text(errors="replace") if self.errors != self.log else "")
+        return text[: text.rfind("\n") + 1].splitlines()
+
+    def said(self, start: str) -> str:
+        """What follows `start` on the first line that begins so; empty while there is none."""
+        return next((line.removeprefix(start) for line in self.lines() if line.startswith(start)), "")
+
+    def until(self, text: str, within: float = 60.0) -> str:
+        """The first line that has this text, once there is one."""
+
+        def look() -> list[str]:
+            return [line for line in self.lines() if text in line]
+
+        return wait_until(look, lambda: f"{self.name} says {text!r}:\n{self.tail()}", within)[0]
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(line[:300] for line in self.lines()[-lines:])
+
+    # What it is
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it holds in memory now."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    @property
+    def descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+    def check_alive(self) -> bool:
+        """True, so that it can stand in a condition that is waited for; an early end fails the test at once."""
+        assert self.process.poll() is None, f"{self.name} ended with {self.process.returncode}:\n{self.tail()}"
+        return True
+
+    # Its end
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, within: float = 60.0) -> int:
+        """Its exit status, negative for a signal, once it has ended."""
+        return self.process.wait(timeout=within)
+
+    async def ended(self, within: float = 60.0) -> int:
+        """The same while the test's event loop runs."""
+        await until(lambda: self.process.poll() is not None, f"{self.name} has ended", within)
+        return self.process.returncode
+
+    def close(self) -> None:
+        """Kills it if it still runs; its temporary files go."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(timeout=30)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class BalancerProgram(Program):
+    """`python -m balancer` on free ports, in front of replicas at these URLs."""
+
+    def __init__(
+        self, replicas: Sequence[str], *flags: str, log: Path | None = None, has_own_errors: bool = False
+    ) -> None:
+        listed = [word for url in replicas for word in ("--replica", url)]
+        ports = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+        super().__init__("-m", "balancer", *ports, *flags, *listed, log=log, has_own_errors=has_own_errors)
+
+    @property
+    def url(self) -> str:
+        return self.said("listening on ")
+
+    @property
+    def admin_url(self) -> str:
+        return self.said("admin on ")
+
+    def is_listening(self) -> bool:
+        return self.check_alive() and bool(self.admin_url)
