@@ -10,6 +10,8 @@ import pytest
 from balancer.cli import _parser
 from replica import gpu, lease, placement
 from tests.operate.command_line import ROOT, Groundserve
+from tests.support.program import BalancerProgram, Program
+from tests.support.until import wait_until
 
 GOOD = "service: {readiness_probe: /health}\nrun: serve --port $GROUNDSERVE_PORT\n"
 
@@ -258,38 +260,18 @@ def test_a_state_folder_that_cannot_be_made_is_said(groundserve: Groundserve, tm
 
 
 def test_without_a_service_status_asks_the_balancer_that_someone_else_runs(groundserve: Groundserve) -> None:
-    balancer = subprocess.Popen(
-        [sys.executable, "-m", "balancer", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"],
-        cwd=ROOT,
-        env=groundserve.environ,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with balancer:
-        assert balancer.stderr is not None
-        first, second = balancer.stderr.readline(), balancer.stderr.readline()
-        groundserve.environ["GROUNDSERVE_ADMIN"] = second.split()[-1]
-        assert groundserve("status", "--endpoint").strip() == first.split()[-1]
+    with BalancerProgram([]) as balancer:
+        wait_until(balancer.is_listening)
+        groundserve.environ["GROUNDSERVE_ADMIN"] = balancer.admin_url
+        assert groundserve("status", "--endpoint").strip() == balancer.url
         (shown,) = json.loads(groundserve("status", "--json"))
         assert shown["service"]["status"] == "NO_REPLICA"
-        balancer.kill()
     assert groundserve("status") == "No existing services.\n"
 
 
 def test_watch_shows_it_again_and_again(groundserve: Groundserve) -> None:
-    watching = subprocess.Popen(
-        [sys.executable, "-m", "balancer.cli", "status", "--watch"],
-        cwd=ROOT,
-        env=groundserve.environ,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with watching:
-        assert watching.stdout is not None
-        seen = ""
-        while seen.count("No existing services.") < 2:
-            seen += watching.stdout.readline()
-        watching.terminate()
+    with Program("-m", "balancer.cli", "status", "--watch", environ=groundserve.environ) as watching:
+        wait_until(lambda: watching.text.count("No existing services.") >= 2)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(groundserve: Groundserve, tmp_path: Path) -> None:
