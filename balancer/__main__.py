@@ -12,8 +12,8 @@ import uvloop
 
 from balancer import process
 from balancer.config import Config
+from balancer.contract.listing import ReplicaListing
 from balancer.errors import ConfigError
-from balancer.fleet.member import Listed
 from balancer.inherited import settle
 from balancer.spec import service_file, text_file
 from balancer.spec.loopback import is_loopback_name
@@ -72,7 +72,7 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
         raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
     if options.discover and options.replica:
         raise ConfigError("--replica and --discover exclude each other: give one of them")
-    replicas = tuple(Listed(name=f"replica-{n}", url=_http(url), id=n) for n, url in enumerate(options.replica, 1))
+    replicas = tuple(ReplicaListing(f"replica-{n}", _http(url), id=n) for n, url in enumerate(options.replica, 1))
     return Config(
         listen=listen,
         admin=admin,

@@ -82,7 +82,7 @@ class Balancer:
         self.prober = Prober(self.fleet, config.replica_key, replica_tls, dialer=self.dialer)
         self.discovery = DnsDiscovery(config.discover, self.fleet, look_up) if config.discover else None
         if self.discovery is not None:
-            self.discovery.when_untold.append(self.facts.untold)
+            self.discovery.when_engine_gone.append(self.facts.forget)
         self.pool = Pool(settings, loop, self.fleet.doubted, replica_tls, self.dialer)
         self.fleet.when_left.append(self.pool.forget)
         self.access_log = AccessLog(log_descriptor, config.is_log_json)
@@ -112,7 +112,7 @@ class Balancer:
             self.proxy.refuse,
             _networks(settings.trusted_proxies),
         )
-        list_replicas = self.discovery.told if self.discovery else self.fleet.reconcile
+        list_replicas = self.discovery.reconcile if self.discovery else self.fleet.reconcile
         admin = admin_app(self.facts, self.fleet, self.admission, list_replicas, lambda: config.admin_key)
         self.figures = BalancerCollector(
             self.fleet,

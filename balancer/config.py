@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from balancer.fleet.member import Listed
+from balancer.contract.listing import ReplicaListing
 from balancer.spec.settings import PolicyName, ReadinessProbe, Settings
 
 
@@ -16,7 +16,7 @@ class Config:
     admin: tuple[str, int] = ("127.0.0.1", 30002)
     policy: PolicyName = "round_robin"
     target_qps: Mapping[str, float] = field(default_factory=dict)  # by GPU type, for instance_aware_least_load
-    replicas: tuple[Listed, ...] = ()
+    replicas: tuple[ReplicaListing, ...] = ()
     discover: str | None = None
     name: str = "groundserve"
     service_file: Path | None = None  # looked at again and again: what changes in it is taken up

@@ -71,10 +71,13 @@ class Feed:
         return self._state_event
 
     def _state(self, now: float) -> dict[str, Any]:
-        state = take_snapshot(self._facts, self._fleet, self._admission).to_json()
-        for row in state["replicas"]:
-            member = self._fleet.members[row["id"]]
+        snapshot = take_snapshot(self._facts, self._fleet, self._admission)
+        state = snapshot.to_json()
+        state["service"]["phase"] = snapshot.service.status.phase
+        for replica, row in zip(snapshot.replicas, state["replicas"], strict=True):
+            member = self._fleet.members[replica.id]
             course = self._history.courses.get(member.id)
+            row["phase"] = replica.status.phase
             row["limit"] = member.limit
             row["draining"] = member.draining
             row |= {} if course is None else {**course.lately().to_json(), "in_flight": member.in_flight}

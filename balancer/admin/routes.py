@@ -1,71 +1,21 @@
 """FastAPI routes of the admin port: status, the list of replicas, drain and undrain."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as AnyHTTPException
 
+from balancer.contract.listing import Listing, ReplicaListing
 from balancer.errors import ConfigError, ServeError
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Listed, Member
+from balancer.fleet.member import Member
 from balancer.observe.snapshot import ServiceFacts, take_snapshot
 from balancer.relay.auth import bears
 from balancer.routing.admission import Admission
-
-
-class ListedReplica(BaseModel):
-    """One replica of `PUT /replicas`, as an engine lists it."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    id: int | None = Field(None, ge=1)
-    name: str = Field(min_length=1, max_length=200, pattern=r"^[\w.:\[\]-]+$")
-    endpoint: str = Field("", description="empty while it has none; a RUNNING one has")
-    version: int = 1
-    infra: str = "-"
-    resources: str = "-"
-    launched_seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
-    state: Literal["PROVISIONING", "RUNNING", "FAILED", "SHUTTING_DOWN"] = "RUNNING"
-    reason: str = ""
-
-    def listed(self) -> Listed:
-        return Listed(
-            self.name,
-            self.endpoint.rstrip("/"),
-            self.id,
-            self.version,
-            self.infra,
-            self.resources,
-            self.launched_seconds,
-            self.state,
-            self.reason,
-        )
-
-
-class ServiceWord(BaseModel):
-    """What an engine says of the service as a whole."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    name: str | None = None
-    version: int | str | None = None
-    endpoint: str | None = None
-    status: str = ""
-    reason: str = ""
-    is_asleep: bool = Field(False, description="a generating request that finds no replica makes the engine start one")
-
-
-class Replicas(BaseModel):
-    """The body of `PUT /replicas`: the whole list; who is missing from it is gone."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    service: ServiceWord | None = None
-    replicas: list[ListedReplica]
 
 
 class Said(BaseModel):
@@ -102,7 +52,7 @@ def admin_app(
     facts: ServiceFacts,
     fleet: Fleet,
     admission: Admission,
-    list_replicas: Callable[[Sequence[Listed]], None],
+    list_replicas: Callable[[Sequence[ReplicaListing]], None],
     admin_key: Callable[[], str | None],
 ) -> FastAPI:
     """The admin port's app. `list_replicas` takes the list of `PUT /replicas`; it raises ConfigError."""
@@ -127,6 +77,11 @@ def admin_app(
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         said = ServeError(422, "invalid", f"{where}: {first['msg']}")
+        return Response(said.body, said.status, media_type="application/json")
+
+    @app.exception_handler(ConfigError)
+    async def contradictory(_: Any, error: ConfigError) -> Response:
+        said = ServeError(422, "admin", str(error))
         return Response(said.body, said.status, media_type="application/json")
 
     @app.get("/status")
@@ -165,18 +120,11 @@ def admin_app(
         return _row(member)
 
     @app.put("/replicas", dependencies=changing, responses=UNCHANGED)
-    async def replicas(wanted: Replicas) -> Response:
-        try:
-            list_replicas([replica.listed() for replica in wanted.replicas])
-        except ConfigError as error:
-            raise HTTPException(422, str(error)) from None
-        if wanted.service is not None:
-            said = wanted.service
-            facts.name = said.name or facts.name
-            facts.version = str(said.version or facts.version)
-            facts.endpoint = said.endpoint or facts.endpoint
-            facts.status, facts.reason = said.status, said.reason
-            fleet.is_asleep = said.is_asleep
+    async def replicas(listing: Listing) -> Response:
+        list_replicas(listing.replicas)
+        if listing.service is not None:
+            facts.take(listing.service)
+            fleet.is_asleep = listing.service.is_asleep
         return await status()
 
     return app

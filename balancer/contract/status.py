@@ -1,8 +1,11 @@
 """One snapshot of a service and its replicas: the source of `GET /status`, the tables, the page and the metrics."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Self
+
+from balancer.contract.listing import ReplicaFacts
+from balancer.contract.words import ServiceStatus, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,8 +15,7 @@ class ServiceRow:
     name: str
     # The versions that have replicas, "1" or, while a rollout runs, "1,2".
     version: str
-    # One of behaviour.md's service words: READY, REPLICA_INIT, NO_REPLICA and so on.
-    status: str
+    status: ServiceStatus
     # Since the service first could answer; None before that.
     uptime_seconds: float | None
     endpoint: str
@@ -37,40 +39,38 @@ class ServiceRow:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError when a field without a default is missing; fields it does not know are left out."""
-        return cls(**_known(cls, data))
+        row = cls(**_known(cls, data))
+        return replace(row, status=ServiceStatus(row.status))
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaRow:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaRow(ReplicaFacts):
     """One replica. Spans are in seconds, totals count since the balancer knows this replica."""
 
     id: int
-    name: str
-    version: int
-    endpoint: str
     launched_seconds: float
-    # Where it runs ("local", "compose") and on what ("1x CPU", "1x L4").
-    infra: str
-    resources: str
-    # One of behaviour.md's replica words: STARTING, READY, DRAINING and so on.
-    status: str
-    in_flight: int
-    requests_total: int
-    failures_total: int
+    status: Status
+    in_flight: int = 0
+    requests_total: int = 0
+    failures_total: int = 0
     # How long the ejection still lasts; 0 when it is not ejected.
-    ejected_for_seconds: float
-    cached_tokens_total: int
-    prompt_tokens_total: int
-    # Why it is in this status, in one line; empty when there is nothing to say.
-    reason: str = ""
+    ejected_for_seconds: float = 0.0
+    cached_tokens_total: int = 0
+    prompt_tokens_total: int = 0
+
+    @classmethod
+    def of(cls, facts: ReplicaFacts, **seen: Any) -> Self:
+        """The row of a replica with these facts; `seen` are the row's own fields, and facts that are known better."""
+        return cls(**{field.name: getattr(facts, field.name) for field in fields(ReplicaFacts)} | seen)
 
     def to_json(self) -> dict[str, Any]:
-        return _without_empty_reason(asdict(self))
+        return {"id": self.id, **_without_empty_reason(asdict(self))}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Raises ValueError when a field is missing; fields it does not know are left out."""
-        return cls(**_known(cls, data))
+        """Raises ValueError when a field without a default is missing; fields it does not know are left out."""
+        row = cls(**_known(cls, data))
+        return replace(row, status=Status(row.status))
 
 
 @dataclass(frozen=True, slots=True)

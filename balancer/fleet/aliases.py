@@ -13,8 +13,8 @@ def sort_out(members: Collection[Member]) -> None:
     does not say which two addresses belong together; so where it gives both families, the second one is only shown
     where it passes as somebody else. (Where nobody says who he is: unless there are as many of each family.)
     """
-    found = [member for member in members if member.listed.is_found]
-    families = {_family(member) for member in (members if found else ())}
+    addresses = [member for member in members if member.listing.is_address_only]
+    families = {_family(member) for member in (members if addresses else ())}
     leading = _leading(members) if len(families) > 1 else None
     is_paired = 2 * sum(_family(member) == 6 for member in members) == len(members)
     firsts: dict[str, list[Member]] = {}
@@ -33,7 +33,7 @@ def sort_out(members: Collection[Member]) -> None:
             known.append(member)
         is_own = is_passing and (member.identity or not is_paired)
         is_second = leading is not None and _family(member) != leading and not is_own
-        member.is_hidden = member.listed.is_found and (is_second or bool(member.alias_of))
+        member.is_hidden = member.listing.is_address_only and (is_second or bool(member.alias_of))
 
 
 def _leading(members: Collection[Member]) -> int:
@@ -54,7 +54,7 @@ def _is_same(first: Member, other: Member) -> bool:
         return True
     if first.port != other.port:
         return False
-    if first.listed.is_found or other.listed.is_found:
+    if first.listing.is_address_only or other.listing.is_address_only:
         return _family(first) != _family(other)
     return _is_loopback(first.host) and _is_loopback(other.host)
 

@@ -7,21 +7,29 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
+from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import State
 from balancer.errors import ConfigError
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Listed
 
 log = logging.getLogger("groundserve")
 
 INTERVAL = 1.0
 # Longer than a resolver takes to give up a dead name server and ask the next one, in seconds.
 LOOK_UP_TIMEOUT = 20.0
-# How long an engine's list stands after it was last told, in seconds. A controller tells it twice a second.
-TOLD_STANDS = 10.0
+# How long an engine's list stands after it last came, in seconds. A controller sends it twice a second.
+ENGINE_STANDS = 10.0
 # How long the last answer stands when DNS fails or knows no replica; members that answer stay even longer, in seconds.
 GRACE = 30.0
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+class AddressListing(ReplicaListing):
+    """An address that DNS gives: perhaps not the only one of its replica."""
+
+    __slots__ = ()
+    is_address_only = True
 
 
 async def resolve(name: str, port: int) -> list[str]:
@@ -40,9 +48,9 @@ async def resolve(name: str, port: int) -> list[str]:
 class DnsDiscovery:
     """Keeps a fleet at what `dns://NAME:PORT` says. Works for Compose, Swarm's tasks.NAME, a headless Service.
 
-    The TTL is not looked at: Docker's says ten minutes, and its answers are true within a second. An engine that tells
-    its list knows more, and is believed as long as it goes on telling; DNS takes over when it is gone, and then
-    `when_untold` is called.
+    The TTL is not looked at: Docker's says ten minutes, and its answers are true within a second. An engine that
+    sends its list knows more, and is believed as long as it goes on sending; DNS takes over when it is gone, and then
+    `when_engine_gone` is called.
     """
 
     def __init__(self, source: str, fleet: Fleet, resolve: Resolve = resolve) -> None:
@@ -53,9 +61,9 @@ class DnsDiscovery:
         self._fleet = fleet
         self._resolve = resolve
         self._answered_at = fleet.clock()
-        self._told: dict[str, Listed] = {}  # by address, what an engine said of it last
-        self._told_until = float("-inf")
-        self.when_untold: list[Callable[[], None]] = []
+        self._by_engine: dict[str, ReplicaListing] = {}  # its last list, by endpoint
+        self._by_engine_until = float("-inf")
+        self.when_engine_gone: list[Callable[[], None]] = []
         self._is_failing = False
         self._task: asyncio.Task[None] | None = None
 
@@ -73,11 +81,11 @@ class DnsDiscovery:
             await self.look_up()
             await asyncio.sleep(INTERVAL)
 
-    def told(self, listing: Sequence[Listed]) -> None:
+    def reconcile(self, listings: Sequence[ReplicaListing]) -> None:
         """An engine says which replicas there are; raises ConfigError as `Fleet.reconcile` does."""
-        self._fleet.reconcile(listing)
-        self._told = {listed.url: listed for listed in listing}
-        self._told_until = self._fleet.clock() + TOLD_STANDS
+        self._fleet.reconcile(listings)
+        self._by_engine = {listing.endpoint: listing for listing in listings}
+        self._by_engine_until = self._fleet.clock() + ENGINE_STANDS
 
     async def look_up(self) -> None:
         """Asks once and reconciles; a failure, or an answer without a record, leaves the fleet as it is for a while.
@@ -92,7 +100,7 @@ class DnsDiscovery:
             addresses = []
             why = str(error) or "no answer in time"
         now = self._fleet.clock()
-        if now < self._told_until:
+        if now < self._by_engine_until:
             return
         self._engine_is_gone()
         if addresses:
@@ -100,27 +108,27 @@ class DnsDiscovery:
                 log.warning("DNS knows %s again: %d addresses", self._name, len(addresses))
             self._is_failing = False
             self._answered_at = now
-            self._fleet.reconcile([self._listed(address) for address in addresses])
+            self._fleet.reconcile([self._listing(address) for address in addresses])
             return
         if not self._is_failing:
             log.warning("DNS does not say where %s is (%s); the replicas known so far are kept", self._name, why)
         self._is_failing = True
         if now - self._answered_at > GRACE:
             members = self._fleet.members.values()
-            running = [m for m in members if m.listed.state == "RUNNING"]
-            self._fleet.reconcile([m.listed for m in running if not m.is_failing_for(GRACE, now)])
+            running = [m for m in members if m.listing.state is State.RUNNING]
+            self._fleet.reconcile([m.listing for m in running if not m.is_failing_for(GRACE, now)])
 
     def _engine_is_gone(self) -> None:
         """If there was one: nobody starts a replica now."""
-        if self._told_until == float("-inf"):
+        if self._by_engine_until == float("-inf"):
             return
-        self._told_until = float("-inf")
+        self._by_engine_until = float("-inf")
         self._fleet.is_asleep = False
-        for hook in self.when_untold:
+        for hook in self.when_engine_gone:
             hook()
 
-    def _listed(self, address: str) -> Listed:
+    def _listing(self, address: str) -> ReplicaListing:
         place = f"[{address}]:{self._port}" if ":" in address else f"{address}:{self._port}"
         url = f"http://{place}"
-        told = self._told.get(url)
-        return told if told and told.state == "RUNNING" else Listed(name=place, url=url, infra="dns", is_found=True)
+        known = self._by_engine.get(url)
+        return known if known and known.state is State.RUNNING else AddressListing(place, url, infra="dns")

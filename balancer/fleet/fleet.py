@@ -3,11 +3,13 @@
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import Phase, Status
 from balancer.errors import ConfigError
 from balancer.fleet.aliases import sort_out
 from balancer.fleet.claim import C, Claim
 from balancer.fleet.ejection import Outlier
-from balancer.fleet.member import UNKNOWN_LIMIT, Listed, Member, Status, Verdict
+from balancer.fleet.member import UNKNOWN_LIMIT, Member, Verdict
 from balancer.fleet.outliers import Outliers
 from balancer.spec.settings import ReadinessProbe, Settings
 
@@ -48,31 +50,32 @@ class Fleet:
 
     # Who is in it
 
-    def reconcile(self, listing: Iterable[Listed]) -> None:
-        """Makes the members those of `listing`. Same name, address, id and life is the same member, all else is new.
+    def reconcile(self, listings: Iterable[ReplicaListing]) -> None:
+        """Makes the members those of `listings`. Same name, address, id and life is the same member, all else is new.
 
         A number that was made up here, because nobody gave one, gives way to the one that is given now. Raises
         ConfigError, and changes nothing, when two entries have one name or one id.
         """
-        wanted = list(listing)
-        ids = {listed.id for listed in wanted if listed.id is not None}
-        if len({listed.name for listed in wanted}) < len(wanted):
+        wanted = list(listings)
+        ids = {listing.id for listing in wanted if listing.id is not None}
+        if len({listing.name for listing in wanted}) < len(wanted):
             raise ConfigError("two replicas have the same name: give each its own")
-        if len(ids) < sum(listed.id is not None for listed in wanted):
+        if len(ids) < sum(listing.id is not None for listing in wanted):
             raise ConfigError("two replicas have the same id: give each its own")
         known = {(member.name, member.url): member for member in self.members.values()}
         before, self.members = self.members, {}
-        for listed in wanted:
-            member = known.get((listed.name, listed.url))
-            number = listed.id
+        for listing in wanted:
+            member = known.get((listing.name, listing.endpoint))
+            number = listing.id
             if number is None:
                 number = member.id if member and member.id not in ids else self._next_id(ids)
             self._last_id = max(self._last_id, number)
-            if member is None or member.is_other_life(listed) or (member.id != number and member.listed.id is not None):
-                member = self._new_member(listed, number)
+            is_renumbered = member is not None and member.id != number and member.listing.id is not None
+            if member is None or is_renumbered or member.is_other_life(listing):
+                member = self._new_member(listing, number)
             else:
                 member.id = number
-                member.listed_again(listed, self.clock())
+                member.renew(listing, self.clock())
             self.members[number] = member
         for member in before.values():
             if not self.has(member):
@@ -90,7 +93,7 @@ class Fleet:
         """
         if not self.has(member):
             return
-        fresh = self._new_member(member.listed, member.id)
+        fresh = self._new_member(member.listing, member.id)
         fresh.draining = member.draining
         self.members[member.id] = fresh
         self._tell(self.when_left, member)
@@ -103,9 +106,9 @@ class Fleet:
             number += 1
         return number
 
-    def _new_member(self, listed: Listed, number: int) -> Member:
+    def _new_member(self, listing: ReplicaListing, number: int) -> Member:
         outlier = Outlier(self.settings.ejection_time, self.settings.max_ejection_time)
-        member = Member(number, listed, self.clock(), outlier, self.readiness)
+        member = Member(number, listing, self.clock(), outlier, self.readiness)
         member.limit = self.limit_of(member)
         return member
 
@@ -185,9 +188,7 @@ class Fleet:
         `wakes`: the request that asks has one started where the service is asleep.
         """
         now = self.clock()
-        return (wakes and self.is_asleep) or any(
-            m.status(now) in (Status.PROVISIONING, Status.STARTING) for m in self.shown()
-        )
+        return (wakes and self.is_asleep) or any(m.status(now).phase is Phase.PENDING for m in self.shown())
 
     def room_made(self) -> None:
         """A place was given back, or a member became available: whoever waits may look again."""

@@ -2,9 +2,9 @@
 
 import enum
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
-from balancer.errors import ConfigError
+from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import State, Status
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.ejection import Outlier
 from balancer.spec.settings import ReadinessProbe
@@ -13,21 +13,6 @@ UNKNOWN_LIMIT = 256
 FAILURES_TO_FAIL = 2
 # Seconds for which a probe fails before it is told what it gets: a replica that loads is not worth a word.
 SAID_AFTER = 10.0
-
-
-class Status(enum.StrEnum):
-    """SkyServe's words for a replica, and two of ours (DRAINING, EJECTED)."""
-
-    PROVISIONING = "PROVISIONING"
-    STARTING = "STARTING"
-    READY = "READY"
-    NOT_READY = "NOT_READY"
-    DRAINING = "DRAINING"
-    EJECTED = "EJECTED"
-    SHUTTING_DOWN = "SHUTTING_DOWN"
-    FAILED = "FAILED"
-    FAILED_INITIAL_DELAY = "FAILED_INITIAL_DELAY"
-    FAILED_PROBING = "FAILED_PROBING"
 
 
 class Verdict(enum.Enum):
@@ -39,15 +24,15 @@ class Verdict(enum.Enum):
 
 
 @dataclass(slots=True)
-class Question:
-    """One probe's view of one member: its verdict and since when (loop time, seconds). Totals are for display."""
+class ProbeResult:
+    """What one probe last said of one member, and since when (loop time, seconds). Totals are for display."""
 
     verdict: Verdict = Verdict.UNKNOWN
     since: float = 0.0
     failures: int = 0
     passes_total: int = 0
     failures_total: int = 0
-    got: str = ""  # what the last one got that failed; empty after a pass
+    got: str = ""  # what the last failure got; empty after a pass
 
     def passed(self, now: float) -> bool:
         """Notes a pass; True when the verdict changed."""
@@ -78,38 +63,6 @@ class Question:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One replica as discovery or an engine lists it; `state` is the engine's word, RUNNING where nobody says more.
-
-    `url` is empty while the engine has no place for it yet.
-    """
-
-    name: str
-    url: str
-    id: int | None = None
-    version: int = 1
-    infra: str = "-"
-    resources: str = "-"
-    launched_seconds: float | None = None
-    state: str = "RUNNING"
-    reason: str = ""
-    is_found: bool = False  # by DNS: an address, and perhaps not the only one of its replica
-
-    def __post_init__(self) -> None:
-        if not self.url and self.state != "RUNNING":
-            return
-        try:
-            parts = urlsplit(self.url)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-            usable = usable and parts.netloc.isascii() and self.url == f"{parts.scheme}://{parts.netloc}"
-            usable = usable and "@" not in self.url
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ConfigError(f"replica '{self.url}' is not an address: write http://HOST:PORT")
-
-
 @dataclass(slots=True, eq=False)
 class Member:
     """The fleet's record of one replica's life. A replica that restarts is a new member, whatever its address.
@@ -119,7 +72,7 @@ class Member:
     """
 
     id: int
-    listed: Listed
+    listing: ReplicaListing
     since: float  # when its life began, as far as is known here
     outlier: Outlier
     readiness: ReadinessProbe
@@ -129,8 +82,8 @@ class Member:
     is_hidden: bool = False  # no replica of its own, as far as is known
     draining: bool = False
     refusing: bool = False
-    ready: Question = field(default_factory=Question)
-    service: Question = field(default_factory=Question)
+    ready: ProbeResult = field(default_factory=ProbeResult)
+    service: ProbeResult = field(default_factory=ProbeResult)
     has_passed: bool = False
     ejected_until: float = 0.0
     full_until: float = 0.0
@@ -157,16 +110,16 @@ class Member:
     prompt_tokens_total: int = 0
 
     def __post_init__(self) -> None:
-        self.address = ReplicaAddress.of(self.listed.name, self.listed.url)
-        self.launched_at = self.since - (self.listed.launched_seconds or 0.0)
+        self.address = ReplicaAddress.of(self.listing.name, self.listing.endpoint)
+        self.launched_at = self.since - (self.listing.launched_seconds or 0.0)
 
     @property
     def name(self) -> str:
-        return self.listed.name
+        return self.listing.name
 
     @property
     def url(self) -> str:
-        return self.listed.url
+        return self.listing.endpoint
 
     @property
     def host(self) -> str:
@@ -184,18 +137,20 @@ class Member:
     def authority(self) -> bytes:
         return self.address.authority
 
-    def is_other_life(self, listed: Listed) -> bool:
+    def is_other_life(self, listing: ReplicaListing) -> bool:
         """Does the engine speak of another start of this replica than the one known here?"""
-        before, now = self.listed.state, listed.state
-        return now != before and (now == "PROVISIONING" or (now == "RUNNING" and before != "PROVISIONING"))
+        before, now = self.listing.state, listing.state
+        if now is before:
+            return False
+        return now is State.PROVISIONING or (now is State.RUNNING and before is not State.PROVISIONING)
 
-    def listed_again(self, listed: Listed, now: float) -> None:
+    def renew(self, listing: ReplicaListing, now: float) -> None:
         """The same life is listed again, perhaps with news."""
-        if listed.state != self.listed.state == "PROVISIONING":
+        if self.listing.state is State.PROVISIONING and listing.state is not State.PROVISIONING:
             self.since = now
-        if listed.launched_seconds is not None:
-            self.launched_at = now - listed.launched_seconds
-        self.listed = listed
+        if listing.launched_seconds is not None:
+            self.launched_at = now - listing.launched_seconds
+        self.listing = listing
 
     @property
     def load(self) -> int:
@@ -205,7 +160,7 @@ class Member:
     @property
     def is_leaving(self) -> bool:
         """Was it told to finish what it has, here or by its engine?"""
-        return self.draining or self.listed.state == "SHUTTING_DOWN"
+        return self.draining or self.listing.state is State.SHUTTING_DOWN
 
     @property
     def probe(self) -> Verdict:
@@ -226,11 +181,11 @@ class Member:
 
     def status(self, now: float) -> Status:
         """The displayed status: the first that fits, in this order."""
-        if self.listed.state == "FAILED":
+        if self.listing.state is State.FAILED:
             return Status.FAILED
         if self.is_leaving:
             return Status.DRAINING if self.in_flight else Status.SHUTTING_DOWN
-        if self.listed.state == "PROVISIONING":
+        if self.listing.state is State.PROVISIONING:
             return Status.PROVISIONING
         if not self.has_passed and now - self.since > self.readiness.initial_delay_seconds:
             return Status.FAILED_INITIAL_DELAY
@@ -246,8 +201,8 @@ class Member:
 
     def trouble(self, now: float) -> str:
         """Why it may not be given requests, where that has been so for a while; empty where there is nothing to say."""
-        if self.listed.reason or self.is_leaving or self.listed.state != "RUNNING":
-            return self.listed.reason
+        if self.listing.reason or self.is_leaving or self.listing.state is not State.RUNNING:
+            return self.listing.reason
         if self.alias_of:
             return f"the same replica as {self.alias_of}"
         if self.is_failing_for(SAID_AFTER, now):

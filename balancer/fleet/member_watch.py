@@ -10,6 +10,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import orjson
 
+from balancer.contract.words import State
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.inspection import read_facts, read_waiting
 from balancer.fleet.member import Member, Verdict
@@ -96,7 +97,7 @@ class Watch:
 
     async def _ask_ready(self) -> None:
         member, fleet = self._member, self._fleet
-        if member.listed.state != "RUNNING":
+        if member.listing.state is not State.RUNNING:
             return
         try:
             answer = await self._ready_line.ask("/ready", fleet.settings.ready_timeout)

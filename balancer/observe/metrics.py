@@ -14,8 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from balancer.contract.words import Status
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Status
 from balancer.observe.tally import Histogram, Tallies
 from balancer.routing.admission import Admission
 
@@ -195,9 +195,9 @@ class BalancerCollector(Collector):
             limit.add_metric(label, member.limit)
             failures.add_metric(label, member.failures_total)
             ejections.add_metric(label, member.outlier.ejections_total)
-            for probe, question in (("ready", member.ready), ("service", member.service)):
-                probes.add_metric((member.name, probe, "pass"), question.passes_total)
-                probes.add_metric((member.name, probe, "fail"), question.failures_total)
+            for probe, result in (("ready", member.ready), ("service", member.service)):
+                probes.add_metric((member.name, probe, "pass"), result.passes_total)
+                probes.add_metric((member.name, probe, "fail"), result.failures_total)
         yield from (up, in_flight, limit, failures, ejections, probes)
 
     def _here(self) -> Iterator[Family]:

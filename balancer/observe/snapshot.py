@@ -1,14 +1,13 @@
-"""Takes the snapshot of a service: what the fleet and the queue are, put into the words of status.py."""
+"""Takes the snapshot of a service: what the fleet and the queue are, in the types of contract/status.py."""
 
 from dataclasses import dataclass
 
+from balancer.contract.listing import ServiceListing
 from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
+from balancer.contract.words import Phase, ServiceStatus, Status
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Member, Status
+from balancer.fleet.member import Member
 from balancer.routing.admission import Admission
-
-HOPELESS = (Status.FAILED, Status.FAILED_INITIAL_DELAY, Status.FAILED_PROBING)
-LEAVING = (Status.DRAINING, Status.SHUTTING_DOWN)
 
 
 @dataclass(slots=True)
@@ -23,7 +22,14 @@ class ServiceFacts:
     reason: str = ""
     is_leaving: bool = False
 
-    def untold(self) -> None:
+    def take(self, service: ServiceListing) -> None:
+        """The controller's word from now on."""
+        self.name = service.name or self.name
+        self.version = str(service.version or self.version)
+        self.endpoint = service.endpoint or self.endpoint
+        self.status, self.reason = service.status, service.reason
+
+    def forget(self) -> None:
         """The controller is gone, and its word with it."""
         self.status = self.reason = ""
 
@@ -31,17 +37,16 @@ class ServiceFacts:
 def take_snapshot(facts: ServiceFacts, fleet: Fleet, admission: Admission) -> Snapshot:
     """The service and its replicas as they are now."""
     now = fleet.clock()
-    members = fleet.shown()
-    statuses = [member.status(now) for member in members]
+    rows = sorted((_row(member, now) for member in fleet.shown()), key=lambda row: row.id)
     service = ServiceRow(
         name=facts.name,
-        version=",".join(str(v) for v in sorted({m.listed.version for m in members})) or facts.version,
-        status=_service_status(facts, statuses, bool(fleet.available())),
+        version=",".join(str(version) for version in sorted({row.version for row in rows})) or facts.version,
+        status=_service_status(facts, [row.status for row in rows], bool(fleet.available())),
         uptime_seconds=None if fleet.ready_since is None else round(now - fleet.ready_since, 3),
         endpoint=facts.endpoint,
         policy=admission.policy.name,
-        ready=statuses.count(Status.READY),
-        total=len(members),
+        ready=sum(row.status is Status.READY for row in rows),
+        total=len(rows),
         queue_depth=admission.queue_depth,
         in_flight=fleet.in_flight,
         arrived_total=admission.arrived_total,
@@ -50,34 +55,28 @@ def take_snapshot(facts: ServiceFacts, fleet: Fleet, admission: Admission) -> Sn
         generating_queued=admission.generating_queued,
         reason=facts.reason,
     )
-    rows = sorted((_row(member, now) for member in members), key=lambda row: row.id)
     return Snapshot(service, tuple(rows))
 
 
-def _service_status(facts: ServiceFacts, statuses: list[Status], can_serve: bool) -> str:
+def _service_status(facts: ServiceFacts, statuses: list[Status], can_serve: bool) -> ServiceStatus:
     if facts.is_leaving:
-        return "SHUTTING_DOWN"
-    if facts.status in ("FAILED", "SHUTTING_DOWN"):
-        return facts.status
+        return ServiceStatus.SHUTTING_DOWN
+    if facts.status in (ServiceStatus.FAILED, ServiceStatus.SHUTTING_DOWN):
+        return ServiceStatus(facts.status)
     if can_serve:
-        return "READY"
-    staying = [status for status in statuses if status not in LEAVING]
+        return ServiceStatus.READY
+    staying = [status for status in statuses if status.phase is not Phase.LEAVING]
     if not staying:
-        return facts.status or "NO_REPLICA"
-    return "FAILED" if all(status in HOPELESS for status in staying) else "REPLICA_INIT"
+        return ServiceStatus(facts.status or ServiceStatus.NO_REPLICA)
+    return ServiceStatus.FAILED if all(s.phase is Phase.FAILED for s in staying) else ServiceStatus.REPLICA_INIT
 
 
 def _row(member: Member, now: float) -> ReplicaRow:
-    listed = member.listed
-    return ReplicaRow(
+    return ReplicaRow.of(
+        member.listing,
         id=member.id,
-        name=member.name,
-        version=listed.version,
-        endpoint=member.url,
         launched_seconds=round(now - member.launched_at, 3),
-        infra=listed.infra,
-        resources=listed.resources,
-        status=member.status(now).value,
+        status=member.status(now),
         in_flight=member.in_flight,
         requests_total=member.requests_total,
         failures_total=member.failures_total,

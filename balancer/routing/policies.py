@@ -92,7 +92,7 @@ class InstanceAwareLeastLoad(_Forgetful):
         return Choice(min(members, key=self._relative_load), "least load for its GPU")
 
     def _relative_load(self, member: Member) -> tuple[float, int]:
-        count, _, gpu = member.listed.resources.upper().partition("X ")
+        count, _, gpu = member.listing.resources.upper().partition("X ")
         # As in SkyServe, "H100" or "H100:2", which is a replica with two of them.
         target = self._target_qps.get(f"{gpu}:{count}") or self._target_qps.get(gpu, self._least)
         return member.load / target, member.turn

@@ -8,8 +8,8 @@ import httpx
 import orjson
 import pytest
 
+from balancer.contract.listing import ReplicaListing
 from balancer.contract.status import Snapshot
-from balancer.fleet.member import Listed
 from balancer.observe.history import INTERVAL, KEPT, History
 from balancer.observe.record import Record
 from balancer.observe.tally import REMEMBERED, Tallies
@@ -30,7 +30,7 @@ class Parts:
         self.fleet = fleet_of(0, lambda: self.now)
         self.fleet.when_joined.append(self.tallies.member_joined)
         self.fleet.when_left.append(self.tallies.member_left)
-        self.fleet.reconcile([Listed("one", "http://127.0.0.1:1")])
+        self.fleet.reconcile([ReplicaListing("one", "http://127.0.0.1:1")])
         self.history = History(self.fleet, Admission(self.fleet, RoundRobin()), self.tallies)
 
     def answered(self, **more: Any) -> None:

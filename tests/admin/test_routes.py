@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from balancer.admin.routes import admin_app
 from balancer.contract.status import Snapshot
+from balancer.contract.words import State
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
 from balancer.observe.snapshot import ServiceFacts
@@ -98,11 +99,15 @@ def test_status_tells_the_facts_of_service_and_replicas() -> None:
         (lambda fleet: [fleet.drain(member) for member in fleet.members.values()], {}, "NO_REPLICA"),
         (lambda fleet: fleet.reconcile([]), {}, "NO_REPLICA"),
         (lambda fleet: fleet.reconcile([]), {"status": "CONTROLLER_INIT"}, "CONTROLLER_INIT"),
-        (lambda fleet: fleet.reconcile([listed(1, state="PROVISIONING")]), {}, "REPLICA_INIT"),
-        (lambda fleet: fleet.reconcile([listed(1, state="FAILED")]), {}, "FAILED"),
-        (lambda fleet: fleet.reconcile([listed(1), listed(2, state="FAILED")]), {}, "READY"),
-        (lambda fleet: fleet.reconcile([listed(3), listed(2, state="FAILED")]), {}, "REPLICA_INIT"),
-        (lambda fleet: fleet.reconcile([listed(1, state="SHUTTING_DOWN"), listed(2, state="FAILED")]), {}, "FAILED"),
+        (lambda fleet: fleet.reconcile([listed(1, state=State.PROVISIONING)]), {}, "REPLICA_INIT"),
+        (lambda fleet: fleet.reconcile([listed(1, state=State.FAILED)]), {}, "FAILED"),
+        (lambda fleet: fleet.reconcile([listed(1), listed(2, state=State.FAILED)]), {}, "READY"),
+        (lambda fleet: fleet.reconcile([listed(3), listed(2, state=State.FAILED)]), {}, "REPLICA_INIT"),
+        (
+            lambda fleet: fleet.reconcile([listed(1, state=State.SHUTTING_DOWN), listed(2, state=State.FAILED)]),
+            {},
+            "FAILED",
+        ),
         (lambda _: None, {"status": "FAILED"}, "FAILED"),
         (lambda _: None, {"is_leaving": True}, "SHUTTING_DOWN"),
     ],
@@ -292,7 +297,7 @@ def test_a_controllers_last_word_is_forgotten_when_it_says_no_more() -> None:
                 said = (await client.get("/status")).json()["service"]
                 assert (said["status"], said["reason"], said["total"]) == ("SHUTTING_DOWN", "so it was told", 0)
                 assert balancer.discovery is not None
-                balancer.discovery._told_until = 0.0  # as if long ago
+                balancer.discovery._by_engine_until = 0.0  # as if long ago
                 await until(balancer.fleet.available)
                 said = (await client.get("/status")).json()["service"]
                 assert (said["status"], "reason" in said) == ("READY", False)

@@ -3,11 +3,12 @@ import json
 import pytest
 
 from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
+from balancer.contract.words import ServiceStatus, Status
 
 SERVICE = ServiceRow(
     name="tiny",
     version="1,2",
-    status="READY",
+    status=ServiceStatus.READY,
     uptime_seconds=12.5,
     endpoint="http://127.0.0.1:30001",
     policy="round_robin",
@@ -24,7 +25,7 @@ REPLICA = ReplicaRow(
     launched_seconds=60.0,
     infra="local",
     resources="1x CPU",
-    status="READY",
+    status=Status.READY,
     in_flight=2,
     requests_total=7,
     failures_total=1,
@@ -40,7 +41,7 @@ def test_json_has_exactly_the_promised_fields() -> None:
         "arrived_total turned_away_total generating generating_queued"
     )
     promised_replica = (
-        "id name version endpoint launched_seconds infra resources status in_flight requests_total failures_total "
+        "id name endpoint version launched_seconds infra resources status in_flight requests_total failures_total "
         "ejected_for_seconds cached_tokens_total prompt_tokens_total"
     )
     shape = Snapshot(SERVICE, (REPLICA,)).to_json()

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from balancer.contract.words import Status
 from balancer.operate.controller import plan, rollout
 from balancer.operate.controller.plan import Drain, Forget, Replica, Stage, Start, Stop
-from balancer.operate.controller.rollout import Verdict
+from balancer.operate.controller.rollout import RolloutStatus
 from balancer.spec.schema import Operation
 from tests.docs.svg import Picture
 
@@ -29,7 +30,7 @@ class Seen:
 def played(surge: int) -> Iterator[Seen]:
     """Second by second, from the update's beginning until a little after only the new version is left."""
     replicas = {
-        id: Replica(id, 1, Stage.RUNNING, status="READY", ready_since=-1e6, was_ready=True)
+        id: Replica(id, 1, Stage.RUNNING, status=Status.READY, ready_since=-1e6, was_ready=True)
         for id in range(1, TOTAL + 1)
     }
     since: dict[int, int] = {}
@@ -37,14 +38,15 @@ def played(surge: int) -> Iterator[Seen]:
     while end is None or now < end + AFTER:
         for id, replica in list(replicas.items()):
             if replica.stage is Stage.RUNNING:
-                word = "READY" if now - replica.launched_at >= LOAD or replica.version == 1 else "STARTING"
-                replicas[id] = plan.observed(replica, word, 0, now, OPERATION)
+                is_loaded = now - replica.launched_at >= LOAD or replica.version == 1
+                status = Status.READY if is_loaded else Status.STARTING
+                replicas[id] = plan.observed(replica, status, 0, now, OPERATION)
             elif replica.stage is Stage.DRAINING and now - replica.drained_at >= FINISH:
-                replicas[id] = replace(replica, status="SHUTTING_DOWN")
+                replicas[id] = replace(replica, status=Status.SHUTTING_DOWN)
             elif replica.stage is Stage.STOPPING and now - since[id] >= END:
                 del replicas[id]
         look = rollout.look("rolling", replicas.values(), 2, TOTAL, surge)
-        if look.verdict is Verdict.DONE and end is None:
+        if look.status is RolloutStatus.DONE and end is None:
             end = now
         for action in plan.decide(replicas.values(), {1: look.old, 2: look.new}, last + 1, now, 600.0):
             match action:
@@ -52,7 +54,7 @@ def played(surge: int) -> Iterator[Seen]:
                     last = max(last, id)
                     replicas[id] = plan.started(replicas.get(id, Replica(id, version)), now)
                 case Drain(id):
-                    replicas[id] = replace(plan.drained(replicas[id], now), status="DRAINING")
+                    replicas[id] = replace(plan.drained(replicas[id], now), status=Status.DRAINING)
                 case Stop(id):
                     replicas[id], since[id] = replace(replicas[id], stage=Stage.STOPPING), now
                 case Forget(id):

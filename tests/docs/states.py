@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from balancer.contract.words import State, Status
 from balancer.fleet.ejection import CONSECUTIVE
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Status
 from balancer.spec.settings import ReadinessProbe, Settings
 from tests.docs.svg import Picture, Point
 from tests.support.fleets import Clock, claimed, fail, fleet_of, listed, make_ready
@@ -107,13 +107,13 @@ def taken() -> Iterator[tuple[Status, Status]]:
 
     def pair(**first: str) -> Fleet:
         fleet = fleet_of(2, clock)
-        fleet.reconcile([listed(3, **first), *(member.listed for member in fleet.members.values())])
+        fleet.reconcile([listed(3, **first), *(member.listing for member in fleet.members.values())])
         return fleet
 
     def now(fleet: Fleet) -> Status:
         return fleet.members[3].status(clock())
 
-    fleet = pair(state="PROVISIONING")
+    fleet = pair(state=State.PROVISIONING)
     before = now(fleet)
     fleet.reconcile([listed(3), listed(1), listed(2)])
     yield before, (before := now(fleet))
@@ -139,7 +139,7 @@ def taken() -> Iterator[tuple[Status, Status]]:
     yield before, now(fleet)
     fleet = pair()
     before = now(fleet)
-    fleet.reconcile([listed(3, state="FAILED"), listed(1), listed(2)])
+    fleet.reconcile([listed(3, state=State.FAILED), listed(1), listed(2)])
     yield before, now(fleet)
     fleet = pair()
     before = now(fleet)

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
+from balancer.contract.listing import ReplicaListing
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Listed, Member
+from balancer.fleet.member import Member
 from tests.fleet.test_discovery import discovering
 from tests.fleet.watched import watched
 from tests.lab.replica import LabReplica
@@ -105,7 +106,7 @@ def test_a_replica_that_is_listed_twice_is_shown_twice_and_used_once() -> None:
             assert [member.name for member in fleet.available()] == ["r1"]
             assert fleet.members[2].alias_of == "r1"
             assert [member.name for member in fleet.shown()] == ["r1", "r2"]
-            fleet.reconcile([Listed("r2", f"http://localhost:{replica.port}", 2)])
+            fleet.reconcile([ReplicaListing("r2", f"http://localhost:{replica.port}", id=2)])
             assert [member.name for member in fleet.available()] == ["r2"]
 
     asyncio.run(play())

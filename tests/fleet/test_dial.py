@@ -8,9 +8,10 @@ from typing import cast
 import pytest
 import uvloop
 
+from balancer.contract.listing import ReplicaListing
 from balancer.fleet.dial import FRESH, PATIENCE, Dialer, Unresolved
 from balancer.fleet.ejection import Outlier
-from balancer.fleet.member import Listed, Member
+from balancer.fleet.member import Member
 from balancer.spec.settings import ReadinessProbe
 from tests.lab.replica import LabReplica
 
@@ -35,7 +36,7 @@ class NameServer:
 
 
 def named(port: int) -> Member:
-    return Member(1, Listed("r1", f"http://gpu1.test:{port}"), 0.0, Outlier(10, 300), ReadinessProbe())
+    return Member(1, ReplicaListing("r1", f"http://gpu1.test:{port}"), 0.0, Outlier(10, 300), ReadinessProbe())
 
 
 async def dialled(dialer: Dialer, member: Member, seconds: float = 0.5) -> str:
@@ -127,7 +128,7 @@ def test_an_address_is_no_name() -> None:
     async def play() -> None:
         names = NameServer()
         for url in ("http://127.0.0.1:1", "http://[::1]:1"):
-            member = Member(1, Listed("r1", url), 0.0, Outlier(10, 300), ReadinessProbe())
+            member = Member(1, ReplicaListing("r1", url), 0.0, Outlier(10, 300), ReadinessProbe())
             assert list(await Dialer(names).addresses(member)) == [member.host]
         assert names.asked == 0
 

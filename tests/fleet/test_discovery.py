@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import State
 from balancer.errors import ConfigError
-from balancer.fleet.discovery import GRACE, INTERVAL, TOLD_STANDS, DnsDiscovery, resolve
+from balancer.fleet.discovery import ENGINE_STANDS, GRACE, INTERVAL, DnsDiscovery, resolve
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Listed
 from tests.support.fleets import Clock, claimed, fleet_of, make_ready
 
 PORT = 8000
@@ -155,27 +156,29 @@ def test_it_asks_again_each_second_until_it_is_stopped() -> None:
 # An engine that tells its list
 
 
-def of_engine(number: int, address: str, **more: Any) -> Listed:
-    return Listed(f"{address}:{PORT}", f"http://{address}:{PORT}", number, version=2, infra="compose", **more)
+def of_engine(number: int, address: str, **more: Any) -> ReplicaListing:
+    return ReplicaListing(
+        f"{address}:{PORT}", f"http://{address}:{PORT}", id=number, version=2, infra="compose", **more
+    )
 
 
 def test_an_engines_list_stands_while_it_is_told_and_dns_takes_over_afterwards() -> None:
     clock = Clock()
     fleet, _names, discovery = discovering(clock, "10.0.0.1", "10.0.0.2")
     kept = fleet.members[1]
-    discovery.told([of_engine(7, "10.0.0.1")])
+    discovery.reconcile([of_engine(7, "10.0.0.1")])
     assert list(fleet.members) == [7]
     assert fleet.members[7] is kept, "found by DNS and numbered by the engine: the same, with all that is known of it"
     assert kept.id == 7
     assert fleet.available() == [kept]
-    clock.move(TOLD_STANDS - 1)
+    clock.move(ENGINE_STANDS - 1)
     asyncio.run(discovery.look_up())
     assert list(fleet.members) == [7]
     clock.move(1)
     asyncio.run(discovery.look_up())
     assert places(fleet) == ["10.0.0.1:8000", "10.0.0.2:8000"]
     assert fleet.members[7] is kept
-    assert kept.listed.version == 2, "what the engine said last is remembered"
+    assert kept.listing.version == 2, "what the engine said last is remembered"
 
 
 def test_an_engine_that_is_gone_starts_nothing_any_more() -> None:
@@ -183,11 +186,11 @@ def test_an_engine_that_is_gone_starts_nothing_any_more() -> None:
     clock = Clock()
     fleet, names, discovery = discovering(clock, "10.0.0.1")
     gone: list[float] = []
-    discovery.when_untold.append(lambda: gone.append(clock()))
+    discovery.when_engine_gone.append(lambda: gone.append(clock()))
     names.answer = NXDOMAIN
-    discovery.told([Listed("replica-8", "", 8, state="PROVISIONING")])
+    discovery.reconcile([ReplicaListing("replica-8", "", id=8, state=State.PROVISIONING)])
     fleet.is_asleep = True
-    clock.move(TOLD_STANDS - 1)
+    clock.move(ENGINE_STANDS - 1)
     asyncio.run(discovery.look_up())
     assert fleet.is_asleep
     assert gone == []
@@ -203,9 +206,9 @@ def test_an_engine_that_is_gone_starts_nothing_any_more() -> None:
 
 def test_what_an_engine_numbers_otherwise_is_another_replica() -> None:
     fleet, _names, discovery = discovering(Clock(), "10.0.0.1")
-    discovery.told([of_engine(7, "10.0.0.1")])
+    discovery.reconcile([of_engine(7, "10.0.0.1")])
     first = fleet.members[7]
-    discovery.told([of_engine(8, "10.0.0.1")])
+    discovery.reconcile([of_engine(8, "10.0.0.1")])
     assert list(fleet.members) == [8]
     assert fleet.members[8] is not first, "Docker gave the address to another container"
 
@@ -213,9 +216,9 @@ def test_what_an_engine_numbers_otherwise_is_another_replica() -> None:
 def test_a_replica_that_the_engine_stopped_is_as_new_when_dns_still_knows_it() -> None:
     clock = Clock()
     fleet, _names, discovery = discovering(clock, "10.0.0.1")
-    discovery.told([of_engine(7, "10.0.0.1", state="SHUTTING_DOWN")])
+    discovery.reconcile([of_engine(7, "10.0.0.1", state=State.SHUTTING_DOWN)])
     assert fleet.available() == []
-    clock.move(TOLD_STANDS)
+    clock.move(ENGINE_STANDS)
     asyncio.run(discovery.look_up())
     assert [member.status(clock()).value for member in fleet.members.values()] == ["STARTING"]
 

@@ -2,9 +2,11 @@ from collections.abc import Iterable
 
 import pytest
 
+from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import State, Status
 from balancer.errors import ConfigError
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Listed, Member, Status
+from balancer.fleet.member import Member
 from balancer.spec.settings import ReadinessProbe
 from tests.support.fleets import Clock, claim, claimed, fail, fleet_of, listed, make_ready
 
@@ -68,9 +70,9 @@ def test_a_member_that_left_and_came_back_is_new() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [listed(1, url="http://127.0.0.1:9000"), listed(1, name="other")], ids=["address", "name"]
+    "changed", [listed(1, endpoint="http://127.0.0.1:9000"), listed(1, name="other")], ids=["address", "name"]
 )
-def test_another_address_or_name_under_the_same_id_is_another_member(changed: Listed) -> None:
+def test_another_address_or_name_under_the_same_id_is_another_member(changed: ReplicaListing) -> None:
     fleet = fleet_of(2, Clock())
     comings, old = Comings(fleet), fleet.members[1]
     fleet.reconcile([changed, listed(2)])
@@ -85,7 +87,7 @@ def test_news_of_a_member_keeps_its_facts() -> None:
     member = fleet.members[1]
     fleet.reconcile([listed(1, version=2, resources="1x L4", launched_seconds=40.0), listed(2)])
     assert fleet.members[1] is member
-    assert (member.listed.version, member.listed.resources) == (2, "1x L4")
+    assert (member.listing.version, member.listing.resources) == (2, "1x L4")
     assert clock.now - member.launched_at == 40.0
     assert member.status(clock.now) is Status.READY
 
@@ -126,7 +128,7 @@ def test_a_number_that_gave_way_is_given_to_nobody_else() -> None:
     ("listing", "what"),
     [([listed(1), listed(1, id=2)], "name"), ([listed(1), listed(2, id=1)], "id")],
 )
-def test_a_list_that_contradicts_itself_is_refused_whole(listing: list[Listed], what: str) -> None:
+def test_a_list_that_contradicts_itself_is_refused_whole(listing: list[ReplicaListing], what: str) -> None:
     fleet = fleet_of(3, Clock())
     comings, before = Comings(fleet), dict(fleet.members)
     with pytest.raises(ConfigError, match=f"two replicas have the same {what}"):
@@ -167,7 +169,7 @@ def test_what_is_in_flight_at_a_member_that_left_is_still_counted_until_it_ends(
 def test_a_replica_that_is_placed_and_then_runs_elsewhere_is_new_and_has_its_whole_initial_delay() -> None:
     clock = Clock()
     fleet = fleet_of(0, clock, readiness=ReadinessProbe(initial_delay_seconds=100))
-    fleet.reconcile([listed(1, state="PROVISIONING", url="http://127.0.0.1:9")])
+    fleet.reconcile([listed(1, state=State.PROVISIONING, endpoint="http://127.0.0.1:9")])
     assert fleet.is_starting()
     clock.move(90)
     fleet.reconcile([listed(1)])
@@ -180,7 +182,7 @@ def test_a_replica_that_is_placed_and_then_runs_elsewhere_is_new_and_has_its_who
 def test_a_replica_that_is_placed_and_then_runs_there_has_its_whole_initial_delay() -> None:
     clock = Clock()
     fleet = fleet_of(0, clock, readiness=ReadinessProbe(initial_delay_seconds=100))
-    fleet.reconcile([listed(1, state="PROVISIONING")])
+    fleet.reconcile([listed(1, state=State.PROVISIONING)])
     member = fleet.members[1]
     clock.move(5000)
     assert statuses(fleet) == ["PROVISIONING"]
@@ -205,7 +207,7 @@ def test_a_replica_that_ended_and_runs_again_at_the_same_address_is_new(between:
 def test_a_replica_that_its_engine_stops_keeps_what_it_has_in_flight() -> None:
     fleet = fleet_of(1, Clock())
     with claimed(fleet) as member:
-        fleet.reconcile([listed(1, state="SHUTTING_DOWN")])
+        fleet.reconcile([listed(1, state=State.SHUTTING_DOWN)])
         assert fleet.members[1] is member
         assert statuses(fleet) == ["DRAINING"]
         assert claim(fleet) is None
@@ -213,9 +215,10 @@ def test_a_replica_that_its_engine_stops_keeps_what_it_has_in_flight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "is_starting"), [("PROVISIONING", True), ("RUNNING", True), ("FAILED", False), ("SHUTTING_DOWN", False)]
+    ("state", "is_starting"),
+    [(State.PROVISIONING, True), (State.RUNNING, True), (State.FAILED, False), (State.SHUTTING_DOWN, False)],
 )
-def test_a_replica_is_on_its_way_while_it_is_placed_or_loads(state: str, is_starting: bool) -> None:
+def test_a_replica_is_on_its_way_while_it_is_placed_or_loads(state: State, is_starting: bool) -> None:
     fleet = fleet_of(0, Clock())
     fleet.reconcile([listed(1, state=state)])
     assert fleet.is_starting() is is_starting

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import State, Status
 from balancer.errors import ConfigError
 from balancer.fleet.ejection import Outlier
-from balancer.fleet.member import Listed, Member, Question, Status, Verdict
+from balancer.fleet.member import Member, ProbeResult, Verdict
 from balancer.spec.settings import ReadinessProbe
 
 NOW = 10_000.0
@@ -16,11 +18,11 @@ INITIAL_DELAY = 1200.0
 
 def member_with(**facts: Any) -> Member:
     """A member that passes, with other facts. `failing_for`: its /ready has failed that long, in seconds."""
-    state = facts.pop("state", "RUNNING")
+    state = facts.pop("state", State.RUNNING)
     failing_for = facts.pop("failing_for", None)
     age = facts.pop("age", 100.0)
     member = Member(
-        1, Listed("r1", "http://127.0.0.1:8001", state=state), NOW - age, Outlier(10, 300), ReadinessProbe()
+        1, ReplicaListing("r1", "http://127.0.0.1:8001", state=state), NOW - age, Outlier(10, 300), ReadinessProbe()
     )
     member.has_passed = facts.pop("has_passed", True)
     if member.has_passed:
@@ -63,12 +65,12 @@ def member_with(**facts: Any) -> Member:
         ({"full_until": NOW + 1}, Status.READY),
         ({"generating": 256, "in_flight": 256}, Status.READY),
         # The engine's words.
-        ({"state": "PROVISIONING"}, Status.PROVISIONING),
-        ({"state": "PROVISIONING", "draining": True}, Status.SHUTTING_DOWN),
-        ({"state": "FAILED", "draining": True}, Status.FAILED),
-        ({"state": "FAILED"}, Status.FAILED),
-        ({"state": "SHUTTING_DOWN"}, Status.SHUTTING_DOWN),
-        ({"state": "SHUTTING_DOWN", "in_flight": 1}, Status.DRAINING),
+        ({"state": State.PROVISIONING}, Status.PROVISIONING),
+        ({"state": State.PROVISIONING, "draining": True}, Status.SHUTTING_DOWN),
+        ({"state": State.FAILED, "draining": True}, Status.FAILED),
+        ({"state": State.FAILED}, Status.FAILED),
+        ({"state": State.SHUTTING_DOWN}, Status.SHUTTING_DOWN),
+        ({"state": State.SHUTTING_DOWN, "in_flight": 1}, Status.DRAINING),
     ],
 )
 def test_status_is_the_first_row_that_fits(facts: dict[str, Any], status: Status) -> None:
@@ -88,35 +90,35 @@ def test_status_is_the_first_row_that_fits(facts: dict[str, Any], status: Status
         (Verdict.FAILING, Verdict.UNKNOWN, Verdict.FAILING),
     ],
 )
-def test_a_member_passes_when_both_questions_pass(ready: Verdict, service: Verdict, probe: Verdict) -> None:
+def test_a_member_passes_when_both_results_pass(ready: Verdict, service: Verdict, probe: Verdict) -> None:
     member = member_with()
     member.ready.verdict, member.service.verdict = ready, service
     assert member.probe is probe
 
 
 def test_two_failures_in_a_row_undo_a_pass() -> None:
-    question = Question()
-    assert question.passed(1.0)
-    assert not question.failed(2.0)
-    assert not question.passed(3.0)
-    assert not question.failed(4.0)
-    assert question.verdict is Verdict.PASSING
-    assert question.failed(5.0)
-    assert (question.verdict, question.since) == (Verdict.FAILING, 5.0)
-    assert not question.failed(6.0)
-    assert question.since == 5.0
+    result = ProbeResult()
+    assert result.passed(1.0)
+    assert not result.failed(2.0)
+    assert not result.passed(3.0)
+    assert not result.failed(4.0)
+    assert result.verdict is Verdict.PASSING
+    assert result.failed(5.0)
+    assert (result.verdict, result.since) == (Verdict.FAILING, 5.0)
+    assert not result.failed(6.0)
+    assert result.since == 5.0
 
 
 def test_a_refusal_undoes_a_pass_at_once_and_one_pass_undoes_it() -> None:
-    question = Question()
-    question.passed(1.0)
-    assert question.surely_failed(2.0)
-    assert (question.verdict, question.since) == (Verdict.FAILING, 2.0)
-    assert question.passed(3.0)
-    assert not question.failed(4.0)
+    result = ProbeResult()
+    result.passed(1.0)
+    assert result.surely_failed(2.0)
+    assert (result.verdict, result.since) == (Verdict.FAILING, 2.0)
+    assert result.passed(3.0)
+    assert not result.failed(4.0)
 
 
-def test_failing_counts_from_whichever_question_failed_first() -> None:
+def test_failing_counts_from_whichever_result_failed_first() -> None:
     member = member_with()
     member.service.failed(NOW - 30)
     member.service.failed(NOW - 20)
@@ -134,7 +136,7 @@ def test_failing_counts_from_whichever_question_failed_first() -> None:
 )
 def test_an_address_that_cannot_be_asked_is_refused_in_one_line(url: str) -> None:
     with pytest.raises(ConfigError, match=r"write http://HOST:PORT$") as error:
-        Listed("r1", url)
+        ReplicaListing("r1", url)
     assert "\n" not in str(error.value)
 
 
@@ -148,6 +150,6 @@ def test_an_address_that_cannot_be_asked_is_refused_in_one_line(url: str) -> Non
     ],
 )
 def test_an_address_is_taken_apart(url: str, host: str, port: int, authority: bytes) -> None:
-    member = Member(1, Listed("r1", url), NOW, Outlier(10, 300), ReadinessProbe())
+    member = Member(1, ReplicaListing("r1", url), NOW, Outlier(10, 300), ReadinessProbe())
     assert (member.host, member.port, member.authority) == (host, port, authority)
     assert member.is_https is url.startswith("https")

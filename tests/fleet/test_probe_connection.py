@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from balancer.contract.listing import ReplicaListing
 from balancer.fleet.ejection import Outlier
 from balancer.fleet.inspection import Facts, limit_of, read_facts
-from balancer.fleet.member import Listed, Member
+from balancer.fleet.member import Member
 from balancer.fleet.probe_connection import LARGEST_ANSWER, Answer, Line, NotAsked, Refused, Unheard
 from balancer.spec.settings import ReadinessProbe
 from tests.lab.replica import LabReplica
@@ -18,7 +19,7 @@ EMPTY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
 
 def member_at(url: str) -> Member:
-    return Member(1, Listed("r1", url), 0.0, Outlier(10, 300), ReadinessProbe())
+    return Member(1, ReplicaListing("r1", url), 0.0, Outlier(10, 300), ReadinessProbe())
 
 
 class Talker(asyncio.Protocol):

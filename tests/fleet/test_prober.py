@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import State, Status
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import SAID_AFTER, Listed, Status, Verdict
+from balancer.fleet.member import SAID_AFTER, Verdict
 from tests.fleet.watched import INTERVAL, TIMEOUT, probes, statuses, until_ready, until_status, watched
 from tests.lab.replica import LabReplica
 from tests.support.fleets import Chosen, claimed
@@ -579,7 +581,7 @@ def test_a_member_that_left_is_asked_no_more_and_one_that_came_is() -> None:
     async def play() -> None:
         async with LabReplica() as first, LabReplica() as second, watched(first) as fleet:
             await until_ready(fleet)
-            fleet.reconcile([Listed("r2", second.url, 2)])
+            fleet.reconcile([ReplicaListing("r2", second.url, id=2)])
             await until_ready(fleet)
             await first.seen.until(lambda seen: seen.connections_open == 0)
             before = len(first.seen.probes)
@@ -592,11 +594,11 @@ def test_a_member_that_left_is_asked_no_more_and_one_that_came_is() -> None:
 def test_a_replica_that_is_not_running_yet_is_not_asked() -> None:
     async def play() -> None:
         async with LabReplica() as replica, watched(replica) as fleet:
-            fleet.reconcile([Listed("r2", replica.url, 2, state="PROVISIONING")])
+            fleet.reconcile([ReplicaListing("r2", replica.url, id=2, state=State.PROVISIONING)])
             before = len(replica.seen.probes)
             await asyncio.sleep(4 * INTERVAL)
             assert asked(replica, "/ready") - before <= 1
-            fleet.reconcile([Listed("r2", replica.url, 2)])
+            fleet.reconcile([ReplicaListing("r2", replica.url, id=2)])
             await until_ready(fleet)
 
     asyncio.run(play())

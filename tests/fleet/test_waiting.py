@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from balancer.contract.words import State
 from balancer.errors import ServeError
 from balancer.fleet.fleet import Fleet
 from balancer.routing.admission import Admission, Waiter
@@ -162,7 +163,7 @@ def test_a_waiting_request_waits_on_while_a_replica_is_on_its_way() -> None:
         with claimed(fleet):
             queue = Queue(fleet)
             await queue.ask()
-            fleet.reconcile([listed(2, state="PROVISIONING")])
+            fleet.reconcile([listed(2, state=State.PROVISIONING)])
             queue.admission.expire()
             assert await queue.said() is None
             fleet.reconcile([listed(2)])

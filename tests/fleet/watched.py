@@ -6,8 +6,10 @@ import ssl
 from collections.abc import AsyncIterator
 from typing import Any
 
+from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import Status
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Listed, Member, Status
+from balancer.fleet.member import Member
 from balancer.fleet.prober import Prober
 from balancer.spec.settings import ReadinessProbe
 from tests.lab.replica import LabReplica
@@ -32,7 +34,7 @@ async def watched(
     fleet = fleet_of(0, asyncio.get_running_loop().time, readiness=ReadinessProbe(**theirs), **ours)
     prober = Prober(fleet, api_key, tls, seed=1)
     urls = [replica if isinstance(replica, str) else replica.url for replica in replicas]
-    fleet.reconcile([Listed(f"r{number}", url, number) for number, url in enumerate(urls, 1)])
+    fleet.reconcile([ReplicaListing(f"r{number}", url, id=number) for number, url in enumerate(urls, 1)])
     try:
         yield fleet
     finally:

@@ -5,9 +5,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from balancer.contract.listing import ReplicaListing
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Listed, Member
+from balancer.fleet.member import Member
 from balancer.routing.admission import Admission, Waiter
 from balancer.routing.policies import Choice, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import PrefixAware
@@ -53,7 +54,7 @@ class Result:
 def fleet_before(models: Sequence[ReplicaModel], clock: Callable[[], float], max_pending: int | None = None) -> Fleet:
     """A fleet of READY members, as the prober would leave them: each knows its KV pool and its limit."""
     fleet = Fleet(Settings(max_pending=max_pending), ReadinessProbe(), clock)
-    fleet.reconcile([Listed(f"r{n}", f"http://127.0.0.1:{9000 + n}") for n in range(len(models))])
+    fleet.reconcile([ReplicaListing(f"r{n}", f"http://127.0.0.1:{9000 + n}") for n in range(len(models))])
     for member, model in zip(fleet.members.values(), models, strict=True):
         member.ready.passed(clock())
         member.service.passed(clock())

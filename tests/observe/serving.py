@@ -9,7 +9,7 @@ import httpx
 import uvloop
 
 from balancer.app import Balancer
-from balancer.fleet.member import Listed
+from balancer.contract.listing import ReplicaListing
 from tests.lab.replica import LabReplica
 from tests.wire import running
 
@@ -35,7 +35,7 @@ async def serving(
     *replicas: LabReplica, settings: dict[str, Any] | None = None, **config: Any
 ) -> AsyncIterator[Balancer]:
     """A balancer on free ports in front of `replicas` (replica-1, replica-2, ...), all of them ready."""
-    listed = tuple(Listed(f"replica-{number}", replica.url) for number, replica in enumerate(replicas, 1))
+    listed = tuple(ReplicaListing(f"replica-{number}", replica.url) for number, replica in enumerate(replicas, 1))
     quick = {"ready_interval": 0.1, **(settings or {})}
     async with running.serving(*replicas, config={"replicas": listed, **config}, **quick) as house:
         yield house.balancer

@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from balancer.app import Balancer
-from balancer.fleet.member import Listed
+from balancer.contract.listing import ReplicaListing
 from balancer.observe.metrics import PIECE, encoded
 from tests.lab.model import ModelSettings
 from tests.lab.replica import LabReplica
@@ -201,7 +201,7 @@ def test_a_replica_that_left_leaves_no_series_behind_even_with_a_request_in_flig
             one.set(first_token_delay=0.3)
             pending = [asyncio.ensure_future(client.post(CHAT, json=stream())) for _ in range(2)]
             await until(lambda: sum(m.in_flight for m in balancer.fleet.members.values()) == 2)
-            balancer.fleet.reconcile([m.listed for m in balancer.fleet.members.values() if m.name == "replica-1"])
+            balancer.fleet.reconcile([m.listing for m in balancer.fleet.members.values() if m.name == "replica-1"])
             answers = await asyncio.gather(*pending)
             assert [answer.status_code for answer in answers] == [200, 200]
             text = (await client.get(balancer.admin_endpoint + "/metrics")).text
@@ -269,7 +269,9 @@ def test_a_scrape_is_made_in_pieces_and_is_what_one_made_at_once_would_be(accept
     async def main() -> None:
         async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
             await client.post(CHAT, json=stream())
-            balancer.fleet.reconcile([Listed(f"r{number}", f"http://127.0.0.1:{number}") for number in range(1, 65)])
+            balancer.fleet.reconcile(
+                [ReplicaListing(f"r{number}", f"http://127.0.0.1:{number}") for number in range(1, 65)]
+            )
             registry = CollectorRegistry()
             registry.register(balancer.figures)
             whole = choose_encoder(accept)[0](registry)

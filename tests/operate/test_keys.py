@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from balancer.contract.listing import Listing, ReplicaListing
 from balancer.errors import ConfigError
 from balancer.operate.engines.balancer_handle import Addresses
 from balancer.operate.engines.local.balancer_handle import LocalFront
@@ -19,7 +20,7 @@ from balancer.operate.state.state_file import BrokenState
 from balancer.spec.service_file import parse
 from tests.operate.command_line import LAB, Groundserve
 
-EVIL = {"replicas": [{"id": 1, "name": "evil", "endpoint": "http://127.0.0.1:9"}]}
+EVIL = Listing((ReplicaListing("evil", "http://127.0.0.1:9", id=1),))
 
 
 def made(run: str, more: str = "") -> Recipe:
@@ -38,7 +39,7 @@ def admin_of(groundserve: Groundserve) -> str:
 def test_only_whoever_may_read_the_services_folder_changes_anything_at_its_admin_port(groundserve: Groundserve) -> None:
     groundserve.up(groundserve.service("lab", replicas=1)).until_up()
     admin = admin_of(groundserve)
-    assert httpx.put(f"{admin}/replicas", json=EVIL).status_code == 401
+    assert httpx.put(f"{admin}/replicas", json=EVIL.to_json()).status_code == 401
     assert httpx.post(f"{admin}/replicas/1/drain").status_code == 401
     assert [httpx.get(f"{admin}{path}").status_code for path in ("/status", "/metrics", "/")] == [200, 200, 200]
 
@@ -80,7 +81,7 @@ def test_another_services_balancer_takes_no_orders_from_us(groundserve: Groundse
     async def asked() -> tuple[bool, bool]:
         ours = made("exec serve --port $GROUNDSERVE_PORT")
         front = LocalFront(folder, Addresses("127.0.0.1:9", admin), ours, None, lambda: None)
-        answer = await front.tell({"name": "two"}, EVIL["replicas"])
+        answer = await front.tell(EVIL)
         was_drained = await front.drain(1)
         await front.stop(asyncio.Event())
         return answer is not None or front.has_answered, was_drained

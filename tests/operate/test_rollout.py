@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from balancer.contract.words import Status
 from balancer.operate.controller import plan, rollout
 from balancer.operate.controller.plan import Drain, Forget, Replica, Stage, Start, Stop
-from balancer.operate.controller.rollout import Look, Mode, Verdict
+from balancer.operate.controller.rollout import Look, Mode, RolloutStatus
 from balancer.operate.engines.engine import Ended
 from balancer.spec.schema import Operation
 
@@ -20,7 +21,7 @@ class World:
     def __init__(self, total: int, fits: int, seed: int = 0, is_broken: bool = False) -> None:
         self.total, self.fits = total, fits
         self.replicas = {
-            id: Replica(id, 1, Stage.RUNNING, status="READY", was_ready=True) for id in range(1, total + 1)
+            id: Replica(id, 1, Stage.RUNNING, status=Status.READY, was_ready=True) for id in range(1, total + 1)
         }
         self.next_id = total + 1
         self.now = 0.0
@@ -41,7 +42,7 @@ class World:
                     self.due[id] = self.now + self.draw.uniform(1, 30)
                 case Drain(id):
                     assert replica is not None
-                    self.replicas[id] = replace(plan.drained(replica, self.now), status="DRAINING", in_flight=1)
+                    self.replicas[id] = replace(plan.drained(replica, self.now), status=Status.DRAINING, in_flight=1)
                     self.due[id] = self.now + self.draw.uniform(0, 20)
                 case Stop(id) | Forget(id):
                     del self.replicas[id]
@@ -50,12 +51,12 @@ class World:
         for id, replica in list(self.replicas.items()):
             if self.due.get(id, self.now + 1) <= self.now:
                 if replica.stage is Stage.DRAINING:
-                    self.replicas[id] = replace(replica, status="SHUTTING_DOWN", in_flight=0)
+                    self.replicas[id] = replace(replica, status=Status.SHUTTING_DOWN, in_flight=0)
                 elif self.is_broken and replica.version == 2:
                     self.replicas[id] = plan.ended(replica, Ended(id, "no such flag"), self.now, OPERATION)
                 else:
-                    self.replicas[id] = plan.observed(replica, "READY", 0, self.now, OPERATION)
-        serving = [r for r in self.replicas.values() if r.status == "READY" and r.stage is Stage.RUNNING]
+                    self.replicas[id] = plan.observed(replica, Status.READY, 0, self.now, OPERATION)
+        serving = [r for r in self.replicas.values() if r.status is Status.READY and r.stage is Stage.RUNNING]
         self.least_ready = min(self.least_ready, len(serving))
         self.most_running = max(self.most_running, len(self.replicas))
         self.versions_serving.add(frozenset(replica.version for replica in serving))
@@ -64,7 +65,7 @@ class World:
     def update(self, mode: Mode) -> Look:
         for _ in range(20_000):
             seen = rollout.look(mode, self.replicas.values(), 2, self.total, self.fits - self.total)
-            if seen.verdict is not Verdict.GOING:
+            if seen.status is not RolloutStatus.IN_PROGRESS:
                 return seen
             self.step({1: seen.old, 2: seen.new})
         raise AssertionError(f"it never ends: {self.replicas}")
@@ -75,7 +76,7 @@ class World:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_rolling_update_keeps_to_the_room_and_to_its_replicas(total: int, surge: int, seed: int) -> None:
     world = World(total, total + surge, seed)
-    assert world.update("rolling").verdict is Verdict.DONE
+    assert world.update("rolling").status is RolloutStatus.DONE
     assert {replica.version for replica in world.replicas.values()} == {2}
     assert len(world.replicas) == total
     assert world.most_running <= total + surge
@@ -85,11 +86,11 @@ def test_a_rolling_update_keeps_to_the_room_and_to_its_replicas(total: int, surg
 @pytest.mark.parametrize("seed", range(5))
 def test_blue_green_switches_only_when_all_of_the_new_version_is_ready(seed: int) -> None:
     world = World(3, 6, seed)
-    while (seen := rollout.look("blue_green", world.replicas.values(), 2, 3, 3)).verdict is Verdict.GOING:
-        new_ready = sum(r.status == "READY" for r in world.replicas.values() if r.version == 2)
+    while (seen := rollout.look("blue_green", world.replicas.values(), 2, 3, 3)).status is RolloutStatus.IN_PROGRESS:
+        new_ready = sum(r.status is Status.READY for r in world.replicas.values() if r.version == 2)
         assert seen.old == (0 if new_ready == 3 else 3)
         world.step({1: seen.old, 2: seen.new})
-    assert (seen.verdict, world.least_ready, world.most_running) == (Verdict.DONE, 3, 6)
+    assert (seen.status, world.least_ready, world.most_running) == (RolloutStatus.DONE, 3, 6)
 
 
 @pytest.mark.parametrize("mode", ["rolling", "blue_green"])
@@ -97,32 +98,34 @@ def test_blue_green_switches_only_when_all_of_the_new_version_is_ready(seed: int
 def test_a_version_that_never_becomes_ready_fails_and_the_old_one_comes_back(mode: Mode, surge: int) -> None:
     world = World(3, 3 + (3 if mode == "blue_green" else surge), is_broken=True)
     seen = world.update(mode)
-    assert (seen.verdict, seen.reason, seen.old, seen.new) == (Verdict.FAILED, "no such flag", 3, 0)
+    assert (seen.status, seen.reason, seen.old, seen.new) == (RolloutStatus.FAILED, "no such flag", 3, 0)
     for _ in range(200):
         world.step({1: seen.old, 2: seen.new})
     assert [(r.version, r.status) for r in world.replicas.values()] == [(1, "READY")] * 3
     assert world.least_ready >= 3 - (world.fits == 3)
 
 
-@pytest.mark.parametrize("status", ["FAILED_INITIAL_DELAY", "FAILED_PROBING"])
-def test_a_new_replica_that_the_balancer_calls_failed_fails_the_update(status: str) -> None:
+@pytest.mark.parametrize("status", [Status.FAILED_INITIAL_DELAY, Status.FAILED_PROBING])
+def test_a_new_replica_that_the_balancer_calls_failed_fails_the_update(status: Status) -> None:
     new = Replica(2, 2, Stage.RUNNING, status=status)
-    assert rollout.look("rolling", [new], 2, 1, 1) == Look(1, 0, Verdict.FAILED, f"it was {status}")
+    assert rollout.look("rolling", [new], 2, 1, 1) == Look(1, 0, RolloutStatus.FAILED, f"it was {status}")
 
 
 def test_nothing_to_serve_is_updated_at_once() -> None:
-    assert rollout.look("rolling", [], 2, 0, 1) == Look(0, 0, Verdict.DONE)
+    assert rollout.look("rolling", [], 2, 0, 1) == Look(0, 0, RolloutStatus.DONE)
 
 
 def test_an_old_replica_that_was_given_up_is_no_obstacle() -> None:
     world = World(2, 3)
-    world.replicas[1] = replace(world.replicas[1], stage=Stage.GIVEN_UP, status="FAILED")
-    assert world.update("rolling").verdict is Verdict.DONE
+    world.replicas[1] = replace(world.replicas[1], stage=Stage.GIVEN_UP, status=Status.FAILED)
+    assert world.update("rolling").status is RolloutStatus.DONE
 
 
 def test_a_replica_that_gets_no_gpu_makes_an_old_one_go_first() -> None:
     """Others took what looked free: waiting for them could take for ever."""
-    old = Replica(1, 1, Stage.RUNNING, status="READY", was_ready=True)
+    old = Replica(1, 1, Stage.RUNNING, status=Status.READY, was_ready=True)
     new = Replica(2, 2, Stage.WAITING)
-    assert rollout.look("rolling", [old, new], 2, 1, surge=1) == Look(1, 1, Verdict.GOING)
-    assert rollout.look("rolling", [old, replace(new, waits_for_gpu=True)], 2, 1, surge=1) == Look(0, 1, Verdict.GOING)
+    assert rollout.look("rolling", [old, new], 2, 1, surge=1) == Look(1, 1, RolloutStatus.IN_PROGRESS)
+    assert rollout.look("rolling", [old, replace(new, waits_for_gpu=True)], 2, 1, surge=1) == Look(
+        0, 1, RolloutStatus.IN_PROGRESS
+    )

@@ -3,11 +3,25 @@ from dataclasses import replace
 import pytest
 
 from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
+from balancer.contract.words import ServiceStatus, Status
 from balancer.operate.commands.table import ago, tables, uptime
 
-SERVICE = ServiceRow("sglang-llava", "1", "READY", 496.0, "http://127.0.0.1:30001", "round_robin", 2, 2, 0, 3)
+SERVICE = ServiceRow(
+    "sglang-llava", "1", ServiceStatus.READY, 496.0, "http://127.0.0.1:30001", "round_robin", 2, 2, 0, 3
+)
 REPLICA = ReplicaRow(
-    1, "sglang-llava-1", 1, "http://127.0.0.1:20456", 960.0, "local", "1x L4", "READY", 3, 70, 1, 0.0, 900, 1200
+    "sglang-llava-1",
+    "http://127.0.0.1:20456",
+    id=1,
+    launched_seconds=960.0,
+    infra="local",
+    resources="1x L4",
+    status=Status.READY,
+    in_flight=3,
+    requests_total=70,
+    failures_total=1,
+    prompt_tokens_total=1200,
+    cached_tokens_total=900,
 )
 SNAPSHOT = Snapshot(
     SERVICE, (REPLICA, replace(REPLICA, id=2, name="sglang-llava-2", endpoint="http://127.0.0.1:20999"))
@@ -32,7 +46,7 @@ def test_no_service_is_said_in_sky_serves_words() -> None:
 
 
 def test_a_service_without_replicas_still_has_both_tables() -> None:
-    empty = Snapshot(replace(SERVICE, status="NO_REPLICA", uptime_seconds=None, ready=0, total=0))
+    empty = Snapshot(replace(SERVICE, status=ServiceStatus.NO_REPLICA, uptime_seconds=None, ready=0, total=0))
     assert tables([empty]).splitlines() == [
         "Services",
         "NAME          VERSION  UPTIME  STATUS      REPLICAS  ENDPOINT",
@@ -52,8 +66,8 @@ def test_several_services_share_the_tables() -> None:
 
 
 def test_reasons_stand_below_the_tables_once_each() -> None:
-    dead = replace(REPLICA, status="FAILED", reason="exited with code 1: out of memory")
-    failed = Snapshot(replace(SERVICE, status="FAILED", reason=dead.reason), (dead,))
+    dead = replace(REPLICA, status=Status.FAILED, reason="exited with code 1: out of memory")
+    failed = Snapshot(replace(SERVICE, status=ServiceStatus.FAILED, reason=dead.reason), (dead,))
     assert tables([failed]).count("out of memory") == 1
     assert tables([Snapshot(SERVICE, (dead,))]).endswith("sglang-llava-1: exited with code 1: out of memory")
 

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 
+from balancer.contract.listing import ReplicaListing
 from balancer.contract.status import ServiceRow, Snapshot
+from balancer.contract.words import ServiceStatus, State, Status
 from balancer.errors import ConfigError
 from balancer.operate.controller.plan import Replica, Stage
 from balancer.operate.controller.report import Report
 from balancer.operate.controller.traffic import Traffic
 from balancer.operate.controller.wanted import Load, Outcome, Wanted
-from balancer.operate.engines.engine import Found, Running
+from balancer.operate.engines.engine import Survivor
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.spec.service_file import parse
 
@@ -21,8 +23,12 @@ def made(version: int = 1, run: str = "serve $GROUNDSERVE_PORT", service: str = 
     return replace(recipe(parse(text, source="x.yaml"), version), **more)
 
 
+def left(id: int, version: int, digest: str) -> Survivor:
+    return Survivor(id, ReplicaListing(f"x-{id}", f"http://127.0.0.1:{id}", id=id, version=version), digest)
+
+
 def ready(id: int, version: int = 1) -> Replica:
-    return Replica(id, version, Stage.RUNNING, status="READY", was_ready=True)
+    return Replica(id, version, Stage.RUNNING, status=Status.READY, was_ready=True)
 
 
 AUTOSCALED = "replica_policy: {min_replicas: 0, max_replicas: 3, target_qps_per_replica: 1}"
@@ -86,7 +92,7 @@ def test_blue_green_hides_the_new_version_until_it_is_ready_and_the_balancer_has
     both = [*old, ready(3, 2), ready(4, 2)]
     assert wanted.counts(both, Load(), 0.0) == ({1: 2, 2: 2}, None)
     assert wanted.hidden is None
-    starting = [*old, *(replace(replica, status="STARTING") for replica in both[2:])]
+    starting = [*old, *(replace(replica, status=Status.STARTING) for replica in both[2:])]
     assert wanted.counts(starting, Load(), 0.0) == ({1: 2, 2: 2}, None)
     assert wanted.counts(both, Load(), 0.0) == ({1: 0, 2: 2}, None)
     assert wanted.counts(both[2:], Load(), 0.0) == ({1: 0, 2: 2}, Outcome(2))
@@ -156,7 +162,9 @@ def test_two_versions_on_one_port_take_turns() -> None:
 
 
 def snapshot(arrived: int, generating: int = 0, queued: int = 0, turned_away: int = 0) -> Snapshot:
-    service = ServiceRow("x", "1", "READY", 1.0, "http://e", "round_robin", 1, 1, queue_depth=99, in_flight=99)
+    service = ServiceRow(
+        "x", "1", ServiceStatus.READY, 1.0, "http://e", "round_robin", 1, 1, queue_depth=99, in_flight=99
+    )
     counts = {"arrived_total": arrived, "turned_away_total": turned_away}
     return Snapshot(replace(service, generating=generating, generating_queued=queued, **counts))
 
@@ -186,14 +194,14 @@ def test_what_came_before_the_controller_is_no_load_and_a_new_balancer_counts_fr
 def test_replicas_of_the_same_recipe_are_gone_on_with_under_their_version() -> None:
     ours = made()
     wanted = Wanted(ours)
-    wanted.adopt([Found(1, 3, ours.digest, 60.0), Found(2, 3, ours.digest, 50.0)])
+    wanted.adopt([left(1, 3, ours.digest), left(2, 3, ours.digest)])
     assert wanted.serving.version == wanted.newest.version == 3
     assert wanted.counts([ready(1, 3), ready(2, 3)], Load(), 0.0) == ({3: 2}, None)
 
 
 def test_replicas_of_another_recipe_are_replaced_by_a_rolling_update() -> None:
     wanted = Wanted(made())
-    wanted.adopt([Found(1, 2, "another", 60.0), Found(2, 2, "another", 50.0)])
+    wanted.adopt([left(1, 2, "another"), left(2, 2, "another")])
     assert (wanted.serving.version, wanted.newest.version, wanted.hidden) == (2, 3, None)
     counts, outcome = wanted.counts([ready(1, 2), ready(2, 2)], Load(), 0.0)
     assert (counts, outcome) == ({2: 2, 3: 1}, None)
@@ -203,7 +211,7 @@ def test_replicas_of_another_recipe_are_replaced_by_a_rolling_update() -> None:
 def test_an_update_that_was_under_way_goes_on() -> None:
     ours = made()
     wanted = Wanted(ours)
-    wanted.adopt([Found(1, 1, "old", 60.0), Found(2, 2, ours.digest, 5.0)])
+    wanted.adopt([left(1, 1, "old"), left(2, 2, ours.digest)])
     assert (wanted.serving.version, wanted.newest.version) == (1, 2)
     everything = [ready(1, 1), ready(2, 2)]
     assert wanted.counts(everything, Load(), 0.0)[0][2] == 2
@@ -215,7 +223,7 @@ def test_an_update_that_was_under_way_goes_on() -> None:
 def test_versions_that_came_after_ours_are_left_behind_too() -> None:
     ours = made()
     wanted = Wanted(ours)
-    wanted.adopt([Found(1, 1, ours.digest, 60.0), Found(2, 2, "broken", 5.0)])
+    wanted.adopt([left(1, 1, ours.digest), left(2, 2, "broken")])
     assert (wanted.serving.version, wanted.newest.version) == (2, 3)
 
 
@@ -242,8 +250,9 @@ def test_only_versions_that_have_replicas_or_will_have_some_are_remembered() -> 
 def test_a_replica_that_is_gone_is_nowhere_any_more() -> None:
     report, wanted = Report("x", lambda: "http://127.0.0.1:1", "local"), Wanted(made())
     for id in range(1, 100):
-        report.noted([Running(id, f"x-{id}", f"http://127.0.0.1:{id}", 1.0)], {id})
-    rows = report.listing([ready(98), ready(99)], wanted, 0.0)
-    assert [row["endpoint"] for row in rows] == ["", "http://127.0.0.1:99"]
-    report.noted([], {99})
-    assert report.listing([ready(99)], wanted, 0.0)[0]["endpoint"] == "http://127.0.0.1:99", "where it was last"
+        report.note({id: ReplicaListing(f"x-{id}", f"http://127.0.0.1:{id}", id=id)}, {id})
+    gone, there = report.listing([ready(98), ready(99)], wanted, 0.0).replicas
+    assert (gone.endpoint, gone.state) == ("", State.PROVISIONING)
+    assert (there.endpoint, there.state) == ("http://127.0.0.1:99", State.RUNNING)
+    report.note({}, {99})
+    assert report.listing([ready(99)], wanted, 0.0).replicas[0].endpoint == "http://127.0.0.1:99", "where it was last"

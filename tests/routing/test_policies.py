@@ -5,8 +5,9 @@ from collections import Counter
 import orjson
 import pytest
 
+from balancer.contract.listing import ReplicaListing
 from balancer.fleet.claim import Claim
-from balancer.fleet.member import Listed, Member
+from balancer.fleet.member import Member
 from balancer.routing.admission import Admission, Waiter
 from balancer.routing.policies import Choice, InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import FLUSHED_AFTER, PrefixAware
@@ -64,7 +65,9 @@ def test_a_member_that_joins_gets_work_at_once(policy: type[Policy]) -> None:
     fleet = fleet_of(2)
     admission = Admission(fleet, policy())
     counts(admission, [chat(system(n)) for n in range(10)])
-    fleet.reconcile([member.listed for member in fleet.members.values()] + [Listed("new", "http://127.0.0.1:9100")])
+    fleet.reconcile(
+        [member.listing for member in fleet.members.values()] + [ReplicaListing("new", "http://127.0.0.1:9100")]
+    )
     make_ready(fleet, fleet.members[3])
     assert place(admission, chat(system(99))).member.name == "new"
 
@@ -94,8 +97,8 @@ def test_instance_aware_least_load_knows_what_each_gpu_is_worth(targets: dict[st
     fleet = fleet_of(0)
     fleet.reconcile(
         [
-            Listed("l4", "http://127.0.0.1:1", resources="1x L4"),
-            Listed("h100", "http://127.0.0.1:2", resources=large),
+            ReplicaListing("l4", "http://127.0.0.1:1", resources="1x L4"),
+            ReplicaListing("h100", "http://127.0.0.1:2", resources=large),
         ]
     )
     for member in fleet.members.values():

@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from balancer.__main__ import config_from, parse
+from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import Status
 from balancer.errors import ConfigError
-from balancer.fleet.member import Listed, Status
 from balancer.relay import tls_door
 from balancer.relay.downstream import LINGER, MAX_UNSENT, ClientConnection
 from balancer.relay.tls import Certificate, replica_context
@@ -392,7 +393,7 @@ async def in_front_of(lab: LabReplica, pair: Pair) -> AsyncIterator[int]:
 
 
 def one(url: str, **config: Any) -> dict[str, Any]:
-    return {"replicas": (Listed("secure", url),), **config}
+    return {"replicas": (ReplicaListing("secure", url),), **config}
 
 
 @on_uvloop

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+from balancer.contract.listing import ReplicaListing
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Listed, Member
+from balancer.fleet.member import Member
 from balancer.spec.settings import ReadinessProbe, Settings
 
 
@@ -36,8 +37,10 @@ class Chosen:
         self.told.append("over")
 
 
-def listed(number: int, **more: Any) -> Listed:
-    return Listed(**{"name": f"r{number}", "url": f"http://127.0.0.1:{8000 + number}", "id": number} | more)
+def listed(number: int, **more: Any) -> ReplicaListing:
+    return ReplicaListing(
+        **{"name": f"r{number}", "endpoint": f"http://127.0.0.1:{8000 + number}", "id": number} | more
+    )
 
 
 def fleet_of(

@@ -17,9 +17,10 @@ import uvloop
 from balancer import app
 from balancer.app import Balancer
 from balancer.config import Config, Reread
+from balancer.contract.listing import ReplicaListing
 from balancer.fleet.discovery import Resolve, resolve
 from balancer.fleet.ejection import Outlier
-from balancer.fleet.member import Listed, Member
+from balancer.fleet.member import Member
 from balancer.spec.settings import Settings
 from tests.lab.knobs import Knobs
 from tests.lab.replica import LabReplica
@@ -181,7 +182,7 @@ async def serving(
     connections = _connections()
     log_reader, log_writer = os.pipe()
     os.set_blocking(log_reader, False)
-    listed = tuple(Listed(chr(97 + n), replica.url) for n, replica in enumerate(replicas))
+    listed = tuple(ReplicaListing(chr(97 + n), replica.url) for n, replica in enumerate(replicas))
     settings = {"drain_grace": 0, "drain_timeout": 0} | settings
     whole = {"listen": ("127.0.0.1", 0), "admin": ("127.0.0.1", 0), "replicas": listed, "is_log_json": True}
     told = Config(**(whole | {"settings": Settings(**settings)} | (config or {})))

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from balancer.fleet.member import Listed
+from balancer.contract.listing import ReplicaListing
 from tests.lab.replica import LabReplica
 from tests.support.client import chat, request
 from tests.support.until import until
@@ -75,7 +75,9 @@ class NameServer:
 async def test_a_name_server_in_trouble_takes_no_replica_out(trouble: str) -> None:
     names = NameServer()
     async with LabReplica() as a, LabReplica() as b:
-        listed = tuple(Listed(name, f"http://gpu.test:{replica.port}") for name, replica in (("a", a), ("b", b)))
+        listed = tuple(
+            ReplicaListing(name, f"http://gpu.test:{replica.port}") for name, replica in (("a", a), ("b", b))
+        )
         settings = {"connect_timeout": 0.3, "upstream_keep_alive": 0.01, "ready_interval": 0.1}
         async with serving(a, b, config={"replicas": listed}, look_up=names, **settings) as house:
             names.has_trouble, names.delay = trouble == "fails", 3.0 if trouble == "slow" else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from balancer.fleet.member import Listed
+from balancer.contract.listing import ReplicaListing
 from balancer.relay.vanished import UNACKNOWLEDGED, expect_life, has_vanished
 from tests.lab.replica import LabReplica
 from tests.security.certificates import Authority
@@ -51,7 +51,7 @@ async def test_through_tls_too(tmp_path: Path) -> None:
     context.load_cert_chain(pair.cert, pair.key)
     async with LabReplica(hang="after_tokens") as a, through_tls(a, context) as url:
         config: dict[str, Any] = {"tls_cert": pair.cert, "tls_key": pair.key, "replica_ca": authority.pair.cert}
-        async with serving(config={**config, "replicas": (Listed("a", url),)}, ready=1) as house:
+        async with serving(config={**config, "replicas": (ReplicaListing("a", url),)}, ready=1) as house:
             port = int(house.url.rpartition(":")[2])
             reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
             writer.write(request(body=chat(stream=True)))

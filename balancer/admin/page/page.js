@@ -7,13 +7,21 @@ import { startPlayground } from "./playground.js";
 const history = { kept: 180, service: [], replicas: new Map() };
 const statuses = new Map();
 
-const GOOD = ["READY"];
-const BAD = ["FAILED", "FAILED_INITIAL_DELAY", "FAILED_PROBING", "NOT_READY", "EJECTED"];
-
-function badge(node, status) {
+function badge(node, { status, phase }) {
   say(node, status);
-  node.className = `badge ${GOOD.includes(status) ? "good" : BAD.includes(status) ? "bad" : ""}`;
+  node.className = `badge ${phase}`;
 }
+
+// What is told of a replica, in this order; a new fact goes here.
+const FACTS = [
+  ({ id }) => `replica ${id}`,
+  ({ version }) => `version ${version}`,
+  ({ endpoint }) => endpoint,
+  ({ infra }) => infra,
+  ({ resources }) => resources,
+  ({ launched_seconds: age }) => `launched ${span(age)} ago`,
+  ({ reason }) => reason,
+];
 
 const SERVICE_SPARKS = [["Requests/s", "requests_per_second"], ["In flight", "in_flight"], ["Waiting", "queue_depth"]];
 const REPLICA_SPARKS = [
@@ -25,7 +33,7 @@ const REPLICA_SPARKS = [
 function showService(service) {
   say($("service-name"), service.name);
   document.title = `${service.name}: ${service.status.toLowerCase().replaceAll("_", " ")}`;
-  badge($("service-status"), service.status);
+  badge($("service-status"), service);
   facts($("service"), [
     ["Endpoint", service.endpoint],
     ["Replicas ready", `${service.ready} of ${service.total}`],
@@ -66,10 +74,9 @@ function makeCard(replica) {
 
 function updateCard(card, replica) {
   say(card.querySelector("h3"), replica.name);
-  badge(card.querySelector(".badge"), replica.status);
-  const about = [`replica ${replica.id}`, `version ${replica.version}`, replica.endpoint, replica.infra, replica.resources,
-    `launched ${span(replica.launched_seconds)} ago`, replica.reason];
-  say(card.querySelector(".about"), about.filter((part) => part && part !== "-").join(" · "));
+  badge(card.querySelector(".badge"), replica);
+  const told = FACTS.map((fact) => fact(replica)).filter((text) => text && text !== "-");
+  say(card.querySelector(".about"), told.join(" · "));
   const button = card.querySelector("button");
   button.dataset.verb = replica.draining ? "undrain" : "drain";
   say(button, replica.draining ? "Undrain" : "Drain");

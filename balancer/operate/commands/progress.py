@@ -13,17 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from balancer.contract.status import ReplicaRow, Snapshot
+from balancer.contract.words import Phase, Status
 from balancer.inherited import nobody_looks, tell
 
-COLOURS = {
-    "READY": "green",
-    "DRAINING": "yellow",
-    "EJECTED": "yellow",
-    "NOT_READY": "yellow",
-    "FAILED": "red",
-    "FAILED_INITIAL_DELAY": "red",
-    "FAILED_PROBING": "red",
-}
+COLOURS = {Phase.READY: "green", Phase.UNAVAILABLE: "yellow", Phase.LEAVING: "yellow", Phase.FAILED: "red"}
 
 
 class Lines:
@@ -32,7 +25,7 @@ class Lines:
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._began = time.monotonic()
-        self._statuses: dict[str, str] = {}
+        self._statuses: dict[str, Status] = {}
 
     def say(self, text: str) -> None:
         tell(self._out, text)
@@ -42,7 +35,7 @@ class Lines:
         for name, row in rows.items():
             if self._statuses.get(name) != row.status:
                 seconds = time.monotonic() - self._began
-                why = f"  {row.reason}" if row.status.startswith("FAILED") else ""
+                why = f"  {row.reason}" if row.status.phase is Phase.FAILED else ""
                 self.say(f"{name}  {row.status:<13} {seconds:6.1f} s{why}")
         for name in self._statuses.keys() - rows.keys():
             self.say(f"{name}  gone")
@@ -95,15 +88,16 @@ class Moving(Lines):
         if self._snapshot is None:
             table.add_row(self._spinner, Text("starting the balancer"))
         for row in self._snapshot.replicas if self._snapshot else ():
-            mark = Text("●", COLOURS.get(row.status, "cyan")) if _is_settled(row) else self._spinner
+            colour = COLOURS.get(row.status.phase, "cyan")
+            mark = Text("●", colour) if _is_settled(row) else self._spinner
             age = Text(f"{row.launched_seconds:.0f} s", justify="right")
             # While it loads, its own words say more than that no probe gets through yet.
-            told = self._last_line(row.id) if row.status == "STARTING" else ""
-            told = "" if row.status == "READY" else told or row.reason or self._last_line(row.id)
-            last = Text(told, "dim", overflow="ellipsis", no_wrap=True)
-            table.add_row(mark, Text(row.name), Text(row.status, COLOURS.get(row.status, "cyan")), age, last)
+            news = self._last_line(row.id) if row.status is Status.STARTING else ""
+            news = "" if row.status is Status.READY else news or row.reason or self._last_line(row.id)
+            last = Text(news, "dim", overflow="ellipsis", no_wrap=True)
+            table.add_row(mark, Text(row.name), Text(row.status, colour), age, last)
         return Group(table)
 
 
 def _is_settled(row: ReplicaRow) -> bool:
-    return row.status == "READY" or row.status.startswith("FAILED")
+    return row.status.phase in (Phase.READY, Phase.FAILED)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from balancer.contract.status import ServiceRow, Snapshot
+from balancer.contract.words import ServiceStatus, Status
 from balancer.errors import ConfigError
 from balancer.operate.commands.log_reader import LogReader
 from balancer.operate.commands.progress import COLOURS
@@ -68,8 +69,9 @@ def _show(patterns: Sequence[str], how: Display, console: Console | None = None)
         print(json.dumps([snapshot.to_json() for snapshot in snapshots], indent=2))
     else:
         text = Text(tables(snapshots, how.verbose))
-        for word, colour in COLOURS.items():
-            text.highlight_regex(rf"(?<!\S){word}(?!\S)", colour)
+        for word in (*Status, *ServiceStatus):
+            if word.phase in COLOURS:
+                text.highlight_regex(rf"(?<!\S){word}(?!\S)", COLOURS[word.phase])
         (console or Console(highlight=False)).print(text, soft_wrap=True)
     return 0
 
@@ -166,24 +168,24 @@ def snapshot_of(folder: ServiceFolder) -> Snapshot:
     """What its controller says; without one, its balancer."""
     try:
         if (left := folder.left) is not None:
-            return _answered(f"http://{left.admin}") or _bare(folder, "FAILED")
+            return _answered(f"http://{left.admin}") or _bare(folder, ServiceStatus.FAILED)
         return Snapshot.from_json(control_socket.ask(folder.socket, {"do": "status"}))
     except BrokenState as failure:
-        return _bare(folder, "FAILED", str(failure))
+        return _bare(folder, ServiceStatus.FAILED, str(failure))
     except control_socket.NotUp:
         pass
     except (ConfigError, ValueError):
-        return _bare(folder, "CONTROLLER_INIT")
+        return _bare(folder, ServiceStatus.CONTROLLER_INIT)
     # Up by its lock, but it does not answer: it begins, it ends, it hangs, or it runs where we cannot ask it.
     try:
         elsewhere(folder)
     except ConfigError as failure:
-        return _bare(folder, "CONTROLLER_INIT", str(failure))
-    return _bare(folder, "CONTROLLER_INIT")
+        return _bare(folder, ServiceStatus.CONTROLLER_INIT, str(failure))
+    return _bare(folder, ServiceStatus.CONTROLLER_INIT)
 
 
-def _bare(folder: ServiceFolder, word: str, reason: str = "") -> Snapshot:
-    return Snapshot(ServiceRow(folder.name, "-", word, None, "", "-", 0, 0, 0, 0, reason=reason))
+def _bare(folder: ServiceFolder, status: ServiceStatus, reason: str = "") -> Snapshot:
+    return Snapshot(ServiceRow(folder.name, "-", status, None, "", "-", 0, 0, 0, 0, reason=reason))
 
 
 def warn(failures: Iterable[ConfigError]) -> None:

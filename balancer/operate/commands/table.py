@@ -1,13 +1,46 @@
 """Snapshots as the two tables of `sky serve status`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from balancer.contract.status import ReplicaRow, Snapshot
+from balancer.contract.status import Snapshot
 
-_SERVICE = ("NAME", "VERSION", "UPTIME", "STATUS", "REPLICAS", "ENDPOINT")
-_SERVICE_MORE = ("LOAD_BALANCING_POLICY", "IN_FLIGHT", "QUEUED")
-_REPLICA = ("SERVICE_NAME", "ID", "VERSION", "ENDPOINT", "LAUNCHED", "INFRA", "RESOURCES", "STATUS")
-_REPLICA_MORE = ("IN_FLIGHT", "REQUESTS", "FAILURES", "PROMPT_TOKENS", "CACHED_TOKENS")
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """`of` makes a row's cell; `is_ours`: SkyServe has none such, so it is only shown where a person wants more."""
+
+    heading: str
+    of: Callable[[Any], object]
+    is_ours: bool = False
+
+
+_SERVICE = (
+    _Column("NAME", lambda service: service.name),
+    _Column("VERSION", lambda service: service.version),
+    _Column("UPTIME", lambda service: uptime(service.uptime_seconds)),
+    _Column("STATUS", lambda service: service.status),
+    _Column("REPLICAS", lambda service: f"{service.ready}/{service.total}"),
+    _Column("ENDPOINT", lambda service: service.endpoint or "-"),
+    _Column("LOAD_BALANCING_POLICY", lambda service: service.policy, is_ours=True),
+    _Column("IN_FLIGHT", lambda service: service.in_flight, is_ours=True),
+    _Column("QUEUED", lambda service: service.queue_depth, is_ours=True),
+)
+_REPLICA = (
+    _Column("ID", lambda replica: replica.id),
+    _Column("VERSION", lambda replica: replica.version),
+    _Column("ENDPOINT", lambda replica: replica.endpoint or "-"),
+    _Column("LAUNCHED", lambda replica: ago(replica.launched_seconds)),
+    _Column("INFRA", lambda replica: replica.infra),
+    _Column("RESOURCES", lambda replica: replica.resources),
+    _Column("STATUS", lambda replica: replica.status),
+    _Column("IN_FLIGHT", lambda replica: replica.in_flight, is_ours=True),
+    _Column("REQUESTS", lambda replica: replica.requests_total, is_ours=True),
+    _Column("FAILURES", lambda replica: replica.failures_total, is_ours=True),
+    _Column("PROMPT_TOKENS", lambda replica: replica.prompt_tokens_total, is_ours=True),
+    _Column("CACHED_TOKENS", lambda replica: replica.cached_tokens_total, is_ours=True),
+)
 
 _UNITS = (("week", 604800), ("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
 _SHORT = {"hour": "hr", "minute": "min", "second": "sec"}
@@ -17,23 +50,22 @@ def tables(snapshots: Sequence[Snapshot], verbose: bool = False) -> str:
     """Both tables, and below them why a service or replica failed; `verbose` adds columns of ours."""
     if not snapshots:
         return "No existing services."
+    service_columns = [column for column in _SERVICE if verbose or not column.is_ours]
+    replica_columns = [column for column in _REPLICA if verbose or not column.is_ours]
     services, replicas, reasons = [], [], []
     for snapshot in snapshots:
         service = snapshot.service
-        services.append(
-            [service.name, service.version, uptime(service.uptime_seconds), service.status]
-            + [f"{service.ready}/{service.total}", service.endpoint or "-"]
-            + ([service.policy, service.in_flight, service.queue_depth] if verbose else [])
-        )
+        services.append([column.of(service) for column in service_columns])
         if service.reason:
             reasons.append(f"{service.name}: {service.reason}")
         for replica in snapshot.replicas:
-            replicas.append([service.name, *_replica(replica, verbose)])
+            replicas.append([service.name, *(column.of(replica) for column in replica_columns)])
             if replica.reason and replica.reason != service.reason:
                 reasons.append(f"{replica.name}: {replica.reason}")
-    text = "Services\n" + _aligned(_SERVICE + _SERVICE_MORE * verbose, services)
+    text = "Services\n" + _aligned([column.heading for column in service_columns], services)
     text += "\n\nService Replicas\n"
-    text += _aligned(_REPLICA + _REPLICA_MORE * verbose, replicas) if replicas else "No existing replicas."
+    headings = ["SERVICE_NAME", *(column.heading for column in replica_columns)]
+    text += _aligned(headings, replicas) if replicas else "No existing replicas."
     return "\n\n".join([text, *(["\n".join(reasons)] if reasons else [])])
 
 
@@ -58,14 +90,6 @@ def ago(seconds: float) -> str:
             count = int(seconds // length)
             return f"{count} {_SHORT.get(unit, unit)}{'s' * (count > 1)} ago"
     return "< 1 sec ago"
-
-
-def _replica(row: ReplicaRow, verbose: bool) -> list[object]:
-    cells = [row.id, row.version, row.endpoint or "-", ago(row.launched_seconds), row.infra, row.resources, row.status]
-    if not verbose:
-        return cells
-    more = [row.in_flight, row.requests_total, row.failures_total, row.prompt_tokens_total, row.cached_tokens_total]
-    return cells + more
 
 
 def _aligned(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -11,6 +11,7 @@ import httpx
 from rich.console import Console
 
 from balancer.contract.status import ReplicaRow, Snapshot
+from balancer.contract.words import ServiceStatus, Status
 from balancer.errors import ConfigError
 from balancer.inherited import ending
 from balancer.operate.commands.progress import Lines, Moving
@@ -147,9 +148,9 @@ class _Up:
         if self._is_up or self._failure:
             return
         service = snapshot.service
-        if service.status == "CONTROLLER_INIT":
+        if service.status is ServiceStatus.CONTROLLER_INIT:
             return
-        if service.status == "FAILED":
+        if service.status is ServiceStatus.FAILED:
             self._failure = f"{service.reason}\n  everything it said: groundserve logs {self._recipe.spec.name}"
             self._controller.close()
         elif service.total == self._controller.wanted.target and all(map(self._is_settled, snapshot.replicas)):
@@ -158,7 +159,7 @@ class _Up:
 
     def _is_settled(self, row: ReplicaRow) -> bool:
         """Will it stay as it is for long? Who waits for a GPU may do so for ever, beside others that serve."""
-        if row.status in ("READY", "FAILED"):
+        if row.status in (Status.READY, Status.FAILED):
             return True
         replica = self._controller.replicas.get(row.id)
         return replica is not None and replica.waits_for_gpu and self._controller.snapshot.service.ready > 0

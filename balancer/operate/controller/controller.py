@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from balancer.contract.status import Snapshot
+from balancer.contract.words import Phase, ServiceStatus, Status
 from balancer.errors import ConfigError
 from balancer.operate.controller import plan
 from balancer.operate.controller.plan import Action, Drain, Forget, Replace, Replica, Stage, Start, Stop
@@ -118,16 +119,16 @@ class Controller:
 
     async def _adopt(self) -> None:
         """Goes on with the replicas that an earlier controller left running."""
-        found = await self._engine.found()
-        if not found:
+        survivors = await self._engine.found()
+        if not survivors:
             return
-        self.wanted.adopt(found)
+        self.wanted.adopt(survivors)
         now = self._clock()
-        for one in found:
-            launched_at = now - one.launched_seconds
-            self._keep(Replica(one.id, one.version, Stage.RUNNING, launched_at, was_ready=True))
-        self._next_id = max(one.id for one in found) + 1
-        self._say(f"{self.name}: found {len(found)} of its replicas running")
+        for survivor in survivors:
+            launched_at = now - (survivor.listing.launched_seconds or 0.0)
+            self._keep(Replica(survivor.id, survivor.listing.version, Stage.RUNNING, launched_at, was_ready=True))
+        self._next_id = max(survivor.id for survivor in survivors) + 1
+        self._say(f"{self.name}: found {len(survivors)} of its replicas running")
 
     async def _step(self) -> None:
         await self._front.keep_up()
@@ -144,7 +145,8 @@ class Controller:
         self._condemned.clear()
         # A drain that a balancer forgot, because it is a new process, is told again.
         for replica in self.replicas.values():
-            if replica.stage is Stage.DRAINING and replica.status not in ("DRAINING", "SHUTTING_DOWN", ""):
+            is_forgotten = replica.status is not None and replica.status.phase is not Phase.LEAVING
+            if replica.stage is Stage.DRAINING and is_forgotten:
                 await self._front.drain(replica.id)
         if self._front.is_leaving:
             actions = [action for action in actions if not isinstance(action, Stop)]
@@ -230,27 +232,30 @@ class Controller:
         coming = self.wanted.coming
         if coming is None or self.wanted.hidden is None:
             return
-        endpoints = {running.id: running.endpoint for running in self._engine.running()}
+        running = self._engine.running()
+        probe = coming.readiness_probe
         asked = [r for r in self.replicas.values() if r.version == coming.version and r.stage is Stage.RUNNING]
         answers = await asyncio.gather(
-            *(self._readiness.ask(endpoints.get(replica.id), coming.readiness_probe) for replica in asked)
+            *(
+                self._readiness.ask(running[replica.id].endpoint if replica.id in running else None, probe)
+                for replica in asked
+            )
         )
         for replica, is_ready in zip(asked, answers, strict=True):
-            status = "READY" if is_ready else "STARTING"
+            status = Status.READY if is_ready else Status.STARTING
             self._keep(plan.observed(replica, status, 0, self._clock(), coming.spec.operation))
 
     async def _tell(self) -> None:
         """Gives the balancer the list, and takes what it says of each replica."""
         if self._is_closing:
-            word, reason = "SHUTTING_DOWN", ""
+            word, reason = ServiceStatus.SHUTTING_DOWN, ""
         elif plan.is_hopeless(self.replicas.values(), self.wanted.target):
-            word, reason = "FAILED", next((r.reason for r in self.replicas.values() if r.reason), "")
+            word, reason = ServiceStatus.FAILED, next((r.reason for r in self.replicas.values() if r.reason), "")
         else:
-            word, reason = "", ""
+            word, reason = None, ""
         now = self._clock()
-        self._report.noted(self._engine.running(), self.replicas.keys())
-        listing = self._report.listing(self.replicas.values(), self.wanted, now)
-        snapshot = await self._front.tell(self._report.service(self.wanted, word, reason), listing)
+        self._report.note(self._engine.running(), self.replicas.keys())
+        snapshot = await self._front.tell(self._report.listing(self.replicas.values(), self.wanted, now, word, reason))
         if snapshot is None:
             if not self._front.has_answered:
                 self.snapshot = self._report.alone(self.replicas.values(), self.wanted, now)
@@ -274,7 +279,7 @@ class Controller:
         await self._tell()
         await self._front.stop(self._hurry)
         await self._readiness.close()
-        ids = [running.id for running in self._engine.running()]
+        ids = list(self._engine.running())
 
         async def stop_all(grace: float) -> None:
             await asyncio.gather(*(self._engine.stop(id, grace) for id in ids))

@@ -4,11 +4,9 @@ import enum
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from balancer.contract.words import Phase, Status
 from balancer.operate.engines.engine import Ended
 from balancer.spec.schema import Operation
-
-# The balancer's words for a replica that will not become ready any more.
-UNUSABLE = ("FAILED_INITIAL_DELAY", "FAILED_PROBING")
 
 # A replica that was never ready is given up after this many starts: loading a model only to fail takes minutes.
 FIRST_STARTS = 3
@@ -38,14 +36,13 @@ class Replica:
     launched_at: float = 0.0
     start_at: float = 0.0
     drained_at: float = 0.0
-    # The balancer's word for it and its requests in flight; empty while the balancer does not know it.
-    status: str = ""
+    # The balancer's word for it, None while the balancer does not know it, and its requests in flight.
+    status: Status | None = None
     in_flight: int = 0
     ready_since: float | None = None
     was_ready: bool = False
     # Lives in a row that ended before the replica was ready for `stable_after`.
     failures: int = 0
-    restarts: int = 0
     # Why its last life ended.
     reason: str = ""
     # It ended because others hold all GPUs that would do; until it is ready, or ends for another reason.
@@ -55,6 +52,15 @@ class Replica:
     def is_wanted(self) -> bool:
         """Does it count towards the number that is wanted?"""
         return self.stage not in (Stage.DRAINING, Stage.STOPPING)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.status is Status.READY
+
+    @property
+    def is_unusable(self) -> bool:
+        """Does its process run, and will it not become ready any more?"""
+        return self.status is not None and self.status.phase is Phase.FAILED
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +108,13 @@ def backoff(failures: int, operation: Operation) -> float:
 
 
 def started(replica: Replica, now: float) -> Replica:
-    restarts = replica.restarts + (replica.failures > 0 or replica.was_ready)
-    return replace(replica, stage=Stage.RUNNING, launched_at=now, restarts=restarts, status="", ready_since=None)
+    return replace(replica, stage=Stage.RUNNING, launched_at=now, status=None, ready_since=None)
 
 
 def ended(replica: Replica, over: Ended, now: float, operation: Operation) -> Replica:
     """The replica after its process ended unasked: waiting for its next start, or given up."""
     changed = replace(
-        replica, reason=over.reason, status="", in_flight=0, ready_since=None, waits_for_gpu=over.waits_for_gpu
+        replica, reason=over.reason, status=None, in_flight=0, ready_since=None, waits_for_gpu=over.waits_for_gpu
     )
     if over.waits_for_gpu:
         return replace(changed, stage=Stage.WAITING, start_at=now + GPU_INTERVAL)
@@ -125,9 +130,9 @@ def drained(replica: Replica, now: float) -> Replica:
     return replace(replica, stage=Stage.DRAINING, drained_at=now)
 
 
-def observed(replica: Replica, status: str, in_flight: int, now: float, operation: Operation) -> Replica:
+def observed(replica: Replica, status: Status, in_flight: int, now: float, operation: Operation) -> Replica:
     """The replica with what the balancer says of it. Being ready long enough wipes out earlier failures."""
-    is_ready = status == "READY"
+    is_ready = status is Status.READY
     since = (replica.ready_since if replica.ready_since is not None else now) if is_ready else None
     is_stable = since is not None and now - since >= operation.stable_after
     return replace(
@@ -157,11 +162,11 @@ def decide(
     replicas = list(replicas)
     actions: list[Action] = []
     for replica in replicas:
-        if replica.stage is Stage.RUNNING and replica.status in UNUSABLE:
+        if replica.stage is Stage.RUNNING and replica.is_unusable:
             actions.append(Replace(replica.id, f"it was {replica.status}"))
         elif replica.stage is Stage.DRAINING:
-            # SHUTTING_DOWN: it knows of the drain and nothing is in flight. Empty: it never knew the replica.
-            is_idle = replica.status in ("SHUTTING_DOWN", "")
+            # SHUTTING_DOWN: it knows of the drain and nothing is in flight. None: it never knew the replica.
+            is_idle = replica.status in (Status.SHUTTING_DOWN, None)
             if is_idle or now - replica.drained_at > drain_timeout:
                 actions.append(Stop(replica.id))
     for version in sorted({replica.version for replica in replicas} | wanted.keys()):
@@ -185,7 +190,7 @@ def decide(
 
 def _usefulness(replica: Replica) -> tuple[bool, bool, int, int]:
     """The smallest goes first: without a process, then not ready, then the least busy, then the youngest."""
-    return replica.stage is Stage.RUNNING, replica.status == "READY", replica.in_flight, -replica.id
+    return replica.stage is Stage.RUNNING, replica.is_ready, replica.in_flight, -replica.id
 
 
 def is_hopeless(replicas: Iterable[Replica], total: int) -> bool:

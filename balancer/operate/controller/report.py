@@ -1,79 +1,87 @@
 """A service as the controller tells it to the balancer, and the balancer's snapshot as it is shown to a person."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
+from balancer.contract.listing import Listing, ReplicaListing, ServiceListing
 from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
+from balancer.contract.words import ServiceStatus, State, Status
 from balancer.operate.controller.plan import Replica, Stage
 from balancer.operate.controller.wanted import Wanted
-from balancer.operate.engines.engine import Running
 
-# The balancer's contract for where a replica is. That a running one drains is for the balancer to say.
+# What the balancer is told. That a running replica drains is for the balancer to say.
 _STATES = {
-    Stage.WAITING: "PROVISIONING",
-    Stage.RUNNING: "RUNNING",
-    Stage.DRAINING: "RUNNING",
-    Stage.STOPPING: "SHUTTING_DOWN",
-    Stage.REPLACING: "SHUTTING_DOWN",
-    Stage.GIVEN_UP: "FAILED",
+    Stage.WAITING: State.PROVISIONING,
+    Stage.RUNNING: State.RUNNING,
+    Stage.DRAINING: State.RUNNING,
+    Stage.STOPPING: State.SHUTTING_DOWN,
+    Stage.REPLACING: State.SHUTTING_DOWN,
+    Stage.GIVEN_UP: State.FAILED,
+}
+# What a person is told of replicas that the balancer has not been told of.
+_STATUSES = {
+    Stage.WAITING: Status.PROVISIONING,
+    Stage.RUNNING: Status.STARTING,
+    Stage.DRAINING: Status.DRAINING,
+    Stage.STOPPING: Status.SHUTTING_DOWN,
+    Stage.REPLACING: Status.SHUTTING_DOWN,
+    Stage.GIVEN_UP: Status.FAILED,
 }
 
 
 class Report:
-    """Remembers what each replica was called and where it listened last."""
+    """Remembers what the engine last said of each replica: its name, its place, and whatever else."""
 
     def __init__(self, name: str, endpoint: Callable[[], str], infra: str) -> None:
         self._name = name
         self._endpoint = endpoint
         self._infra = infra
-        self._places: dict[int, Running] = {}
+        self._by_engine: dict[int, ReplicaListing] = {}
 
-    def noted(self, running: Iterable[Running], known: Collection[int]) -> None:
-        """Takes note of where replicas are, and forgets those that are not known any more."""
-        places = self._places | {one.id: one for one in running}
-        self._places = {id: place for id, place in places.items() if id in known}
+    def note(self, running: Mapping[int, ReplicaListing], known: Collection[int]) -> None:
+        """Takes note of what the engine runs, and forgets the replicas that are not known any more."""
+        by_engine = self._by_engine | dict(running)
+        self._by_engine = {id: listing for id, listing in by_engine.items() if id in known}
 
-    def _named(self, id: int) -> str:
-        return self._places[id].name if id in self._places else f"{self._name}-{id}"
+    def listing(
+        self,
+        replicas: Collection[Replica],
+        wanted: Wanted,
+        now: float,
+        status: ServiceStatus | None = None,
+        reason: str = "",
+    ) -> Listing:
+        """What the balancer is told. `status` overrides what it makes of its replicas; None: it decides."""
+        service = ServiceListing(
+            name=self._name,
+            version=str(wanted.newest.version),
+            endpoint=self._endpoint(),
+            status=status or "",
+            reason=reason,
+            is_asleep=wanted.is_asleep,
+        )
+        shown = [replica for replica in replicas if replica.version != wanted.hidden]
+        return Listing(tuple(self._replica(replica, wanted, now) for replica in shown), service)
 
-    def _at(self, id: int) -> str:
-        """Empty while it has no place yet."""
-        return self._places[id].endpoint if id in self._places else ""
-
-    def service(self, wanted: Wanted, word: str, reason: str) -> dict[str, Any]:
-        """`word` overrides what the balancer makes of its replicas; empty: it decides."""
-        return {
-            "name": self._name,
-            "version": str(wanted.newest.version),
-            "endpoint": self._endpoint(),
-            "status": word,
-            "reason": reason,
-            "is_asleep": wanted.is_asleep,
-        }
-
-    def listing(self, replicas: Collection[Replica], wanted: Wanted, now: float) -> list[dict[str, Any]]:
-        return [
-            {
-                "id": replica.id,
-                "name": self._named(replica.id),
-                "endpoint": self._at(replica.id),
-                "version": replica.version,
-                "infra": self._infra,
-                "resources": wanted.recipes[replica.version].resources,
-                "launched_seconds": _age(replica, now),
-                "state": _STATES[replica.stage],
-                "restarts": replica.restarts,
-                "reason": replica.reason,
-            }
-            for replica in replicas
-            if replica.version != wanted.hidden
-        ]
+    def _replica(self, replica: Replica, wanted: Wanted, now: float) -> ReplicaListing:
+        state = _STATES[replica.stage]
+        listing = self._by_engine.get(replica.id)
+        if listing is None:  # the engine has not said yet where it is: it has a name, and nobody can be sent there
+            state = State.PROVISIONING if state is State.RUNNING else state
+            listing = ReplicaListing(f"{self._name}-{replica.id}", id=replica.id, infra=self._infra, state=state)
+        return replace(
+            listing,
+            version=replica.version,
+            resources=wanted.recipes[replica.version].resources,
+            launched_seconds=max(0.0, now - replica.launched_at) if replica.launched_at else 0.0,
+            state=state,
+            reason=replica.reason,
+        )
 
     def shown(self, snapshot: Snapshot, replicas: Collection[Replica], wanted: Wanted, now: float) -> Snapshot:
         """The snapshot with the replicas that the balancer does not know yet."""
-        rows = list(snapshot.replicas)
-        rows += [self._row(replica, wanted, now) for replica in replicas if replica.version == wanted.hidden]
+        hidden = [replica for replica in replicas if replica.version == wanted.hidden]
+        rows = [*snapshot.replicas, *self._rows(hidden, wanted, now)]
         service = replace(
             snapshot.service,
             version=",".join(str(version) for version in sorted({row.version for row in rows}))
@@ -87,7 +95,7 @@ class Report:
         service = ServiceRow(
             name=self._name,
             version=str(wanted.newest.version),
-            status="CONTROLLER_INIT",
+            status=ServiceStatus.CONTROLLER_INIT,
             uptime_seconds=None,
             endpoint=self._endpoint(),
             policy=wanted.newest.spec.policy or "round_robin",
@@ -96,27 +104,9 @@ class Report:
             queue_depth=0,
             in_flight=0,
         )
-        return Snapshot(service, tuple(self._row(replica, wanted, now) for replica in replicas))
+        return Snapshot(service, tuple(self._rows(replicas, wanted, now)))
 
-    def _row(self, replica: Replica, wanted: Wanted, now: float) -> ReplicaRow:
-        return ReplicaRow(
-            id=replica.id,
-            name=self._named(replica.id),
-            version=replica.version,
-            endpoint=self._at(replica.id),
-            launched_seconds=_age(replica, now),
-            infra=self._infra,
-            resources=wanted.recipes[replica.version].resources,
-            status=replica.status or "STARTING" if replica.stage is Stage.RUNNING else _STATES[replica.stage],
-            in_flight=0,
-            requests_total=0,
-            failures_total=0,
-            ejected_for_seconds=0.0,
-            cached_tokens_total=0,
-            prompt_tokens_total=0,
-            reason=replica.reason,
-        )
-
-
-def _age(replica: Replica, now: float) -> float:
-    return max(0.0, now - replica.launched_at) if replica.launched_at else 0.0
+    def _rows(self, replicas: Collection[Replica], wanted: Wanted, now: float) -> Iterator[ReplicaRow]:
+        for replica in replicas:
+            status = replica.status if replica.stage is Stage.RUNNING else None
+            yield ReplicaRow.of(self._replica(replica, wanted, now), status=status or _STATUSES[replica.stage])

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from balancer.operate.controller.plan import UNUSABLE, Replica, Stage
+from balancer.operate.controller.plan import Replica, Stage
 
 Mode = Literal["rolling", "blue_green"]
 
 
-class Verdict(Enum):
+class RolloutStatus(Enum):
     """How an update stands."""
 
-    GOING = "some replicas are still of the old version"
+    IN_PROGRESS = "some replicas are still of the old version"
     DONE = "all replicas that are wanted are of the new version, and ready"
     FAILED = "the new version does not become ready"
 
@@ -24,7 +24,7 @@ class Look:
 
     old: int
     new: int
-    verdict: Verdict
+    status: RolloutStatus
     reason: str = ""
 
 
@@ -38,19 +38,19 @@ def look(mode: Mode, replicas: Iterable[Replica], version: int, total: int, surg
     new = [replica for replica in replicas if replica.version == version and replica.is_wanted]
     old = [replica for replica in replicas if replica.version != version]
     for replica in new:
-        if replica.stage is Stage.GIVEN_UP or replica.status in UNUSABLE:
+        if replica.stage is Stage.GIVEN_UP or replica.is_unusable:
             reason = replica.reason or f"it was {replica.status}"
-            return Look(total, 0, Verdict.FAILED, reason)
-    ready = sum(replica.status == "READY" for replica in new)
+            return Look(total, 0, RolloutStatus.FAILED, reason)
+    ready = sum(replica.is_ready for replica in new)
     if ready >= total:
-        return Look(0, total, Verdict.GOING if old else Verdict.DONE)
+        return Look(0, total, RolloutStatus.IN_PROGRESS if old else RolloutStatus.DONE)
     if mode == "blue_green":
         # The old version serves alone until the whole of the new one is ready.
-        return Look(total, total, Verdict.GOING)
+        return Look(total, total, RolloutStatus.IN_PROGRESS)
     if any(replica.waits_for_gpu for replica in new):
         surge = 0  # others hold what looked free: an old one has to make room after all
     room = total + surge - len(replicas)
     # As many at a time as there is room for beyond the old ones; at least one, once an old one has made room.
     coming = max(0, min(room, max(1, surge) - (len(new) - ready)))
     staying = max(0, total - ready - (surge == 0))
-    return Look(staying, min(total, len(new) + coming), Verdict.GOING)
+    return Look(staying, min(total, len(new) + coming), RolloutStatus.IN_PROGRESS)

@@ -10,8 +10,8 @@ from balancer.errors import ConfigError
 from balancer.operate.controller import rollout
 from balancer.operate.controller.autoscale import Autoscaler, rule_for
 from balancer.operate.controller.plan import Replica
-from balancer.operate.controller.rollout import Mode, Verdict
-from balancer.operate.engines.engine import Found
+from balancer.operate.controller.rollout import Mode, RolloutStatus
+from balancer.operate.engines.engine import Survivor
 from balancer.operate.recipe.recipe import Recipe
 
 
@@ -64,14 +64,14 @@ class Wanted:
             return None
         return self.coming.version
 
-    def adopt(self, found: Collection[Found]) -> None:
+    def adopt(self, survivors: Collection[Survivor]) -> None:
         """Begins where an earlier controller ended: with its versions, and on to our own where theirs is another.
 
         How the others were started is not known any more; should one of them end meanwhile, it comes back as ours.
         """
         ours, digest = self.serving, self.serving.digest
-        alike = {one.version for one in found if one.digest == digest}
-        others = {one.version for one in found} - alike
+        alike = {survivor.listing.version for survivor in survivors if survivor.digest == digest}
+        others = {survivor.listing.version for survivor in survivors} - alike
         for version in others:
             self.recipes[version] = replace(ours, version=version)
         newest = max(alike | others)
@@ -134,8 +134,8 @@ class Wanted:
     def counts(self, replicas: Collection[Replica], load: Load, now: float) -> tuple[Mapping[int, int], Outcome | None]:
         """How many of each version to have now; and how an update ended, once, when it did."""
         # What no replica is of any more will not be started again.
-        there = {self.serving.version, self.newest.version, *(replica.version for replica in replicas)}
-        self.recipes = {version: recipe for version, recipe in self.recipes.items() if version in there}
+        present = {self.serving.version, self.newest.version, *(replica.version for replica in replicas)}
+        self.recipes = {version: recipe for version, recipe in self.recipes.items() if version in present}
         if self._autoscaler is not None:
             self.target = self._autoscaler.target(
                 now, self.target, load.arrived, load.in_flight, load.queued, load.turned_away
@@ -148,10 +148,10 @@ class Wanted:
             self._is_switched = True
             return {self.serving.version: self.target, self.coming.version: self.target}, None
         counts = {self.serving.version: seen.old, self.coming.version: seen.new}
-        if seen.verdict is Verdict.GOING:
+        if seen.status is RolloutStatus.IN_PROGRESS:
             return counts, None
         outcome = Outcome(self.coming.version, seen.reason)
-        if seen.verdict is Verdict.DONE:
+        if seen.status is RolloutStatus.DONE:
             self.serving = self.coming
         else:
             self._autoscaler = _autoscaler(self.serving)

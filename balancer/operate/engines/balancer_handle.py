@@ -4,10 +4,10 @@ import asyncio
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
+from balancer.contract.listing import Listing
 from balancer.contract.status import Snapshot
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.keys import bearing
@@ -68,10 +68,10 @@ class Front(ABC):
     async def stop(self, hurry: asyncio.Event) -> None:
         """Returns when it is gone: once every answer in flight is finished, or at once when `hurry` is set."""
 
-    async def tell(self, service: dict[str, Any], replicas: list[dict[str, Any]]) -> Snapshot | None:
+    async def tell(self, listing: Listing) -> Snapshot | None:
         """Hands over the whole list of replicas; what the balancer makes of it, or None while it does not answer."""
         try:
-            answer = await self._client.put("/replicas", json={"service": service, "replicas": replicas})
+            answer = await self._client.put("/replicas", json=listing.to_json())
             answer.raise_for_status()
             snapshot = Snapshot.from_json(answer.json())
         except (httpx.HTTPError, ValueError):

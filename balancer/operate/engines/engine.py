@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from balancer.contract.listing import ReplicaListing
 from balancer.operate.recipe.recipe import Recipe
 
 
@@ -13,23 +14,12 @@ class CannotStart(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A replica that the engine runs. `name` is the balancer's for it, `launched_seconds` its age."""
-
-    id: int
-    name: str
-    endpoint: str
-    launched_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
+class Survivor:
     """A replica that an earlier controller left running; `digest` is that of the recipe it was started by."""
 
     id: int
-    version: int
+    listing: ReplicaListing
     digest: str
-    launched_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +54,7 @@ class Engine(Protocol):
     # Headers by which its replicas let us in.
     fields: Mapping[str, str]
 
-    async def found(self) -> tuple[Found, ...]:
+    async def found(self) -> tuple[Survivor, ...]:
         """Takes over what an earlier controller left running. Call it once, before all else."""
 
     async def start(self, id: int, recipe: Recipe) -> None:
@@ -73,8 +63,8 @@ class Engine(Protocol):
     async def stop(self, id: int, grace: float) -> None:
         """Returns when the replica is gone: asked first, killed `grace` seconds later."""
 
-    def running(self) -> tuple[Running, ...]:
-        """What runs now."""
+    def running(self) -> Mapping[int, ReplicaListing]:
+        """What runs now, by number, with all that the engine knows of it: a name, a place and an age at least."""
 
     def ended(self) -> tuple[Ended, ...]:
         """What ended unasked since the last call."""

@@ -22,7 +22,7 @@ from tests.lab.replica import LabReplica
 from tests.observe.serving import CHAT, chat, client_of, run, serving, stream
 from tests.support.until import until
 
-READY = "document.querySelectorAll('#cards .badge.good').length === arguments[0]"
+READY = "document.querySelectorAll('#cards .badge.ready').length === arguments[0]"
 ANSWERED = "!document.querySelector('[aria-busy]') && document.querySelectorAll('.theirs').length === arguments[0]"
 
 
@@ -91,12 +91,12 @@ def test_it_shows_at_once_that_a_replica_died_came_back_or_left(tmp_path: Path) 
         async with page(tmp_path, LabReplica(), two) as (balancer, tab):
             two.refuse()
             two.drop_connections()
-            await tab.until("document.querySelector('#cards .badge.bad')?.innerText === 'NOT_READY'")
+            await tab.until("document.querySelector('#cards .badge.unavailable')?.innerText === 'NOT_READY'")
             assert "replica-2 is not ready" in await tab.run("return document.getElementById('announcer').innerText")
             assert "1 of 2" in await tab.text("#service")
             await two.accept()
             await tab.until(READY, 2)
-            balancer.fleet.reconcile([m.listed for m in balancer.fleet.members.values() if m.id == 1])
+            balancer.fleet.reconcile([m.listing for m in balancer.fleet.members.values() if m.id == 1])
             await tab.until("document.querySelectorAll('.card').length === 1")
             balancer.fleet.reconcile([])
             await tab.until("!document.getElementById('no-replicas').hidden")
@@ -189,7 +189,7 @@ def test_errors_are_shown_in_their_own_words(tmp_path: Path) -> None:
             assert "The stream ended early: the replica went away." in await say_and_fail(2)
             lab.refuse()
             lab.drop_connections()
-            await tab.until("!document.querySelector('#cards .badge.good')")
+            await tab.until("!document.querySelector('#cards .badge.ready')")
             assert "No replica is ready." in await say_and_fail(3)
             # A question that failed is no part of the conversation.
             await lab.accept()
@@ -408,13 +408,13 @@ def test_fifty_replicas_and_many_viewers_are_no_trouble(tmp_path: Path) -> None:
         shown = page(tmp_path, LabReplica())
         async with shown as (balancer, tab), client_of(balancer) as client:
             (known,) = balancer.fleet.members.values()
-            many = [replace(known.listed, name=f"replica-{n}", id=n) for n in range(1, 51)]
+            many = [replace(known.listing, name=f"replica-{n}", id=n) for n in range(1, 51)]
             balancer.fleet.reconcile(many)
             await tab.until("document.querySelectorAll('.card').length === 50")
             viewers = [asyncio.ensure_future(watch(client, balancer.admin_endpoint)) for _ in range(63)]
             done = await asyncio.gather(*viewers)
             assert all(done)
-            await tab.until("document.querySelectorAll('.card .badge.good').length === 50")
+            await tab.until("document.querySelectorAll('.card .badge.ready').length === 50")
 
     run(main())
 

@@ -33,7 +33,7 @@ def test_a_real_model_answers_and_the_page_shows_how(balancer: Balancer, tmp_pat
         ):
             await tab.resize(1100, 1180)
             await tab.open(balancer.admin_url + "/")
-            await tab.until("document.querySelectorAll('#cards .badge.good').length === 2")
+            await tab.until("document.querySelectorAll('#cards .badge.ready').length === 2")
             for number in range(12):
                 await talk(client, number)
             await tab.until("document.getElementById('model').value === 'smollm2-135m'")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from balancer.contract.listing import Listing
 from balancer.contract.status import Snapshot
 from balancer.errors import ConfigError
 from balancer.operate.engines.balancer_handle import Addresses, Front, told
@@ -94,8 +95,8 @@ class ComposeFront(Front):
         if has_moved:
             await self._up()
 
-    async def tell(self, service: dict[str, Any], replicas: list[dict[str, Any]]) -> Snapshot | None:
-        snapshot = await super().tell(service, replicas)
+    async def tell(self, listing: Listing) -> Snapshot | None:
+        snapshot = await super().tell(listing)
         if snapshot is not None:
             self._looked_at = asyncio.get_running_loop().time()
         return snapshot

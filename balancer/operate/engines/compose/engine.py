@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from balancer.contract.listing import ReplicaListing
 from balancer.operate.engines.child import tail
 from balancer.operate.engines.compose.project import Container, Project
-from balancer.operate.engines.engine import CannotStart, Ended, Found, Running
+from balancer.operate.engines.engine import CannotStart, Ended, Survivor
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.service_folder import ServiceFolder
 from balancer.operate.state.state_file import write_whole
@@ -28,7 +29,6 @@ _ID, _VERSION, _DIGEST = "groundserve.id", "groundserve.version", "groundserve.d
 @dataclass(slots=True)
 class _Replica:
     container: Container
-    version: int
     following: asyncio.Task[None]
     started: float  # loop time, in seconds
     is_stopping: bool = False
@@ -49,17 +49,16 @@ class ComposeEngine:
         # Compose is told how many there should be, so two cannot be started at a time.
         self._one_at_a_time = asyncio.Lock()
 
-    async def found(self) -> tuple[Found, ...]:
-        found: list[Found] = []
+    async def found(self) -> tuple[Survivor, ...]:
+        survivors: list[Survivor] = []
         for container in await self._project.containers("replica"):
             id = container.labels.get(_ID)
             if id is None or not container.is_running:
                 await self._project.docker("rm", "--force", container.id)
                 continue
             self._take(int(id), container)
-            version, digest = int(container.labels[_VERSION]), container.labels[_DIGEST]
-            found.append(Found(int(id), version, digest, container.age))
-        return tuple(found)
+            survivors.append(Survivor(int(id), self._listing(int(id)), container.labels[_DIGEST]))
+        return tuple(survivors)
 
     async def start(self, id: int, recipe: Recipe) -> None:
         overlay = self._folder.path / "replica.json"
@@ -69,8 +68,8 @@ class ComposeEngine:
             count = len(await self._project.containers("replica")) + 1
             scale = ("up", "-d", "--no-recreate", "--no-deps", "--scale", f"replica={count}", "replica")
             await self._project.compose(*scale, overlays=[overlay])
-            there = await self._project.containers("replica")
-        for container in there:
+            containers = await self._project.containers("replica")
+        for container in containers:
             if container.labels.get(_ID) == str(id):
                 self._take(id, container)
                 return
@@ -85,17 +84,19 @@ class ComposeEngine:
             await self._project.docker("stop", "--time", str(math.ceil(grace)), replica.container.id)
         await replica.following
 
-    def running(self) -> tuple[Running, ...]:
-        now = asyncio.get_running_loop().time()
-        return tuple(
-            Running(
-                id,
-                # As the balancer names who it finds by DNS alone, so that it knows them by one name only.
-                f"{replica.container.address}:{PORT}",
-                f"http://{replica.container.address}:{PORT}",
-                now - replica.started,
-            )
-            for id, replica in self._replicas.items()
+    def running(self) -> Mapping[int, ReplicaListing]:
+        return {id: self._listing(id) for id in self._replicas}
+
+    def _listing(self, id: int) -> ReplicaListing:
+        container = self._replicas[id].container
+        return ReplicaListing(
+            # As the balancer names those that it knows from DNS alone, so that it knows them by one name only.
+            f"{container.address}:{PORT}",
+            f"http://{container.address}:{PORT}",
+            id=id,
+            version=int(container.labels[_VERSION]),
+            launched_seconds=asyncio.get_running_loop().time() - self._replicas[id].started,
+            infra=self.infra,
         )
 
     def ended(self) -> tuple[Ended, ...]:
@@ -110,7 +111,7 @@ class ComposeEngine:
         self._folder.trim_replica_logs({id, *self._replicas})
         started = asyncio.get_running_loop().time() - container.age
         following = asyncio.create_task(self._follow(id, container))
-        self._replicas[id] = _Replica(container, int(container.labels[_VERSION]), following, started)
+        self._replicas[id] = _Replica(container, following, started)
 
     async def _follow(self, id: int, container: Container) -> None:
         """Until the container ended; then nothing is left of it but its log."""

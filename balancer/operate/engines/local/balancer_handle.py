@@ -4,8 +4,8 @@ import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from balancer.contract.listing import Listing
 from balancer.contract.status import Snapshot
 from balancer.operate.engines.balancer_handle import Addresses, Front, told
 from balancer.operate.engines.child import Child, tail
@@ -76,8 +76,8 @@ class LocalFront(Front):
         task.add_done_callback(self._leaving.discard)
         await self.keep_up()
 
-    async def tell(self, service: dict[str, Any], replicas: list[dict[str, Any]]) -> Snapshot | None:
-        snapshot = await super().tell(service, replicas)
+    async def tell(self, listing: Listing) -> Snapshot | None:
+        snapshot = await super().tell(listing)
         if snapshot is not None:
             self._failures = 0
         return snapshot

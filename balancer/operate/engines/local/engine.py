@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from balancer.contract.listing import ReplicaListing
 from balancer.errors import ConfigError
 from balancer.operate.engines.child import Child, tail
-from balancer.operate.engines.engine import CannotStart, Ended, Found, Running
+from balancer.operate.engines.engine import CannotStart, Ended, Survivor
 from balancer.operate.engines.local.ports import REPLICA_PORTS, free_ports, is_free
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state import keys
@@ -38,7 +39,7 @@ class LocalEngine:
         self._ports: dict[int, int] = {}
         self._stopping: set[int] = set()
 
-    async def found(self) -> tuple[Found, ...]:
+    async def found(self) -> tuple[Survivor, ...]:
         """Nothing: children do not outlive their controller."""
         return ()
 
@@ -61,12 +62,16 @@ class LocalEngine:
         self._ports.pop(id, None)
         self._stopping.discard(id)
 
-    def running(self) -> tuple[Running, ...]:
-        now = time.monotonic()
-        return tuple(
-            Running(id, f"{self._folder.name}-{id}", replica.endpoint, now - replica.started)
-            for id, replica in self._replicas.items()
-            if replica.child.code is None
+    def running(self) -> Mapping[int, ReplicaListing]:
+        return {id: self._listing(id, replica) for id, replica in self._replicas.items() if replica.child.code is None}
+
+    def _listing(self, id: int, replica: _Replica) -> ReplicaListing:
+        return ReplicaListing(
+            f"{self._folder.name}-{id}",
+            replica.endpoint,
+            id=id,
+            launched_seconds=time.monotonic() - replica.started,
+            infra=self.infra,
         )
 
     def ended(self) -> tuple[Ended, ...]:
