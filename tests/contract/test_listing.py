@@ -1,0 +1,175 @@
+"""What controller and balancer tell each other of a replica: strict towards others, and each fact kept in one place."""
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from balancer.contract.listing import Listing, ReplicaListing, ServiceListing
+from balancer.contract.status import ReplicaRow
+from balancer.contract.words import Phase, ServiceStatus, State, Status
+from balancer.errors import ConfigError
+from tests.support.program import ROOT, Program
+from tests.support.until import wait_until
+
+REPLICA = ReplicaListing(
+    "r1", "http://127.0.0.1:8001", id=1, version=2, launched_seconds=3.5, infra="local", resources="1x L4", reason="so"
+)
+SERVICE = ServiceListing(
+    name="s", version="1", endpoint="http://e", status="FAILED", reason="all of them ended", is_asleep=True
+)
+LISTING = Listing((REPLICA,), SERVICE)
+
+
+def taken(body: dict[str, Any]) -> Listing:
+    """As the admin port takes it."""
+    return TypeAdapter(Listing).validate_python(body)
+
+
+def test_what_one_side_writes_the_other_reads() -> None:
+    assert taken(json.loads(json.dumps(LISTING.to_json()))) == LISTING
+    assert taken({"replicas": []}) == Listing(())
+
+
+EACH_KIND: list[Any] = [True, 1, 1.5, "1", "", [], [1], {}, {"a": 1}, None]
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ReplicaListing)])
+@pytest.mark.parametrize("value", EACH_KIND)
+def test_a_fact_is_refused_or_taken_as_it_was_written(name: str, value: Any) -> None:
+    """Whatever the type of a fact that is added: a text is no number, a number no truth."""
+    body = LISTING.to_json()
+    body["replicas"][0][name] = value
+    try:
+        (replica,) = taken(body).replicas
+    except ValidationError as error:
+        assert error.errors()[0]["loc"][:3] == ("replicas", 0, name)
+    except ConfigError:
+        assert name == "endpoint"
+    else:
+        assert getattr(replica, name) == value
+        assert isinstance(getattr(replica, name), bool) == isinstance(value, bool)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ServiceListing)])
+@pytest.mark.parametrize("value", EACH_KIND)
+def test_so_is_what_is_said_of_the_service(name: str, value: Any) -> None:
+    body = LISTING.to_json()
+    body["service"][name] = value
+    try:
+        service = taken(body).service
+    except ValidationError as error:
+        assert error.errors()[0]["loc"][:2] == ("service", name)
+    else:
+        assert getattr(service, name) == value
+        assert isinstance(getattr(service, name), bool) == isinstance(value, bool)
+
+
+def test_a_services_status_is_one_of_the_words() -> None:
+    with pytest.raises(ValidationError, match="write one of CONTROLLER_INIT, REPLICA_INIT, READY"):
+        taken({"replicas": [], "service": {"status": "FINE"}})
+
+
+@pytest.mark.parametrize("endpoint", ["", "127.0.0.1:8001", "ftp://a:1", "http://a:0", "http://u@a:1", "http://a:1/v1"])
+def test_a_running_replica_has_an_address(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match="is not an address"):
+        ReplicaListing("r1", endpoint)
+
+
+def test_one_that_does_not_run_needs_none() -> None:
+    assert [ReplicaListing("r1", state=state).endpoint for state in State if state is not State.RUNNING] == [""] * 3
+
+
+def test_every_word_has_its_phase() -> None:
+    assert {status.phase for status in Status} == set(Phase)
+    assert {status.phase for status in ServiceStatus} == set(Phase) - {Phase.UNAVAILABLE}
+
+
+def test_a_row_has_the_facts_of_its_listing() -> None:
+    row = ReplicaRow.of(REPLICA, status=Status.EJECTED, in_flight=4, launched_seconds=9.0)
+    assert row == ReplicaRow(
+        "r1",
+        "http://127.0.0.1:8001",
+        id=1,
+        version=2,
+        launched_seconds=9.0,
+        infra="local",
+        resources="1x L4",
+        reason="so",
+        status=Status.EJECTED,
+        in_flight=4,
+    )
+
+
+# A fact that nobody has thought of yet
+
+EDITS = {
+    "contract/listing.py": ('    resources: str = "-"', '    node: str = "-"'),
+    "operate/commands/table.py": (
+        '    _Column("RESOURCES", lambda replica: replica.resources),',
+        '    _Column("NODE", lambda replica: replica.node),',
+    ),
+}
+CONTROLLER = """
+import json
+from balancer.contract.listing import ReplicaListing
+from balancer.operate.controller.plan import Replica, Stage
+from balancer.operate.controller.report import Report
+from balancer.operate.controller.wanted import Wanted
+from balancer.operate.recipe.recipe import recipe
+from balancer.spec.service_file import parse
+
+wanted = Wanted(recipe(parse("service: {replicas: 1}\\nrun: serve --port $GROUNDSERVE_PORT", source="x.yaml")))
+report = Report("x", lambda: "http://127.0.0.1:1", "local")
+report.note({1: ReplicaListing("x-1", "http://127.0.0.1:9", id=1, node="gpu-2")}, {1})
+print(json.dumps(report.listing([Replica(1, 1, Stage.RUNNING)], wanted, 0.0).to_json()))
+"""
+
+
+class Altered:
+    """The project with one line more in each of two files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "balancer", folder / "balancer", ignore=shutil.ignore_patterns("__pycache__"))
+        for name, (after, line) in EDITS.items():
+            path = folder / "balancer" / name
+            before, found, rest = path.read_text().partition(after)
+            assert found, f"{name} has no line {after!r} any more"
+            end_of_line, _, rest = rest.partition("\n")
+            path.write_text(f"{before}{after}{end_of_line}\n{line}\n{rest}")
+
+    def program(self, code: str, *arguments: str, **environ: str) -> Program:
+        here = f"import sys; sys.path.insert(0, {str(self.folder)!r})\n"
+        return Program("-c", here + code, *arguments, environ=environ)
+
+    def printed(self, code: str, *arguments: str, **environ: str) -> str:
+        with self.program(code, *arguments, **environ) as program:
+            assert program.wait() == 0, program.tail()
+            return program.text
+
+
+def test_a_new_fact_is_one_line_in_the_type_and_one_in_the_table(tmp_path: Path) -> None:
+    """From the engine over the controller, PUT /replicas and the fleet to GET /status, the tables and the page's feed."""
+    altered = Altered(tmp_path)
+    listing = json.loads(altered.printed(CONTROLLER))
+    assert listing["replicas"][0]["node"] == "gpu-2"
+    ports = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+    main = "import runpy; runpy.run_module('balancer', run_name='__main__', alter_sys=True)"
+    with altered.program(main, *ports) as balancer:
+        admin = wait_until(lambda: balancer.check_alive() and balancer.said("admin on "), balancer.tail)
+        assert httpx.put(f"{admin}/replicas", json=listing, trust_env=False).status_code == 200
+        assert httpx.get(f"{admin}/status", trust_env=False).json()["replicas"][0]["node"] == "gpu-2"
+        with httpx.stream("GET", f"{admin}/feed", trust_env=False) as feed:
+            state = next(line for line in feed.iter_lines() if line.startswith("data: ") and '"decisions"' in line)
+        assert json.loads(state.removeprefix("data: "))["replicas"][0]["node"] == "gpu-2"
+        state_home = {"XDG_STATE_HOME": str(tmp_path), "GROUNDSERVE_ADMIN": admin}
+        table = altered.printed("from balancer.cli import main; sys.exit(main(['status']))", **state_home)
+    head, row = table.splitlines()[-2:]
+    assert head.split()[5:8] == ["INFRA", "RESOURCES", "NODE"]
+    assert "gpu-2" in row.split()
