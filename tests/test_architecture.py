@@ -63,6 +63,16 @@ def test_whoever_operates_a_service_imports_nothing_of_its_balancer(path: Path) 
     assert others <= OPERATE
 
 
+def test_the_balancer_process_needs_nothing_of_the_command() -> None:
+    """Its image carries neither balancer/operate nor balancer/cli.py. Imports inside functions count, too."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
+    needed = ["balancer.__main__"]
+    for name in needed:
+        needed += [other for other in imported(files[name]) if other in files and other not in needed]
+    assert {"balancer.app", "balancer.spec.service_file"} <= set(needed)
+    assert [name for name in needed if part_of(files[name]) in ("operate", "cli")] == []
+
+
 @pytest.mark.parametrize(("program", "other"), [("balancer", "replica"), ("replica", "balancer")])
 def test_replica_and_balancer_never_import_each_other(program: str, other: str) -> None:
     for path in (ROOT / program).rglob("*.py"):

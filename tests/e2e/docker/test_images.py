@@ -59,6 +59,7 @@ def test_the_balancer_adds_less_than_150_mb_to_its_base_and_nothing_of_the_repli
     here, package = json.loads(docker(*run))
     assert here == ["balancer", "healthcheck.py"]
     assert "app.py" in package
+    assert {"operate", "cli.py"}.isdisjoint(package), "the command that starts services is not the balancer's"
     assert "__pycache__" in package, "compiled at the build, since a read-only file system cannot be written to"
 
 
