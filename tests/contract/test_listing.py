@@ -39,21 +39,28 @@ def test_what_one_side_writes_the_other_reads() -> None:
 EACH_KIND: list[Any] = [True, 1, 1.5, "1", "", [], [1], {}, {"a": 1}, None]
 
 
+def refusal(body: dict[str, Any]) -> tuple[int | str, ...]:
+    """Where the first thing is that is not taken; empty where all is."""
+    try:
+        taken(body)
+    except ValidationError as error:
+        return error.errors()[0]["loc"]
+    except ConfigError:
+        return ("replicas", 0, "endpoint")
+    return ()
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(ReplicaListing)])
 @pytest.mark.parametrize("value", EACH_KIND)
 def test_a_fact_is_refused_or_taken_as_it_was_written(name: str, value: Any) -> None:
     """Whatever the type of a fact that is added: a text is no number, a number no truth."""
     body = LISTING.to_json()
     body["replicas"][0][name] = value
-    try:
-        (replica,) = taken(body).replicas
-    except ValidationError as error:
-        assert error.errors()[0]["loc"][:3] == ("replicas", 0, name)
-    except ConfigError:
-        assert name == "endpoint"
-    else:
-        assert getattr(replica, name) == value
-        assert isinstance(getattr(replica, name), bool) == isinstance(value, bool)
+    where = refusal(body)
+    assert where[:3] in ((), ("replicas", 0, name))
+    if not where:
+        got = getattr(taken(body).replicas[0], name)
+        assert (got, isinstance(got, bool)) == (value, isinstance(value, bool))
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(ServiceListing)])
@@ -61,13 +68,11 @@ def test_a_fact_is_refused_or_taken_as_it_was_written(name: str, value: Any) -> 
 def test_so_is_what_is_said_of_the_service(name: str, value: Any) -> None:
     body = LISTING.to_json()
     body["service"][name] = value
-    try:
-        service = taken(body).service
-    except ValidationError as error:
-        assert error.errors()[0]["loc"][:2] == ("service", name)
-    else:
-        assert getattr(service, name) == value
-        assert isinstance(getattr(service, name), bool) == isinstance(value, bool)
+    where = refusal(body)
+    assert where[:2] in ((), ("service", name))
+    if not where:
+        got = getattr(taken(body).service, name)
+        assert (got, isinstance(got, bool)) == (value, isinstance(value, bool))
 
 
 def test_a_services_status_is_one_of_the_words() -> None:
@@ -155,7 +160,7 @@ class Altered:
 
 
 def test_a_new_fact_is_one_line_in_the_type_and_one_in_the_table(tmp_path: Path) -> None:
-    """From the engine over the controller, PUT /replicas and the fleet to GET /status, the tables and the page's feed."""
+    """From the engine through the controller and the fleet to GET /status, the tables and the page's feed."""
     altered = Altered(tmp_path)
     listing = json.loads(altered.printed(CONTROLLER))
     assert listing["replicas"][0]["node"] == "gpu-2"
