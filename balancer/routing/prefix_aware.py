@@ -4,20 +4,22 @@ All is told in blocks of prompt. A member would have to compute those of this pr
 computes some for others; its batch counts in flight squared / mean in flight, so that one request more is two blocks
 at the mean and a chance difference little. And what another has cached already would be there twice: in a KV pool that
 is full such a copy pushes out what others come back for, again and again. So a prefix is shared out early while there
-is room, and leaves its member hardly ever when there is none. Among those that have as little to do, a new prefix
-goes where the pool has most room.
+is room; when there is none it leaves its member hardly ever, unless it is used much more than what it would push out:
+then a copy soon pays, and a prompt that all share is shared out in full pools too. Among those that have as little to
+do, a new prefix goes where the pool has most room.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from balancer.fleet.member import Member
 from balancer.routing.policies import Choice, turn
+from balancer.routing.popularity import Popularity
 from balancer.routing.prefix_index import PrefixIndex
 from balancer.routing.prompt import Prompt
 
-# What a copied block costs on top of its computing where the KV pool is full. With other values here `make simulate`
-# says: with 0 two H200s whose pools hold all prefixes just so do a fifth less, and eight replicas a fifth less of
-# images; with 4 there is a seventeenth less of chat; with 24 nothing is more than a thirtieth worse.
+# What a copied block costs on top of its computing where the KV pool is full of what is used as much. With other values
+# `make simulate` says: with 0 two H200s whose pools hold all prefixes just so do a fifth less, and eight replicas a
+# fifth less of images; with 4 there is a seventeenth less of chat; with 24 nothing is more than a thirtieth worse.
 COPY_PRICE = 12.0
 # In flight at the mean is no more than this: else one request of two is twice the mean.
 LEAST_MEAN = 4.0
@@ -42,6 +44,7 @@ class PrefixAware:
 
     def __init__(self) -> None:
         self.index = PrefixIndex()
+        self.popularity = Popularity()
         self._doubts: dict[Member, int] = {}
 
     def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
@@ -51,18 +54,42 @@ class PrefixAware:
         depths = {member: depth for member, depth in self.index.matched(blocks) if member in loads}
         # Of a replica's ranks one has it, as a rule, and which of them gets the request is the replica's business.
         found = {member: depth / member.ranks for member, depth in depths.items()}
-        costs = work(found, size, found, loads, self.index.occupancy)
+        deepest = max(depths.values(), default=0)
+        price = self._copy_prices(blocks, depths, deepest)
+        costs = work(found, size, found, loads, price)
         best = min(costs, key=costs.__getitem__, default=None)
         if best is None or costs[best] > size + ALIKE or found[best] < LEAST_SHARE * size:
             # Who has none of it has all of it to compute: only if that is clearly less are there others to look at.
-            costs = work(members, size, found, loads, self.index.occupancy)
+            costs = work(members, size, found, loads, price)
             best = self._least_or_roomiest(costs, found, size)
         if not blocks:
             return Choice(best, "room", 0.0)
-        coming = self.index.expect(best, blocks, depths.get(best, 0))
-        depth = found.get(best, 0)
-        reason = "prefix" if depth >= LEAST_SHARE * size else "room"
-        return Choice(best, reason, depth / size, int(size - depth) if prompt.is_streamed else 0, coming)
+        depth = depths.get(best, 0)
+        coming = self.index.expect(best, blocks, depth)
+        if self.popularity.note(best, blocks, depth, deepest):
+            self.popularity.begin(sum(map(self.index.capacity, self.index.occupancy)))
+        share = found.get(best, 0)
+        reason = "prefix" if share >= LEAST_SHARE * size else "room"
+        return Choice(best, reason, share / size, int(size - share) if prompt.is_streamed else 0, coming)
+
+    def _copy_prices(
+        self, blocks: Sequence[int], depths: Mapping[Member, int], deepest: int
+    ) -> Callable[[Member], float]:
+        """What each block costs, beside computing, that a member lacks of the `deepest` match.
+
+        In a full pool it is `COPY_PRICE`, or less where the blocks are used more than what they would push out.
+        """
+        occupied, rarities = self.index.occupancy, dict[int, float]()
+
+        def price(member: Member) -> float:
+            depth, share = depths.get(member, 0), occupied.get(member, 0.0)
+            if not share:
+                return 0.0
+            if (rarity := rarities.get(depth)) is None:
+                rarity = rarities[depth] = self.popularity.rarity(blocks, depth, deepest)
+            return COPY_PRICE * share * self.popularity.price(member, self.index.capacity(member), rarity)
+
+        return price
 
     def _least_or_roomiest(self, costs: Mapping[Member, float], found: Mapping[Member, float], size: int) -> Member:
         """Who has least to do, in turn; if that has next to nothing of the prompt, who has most room for it."""
@@ -91,6 +118,7 @@ class PrefixAware:
     def forget(self, member: Member) -> None:
         self._doubts.pop(member, None)
         self.index.forget(member)
+        self.popularity.forget(member)
 
 
 def relative_loads(members: Sequence[Member]) -> dict[Member, float]:
@@ -108,24 +136,19 @@ def work(
     size: float,
     found: Mapping[Member, float],
     loads: Mapping[Member, float],
-    occupied: Mapping[Member, float],
+    copy_price: Callable[[Member], float],
 ) -> dict[Member, float]:
     """What it costs, in blocks, that each of these gets a prompt of `size` blocks of which it has `found` cached.
 
-    `loads` are those of all members; `occupied` is the share of a KV pool in use, 0 where a member is not in it.
+    `loads` are those of all members; `copy_price` is what a block costs that another has cached already.
     """
     mean = max(LEAST_MEAN, sum(loads.values()) / len(loads))
     deepest = max(found.values(), default=0)
-    copying = COPY_PRICE * deepest
     costs = {}
     for member in members:
-        load = loads[member]
-        cost = size + member.computing + load * load / mean
-        if (depth := found.get(member)) is not None:
-            cost -= depth
-            if depth < deepest:
-                cost += COPY_PRICE * occupied.get(member, 0) * (deepest - depth)
-        elif copying:
-            cost += copying * occupied.get(member, 0)
+        load, depth = loads[member], found.get(member, 0)
+        cost = size - depth + member.computing + load * load / mean
+        if depth < deepest:
+            cost += copy_price(member) * (deepest - depth)
         costs[member] = cost
     return costs

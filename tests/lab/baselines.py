@@ -1,6 +1,7 @@
 """Policies to compare with, in the simulator only: what other routers do, and what perfect knowledge would bring."""
 
 import bisect
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import count
 
@@ -9,12 +10,15 @@ from xxhash import xxh3_64_intdigest
 
 from balancer.fleet.member import Member
 from balancer.routing.policies import Choice
-from balancer.routing.prefix_aware import ALIKE, LEAST_SHARE, relative_loads, work
+from balancer.routing.popularity import Popularity
+from balancer.routing.prefix_aware import ALIKE, COPY_PRICE, LEAST_SHARE, relative_loads, work
 from balancer.routing.prefix_index import TOKENS_PER_BLOCK
 from balancer.routing.prompt import Prompt
 from tests.lab.model import ReplicaModel
 from tests.lab.radix import TOKEN
 from tests.lab.workloads import Turn
+
+ModelsOf = Callable[[Member], Sequence[ReplicaModel]]  # one for each of its data-parallel ranks
 
 
 class _Unaware:
@@ -47,7 +51,7 @@ class CacheAware(_Unaware):
 
     def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
         loads = [member.in_flight for member in members]
-        shortest = min(members, key=lambda member: (member.in_flight, member.id))
+        shortest = self.least(members)
         blocks = Prompt(prompt.path, [_text_only(prompt.body[0])]).blocks
         depth = next((n for n, block in enumerate(blocks) if block not in self._owner), len(blocks))
         most, least = max(loads), min(loads)
@@ -59,6 +63,9 @@ class CacheAware(_Unaware):
         for block in blocks:
             self._owner[block] = chosen
         return Choice(chosen, "cache aware", depth / len(blocks) if blocks else 0.0)
+
+    def least(self, members: Sequence[Member]) -> Member:
+        return min(members, key=lambda member: (member.in_flight, member.id))
 
 
 def _text_only(body: bytes) -> bytes:
@@ -99,57 +106,147 @@ class BoundedHashing(_Unaware):
         raise AssertionError
 
 
+class Smg(CacheAware):
+    """The rules that smg documents for cache_aware, with its published defaults.
+
+    As sglang-router's, but where little is known or loads differ much, a request goes to the shortest expected wait:
+    tokens that wait, by a nominal throughput, and a barrier before a full KV pool. It reads what replicas say every ten
+    seconds and guesses in between; here what they say is fresh.
+    """
+
+    name = "smg"
+    KV_PRESSURE = 0.15
+    THROUGHPUT = 2000.0
+
+    def __init__(self, models_of: ModelsOf) -> None:
+        super().__init__()
+        self._models_of = models_of
+
+    def least(self, members: Sequence[Member]) -> Member:
+        return min(members, key=lambda member: (self._expected_wait(member), member.in_flight, member.turn))
+
+    def _expected_wait(self, member: Member) -> float:
+        models = self._models_of(member)
+        waiting = sum(len(request.tokens) // TOKEN for model in models for request in model.waiting)
+        used = min(0.999, _used(models))
+        return waiting / self.THROUGHPUT + self.KV_PRESSURE * used / (1 - used)
+
+
+class LlmD(_Unaware):
+    """llm-d's scheduler as its guides set it up: the greatest sum of three scores from 0 to 1, times their weights.
+
+    They are the share of the prompt that is known there, the free share of the KV pool, and how short the queue is
+    beside the longest and the shortest. Its prefixes are kept for each replica, so many and least recently used out,
+    whatever the size of the pool, and no more than so many are compared; sizes are in blocks of ours. Here it sees
+    queues and pools as they are at that moment.
+    """
+
+    name = "llm-d"
+    PREFIX, QUEUE, KV = 3.0, 2.0, 2.0
+    KNOWN = 3906
+    COMPARED = 32
+
+    def __init__(self, models_of: ModelsOf) -> None:
+        self._models_of = models_of
+        self._known: dict[Member, OrderedDict[int, None]] = {}
+
+    def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
+        blocks = prompt.blocks[: self.COMPARED]
+        queues = {member: sum(len(model.waiting) for model in self._models_of(member)) for member in members}
+        longest, shortest = max(queues.values()), min(queues.values())
+        range_ = longest - shortest
+        shares = {member: self._share(member, blocks) for member in members}
+
+        def score(member: Member) -> float:
+            queue = (longest - queues[member]) / range_ if range_ else 1.0
+            free = 1 - _used(self._models_of(member))
+            return self.PREFIX * shares[member] + self.QUEUE * queue + self.KV * free
+
+        best = max(members, key=lambda member: (score(member), -member.turn))
+        known = self._known.setdefault(best, OrderedDict())
+        for block in reversed(blocks):
+            known[block] = None
+            known.move_to_end(block)
+        while len(known) > self.KNOWN:
+            known.popitem(last=False)
+        return Choice(best, "scored", shares[best])
+
+    def _share(self, member: Member, blocks: list[int]) -> float:
+        known = self._known.get(member, {})
+        depth = next((n for n, block in enumerate(blocks) if block not in known), len(blocks))
+        return depth / len(blocks) if blocks else 0.0
+
+
+def _used(models: Sequence[ReplicaModel]) -> float:
+    """The share of the KV pools that requests hold."""
+    return sum(model.used_tokens for model in models) / sum(model.settings.max_total_tokens for model in models)
+
+
 class Oracle(_Unaware):
     """Sees what the replicas really have cached, and what they are about to compute.
 
-    It counts what each member has to do as prefix_aware does, but by the tokens that are there, so that what is between
-    the two is the price of not seeing the caches.
+    It counts what each member has to do as prefix_aware does, but by the tokens that are there. What a copy costs it
+    does not know either, so that each workload is played three times, and the best is the oracle's: with dear copies,
+    with free ones, and with copies that are the cheaper the more a prefix is used.
     """
 
     name = "oracle"
 
-    def __init__(self, model_of: Callable[[Member], ReplicaModel]) -> None:
-        self._model_of = model_of
-        self._coming: dict[Member, list[bytes]] = {}
+    def __init__(self, models_of: ModelsOf, copy_price: float = COPY_PRICE, by_popularity: bool = False) -> None:
+        self._models_of = models_of
+        self._copy_price = copy_price
+        self._popularity = Popularity() if by_popularity else None
+        self._coming: dict[Member, Counter[int]] = {}
 
     def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
         assert isinstance(prompt, Turn)
-        tokens = len(prompt.tokens) // TOKEN
-        found = {member: self._found(member, prompt.tokens) for member in members}
+        blocks, tokens = prompt.blocks, len(prompt.tokens) // TOKEN
+        found = {member: self._found(member, prompt) for member in members}
         occupied = {member: self._occupied(member) for member in members}
-        blocks = {member: found[member] / TOKENS_PER_BLOCK for member in members}
-        costs = work(members, tokens / TOKENS_PER_BLOCK, blocks, relative_loads(members), occupied)
+        in_blocks = {member: tokens_there * len(blocks) // tokens for member, tokens_there in found.items()}
+        deepest = max(in_blocks.values())
+
+        def price(member: Member) -> float:
+            if self._popularity is None or in_blocks[member] == deepest:
+                return self._copy_price * occupied[member]
+            rarity = self._popularity.rarity(blocks, in_blocks[member], deepest)
+            return self._copy_price * occupied[member] * self._popularity.price(member, self._pool(member), rarity)
+
+        depths = {member: tokens_there / TOKENS_PER_BLOCK for member, tokens_there in found.items()}
+        costs = work(members, tokens / TOKENS_PER_BLOCK, depths, relative_loads(members), price)
         best = min(members, key=lambda member: (costs[member], member.turn))
         if found[best] < LEAST_SHARE * tokens:
             alike = [member for member in members if costs[member] < costs[best] + ALIKE]
             best = min(alike, key=lambda member: (int(10 * occupied[member]), costs[member], member.turn))
-        self._coming.setdefault(best, []).append(prompt.tokens)
+        self._coming.setdefault(best, Counter()).update(blocks)
+        if self._popularity and self._popularity.note(best, blocks, in_blocks[best], deepest):
+            self._popularity.begin(sum(map(self._pool, members)))
         return Choice(best, "seen", found[best] / tokens, round((tokens - found[best]) / TOKENS_PER_BLOCK))
 
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
-        assert isinstance(prompt, Turn)
-        self._coming[choice.member].remove(prompt.tokens)
+        coming = self._coming[choice.member]
+        for block in prompt.blocks:
+            coming[block] -= 1
+            if not coming[block]:
+                del coming[block]
+
+    def _pool(self, member: Member) -> int:
+        """What its KV pools hold, in blocks."""
+        return int(sum(model.settings.max_total_tokens for model in self._models_of(member)) / TOKENS_PER_BLOCK)
 
     def _occupied(self, member: Member) -> float:
-        """The share of the KV pool that holds something."""
-        model = self._model_of(member)
-        return 1 - model.free_tokens / model.settings.max_total_tokens
+        """The share of the KV pools that holds something."""
+        models = self._models_of(member)
+        free = sum(model.free_tokens for model in models)
+        return 1 - free / sum(model.settings.max_total_tokens for model in models)
 
-    def _found(self, member: Member, tokens: bytes) -> int:
-        found = self._model_of(member).cache.predict(tokens)
-        for coming in self._coming.get(member, ()):
-            if coming[: (found + 1) * TOKEN] == tokens[: (found + 1) * TOKEN]:
-                found = max(found, _common(coming, tokens))
+    def _found(self, member: Member, prompt: Turn) -> int:
+        """Tokens that are cached, or coming; on the average of its ranks, for any of them may get the request."""
+        models = self._models_of(member)
+        found = sum(model.cache.predict(prompt.tokens) for model in models) // len(models)
+        coming = self._coming.get(member)
+        if coming and len(models) == 1 and prompt.blocks:
+            blocks = prompt.blocks
+            depth = next((n for n, block in enumerate(blocks) if block not in coming), len(blocks))
+            found = max(found, depth * len(prompt.tokens) // TOKEN // len(blocks))
         return found
-
-
-def _common(one: bytes, other: bytes) -> int:
-    """Tokens that both begin with."""
-    low, high = 0, min(len(one), len(other)) // TOKEN
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[: middle * TOKEN] == other[: middle * TOKEN]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.lab.bars import bars
+from tests.lab.baselines import Oracle
 from tests.lab.model import ModelSettings
 from tests.lab.simulator import POLICIES, Result, Simulation
-from tests.lab.workloads import WORKLOADS, Conversation, Writer, groups
+from tests.lab.workloads import WORKLOADS, Conversation, Writer, groups, unlike
 
 AT_ONCE = 16  # requests under way for each replica, unless --at-once says otherwise
 
@@ -41,9 +42,28 @@ class Scenario:
     conversations: Sequence[Conversation]
     at_once: int
     settings: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    arrivals: Sequence[float] | None = None  # seconds; None: all could begin at once
+    is_warm: bool = False  # are the pools full of other prompts already?
+    ranks: int = 1
 
     def run(self, policy: str, max_pending: int | None = None) -> Result:
-        return Simulation(policy, self.settings, self.replicas, max_pending).run(self.conversations, self.at_once)
+        if policy != Oracle.name:
+            return self._played(Simulation(policy, self.settings, self.replicas, max_pending, self.ranks))
+        found = []
+        for copies in ({}, {"copy_price": 0.0}, {"by_popularity": True}):
+            simulation = Simulation(policy, self.settings, self.replicas, max_pending, self.ranks)
+            simulation.policy = simulation.admission.policy = Oracle(simulation.models_of, **copies)
+            found.append(self._played(simulation))
+        return max(found, key=lambda one: (round(one.goodput, 2), -one.ttft_mean))
+
+    def _played(self, simulation: Simulation) -> Result:
+        pools = self.replicas * self.ranks
+        before = unlike(Writer(random.Random(0)), pools, self.settings.max_total_tokens) if self.is_warm else ()
+        return simulation.run(self.conversations, self.at_once, self.arrivals, before)
+
+    def warm(self) -> "Scenario":
+        """The same where the pools are full of other prompts when it begins."""
+        return dataclasses.replace(self, name=f"{self.name}, pools full", is_warm=True)
 
 
 def h200(seed: int) -> Scenario:
@@ -65,6 +85,13 @@ def cpu(seed: int) -> Scenario:
     return Scenario("two on a CPU", 2, groups(writer, 8, 40, 1000, answer_tokens=16), 4, CPU)
 
 
+def new_prompt(replicas: int, seed: int) -> Scenario:
+    """An application's new system prompt of 5,000 tokens: nobody has it, and from now on all requests begin with it."""
+    writer = Writer(random.Random(seed))
+    conversations = groups(writer, 1, 500 * replicas, 5000, answer_tokens=200)
+    return Scenario("new prompt for all", replicas, conversations, 64 * replicas, H200)
+
+
 def scenario(name: str, replicas: int, seed: int, at_once: int = AT_ONCE) -> Scenario:
     writer = Writer(random.Random(seed))
     return Scenario(name, replicas, WORKLOADS[name](writer, replicas), at_once * replicas)
@@ -76,6 +103,8 @@ def scenarios(replicas: Sequence[int], names: Sequence[str], seed: int, at_once:
         yield tight(seed)
         yield cpu(seed)
     for count in replicas:
+        if at_once == AT_ONCE:
+            yield new_prompt(count, seed)
         for name in names:
             yield scenario(name, count, seed, at_once)
 
@@ -86,6 +115,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--replicas", nargs="+", type=int, metavar="N", help="how many; default 2 and 8")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS], metavar="NAME")
     parser.add_argument("--policy", nargs="+", choices=POLICIES, default=[*POLICIES], metavar="NAME")
+    parser.add_argument("--pools", choices=["empty", "full"], nargs="+", default=["empty", "full"], help="at the start")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="data-parallel ones of a replica")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=AT_ONCE, metavar="N", help="a replica, default %(default)s")
     parser.add_argument("--max-pending", type=int, metavar="N", help="hold requests back as the setting does")
@@ -115,7 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     began = time.monotonic()
     rows: list[dict[str, object]] = []
-    for one in scenarios(options.replicas, options.workload, options.seed, options.at_once):
+    chosen = [
+        dataclasses.replace(one.warm() if pools == "full" else one, ranks=options.ranks)
+        for one in scenarios(options.replicas, options.workload, options.seed, options.at_once)
+        for pools in options.pools
+    ]
+    for one in chosen:
         print(f"\n{one.name}, {one.replicas} replicas, {one.at_once} at once\n{HEAD}", flush=True)
         for policy in options.policy:
             result = one.run(policy, options.max_pending)

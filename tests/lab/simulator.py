@@ -1,9 +1,11 @@
 """The shipped fleet, admission and policies before replica models, in virtual time."""
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from balancer.contract.listing import ReplicaListing
 from balancer.fleet.claim import Claim
@@ -14,7 +16,7 @@ from balancer.routing.policies import Choice, LeastLoad, Policy, RoundRobin
 from balancer.routing.prefix_aware import PrefixAware
 from balancer.spec.settings import ReadinessProbe, Settings
 from tests.bench.stats import quantile
-from tests.lab.baselines import BoundedHashing, CacheAware, Oracle
+from tests.lab.baselines import BoundedHashing, CacheAware, LlmD, ModelsOf, Oracle, Smg
 from tests.lab.model import ModelSettings, QueueFull, ReplicaModel, TooLong
 from tests.lab.request import Request
 from tests.lab.virtual import VirtualReplicas
@@ -23,13 +25,14 @@ from tests.lab.workloads import Conversation, Turn
 # Between two looks at the replicas' own queues, where requests are held back; virtual seconds.
 LOOK = 0.02
 
-ModelOf = Callable[[Member], ReplicaModel]
-POLICIES: dict[str, Callable[[ModelOf], Policy]] = {
+POLICIES: dict[str, Callable[[ModelsOf], Policy]] = {
     "prefix_aware": lambda _: PrefixAware(),
     "least_load": lambda _: LeastLoad(),
     "round_robin": lambda _: RoundRobin(),
     "cache_aware": lambda _: CacheAware(),
     "bounded_hashing": lambda _: BoundedHashing(),
+    "smg": Smg,
+    "llm-d": LlmD,
     "oracle": Oracle,
 }
 
@@ -51,16 +54,22 @@ class Result:
     choice_us: float  # CPU time of a choice, the median
 
 
-def fleet_before(models: Sequence[ReplicaModel], clock: Callable[[], float], max_pending: int | None = None) -> Fleet:
-    """A fleet of READY members, as the prober would leave them: each knows its KV pool and its limit."""
+def fleet_before(
+    models: Sequence[ReplicaModel], clock: Callable[[], float], max_pending: int | None = None, ranks: int = 1
+) -> Fleet:
+    """A fleet of READY members, as the prober would leave them: each knows its KV pools and its limit.
+
+    Each member has as many of the models as `ranks` says.
+    """
     fleet = Fleet(Settings(max_pending=max_pending), ReadinessProbe(), clock)
-    fleet.reconcile([ReplicaListing(f"r{n}", f"http://127.0.0.1:{9000 + n}") for n in range(len(models))])
-    for member, model in zip(fleet.members.values(), models, strict=True):
+    fleet.reconcile([ReplicaListing(f"r{n}", f"http://127.0.0.1:{9000 + n}") for n in range(len(models) // ranks)])
+    for member, model in zip(fleet.members.values(), models[::ranks], strict=True):
         member.ready.passed(clock())
         member.service.passed(clock())
         member.has_passed = True
-        member.limit = model.settings.max_running_requests
-        member.capacity_tokens = model.settings.max_total_tokens
+        member.ranks = ranks
+        member.limit = model.settings.max_running_requests * ranks
+        member.capacity_tokens = model.settings.max_total_tokens * ranks
     fleet.changed()
     return fleet
 
@@ -69,27 +78,62 @@ class Simulation:
     """One workload through one policy. As many requests as `at_once` are under way, as long as there are any.
 
     With `max_pending` requests are held back as in the balancer, by what each replica says of its queue at that moment.
+    A replica of several data-parallel ranks gives requests to them in turn, as SGLang's controller does.
     """
 
-    def __init__(self, policy: str, settings: ModelSettings, replicas: int, max_pending: int | None = None) -> None:
-        models = [ReplicaModel(settings) for _ in range(replicas)]
+    def __init__(
+        self, policy: str, settings: ModelSettings, replicas: int, max_pending: int | None = None, ranks: int = 1
+    ) -> None:
+        models = [ReplicaModel(settings) for _ in range(replicas * ranks)]
         self.replicas = VirtualReplicas(models)
-        self.fleet = fleet_before(models, lambda: self.replicas.now, max_pending)
-        self.index = {member: index for index, member in enumerate(self.fleet.members.values())}
-        self.policy = POLICIES[policy](lambda member: models[self.index[member]])
+        self.ranks = ranks
+        self.fleet = fleet_before(models, lambda: self.replicas.now, max_pending, ranks)
+        self.first_rank = {member: ranks * number for number, member in enumerate(self.fleet.members.values())}
+        self.policy = POLICIES[policy](self.models_of)
         self.admission = Admission(self.fleet, self.policy)
         self.choice_times: list[int] = []
         self.errors = 0
         self._held_back = max_pending is not None
+        self._coming: Iterator[tuple[float, Conversation]] = iter(())  # by the time at which each may begin
+        self._next: tuple[float, Conversation] | None = None  # the first of those
         self._ready: deque[tuple[Turn, Conversation]] = deque()  # a turn, and those after it
         self._waiting: deque[tuple[float, Turn, Conversation]] = deque()  # at the balancer, since when
         self._flying: dict[Request, tuple[float, Claim[Choice], Turn, Conversation]] = {}
         self._computing: list[Request] = []  # of those, the ones whose first token was not seen yet
         self._waits: list[float] = []
 
-    def run(self, conversations: Sequence[Conversation], at_once: int) -> Result:
-        self._ready.extend((turns[0], turns[1:]) for turns in conversations)
-        done: list[Request] = []
+    def models_of(self, member: Member) -> Sequence[ReplicaModel]:
+        first = self.first_rank[member]
+        return self.replicas.models[first : first + self.ranks]
+
+    def run(
+        self,
+        conversations: Iterable[Conversation],
+        at_once: int,
+        arrivals: Iterable[float] | None = None,
+        before: Iterable[Conversation] = (),
+    ) -> Result:
+        """Plays `conversations`, each from its time in `arrivals` on; without these all could begin at once.
+
+        What comes `before` them fills the pools, and is not counted.
+        """
+        for _ in self._play(before, at_once, repeat(0.0)):
+            pass
+        began = self.replicas.now
+        got = [model.requests_total for model in self.replicas.models]
+        self._waits.clear()
+        self.choice_times.clear()
+        self.errors = 0
+        times = (began + at for at in arrivals) if arrivals is not None else repeat(0.0)
+        done = list(self._play(conversations, at_once, times))
+        return self._result(done, began, got)
+
+    def _play(
+        self, conversations: Iterable[Conversation], at_once: int, arrivals: Iterable[float]
+    ) -> Iterator[tuple[int, int]]:
+        """Yields the tokens of each prompt that was answered, and how many of them were cached."""
+        self._coming = zip(arrivals, conversations, strict=False)
+        self._next = next(self._coming, None)
         self._ask(at_once)
         for _, request in self._events(at_once):
             sent_at, claim, turn, later = self._flying.pop(request)
@@ -98,18 +142,18 @@ class Simulation:
             self.policy.answered(claim.choice, turn, request.prompt_tokens, request.cached_tokens)
             assert request.first_token_at is not None
             self._waits.append(request.first_token_at - sent_at)
-            done.append(request)
+            yield request.prompt_tokens, request.cached_tokens
             if later:
                 self._ready.append((later[0], later[1:]))
             self._ask(at_once)
-        return self._result(done)
 
     def _events(self, at_once: int) -> Iterator[tuple[int, Request]]:
-        """What ends, one after the other; where requests are held back the replicas are looked at in between."""
-        if not self._held_back:
-            yield from self.replicas.run()
-        while self._flying or self._waiting:
-            yield from self.replicas.run(self.replicas.now + LOOK)
+        """What ends, one after the other; in between time passes, until somebody comes or replicas are looked at."""
+        while self._flying or self._waiting or self._next:
+            until = self._next[0] if self._next and self._next[0] > self.replicas.now else math.inf
+            if self._held_back:
+                until = min(until, self.replicas.now + LOOK)
+            yield from self.replicas.run(until)
             self._ask(at_once)
 
     def _see_first_tokens(self) -> None:
@@ -123,12 +167,11 @@ class Simulation:
 
     def _ask(self, at_once: int) -> None:
         self._see_first_tokens()
-        while self._ready and len(self._flying) + len(self._waiting) < at_once:
-            self._waiting.append((self.replicas.now, *self._ready.popleft()))
+        self._let_in(at_once)
         while self._waiting:
             if self._held_back:
-                for member, index in self.index.items():
-                    self.fleet.reported(member, len(self.replicas.models[index].waiting))
+                for member in self.first_rank:
+                    self.fleet.reported(member, sum(len(model.waiting) for model in self.models_of(member)))
             sent_at, turn, later = self._waiting[0]
             turn.blocks  # noqa: B018  cutting a prompt into blocks is not part of the choice
             began = time.perf_counter_ns()
@@ -138,8 +181,9 @@ class Simulation:
                 return  # all are full: it waits at the balancer
             self._waiting.popleft()
             request = Request(turn.tokens, turn.answer_tokens, turn.answer)
+            rank = claim.member.requests_total % self.ranks
             try:
-                self.replicas.submit(self.index[claim.member], request)
+                self.replicas.submit(self.first_rank[claim.member] + rank, request)
             except (QueueFull, TooLong):
                 claim.__exit__(None, None, None)
                 self.errors += 1
@@ -147,10 +191,24 @@ class Simulation:
                 self._flying[request] = sent_at, claim, turn, later
                 self._computing.append(request)
 
-    def _result(self, done: Sequence[Request]) -> Result:
+    def _let_in(self, at_once: int) -> None:
+        """Who may be asked now: first the conversations whose time has come, then the next turns of others."""
+        now = self.replicas.now
+        while len(self._flying) + len(self._waiting) < at_once:
+            if self._next and self._next[0] <= now:
+                turns = self._next[1]
+                self._waiting.append((now, turns[0], turns[1:]))
+                self._next = next(self._coming, None)
+            elif self._ready:
+                self._waiting.append((now, *self._ready.popleft()))
+            else:
+                return
+
+    def _result(self, done: Sequence[tuple[int, int]], began: float, got_before: Sequence[int]) -> Result:
         waits = sorted(self._waits)
-        got = [model.requests_total for model in self.replicas.models]
-        seconds = self.replicas.now
+        of_ranks = [model.requests_total - n for model, n in zip(self.replicas.models, got_before, strict=True)]
+        got = [sum(of_ranks[first : first + self.ranks]) for first in range(0, len(of_ranks), self.ranks)]
+        seconds = self.replicas.now - began
         return Result(
             requests=len(done),
             errors=self.errors,
@@ -159,7 +217,7 @@ class Simulation:
             ttft_mean=sum(waits) / len(waits),
             ttft_p50=quantile(waits, 0.5),
             ttft_p99=quantile(waits, 0.99),
-            cached=sum(r.cached_tokens for r in done) / sum(r.prompt_tokens for r in done),
+            cached=sum(cached for _, cached in done) / sum(tokens for tokens, _ in done),
             spread=max(got) * len(got) / sum(got),
             largest=max(got) / sum(got),
             choice_us=sorted(self.choice_times)[len(self.choice_times) // 2] / 1000,

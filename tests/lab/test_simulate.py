@@ -1,5 +1,6 @@
 """What routing promises, held in virtual time; and that the simulator runs what it says."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.simulate import Scenario, cpu, h200, main, scenario, tight
+from tests.lab.simulate import Scenario, cpu, h200, main, new_prompt, scenario, tight
 from tests.lab.simulator import POLICIES
+from tests.lab.workloads import WORKLOADS
 
 SHARING = ["uniform", "zipf", "chat", "images", "one prompt", "hot prompt"]
 
@@ -41,6 +43,39 @@ def test_one_prompt_that_all_share_leaves_no_member_over_60_percent(workload: st
     one = scenario(workload, 2, seed=2)
     assert one.at_once == 32
     assert one.run("prefix_aware").largest <= 0.6
+
+
+@pytest.mark.parametrize(("replicas", "least"), [(2, 50), (8, 190)])
+def test_a_prompt_that_all_share_uses_all_replicas_though_it_is_new_and_their_pools_are_full(
+    replicas: int, least: float
+) -> None:
+    """With a price for each copy that never fell, one of two replicas and three of eight did all the work."""
+    result = new_prompt(replicas, seed=1).warm().run("prefix_aware")
+    assert result.goodput >= least
+    assert result.spread <= 1.1
+
+
+@pytest.mark.parametrize("workload", [*WORKLOADS])
+def test_where_the_pools_are_full_already_it_is_as_near_to_the_oracle(workload: str) -> None:
+    one = scenario(workload, 2, seed=2).warm()
+    ours = goodput("prefix_aware", [one])
+    assert ours >= 0.95 * goodput("oracle", [one])
+    assert ours >= 0.97 * goodput("least_load", [one])
+
+
+def test_what_fills_the_pools_before_is_not_counted() -> None:
+    cold = scenario("uniform", 2, seed=2)
+    warm = cold.warm().run("round_robin")
+    assert warm.requests == cold.run("round_robin").requests == len(cold.conversations)
+    assert warm.spread == 1.0
+
+
+@pytest.mark.parametrize("workload", ["uniform", "chat", "hot prompt", "no sharing"])
+def test_of_a_replica_with_data_parallel_ranks_each_has_a_pool_of_its_own(workload: str) -> None:
+    one = dataclasses.replace(scenario(workload, 2, seed=2, at_once=64), ranks=4)
+    ours = goodput("prefix_aware", [one])
+    assert ours >= 0.95 * goodput("oracle", [one])
+    assert ours >= 0.97 * goodput("least_load", [one])
 
 
 def test_two_pools_that_hold_all_prefixes_just_so_are_used_as_one() -> None:
@@ -79,7 +114,7 @@ def test_a_run_repeats_exactly_in_another_process(tmp_path: Path) -> None:
     found = []
     for name in ("one", "another"):
         path = tmp_path / name
-        arguments = ["--replicas", "3", "--workload", "chat", "images", "--json", str(path)]
+        arguments = ["--replicas", "3", "--workload", "chat", "images", "--pools", "full", "--json", str(path)]
         subprocess.run([sys.executable, "-m", "tests.lab.simulate", *arguments], check=True, stdout=subprocess.DEVNULL)
         found.append([row | {"choice_us": 0} for row in json.loads(path.read_text())["rows"]])
     assert found[0] == found[1]
@@ -98,9 +133,9 @@ def test_the_command_prints_and_writes_what_it_found(tmp_path: Path, capsys: pyt
         ["--replicas", "3", "--workload", "images", "--policy", *policies, "--json", str(figures), "--plot", str(plot)]
     )
     rows = json.loads(figures.read_text())["rows"]
-    assert [row["policy"] for row in rows] == policies
+    assert [row["policy"] for row in rows] == policies * 4  # two workloads, with empty and with full pools
     printed = capsys.readouterr().out
     for row in rows:
-        assert row["requests"] == 3 * 60 * 6
+        assert row["requests"] == (1500 if "new prompt" in row["workload"] else 3 * 60 * 6)
         assert f"{row['goodput']:.2f}" in printed
         assert f">{row['goodput']:.1f}</text>" in plot.read_text()

@@ -4,8 +4,9 @@ A workload is a list of conversations, each a list of turns; a turn can be asked
 Every turn has a request body as a client would send it, and the tokens that the replica model makes of it.
 """
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,13 @@ def uniform(writer: Writer, replicas: int) -> list[Conversation]:
 def zipf(writer: Writer, replicas: int) -> list[Conversation]:
     """40 groups a replica, some much more often than others."""
     return groups(writer, 40 * replicas, 250 * replicas, 1500, skew=1.0)
+
+
+def unlike(writer: Writer, pools: int, pool_tokens: int) -> Iterator[Conversation]:
+    """Prompts that share nothing, half as many again as so many KV pools hold."""
+    tokens = min(2000, pool_tokens // 8)
+    for _ in range(math.ceil(1.5 * pools * pool_tokens / tokens)):
+        yield [writer.turn(writer.text(tokens), answer_tokens=1)]
 
 
 WORKLOADS: dict[str, Callable[[Writer, int], list[Conversation]]] = {

@@ -232,6 +232,19 @@ def test_a_prefix_leaves_its_member_for_load_and_hardly_ever_for_a_full_pool(
     assert (policy.choose([one, two], prompt).member is one) == stays
 
 
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_prompt_that_all_share_is_shared_out_in_full_pools_too(size: int) -> None:
+    """An application's system prompt changed: everybody asks with the new one, and nobody comes back for the old."""
+    admission = Admission(fleet_of(size, capacity_tokens=100 * BLOCK_BYTES // 4), PrefixAware())
+    for number in range(size * 20):
+        finish(place(admission, chat(system(number, 10_000))))
+    assert all(share == 1.0 for share in admission.policy.index.occupancy.values())
+    claims = [place(admission, chat(system(-1, 20_000), f"question {number}")) for number in range(64 * size)]
+    loads = Counter(claim.member.name for claim in claims)
+    assert len(loads) == size
+    assert max(loads.values()) <= 1.3 * 64
+
+
 def test_of_two_that_have_as_much_of_it_the_one_that_computes_less_for_others_gets_it() -> None:
     fleet = fleet_of(2)
     policy = PrefixAware()
