@@ -1,4 +1,4 @@
-"""groundserve: up, status, scale, update, logs, down, check. Parsing only; balancer/operate does it."""
+"""groundserve: up, status, scale, update, logs, down, check, and models. Parsing only; balancer/operate does it."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from balancer.errors import ConfigError
 from balancer.inherited import settle
-from balancer.operate.commands import change, show, sky_flags, variables
+from balancer.operate.commands import change, models, show, sky_flags, variables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +51,14 @@ def _run(options: argparse.Namespace) -> int:
             return change.scale(options.name, options.replicas)
         case "update":
             return change.update(options.name, _source(options), options.mode)
+        case "pull":
+            return models.keep("pull", [f"--revision={options.revision}", "--", *options.models])
+        case "models":
+            return models.keep("list", [])
+        case "export":
+            return models.keep("export", ["--", *options.models, options.file])
+        case "import":
+            return models.keep("import", ["--", options.file])
         case "logs":
             return show.logs(options.name, options.ids, options.of, options.follow, options.tail)
         case _:
@@ -140,6 +148,19 @@ def _parser() -> argparse.ArgumentParser:
     down.add_argument("--replica-id", type=_count, metavar="N", help="replace this one replica instead")
     down.add_argument("-p", "--purge", action="store_true", help="as for sky serve; what failed goes down without it")
     down.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
+
+    pull = command("pull", "fetch models to this machine, verified, or go on with what broke off")
+    pull.add_argument("models", nargs="+", metavar="MODEL", help="a preset or a Hugging Face id")
+    pull.add_argument("--revision", default="main", metavar="R", help="branch, tag or commit (default: main)")
+
+    command("models", "show the models on this machine")
+
+    export = command("export", "write models into one file, for a machine without a network")
+    export.add_argument("models", nargs="+", metavar="MODEL", help="a preset or a Hugging Face id, pulled before")
+    export.add_argument("file", metavar="FILE.tar")
+
+    take_in = command("import", "take in the models of such a file")
+    take_in.add_argument("file", metavar="FILE.tar")
 
     check = command("check", "say what a service file would do here, and start nothing")
     _add_source(check)

@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 
 from replica import command, gpu, lease, machine, models, placement, presets, settings, surroundings
 from replica.kinds import is_of_kind
+from replica.store.cache import Cache
+from replica.store.errors import StoreError
+from replica.store.pull import pull
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -37,6 +40,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
             machine.check_memory(preset)
         if preset.is_embedded:
             models.ensure(preset.name, told.models_dir)
+        else:
+            fetch(preset, told, environ)
 
     held = None
     if on_gpu or there:
@@ -58,6 +63,27 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     print(f"replica: {where}: {becomes}", flush=True)
     if not told.dry_run:
         os.execve(becomes.argv[0], becomes.argv, {**surroundings.with_scratch(environ, told.host), **becomes.environ})
+
+
+def fetch(preset: presets.Preset, told: settings.Settings, environ: Mapping[str, str]) -> None:
+    """Brings a model from the hub before a GPU is leased for it; of several replicas one does.
+
+    Where SGLang was told to take it from elsewhere, or not to load it, that is SGLang's own affair.
+    """
+    flags = dict(zip(told.sglang_args, (*told.sglang_args[1:], ""), strict=False))
+    elsewhere = {"--download-dir", "--load-format", "--model-path", "--model"} & flags.keys()
+    if elsewhere or is_on(environ, "HF_HUB_OFFLINE") or is_on(environ, "SGLANG_USE_MODELSCOPE"):
+        return
+    cache = Cache.of(environ)
+    if not cache.is_writable:
+        return
+    for repo, with_weights in preset.hub_parts.items():
+        revision = flags.get("--revision", "main") if repo == preset.model else "main"
+        pull(repo, cache, told.hf_token, lambda line: print(f"replica: {line}", flush=True), revision, with_weights)
+
+
+def is_on(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
 
 def become(told: settings.Settings, there: Sequence[gpu.Gpu], environ: Mapping[str, str]) -> None:
@@ -135,6 +161,7 @@ if __name__ == "__main__":
         lease.LeaseError,
         machine.MachineError,
         models.MakingError,
+        StoreError,
     ) as error:
         sys.exit(f"replica: {error}")
     except KeyboardInterrupt:

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
 
 class ModelError(Exception):
     """The model cannot be served as asked; the message says why and what to do."""
@@ -19,7 +21,8 @@ class Preset:
     model: Hugging Face id or folder; None for a model of our own making, which lies in the models folder
     under `name`. served_name: the name that requests give. flags, cpu_flags: added to SGLang's, the latter
     only on a CPU. overrides: changes to the model's config.json, with {folder} for the model's folder.
-    gpu_gib, cpu_gib: memory that serving takes at the least, in GiB; 0 where nobody knows.
+    gpu_gib, cpu_gib: memory that serving takes at the least, in GiB; 0 where nobody knows. tokenizer, tower: other
+    models on the hub whose tokenizer, and whose weights, it takes too.
     """
 
     name: str
@@ -31,10 +34,19 @@ class Preset:
     gated: bool = False
     gpu_gib: float = 0.0
     cpu_gib: float = 0.0
+    tokenizer: str | None = None
+    tower: str | None = None
 
     @property
     def is_embedded(self) -> bool:
         return self.model is None
+
+    @property
+    def hub_parts(self) -> dict[str, bool]:
+        """The models on the hub that it is made of, and whether the weights of each are wanted; none for a folder."""
+        if self.model is None or not _HUB_ID.fullmatch(self.model):
+            return {}
+        return {self.model: True} | {name: name == self.tower for name in (self.tokenizer, self.tower) if name}
 
 
 PRESETS = {
@@ -48,6 +60,8 @@ PRESETS = {
             flags=("--tokenizer-path", "llava-hf/llava-1.5-7b-hf", "--chat-template", "vicuna_v1.1"),
             gpu_gib=18,
             cpu_gib=18,
+            tokenizer="llava-hf/llava-1.5-7b-hf",
+            tower="openai/clip-vit-large-patch14-336",
         ),
         Preset(
             name="llama-2-7b-chat",
@@ -77,8 +91,6 @@ PRESETS = {
         ),
     )
 }
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve(model: str) -> Preset:

@@ -99,7 +99,7 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         lease_dir=Path(environ["LEASE_DIR"]) if environ.get("LEASE_DIR") else Settings().lease_dir,
         lease_wait=_seconds(environ.get("LEASE_WAIT") or "60", "LEASE_WAIT"),
         models_dir=models_dir(environ),
-        hf_token=_token(environ),
+        hf_token=token(environ),
         api_key_file=Path(key_file).resolve() if key_file else None,
         sglang_args=sglang_args,
         media=allowed,
@@ -190,7 +190,8 @@ def _seconds(text: str, name: str) -> float:
     return value
 
 
-def _token(environ: Mapping[str, str]) -> str | None:
+def token(environ: Mapping[str, str]) -> str | None:
+    """The Hugging Face token that a variable or a file gives. Raises SettingsError."""
     if environ.get("HF_TOKEN"):
         return environ["HF_TOKEN"]
     if environ.get("HF_TOKEN_FILE"):

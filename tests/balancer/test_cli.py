@@ -283,3 +283,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(groundserve: Groundserve, tmp
         ["bash", "-c", script], cwd=ROOT, env=groundserve.environ, capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == ("x-1 | a line\n0\n", "")
+
+
+def test_models_are_kept_by_the_replicas_program(groundserve: Groundserve, tmp_path: Path) -> None:
+    groundserve.environ |= {"HF_HOME": str(tmp_path), "MODELS_DIR": str(tmp_path)}
+    assert groundserve("models").split() == ["MODEL", "SIZE", "STATE"]
+    refused = groundserve("export", "org/one", tmp_path / "one.tar", code=1)
+    assert refused == "groundserve: org/one is not here whole: pull it first\n"

@@ -1,0 +1,18 @@
+"""groundserve pull, models, export and import: the replica's program knows where models lie, and does it."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from balancer.errors import ConfigError
+
+
+def keep(command: str, arguments: Sequence[str]) -> int:
+    """Runs one command of `python -m replica.store`; its exit code. Raises ConfigError where it is not installed."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ConfigError(
+            f"{command}: what keeps models comes with SGLang, which is not installed here: pip install '.[replica]', "
+            "or with Docker: docker compose run --rm pull"
+        )
+    return subprocess.run([sys.executable, "-m", "replica.store", command, *arguments], check=False).returncode

@@ -1,0 +1,156 @@
+"""The folder where Hugging Face's programs, SGLang among them, keep models: its layout, read and written.
+
+    models--ORG--NAME/blobs/ETAG              a file's bytes; ETAG is their hash
+    models--ORG--NAME/snapshots/COMMIT/FILE   a link to a blob
+    models--ORG--NAME/refs/REVISION           which commit a branch or tag meant when it was last fetched
+
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache describes it. Beside those folders lies a manifest of
+ours, the list of files that make the model whole.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from replica.store.errors import StoreError
+
+_MANIFEST = "groundserve.json"
+_READ = 1 << 20  # bytes read at once
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of a model. `etag` is what the hub calls it: its SHA-256, or of small files git's SHA-1."""
+
+    path: str
+    size: int  # bytes
+    etag: str
+
+    def hasher(self) -> "hashlib._Hash":
+        """An object that takes the file's bytes and whose `hexdigest` must then be `etag`."""
+        if len(self.etag) == 64:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)  # as git names a file's content
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The files of one version of a model. Raises StoreError for one that could write outside the cache."""
+
+    repo: str
+    revision: str
+    commit: str
+    files: tuple[File, ...]
+
+    def __post_init__(self) -> None:
+        names = [*self.repo.split("/"), *self.revision.split("/"), self.commit]
+        names += [part for file in self.files for part in (*file.path.split("/"), file.etag)]
+        if any(not name or name in (".", "..") or "\\" in name or "\0" in name for name in names):
+            raise StoreError(f"{self.repo!r}: the list of its files names one outside its folder")
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises StoreError for what `to_json` did not make."""
+        try:
+            files = tuple(File(str(f["path"]), int(f["size"]), str(f["etag"])) for f in data["files"])
+            return cls(str(data["repo"]), str(data["revision"]), str(data["commit"]), files)
+        except (KeyError, TypeError, ValueError):
+            raise StoreError("the list of a model's files is broken") from None
+
+
+class Cache:
+    """All models in one such folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Self:
+        """The one that SGLang uses with these variables."""
+        if named := environ.get("HF_HUB_CACHE"):
+            return cls(Path(named).expanduser())
+        home = environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+        return cls(Path(home).expanduser() / "hub")
+
+    @property
+    def is_writable(self) -> bool:
+        """May this process keep models there?"""
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        return os.access(there, os.W_OK)
+
+    def of_repo(self, repo: str) -> Path:
+        return self.folder / ("models--" + repo.replace("/", "--"))
+
+    def blob(self, repo: str, file: File) -> Path:
+        return self.of_repo(repo) / "blobs" / file.etag
+
+    def lock(self, repo: str) -> Path:
+        """The file that whoever writes this model holds locked."""
+        return self.folder / ".locks" / f"groundserve--{repo.replace('/', '--')}.lock"
+
+    def missing(self, manifest: Manifest) -> list[File]:
+        """The files that are not here whole. By their sizes: their bytes were verified when they came."""
+        return [file for file in manifest.files if not self._is_here(manifest.repo, file)]
+
+    def _is_here(self, repo: str, file: File) -> bool:
+        try:
+            return self.blob(repo, file).stat().st_size == file.size
+        except OSError:
+            return False
+
+    def place(self, manifest: Manifest) -> None:
+        """Links a version's files, all of which are here, to where SGLang looks for them. Raises OSError."""
+        folder = self.of_repo(manifest.repo)
+        for file in manifest.files:
+            link = folder / "snapshots" / manifest.commit / file.path
+            link.parent.mkdir(parents=True, exist_ok=True)
+            target = os.path.relpath(self.blob(manifest.repo, file), link.parent)
+            fresh = link.with_name(f".{link.name}.groundserve")
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(target)
+            fresh.replace(link)
+        ref = folder / "refs" / manifest.revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(manifest.commit)
+
+    def note(self, manifest: Manifest) -> None:
+        """Writes down what makes this model whole, before its first byte comes. Raises OSError."""
+        folder = self.of_repo(manifest.repo)
+        (folder / "blobs").mkdir(parents=True, exist_ok=True)
+        fresh = folder / f"{_MANIFEST}.new"
+        fresh.write_text(json.dumps(manifest.to_json()))
+        fresh.replace(folder / _MANIFEST)
+
+    def noted(self, repo: str) -> Manifest | None:
+        """What was last written down of it; None where nothing was, or nothing that can be read."""
+        try:
+            return Manifest.from_json(json.loads((self.of_repo(repo) / _MANIFEST).read_text()))
+        except (OSError, ValueError, StoreError):
+            return None
+
+    def repos(self) -> list[str]:
+        """The models of which something is here, by name."""
+        names = (path.name.removeprefix("models--") for path in self.folder.glob("models--*") if path.is_dir())
+        return sorted(name.replace("--", "/", 1) for name in names)
+
+    def bytes_of(self, repo: str) -> int:
+        """What it takes on the disk, partly fetched files included."""
+        return sum(path.stat().st_size for path in (self.of_repo(repo) / "blobs").glob("*") if path.is_file())
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """A file's bytes, bit by bit."""
+    with path.open("rb") as source:
+        while piece := source.read(_READ):
+            yield piece

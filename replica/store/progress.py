@@ -1,0 +1,74 @@
+"""Tells how far a download is: to a terminal, to a log, and to whoever started this process and waits for it."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+_BETWEEN_LINES = 15.0  # seconds, in a log
+_BETWEEN_LOOKS = 0.5  # on a terminal
+
+
+class Progress:
+    """Counts what came of `total` bytes; safe to call from several threads. `say` takes lines for a log."""
+
+    def __init__(self, what: str, total: int, here: int, say: Callable[[str], None]) -> None:
+        self._what = what
+        self._total = total
+        self._here = here
+        self._began_with = here
+        self._began = time.monotonic()
+        self._said = 0.0
+        self._say = say
+        self._lock = threading.Lock()
+
+    def came(self, count: int) -> None:
+        with self._lock:
+            self._here += count
+            now = time.monotonic()
+            is_terminal = sys.stdout.isatty()
+            if now - self._said < (_BETWEEN_LOOKS if is_terminal else _BETWEEN_LINES):
+                return
+            self._said = now
+            line = self.line(now)
+            notify(line)
+            if is_terminal:
+                print(f"\r\033[K{line}", end="", flush=True)
+            else:
+                self._say(line)
+
+    def line(self, now: float) -> str:
+        """How far it is, how fast, and how long it will take."""
+        done = 100 * self._here // self._total if self._total else 100
+        text = f"fetching {self._what}: {gigabytes(self._here)} of {gigabytes(self._total)} ({done} %)"
+        seconds = now - self._began
+        speed = (self._here - self._began_with) / seconds if seconds > 1 else 0
+        if speed > 0:
+            text += f", {speed / 1e6:.3g} MB/s, about {_span((self._total - self._here) / speed)} left"
+        return text
+
+    def end(self) -> None:
+        if sys.stdout.isatty():
+            print("\r\033[K", end="", flush=True)
+
+
+def notify(status: str) -> None:
+    """Tells a supervisor that listens, in systemd's way (sd_notify(3)); nobody need."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as out:
+            out.sendto(f"STATUS={status}".encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+    except OSError:
+        pass
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

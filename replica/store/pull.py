@@ -1,0 +1,116 @@
+"""Brings a model to this machine: once, whoever wants it, whole, and with its licence and the disk looked at first."""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from replica.store import hub
+from replica.store.cache import Cache, File, Manifest
+from replica.store.download import download
+from replica.store.errors import StoreError
+from replica.store.progress import Progress, gigabytes, notify
+
+_AT_ONCE = 4  # files
+_RESERVE = 1 << 30  # bytes of the disk that stay free
+
+
+def pull(
+    repo: str,
+    cache: Cache,
+    token: str | None,
+    say: Callable[[str], None],
+    revision: str = "main",
+    with_weights: bool = True,
+) -> Manifest | None:
+    """The model's files, all of them here now. None where the hub is out of reach and some of the model is here.
+
+    Of several processes that want the same model one fetches it and the others wait. Raises StoreError.
+    """
+    try:
+        with _locked(cache.lock(repo), lambda: say(f"{repo} is being fetched by another process: waiting for it")):
+            return _pull(repo, cache, token, say, revision, with_weights)
+    except OSError as error:
+        raise StoreError(f"{repo} cannot be kept in {cache.folder}: {error.strerror or error}") from None
+
+
+def _pull(
+    repo: str, cache: Cache, token: str | None, say: Callable[[str], None], revision: str, with_weights: bool
+) -> Manifest | None:
+    before = cache.noted(repo)
+    try:
+        manifest, licence = hub.look_up(repo, revision, token, with_weights)
+    except OSError as error:
+        if before and before.revision == revision and not cache.missing(before):
+            say(f"the hub cannot be asked ({error}): {repo} is taken as it was fetched")
+            return before
+        if (cache.of_repo(repo) / "snapshots").is_dir():
+            say(f"the hub cannot be asked ({error}): {repo} is taken as it lies in {cache.folder}")
+            return None
+        raise StoreError(f"the hub cannot be asked for {repo} ({error}): check the network, and HF_ENDPOINT") from None
+    if before and before.commit == manifest.commit and set(before.files) > set(manifest.files):
+        manifest = before  # it was once wanted with its weights
+    missing = cache.missing(manifest)
+    if missing:
+        _check_disk(cache, manifest, missing)
+        cache.note(manifest)
+        here = manifest.size - sum(file.size for file in missing)
+        partial = sum(_partly(cache.blob(repo, file)) for file in missing)
+        terms = f", licence: {licence}" if licence else ""
+        say(f"fetching {repo}: {gigabytes(manifest.size - here - partial)} in {len(missing)} files{terms}")
+        progress = Progress(repo, manifest.size, here + partial, say)
+        try:
+            _download_all(manifest, missing, cache, token, progress)
+        finally:
+            progress.end()
+            notify("")
+    cache.note(manifest)
+    cache.place(manifest)
+    return manifest
+
+
+def _download_all(manifest: Manifest, missing: list[File], cache: Cache, token: str | None, progress: Progress) -> None:
+    def one(file: File) -> None:
+        url, headers = hub.address_of(manifest.repo, manifest.commit, file, token)
+        download(url, headers, file, cache.blob(manifest.repo, file), progress.came)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        # Equal files, by content, are one blob.
+        waiting = [pool.submit(one, file) for file in {file.etag: file for file in missing}.values()]
+        try:
+            for future in waiting:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _check_disk(cache: Cache, manifest: Manifest, missing: list[File]) -> None:
+    want = sum(file.size - _partly(cache.blob(manifest.repo, file)) for file in missing)
+    folder = next(path for path in (cache.folder, *cache.folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free - _RESERVE
+    if want > free:
+        raise StoreError(
+            f"{manifest.repo} takes {gigabytes(want)} more, and the disk of {cache.folder} has "
+            f"{gigabytes(max(free, 0))} to spare: make room, or set HF_HOME to a folder on a larger disk"
+        )
+
+
+def _partly(blob: Path) -> int:
+    with contextlib.suppress(OSError):
+        return blob.with_name(f"{blob.name}.groundserve.incomplete").stat().st_size
+    return 0
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
