@@ -9,6 +9,8 @@ from pathlib import Path
 from balancer.errors import ConfigError
 from balancer.inherited import settle
 from balancer.operate.commands import change, models, show, sky_flags, variables
+from balancer.operate.engines.addresses import AddressFlags
+from balancer.operate.engines.choose import AUTO, ENGINES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "up":
-            recipe = change.recipe_from(_source(options))
-            doors = change.Doors(options.listen, options.admin, options.open, options.api_keys, options.admin_key)
-            return change.up(recipe, doors, options.on, is_detached=options.detach)
+            flags = AddressFlags(options.listen, options.admin, options.open, options.api_keys, options.admin_key)
+            return change.up(_source(options), flags, options.on, is_detached=options.detach)
         case "check":
             return change.check(_source(options))
         case "status":
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_name(up)
     up.add_argument("-d", "--detach", action="store_true", help="go on in the background once it is up")
     up.add_argument(
-        "--on", choices=("auto", "local", "compose"), default="auto", help="what runs the replicas (default: auto)"
+        "--on", choices=(AUTO, *ENGINES), default=AUTO, help="what runs the replicas (default: %(default)s)"
     )
     up.add_argument("--listen", metavar="HOST:PORT", help="the endpoint (default: 127.0.0.1, 30001 or the next free)")
     up.add_argument("--admin", metavar="HOST:PORT", help="status and drain (default: the port after the endpoint's)")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import orjson
 
-from balancer.operate.engines.local.ports import free_ports
+from balancer.operate.engines.ports import free_ports
 from balancer.routing.prompt import Prompt
 from tests.bench.figures import Figure, figure, first_error
 from tests.bench.install import Unavailable

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from balancer.operate.engines.local.ports import free_ports
+from balancer.operate.engines.ports import free_ports
 from tests.bench import report
 from tests.bench.chart import chart
 from tests.bench.figures import Figures, check_counts, figures, first_error

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from balancer.operate.engines.local.ports import free_ports
+from balancer.operate.engines.ports import free_ports
 from tests.bench.ask import Run, ask
 from tests.bench.install import Unavailable, cache_folder
 from tests.bench.peers import ONE_THREAD, Launch, Place, groundserve, nginx, sglang_router, smg

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from balancer.operate.engines.local.ports import free_ports
+from balancer.operate.engines.ports import free_ports
 from tests.bench import load, messages, process_tree, relay, report
 from tests.bench.chart import chart
 from tests.bench.figures import Figure, Figures, check_counts, figure, figures, ratio

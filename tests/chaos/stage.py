@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from balancer.operate.engines.local.ports import REPLICA_PORTS, free_ports, is_free
+from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
 from tests.chaos.client import Wish, ask
 from tests.chaos.replica import Replica
 from tests.support.program import Program

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from balancer.operate.engines.local.ports import free_ports
+from balancer.operate.engines.ports import free_ports
 from replica.settings import models_dir
 from tests.e2e.running import Balancer, Replica
 from tests.support.program import ROOT, Program

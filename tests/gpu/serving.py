@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from balancer.operate.engines.local.ports import free_ports
+from balancer.operate.engines.ports import free_ports
 from tests.bench.peers import ONE_THREAD, Place, rust_router_flags
 
 

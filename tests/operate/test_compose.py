@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate.commands.up import addresses
-from balancer.operate.engines import choose
-from balancer.operate.engines.balancer_handle import Addresses
+from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_addresses
+from balancer.operate.engines.choose import choose_engine
 from balancer.operate.engines.compose import project
 from balancer.operate.engines.compose.balancer_handle import admin_key, environ
-from balancer.operate.engines.compose.engine import replica_overlay
+from balancer.operate.engines.compose.engine import ComposeEngine, project_of, replica_overlay
 from balancer.operate.engines.compose.project import Container, name_of
 from balancer.operate.recipe.recipe import Recipe, recipe
-from balancer.operate.state.service_folder import Left, ServiceFolder
+from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 from balancer.spec.service_file import parse
 
 LOOPBACK = Addresses("127.0.0.1:30001", "127.0.0.1:30002")
@@ -123,34 +122,47 @@ def docker_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[in
     return say
 
 
-def test_auto_is_local_where_sglang_is_installed(docker_says: Callable[[int], None]) -> None:
+def test_auto_is_local_where_sglang_is_installed(docker_says: Callable[[int], None], tmp_path: Path) -> None:
     docker_says(0)
-    assert choose.chosen("auto", made()) == "local"
-    assert choose.chosen("local", made()) == "local"
-    assert choose.chosen("compose", made()) == "compose"
+    folder = folder_at(tmp_path / "x")
+    assert choose_engine("auto", made(), folder).name == "local"
+    assert choose_engine("local", made(), folder).name == "local"
+    assert choose_engine("compose", made(), folder).name == "compose"
 
 
-def test_compose_without_an_engine_says_what_to_do(docker_says: Callable[[int], None]) -> None:
+def test_auto_is_compose_where_docker_is_and_no_sglang(
+    docker_says: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_at(tmp_path / "x")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    docker_says(0)
+    assert choose_engine("auto", made(), folder).name == "compose"
+    assert choose_engine("auto", made("./serve.sh $GROUNDSERVE_PORT"), folder).name == "local"
+    docker_says(1)
+    assert choose_engine("auto", made(), folder).name == "local", "which says what is missing"
+
+
+def test_compose_without_docker_running_says_what_to_do(docker_says: Callable[[int], None], tmp_path: Path) -> None:
     docker_says(1)
     with pytest.raises(ConfigError, match="no Docker engine with Compose v2 answers: start it, or use --on local"):
-        choose.chosen("compose", made())
+        ComposeEngine(folder_at(tmp_path / "x")).fit(made())
 
 
-def test_compose_without_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compose_without_docker_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="no Docker engine with Compose v2 answers"):
-        choose.chosen("compose", made())
+        ComposeEngine(folder_at(tmp_path / "x")).fit(made())
 
 
-def test_compose_runs_sglang_only() -> None:
+def test_compose_runs_sglang_only(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Compose runs the replica's image: use --on local"):
-        choose.chosen("compose", made("./serve.sh $GROUNDSERVE_PORT"))
+        ComposeEngine(folder_at(tmp_path / "x")).fit(made("./serve.sh $GROUNDSERVE_PORT"))
 
 
 def test_an_installation_without_the_checkout_cannot_build_images(tmp_path: Path) -> None:
     """As `pip install` leaves it: the package alone, elsewhere."""
     shutil.copytree(Path(project.__file__).parents[3], tmp_path / "balancer")
-    code = "from balancer.operate.engines.compose.project import check_engine as c; c()"
+    code = "from balancer.operate.engines.compose.project import check_docker as c; c()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "which this installation has not: run it in a clone of groundserve, or use --on local" in done.stderr
 
@@ -160,13 +172,13 @@ def test_compose_file_of_the_environment_comes_before_our_own_overlay(
 ) -> None:
     folder = folder_at(tmp_path / "x")
     monkeypatch.delenv("COMPOSE_FILE", raising=False)
-    usual = choose.project(made(), folder, LOOPBACK).command("ps", overlays=[tmp_path / "ours.json"])
+    usual = project_of(made(), folder, LOOPBACK).command("ps", overlays=[tmp_path / "ours.json"])
     files = [usual[at + 1] for at, word in enumerate(usual) if word == "-f"]
     assert [Path(file).name for file in files] == ["compose.yaml", "compose.cpu.yaml", "ours.json"]
-    on_gpus = choose.project(made(gpus=1), folder, LOOPBACK).command("ps")
+    on_gpus = project_of(made(gpus=1), folder, LOOPBACK).command("ps")
     assert [Path(word).name for word in on_gpus if word.endswith(".yaml")] == ["compose.yaml"]
     monkeypatch.setenv("COMPOSE_FILE", "compose.yaml:mine.yaml")
-    mine = choose.project(made(), folder, LOOPBACK).command("ps")
+    mine = project_of(made(), folder, LOOPBACK).command("ps")
     assert [Path(word).name for word in mine if word.endswith(".yaml")] == ["compose.yaml", "mine.yaml"]
 
 
@@ -174,18 +186,29 @@ def test_compose_file_of_the_environment_comes_before_our_own_overlay(
 
 
 def test_a_service_comes_up_again_where_it_was_left() -> None:
-    left = Left("127.0.0.1:1234", "127.0.0.1:1235")
-    assert addresses(None, None, left=left) == Addresses("127.0.0.1:1234", "127.0.0.1:1235")
-    assert addresses("127.0.0.1:1234", None, left=left).listen == "127.0.0.1:1234", "its own port is not in its way"
-    assert addresses("127.0.0.1:0", None, left=left).listen != "127.0.0.1:1234", "unless another is asked for"
+    record = DetachedRecord("compose", "127.0.0.1:1234", "127.0.0.1:1235")
+    same = AddressFlags("127.0.0.1:1234")
+    assert choose_addresses(AddressFlags(), record) == Addresses("127.0.0.1:1234", "127.0.0.1:1235")
+    assert choose_addresses(same, record).listen == "127.0.0.1:1234", "its own port is not in its way"
+    another = choose_addresses(AddressFlags("127.0.0.1:0"), record)
+    assert another.listen != "127.0.0.1:1234", "unless another is asked for"
+
+
+def test_a_service_comes_up_again_on_the_engine_that_runs_it(tmp_path: Path) -> None:
+    folder = ServiceFolder(tmp_path, "x")
+    with folder.claim():
+        folder.write_detached_record(DetachedRecord("compose", "a:1", "b:2"))
+    assert choose_engine("auto", made(), folder).name == "compose"
+    with pytest.raises(ConfigError, match="x serves on without its controller, on compose: groundserve down x ends it"):
+        choose_engine("local", made(), folder)
 
 
 def test_what_is_left_is_known_while_no_controller_holds_the_folder(tmp_path: Path) -> None:
     folder = ServiceFolder(tmp_path, "x")
     with folder.claim():
-        folder.leave(Left("a:1", "b:2"))
-        assert folder.left is None, "it has its controller"
-    assert folder.left == Left("a:1", "b:2")
-    folder.left_nothing()
-    assert folder.left is None
-    folder.left_nothing()
+        folder.write_detached_record(DetachedRecord("compose", "a:1", "b:2"))
+        assert folder.detached_record is None, "it has its controller"
+    assert folder.detached_record == DetachedRecord("compose", "a:1", "b:2")
+    folder.remove_detached_record()
+    assert folder.detached_record is None
+    folder.remove_detached_record()

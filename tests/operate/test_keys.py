@@ -10,8 +10,8 @@ import pytest
 
 from balancer.contract.listing import Listing, ReplicaListing
 from balancer.errors import ConfigError
-from balancer.operate.engines.balancer_handle import Addresses
-from balancer.operate.engines.local.balancer_handle import LocalFront
+from balancer.operate.engines.addresses import Addresses, AddressFlags
+from balancer.operate.engines.local.balancer_handle import LocalBalancer
 from balancer.operate.engines.local.engine import LocalEngine
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state import keys
@@ -20,6 +20,7 @@ from balancer.operate.state.state_file import BrokenState
 from balancer.spec.service_file import parse
 from tests.operate.command_line import LAB, Groundserve
 
+ANY = AddressFlags("127.0.0.1:0", "127.0.0.1:0")
 EVIL = Listing((ReplicaListing("evil", "http://127.0.0.1:9", id=1),))
 
 
@@ -80,11 +81,11 @@ def test_another_services_balancer_takes_no_orders_from_us(groundserve: Groundse
 
     async def asked() -> tuple[bool, bool]:
         ours = made("exec serve --port $GROUNDSERVE_PORT")
-        front = LocalFront(folder, Addresses("127.0.0.1:9", admin), ours, None, lambda: None)
-        answer = await front.tell(EVIL)
-        was_drained = await front.drain(1)
-        await front.stop(asyncio.Event())
-        return answer is not None or front.has_answered, was_drained
+        balancer = LocalBalancer(folder, Addresses("127.0.0.1:9", admin), ours, None, lambda: None)
+        answer = await balancer.tell(EVIL)
+        was_drained = await balancer.drain(1)
+        await balancer.stop(asyncio.Event())
+        return answer is not None or balancer.has_answered, was_drained
 
     assert asyncio.run(asked()) == (False, False)
     assert [row["name"] for row in groundserve.status("one")["replicas"]] == ["one-1"]
@@ -160,12 +161,18 @@ def test_a_file_that_was_given_wins(tmp_path: Path, by: str) -> None:
 def test_sglang_gets_a_key_of_the_services_own(tmp_path: Path) -> None:
     folder = ServiceFolder(tmp_path, "x")
     folder.claim().close()
-    file = keys.for_replicas(made("sglang serve --model-path a/b"), folder.replica_key_file, {})
+    ours = made("sglang serve --model-path a/b")
+    file = keys.for_replicas(ours, folder.replica_key_file, {})
     assert file == folder.replica_key_file
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    engine = LocalEngine(folder, file, lambda: None)
+    engine = LocalEngine(folder)
+    engine.prepare(ours, ANY)
     assert engine.fields == {"Authorization": f"Bearer {file.read_text()}"}
-    assert LocalEngine(folder, None, lambda: None).fields == {}
+    with pytest.raises(ConfigError, match="and now `run:` brings one of its own: take it down and up again"):
+        engine.fit(made("sglang serve --model-path a/b --api-key mine"))
+    script = LocalEngine(folder)
+    script.prepare(made("exec serve --port $GROUNDSERVE_PORT"), ANY)
+    assert script.fields == {}
 
 
 def test_scripts_that_are_no_sglang_work_without(groundserve: Groundserve, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""engines/local/limits.py: what a slice, a job or a container grants counts, wherever above us it is set."""
+"""engines/limits.py: what a slice, a job or a container grants counts, wherever above us it is set."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from balancer.operate.engines.local import limits
+from balancer.operate.engines import limits
 
 GIB = 2**30
 

@@ -3,7 +3,7 @@ import socket
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate.engines.local.ports import REPLICA_PORTS, free_ports, is_free
+from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
 
 
 def test_free_ports_are_distinct_and_below_what_the_kernel_gives_away() -> None:

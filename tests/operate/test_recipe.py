@@ -22,7 +22,7 @@ def refusal(text: str) -> str:
 def test_an_sglang_command_becomes_a_replica_of_our_own() -> None:
     command = made(
         "service: {}\nenvs: {M: a/b}\nrun: A=1 python -m sglang.launch_server --model-path $M --tp 2 --x y --port 8000"
-    ).command(3, 20500)
+    ).invocation(3, 20500)
     assert command.argv == (
         *(sys.executable, "-P", "-m", "replica", "--model", "a/b", "--port", "20500", "--gpus", "2"),
         *("--", "--x", "y"),
@@ -47,22 +47,22 @@ def test_gpus_a_replica_are_those_of_the_accelerators() -> None:
 def test_a_folder_of_a_model_is_found_from_anywhere(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     launch = made(f"service: {{}}\nworkdir: {tmp_path}\nrun: sglang serve --model-path model")
-    assert launch.command(1, 1).argv[5] == str(tmp_path / "model")
+    assert launch.invocation(1, 1).argv[5] == str(tmp_path / "model")
 
 
 def test_a_replica_starts_in_the_folder_that_its_script_goes_to(tmp_path: Path) -> None:
     (tmp_path / "sub/llama").mkdir(parents=True)
     text = f"service: {{}}\nworkdir: {tmp_path}\nrun: cd sub && sglang serve ./llama --chat-template ./x.jinja"
-    command = made(text).command(1, 1)
+    command = made(text).invocation(1, 1)
     assert command.workdir == tmp_path / "sub"
     assert command.argv[5:] == (str(tmp_path / "sub/llama"), "--port", "1", "--", "--chat-template", "./x.jinja")
     away = f"service: {{}}\nworkdir: {tmp_path}\nrun: cd /srv/../srv; sglang serve a/b"
-    assert made(away).command(1, 1).workdir == Path("/srv")
+    assert made(away).invocation(1, 1).workdir == Path("/srv")
 
 
 def test_each_replica_has_its_own_port_wherever_the_script_uses_it() -> None:
     run = "export LOG=log-$GROUNDSERVE_PORT; sglang serve a/b --port $GROUNDSERVE_PORT --x $GROUNDSERVE_PORT"
-    command = made(f"service: {{replicas: 2}}\nrun: {run}").command(1, 20500)
+    command = made(f"service: {{replicas: 2}}\nrun: {run}").invocation(1, 20500)
     assert command.argv[5:] == ("a/b", "--port", "20500", "--", "--x", "20500")
     assert command.envs["LOG"] == "log-20500"
 
@@ -81,12 +81,12 @@ def test_sglang_that_is_not_understood_is_run_as_it_is_with_a_warning_that_says_
 
 @pytest.mark.parametrize("model", ["x" * 300, "~nobody-of-that-name/x", "a" * 5000 + "/b"])
 def test_a_model_that_can_be_no_folder_is_a_name(model: str) -> None:
-    assert made(f"service: {{}}\nrun: sglang serve '{model}'").command(1, 1).argv[5] == model
+    assert made(f"service: {{}}\nrun: sglang serve '{model}'").invocation(1, 1).argv[5] == model
 
 
 def test_any_other_script_is_run_as_it_is() -> None:
     script = made("service: {}\nworkdir: /srv\nenvs: {A: 1}\nrun: serve --port ${GROUNDSERVE_PORT:-8000}\n")
-    command = script.command(2, 20501)
+    command = script.invocation(2, 20501)
     assert command.argv == ("bash", "-c", "serve --port ${GROUNDSERVE_PORT:-8000}")
     assert command.workdir == Path("/srv")
     assert (command.envs["A"], command.envs["GROUNDSERVE_PORT"]) == ("1", "20501")
@@ -112,10 +112,10 @@ def test_the_readiness_probe_is_sglangs_own_where_the_file_is_silent() -> None:
 def test_a_variable_without_a_value_is_asked_for() -> None:
     text = "service: {}\nenvs: {HF_TOKEN: }\nrun: sglang serve --model-path a/b"
     assert refusal(text) == "x.yaml: HF_TOKEN has no value: give it with --env HF_TOKEN=VALUE"
-    assert made(text, HF_TOKEN="x").command(1, 1).envs["HF_TOKEN"] == "x"
+    assert made(text, HF_TOKEN="x").invocation(1, 1).envs["HF_TOKEN"] == "x"
 
 
 def test_no_secret_is_in_a_recipes_repr() -> None:
     text = "service: {}\nenvs: {HF_TOKEN: }\nrun: sglang serve --model-path a/b"
     token = made(text, HF_TOKEN="hush")
-    assert "hush" not in repr(token) + repr(token.command(1, 1))
+    assert "hush" not in repr(token) + repr(token.invocation(1, 1))

@@ -13,14 +13,13 @@ from balancer.operate.commands import up as service_up
 from balancer.operate.commands.detach import detached
 from balancer.operate.commands.progress import Lines
 from balancer.operate.commands.show import elsewhere, snapshot_of, unknown, up_folders, warn
-from balancer.operate.engines import choose
-from balancer.operate.engines.choose import Asked
-from balancer.operate.engines.compose import project
-from balancer.operate.engines.local import machine
+from balancer.operate.engines.addresses import AddressFlags
+from balancer.operate.engines.choose import AUTO, choose_engine, take_down_detached
+from balancer.operate.engines.engine import Engine
 from balancer.operate.recipe.launch import masked
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state import control_socket
-from balancer.operate.state.service_folder import AlreadyUp, ServiceFolder, state_root
+from balancer.operate.state.service_folder import AlreadyUp, DetachedRecord, ServiceFolder, state_root
 from balancer.spec.service_file import load, read
 
 # A controller that does not even answer gets this long, in seconds, to end by SIGTERM.
@@ -37,30 +36,24 @@ class Source:
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
-def recipe_from(source: Source) -> Recipe:
-    """The file's recipe, fitted to this machine; warnings go to stderr. Raises ConfigError when it cannot run here."""
-    spec = load(source.path, name=source.name, envs=source.envs, secrets=source.secrets)
-    made, warnings = machine.fitted_here(recipe(spec))
+def fitted(source: Source, on: str = AUTO) -> tuple[Recipe, Engine]:
+    """The file's recipe, fitted to the engine that is to run it; warnings go to stderr.
+
+    Raises ConfigError when it cannot run here.
+    """
+    unfitted = recipe(load(source.path, name=source.name, envs=source.envs, secrets=source.secrets))
+    engine = choose_engine(on, unfitted, ServiceFolder(state_root(), unfitted.spec.name))
+    first, warnings = engine.fit(unfitted)
     for warning in warnings:
         tell(sys.stderr, f"warning: {warning}")
-    return made
+    return first, engine
 
 
-@dataclass(frozen=True, slots=True)
-class Doors:
-    """Where `up` lets clients in, and whom; None: as it finds best."""
-
-    listen: str | None = None
-    admin: str | None = None
-    is_open: bool = False
-    api_keys: str | None = None
-    admin_key: str | None = None
-
-
-def up(recipe: Recipe, doors: Doors, on: Asked, is_detached: bool) -> int:
-    name, kind = recipe.spec.name, choose.chosen(on, recipe)
+def up(source: Source, flags: AddressFlags, on: str, is_detached: bool) -> int:
+    recipe, engine = fitted(source, on)
+    name = recipe.spec.name
     folder = ServiceFolder(state_root(), name)
-    left = folder.left if kind == "compose" else None
+    record = folder.detached_record if engine.outlives_controller else None
     try:
         lock = folder.claim()
     except AlreadyUp:
@@ -74,15 +67,13 @@ def up(recipe: Recipe, doors: Doors, on: Asked, is_detached: bool) -> int:
             f"{failure.filename or folder.path}: {failure.strerror}: set XDG_STATE_HOME to a folder that can be written"
         ) from None
     with lock:
-        where_to = service_up.addresses(doors.listen, doors.admin, doors.is_open, doors.api_keys, doors.admin_key, left)
-
-        project = choose.project(recipe, folder, where_to) if kind == "compose" else None
-        if project is not None:
-            project.build_what_is_missing()
+        addresses = engine.prepare(recipe, flags, record)
 
         def work(progress: Lines, came_up: Callable[[], None]) -> int:
             folder.sign(lock)
-            return service_up.run(recipe, folder, where_to, project, progress, came_up)
+            if engine.outlives_controller:
+                folder.write_detached_record(DetachedRecord(engine.name, addresses.listen, addresses.admin))
+            return service_up.run(recipe, folder, engine, progress, came_up)
 
         if is_detached:
             return detached(lambda came_up: work(Lines(sys.stdout), came_up), folder.controller_log)
@@ -90,22 +81,22 @@ def up(recipe: Recipe, doors: Doors, on: Asked, is_detached: bool) -> int:
 
 
 def check(source: Source) -> int:
-    made = recipe_from(source)
-    spec = made.spec
+    recipe, engine = fitted(source)
+    spec = recipe.spec
     most = "as many as fit" if spec.max_replicas is None else str(spec.max_replicas)
     if most == str(spec.min_replicas):
         count = "1 replica" if most == "1" else f"{most} replicas"
     else:
         count = f"{spec.min_replicas} to {most} replicas"
-    print(f"{spec.name}: {count}, {made.resources} each, readiness {made.readiness_probe.path}")
+    print(f"{spec.name}: {count}, {recipe.resources} each, readiness {recipe.readiness_probe.path}")
     print(f"policy: {spec.policy or 'round_robin'}")
-    if made.launch is None:
-        where = f"port {made.fixed_port}" if made.fixed_port else "a free port each, in GROUNDSERVE_PORT"
+    if recipe.launch is None:
+        where = f"port {recipe.fixed_port}" if recipe.fixed_port else "a free port each, in GROUNDSERVE_PORT"
         print(f"run: as it is, with bash, on {where}")
     else:
-        print(f"run: SGLang serves {made.launch.model}" + "".join(f" {flag}" for flag in masked(made.launch.flags)))
-        if made.gpus:
-            print("\n".join(machine.placed(made, machine.seated_for(made))))
+        print(f"run: SGLang serves {recipe.launch.model}" + "".join(f" {flag}" for flag in masked(recipe.launch.flags)))
+        for line in engine.placement(recipe):
+            print(line)
     return 0
 
 
@@ -150,9 +141,8 @@ def down(names: Sequence[str], replica_id: int | None) -> int:
 
 
 def _take_down(folder: ServiceFolder) -> None:
-    if folder.is_left:
-        project.take_down(folder.name)
-        folder.left_nothing()
+    if folder.is_detached:
+        take_down_detached(folder)
         return
     try:
         control_socket.ask(folder.socket, {"do": "down"}, timeout=None)
@@ -181,7 +171,7 @@ def _is_ended(folder: ServiceFolder, number: signal.Signals) -> bool:
 
 def _ask(name: str, request: Mapping[str, Any], timeout: float | None = 10) -> Any:
     folder = ServiceFolder(state_root(), name)
-    if folder.is_left:
+    if folder.is_detached:
         raise ConfigError(
             f"{name} serves on, but its controller is gone: groundserve up with its file takes it up again"
         )

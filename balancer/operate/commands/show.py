@@ -126,7 +126,7 @@ def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[Con
         if patterns and not fits:
             continue
         try:
-            if not folder.is_up() and not folder.is_left:
+            if not folder.is_up() and not folder.is_detached:
                 continue
             there.append(folder)
         except BrokenState as failure:
@@ -139,7 +139,7 @@ def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[Con
 
 def unknown(name: str) -> str:
     """For a person who named a service that is not up."""
-    there = ", ".join(folder.name for folder in up_folders([])[0] if not folder.is_left)
+    there = ", ".join(folder.name for folder in up_folders([])[0] if not folder.is_detached)
     return f"no service {name} is up here; {f'there is {there}' if there else 'none is'}"
 
 
@@ -157,7 +157,9 @@ def admin_keys(patterns: Sequence[str]) -> int:
     found, failures = up_folders(patterns)
     for folder in found:
         try:
-            print(folder.admin_key_file if folder.is_left else control_socket.ask(folder.socket, {"do": "admin key"}))
+            print(
+                folder.admin_key_file if folder.is_detached else control_socket.ask(folder.socket, {"do": "admin key"})
+            )
         except control_socket.NotUp:
             failures.append(ConfigError(f"{folder.name} is just starting or ending: try again in a moment"))
     warn(failures)
@@ -167,8 +169,8 @@ def admin_keys(patterns: Sequence[str]) -> int:
 def snapshot_of(folder: ServiceFolder) -> Snapshot:
     """What its controller says; without one, its balancer."""
     try:
-        if (left := folder.left) is not None:
-            return _answered(f"http://{left.admin}") or _bare(folder, ServiceStatus.FAILED)
+        if (record := folder.detached_record) is not None:
+            return _answered(f"http://{record.admin}") or _bare(folder, ServiceStatus.FAILED)
         return Snapshot.from_json(control_socket.ask(folder.socket, {"do": "status"}))
     except BrokenState as failure:
         return _bare(folder, ServiceStatus.FAILED, str(failure))

@@ -16,7 +16,7 @@ from balancer.operate.controller.report import Report
 from balancer.operate.controller.rollout import Mode
 from balancer.operate.controller.traffic import Traffic
 from balancer.operate.controller.wanted import Outcome, Wanted
-from balancer.operate.engines.balancer_handle import Front
+from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.engines.engine import CannotStart, Ended, Engine
 from balancer.operate.recipe.recipe import Recipe
 
@@ -35,23 +35,22 @@ class Controller:
         name: str,
         recipe: Recipe,
         engine: Engine,
-        front: Front,
-        wake: asyncio.Event,
+        balancer: BalancerHandle,
         say: Callable[[str], None],
         show: Callable[[Snapshot], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`wake` is set by engine and front when something ended. `say` gets lines for a person, `show` snapshots."""
+        """`say` gets lines for a person, `show` snapshots."""
         self.name = name
         self.wanted = Wanted(recipe)
         self.replicas: dict[int, Replica] = {}
         self._engine = engine
-        self._front = front
-        self._wake = wake
+        self._balancer = balancer
+        self._wake = engine.changed
         self._say = say
         self._show = show
         self._clock = clock
-        self._report = Report(name, lambda: front.endpoint, engine.infra)
+        self._report = Report(name, lambda: balancer.endpoint, engine.name)
         self.snapshot = self._report.alone([], self.wanted, 0.0)
         self._traffic = Traffic()
         self._readiness = Readiness(engine.fields)
@@ -109,7 +108,7 @@ class Controller:
             for replica in self.replicas.values():
                 if replica.version == before.version:
                     self._keep(replace(replica, version=recipe.version))
-            await self._front.renew(recipe)
+            await self._balancer.renew(recipe)
             self._wake.set()
             return Outcome(recipe.version)
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -131,7 +130,7 @@ class Controller:
         self._say(f"{self.name}: found {len(survivors)} of its replicas running")
 
     async def _step(self) -> None:
-        await self._front.keep_up()
+        await self._balancer.keep_up()
         for over in self._engine.ended():
             self._lost(over)
         await self._tell()
@@ -147,8 +146,8 @@ class Controller:
         for replica in self.replicas.values():
             is_forgotten = replica.status is not None and replica.status.phase is not Phase.LEAVING
             if replica.stage is Stage.DRAINING and is_forgotten:
-                await self._front.drain(replica.id)
-        if self._front.is_leaving:
+                await self._balancer.drain(replica.id)
+        if self._balancer.is_leaving:
             actions = [action for action in actions if not isinstance(action, Stop)]
         if actions:
             await asyncio.gather(*(self._act(action) for action in actions))
@@ -160,7 +159,7 @@ class Controller:
                 await self._start(id, version)
             case Drain(id) if self.replicas[id].stage is Stage.RUNNING:
                 self._keep(plan.drained(self.replicas[id], self._clock()))
-                await self._front.drain(id)
+                await self._balancer.drain(id)
             case Drain(id):
                 # It is being ended already, only to start again: now it is not to.
                 self._keep(replace(self.replicas[id], stage=Stage.STOPPING))
@@ -222,7 +221,7 @@ class Controller:
             self._say(f"{self.name} stays at version {self.wanted.serving.version}: {outcome.failure}")
         else:
             self._say(f"{self.name} is at version {outcome.version}")
-            await self._front.renew(self.wanted.serving)
+            await self._balancer.renew(self.wanted.serving)
         for waiting in self._updates:
             waiting.set_result(outcome)
         self._updates.clear()
@@ -255,9 +254,11 @@ class Controller:
             word, reason = None, ""
         now = self._clock()
         self._report.note(self._engine.running(), self.replicas.keys())
-        snapshot = await self._front.tell(self._report.listing(self.replicas.values(), self.wanted, now, word, reason))
+        snapshot = await self._balancer.tell(
+            self._report.listing(self.replicas.values(), self.wanted, now, word, reason)
+        )
         if snapshot is None:
-            if not self._front.has_answered:
+            if not self._balancer.has_answered:
                 self.snapshot = self._report.alone(self.replicas.values(), self.wanted, now)
                 self._show(self.snapshot)
             return
@@ -277,7 +278,7 @@ class Controller:
             waiting.set_result(Outcome(0, "it was taken down"))
         self._updates.clear()
         await self._tell()
-        await self._front.stop(self._hurry)
+        await self._balancer.stop(self._hurry)
         await self._readiness.close()
         ids = list(self._engine.running())
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -16,24 +15,7 @@ from balancer.operate.state.keys import bearing
 _TIMEOUT = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Addresses:
-    """Where the balancer listens, HOST:PORT each, and who may come in: all, or whoever has a key of that file.
-
-    `admin_key` is the file with the key for changes on the admin port; None: one of the service's own.
-    """
-
-    listen: str
-    admin: str
-    is_open: bool = False
-    api_keys: str | None = None
-    admin_key: str | None = None
-
-    def endpoint(self, recipe: Recipe) -> str:
-        return f"{'http' if recipe.spec.tls is None else 'https'}://{self.listen}"
-
-
-class Front(ABC):
+class BalancerHandle(ABC):
     """One balancer at a fixed endpoint, known by what it answers to the list of replicas."""
 
     def __init__(self, admin: str, key_file: Path, key: str) -> None:
@@ -87,7 +69,7 @@ class Front(ABC):
             return False
 
 
-def told(recipe: Recipe) -> str:
-    """The service file that the balancer gets of a recipe."""
+def service_file_for(recipe: Recipe) -> str:
+    """What the balancer of this recipe is given as its service file."""
     # There is no other load balancer in front that has to notice first that this one leaves.
     return recipe.spec.for_balancer(recipe.readiness_probe, {"drain_grace": 0})

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from balancer.operate.engines.engine import CannotStart
-from balancer.operate.recipe.recipe import Command
+from balancer.operate.recipe.recipe import Invocation
 
 _LEASH = str(Path(__file__).with_name("leash.py"))
 
@@ -23,8 +23,8 @@ class Child:
         self._watch = asyncio.create_task(self._wait(on_end))
 
     @classmethod
-    async def start(cls, command: Command, log: Path, on_end: Callable[[], None]) -> "Child":
-        """Starts the command, its output appended to `log`, which the leash keeps from growing for ever.
+    async def start(cls, invocation: Invocation, log: Path, on_end: Callable[[], None]) -> "Child":
+        """Starts it, its output appended to `log`, which the leash keeps from growing for ever.
 
         `log` is an absolute path; `on_end` is called when it ended. Raises CannotStart.
         """
@@ -33,12 +33,12 @@ class Child:
             with log.open("ab") as output:  # what the leash itself has to say
                 process = await asyncio.create_subprocess_exec(
                     *leash,
-                    *command.argv,
+                    *invocation.argv,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=asyncio.subprocess.STDOUT,
-                    cwd=command.workdir,
-                    env={**os.environ, **command.envs},
+                    cwd=invocation.workdir,
+                    env={**os.environ, **invocation.envs},
                     # Ctrl-C at our terminal is ours to act on, in order.
                     start_new_session=True,
                 )

@@ -1,12 +1,16 @@
-"""What an engine can do: start a replica, stop it, list what runs, tell what ended. Others decide."""
+"""What an engine is asked: whether it can run a service, and to run it. When to start or stop what, others decide."""
 
+import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 from balancer.contract.listing import ReplicaListing
+from balancer.operate.engines.addresses import Addresses, AddressFlags
+from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.recipe.recipe import Recipe
+from balancer.operate.state.service_folder import DetachedRecord
 
 
 class CannotStart(Exception):
@@ -47,21 +51,55 @@ _HOPELESS = {2, 78, 126, 127}
 
 
 class Engine(Protocol):
-    """One way to run replicas."""
+    """One way to run a service: its replicas, and the balancer in front of them. An object is for one service.
 
-    # What the status tables say under INFRA.
-    infra: str
-    # Headers by which its replicas let us in.
-    fields: Mapping[str, str]
+    `suits`, `fit`, `placement` and `take_down` may be called at any time, in any process. `prepare` comes before all
+    that follows it here, and `found` before the first `start`.
+    """
+
+    # What --on, the detached record and the status tables call it.
+    name: str
+    # Does what it runs go on when its controller is killed? Then a detached record says where.
+    outlives_controller: bool
+    # Set whenever a replica or the balancer ended.
+    changed: asyncio.Event
+
+    def suits(self, recipe: Recipe) -> bool:
+        """Would it do for this service on this machine, so that nobody need name it? Starts nothing."""
+
+    def fit(self, recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
+        """The recipe with what one replica gets here and how many there can be, and all there is to warn of.
+
+        `running` replicas of the service run already. Raises ConfigError when it cannot run here.
+        """
+
+    def placement(self, recipe: Recipe) -> list[str]:
+        """For a person: a line for each GPU that says which replica would get it. `recipe` has been fitted."""
+
+    def take_down(self) -> None:
+        """Ends and removes all that is left of a service whose controller is gone; raises ConfigError."""
+
+    def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None) -> Addresses:
+        """Does what must be done before the first start, and says where the service will be found.
+
+        `record` is what an earlier controller left, if it was killed. May take minutes and print. Raises ConfigError.
+        """
+
+    def balancer(self, recipe: Recipe) -> BalancerHandle:
+        """The balancer in front of the replicas, not started yet. Raises ConfigError for a key that is none."""
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        """The headers by which its replicas let us in."""
 
     async def found(self) -> tuple[Survivor, ...]:
-        """Takes over what an earlier controller left running. Call it once, before all else."""
+        """Takes over what an earlier controller left running."""
 
     async def start(self, id: int, recipe: Recipe) -> None:
         """Starts a replica under a number that is free; raises CannotStart."""
 
     async def stop(self, id: int, grace: float) -> None:
-        """Returns when the replica is gone: asked first, killed `grace` seconds later."""
+        """Returns when the replica is gone: asked first, killed `grace` seconds later. Unknown ones are gone."""
 
     def running(self) -> Mapping[int, ReplicaListing]:
         """What runs now, by number, with all that the engine knows of it: a name, a place and an age at least."""
@@ -70,4 +108,4 @@ class Engine(Protocol):
         """What ended unasked since the last call."""
 
     async def close(self) -> None:
-        """Removes what is left when all replicas are gone."""
+        """Removes what is left when all replicas and the balancer are gone."""

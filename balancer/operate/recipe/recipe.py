@@ -32,7 +32,7 @@ _PACKAGES = str(Path(__file__).resolve().parents[3])
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class Invocation:
     """One process to be. `envs` come on top of our own environment and may hold secrets."""
 
     argv: tuple[str, ...]
@@ -54,7 +54,7 @@ class Recipe:
     fixed_port: int | None
     # What the tables say under RESOURCES.
     resources: str
-    # The most replicas that this machine holds; None: nothing says what one takes.
+    # The most replicas that the engine has room for; None: nothing says what one takes.
     fits: int | None
     # For a person: what of the script is not run, and the like.
     notes: tuple[str, ...]
@@ -70,23 +70,23 @@ class Recipe:
 
     def starts_like(self, other: "Recipe") -> bool:
         """Would a replica of the other recipe be the very same process?"""
-        return self.fixed_port == other.fixed_port and self.command(0, 0) == other.command(0, 0)
+        return self.fixed_port == other.fixed_port and self.invocation(0, 0) == other.invocation(0, 0)
 
     @property
     def workdir(self) -> Path:
         """The folder that a replica's process starts in: where the script would have gone before it starts SGLang."""
         return Path(os.path.normpath(self.spec.workdir / self.launch.folder)) if self.launch else self.spec.workdir
 
-    def command(self, id: int, port: int) -> Command:
+    def invocation(self, id: int, port: int) -> Invocation:
         """The process of a replica on this host."""
         envs = self.envs(id, port)
         if self.launch is None:
             script = ("bash", "-c", self.spec.run)
             if not self.gpus or _LEASES_ITSELF.search(self.spec.run):
-                return Command(script, envs, self.workdir)
+                return Invocation(script, envs, self.workdir)
             lease = ("--gpus", str(self.gpus), *self._kinds(), "--port", str(port), "--exec", "--", *script)
-            return Command((*python("replica"), *lease), with_packages(envs), self.workdir)
-        return Command((*python("replica"), *self.arguments(port)), with_packages(envs), self.workdir)
+            return Invocation((*python("replica"), *lease), with_packages(envs), self.workdir)
+        return Invocation((*python("replica"), *self.arguments(port)), with_packages(envs), self.workdir)
 
     def envs(self, id: int, port: int) -> dict[str, str]:
         """What a replica finds in its environment; secrets may be among it."""

@@ -24,9 +24,10 @@ class AlreadyUp(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
-    """Where a balancer that outlived its controller listens, HOST:PORT each."""
+class DetachedRecord:
+    """Where a service that outlived its controller is found: its engine's name, and HOST:PORT of its balancer."""
 
+    engine: str
     listen: str
     admin: str
 
@@ -45,8 +46,8 @@ class ServiceFolder:
         self.admin_key_file = self.path / "admin.key"
         self.replica_key_file = self.path / "replica.key"
         self._lock_file = self.path / "lock"
-        # What outlives its controller says here where it is found; only while it is to be there.
-        self._left_file = self.path / "left.json"
+        # There while the service would outlive its controller, or did.
+        self._detached_file = self.path / "detached.json"
 
     def claim(self) -> TextIO:
         """Makes the folder and locks it for as long as the file stays open, however the process ends.
@@ -94,35 +95,35 @@ class ServiceFolder:
         return False
 
     @property
-    def is_left(self) -> bool:
+    def is_detached(self) -> bool:
         """Does the service serve on without its controller? Raises BrokenState."""
-        return os.path.lexists(self._left_file) and not self.is_up()
+        return os.path.lexists(self._detached_file) and not self.is_up()
 
     @property
-    def left(self) -> Left | None:
-        """Where it serves on without its controller; None where nothing was left. Raises BrokenState."""
-        text = read_whole(self._left_file) if self.is_left else None
+    def detached_record(self) -> DetachedRecord | None:
+        """Of a service that serves on without its controller; None where none does. Raises BrokenState."""
+        text = read_whole(self._detached_file) if self.is_detached else None
         if text is None:
             return None
         try:
-            said = json.loads(text)
-            listen, admin = said["listen"], said["admin"]
+            fields = json.loads(text)
+            values = [fields[name] for name in ("engine", "listen", "admin")]
         except (ValueError, TypeError, LookupError):
-            raise self._broken_left("it is not whole") from None
-        if not isinstance(listen, str) or not isinstance(admin, str):
-            raise self._broken_left("it is none of ours")
-        return Left(listen, admin)
+            raise self._broken_record("it is not whole") from None
+        if not all(isinstance(value, str) for value in values):
+            raise self._broken_record("it is none of ours")
+        return DetachedRecord(*values)
 
-    def leave(self, left: Left) -> None:
-        """From now on the service would outlive its controller."""
-        write_whole(self._left_file, json.dumps(asdict(left)))
+    def write_detached_record(self, record: DetachedRecord) -> None:
+        """From now on the service would outlive its controller. Raises BrokenState."""
+        write_whole(self._detached_file, json.dumps(asdict(record)))
 
-    def left_nothing(self) -> None:
-        """Raises BrokenState when that cannot be said."""
+    def remove_detached_record(self) -> None:
+        """Nothing of the service is left. Raises BrokenState."""
         try:
-            self._left_file.unlink(missing_ok=True)
+            self._detached_file.unlink(missing_ok=True)
         except OSError as failure:
-            raise broken(self._left_file, failure.strerror) from None
+            raise broken(self._detached_file, failure.strerror) from None
 
     def write_service_file(self, text: str) -> Path:
         """Makes the file anew, whole at any moment, for a balancer that looks at it again and again.
@@ -169,8 +170,8 @@ class ServiceFolder:
         except BrokenState:
             return None
 
-    def _broken_left(self, why: str) -> BrokenState:
-        return BrokenState(f"{self._left_file} cannot be used ({why}): groundserve down {self.name}, or remove it")
+    def _broken_record(self, why: str) -> BrokenState:
+        return BrokenState(f"{self._detached_file} cannot be used ({why}): groundserve down {self.name}, or remove it")
 
 
 def state_root(environ: Mapping[str, str] = os.environ) -> Path:

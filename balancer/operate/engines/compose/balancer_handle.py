@@ -9,7 +9,8 @@ from typing import Any
 from balancer.contract.listing import Listing
 from balancer.contract.status import Snapshot
 from balancer.errors import ConfigError
-from balancer.operate.engines.balancer_handle import Addresses, Front, told
+from balancer.operate.engines.addresses import Addresses
+from balancer.operate.engines.balancer_handle import BalancerHandle, service_file_for
 from balancer.operate.engines.child import tail
 from balancer.operate.engines.compose.project import Project
 from balancer.operate.engines.engine import CannotStart
@@ -57,7 +58,7 @@ def _admin_key_file(where: Addresses, folder: ServiceFolder) -> Path:
     return Path(where.admin_key).absolute() if where.admin_key else folder.admin_key_file
 
 
-class ComposeFront(Front):
+class ComposeBalancer(BalancerHandle):
     """The service `balancer` of a project; its service file lies in `folder`."""
 
     def __init__(self, project: Project, folder: ServiceFolder, where: Addresses, recipe: Recipe) -> None:
@@ -91,7 +92,7 @@ class ComposeFront(Front):
     async def renew(self, recipe: Recipe) -> None:
         has_moved = recipe.spec.tls != self._recipe.spec.tls
         self._recipe = recipe
-        self._folder.write_service_file(told(recipe))
+        self._folder.write_service_file(service_file_for(recipe))
         if has_moved:
             await self._up()
 
@@ -117,7 +118,7 @@ class ComposeFront(Front):
 
     async def _up(self) -> None:
         """Starts the container where there is none, and another where it was made of other settings."""
-        self._folder.write_service_file(told(self._recipe))
+        self._folder.write_service_file(service_file_for(self._recipe))
         overlay = self._folder.path / "balancer.json"
         write_whole(overlay, json.dumps({"services": {"balancer": self._overlay()}}))
         await self._project.compose("up", "-d", "--no-deps", "balancer", overlays=[overlay])

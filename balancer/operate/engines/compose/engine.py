@@ -1,4 +1,4 @@
-"""The Compose engine: replicas as containers of the service `replica` in compose.yaml, which outlive their controller.
+"""The Compose engine: replicas and balancer as containers of compose.yaml's services, which outlive their controller.
 
 `docker compose up --scale` starts each one, with an overlay that says which command it runs and, in labels, which
 replica it is. Compose cannot stop a certain one of them: that is `docker stop`.
@@ -8,17 +8,24 @@ import asyncio
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from balancer.contract.listing import ReplicaListing
+from balancer.errors import ConfigError
+from balancer.operate.engines import capacity
+from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_addresses
 from balancer.operate.engines.child import tail
-from balancer.operate.engines.compose.project import Container, Project
+from balancer.operate.engines.compose import project
+from balancer.operate.engines.compose.balancer_handle import ComposeBalancer, environ
+from balancer.operate.engines.compose.project import ROOT, Container, Project, check_docker, has_docker
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
 from balancer.operate.recipe.recipe import Recipe
-from balancer.operate.state.service_folder import ServiceFolder
+from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 from balancer.operate.state.state_file import write_whole
 
 # Where a replica listens in its container, as docker/*.Dockerfile and the balancer's DNS name have it.
@@ -35,19 +42,55 @@ class _Replica:
 
 
 class ComposeEngine:
-    """An `Engine`. Overlays and logs go to `folder`; `on_change` is called when a replica ended."""
+    """An `Engine`; overlays, logs and keys lie in `folder`."""
 
-    infra = "compose"
+    name = "compose"
+    outlives_controller = True
+    # Nobody reaches its replicas but through their network, so they ask for no key of ours.
+    fields: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, project: Project, folder: ServiceFolder, on_change: Callable[[], None]) -> None:
-        self.fields: Mapping[str, str] = {}
-        self._project = project
+    def __init__(self, folder: ServiceFolder) -> None:
+        self.changed = asyncio.Event()
         self._folder = folder
-        self._on_change = on_change
+        self._addresses: Addresses | None = None
+        self._prepared: Project | None = None
         self._replicas: dict[int, _Replica] = {}
         self._ended: list[Ended] = []
         # Compose is told how many there should be, so two cannot be started at a time.
         self._one_at_a_time = asyncio.Lock()
+
+    def suits(self, recipe: Recipe) -> bool:
+        return recipe.launch is not None and has_docker()
+
+    def fit(self, recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
+        if recipe.launch is None:
+            raise ConfigError(
+                f"{recipe.spec.source}: run: starts no SGLang that is understood, and Compose runs the replica's "
+                "image: use --on local"
+            )
+        check_docker()
+        return capacity.fit(recipe, running)
+
+    def placement(self, recipe: Recipe) -> list[str]:
+        return capacity.placement(recipe)
+
+    def take_down(self) -> None:
+        project.take_down(self._folder.name)
+
+    def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
+        self._addresses = choose_addresses(flags, record)
+        self._prepared = project_of(recipe, self._folder, self._addresses)
+        self._prepared.build_what_is_missing()
+        return self._addresses
+
+    def balancer(self, recipe: Recipe) -> ComposeBalancer:
+        assert self._addresses is not None, "prepare comes first"
+        return ComposeBalancer(self._project, self._folder, self._addresses, recipe)
+
+    @property
+    def _project(self) -> Project:
+        assert self._prepared is not None, "prepare comes first"
+        return self._prepared
 
     async def found(self) -> tuple[Survivor, ...]:
         survivors: list[Survivor] = []
@@ -96,7 +139,7 @@ class ComposeEngine:
             id=id,
             version=int(container.labels[_VERSION]),
             launched_seconds=asyncio.get_running_loop().time() - self._replicas[id].started,
-            infra=self.infra,
+            infra=self.name,
         )
 
     def ended(self) -> tuple[Ended, ...]:
@@ -123,7 +166,19 @@ class ComposeEngine:
             self._ended.append(Ended.by(id, code, next(iter(tail(log, 1)), "")))
         with contextlib.suppress(CannotStart):
             await self._project.docker("rm", "--force", container.id)
-        self._on_change()
+        self.changed.set()
+
+
+def project_of(recipe: Recipe, folder: ServiceFolder, addresses: Addresses) -> Project:
+    """The Compose project of a service; raises ConfigError for addresses that it cannot publish."""
+    return Project(recipe.spec.name, _files(recipe, os.environ), environ(addresses, recipe, folder))
+
+
+def _files(recipe: Recipe, environ: Mapping[str, str]) -> list[Path]:
+    """COMPOSE_FILE's, as `docker compose` takes it: whoever has overlays of their own names them all there."""
+    if named := environ.get("COMPOSE_FILE"):
+        return [ROOT / file for file in named.split(environ.get("COMPOSE_PATH_SEPARATOR", ":"))]
+    return [ROOT / "compose.yaml", *([] if recipe.gpus else [ROOT / "docker" / "compose.cpu.yaml"])]
 
 
 def replica_overlay(id: int, recipe: Recipe) -> dict[str, Any]:

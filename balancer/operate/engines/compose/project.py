@@ -16,7 +16,7 @@ from balancer.errors import ConfigError
 from balancer.inherited import tell
 from balancer.operate.engines.child import Child
 from balancer.operate.engines.engine import CannotStart
-from balancer.operate.recipe.recipe import Command
+from balancer.operate.recipe.recipe import Invocation
 
 # The checkout: compose.yaml builds its images from it.
 ROOT = Path(__file__).resolve().parents[4]
@@ -105,7 +105,9 @@ class Project:
         """Appends what the container prints to `log` until it ends; what it is then, None when it is gone."""
         since: tuple[str, ...] = ()
         while True:
-            printing = await Child.start(Command(("docker", "logs", "--follow", *since, id), {}, ROOT), log, _nothing)
+            printing = await Child.start(
+                Invocation(("docker", "logs", "--follow", *since, id), {}, ROOT), log, _nothing
+            )
             try:
                 await printing.ended()
             except asyncio.CancelledError:
@@ -123,18 +125,18 @@ def name_of(service: str) -> str:
     return "groundserve-" + re.sub(r"[^a-z0-9_-]", "-", service.lower())
 
 
-def check_engine() -> None:
+def check_docker() -> None:
     """Raises ConfigError unless a Docker engine with Compose v2 answers and the project's compose.yaml is here."""
     if not (ROOT / "compose.yaml").is_file():
         raise ConfigError(
             "--on compose builds its images from the project's own folder, which this installation has not: run it in "
             "a clone of groundserve, or use --on local"
         )
-    if not has_engine():
+    if not has_docker():
         raise ConfigError("no Docker engine with Compose v2 answers: start it, or use --on local")
 
 
-def has_engine() -> bool:
+def has_docker() -> bool:
     try:
         return all(
             subprocess.run(["docker", *words], capture_output=True, check=False).returncode == 0

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from balancer.contract.listing import Listing
 from balancer.contract.status import Snapshot
-from balancer.operate.engines.balancer_handle import Addresses, Front, told
+from balancer.operate.engines.addresses import Addresses
+from balancer.operate.engines.balancer_handle import BalancerHandle, service_file_for
 from balancer.operate.engines.child import Child, tail
 from balancer.operate.engines.engine import CannotStart
-from balancer.operate.recipe.recipe import Command, Recipe, python, with_packages
+from balancer.operate.recipe.recipe import Invocation, Recipe, python, with_packages
 from balancer.operate.state import keys
 from balancer.operate.state.service_folder import ServiceFolder
 
@@ -18,7 +19,7 @@ _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 10.0
 
 
-class LocalFront(Front):
+class LocalBalancer(BalancerHandle):
     """`on_change` is called when the process ended; `replica_key` is the file with the key that replicas ask for."""
 
     def __init__(
@@ -62,12 +63,12 @@ class LocalFront(Front):
             self._start_at = time.monotonic() + min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2.0 ** min(self._failures, 8))
             self._failures += 1
         if self._child is None and time.monotonic() >= self._start_at:
-            self._child = await Child.start(self._command(), self._folder.balancer_log, self._on_change)
+            self._child = await Child.start(self._invocation(), self._folder.balancer_log, self._on_change)
 
     async def renew(self, recipe: Recipe) -> None:
         is_same_process = recipe.spec.tls == self._recipe.spec.tls
         self._recipe = recipe
-        self._folder.write_service_file(told(recipe))
+        self._folder.write_service_file(service_file_for(recipe))
         if is_same_process or self._child is None:
             return
         leaving, self._child = self._child, None
@@ -102,7 +103,7 @@ class LocalFront(Front):
             await child.kill()
         await stopping
 
-    def _command(self) -> Command:
+    def _invocation(self) -> Invocation:
         where = self._where
         flags = ["--listen", where.listen, "--admin", where.admin]
         if where.is_open:
@@ -112,11 +113,11 @@ class LocalFront(Front):
         flags += ["--admin-key", str(self.key_file)]
         if self._replica_key is not None:
             flags += ["--replica-key", str(self._replica_key)]
-        flags += ["--service", str(self._folder.write_service_file(told(self._recipe)))]
+        flags += ["--service", str(self._folder.write_service_file(service_file_for(self._recipe)))]
         if self._recipe.spec.tls is not None:
             certificate, key = self._recipe.spec.tls
             flags += ["--tls-cert", str(certificate), "--tls-key", str(key)]
-        return Command((*python("balancer"), *flags), with_packages({}), Path())
+        return Invocation((*python("balancer"), *flags), with_packages({}), Path())
 
     def _last_words(self) -> str:
         return next(iter(tail(self._folder.balancer_log, 1)), "it printed nothing")

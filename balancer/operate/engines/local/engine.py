@@ -1,18 +1,23 @@
-"""The local engine: replicas as child processes of `groundserve up`, each with a port and a log file of its own."""
+"""The local engine: replicas and balancer as child processes of `groundserve up`, which end when it does."""
 
+import asyncio
+import importlib.util
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from balancer.contract.listing import ReplicaListing
 from balancer.errors import ConfigError
+from balancer.operate.engines import capacity
+from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_addresses
 from balancer.operate.engines.child import Child, tail
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
-from balancer.operate.engines.local.ports import REPLICA_PORTS, free_ports, is_free
+from balancer.operate.engines.local.balancer_handle import LocalBalancer
+from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state import keys
-from balancer.operate.state.service_folder import ServiceFolder
+from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +28,51 @@ class _Replica:
 
 
 class LocalEngine:
-    """An `Engine`. Logs go to `folder`; `on_change` is called when a replica ended.
+    """An `Engine`; logs and keys lie in `folder`. Each replica has a port and a log file of its own."""
 
-    `key` is the file with the key that replicas ask for, where they are SGLang's.
-    """
+    name = "local"
+    outlives_controller = False
 
-    infra = "local"
-
-    def __init__(self, folder: ServiceFolder, key: Path | None, on_change: Callable[[], None]) -> None:
-        self.fields: Mapping[str, str] = keys.bearing(keys.given(key, keys.KEY_FILE)) if key is not None else {}
-        self._key = key
+    def __init__(self, folder: ServiceFolder) -> None:
+        self.changed = asyncio.Event()
+        # The file with the key that replicas ask for, where they are SGLang's.
+        self._key_file: Path | None = None
+        self._addresses: Addresses | None = None
         self._folder = folder
-        self._on_change = on_change
         self._replicas: dict[int, _Replica] = {}
         self._ports: dict[int, int] = {}
         self._stopping: set[int] = set()
+
+    def suits(self, recipe: Recipe) -> bool:
+        """Where `run:` starts SGLang, that has to be installed."""
+        return recipe.launch is None or importlib.util.find_spec("sglang") is not None
+
+    def fit(self, recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
+        if self._key_file is not None and recipe.launch is not None and keys.brings_its_own(recipe):
+            raise ConfigError(
+                f"{recipe.spec.name}: its replicas ask for a key of this service, and now `run:` brings one of its "
+                "own: take it down and up again"
+            )
+        return capacity.fit(recipe, running)
+
+    def placement(self, recipe: Recipe) -> list[str]:
+        return capacity.placement(recipe)
+
+    def take_down(self) -> None:
+        """Nothing is left: children do not outlive their controller."""
+
+    def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
+        self._addresses = choose_addresses(flags)
+        self._key_file = keys.for_replicas(recipe, self._folder.replica_key_file)
+        return self._addresses
+
+    def balancer(self, recipe: Recipe) -> LocalBalancer:
+        assert self._addresses is not None, "prepare comes first"
+        return LocalBalancer(self._folder, self._addresses, recipe, self._key_file, self.changed.set)
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        return keys.bearing(keys.given(self._key_file, keys.KEY_FILE)) if self._key_file is not None else {}
 
     async def found(self) -> tuple[Survivor, ...]:
         """Nothing: children do not outlive their controller."""
@@ -45,11 +80,11 @@ class LocalEngine:
 
     async def start(self, id: int, recipe: Recipe) -> None:
         port = self._ports[id] = self._port(id, recipe.fixed_port)
-        command = recipe.command(id, port)
-        if self._key is not None and recipe.launch is not None:
-            command = replace(command, envs={**command.envs, keys.KEY_FILE: str(self._key)})
+        invocation = recipe.invocation(id, port)
+        if self._key_file is not None and recipe.launch is not None:
+            invocation = replace(invocation, envs={**invocation.envs, keys.KEY_FILE: str(self._key_file)})
         self._folder.trim_replica_logs({id, *self._replicas})
-        child = await Child.start(command, self._folder.replica_log(id), self._on_change)
+        child = await Child.start(invocation, self._folder.replica_log(id), self.changed.set)
         self._replicas[id] = _Replica(child, f"http://127.0.0.1:{port}", time.monotonic())
 
     async def stop(self, id: int, grace: float) -> None:
@@ -71,17 +106,17 @@ class LocalEngine:
             replica.endpoint,
             id=id,
             launched_seconds=time.monotonic() - replica.started,
-            infra=self.infra,
+            infra=self.name,
         )
 
     def ended(self) -> tuple[Ended, ...]:
         over = [(id, r.child) for id, r in self._replicas.items() if r.child.code is not None]
-        found = []
+        unasked = []
         for id, child in over:
             if id not in self._stopping:
                 del self._replicas[id]
-                found.append(Ended.by(id, child.code or 0, next(iter(tail(child.log, 1)), "")))
-        return tuple(found)
+                unasked.append(Ended.by(id, child.code or 0, next(iter(tail(child.log, 1)), "")))
+        return tuple(unasked)
 
     async def close(self) -> None:
         """Nothing is left."""

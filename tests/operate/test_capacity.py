@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate.engines.local.machine import Gpu, fitted, gpus, of_kind, placed
+from balancer.operate.engines.capacity import Gpu, fitted, gpus, of_kind, placed
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.spec.service_file import parse
 
@@ -145,7 +145,7 @@ def test_of_several_kinds_the_first_of_which_enough_are_here_says_how_many(there
 
 def test_a_script_that_is_no_sglang_gets_a_lease_too() -> None:
     script = made("resources: {accelerators: {L4: 2}}", run="serve $GROUNDSERVE_PORT")
-    argv = script.command(1, 8001).argv
+    argv = script.invocation(1, 8001).argv
     assert argv[argv.index("-m") + 1 :] == (
         *("replica", "--gpus", "2", "--gpu-kinds", "L4", "--port", "8001", "--exec"),
         *("--", "bash", "-c", "serve $GROUNDSERVE_PORT"),
@@ -153,7 +153,7 @@ def test_a_script_that_is_no_sglang_gets_a_lease_too() -> None:
     assert "want 2 GPUs each (L4)" in refusal(script, 2, seated((L4, L4), 2, "L4"), 99)
     for run in ("python -m replica --gpus 1 --exec -- serve $GROUNDSERVE_PORT & wait", "serve $GROUNDSERVE_PORT"):
         wants = "resources: {accelerators: L4}" if "replica" in run else ""
-        assert made(wants, run=run).command(1, 8001).argv == ("bash", "-c", run)
+        assert made(wants, run=run).invocation(1, 8001).argv == ("bash", "-c", run)
 
 
 def test_this_machine_can_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Is this machine able to run that many replicas: GPUs, memory, cores. Says so before anything is started."""
+"""What this machine has for replicas, and whether that is enough: GPUs, memory, cores. Asked before any is started."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from balancer.errors import ConfigError
-from balancer.operate.engines.local import limits
+from balancer.operate.engines import limits
 from balancer.operate.recipe.recipe import Recipe, for_kind, python, with_packages
 from balancer.spec.service_file import Spec
 
@@ -59,7 +59,7 @@ def seated_for(recipe: Recipe) -> tuple[Gpu, ...]:
 def check_model(recipe: Recipe) -> None:
     """Lets `python -m replica` look at model and flags without starting; raises ConfigError with its own words."""
     if recipe.launch is not None:
-        argv = recipe.command(1, 8000).argv
+        argv = recipe.invocation(1, 8000).argv
         flags = argv[len(python("replica")) :]
         # On the CPU: a lease is not what is asked here, and GPUs may be in use by the replicas that these replace.
         _replica("--device", "cpu", "--dry-run", *flags)
@@ -76,6 +76,11 @@ def seats(there: tuple[Gpu, ...]) -> list[tuple[Gpu, ...]]:
 
 def _free(groups: list[tuple[Gpu, ...]]) -> list[tuple[Gpu, ...]]:
     return [group for group in groups if all(gpu.held_by is None for gpu in group)]
+
+
+def placement(recipe: Recipe) -> list[str]:
+    """A line for each GPU that the replicas of a fitted recipe may get; none where they want none."""
+    return placed(recipe, seated_for(recipe)) if recipe.launch is not None and recipe.gpus else []
 
 
 def placed(recipe: Recipe, there: tuple[Gpu, ...]) -> list[str]:
@@ -106,7 +111,7 @@ def placed(recipe: Recipe, there: tuple[Gpu, ...]) -> list[str]:
     return lines
 
 
-def fitted_here(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
+def fit(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
     """The recipe fitted to this machine, and all there is to warn of; raises ConfigError when it cannot run here."""
     if not os.path.isdir(recipe.workdir):  # noqa: PTH112 - the path's own method raises for names that are too long
         what = "run: cd" if recipe.launch and recipe.launch.folder else "workdir"

@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""`docker` as far as the Compose engine uses it. A container is a file in $DOCKER_STUB and a process that sleeps.
+
+What it cannot do, as a real one cannot start an image that is not there: a replica whose command has BROKEN in it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(os.environ.get("DOCKER_STUB", "/nowhere"))
+PROJECT, SERVICE = "com.docker.compose.project", "com.docker.compose.service"
+
+
+def containers(project: str, service: str = "") -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+    return [one for one in found if one["labels"][PROJECT] == project and service in ("", one["labels"][SERVICE])]
+
+
+def is_alive(container: dict[str, Any]) -> bool:
+    try:
+        stat = Path(f"/proc/{container['pid']}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def kill(container: dict[str, Any]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(container["pid"], signal.SIGKILL)
+    while is_alive(container):
+        time.sleep(0.01)
+
+
+def run(project: str, service: str, files: list[str]) -> None:
+    overlay = json.loads(Path(files[-1]).read_text())["services"][service]
+    if "BROKEN" in str(overlay.get("command")):
+        sys.exit("the image is not there")
+    nothing = subprocess.DEVNULL
+    process = subprocess.Popen(["sleep", "600"], stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+    id = uuid.uuid4().hex
+    labels = {**overlay.get("labels", {}), PROJECT: project, SERVICE: service}
+    facts = {"id": id, "pid": process.pid, "labels": labels, "started": datetime.now(UTC).isoformat()}
+    (FOLDER / f"{id}.json").write_text(json.dumps(facts))
+
+
+def compose(words: list[str]) -> None:
+    project, files = "", []
+    while words and words[0].startswith("-"):
+        flag, value, *words = words
+        project = value if flag == "-p" else project
+        files += [value] if flag == "-f" else []
+    match words:
+        case ["up", *flags, service]:
+            scale = [flag.partition("=")[2] for flag in flags if "=" in flag]
+            for _ in range(int(scale[0] if scale else 1) - len(containers(project, service))):
+                run(project, service, files)
+        case ["stop" | "kill", service]:
+            for one in containers(project, service):
+                kill(one)
+        case ["down", *_]:
+            for one in containers(project):
+                remove(one)
+
+
+def remove(container: dict[str, Any]) -> None:
+    kill(container)
+    (FOLDER / f"{container['id']}.json").unlink()
+
+
+def inspected(container: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "Id": container["id"],
+        "State": {"StartedAt": container["started"], "Running": is_alive(container), "ExitCode": 137},
+        "Config": {"Labels": container["labels"]},
+        "RestartCount": 0,
+        "NetworkSettings": {"Networks": {"default": {"IPAddress": f"127.9.0.{len(list(FOLDER.iterdir()))}"}}},
+    }
+
+
+def main(words: list[str]) -> None:
+    match words:
+        case ["compose", *rest]:
+            compose(rest)
+        case ["ps", *filters]:
+            wanted = dict(word.removeprefix("label=").split("=") for word in filters if "=" in word)
+            for one in containers(wanted[PROJECT], wanted[SERVICE]):
+                print(one["id"])
+        case ["inspect" | "logs" | "stop" | "rm" as verb, *_, id]:
+            path = FOLDER / f"{id}.json"
+            if not path.is_file():
+                sys.exit(f"No such container: {id}")
+            container = json.loads(path.read_text())
+            if verb == "inspect":
+                print(json.dumps([inspected(container)]))
+            elif verb == "stop":
+                kill(container)
+            elif verb == "rm":
+                remove(container)
+            else:
+                while is_alive(container):
+                    time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

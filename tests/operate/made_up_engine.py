@@ -1,0 +1,121 @@
+"""An engine that nobody has: replicas are plain processes that outlive their controller. A program, too:
+
+`python -m tests.operate.made_up_engine up ...` is groundserve with this engine beside its own, as `made-up`.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from balancer import cli
+from balancer.contract.listing import ReplicaListing
+from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_addresses
+from balancer.operate.engines.balancer_handle import BalancerHandle
+from balancer.operate.engines.choose import ENGINES
+from balancer.operate.engines.engine import Ended, Survivor
+from balancer.operate.engines.local.balancer_handle import LocalBalancer
+from balancer.operate.engines.ports import free_ports
+from balancer.operate.recipe.recipe import Recipe
+from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
+
+
+class MadeUpEngine:
+    """An `Engine`. Who runs is written down in `folder`."""
+
+    name = "made-up"
+    outlives_controller = True
+    fields: Mapping[str, str] = {}
+
+    def __init__(self, folder: ServiceFolder) -> None:
+        self.changed = asyncio.Event()
+        self._folder = folder
+        self._file = folder.path / "made-up.json"
+        self._addresses: Addresses | None = None
+
+    def suits(self, recipe: Recipe) -> bool:
+        return False
+
+    def fit(self, recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
+        return recipe, ["it is made up"]
+
+    def placement(self, recipe: Recipe) -> list[str]:
+        return []
+
+    def take_down(self) -> None:
+        for pid, _ in self._written().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._file.unlink(missing_ok=True)
+
+    def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None) -> Addresses:
+        self._addresses = choose_addresses(flags)
+        return self._addresses
+
+    def balancer(self, recipe: Recipe) -> BalancerHandle:
+        assert self._addresses is not None
+        return LocalBalancer(self._folder, self._addresses, recipe, None, self.changed.set)
+
+    async def found(self) -> tuple[Survivor, ...]:
+        return ()
+
+    async def start(self, id: int, recipe: Recipe) -> None:
+        self._start(id, recipe)
+
+    def _start(self, id: int, recipe: Recipe) -> None:
+        (port,) = free_ports(1)
+        invocation = recipe.invocation(id, port)
+        nothing = subprocess.DEVNULL
+        process = subprocess.Popen(
+            invocation.argv,
+            env={**os.environ, **invocation.envs},
+            cwd=invocation.workdir,
+            stdin=nothing,
+            stdout=nothing,
+            stderr=nothing,
+            start_new_session=True,
+        )
+        self._write({**self._written(), id: (process.pid, port)})
+
+    async def stop(self, id: int, grace: float) -> None:
+        written = self._written()
+        if id in written:
+            os.kill(written.pop(id)[0], signal.SIGKILL)
+            self._write(written)
+
+    def running(self) -> Mapping[int, ReplicaListing]:
+        return {
+            id: ReplicaListing(f"made-up-{id}", f"http://127.0.0.1:{port}", id=id, launched_seconds=0, infra=self.name)
+            for id, (_, port) in self._written().items()
+        }
+
+    def ended(self) -> tuple[Ended, ...]:
+        return ()
+
+    async def close(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+    def _written(self) -> dict[int, tuple[int, int]]:
+        """The process and the port of each replica."""
+        if not self._file.exists():
+            return {}
+        return {int(id): (pid, port) for id, (pid, port) in json.loads(self._file.read_text()).items()}
+
+    def _write(self, replicas: Mapping[int, tuple[int, int]]) -> None:
+        self._file.write_text(json.dumps(replicas))
+
+
+def main() -> int:
+    ENGINES[MadeUpEngine.name] = MadeUpEngine
+    # The command starts this folder's packages by themselves, wherever it is typed.
+    assert Path("balancer").is_dir()
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
