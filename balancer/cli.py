@@ -1,4 +1,4 @@
-"""groundserve: up, status, scale, update, logs, down, check, and models. Parsing only; balancer/operate does it."""
+"""groundserve: up, status, scale, update, down, logs, check, and models. Parsing only: balancer/operate does it."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from balancer.operate.engines.choose import AUTO, ENGINES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done; 1: it failed, and one line said what and what to do; 2: wrong usage."""
+    """Exit status 0: done; 1: failed, with one line that says what is wrong and what to do; 2: wrong usage."""
     settle()
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output has seen enough; nor may Python complain when it flushes at exit.
+        # The reader of our output has seen enough. Without this, Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -94,44 +94,48 @@ def _parser() -> argparse.ArgumentParser:
         sky_flags.accept(parser, name)
         return parser
 
-    up = command("up", "bring a service up and stay its controller")
+    up = command("up", "start a service and stay in the foreground as its controller")
     _add_source(up)
     _add_name(up)
-    up.add_argument("-d", "--detach", action="store_true", help="go on in the background once it is up")
+    up.add_argument(
+        "-d", "--detach", action="store_true", help="return once it is up, and keep running in the background"
+    )
     up.add_argument(
         "--on", choices=(AUTO, *ENGINES), default=AUTO, help="what runs the replicas (default: %(default)s)"
     )
     up.add_argument("--listen", metavar="HOST:PORT", help="the endpoint (default: 127.0.0.1, 30001 or the next free)")
-    up.add_argument("--admin", metavar="HOST:PORT", help="status and drain (default: the port after the endpoint's)")
-    up.add_argument("--api-keys", metavar="FILE", help="the keys that clients must have, one a line")
+    up.add_argument("--admin", metavar="HOST:PORT", help="the admin port (default: the port after the endpoint's)")
+    up.add_argument("--api-keys", metavar="FILE", help="a file of client API keys, one per line")
     up.add_argument(
         "--admin-key",
         metavar="FILE",
         default=os.environ.get("BALANCER_ADMIN_KEY") or None,
-        help="the key for changes on the admin port (default: one is made)",
+        help="a file with the key for changes on the admin port (default: a generated key)",
     )
-    up.add_argument("--open", action="store_true", help="beyond loopback: everyone may use it")
-    up.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
+    up.add_argument("--open", action="store_true", help="beyond loopback: let everyone use it without a key")
+    up.add_argument("-y", "--yes", action="store_true", help="accepted as by sky serve; nothing is ever asked")
 
     status = command("status", "show services and their replicas")
-    status.add_argument("names", nargs="*", metavar="NAME", help="which services, * and ? allowed (default: all)")
-    status.add_argument("--endpoint", action="store_true", help="print the one service's endpoint and nothing else")
-    status.add_argument("--admin-key", action="store_true", help="print which file holds the key for its admin port")
+    status.add_argument("names", nargs="*", metavar="NAME", help="which services; * and ? match (default: all)")
+    status.add_argument("--endpoint", action="store_true", help="print only the service's endpoint")
+    status.add_argument("--admin-key", action="store_true", help="print the path of the file with its admin key")
     status.add_argument("--json", action="store_true", help="print JSON")
-    status.add_argument("--watch", action="store_true", help="show it anew each second")
+    status.add_argument("--watch", action="store_true", help="refresh every second")
     status.add_argument("-v", "--verbose", action="store_true", help="more columns")
 
     scale = command("scale", "change how many replicas a service has")
     scale.add_argument("name", metavar="NAME")
-    scale.add_argument("replicas", metavar="N", type=_count, help="replicas from now on")
+    scale.add_argument("replicas", metavar="N", type=_count, help="the new number of replicas")
 
-    update = command("update", "change a running service to what a file says, and back if that does not become ready")
+    update = command(
+        "update", "update a running service from a file, and roll back if the new version does not become ready"
+    )
     update.add_argument("name", metavar="NAME")
     _add_source(update)
     update.add_argument(
         "--mode", type=str.lower, choices=("rolling", "blue_green"), default="rolling", help="default: rolling"
     )
-    update.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
+    update.add_argument("-y", "--yes", action="store_true", help="accepted as by sky serve; nothing is ever asked")
 
     logs = command("logs", "show what the replicas of a service print")
     logs.add_argument("name", metavar="NAME")
@@ -140,15 +144,17 @@ def _parser() -> argparse.ArgumentParser:
         logs.add_argument(
             *flags, dest="of", action="store_const", const=of, default="replicas", help=f"the {of}'s log instead"
         )
-    logs.add_argument("-f", "--follow", action=argparse.BooleanOptionalAction, help="go on as more is printed")
-    logs.add_argument("--tail", type=_count, metavar="N", help="the last N lines only")
+    logs.add_argument("-f", "--follow", action=argparse.BooleanOptionalAction, help="keep printing new lines")
+    logs.add_argument("--tail", type=_count, metavar="N", help="print only the last N lines")
 
     down = command("down", "take services down")
-    down.add_argument("names", nargs="*", metavar="NAME", help="which services, * and ? allowed")
+    down.add_argument("names", nargs="*", metavar="NAME", help="which services; * and ? match")
     down.add_argument("-a", "--all", action="store_true", help="all services")
     down.add_argument("--replica-id", type=_count, metavar="N", help="replace this one replica instead")
-    down.add_argument("-p", "--purge", action="store_true", help="as for sky serve; what failed goes down without it")
-    down.add_argument("-y", "--yes", action="store_true", help="as for sky serve; nothing is asked anyway")
+    down.add_argument(
+        "-p", "--purge", action="store_true", help="accepted as by sky serve; failed services go down without it"
+    )
+    down.add_argument("-y", "--yes", action="store_true", help="accepted as by sky serve; nothing is ever asked")
 
     pull = command("pull", "fetch models to this machine, verified, or go on with what broke off")
     pull.add_argument("models", nargs="+", metavar="MODEL", help="a preset or a Hugging Face id")
@@ -176,9 +182,13 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("service", metavar="SERVICE.yaml", help="a SkyServe service file")
     parser.add_argument("--env", action="append", default=[], metavar="K=V", help="set one of the file's envs")
-    parser.add_argument("--env-file", action="append", default=[], type=Path, metavar="FILE", help="K=V lines")
+    parser.add_argument(
+        "--env-file", action="append", default=[], type=Path, metavar="FILE", help="a file of K=V lines"
+    )
     parser.add_argument("--secret", action="append", default=[], metavar="K=V", help="set one of its secrets")
-    parser.add_argument("--secret-file", action="append", default=[], type=Path, metavar="FILE", help="K=V lines")
+    parser.add_argument(
+        "--secret-file", action="append", default=[], type=Path, metavar="FILE", help="a file of K=V lines"
+    )
 
 
 def _count(text: str) -> int:

@@ -1,4 +1,4 @@
-"""What one balancer process is told at its start, resolved once from flags, environment and service file."""
+"""The configuration of one balancer process, resolved once at its start from flags, environment and service file."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class Config:
     replicas: tuple[ReplicaListing, ...] = ()
     discover: str | None = None
     name: str = "groundserve"
-    service_file: Path | None = None  # looked at again and again: what changes in it is taken up
+    service_file: Path | None = None  # watched while the process runs: changes to it take effect
     settings: Settings = field(default_factory=Settings)
     readiness: ReadinessProbe = field(default_factory=ReadinessProbe)
     replica_key: str | None = None
@@ -27,7 +27,7 @@ class Config:
     api_keys: Path | None = None
     tls_cert: Path | None = None  # the endpoint's, with tls_key; both or neither
     tls_key: Path | None = None
-    replica_ca: Path | None = None  # certificates that https replicas are checked by; the machine's own if none
+    replica_ca: Path | None = None  # CA certificates for https replicas; None: the machine's own
     is_log_json: bool = False
 
 

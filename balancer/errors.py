@@ -1,8 +1,8 @@
-"""Every error a user can meet: its HTTP status, its body as its path's clients know it, and what to do next."""
+"""Every error that a user can meet: its HTTP status, its body in the shape that clients of the path expect."""
 
 import orjson
 
-# Anthropic's names for errors, by status.
+# Anthropic's error types, by HTTP status.
 ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -16,7 +16,7 @@ ANTHROPIC_TYPES = {
 
 
 def is_anthropic(path: str) -> bool:
-    """Is that path one of Anthropic's, whose clients know errors in another shape?"""
+    """Does this path belong to Anthropic's API, whose clients expect errors in a different shape?"""
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
@@ -27,7 +27,7 @@ class ConfigError(Exception):
 class ServeError(Exception):
     """A request that the balancer answers itself instead of a replica.
 
-    `status` is the HTTP status; `retry_after` is in seconds, or None where waiting does not help; `closes` says that
+    `status` is the HTTP status. `retry_after` is in seconds, or None where waiting does not help. `closes` means that
     the client's connection cannot be used for another request.
     """
 
@@ -53,12 +53,12 @@ class ServeError(Exception):
 
     @property
     def body(self) -> bytes:
-        """The JSON body that OpenAI's clients understand."""
+        """The JSON body that OpenAI clients expect."""
         error = {"message": self.message, "type": self.kind, "code": self.code, "param": None}
         return orjson.dumps({"error": error})
 
     def body_at(self, path: str, request_id: bytes) -> bytes:
-        """The JSON body that clients of that path understand: Anthropic's under /v1/messages, else OpenAI's."""
+        """The JSON body that clients of `path` expect: Anthropic's shape under /v1/messages, OpenAI's elsewhere."""
         if not is_anthropic(path):
             return self.body
         kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
@@ -82,20 +82,22 @@ def unauthorized() -> ServeError:
 
 def foreign_page(origin: str) -> ServeError:
     whose = f"A page of {origin[:200]}" if origin else "A page of another site"
-    message = f"{whose} may not use this service. Name its origin in cors_origins, or give the service API keys."
+    message = f"{whose} may not use this service. Add its origin to cors_origins, or require API keys."
     return ServeError(403, "foreign_page", message)
 
 
 def foreign_host(host: str) -> ServeError:
     message = (
-        f"Without API keys this port answers to this machine only, not to {host[:200]!r}. Ask for http://localhost; "
-        "behind a proxy, list that in trusted_proxies."
+        f"Without API keys this port serves this machine only, not {host[:200]!r}. Use http://localhost, or, behind a "
+        "proxy, list the proxy in trusted_proxies."
     )
     return ServeError(403, "foreign_host", message)
 
 
 def key_at_limit(limit: float) -> ServeError:
-    message = f"This API key has {limit:g} requests going, which is its limit. Wait for one to end, or ask for more."
+    message = (
+        f"This API key has {limit:g} requests in flight, its limit. Wait for one to end, or ask for a higher limit."
+    )
     return ServeError(429, "key_at_limit", message, kind="rate_limit_error", retry_after=1)
 
 
@@ -124,7 +126,7 @@ def head_too_large(limit: int) -> ServeError:
 
 
 def buffers_full() -> ServeError:
-    message = "Too many request bodies are waiting here (max_buffered_bytes). Try again shortly."
+    message = "The balancer holds as many request bodies as it may (max_buffered_bytes). Try again shortly."
     return ServeError(503, "buffers_full", message, retry_after=1, closes=True)
 
 
@@ -135,7 +137,7 @@ def too_many_connections(limit: int) -> ServeError:
 
 
 def queue_full(size: int) -> ServeError:
-    message = f"Every replica is at its limit and {size} requests wait already. Try again shortly, or add replicas."
+    message = f"Every replica is at its limit and {size} requests are waiting. Try again shortly, or add replicas."
     return ServeError(429, "queue_full", message, kind="rate_limit_error", retry_after=5)
 
 
@@ -179,14 +181,12 @@ def bad_answer() -> ServeError:
 
 
 def first_byte_timeout(seconds: float) -> ServeError:
-    message = (
-        f"The replica did not begin to answer within {seconds:g} s (first_byte_timeout). Ask for less, or raise it."
-    )
+    message = f"The replica did not begin to answer within {seconds:g} s. Ask for less, or raise first_byte_timeout."
     return ServeError(504, "first_byte_timeout", message)
 
 
 def stream_broken(why: str) -> ServeError:
-    message = f"The stream ended early: {why} What came so far is incomplete; send the request again."
+    message = f"The stream ended early: {why} What arrived so far is incomplete; send the request again."
     return ServeError(502, "stream_broken", message)
 
 

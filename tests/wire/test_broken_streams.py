@@ -13,7 +13,7 @@ from tests.support.client import CHAT, Answer, chat, request
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
 
 STREAM = request(body=chat(stream=True, tokens=5))
-WHY = "What came so far is incomplete; send the request again."
+WHY = "What arrived so far is incomplete; send the request again."
 
 
 @pytest.fixture(scope="module")
