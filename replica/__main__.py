@@ -58,6 +58,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         environ=environ,
         cpu_dtype=machine.cpu_dtype(),
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None or told.dry_run,
+        detects_parsers=machine.detects_parsers() or told.dry_run,
     )
     where = ", ".join(f"GPU {one.index} ({one.uuid})" for one in held.gpus) if held else "CPU"
     print(f"replica: {where}: {becomes}", flush=True)

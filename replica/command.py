@@ -53,13 +53,14 @@ def build(
     environ: Mapping[str, str],
     cpu_dtype: str = "float32",
     has_flashinfer: bool = True,
+    detects_parsers: bool = True,
 ) -> Command:
     """SGLang's command for `preset` on the leased `gpus`; on the CPU when there are none.
 
     seed: drawn anew at each start, it is how a balancer tells a restarted replica from the one before. What
     the user gives comes last, so that it wins. cpu_dtype: what the CPU multiplies fastest; only the models of
     our own making are small enough to be widened to it. Without FlashInfer, CUDA runs on Triton's and torch's
-    own kernels.
+    own kernels. detects_parsers: this SGLang finds out by itself how the model writes its tool calls and its thoughts.
     """
     folder = str(settings.models_dir / preset.name) if preset.model is None else preset.model
     flags = [
@@ -72,6 +73,9 @@ def build(
     if preset.overrides:
         overrides = {key: value.format(folder=folder) for key, value in preset.overrides.items()}
         flags += ["--json-model-override-args", json.dumps(overrides)]
+    if detects_parsers and not preset.is_embedded:
+        # Without a parser an agent's tool calls come back as plain text.
+        flags += ["--tool-call-parser", "auto", "--reasoning-parser", "auto"]
     if not gpus:
         flags += [*_CPU_FLAGS, *preset.cpu_flags]
         if preset.is_embedded:

@@ -28,6 +28,13 @@ def check_sglang() -> None:
         )
 
 
+def detects_parsers() -> bool:
+    """Does the SGLang that is installed choose parsers for tool calls and reasoning by the model's chat template?"""
+    found = importlib.util.find_spec("sglang")
+    folders = (found.submodule_search_locations if found else None) or ()
+    return any(Path(folder, "srt/parser/template_detection.py").is_file() for folder in folders)
+
+
 def check_port(host: str, port: int) -> None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

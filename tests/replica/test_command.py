@@ -140,3 +140,14 @@ def test_what_media_are_allowed_is_told_to_the_plug_in(tmp_path: Path) -> None:
 
 def test_an_sglang_that_did_not_load_the_plug_in_does_not_know_a_flag() -> None:
     assert "--with-groundserve-plugin" in build(TOLD, PRESETS["smollm2-135m"], (), seed=1, environ={}).argv
+
+
+def test_parsers_are_chosen_by_the_model_where_sglang_can() -> None:
+    """For tool calls and reasoning; a person's own choice comes after ours, and so wins."""
+    told = Settings(models_dir=Path("/models"), sglang_args=("--tool-call-parser", "hermes"))
+    argv = build(told, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={}).argv
+    assert value(argv, "--reasoning-parser") == "auto"
+    assert [argv[i + 1] for i, flag in enumerate(argv) if flag == "--tool-call-parser"] == ["auto", "hermes"]
+    old = build(told, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={}, detects_parsers=False).argv
+    assert "auto" not in old
+    assert "auto" not in build(told, PRESETS["smollm2-135m"], (), seed=1, environ={}).argv

@@ -12,6 +12,7 @@ from replica.machine import (
     check_port,
     check_token,
     cpu_dtype,
+    detects_parsers,
     wait_for_memory,
 )
 from replica.presets import PRESETS
@@ -127,3 +128,7 @@ def test_a_model_of_unknown_size_wants_nine_tenths_of_the_gpu(driver: Driver) ->
     driver.uses(2000, "")
     held = (Gpu(0, "GPU-a", "NVIDIA L4", 23034, 0),)
     wait_for_memory(held, 0, environ={}, clock=lambda: 0, pause=lambda _: pytest.fail("there is room"))
+
+
+def test_the_sglang_of_the_lock_chooses_parsers_by_the_chat_template() -> None:
+    assert detects_parsers()
