@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
+import ssl
 
 import httpx
 
@@ -16,33 +18,26 @@ from balancer.admin.site import add_page
 from balancer.config import Config, Reread
 from balancer.errors import ConfigError
 from balancer.fleet.dial import Dialer
-from balancer.fleet.discovery import DnsDiscovery, Resolve, resolve
-from balancer.fleet.fleet import Fleet
+from balancer.fleet.discovery import Resolve, resolve
 from balancer.fleet.lateness import Lateness
-from balancer.fleet.prober import Prober
 from balancer.observe.access_log import AccessLog
 from balancer.observe.history import History
 from balancer.observe.metrics import BalancerCollector, metrics_router, registry_of
 from balancer.observe.record import Record
-from balancer.observe.snapshot import ServiceFacts
 from balancer.observe.tally import Tallies
 from balancer.relay import asgi, listen
 from balancer.relay.auth import Keys
 from balancer.relay.cors import Cors
+from balancer.relay.directory import Destination, Directory
 from balancer.relay.doors import Doors
 from balancer.relay.file_watch import MOUNT_ITS_FOLDER, FileWatch
 from balancer.relay.own_paths import public_app
 from balancer.relay.proxy import Proxy
-from balancer.relay.reply import Reply
-from balancer.relay.request import Network, Request
+from balancer.relay.request import Network
 from balancer.relay.sweep import Job, Sweep
 from balancer.relay.tls import Certificate, replica_context
-from balancer.relay.upstream import Pool
-from balancer.routing.admission import Admission
-from balancer.routing.policies import InstanceAwareLeastLoad, LeastLoad, Policy, RoundRobin
-from balancer.routing.prefix_aware import PrefixAware
+from balancer.service import Service
 from balancer.spec.loopback import is_loopback_name
-from balancer.spec.settings import Settings
 
 log = logging.getLogger("groundserve")
 
@@ -67,89 +62,62 @@ class Balancer:
         self.loop = loop
         self._reread = reread
         self._service_watch = FileWatch(config.service_file) if config.service_file else None
-        settings = config.settings
-        self.facts = ServiceFacts(config.name)
-        self.tallies = Tallies()
-        self.fleet = Fleet(settings, config.readiness, loop.time)
-        self.lateness = Lateness(loop, self.tallies.loop_lag.note)
-        self.dialer = Dialer(look_up, self.lateness.within)
-        self.fleet.when_joined.append(self.tallies.member_joined)
-        self.fleet.when_left.append(self.tallies.member_left)
-        self.admission = Admission(self.fleet, _policy(config))
         self.keys = Keys(config.api_keys) if config.api_keys else None
         self.certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         replica_tls = replica_context(config.replica_ca)
-        self.prober = Prober(self.fleet, config.replica_key, replica_tls, dialer=self.dialer)
-        self.discovery = DnsDiscovery(config.discover, self.fleet, look_up) if config.discover else None
-        if self.discovery is not None:
-            self.discovery.when_engine_gone.append(self.facts.forget)
-        self.pool = Pool(settings, loop, self.fleet.doubted, replica_tls, self.dialer)
-        self.fleet.when_left.append(self.pool.forget)
+
+        # The service, and who counts what happens there
+        self.tallies = Tallies()
+        self.lateness = Lateness(loop, self.tallies.loop_lag.note)
+        self.dialer = Dialer(look_up, self.lateness.within)
+        self.service = service = Service(config, loop.time, self.dialer, replica_tls, look_up)
+        service.fleet.when_joined.append(self.tallies.member_joined)
+        service.fleet.when_left.append(self.tallies.member_left)
         self.access_log = AccessLog(log_descriptor, config.is_log_json)
-        headers = {"Authorization": f"Bearer {config.replica_key}"} if config.replica_key else {}
-        self._client = httpx.AsyncClient(headers=headers, verify=replica_tls, trust_env=False)
-        own = public_app(self.fleet, lambda: self.facts.is_leaving, self._client)
+        self.history = History(service.fleet, service.admission, self.tallies)
 
-        async def answer_own(request: Request, reply: Reply) -> None:
-            await asgi.answer(own, request, reply)
-
+        # The relay, from its clients to the replicas
+        self._client = _client_of_replicas(config.replica_key, replica_tls)
+        self.destination = Destination(
+            service.places, service.settings, loop, config.replica_key, replica_tls, self.dialer
+        )
         self.proxy = Proxy(
-            self.fleet,
-            self.admission,
-            self.pool,
+            Directory(self.destination),
+            loop,
             _Observer(self.access_log, self.tallies),
-            answer_own,
-            self._cors(settings),
-            config.replica_key.encode() if config.replica_key else None,
+            functools.partial(asgi.answer, public_app(service, self._client)),
+            self._cors(),
             self.keys,
             config.admin_key,
         )
-        self.doors = Doors(
-            settings,
-            loop,
-            self.proxy.check,
-            self.proxy.serve,
-            self.proxy.refuse,
-            _networks(settings.trusted_proxies),
-        )
-        list_replicas = self.discovery.reconcile if self.discovery else self.fleet.reconcile
-        admin = admin_app(self.facts, self.fleet, self.admission, list_replicas, lambda: config.admin_key)
-        self.figures = BalancerCollector(
-            self.fleet,
-            self.admission,
-            self.tallies,
-            self.keys,
-            connections=lambda: len(self.doors.connections),
-            buffered=lambda: self.doors.buffered,
-        )
-        admin.include_router(metrics_router(registry_of(self.figures)))
-        self.history = History(self.fleet, self.admission, self.tallies)
-        self.feed = Feed(self.facts, self.fleet, self.admission, self.tallies, self.history)
-        add_page(admin, self.feed)
-        self._own_client = httpx.AsyncClient(
-            verify=self.certificate.own_context if self.certificate else replica_tls,
-            trust_env=False,
-            timeout=httpx.Timeout(None, connect=5),
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
-        admin.include_router(playground_router(lambda: listen.reachable(self.endpoint), self._own_client))
+        trusted = _networks(service.settings.trusted_proxies)
+        self.doors = Doors(service.settings, loop, self.proxy, service.facts, trusted)
+
+        # The ports
         self._sockets = [listen.listening(*config.listen), listen.listening(*config.admin)]
-        guarded = Guard(admin, is_loopback_name(config.admin[0]), config.admin_key is not None)
         self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # what a client asks for
         self.admin_endpoint = listen.url_of(self._sockets[1])
-        self._admin_server = listen.server(guarded, AdminConnection)
+        self.feed = Feed(service.facts, service.fleet, service.admission, self.tallies, self.history)
+        self._own_client = _client_of(self.certificate.own_context if self.certificate else replica_tls)
+        self.figures = BalancerCollector(service, self.tallies, self.keys, self.doors)
+        self._admin_server = listen.server(self._admin_app(), AdminConnection)
         self._door: listen.Door | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._sweep = Sweep(self._jobs())
 
+    def _admin_app(self) -> Guard:
+        config, service = self.config, self.service
+        app = admin_app(service.facts, service.fleet, service.admission, service.list_replicas, config.admin_key)
+        app.include_router(metrics_router(registry_of(self.figures)))
+        add_page(app, self.feed)
+        app.include_router(playground_router(listen.reachable(self.endpoint), self._own_client))
+        return Guard(app, is_loopback_name(config.admin[0]), config.admin_key is not None)
+
     async def start(self) -> None:
         """Opens both ports and begins to watch the replicas."""
-        self.facts.endpoint = self.endpoint
+        self.service.facts.endpoint = self.endpoint
         self.lateness.start()
-        self.fleet.reconcile(self.config.replicas)
-        self.prober.start()
-        if self.discovery is not None:
-            self.discovery.start()
+        self.service.start()
         context = self.certificate.context if self.certificate else None
         self._door = await listen.door(self.doors, self._sockets[0], context)
         self._tasks.append(asyncio.ensure_future(self._admin_server.serve(sockets=[self._sockets[1]])))
@@ -163,30 +131,25 @@ class Balancer:
         What a process is started with stays: addresses, the list of replicas, files of keys and certificates.
         Raises ConfigError, and changes nothing, where the new configuration cannot be used.
         """
-        before, settings = self.config, self.fleet.settings
         trusted = _networks(config.settings.trusted_proxies)
-        settings.renew(config.settings)
-        self.fleet.renew(config.readiness)
+        before, self.config = self.config, config
+        self.service.renew(config)
         self.doors.trust(trusted)
-        self.proxy.cors = self._cors(settings)
-        if (config.policy, config.target_qps) != (before.policy, before.target_qps):
-            self.admission.policy = _policy(config)
-        if config.name != before.name:
-            self.facts.name = config.name
+        self.proxy.cors = self._cors()
         if (config.tls_cert, config.tls_key) != (before.tls_cert, before.tls_key):
             log.warning("another certificate file is taken up at the next start only")
-        self.config = config
 
-    def _cors(self, settings: Settings) -> Cors:
-        return Cors(settings.cors_origins, self.keys is not None, is_loopback_name(self.config.listen[0]))
+    def _cors(self) -> Cors:
+        config = self.config
+        return Cors(config.settings.cors_origins, self.keys is not None, is_loopback_name(config.listen[0]))
 
     async def leave(self, hurry: asyncio.Event) -> None:
         """Drains: not ready any more, port still open; then port closed, answers in flight finish; the rest break.
 
         `hurry` set ends the waiting at once.
         """
-        settings = self.config.settings
-        self.facts.is_leaving = self.doors.is_leaving = True
+        settings = self.service.settings
+        self.service.facts.is_leaving = True
         await _wait(hurry, settings.drain_grace)
         if self._door is not None:
             self._door.close()
@@ -208,10 +171,8 @@ class Balancer:
         sweep = self._tasks.pop()
         sweep.cancel()
         await asyncio.gather(*self._tasks, sweep, return_exceptions=True)
-        if self.discovery is not None:
-            await self.discovery.stop()
-        await self.prober.stop()
-        self.pool.close()
+        await self.service.stop()
+        self.destination.pool.close()
         await self.dialer.close()
         self.lateness.stop()
         await self._client.aclose()
@@ -221,8 +182,8 @@ class Balancer:
     def _jobs(self) -> dict[str, Job]:
         jobs: dict[str, Job] = {
             "client connections": self.doors.sweep,
-            "connections to replicas": self.pool.sweep,
-            "waiting requests": lambda _: self.admission.expire(),
+            "connections to replicas": self.destination.pool.sweep,
+            "waiting requests": lambda _: self.service.admission.expire(),
             "the access log": lambda _: self.access_log.flush_some(),
             "the counts": lambda _: self.tallies.count_some(),
             "the page's history": self.history.take,
@@ -257,7 +218,7 @@ class _Observer:
     """Tells of each request what its log line and the figures need."""
 
     def __init__(self, log: AccessLog, tallies: Tallies) -> None:
-        self.gaps = tallies.gaps
+        self.inter_token = tallies.inter_token
         self._log = log
         self._tallies = tallies
 
@@ -266,16 +227,16 @@ class _Observer:
         self._tallies.finished(record)
 
 
-def _policy(config: Config) -> Policy:
-    match config.policy:
-        case "round_robin":
-            return RoundRobin()
-        case "least_load":
-            return LeastLoad()
-        case "prefix_aware":
-            return PrefixAware()
-        case "instance_aware_least_load":
-            return InstanceAwareLeastLoad(config.target_qps)
+def _client_of_replicas(key: str | None, tls: ssl.SSLContext) -> httpx.AsyncClient:
+    """For what is asked of replicas on behalf of the balancer's own paths."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.AsyncClient(headers=headers, verify=tls, trust_env=False)
+
+
+def _client_of(tls: ssl.SSLContext) -> httpx.AsyncClient:
+    """For what the playground asks of this balancer's own endpoint: answers may take as long as they like."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.AsyncClient(verify=tls, trust_env=False, timeout=httpx.Timeout(None, connect=5), limits=limits)
 
 
 def _networks(texts: tuple[str, ...]) -> tuple[Network, ...]:

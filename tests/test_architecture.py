@@ -16,10 +16,12 @@ ORDER = [
     {"contract"},
     {"fleet"},
     {"routing"},
+    {"config"},
+    {"service"},
     {"observe"},
     {"relay"},
     {"admin"},
-    {"operate", "config", "app", "process"},
+    {"operate", "app", "process"},
     {"cli", "__main__"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
@@ -51,6 +53,13 @@ def test_imports_go_only_to_the_left(path: Path) -> None:
         if name.startswith("balancer."):
             other = name.split(".")[1]
             assert PLACE.get(other, 99) <= PLACE[own], f"{own} imports {name}, which stands to its right"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "balancer" / "relay").glob("*.py")), ids=lambda path: path.name)
+def test_the_relay_knows_the_replicas_through_its_places_alone(path: Path) -> None:
+    """Its own paths (health, server_info) tell of the service itself."""
+    behind = {f"balancer.fleet.{name}" for name in ("fleet", "member", "claim", "outliers")} | {"balancer.service"}
+    assert path.name == "own_paths.py" or not behind & set(imported(path))
 
 
 OPERATE = {"errors", "inherited", "spec", "contract", "operate"}

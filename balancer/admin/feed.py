@@ -11,9 +11,10 @@ from fastapi.responses import StreamingResponse
 from balancer.fleet.fleet import Fleet
 from balancer.observe.history import INTERVAL, KEPT, History
 from balancer.observe.record import Record
-from balancer.observe.snapshot import ServiceFacts, take_snapshot
+from balancer.observe.snapshot import take_snapshot
 from balancer.observe.tally import Tallies
 from balancer.routing.admission import Admission
+from balancer.service import ServiceFacts
 
 PERIOD = 1.0  # seconds between two events
 MAX_VIEWERS = 64

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -22,19 +22,19 @@ AS_SAID: dict[int | str, dict[str, Any]] = {
 }
 
 
-def playground_router(endpoint: Callable[[], str], client: httpx.AsyncClient) -> APIRouter:
+def playground_router(endpoint: str, client: httpx.AsyncClient) -> APIRouter:
     """Routes under /playground. A page of the admin port calls these only, so nothing of another origin is needed."""
     router = APIRouter(prefix="/playground")
 
     @router.get("/v1/models", responses=AS_SAID)
     async def models(request: Request) -> Response:
         """The endpoint's own list of models."""
-        return await _passed_on(request, client, endpoint() + "/v1/models")
+        return await _passed_on(request, client, endpoint + "/v1/models")
 
     @router.post("/v1/chat/completions", responses=AS_SAID)
     async def chat(request: Request) -> Response:
         """A chat through the endpoint, streamed as it comes."""
-        return await _passed_on(request, client, endpoint() + "/v1/chat/completions")
+        return await _passed_on(request, client, endpoint + "/v1/chat/completions")
 
     return router
 

@@ -13,9 +13,10 @@ from balancer.contract.listing import Listing, ReplicaListing
 from balancer.errors import ConfigError, ServeError
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
-from balancer.observe.snapshot import ServiceFacts, take_snapshot
+from balancer.observe.snapshot import take_snapshot
 from balancer.relay.auth import bears
 from balancer.routing.admission import Admission
+from balancer.service import ServiceFacts
 
 
 class Said(BaseModel):
@@ -53,14 +54,13 @@ def admin_app(
     fleet: Fleet,
     admission: Admission,
     list_replicas: Callable[[Sequence[ReplicaListing]], None],
-    admin_key: Callable[[], str | None],
+    key: str | None,
 ) -> FastAPI:
     """The admin port's app. `list_replicas` takes the list of `PUT /replicas`; it raises ConfigError."""
     # No pages of FastAPI's: they are empty where their scripts, which come from a CDN, cannot be had.
     app = FastAPI(title="groundserve admin", docs_url=None, redoc_url=None, responses=REFUSED)
 
     def with_key(request: Request) -> None:
-        key = admin_key()
         borne = request.headers.getlist("authorization")
         if key is not None and not any(bears(one.encode("latin-1"), key) for one in borne):
             raise HTTPException(401, "This wants the admin key: 'Authorization: Bearer KEY'.")

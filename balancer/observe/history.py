@@ -72,7 +72,7 @@ class Course:
 
     def take(self, member: Member, seconds: float) -> None:
         tally = self.tally
-        pieces = tally.gaps.pieces + tally.whole_tokens
+        pieces = tally.inter_token.pieces + tally.whole_tokens
         self.samples.append(
             Sample(
                 (pieces - self.pieces) / seconds,

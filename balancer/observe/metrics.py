@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from copy import copy
 from itertools import accumulate
 from typing import Annotated, Any, Protocol
@@ -15,9 +15,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from balancer.contract.words import Status
-from balancer.fleet.fleet import Fleet
 from balancer.observe.tally import Histogram, Tallies
-from balancer.routing.admission import Admission
+from balancer.service import Service
 
 PIECE = 200  # samples that are written in one go
 HEADING = re.compile(rb"\A(# .*\n)+")
@@ -81,28 +80,34 @@ class NamedKey(Protocol):
     def in_flight(self) -> int: ...
 
 
+class Clients(Protocol):
+    """Who is connected, and how many bytes of their requests are held."""
+
+    @property
+    def connections(self) -> Sized: ...
+
+    @property
+    def buffered(self) -> int: ...
+
+
 class BalancerCollector(Collector):
     """Makes every series anew at each scrape: of a replica or a key that went, nothing is left.
 
     A replica's name is the label `replica`; it is empty for what concerns no replica, or one that went meanwhile.
-    `connections` and `buffered` tell how many clients are connected and how many bytes of their requests are held.
     """
 
     def __init__(
         self,
-        fleet: Fleet,
-        admission: Admission,
+        service: Service,
         tallies: Tallies,
         keys: Iterable[NamedKey] | None,
-        connections: Callable[[], int],
-        buffered: Callable[[], int],
+        clients: Clients,
     ) -> None:
-        self._fleet = fleet
-        self._admission = admission
+        self._fleet = service.fleet
+        self._admission = service.admission
         self._tallies = tallies
         self._keys = keys
-        self._connections = connections
-        self._buffered = buffered
+        self._clients = clients
 
     def collect(self) -> Iterator[Family]:
         self._tallies.count()
@@ -140,7 +145,7 @@ class BalancerCollector(Collector):
         yield _histogram(
             "inter_token_latency_seconds",
             "Between two reads of a streamed answer, from its first byte on.",
-            ((name, tally.gaps) for name, tally in members),
+            ((name, tally.inter_token) for name, tally in members),
         )
         yield _histogram(
             "request_duration_seconds",
@@ -203,8 +208,8 @@ class BalancerCollector(Collector):
     def _here(self) -> Iterator[Family]:
         for name, said, value in (
             ("queue_depth", "Requests that wait for room at a replica.", self._admission.queue_depth),
-            ("client_connections", "Open connections of clients.", self._connections()),
-            ("buffered_bytes", "Bytes of request bodies held.", self._buffered()),
+            ("client_connections", "Open connections of clients.", len(self._clients.connections)),
+            ("buffered_bytes", "Bytes of request bodies held.", self._clients.buffered),
         ):
             yield GaugeMetricFamily(f"groundserve_{name}", said, value=value)
         lag = HistogramMetricFamily(

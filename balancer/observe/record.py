@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from balancer.fleet.member import Member
-
 
 @dataclass(slots=True)
 class Record:
@@ -20,7 +18,7 @@ class Record:
     queued: float = 0.0
     # A new connection to the member took this long; None where an idle one was used.
     connect: float | None = None
-    # Why it was sent again, each time: how the attempt before failed, in the words of upstream.Outcome, or the race
+    # Why it was sent again, each time: how the attempt before failed, in the words of fleet/outcome.py, or the race
     # with the end of a kept connection, which costs no attempt.
     retries: tuple[str, ...] = ()
     is_stream: bool = False
@@ -35,6 +33,8 @@ class Record:
     matched: float | None = None  # the share of the prompt that the policy took to be cached at the member
     key: str = ""
     error: str = ""
+    replica_status: int = 0  # of the last attempt's answer, if one came; `status` is what the client got
+    full_for: int | None = None  # seconds for which the last replica said that it is full
     texts: int = 1  # how many prompts the counts are the sums of, as far as the answer tells
 
 
@@ -49,5 +49,5 @@ class RequestObserver(Protocol):
 
     def finished(self, record: Record) -> None: ...
 
-    def gaps(self, member: Member) -> Spans:
-        """Where the spans between the pieces of a streamed answer of that member go."""
+    def inter_token(self, replica: str) -> Spans:
+        """Where the spans between the pieces of a streamed answer of that replica go."""

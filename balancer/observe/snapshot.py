@@ -1,37 +1,11 @@
 """Takes the snapshot of a service: what the fleet and the queue are, in the types of contract/status.py."""
 
-from dataclasses import dataclass
-
-from balancer.contract.listing import ServiceListing
 from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
 from balancer.contract.words import Phase, ServiceStatus, Status
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
 from balancer.routing.admission import Admission
-
-
-@dataclass(slots=True)
-class ServiceFacts:
-    """What the balancer was told of the service."""
-
-    name: str = "groundserve"
-    version: str = "1"
-    endpoint: str = ""
-    # The controller's word where it has one (FAILED, SHUTTING_DOWN, CONTROLLER_INIT), and its reason.
-    status: str = ""
-    reason: str = ""
-    is_leaving: bool = False
-
-    def take(self, service: ServiceListing) -> None:
-        """The controller's word from now on."""
-        self.name = service.name or self.name
-        self.version = str(service.version or self.version)
-        self.endpoint = service.endpoint or self.endpoint
-        self.status, self.reason = service.status, service.reason
-
-    def forget(self) -> None:
-        """The controller is gone, and its word with it."""
-        self.status = self.reason = ""
+from balancer.service import ServiceFacts
 
 
 def take_snapshot(facts: ServiceFacts, fleet: Fleet, admission: Admission) -> Snapshot:

@@ -15,7 +15,7 @@ from balancer.observe.record import Record
 # Upper bounds in seconds, chosen where answers of language models fall: first tokens from a cached prompt's 20 ms to
 # a long queue's minutes, single tokens from a small model's 5 ms to a stall, whole answers up to ten minutes.
 TTFT = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
-GAP = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30)
+INTER_TOKEN = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30)
 DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300, 600)
 WAIT = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 CONNECT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
@@ -50,18 +50,18 @@ class Histogram:
         return sum(self.counts)
 
 
-class Gaps(Histogram):
-    """Spans between the pieces of streams. Pieces that came together are one gap, yet each counts as a piece."""
+class InterTokenHistogram(Histogram):
+    """Spans between the pieces of streams. Pieces that came together are one span, yet each counts as a piece."""
 
     __slots__ = ("together",)
 
     def __init__(self) -> None:
-        super().__init__(GAP)
+        super().__init__(INTER_TOKEN)
         self.together = 0
 
     def note(self, value: float) -> None:
         if value:  # written out, not handed to Histogram's own: this is done for each event of each stream
-            self.counts[bisect_left(GAP, value)] += 1
+            self.counts[bisect_left(INTER_TOKEN, value)] += 1
             self.total += value
         else:
             self.together += 1
@@ -77,7 +77,7 @@ class MemberTally:
 
     requests: defaultdict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT))
-    gaps: Gaps = field(default_factory=Gaps)
+    inter_token: InterTokenHistogram = field(default_factory=InterTokenHistogram)
     duration: Histogram = field(default_factory=lambda: Histogram(DURATION))
     connect: Histogram = field(default_factory=lambda: Histogram(CONNECT))
     misjudged: Histogram = field(default_factory=lambda: Histogram(MISJUDGED))
@@ -85,7 +85,7 @@ class MemberTally:
     completion_tokens: int = 0
     cached_tokens: int = 0
     predicted_tokens: float = 0.0
-    # Of answers that came in one piece; what streams is seen as it flows, by `gaps`.
+    # Of answers that came in one piece; what streams is seen as it flows, by `inter_token`.
     whole_tokens: int = 0
 
 
@@ -161,9 +161,9 @@ class Tallies:
         if record.prompt_tokens is not None:
             self._note_tokens(record, tally, record.prompt_tokens)
 
-    def gaps(self, member: Member) -> Gaps:
-        """Where the spans between one member's streamed pieces are noted, in seconds."""
-        return self.members.get(member.name, self.nobody).gaps
+    def inter_token(self, replica: str) -> InterTokenHistogram:
+        """Where the spans between one replica's streamed pieces are noted, in seconds."""
+        return self.members.get(replica, self.nobody).inter_token
 
     def _note_tokens(self, record: Record, tally: MemberTally, prompt: int) -> None:
         tally.prompt_tokens += prompt

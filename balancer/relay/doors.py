@@ -32,32 +32,44 @@ class Connection(Protocol):
     def abort(self) -> None: ...
 
 
-class Doors:
-    """The way in, for all clients.
+class Server(Protocol):
+    """Whoever answers the requests: the proxy."""
 
-    `check` looks at a request's head and raises ServeError to refuse it; `serve` answers a whole request; `refuse`
-    answers one that was refused.
-    """
+    def check(self, request: Request) -> None:
+        """Looks at a request's head; raises ServeError to refuse it."""
+
+    def serve(self, request: Request, reply: Reply, client: Any) -> Coroutine[Any, Any, None]:
+        """Answers a whole request."""
+
+    def refuse(self, request: Request, reply: Reply, error: ServeError) -> None:
+        """Answers one that was refused."""
+
+
+class Facts(Protocol):
+    """Is the balancer told to stop, so that every answer is its connection's last?"""
+
+    is_leaving: bool
+
+
+class Doors:
+    """The way in, for all clients."""
 
     def __init__(
         self,
         settings: Settings,
         loop: asyncio.AbstractEventLoop,
-        check: Callable[[Request], None],
-        serve: Callable[[Request, Reply, Any], Coroutine[Any, Any, None]],
-        refuse: Callable[[Request, Reply, ServeError], None],
+        server: Server,
+        facts: Facts,
         trusted: tuple[Network, ...] = (),
     ) -> None:
         self.settings = settings
         self.loop = loop
-        self.check = check
-        self.serve = serve
-        self.refuse = refuse
+        self.server = server
+        self.facts = facts
         self.trusted = trusted
         self.connections: set[Connection] = set()
         self.origins: Counter[bytes] = Counter()  # open connections by client
         self.buffered = 0  # bytes that requests take which are read and not yet passed on, over all connections
-        self.is_leaving = False  # set it, and every answer says that it is its connection's last
         self.is_closed = False
         self.incoming = memoryview(bytearray(READ_SIZE))  # each read's bytes, until they are parsed
         self._unflushed: list[Connection] = []
@@ -100,7 +112,7 @@ class Doors:
 
     def close(self) -> None:
         """Nobody new comes in, and a connection ends with the answers that are under way on it; idle ones at once."""
-        self.is_leaving = self.is_closed = True
+        self.is_closed = True
         for connection in list(self.connections):
             try:
                 connection.close_if_idle()

@@ -244,7 +244,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._is_body_unseen = bool(parser.should_upgrade() and (request.is_chunked or request.length))
             if request.length is not None and request.length > self._settings.max_body_bytes:
                 raise errors.body_too_large(self._settings.max_body_bytes)
-            doors.check(request)
+            doors.server.check(request)
         except ServeError as error:
             self._refuse_head(request, error)
         else:
@@ -318,12 +318,13 @@ class ClientConnection(asyncio.BufferedProtocol):
         if self._transport.is_closing():  # type: ignore[union-attr]
             return
         doors, request = self._doors, self._queue[0]
-        keeps_alive = request.keeps_alive and not doors.is_leaving and not (self._is_deaf and len(self._queue) == 1)
+        is_last = doors.facts.is_leaving or doors.is_closed or (self._is_deaf and len(self._queue) == 1)
+        keeps_alive = request.keeps_alive and not is_last
         self._reply = reply = Reply(request, self, keeps_alive)
         if request.refusal is not None:
-            doors.refuse(request, reply, request.refusal)
+            doors.server.refuse(request, reply, request.refusal)
         else:
-            self._task = doors.loop.create_task(doors.serve(request, reply, self))
+            self._task = doors.loop.create_task(doors.server.serve(request, reply, self))
 
     def write(self, data: bytes) -> None:
         """Sends to the client soon, and in one piece with what else is written until then."""

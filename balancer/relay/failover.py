@@ -1,10 +1,8 @@
 """What may be tried again after an attempt ended badly, and what the client is told when nothing is left: a table."""
 
-from dataclasses import dataclass
-
 from balancer import errors
 from balancer.errors import ServeError
-from balancer.relay.upstream import Outcome
+from balancer.fleet.outcome import Outcome
 from balancer.spec.settings import Settings
 
 SAFE_METHODS = (b"GET", b"HEAD")
@@ -38,38 +36,17 @@ class RetryBudget:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """May the request go to another member after this outcome?"""
-
-    any_method: bool = False  # no replica took it: it goes on at once
-    safe_methods: bool = False  # a replica may have taken it: for a GET or HEAD, and at the budget's cost
-    # Does it speak against the member? (A refused connection is dealt with at once, not counted.)
-    is_failure: bool = False
-    # Does it speak against the member or the request, as an answered error does? The other members tell which.
-    is_doubtful: bool = False
-
-
-RULES = {
-    Outcome.REFUSED: Rule(any_method=True),
-    Outcome.UNREACHED: Rule(any_method=True, is_failure=True),
-    Outcome.UNKNOWN: Rule(any_method=True),
-    Outcome.BUSY: Rule(any_method=True),
-    Outcome.LOST: Rule(safe_methods=True, is_failure=True),
-    Outcome.SILENT: Rule(is_failure=True),
-    Outcome.MANGLED: Rule(is_failure=True),
-    Outcome.BROKEN: Rule(is_doubtful=True),
-    Outcome.STALLED: Rule(is_doubtful=True),
-    Outcome.STUCK: Rule(is_doubtful=True),
-}
+# What no replica took: it goes to another one at once.
+UNTAKEN = frozenset((Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN, Outcome.BUSY))
+# What a replica may have taken: it goes to another one if it is a GET or HEAD (or `retry_sent`), at the budget's cost.
+PERHAPS_TAKEN = frozenset((Outcome.LOST,))
 
 
 def may_repeat(outcome: Outcome, method: bytes, sent: int, settings: Settings, budget: RetryBudget, now: float) -> bool:
     """May this request go to another member? `sent` counts the attempts that a replica may have seen."""
-    rule = RULES[outcome]
-    if rule.any_method:
+    if outcome in UNTAKEN:
         return True
-    if not rule.safe_methods or not (method in SAFE_METHODS or settings.retry_sent):
+    if outcome not in PERHAPS_TAKEN or not (method in SAFE_METHODS or settings.retry_sent):
         return False
     return sent < MAX_SENT and budget.withdraw(now)
 

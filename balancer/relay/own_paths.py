@@ -1,7 +1,6 @@
 """FastAPI routes of the serving port: the balancer's health, and what a replica says of itself, less its secrets."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -10,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from balancer import errors
 from balancer.errors import ServeError
-from balancer.fleet.fleet import Fleet
+from balancer.service import Service
 
 PATIENCE = 5.0  # seconds that one replica has to say what it is
 SOON = 5.0  # seconds after which no other one is asked
@@ -18,8 +17,9 @@ SOON = 5.0  # seconds after which no other one is asked
 SECRET_WORDS = ("api_key", "password", "secret", "hf_token", "ssl_key", "authorization")
 
 
-def public_app(fleet: Fleet, is_leaving: Callable[[], bool], client: httpx.AsyncClient) -> FastAPI:
+def public_app(service: Service, client: httpx.AsyncClient) -> FastAPI:
     """The app behind /health, /ready and /server_info; `client` asks the replicas with their own key."""
+    fleet, facts = service.fleet, service.facts
     app = FastAPI(title="groundserve", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
@@ -30,7 +30,7 @@ def public_app(fleet: Fleet, is_leaving: Callable[[], bool], client: httpx.Async
     @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         """As /health, and 503 from the moment the balancer was told to stop: whoever sends traffic here may look on."""
-        return _say(bool(fleet.available()) and not is_leaving())
+        return _say(bool(fleet.available()) and not facts.is_leaving)
 
     @app.api_route("/server_info", methods=["GET", "HEAD"])
     @app.api_route("/get_server_info", methods=["GET", "HEAD"])
@@ -53,7 +53,7 @@ def public_app(fleet: Fleet, is_leaving: Callable[[], bool], client: httpx.Async
     def _say(could_serve: bool) -> Response:
         if could_serve:
             return JSONResponse({"status": "ok", "ready": len(fleet.available())})
-        return _refusal(errors.shutting_down() if is_leaving() else errors.no_replica())
+        return _refusal(errors.shutting_down() if facts.is_leaving else errors.no_replica())
 
     return app
 

@@ -74,9 +74,9 @@ class Reply:
         "tail",
     )
 
-    def __init__(self, request: Request, wire: Wire, keeps_alive: bool, extra_fields: bytes = b"") -> None:
+    def __init__(self, request: Request, wire: Wire, keeps_alive: bool) -> None:
         self.request = request
-        self.extra_fields = extra_fields
+        self.extra_fields = b""  # header lines for any answer, for pages of other sites
         self.status = 0
         self.bytes_sent = 0
         self.error: ServeError | None = None  # the one of ours with which it was answered or broken off

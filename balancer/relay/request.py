@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from balancer import errors
 from balancer.errors import ServeError
-from balancer.fleet.member import Member
+from balancer.fleet.address import ReplicaAddress
 from balancer.relay.auth import Key, bearer_token
 from balancer.relay.hosts import is_host
 from balancer.relay.paths import WAITED_FOR, Kind, kind_of
@@ -80,13 +80,13 @@ class Request:
         """May it wait for minutes while a replica starts?"""
         return self.path in WAITED_FOR and self.method == b"POST"
 
-    def head_for(self, member: Member, api_key: bytes | None) -> bytes:
-        """The request's head as that member gets it; the body follows as it came."""
+    def head_for(self, replica: ReplicaAddress, api_key: bytes | None) -> bytes:
+        """The request's head as that replica gets it; the body follows as it came."""
         authorization = b"Bearer " + api_key if api_key is not None else self.authorization
         return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n" % (
             self.method,
             self.target,
-            member.authority,
+            replica.authority,
             self.fields,
             b"Authorization: %b\r\n" % authorization if authorization else b"",
             b"Content-Length: %d\r\n" % self.body_size if self.length is not None or self.is_chunked else b"",

@@ -48,10 +48,9 @@ def test_a_sample_is_what_happened_since_the_last() -> None:
     parts = Parts()
     for _ in range(3):
         parts.answered(prompt_tokens=100, completion_tokens=20, cached_tokens=25, is_stream=False)
-    (member,) = parts.fleet.members.values()
-    gaps = parts.tallies.gaps(member)
+    inter_token = parts.tallies.inter_token("one")
     for _ in range(40):
-        gaps.note(0.02)
+        inter_token.note(0.02)
     parts.answered(prompt_tokens=100, cached_tokens=75, is_stream=True)
     parts.pass_time(INTERVAL)
     (sample,) = parts.history.courses[1].samples
@@ -234,7 +233,7 @@ def test_a_browser_that_leaves_is_noticed_before_and_in_the_answer(hang: str) ->
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
             await until(lambda: lab.seen.last.outcome == "client_left", within=2)
-            await until(lambda: not balancer.fleet.members[1].in_flight)
+            await until(lambda: not balancer.service.fleet.members[1].in_flight)
 
     run(main())
 
@@ -245,11 +244,11 @@ def test_a_browser_that_leaves_leaves_the_queue() -> None:
         async with lab, serving(lab, settings={"max_in_flight": 1}) as balancer, client_of(balancer) as client:
             url = balancer.admin_endpoint + "/playground" + CHAT
             asked = [asyncio.ensure_future(client.post(url, json=stream())) for _ in range(2)]
-            await until(lambda: balancer.admission.queue_depth == 1)
+            await until(lambda: balancer.service.admission.queue_depth == 1)
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
-            await until(lambda: balancer.admission.queue_depth == 0, within=2)
+            await until(lambda: balancer.service.admission.queue_depth == 0, within=2)
 
     run(main())
 

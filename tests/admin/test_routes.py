@@ -12,9 +12,9 @@ from balancer.contract.status import Snapshot
 from balancer.contract.words import State
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
-from balancer.observe.snapshot import ServiceFacts
 from balancer.routing.admission import Admission
 from balancer.routing.policies import RoundRobin
+from balancer.service import ServiceFacts
 from tests.lab.replica import LabReplica
 from tests.observe.serving import run, serving
 from tests.support.fleets import Clock, claimed, fail, fleet_of, listed, make_ready
@@ -28,7 +28,7 @@ class Admin:
         self.fleet = fleet
         self.facts = ServiceFacts(**facts)
         self.admission = Admission(fleet, RoundRobin())
-        self.app: FastAPI = admin_app(self.facts, fleet, self.admission, fleet.reconcile, lambda: key)
+        self.app: FastAPI = admin_app(self.facts, fleet, self.admission, fleet.reconcile, key)
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         async def play() -> httpx.Response:
@@ -296,9 +296,9 @@ def test_a_controllers_last_word_is_forgotten_when_it_says_no_more() -> None:
                 assert (await client.put("/replicas", json={"replicas": [], **last})).status_code == 200
                 said = (await client.get("/status")).json()["service"]
                 assert (said["status"], said["reason"], said["total"]) == ("SHUTTING_DOWN", "so it was told", 0)
-                assert balancer.discovery is not None
-                balancer.discovery._by_engine_until = 0.0  # as if long ago
-                await until(balancer.fleet.available)
+                assert balancer.service.discovery is not None
+                balancer.service.discovery._by_engine_until = 0.0  # as if long ago
+                await until(balancer.service.fleet.available)
                 said = (await client.get("/status")).json()["service"]
                 assert (said["status"], "reason" in said) == ("READY", False)
 

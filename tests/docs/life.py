@@ -2,8 +2,8 @@
 
 from balancer import errors
 from balancer.errors import ServeError
-from balancer.relay.failover import RULES, final_error
-from balancer.relay.upstream import Outcome
+from balancer.fleet.outcome import Outcome
+from balancer.relay.failover import PERHAPS_TAKEN, UNTAKEN, final_error
 from balancer.spec.settings import Settings
 from tests.docs.svg import Picture
 
@@ -60,8 +60,7 @@ STAGES: tuple[tuple[str, str, tuple[ServeError | Outcome, ...]], ...] = (
 
 def goes_on(outcome: Outcome) -> str:
     """Who of those it happens to may go to another replica."""
-    rule = RULES[outcome]
-    return "goes elsewhere" if rule.any_method else "GET and HEAD go elsewhere" if rule.safe_methods else ""
+    return "goes elsewhere" if outcome in UNTAKEN else "GET and HEAD go elsewhere" if outcome in PERHAPS_TAKEN else ""
 
 
 def picture() -> str:

@@ -116,7 +116,7 @@ def test_waiting_and_what_is_in_flight_is_seen_while_it_lasts() -> None:
         lab = LabReplica(hang="before_head")
         async with lab, serving(lab, settings={"max_in_flight": 1}) as balancer, client_of(balancer) as client:
             asked = [asyncio.ensure_future(client.post(CHAT, json=chat())) for _ in range(3)]
-            await until(lambda: balancer.admission.queue_depth == 2)
+            await until(lambda: balancer.service.admission.queue_depth == 2)
             assert await value(balancer, client, "groundserve_queue_depth") == 2
             assert await value(balancer, client, "groundserve_in_flight", replica="replica-1") == 1
             assert await value(balancer, client, "groundserve_in_flight_limit", replica="replica-1") == 1
@@ -161,7 +161,7 @@ def test_retries_failures_and_probes_are_counted_by_how_they_failed() -> None:
             assert await value(balancer, client, "groundserve_retries_total", reason="busy") == 1
             two.refuse()
             two.drop_connections()
-            await until(lambda: len(balancer.fleet.available()) == 1)
+            await until(lambda: len(balancer.service.fleet.available()) == 1)
             probes = "groundserve_probes_total"
             assert await value(balancer, client, probes, replica="replica-2", probe="ready", result="fail") >= 1
             assert await value(balancer, client, probes, replica="replica-1", probe="ready", result="pass") >= 1
@@ -177,7 +177,7 @@ def test_ejections_are_counted() -> None:
     async def main() -> None:
         bad = LabReplica(status=500)
         async with LabReplica() as good, bad, serving(good, bad) as balancer, client_of(balancer) as client:
-            while not any(m.ejected_until for m in balancer.fleet.members.values()):
+            while not any(m.ejected_until for m in balancer.service.fleet.members.values()):
                 await client.post(CHAT, json=chat())
             assert await value(balancer, client, "groundserve_ejections_total", replica="replica-2") == 1
             failures = await value(balancer, client, "groundserve_replica_failures_total", replica="replica-2")
@@ -200,8 +200,10 @@ def test_a_replica_that_left_leaves_no_series_behind_even_with_a_request_in_flig
             two.set(first_token_delay=0.3)
             one.set(first_token_delay=0.3)
             pending = [asyncio.ensure_future(client.post(CHAT, json=stream())) for _ in range(2)]
-            await until(lambda: sum(m.in_flight for m in balancer.fleet.members.values()) == 2)
-            balancer.fleet.reconcile([m.listing for m in balancer.fleet.members.values() if m.name == "replica-1"])
+            await until(lambda: sum(m.in_flight for m in balancer.service.fleet.members.values()) == 2)
+            balancer.service.fleet.reconcile(
+                [m.listing for m in balancer.service.fleet.members.values() if m.name == "replica-1"]
+            )
             answers = await asyncio.gather(*pending)
             assert [answer.status_code for answer in answers] == [200, 200]
             text = (await client.get(balancer.admin_endpoint + "/metrics")).text
@@ -216,9 +218,9 @@ def test_a_replica_that_started_anew_counts_from_nothing() -> None:
     async def main() -> None:
         async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
             await client.post(CHAT, json=chat())
-            (member,) = balancer.fleet.members.values()
+            (member,) = balancer.service.fleet.members.values()
             assert await value(balancer, client, "groundserve_completion_tokens_total", replica="replica-1") == 8
-            balancer.fleet.restarted(member)
+            balancer.service.fleet.restarted(member)
             assert await value(balancer, client, "groundserve_completion_tokens_total", replica="replica-1") == 0
             assert await value(balancer, client, "groundserve_requests_total", replica="replica-1") == 0
 
@@ -269,7 +271,7 @@ def test_a_scrape_is_made_in_pieces_and_is_what_one_made_at_once_would_be(accept
     async def main() -> None:
         async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
             await client.post(CHAT, json=stream())
-            balancer.fleet.reconcile(
+            balancer.service.fleet.reconcile(
                 [ReplicaListing(f"r{number}", f"http://127.0.0.1:{number}") for number in range(1, 65)]
             )
             registry = CollectorRegistry()

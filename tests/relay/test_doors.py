@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from balancer.relay.doors import Doors
+from balancer.service import ServiceFacts
 from balancer.spec.settings import Settings
 from tests.wire.running import each, on_uvloop
 
@@ -30,6 +31,15 @@ class Wire:
         self.is_cut = True
 
 
+class Nobody:
+    """Answers no request: there is none."""
+
+    def check(self, *_: object) -> Any:
+        raise AssertionError
+
+    serve = refuse = check
+
+
 WAYS: dict[str, Callable[[Doors], object]] = {
     "what was written is sent": lambda doors: doors,
     "each takes its next step": lambda doors: [doors],
@@ -43,10 +53,7 @@ WAYS: dict[str, Callable[[Doors], object]] = {
 async def test_one_connections_fault_leaves_the_others_theirs(
     way: Callable[[Doors], object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def none(*_: object) -> Any:
-        raise AssertionError
-
-    doors = Doors(Settings(), asyncio.get_running_loop(), none, none, none)
+    doors = Doors(Settings(), asyncio.get_running_loop(), Nobody(), ServiceFacts())
     wires = [Wire(fails) for fails in (False, True, False, True, False)]
     for wire in wires:
         doors.connections.add(wire)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from balancer.relay.failover import MAX_SENT, RULES, RetryBudget, final_error, may_repeat
-from balancer.relay.upstream import Outcome
+from balancer.fleet.outcome import DOUBTFUL, FAILURES, Outcome
+from balancer.relay.failover import MAX_SENT, RetryBudget, final_error, may_repeat
 from balancer.spec.settings import Settings
 
 PLAIN, RETRYING = Settings(), Settings(retry_sent=True)
@@ -61,8 +61,9 @@ def test_what_was_sent_is_repeated_at_three_members_at_most_and_only_with_budget
     assert not may_repeat(Outcome.LOST, b"GET", 1, PLAIN, Budget(is_full=False), 0.0)
 
 
-def test_every_outcome_but_an_answer_has_its_rule_and_an_error() -> None:
-    assert set(RULES) == set(Outcome) - {Outcome.ANSWERED}
+def test_every_outcome_is_said_to_speak_against_the_replica_or_not() -> None:
+    harmless = {Outcome.ANSWERED, Outcome.REFUSED, Outcome.UNKNOWN, Outcome.BUSY}
+    assert sorted([*FAILURES, *DOUBTFUL, *harmless], key=str) == sorted(Outcome, key=str)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_what_the_client_is_told(outcome: Outcome, status: int, code: str) -> No
     ],
 )
 def test_what_counts_against_a_member(outcome: Outcome, counts: bool) -> None:
-    assert RULES[outcome].is_failure is counts
+    assert (outcome in FAILURES) is counts
 
 
 # The budget: a fifth of the traffic, three a second at least

@@ -419,7 +419,7 @@ async def test_a_replica_that_is_not_who_it_should_be_gets_nothing(
     async with LabReplica() as lab, in_front_of(lab, signer.sign("replica", *names)) as port:
         config = one(f"https://localhost:{port}", replica_ca=authority.pair.cert, replica_key="sk-the-replicas")
         async with serving(ready=0, config=config) as house, httpx.AsyncClient(base_url=house.url) as http:
-            (member,) = house.balancer.fleet.members.values()
+            (member,) = house.balancer.service.fleet.members.values()
             await until(lambda: member.ready.failures_total >= 2, within=20)
             assert member.status(house.balancer.loop.time()) is Status.STARTING
             house.complaints[:] = [said for said in house.complaints if "sk-the-replicas" in said]

@@ -92,7 +92,7 @@ class House:
         return answer
 
     def member(self, name: str) -> Member:
-        return next(m for m in self.balancer.fleet.members.values() if m.name == name)
+        return next(m for m in self.balancer.service.fleet.members.values() if m.name == name)
 
     def log_text(self) -> bytes:
         """The access log so far."""
@@ -116,18 +116,20 @@ class House:
     def is_at_rest(self) -> bool:
         """Nothing in flight, nothing queued, nothing held."""
         balancer = self.balancer
-        in_flight = [member.in_flight for member in balancer.fleet.members.values()]
-        generating = [member.generating for member in balancer.fleet.members.values()]
-        return not any((*in_flight, *generating, balancer.admission.queue_depth, balancer.pool.busy))
+        in_flight = [member.in_flight for member in balancer.service.fleet.members.values()]
+        generating = [member.generating for member in balancer.service.fleet.members.values()]
+        return not any(
+            (*in_flight, *generating, balancer.service.admission.queue_depth, balancer.destination.pool.busy)
+        )
 
     async def at_rest(self) -> None:
         """Waits for that."""
         balancer = self.balancer
-        await until(self.is_at_rest, f"{balancer.pool} queue={balancer.admission.queue_depth}")
+        await until(self.is_at_rest, f"{balancer.destination.pool} queue={balancer.service.admission.queue_depth}")
 
     async def ready(self, count: int) -> None:
         """Waits until so many members may be given requests."""
-        fleet = self.balancer.fleet
+        fleet = self.balancer.service.fleet
         await until(lambda: sum(m.is_available(fleet.clock()) for m in fleet.members.values()) == count, "ready", 10)
 
     def renew(self) -> None:
@@ -140,12 +142,12 @@ class House:
             seen.requests.clear()
             seen.generations_started = seen.generations_finished = seen.generations_aborted = 0
         settings = self.balancer.config.settings
-        for member in self.balancer.fleet.members.values():
+        for member in self.balancer.service.fleet.members.values():
             member.full_until = member.ejected_until = 0.0
             member.outlier = Outlier(settings.ejection_time, settings.max_ejection_time)
             member.turn = member.failures_total = 0
-            self.balancer.pool.forget(member)
-        self.balancer.fleet.changed()
+            self.balancer.destination.pool.forget(member.address)
+        self.balancer.service.fleet.changed()
 
     async def emptied(self) -> None:
         """What must be true when all clients have gone, whatever happened before."""

@@ -21,7 +21,7 @@ async def waiting(house: House, count: int, first: int = 0) -> list[Client]:
     for number in range(first, first + count):
         client = await house.client()
         await client.send(request(body=chat(), headers=(("X-Request-Id", f"n{number}"),)))
-        await until(lambda depth=number - first + 1: house.balancer.admission.queue_depth == depth)  # type: ignore[misc]
+        await until(lambda depth=number - first + 1: house.balancer.service.admission.queue_depth == depth)  # type: ignore[misc]
         clients.append(client)
     return clients
 
@@ -31,7 +31,7 @@ async def occupied(house: House, count: int = 1) -> list[Client]:
     clients = [await house.client() for _ in range(count)]
     for client in clients:
         await client.send(request(body=chat(stream=True, tokens=100_000)))
-    await until(lambda: sum(m.generating for m in house.balancer.fleet.members.values()) == count)
+    await until(lambda: sum(m.generating for m in house.balancer.service.fleet.members.values()) == count)
     return clients
 
 
@@ -44,7 +44,7 @@ async def test_beyond_the_limits_requests_wait_and_are_served_in_the_order_of_th
     ):
         holders = await occupied(house, 2)
         clients = await waiting(house, 5)
-        assert [m.in_flight for m in house.balancer.fleet.members.values()] == [1, 1]
+        assert [m.in_flight for m in house.balancer.service.fleet.members.values()] == [1, 1]
         for holder in holders:
             holder.leave()
         for client in clients:
@@ -71,7 +71,7 @@ async def test_no_member_ever_holds_more_than_its_limit() -> None:
         async with asyncio.TaskGroup() as group:
             answers = [group.create_task(client.answer()) for client in clients]
             while not all(answer.done() for answer in answers):
-                most = max(most, *(m.generating for m in house.balancer.fleet.members.values()))
+                most = max(most, *(m.generating for m in house.balancer.service.fleet.members.values()))
                 await asyncio.sleep(0)
         assert most == 3
         assert {answer.result().status for answer in answers} == {200}
@@ -124,7 +124,7 @@ async def test_who_waits_when_the_last_member_goes_is_told_503() -> None:
     async with LabReplica(token_interval=0.01) as a, serving(a, max_in_flight=1, start_wait=0) as house:
         await occupied(house)
         (client,) = await waiting(house, 1)
-        house.balancer.fleet.drain(house.member("a"))
+        house.balancer.service.fleet.drain(house.member("a"))
         answer = await client.answer()
         assert (answer.status, answer.error["code"], answer.header("retry-after")) == (503, "no_replica_ready", "5")
 
@@ -190,10 +190,10 @@ async def test_what_does_not_count_gets_through_when_a_replica_comes_up_behind_a
         holders = [await house.client() for _ in range(3)]
         for depth, holder in enumerate(holders, 1):
             await holder.send(request(body=chat(stream=True, tokens=100_000)))
-            await until(lambda depth=depth: house.balancer.admission.queue_depth == depth)  # type: ignore[misc]
+            await until(lambda depth=depth: house.balancer.service.admission.queue_depth == depth)  # type: ignore[misc]
         client = await house.client()
         await client.send(request(method, "/v1/models/lab"))
-        await until(lambda: house.balancer.admission.queue_depth == 4)
+        await until(lambda: house.balancer.service.admission.queue_depth == 4)
         a.set(ready=200)
         assert (await client.answer(method)).status == 200
 
@@ -202,7 +202,7 @@ async def test_what_does_not_count_gets_through_when_a_replica_comes_up_behind_a
 async def test_a_place_that_is_free_is_not_waited_for_behind_one_who_has_just_got_his() -> None:
     """Two places are given back, and one waits: the other place is for whoever comes in that very turn of the loop."""
     async with LabReplica() as a, serving(a, max_in_flight=2) as house:
-        admission = house.balancer.admission
+        admission = house.balancer.service.admission
         waiter = Waiter(Prompt("/v1/completions", []), is_generating=True)
         held = [admission.claim_now(waiter), admission.claim_now(waiter)]
         waiting = asyncio.ensure_future(admission.claim(waiter))
@@ -220,7 +220,7 @@ async def test_a_place_that_is_free_is_not_waited_for_behind_one_who_has_just_go
 @on_uvloop
 async def test_a_place_given_in_the_moment_of_leaving_is_given_on() -> None:
     async with LabReplica() as a, serving(a, max_in_flight=1) as house:
-        admission = house.balancer.admission
+        admission = house.balancer.service.admission
         waiter = Waiter(Prompt("/v1/completions", []), is_generating=True)
         held = admission.claim_now(waiter)
         first, second = (asyncio.ensure_future(admission.claim(waiter)) for _ in range(2))
@@ -242,10 +242,10 @@ async def test_a_prompt_that_nobody_can_make_sense_of_holds_up_no_queue() -> Non
         (holder,) = await occupied(house)
         first = await house.client()
         await first.send(request(body=absurd))
-        await until(lambda: house.balancer.admission.queue_depth == 1)
+        await until(lambda: house.balancer.service.admission.queue_depth == 1)
         second = await house.client()
         await second.send(POST)
-        await until(lambda: house.balancer.admission.queue_depth == 2)
+        await until(lambda: house.balancer.service.admission.queue_depth == 2)
         holder.leave()
         assert (await second.answer()).status == 200
         assert (await first.answer()).header("x-replica-id") == "a", "what it makes of it is the replica's business"
@@ -263,7 +263,7 @@ async def test_a_stream_waits_here_until_the_one_before_it_has_its_first_token()
         clients = [await house.client() for _ in range(3)]
         for client in clients:
             await client.send(request(body=chat(stream=True, tokens=20)))
-        await until(lambda: house.balancer.admission.queue_depth == 2)
+        await until(lambda: house.balancer.service.admission.queue_depth == 2)
         member = house.member("a")
         most = 0
         async with asyncio.TaskGroup() as group:
@@ -296,9 +296,9 @@ async def test_a_client_that_leaves_before_its_first_token_makes_room_for_the_ne
         first, second = await house.client(), await house.client()
         for client in (first, second):
             await client.send(request(body=chat(stream=True)))
-        await until(lambda: house.balancer.admission.queue_depth == 1)
+        await until(lambda: house.balancer.service.admission.queue_depth == 1)
         first.leave()
-        await until(lambda: house.balancer.admission.queue_depth == 0)
+        await until(lambda: house.balancer.service.admission.queue_depth == 0)
         assert house.member("a").pending == 1
         second.leave()
         await house.at_rest()
@@ -311,12 +311,12 @@ async def test_a_client_that_leaves_before_its_first_token_makes_room_for_the_ne
 @on_uvloop
 async def test_what_arrives_is_counted_once_refused_or_not_and_only_what_generates() -> None:
     async with LabReplica() as a, LabReplica() as b, serving(a, b, max_in_flight=1, queue_size=0) as house:
-        admission = house.balancer.admission
+        admission = house.balancer.service.admission
         a.next(1, status=503)
         b.next(1, status=503)
         assert (await house.ask(POST)).status == 503
         assert (admission.arrived_total, admission.turned_away_total) == (1, 1), "two attempts, one request"
-        for member in house.balancer.fleet.members.values():
+        for member in house.balancer.service.fleet.members.values():
             member.full_until = 0.0
         holders = await occupied(house, 2)
         for _ in range(5):
@@ -330,10 +330,13 @@ async def test_what_arrives_is_counted_once_refused_or_not_and_only_what_generat
 @on_uvloop
 async def test_a_service_asleep_is_woken_by_what_generates_and_not_by_polling() -> None:
     async with serving(ready=0, start_wait=5) as house:
-        house.balancer.fleet.is_asleep = True
+        house.balancer.service.fleet.is_asleep = True
         assert (await house.ask(MODELS, "GET")).status == 503
-        assert (house.balancer.admission.arrived_total, house.balancer.admission.generating_queued) == (0, 0)
+        assert (house.balancer.service.admission.arrived_total, house.balancer.service.admission.generating_queued) == (
+            0,
+            0,
+        )
         client = await house.client()
         await client.send(POST)
-        await until(lambda: house.balancer.admission.generating_queued == 1)
-        assert house.balancer.admission.arrived_total == 1
+        await until(lambda: house.balancer.service.admission.generating_queued == 1)
+        assert house.balancer.service.admission.arrived_total == 1

@@ -302,7 +302,7 @@ async def test_an_answer_that_a_slow_client_holds_at_its_end_holds_up_no_other(h
     a.next(1, body_mib=64.0)
     probing = await house.client(receive_buffer=4096)
     await probing.send(request("GET", "/v1/big"))
-    await until(lambda: any(upstream.is_paused for upstream in house.balancer.pool.busy), "held back")
+    await until(lambda: any(upstream.is_paused for upstream in house.balancer.destination.pool.busy), "held back")
     probing.leave("reset")
     size = (await house.logged(1))[0]["bytes_out"] - less * 1024  # so that it is held back with the last bytes read
     a.next(1, body_mib=size / (1 << 20))

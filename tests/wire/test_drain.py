@@ -127,7 +127,7 @@ async def test_what_is_not_over_after_drain_timeout_ends_as_a_broken_stream_or_5
         await prefilling.send(POST)
         await a.seen.until(lambda seen: seen.generations_started == 2)
         await queued.send(POST)
-        await until(lambda: house.balancer.admission.queue_depth == 1)
+        await until(lambda: house.balancer.service.admission.queue_depth == 1)
         async with leaving(house) as task:
             await task
             rest = await streaming.rest()
@@ -150,7 +150,7 @@ async def test_bytes_that_come_in_the_moment_in_which_a_stream_is_broken_off_go_
         await client.send(request(body=chat(stream=True, tokens=100_000)))
         await client.until(b"t00")
         (connection,) = house.balancer.doors.connections
-        (upstream,) = house.balancer.pool.busy
+        (upstream,) = house.balancer.destination.pool.busy
         connection.break_off("a test ends it.")
         upstream.data_received(b"a\r\ndata: {}\n\n\r\n")
         assert (await client.rest()).endswith(b"\n\n\r\n"), "our own event is the last"

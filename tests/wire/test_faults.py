@@ -47,7 +47,7 @@ async def test_a_refused_connection_sends_any_method_to_another_member(method: s
         assert answer.header("x-replica-id") == "b"
         assert numbers(a, b) == [0, 1]
         assert (await the_line(house))["attempts"] == 2
-        assert [m.name for m in house.balancer.fleet.available()] == ["b"], "unavailable at once"
+        assert [m.name for m in house.balancer.service.fleet.available()] == ["b"], "unavailable at once"
 
 
 @on_uvloop
@@ -60,7 +60,7 @@ async def test_each_member_that_refuses_is_tried_once_and_the_client_gets_502() 
         assert "safe to send it again" in answer.error["message"]
         line = await the_line(house)
         assert (line["status"], line["attempts"], line["error"]) == (502, 3, "replica_unreachable")
-        assert [m.failures_total for m in house.balancer.fleet.members.values()] == [1, 1, 1]
+        assert [m.failures_total for m in house.balancer.service.fleet.members.values()] == [1, 1, 1]
 
 
 @on_uvloop
@@ -73,7 +73,7 @@ async def test_refused_connections_and_503s_cost_no_retry_budget() -> None:
         serving(a, b, c, d, ready_interval=60) as house,
     ):
         a.refuse()
-        budget = house.balancer.proxy.budget
+        budget = house.balancer.destination.budget
         while budget.withdraw(house.balancer.loop.time()):
             pass
         answer = await house.ask(POST)
@@ -111,7 +111,7 @@ async def test_a_shortage_of_sockets_is_503_and_nobodys_fault() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert (answer.status, answer.error["code"], answer.header("retry-after")) == (503, "out_of_sockets", "1")
         member = house.member("a")
-        assert (member.failures_total, member.is_available(house.balancer.fleet.clock())) == (0, True)
+        assert (member.failures_total, member.is_available(house.balancer.service.fleet.clock())) == (0, True)
         await client.send(POST)
         assert (await client.answer()).status == 200
 
@@ -195,7 +195,7 @@ async def test_a_post_that_was_sent_is_not_sent_elsewhere_when_the_fresh_connect
         assert numbers(a, b) == [2, seen_by_b]
         if status == 502:
             assert answer.error["code"] == "replica_lost"
-        assert [m.name for m in house.balancer.fleet.available()] == ["b"], "refused: unavailable at once"
+        assert [m.name for m in house.balancer.service.fleet.available()] == ["b"], "refused: unavailable at once"
 
 
 @on_uvloop
@@ -310,7 +310,7 @@ async def test_a_busy_replica_sends_the_request_to_another_member_and_counts_as_
     house.replicas[0].set(status=503, retry_after="7")
     answer = await house.ask(SENT_ON[method], method)
     assert (answer.status, answer.header("x-replica-id")) == (200, "b")
-    full_for = house.member("a").full_until - house.balancer.fleet.clock()
+    full_for = house.member("a").full_until - house.balancer.service.fleet.clock()
     assert 6 < full_for <= 7
     house.member("b").turn = 1 << 30
     assert (await house.ask(POST)).header("x-replica-id") == "b", "full: not its turn"
@@ -332,7 +332,7 @@ async def test_all_busy_is_503_with_retry_after(house: House, said: str, full_fo
     assert answer.header("retry-after") == told
     assert numbers(*house.replicas) == [1, 1]
     for name in "ab":
-        assert full_for - 0.5 < house.member(name).full_until - house.balancer.fleet.clock() <= full_for
+        assert full_for - 0.5 < house.member(name).full_until - house.balancer.service.fleet.clock() <= full_for
 
 
 @on_uvloop
@@ -460,7 +460,7 @@ async def test_an_answer_that_is_no_http_is_502_and_its_connection_is_dropped(ho
     assert (answer.status, answer.error["code"]) == (502, "replica_bad_answer")
     assert numbers(*house.replicas) == [1, 0]
     await house.at_rest()
-    assert house.balancer.pool.idle_connection(house.member("a")) is None
+    assert house.balancer.destination.pool.idle_connection(house.member("a").address) is None
     assert house.member("a").failures_total - failures == 1
 
 

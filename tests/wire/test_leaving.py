@@ -67,7 +67,7 @@ async def test_while_it_took_nothing_of_a_large_answer(house: House, how: str) -
     house.replicas[0].set(body_mib=64)
     client = await house.client(receive_buffer=4096)
     await client.send(POST)
-    await until(lambda: any(upstream.is_paused for upstream in house.balancer.pool.busy), "held back")
+    await until(lambda: any(upstream.is_paused for upstream in house.balancer.destination.pool.busy), "held back")
     began = asyncio.get_running_loop().time()
     client.leave(how)
     await leaves_no_trace(house, began)
@@ -84,10 +84,10 @@ async def test_in_the_queue(house: House, how: str) -> None:
         await first.send(POST)
         await a.seen.until(lambda seen: seen.generations_started == 1)
         await second.send(POST)
-        await until(lambda: house.balancer.admission.queue_depth == 1)
+        await until(lambda: house.balancer.service.admission.queue_depth == 1)
         began = asyncio.get_running_loop().time()
         second.leave(how)
-        await until(lambda: house.balancer.admission.queue_depth == 0)
+        await until(lambda: house.balancer.service.admission.queue_depth == 0)
         assert asyncio.get_running_loop().time() - began < 0.1
         assert (await first.answer()).status == 200
     finally:
@@ -168,7 +168,7 @@ async def test_bytes_that_come_in_the_very_moment_of_its_leaving() -> None:
         await client.send(STREAM)
         await client.until(b"t03")
         (connection,) = house.balancer.doors.connections
-        (upstream,) = house.balancer.pool.busy
+        (upstream,) = house.balancer.destination.pool.busy
         connection.eof_received()
         await asyncio.sleep(0)  # the connection is lost, and its request is only about to be cancelled
         upstream.data_received(b"a\r\ndata: {}\n\n\r\n")

@@ -92,5 +92,5 @@ async def test_a_name_server_in_trouble_takes_no_replica_out(trouble: str) -> No
 
 
 async def all_ready(house: House) -> None:
-    await until(lambda: len(house.balancer.fleet.available()) == 2)
+    await until(lambda: len(house.balancer.service.fleet.available()) == 2)
     assert [house.member(name).failures_total for name in "ab"] == [0, 0]

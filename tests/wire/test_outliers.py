@@ -50,7 +50,7 @@ async def test_a_replica_that_fails_what_another_ends_well_is_ejected(
     ):
         await ask_until(house, lambda: any(ejections(house)), 10)
         assert ejections(house) == [1, 0]
-        assert [member.name for member in house.balancer.fleet.available()] == ["b"]
+        assert [member.name for member in house.balancer.service.fleet.available()] == ["b"]
 
 
 @pytest.mark.parametrize("fault", **each(FAULTS))

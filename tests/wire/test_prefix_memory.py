@@ -25,7 +25,7 @@ def house() -> Iterator[House]:
 
 def forgetful(house: House) -> PrefixIndex:
     """The index, with nothing in it."""
-    policy = house.balancer.admission.policy
+    policy = house.balancer.service.admission.policy
     assert isinstance(policy, PrefixAware)
     policy.forget(house.member("a"))
     return policy.index

@@ -53,30 +53,30 @@ async def test_another_policy_and_other_limits_hold_at_once_and_streams_go_on(tm
         refused = await house.ask(request(body=chat()))
         assert (refused.status, refused.error["code"]) == (429, "queue_full")
         write(file, policy="prefix_aware", limit=2, name="second")
-        await until(lambda: house.balancer.admission.policy.name == "prefix_aware")
+        await until(lambda: house.balancer.service.admission.policy.name == "prefix_aware")
         assert (await house.ask(request(body=chat(tokens=2)))).status == 200
         answer = await stream.answer()
         assert answer.status == 200
         assert b"[DONE]" in answer.body
-        assert house.balancer.facts.name == "second"
+        assert house.balancer.service.facts.name == "second"
 
 
 @on_uvloop
 async def test_what_stays_the_same_keeps_what_it_knows(tmp_path: Path) -> None:
     async with LabReplica() as a, described(tmp_path, a) as (house, file):
         write(file, policy="prefix_aware")
-        await until(lambda: house.balancer.admission.policy.name == "prefix_aware")
-        policy = house.balancer.admission.policy
+        await until(lambda: house.balancer.service.admission.policy.name == "prefix_aware")
+        policy = house.balancer.service.admission.policy
         write(file, policy="prefix_aware", limit=7)
         await until(lambda: house.member("a").limit == 7)
-        assert house.balancer.admission.policy is policy, "with its index of prefixes"
+        assert house.balancer.service.admission.policy is policy, "with its index of prefixes"
 
 
 @on_uvloop
 async def test_another_readiness_probe_is_asked_from_now_on(tmp_path: Path) -> None:
     async with LabReplica() as a, described(tmp_path, a) as (house, file):
         write(file, path="/v1/models")
-        await until(lambda: house.balancer.fleet.readiness.path == "/v1/models")
+        await until(lambda: house.balancer.service.fleet.readiness.path == "/v1/models")
         assert house.member("a").readiness.path == "/v1/models"
         assert (await house.ask(request(body=chat()))).status == 200
 
@@ -104,7 +104,7 @@ async def test_a_mistake_in_the_file_is_logged_and_changes_nothing(tmp_path: Pat
         assert "max_in_flight" in complaint
         assert "all stays as it was" in complaint
         house.complaints.clear()
-        assert house.balancer.admission.policy.name == "round_robin"
+        assert house.balancer.service.admission.policy.name == "round_robin"
         assert house.member("a").limit == 1
         file.unlink()
         await until(lambda: house.complaints)

@@ -128,7 +128,7 @@ async def test_a_client_that_takes_nothing_is_cut_after_send_timeout() -> None:
     async with LabReplica(body_mib=64) as a, serving(a, send_timeout=0.6) as house:
         client = await house.client(receive_buffer=4096)
         await client.send(POST)
-        await until(lambda: any(upstream.is_paused for upstream in house.balancer.pool.busy), "held back")
+        await until(lambda: any(upstream.is_paused for upstream in house.balancer.destination.pool.busy), "held back")
         began = asyncio.get_running_loop().time()
         await house.at_rest()
         assert 0.3 < asyncio.get_running_loop().time() - began < 2
@@ -149,7 +149,7 @@ async def test_a_slow_client_that_takes_a_little_now_and_then_is_not_cut() -> No
             size += len(client.received)
             client.received = b""
             await asyncio.sleep(0.02)
-        assert house.balancer.pool.busy, "held back all the time"
+        assert house.balancer.destination.pool.busy, "held back all the time"
         while size < 16 << 20:
             assert await client.more()
             size += len(client.received)
@@ -164,7 +164,7 @@ async def test_a_client_that_leaves_its_answer_lying_is_cut_too(fields: tuple[tu
         a.next(1, body_mib=64.0)
         probing = await house.client(receive_buffer=4096)
         await probing.send(POST)
-        await until(lambda: any(upstream.is_paused for upstream in house.balancer.pool.busy), "held back")
+        await until(lambda: any(upstream.is_paused for upstream in house.balancer.destination.pool.busy), "held back")
         probing.leave("reset")
         taken = (await house.logged(1))[0]["bytes_out"] - (200 << 10)
         a.next(1, body_mib=taken / (1 << 20))

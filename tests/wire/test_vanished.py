@@ -37,7 +37,7 @@ async def test_both_sides_ask_whether_the_other_host_is_there(send_timeout: floa
         await client.send(request(body=chat(stream=True)))
         await client.until(b"t00")
         (downstream,) = house.balancer.doors.connections
-        (upstream,) = house.balancer.pool.busy
+        (upstream,) = house.balancer.destination.pool.busy
         assert options(downstream) == [1, 15, 5, 3, unacknowledged]
         assert options(upstream) == [1, 15, 5, 3, 30_000]
 
@@ -57,7 +57,7 @@ async def test_through_tls_too(tmp_path: Path) -> None:
             writer.write(request(body=chat(stream=True)))
             await reader.readuntil(b"t00")
             (downstream,) = house.balancer.doors.connections
-            (upstream,) = house.balancer.pool.busy
+            (upstream,) = house.balancer.destination.pool.busy
             assert options(downstream) == [1, 15, 5, 3, 300_000]
             assert options(upstream) == [1, 15, 5, 3, 30_000]
             writer.transport.abort()

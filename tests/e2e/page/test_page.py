@@ -96,9 +96,9 @@ def test_it_shows_at_once_that_a_replica_died_came_back_or_left(tmp_path: Path) 
             assert "1 of 2" in await tab.text("#service")
             await two.accept()
             await tab.until(READY, 2)
-            balancer.fleet.reconcile([m.listing for m in balancer.fleet.members.values() if m.id == 1])
+            balancer.service.fleet.reconcile([m.listing for m in balancer.service.fleet.members.values() if m.id == 1])
             await tab.until("document.querySelectorAll('.card').length === 1")
-            balancer.fleet.reconcile([])
+            balancer.service.fleet.reconcile([])
             await tab.until("!document.getElementById('no-replicas').hidden")
             two.refuse()  # its second listener is not taken for something left behind
 
@@ -213,7 +213,7 @@ def test_stopping_an_answer_ends_it_at_the_replica(tmp_path: Path) -> None:
             await tab.click("#stop")
             await lab.seen.until(lambda seen: seen.generations_aborted == 1, timeout=2)
             await tab.until("document.querySelector('.theirs .failure')?.innerText === 'Stopped.'")
-            await until(lambda: not balancer.fleet.members[1].in_flight)
+            await until(lambda: not balancer.service.fleet.members[1].in_flight)
 
     run(main())
 
@@ -228,15 +228,15 @@ def test_drain_and_undrain_want_the_admin_key(tmp_path: Path) -> None:
             await tab.type("#admin-key", "wrong")
             await tab.press("\ue007")
             await tab.until("document.getElementById('admin').open && !document.getElementById('admin-key').value")
-            assert not balancer.fleet.members[2].draining
+            assert not balancer.service.fleet.members[2].draining
             await tab.type("#admin-key", "open sesame")
             await tab.click("#admin button[value=use]")
             await tab.until("document.querySelectorAll('.card .badge')[1].innerText === 'SHUTTING_DOWN'")
-            assert balancer.fleet.members[2].draining
+            assert balancer.service.fleet.members[2].draining
             # Known now, so it is not asked for again; and nowhere kept but in this page's memory.
             await tab.click("[aria-label='Undrain replica-2']")
             await tab.until(READY, 2)
-            assert not balancer.fleet.members[2].draining
+            assert not balancer.service.fleet.members[2].draining
             kept = await tab.run("return [localStorage.length, sessionStorage.length, document.cookie]")
             assert kept == [0, 0, ""]
             assert "sesame" not in await tab.run("return document.documentElement.outerHTML + location.href")
@@ -252,7 +252,7 @@ def test_a_change_that_is_refused_says_why(tmp_path: Path) -> None:
             await tab.click(".card button")
             await tab.until("document.querySelector('.card .failure')?.hidden === false")
             assert await tab.text(".card .failure") == "There is no replica 7; known are: 1."
-            assert not balancer.fleet.members[1].draining
+            assert not balancer.service.fleet.members[1].draining
 
     run(main())
 
@@ -407,9 +407,9 @@ def test_fifty_replicas_and_many_viewers_are_no_trouble(tmp_path: Path) -> None:
     async def main() -> None:
         shown = page(tmp_path, LabReplica())
         async with shown as (balancer, tab), client_of(balancer) as client:
-            (known,) = balancer.fleet.members.values()
+            (known,) = balancer.service.fleet.members.values()
             many = [replace(known.listing, name=f"replica-{n}", id=n) for n in range(1, 51)]
-            balancer.fleet.reconcile(many)
+            balancer.service.fleet.reconcile(many)
             await tab.until("document.querySelectorAll('.card').length === 50")
             viewers = [asyncio.ensure_future(watch(client, balancer.admin_endpoint)) for _ in range(63)]
             done = await asyncio.gather(*viewers)

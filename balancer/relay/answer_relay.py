@@ -1,0 +1,119 @@
+"""A replica's answer on its way to the client."""
+
+import re
+
+from balancer.fleet.address import ReplicaAddress
+from balancer.observe.record import Record, RequestObserver, Spans
+from balancer.relay.downstream import ClientConnection
+from balancer.relay.failover import SAFE_METHODS
+from balancer.relay.places import Place
+from balancer.relay.reply import Reply
+from balancer.relay.request import Headers, Request
+from balancer.relay.unavailable import Unavailable, retry_after
+
+FULL_FOR = 1  # seconds for which a replica counts as full that does not say for how long
+
+
+class AnswerRelay:
+    """Takes one attempt's answer, piece by piece as it comes, and gives it to the client; `record` notes what it told.
+
+    A 503 may only mean that the replica is full: that is held back until it is known.
+    """
+
+    __slots__ = ("_client", "_held", "_inter_token", "_last_at", "_observer", "_place", "_record", "_reply", "_request")
+
+    def __init__(
+        self,
+        place: Place,
+        request: Request,
+        reply: Reply,
+        record: Record,
+        client: ClientConnection,
+        observer: RequestObserver,
+    ) -> None:
+        self._place = place
+        self._request = request
+        self._reply = reply
+        self._record = record
+        self._client = client
+        self._observer = observer
+        self._inter_token: Spans | None = None
+        self._held: Unavailable | None = None
+        self._last_at = 0.0
+
+    def on_head(self, status: int, headers: Headers, length: int | None) -> bool:
+        """Four cases: an answer; full, and for how long; a 503 to what another may answer; one that is to be read."""
+        record = self._record
+        record.replica_status = status
+        if status != 503:
+            self._begin(status, headers, length)
+        elif (seconds := retry_after(headers)) is not None:
+            record.full_for = seconds
+            return False
+        elif self._request.method in SAFE_METHODS:
+            return False  # another may well answer, whatever this one means; and of HEAD nothing else is to be had
+        else:
+            self._held = Unavailable(headers, length)
+        return True
+
+    def _begin(self, status: int, headers: Headers, length: int | None) -> None:
+        record = self._record
+        own = b"X-Replica-Id: %b\r\n" % self._place.replica.name.encode("latin-1", "replace")
+        if self._request.wants_explanation:
+            matched = b"" if record.matched is None else b"; matched=%.2f" % record.matched
+            own += b"X-Route-Reason: %b%b; attempts=%d; queued=%.3f\r\n" % (
+                record.reason.encode(),
+                matched,
+                record.attempts,
+                record.queued,
+            )
+        if 300 <= status < 400:
+            headers = _relative_redirects(headers, self._place.replica)
+        self._reply.begin(status, headers, length, own)
+        self._client.release(self._request)  # the replica has it; long answers need not keep large prompts in memory
+        if self._reply.is_event_stream:
+            self._inter_token = self._observer.inter_token(self._place.replica.name)
+
+    def _let_go(self, held: Unavailable) -> None:
+        """What was held back is an answer like any other."""
+        self._held = None
+        self._begin(self._record.replica_status, held.headers, held.length)
+        for piece in held.pieces:
+            self.on_body(piece, self._last_at)
+
+    def on_body(self, data: bytes, now: float) -> None:
+        if self._held is not None:
+            self._last_at = now
+            if not self._held.holds(data):
+                self._let_go(self._held)
+            return
+        record = self._record
+        if record.first_byte is None:
+            record.first_byte = now - record.received_at
+            self._place.begun(record.replica_status == 200)
+        elif self._inter_token is not None:
+            self._inter_token.note(now - self._last_at)
+        self._last_at = now
+        self._reply.body(data)
+
+    def on_end(self, seconds: float) -> bool:
+        record = self._record
+        if self._held is not None:
+            if self._held.says_full(self._request.path, seconds):
+                record.full_for = FULL_FOR
+                return False
+            self._let_go(self._held)
+        counts = self._reply.tail.counts()
+        record.prompt_tokens, record.completion_tokens = counts.prompt, counts.completion
+        record.cached_tokens, record.texts = counts.cached, counts.texts
+        self._reply.end()
+        return True
+
+
+def _relative_redirects(headers: Headers, replica: ReplicaAddress) -> Headers:
+    """A replica's redirects to itself as paths, for it is this endpoint that its clients reach.
+
+    SGLang sends /generate/ to /generate, says so with a whole URL, and takes the scheme from X-Forwarded-Proto.
+    """
+    itself = re.compile(rb"\Ahttps?://%b(?=/[^/])" % re.escape(replica.authority))
+    return [(name, itself.sub(b"", value) if name.lower() == b"location" else value) for name, value in headers]

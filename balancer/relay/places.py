@@ -1,0 +1,48 @@
+"""What the relay asks of whoever knows a service's replicas: a place for each attempt, given back with what came of it.
+
+The fleet of this process stands behind it today (balancer/routing/places.py). The relay needs nothing else of it, and
+writes nothing down about a replica, so that another process can stand there.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from balancer.fleet.address import ReplicaAddress
+from balancer.fleet.outcome import Outcome
+from balancer.routing.admission import Waiter
+from balancer.routing.places import Attempt
+from balancer.routing.prompt import Prompt
+
+
+class Place(Protocol):
+    """A place at one replica; see balancer.routing.places.Place for each word."""
+
+    replica: ReplicaAddress
+    reason: str
+    matched: float | None
+    waited: float
+
+    @property
+    def alive_at(self) -> float: ...
+
+    def doubted(self) -> None: ...
+
+    def heard(self, at: float) -> None: ...
+
+    def begun(self, is_computed: bool) -> None: ...
+
+    def attempted(self, outcome: Outcome, attempt: Attempt) -> None: ...
+
+    def end(self, outcome: Outcome | None, attempt: Attempt) -> None: ...
+
+
+class Places(Protocol):
+    """Gives places; see balancer.routing.places.Places."""
+
+    when_left: list[Callable[[ReplicaAddress], None]]
+
+    async def claim(self, waiter: Waiter) -> Place: ...
+
+    def has_other(self, waiter: Waiter) -> bool: ...
+
+    async def read(self, prompt: Prompt) -> None: ...

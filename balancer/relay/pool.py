@@ -1,0 +1,106 @@
+"""The connections to a service's replicas: which are idle, which are busy, and which have been silent for too long."""
+
+import asyncio
+import functools
+import ssl
+
+from balancer.fleet.address import ReplicaAddress
+from balancer.fleet.dial import Dialer
+from balancer.fleet.outcome import Outcome
+from balancer.relay.upstream import ReplicaConnection
+from balancer.spec.settings import Settings
+
+
+class ConnectionPool:
+    """Idle connections are used newest first and closed before SGLang would close them.
+
+    `tls` is for https replicas, `dialer` connects to all.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
+        tls: ssl.SSLContext | None = None,
+        dialer: Dialer | None = None,
+    ) -> None:
+        self.settings = settings
+        self.loop = loop
+        self.busy: set[ReplicaConnection] = set()
+        self._tls = tls
+        self._dialer = dialer or Dialer()
+        self._idle: dict[ReplicaAddress, list[ReplicaConnection]] = {}
+
+    def idle_connection(self, replica: ReplicaAddress) -> ReplicaConnection | None:
+        """An open connection that waits for work, or None."""
+        idle = self._idle.get(replica)
+        oldest = self.loop.time() - self.settings.upstream_keep_alive
+        while idle:
+            connection = idle.pop()
+            if connection.idle_since > oldest and connection.is_open():
+                return connection
+            connection.close()
+        return None
+
+    async def connect(self, replica: ReplicaAddress) -> ReplicaConnection:
+        """A new connection.
+
+        Raises OSError when refused, TimeoutError after connect_timeout, Unresolved when nobody says where it is.
+        """
+        addresses = await self._dialer.addresses(replica)
+        tls = (self._tls or ssl.create_default_context()) if replica.is_https else None
+        make = functools.partial(ReplicaConnection, self, replica)
+        began_at = self.loop.time()
+        connection = await self._dialer.connect(replica, addresses, make, tls, self.settings.connect_timeout)
+        connection.connected_in = self.loop.time() - began_at
+        return connection
+
+    def keep(self, connection: ReplicaConnection) -> None:
+        """It is idle now."""
+        connection.idle_since = self.loop.time()
+        self._idle.setdefault(connection.replica, []).append(connection)
+
+    def forget(self, replica: ReplicaAddress) -> None:
+        """The replica left: no idle connection to it is used again. Busy ones go on to their end."""
+        for connection in self._idle.pop(replica, ()):
+            connection.close()
+
+    def sweep(self, now: float) -> None:
+        """Ends what waited too long; call it a few times a second. `now` is the loop's time in seconds."""
+        settings = self.settings
+        for replica, idle in list(self._idle.items()):
+            while idle and (now - idle[0].idle_since > settings.upstream_keep_alive or not idle[0].is_open()):
+                idle.pop(0).close()
+            if not idle:
+                del self._idle[replica]
+        for connection in list(self.busy):
+            connection.tell_when_heard()
+            if connection.is_paused:
+                continue  # the silence is the client's doing
+            if connection.has_begun:
+                self._judge_silence(connection, now)
+            # A head says little: SGLang sends that of /generate before it looks at the prompt.
+            elif now - connection.sent_at > settings.first_byte_timeout:
+                connection.finish(Outcome.SILENT)
+
+    def _judge_silence(self, connection: ReplicaConnection, now: float) -> None:
+        """Ends an answer that is silent while its replica gives no sign of life, or for far too long."""
+        settings, place = self.settings, connection.place
+        if place is None:
+            return
+        silence = now - connection.last_byte_at
+        lifeless = min(silence, now - place.alive_at)
+        if lifeless > settings.idle_timeout:
+            connection.finish(Outcome.STALLED)
+        elif silence > max(settings.idle_timeout, settings.first_byte_timeout):
+            connection.finish(Outcome.STUCK)
+        elif lifeless > settings.idle_timeout / 2:
+            place.doubted()
+
+    def close(self) -> None:
+        """Ends all idle connections."""
+        for replica in list(self._idle):
+            self.forget(replica)
+
+    def __repr__(self) -> str:
+        return f"<ConnectionPool busy={len(self.busy)} idle={sum(map(len, self._idle.values()))}>"
