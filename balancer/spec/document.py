@@ -1,4 +1,4 @@
-"""A YAML file that knows on which line each of its keys stands, so that every complaint can say where."""
+"""A YAML document that remembers the line of each key, so that every error message can name it."""
 
 import re
 import typing
@@ -16,36 +16,36 @@ from balancer.spec.tree import KeyPath, read, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# Characters that variables may come to.
-_MOST_FILLED = 128 << 10
-# The halves of a character beyond 16 bits are none alone: they can be neither printed nor written.
+# The maximum number of characters that variables may add.
+_MAX_FILLED = 128 << 10
+# NUL, and lone surrogates: half a character can be neither printed nor encoded.
 _IMPOSSIBLE = re.compile("[\0\ud800-\udfff]")
 
-# SkyServe's own pattern: $NAME and ${NAME}, nothing else.
+# SkyServe's own pattern: $NAME and ${NAME}, and nothing else.
 _VARIABLE = re.compile(r"\$\{?\b([a-zA-Z_][a-zA-Z0-9_]*)\b\}?")
 
-# Where pydantic speaks of Python, to people who write YAML.
+# Messages for people who write YAML, in place of pydantic's, which speak of Python.
 _WORDS = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "should be keys with their values")
 
 
 @dataclass(frozen=True, slots=True)
 class NoMeaning:
-    """Marks a model's key that is known and has no effect here: a file that uses it gets a warning."""
+    """Marks a key that is known but has no effect here: a file that uses it gets a warning."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Marks a model's key that is known and would be wrong to ignore: a file that uses it is refused."""
+    """Marks a key that is known but must not be ignored: a file that uses it is refused."""
 
     why: str
 
 
 class Document:
-    """One YAML mapping. `source` is the file's name in messages, `data` what it holds.
+    """One YAML mapping. `source` is the file's name in messages, `data` its content.
 
-    All its keys are text. Raises ConfigError, with file and line, for what is no YAML, or more than a person writes.
+    All keys are text. Raises ConfigError, with file and line, for invalid YAML and documents beyond tree.py's limits.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -57,16 +57,16 @@ class Document:
         self.data: dict[str, Any] = data
 
     def fault(self, path: KeyPath, what: str) -> ConfigError:
-        """The error to raise: one line with the file, a line number, and the key."""
+        """The error to raise: one line with file, line number and key."""
         return ConfigError(self.remark(path, what))
 
     def remark(self, path: KeyPath, what: str) -> str:
         return f"{self._where(path)}: {_dotted(path)} {what}"
 
     def validated(self, model: type[Model], values: object, under: KeyPath = ()) -> Model:
-        """`values`, which stand at `under` in the file, as a model; raises ConfigError for the first fault.
+        """`values`, found at `under` in the file, as a model. Raises ConfigError for the first fault.
 
-        A value is quoted as the file has it, before variables are filled in, so that no secret is shown.
+        Values are quoted as the file has them, before variables are filled in, so that no secret is shown.
         """
         try:
             return model.model_validate(values)
@@ -88,7 +88,7 @@ class Document:
         return self.fault(path, f"is unknown; the nearest known key is '{nearest[0]}'")
 
     def marked(self, model: BaseModel, under: KeyPath = ()) -> Iterator[str]:
-        """A warning for each used key without meaning here; raises ConfigError at one that is refused."""
+        """A warning for each key in use that has no effect here. Raises ConfigError at a key that is refused."""
         for name, field in type(model).model_fields.items():
             if name not in model.model_fields_set:
                 continue
@@ -112,10 +112,10 @@ class Document:
             for key, value in node.value:
                 line = key.start_mark.line + 1
                 if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                    raise ConfigError(f"{self.source}:{line}: {_dotted(path)} {_no_key(key)}")
+                    raise ConfigError(f"{self.source}:{line}: {_dotted(path)} {_key_fault(key)}")
                 at = (*path, key.value)
                 if at in self._lines and key.value != "<<":
-                    raise ConfigError(f"{self.source}:{line}: {_dotted(at)} is there twice: keep one")
+                    raise ConfigError(f"{self.source}:{line}: {_dotted(at)} is given twice: keep one")
                 self._lines[at] = line
                 self._check_text(key, path)
                 self._note_lines(value, at)
@@ -127,10 +127,10 @@ class Document:
             self._check_text(node, path)
 
     def _check_text(self, node: yaml.Node, path: KeyPath) -> None:
-        """Raises ConfigError where no file name, command or variable could hold this text."""
+        """Raises ConfigError for text that no file name, command or variable can hold."""
         if _IMPOSSIBLE.search(node.value):
             line = node.start_mark.line + 1
-            raise ConfigError(f"{self.source}:{line}: {_dotted(path)} has a NUL or half a character in it: take it out")
+            raise ConfigError(f"{self.source}:{line}: {_dotted(path)} contains a NUL or half a character: remove it")
 
     def _where(self, path: KeyPath) -> str:
         for length in range(len(path), 0, -1):
@@ -139,7 +139,7 @@ class Document:
         return self.source
 
     def _existing(self, path: KeyPath) -> KeyPath:
-        """The part of `path` that the file has: pydantic adds parts of its own for unions and short forms."""
+        """The part of `path` that exists in the file: pydantic adds parts of its own for unions and short forms."""
         found: KeyPath = ()
         for part in path:
             if (*found, part) in self._lines:
@@ -158,16 +158,16 @@ class Document:
 def fill_in(value: Any, variables: Mapping[str, str]) -> Any:
     """`value` with $NAME and ${NAME} replaced in all its strings and keys; unknown names stay as they are.
 
-    Raises ValueError where that makes two keys the same, or more than _MOST_FILLED characters.
+    Raises ValueError where two keys become the same, or where variables add more than _MAX_FILLED characters.
     """
-    room = _MOST_FILLED
+    room = _MAX_FILLED
 
     def text_of(match: re.Match[str]) -> str:
         nonlocal room
         text = variables.get(match[1], match[0])
         room -= len(text)
         if room < 0:
-            raise ValueError(f"becomes longer than {_MOST_FILLED:,} characters once variables are filled in")
+            raise ValueError(f"becomes longer than {_MAX_FILLED:,} characters once variables are filled in")
         return text
 
     def filled(part: Any) -> Any:
@@ -176,10 +176,10 @@ def fill_in(value: Any, variables: Mapping[str, str]) -> Any:
         if isinstance(part, list):
             return [filled(each) for each in part]
         if isinstance(part, dict):
-            made = {filled(key): filled(each) for key, each in part.items()}
-            if len(made) < len(part):
-                raise ValueError("has a key twice once variables are filled in")
-            return made
+            result = {filled(key): filled(each) for key, each in part.items()}
+            if len(result) < len(part):
+                raise ValueError("has the same key twice once variables are filled in")
+            return result
         return part
 
     return filled(value)
@@ -190,16 +190,16 @@ def _dotted(path: KeyPath) -> str:
 
 
 def _plain(key: str) -> str:
-    """A key as it stands in a message: in one short line, with nothing that a terminal would obey."""
+    """A key for a message: one short line without terminal control characters."""
     return shown(key if key.isprintable() else repr(key))
 
 
-def _no_key(node: yaml.Node) -> str:
-    """What is wrong with a key that is no text."""
+def _key_fault(node: yaml.Node) -> str:
+    """What is wrong with a key that is not text."""
     if isinstance(node, yaml.ScalarNode):
         word = shown(node.value) or "nothing at all"
-        return f"has {word} for a key, which is no text: put quotes around it"
-    return "has a list or a mapping for a key: if this is {{ a template }}, fill it in first, else write a word"
+        return f"has {word} for a key, which is not text: put it in quotes"
+    return "has a list or a mapping for a key: if this is {{ a template }}, fill it in first; else write a word"
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

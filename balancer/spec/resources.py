@@ -1,4 +1,4 @@
-"""What one replica asks of the machine: SkyPilot's `resources:`, whose forms are many."""
+"""What one replica requests of the machine: SkyPilot's `resources:` in all its forms."""
 
 import math
 import re
@@ -16,23 +16,23 @@ _Read = Callable[[KeyPath, Resources, Document], float | None]
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the alternatives of `resources:` come to."""
+    """The requests of all alternatives in `resources:` together."""
 
-    # GPU types that will do, and how many of each one replica takes; empty: no GPU asked for.
+    # Acceptable GPU types, each with how many GPUs of it one replica takes; empty: no GPU requested.
     accelerators: Mapping[str, int]
-    # GB, 1024 MB each, and cores; None: the file does not say.
+    # GB of 1024 MB, and cores; None: the file does not say.
     memory: float | None
     cpus: float | None
-    # The port that the file expects a replica on.
+    # The port that the file expects a replica to listen on.
     port: int | None
-    # For a person: what could not be made use of.
+    # For people: requests that could not be checked.
     warnings: tuple[str, ...]
 
 
 def needs(top: Resources, port: int | None, document: Document) -> Needs:
-    """`port` is the one that the file says elsewhere: then replicas may open others too.
+    """`port` is the port that the file gives elsewhere; `ports` may then list others as well.
 
-    Raises ConfigError, with its line, for an amount that is none.
+    Raises ConfigError, with the line, for an invalid amount.
     """
     alternatives = _alternatives(top, document)
     accelerators: dict[str, int] = {}
@@ -42,8 +42,8 @@ def needs(top: Resources, port: int | None, document: Document) -> Needs:
         port = next(filter(None, (_port(under, each.ports, document) for under, each in alternatives)), None)
     return Needs(
         accelerators=MappingProxyType(accelerators),
-        memory=_least(alternatives, _memory, document),
-        cpus=_least(alternatives, _cpus, document),
+        memory=_minimum(alternatives, _memory, document),
+        cpus=_minimum(alternatives, _cpus, document),
         port=port,
         warnings=tuple(_unclear(alternatives, document)),
     )
@@ -70,18 +70,18 @@ def _accelerators(under: KeyPath, value: Any, document: Document) -> dict[str, i
 
 
 def _alternatives(top: Resources, document: Document) -> list[tuple[KeyPath, Resources]]:
-    """What `resources:` says itself, and each of its any_of: and ordered:, with where it stands."""
+    """`resources:` itself and each of its any_of: and ordered:, with their places in the file."""
     found: list[tuple[KeyPath, Resources]] = [(("resources",), top)]
     for key, alternatives in (("any_of", top.any_of), ("ordered", top.ordered)):
         for index, each in enumerate(alternatives):
             if each.any_of or each.ordered:
-                raise document.fault(("resources", key, index), "has alternatives of its own: write them side by side")
+                raise document.fault(("resources", key, index), "has alternatives of its own: list them side by side")
             found.append((("resources", key, index), each))
     return found
 
 
-def _least(alternatives: list[tuple[KeyPath, Resources]], read: _Read, document: Document) -> float | None:
-    """What each of the alternatives asks for at the least; one that does not say it has it from `resources:` itself."""
+def _minimum(alternatives: list[tuple[KeyPath, Resources]], read: _Read, document: Document) -> float | None:
+    """The lowest amount among the alternatives; an alternative without one takes it from `resources:` itself."""
     top, *others = (read(under, each, document) for under, each in alternatives)
     amounts = [top if amount is None else amount for amount in others] or [top]
     return min((amount for amount in amounts if amount is not None), default=None) if None not in amounts else None
@@ -96,7 +96,7 @@ def _cpus(under: KeyPath, resources: Resources, document: Document) -> float | N
 
 
 def _memory(under: KeyPath, resources: Resources, document: Document) -> float | None:
-    """GB, from any of SkyPilot's forms: 16, "16+", "16GB", "512MB+", "16Gi"; "4x" is 4 GB for each of `cpus`."""
+    """GB, from any of SkyPilot's forms: 16, "16+", "16GB", "512MB+", "16Gi"; "4x" means 4 GB for each of `cpus`."""
     if resources.memory is None:
         return None
     text = str(resources.memory).strip().lower()
@@ -111,14 +111,14 @@ def _memory(under: KeyPath, resources: Resources, document: Document) -> float |
 
 
 def _unclear(alternatives: list[tuple[KeyPath, Resources]], document: Document) -> Iterator[str]:
-    """A warning for each amount that says too little to be checked."""
+    """A warning for each amount that is too vague to be checked."""
     for under, each in alternatives:
         if str(each.memory).endswith("x") and each.cpus is None:
-            yield document.remark((*under, "memory"), "is for each core, and nothing says how many: it is not checked")
+            yield document.remark((*under, "memory"), "is per core, but cpus is not given, so it is not checked")
 
 
 def _positive(text: str) -> float | None:
-    """None where it is no number of which there can be some."""
+    """The positive finite number in `text`, else None."""
     try:
         number = float(text)
     except ValueError:
@@ -127,7 +127,7 @@ def _positive(text: str) -> float | None:
 
 
 def _port(under: KeyPath, value: Any, document: Document) -> int | None:
-    """SkyServe wants one port for a service, in any of its forms: 8000, "8000", [8000]."""
+    """SkyServe takes one port per service, in any of these forms: 8000, "8000", [8000]."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not values:
         return None

@@ -1,4 +1,4 @@
-"""SkyServe's service YAML as frozen models: its keys, and which of them mean nothing here."""
+"""SkyServe's service YAML as frozen models: its keys, and which of them have no effect here."""
 
 from typing import Annotated, Any
 
@@ -38,9 +38,9 @@ def _starts_with_slash(path: str) -> str:
 
 
 def _fits_an_argument(script: str) -> str:
-    # What Linux lets one argument of a process have, its end included.
+    # Linux's limit for one argument of a process, its terminating NUL included.
     if len(script.encode()) >= 128 << 10:
-        raise ValueError("should be less than 128 KiB: put it into a script of its own")
+        raise ValueError("should be less than 128 KiB: move it into a script file")
     return script
 
 
@@ -61,11 +61,11 @@ def _lower(value: object) -> object:
 
 
 def _check_size(data: object, depth: int = 0) -> int:
-    """How many values there are in what was JSON; raises ValueError where the balancer could not be handed them."""
+    """The number of values in parsed JSON. Raises ValueError for data that the balancer would refuse."""
     if depth > 40:
         raise ValueError("post_data should be smaller: at most 5,000 values, 40 deep")
     if isinstance(data, str) and "\0" in data:
-        raise ValueError("post_data should have no NUL in it")
+        raise ValueError("post_data should not contain a NUL")
     parts = [*data, *data.values()] if isinstance(data, dict) else data if isinstance(data, list) else []
     count = 1 + sum(_check_size(part, depth + 1) for part in parts)
     if count > 5000:
@@ -73,7 +73,7 @@ def _check_size(data: object, depth: int = 0) -> int:
     return count
 
 
-# Numbers may come as text: `replicas: $REPLICAS` is filled in with a string.
+# Numbers may be text: `replicas: $REPLICAS` is filled in with a string.
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 Amount = Annotated[str | float | None, BeforeValidator(_no_bool)]
@@ -85,7 +85,7 @@ class _Section(BaseModel):
 
 
 class Probe(ReadinessProbe):
-    """`service.readiness_probe`: a path, or an object whose `post_data` may be JSON in a string."""
+    """`service.readiness_probe`: a path, or an object whose `post_data` may be a string that holds JSON."""
 
     path: Annotated[str, AfterValidator(_starts_with_slash)]
 
@@ -98,7 +98,7 @@ class Probe(ReadinessProbe):
             try:
                 data = orjson.loads(value["post_data"])
             except orjson.JSONDecodeError:
-                raise ValueError("post_data should be an object, or JSON in a string") from None
+                raise ValueError("post_data should be an object, or a string that holds JSON") from None
             _check_size(data)
             return value | {"post_data": data}
         return value
@@ -107,25 +107,25 @@ class Probe(ReadinessProbe):
 class LoadBalancer(_Section):
     """`service.load_balancer`."""
 
-    # Silence allowed inside an answer, in seconds; our own name for it is idle_timeout.
+    # Seconds of silence allowed within an answer; x-groundserve calls it idle_timeout.
     stream_timeout_seconds: Annotated[float, BeforeValidator(_no_bool), Field(gt=0)] | None = None
 
 
 class Tls(_Section):
-    """`service.tls`: the endpoint's key and certificate, PEM files."""
+    """`service.tls`: PEM files with the endpoint's key and certificate."""
 
     keyfile: str
     certfile: str
 
 
 class ReplicaPolicy(_Section):
-    """`service.replica_policy`: how many replicas, depending on the load. Times are in seconds."""
+    """`service.replica_policy`: how many replicas, depending on load. Times are in seconds."""
 
     min_replicas: Count
     max_replicas: Count | None = None
-    # Requests a second that one replica should get; by GPU type with instance_aware_least_load.
+    # Requests per second for one replica; by GPU type with instance_aware_least_load.
     target_qps_per_replica: Number | dict[str, Number] | None = None
-    # How long the load must ask for more, or for fewer, replicas before it gets them.
+    # How long the load must call for more, or fewer, replicas before their number changes.
     upscale_delay_seconds: Number = 300
     downscale_delay_seconds: Number = 1200
     num_overprovision: Count = 0
@@ -135,14 +135,14 @@ class ReplicaPolicy(_Section):
 
 
 class Service(_Section):
-    """`service:` as SkyServe has it; the policy `prefix_aware` is ours."""
+    """`service:` as in SkyServe; the policy `prefix_aware` is our addition."""
 
     readiness_probe: Probe | None = None
     replicas: Count | None = None
     replica_policy: ReplicaPolicy | None = None
     load_balancing_policy: Annotated[PolicyName | None, BeforeValidator(_lower)] = None
     load_balancer: LoadBalancer = LoadBalancer()
-    # Where a replica listens, if resources.ports does not say it.
+    # The port that a replica listens on, if resources.ports does not give it.
     ports: Port | None = None
     tls: Tls | None = None
     pool: Pool = None
@@ -150,11 +150,11 @@ class Service(_Section):
 
 
 class Resources(_Section):
-    """`resources:` of one replica: what is checked against this machine, and what concerns a cloud."""
+    """`resources:` of one replica: keys that are checked against this machine, and keys for clouds."""
 
     accelerators: Any = None
     ports: Any = None
-    # "4+" is at least 4: cores, and GB of memory.
+    # Cores, and GB of memory; "4+" means at least 4.
     cpus: Amount = None
     memory: Amount = None
     any_of: list["Resources"] = []

@@ -1,4 +1,4 @@
-"""A service file read and resolved: what is to run, how many of it, and how the balancer treats it."""
+"""A service file, read and resolved: what to run, how many replicas of it, and the balancer's settings."""
 
 import re
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from balancer.spec.tree import KeyPath, shown
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 _HERE = Path()
-# What Linux lets one argument or one variable of a process have, in bytes.
-_LONGEST_VARIABLE = 128 << 10
+# Linux's limit for one argument or variable of a process, in bytes.
+_MAX_VARIABLE = 128 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,28 +35,28 @@ class Spec:
     settings: Settings
     operation: Operation
     run: str
-    # The folder that relative paths start from, and the one that replicas run in.
+    # The folder that relative paths are relative to, and the folder that replicas run in.
     base: Path
     workdir: Path
     # The endpoint's certificate and key.
     tls: tuple[Path, Path] | None
-    # Variables of the replicas' commands, secrets among them: never printed.
+    # Variables for the replicas' commands. They include secrets, so they are never printed.
     envs: Mapping[str, str] = field(repr=False)
-    # Names in envs: or secrets: that have no value yet, and the flag that gives them one: --env, --secret.
+    # Names in envs: or secrets: without a value, each with the flag that gives one: --env or --secret.
     missing: Mapping[str, str]
-    # GPU types that will do, and how many of each one replica takes; empty: no GPU asked for.
+    # Acceptable GPU types, each with how many GPUs of it one replica takes; empty: no GPU requested.
     accelerators: Mapping[str, int]
-    # What one replica asks of the machine, where the file says it: GB, and cores.
+    # What one replica requests, in GB and cores; None: the file does not say.
     memory: float | None
     cpus: float | None
-    # The port that the file expects a replica on.
+    # The port that the file expects a replica to listen on.
     port: int | None
-    # For a person: what in the file has no effect here, and why.
+    # For people: which keys have no effect here, and why.
     warnings: tuple[str, ...]
 
     @property
     def readiness_probe(self) -> ReadinessProbe | None:
-        """None where the file does not say: whoever knows the program decides then."""
+        """None if the file does not say: then whoever knows the program decides."""
         return self.service.readiness_probe
 
     @property
@@ -67,13 +67,13 @@ class Spec:
     def min_replicas(self) -> int:
         policy = self.service.replica_policy
         if policy is not None:
-            # Where the load decides, spare replicas come on top of what it asks for.
+            # With autoscaling, spare replicas are added to what the load asks for.
             return policy.min_replicas if self.autoscales else policy.min_replicas + policy.num_overprovision
         return 1 if self.service.replicas is None else self.service.replicas
 
     @property
     def max_replicas(self) -> int | None:
-        """The most replicas the file asks for; None where it autoscales without saying how far."""
+        """The maximum number of replicas; None where the file autoscales without a limit."""
         policy = self.service.replica_policy
         if policy is None or not self.autoscales:
             return self.min_replicas
@@ -87,9 +87,9 @@ class Spec:
         return policy.target_qps_per_replica is not None or self.operation.target_in_flight_per_replica is not None
 
     def for_balancer(self, readiness_probe: ReadinessProbe, defaults: Mapping[str, Any] = NOTHING) -> str:
-        """The YAML that one balancer process needs: variables filled in; no envs, secrets or commands.
+        """The YAML for one balancer process: variables filled in, without envs, secrets and commands.
 
-        `defaults` are settings that hold where the file does not say.
+        `defaults` are settings that apply where the file has none.
         """
         service = self.service.model_dump(mode="json", exclude_unset=True, exclude={"readiness_probe", "tls"})
         service["readiness_probe"] = readiness_probe.model_dump(mode="json", exclude_none=True)
@@ -106,15 +106,15 @@ def load(
     secrets: Mapping[str, str] = NOTHING,
     patience: float = PATIENCE,
 ) -> Spec:
-    """The service that a file describes; raises ConfigError with one line that names file, line and key.
+    """The service that a file describes. Raises ConfigError with one line that names file, line and key.
 
-    `patience`: seconds to wait for what a pipe brings.
+    `patience`: seconds to wait for data if the file is a pipe.
     """
     return parse(read(path, patience), source=str(path), name=name, envs=envs, secrets=secrets)
 
 
 def read(path: str | Path, patience: float = PATIENCE) -> str:
-    """The file's text; raises ConfigError when there is none."""
+    """The file's text. Raises ConfigError if it cannot be read."""
     return text_file.read(path, str(path), "a service YAML", patience)
 
 
@@ -127,7 +127,7 @@ def parse(
     secrets: Mapping[str, str] = NOTHING,
     base: Path = _HERE,
 ) -> Spec:
-    """As load, from the file's text. `envs`, `secrets` and `name` override the file's own.
+    """Like load, from the file's text. `envs`, `secrets` and `name` override the file's own.
 
     Relative paths in the file are relative to `base`.
     """
@@ -165,7 +165,7 @@ def parse(
 def _variables(
     document: Document, envs: Mapping[str, str], secrets: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Names and values of envs: and secrets:, overrides included; the names without a value, and the flag for each."""
+    """Names and values of envs: and secrets: with overrides; names without a value, each with its flag."""
     found: dict[str, Any] = {}
     flags: dict[str, str] = {}
     for section, flag in (("envs", "--env"), ("secrets", "--secret")):
@@ -185,27 +185,27 @@ def _variables(
     for name, value in found.items():
         path: KeyPath = ("envs" if flags.get(name) != "--secret" else "secrets", name)
         if "\0" in str(value):
-            raise document.fault(path, "has a NUL in it, which no variable can have")
-        if len(f"{name}={value}\0".encode(errors="surrogateescape")) > _LONGEST_VARIABLE:
-            raise document.fault(path, f"is longer than {_LONGEST_VARIABLE >> 10} KiB: put it into a file")
+            raise document.fault(path, "contains a NUL, which no variable can")
+        if len(f"{name}={value}\0".encode(errors="surrogateescape")) > _MAX_VARIABLE:
+            raise document.fault(path, f"is longer than {_MAX_VARIABLE >> 10} KiB: put it into a file")
     missing = {name: flags[name] for name, value in found.items() if value is None}
     return {name: str(value) for name, value in found.items() if value is not None}, missing
 
 
 def _filled(document: Document, variables: Mapping[str, str]) -> dict[str, Any]:
-    """What the file holds, with variables filled in where SkyServe does so."""
-    made = dict(document.data)
+    """The file's content, with variables filled in where SkyServe fills them in."""
+    result = dict(document.data)
     for key in ("service", "workdir"):
-        if key in made:
+        if key in result:
             try:
-                made[key] = fill_in(made[key], variables)
+                result[key] = fill_in(result[key], variables)
             except ValueError as failure:
                 raise document.fault((key,), str(failure)) from None
-    return made
+    return result
 
 
 def _own_keys(task: Task, document: Document) -> tuple[Operation, Settings]:
-    """`x-groundserve:` apart into what concerns the engine and what concerns the balancer."""
+    """`x-groundserve:`, split into the controller's part and the balancer's settings."""
     under: KeyPath = ("x-groundserve",)
     values = task.x_groundserve or {}
     for key in values:
@@ -243,7 +243,7 @@ def _check_consistency(spec: Spec, document: Document) -> None:
 
 
 def _service_name(given: str | None, own: str, source: str) -> str:
-    """The name that was given, else the file's own."""
+    """The given name, else the file's own."""
     name = given or own
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         where = "" if given else f"{source}: "
@@ -257,7 +257,7 @@ def _path(base: Path, text: str, key: KeyPath, document: Document) -> Path:
     try:
         return (base / Path(text).expanduser()).absolute()
     except RuntimeError:
-        raise document.fault(key, "is in the home of somebody who is not known here") from None
+        raise document.fault(key, "names the home of a user who does not exist here") from None
 
 
 def _tls(service: Service, base: Path, document: Document) -> tuple[Path, Path] | None:

@@ -1,4 +1,4 @@
-"""The balancer's settings: meaning, unit and default of each, as `x-groundserve:` and `--set key=value` take them."""
+"""The balancer's settings: meaning, unit and default of each, for `x-groundserve:` and `--set key=value`."""
 
 import difflib
 import re
@@ -29,7 +29,7 @@ FieldValue = Annotated[str, AfterValidator(_field_value)]
 
 
 class ReadinessProbe(BaseModel):
-    """The service's own readiness question, as SkyServe's `readiness_probe` words it. Times are in seconds."""
+    """The service's own readiness probe, with the keys of SkyServe's `readiness_probe`. Times are in seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -43,9 +43,9 @@ class ReadinessProbe(BaseModel):
 
 
 class Settings(BaseModel):
-    """All numbers of one balancer. Times are in seconds, sizes in bytes.
+    """All settings of one balancer. Times are in seconds, sizes in bytes.
 
-    One object for the whole process: `renew` changes it in place, and whoever holds it goes by the new numbers.
+    The process has one object: `renew` changes it in place, so that all parts see the new values.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -116,13 +116,13 @@ class Settings(BaseModel):
     drain_timeout: float = Field(600, ge=0, description="time answers in flight have after that")
 
     def renew(self, other: "Settings") -> None:
-        """Takes over the other's numbers."""
+        """Takes over the values of `other`."""
         for name in type(self).model_fields:
             setattr(self, name, getattr(other, name))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "x-groundserve") -> "Settings":
-        """Settings from a file's or command line's keys; raises ConfigError with one line that names the key."""
+        """Settings from the keys of a file or command line. Raises ConfigError with one line that names the key."""
         for key in values:
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)

@@ -1,4 +1,4 @@
-"""A small text file that somebody wrote, read whole within bounds: of time, of memory, and of what may stand in it."""
+"""Reads a small text file that a person wrote, within limits on time and size, and only as UTF-8."""
 
 import contextlib
 import errno
@@ -10,19 +10,19 @@ from pathlib import Path
 
 from balancer.errors import ConfigError
 
-# Service files, files of keys and of variables: the largest that people write have some ten KiB. Reading YAML takes
-# 1.5 us a byte, so that this much is taken in within half a second.
-LARGEST = 256 << 10
+# For service files and files of keys or variables; the largest that people write have about ten KiB. Parsing YAML takes
+# 1.5 us per byte, so a file of this size is read within half a second.
+MAX_BYTES = 256 << 10
 
-# Shells hand over what `<(command)` prints as a pipe, whose other end may take a moment; in seconds.
+# Seconds to wait for a pipe: shells pass the output of `<(command)` as one, and the command may need a moment.
 PATIENCE = 5.0
 
 
 def read(path: str | Path, name: str, wanted: str = "a text file", patience: float = PATIENCE) -> str:
-    """The file's text with \\n at the end of each line, and without a byte order mark.
+    """The file's text with \\n line ends and without a byte order mark.
 
-    Raises ConfigError, one line that begins with `name` and says what is `wanted`, when there is no such text: no file,
-    a folder, a pipe out of which nothing comes for `patience` seconds, more than LARGEST bytes, no UTF-8.
+    Raises ConfigError, one line that begins with `name` and says what is `wanted`: for a missing file, a folder, a pipe
+    that delivers nothing for `patience` seconds, more than MAX_BYTES bytes, or text that is not UTF-8.
     """
     give = f"give the path of {wanted}"
     try:
@@ -33,8 +33,8 @@ def read(path: str | Path, name: str, wanted: str = "a text file", patience: flo
         raise ConfigError(f"{name}: nothing comes out of this pipe: {give}") from None
     except OSError as failure:
         raise ConfigError(f"{name}: {failure.strerror}: {give}") from None
-    if len(data) > LARGEST:
-        raise ConfigError(f"{name}: larger than {LARGEST >> 10} KiB: {give}")
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{name}: larger than {MAX_BYTES >> 10} KiB: {give}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
@@ -44,8 +44,8 @@ def read(path: str | Path, name: str, wanted: str = "a text file", patience: flo
 
 
 def _bytes(path: str | Path, patience: float) -> bytes:
-    """At most LARGEST bytes and one more. Raises OSError, TimeoutError; ValueError for a name with a NUL."""
-    # Not blocking: a named pipe into which nobody writes would hold up whoever opens it.
+    """At most MAX_BYTES + 1 bytes. Raises OSError, TimeoutError, and ValueError for a name that contains a NUL."""
+    # Non-blocking: opening a named pipe without a writer would otherwise hang.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, descriptor)
@@ -56,9 +56,9 @@ def _bytes(path: str | Path, patience: float) -> bytes:
         waiting = select.poll()
         waiting.register(descriptor, select.POLLIN)
         data = bytearray()
-        while len(data) <= LARGEST:
+        while len(data) <= MAX_BYTES:
             try:
-                piece = os.read(descriptor, LARGEST + 1 - len(data))
+                piece = os.read(descriptor, MAX_BYTES + 1 - len(data))
             except BlockingIOError:
                 left = give_up - time.monotonic()
                 if left <= 0 or not waiting.poll(left * 1000):

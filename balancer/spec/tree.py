@@ -1,4 +1,4 @@
-"""YAML as a tree of nodes and the values in it: no larger than people write, else refused in one line."""
+"""YAML as a tree of nodes and its values. Documents beyond the limits below are refused with one line."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -10,22 +10,22 @@ from balancer.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 
-# Some twenty times what the largest service files hold.
-_DEEPEST = 50
-_MOST_NODES = 10_000
-# Characters of a key or value that a message shows.
-_LONGEST_QUOTE = 120
+# About twenty times what the largest service files need.
+_MAX_DEPTH = 50
+_MAX_NODES = 10_000
+# Characters of a key or value that a message quotes.
+_MAX_QUOTE = 120
 
 
 def value_of(text: str, source: str) -> Any:
-    """The value that a short text is in YAML; raises ConfigError where it is none."""
+    """The value of a short YAML text. Raises ConfigError for invalid YAML."""
     return read(text, source)[1]
 
 
 def read(
     text: str, source: str, look_at: Callable[[yaml.Node, KeyPath], None] | None = None
 ) -> tuple[yaml.Node | None, Any]:
-    """The tree of a YAML text, which is shown to `look_at`, and what it comes to. Raises ConfigError."""
+    """The tree of a YAML text, after `look_at` has seen it, and its value. Raises ConfigError."""
     loader: _Loader | None = None
     try:
         loader = _Loader(text)
@@ -43,13 +43,13 @@ def read(
         line = text.count("\n", 0, failure.position) + 1
         raise ConfigError(f"{source}:{line}: not valid YAML: {_one_line(failure.reason)}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as failure:
-        # PyYAML lets through whatever Python says of a number, a date or a \\U that there cannot be.
-        line = loader.line_in_hand if loader else 1
+        # PyYAML lets Python's own errors through for impossible numbers, dates and \\U escapes.
+        line = loader.current_line if loader else 1
         raise ConfigError(f"{source}:{line}: not valid YAML: {_one_line(failure)}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes a tree as large as people write one, and no larger; aliases count as often as they are used."""
+    """Refuses trees beyond the limits. An alias counts each time it is used."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -59,8 +59,8 @@ class _Loader(yaml.SafeLoader):
         self._constructing: yaml.Node | None = None
 
     @property
-    def line_in_hand(self) -> int:
-        """The line that is being read, or whose value is being made."""
+    def current_line(self) -> int:
+        """The line that is being read, or whose value is being constructed."""
         mark = self._constructing.start_mark if self._constructing else self.get_mark()
         return int(mark.line) + 1
 
@@ -68,19 +68,19 @@ class _Loader(yaml.SafeLoader):
         event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
         before = self._total
         self._depth += 1
-        if self._depth > _DEEPEST:
-            self._refuse(event, f"it is nested more than {_DEEPEST} deep")
+        if self._depth > _MAX_DEPTH:
+            self._refuse(event, f"it is nested more than {_MAX_DEPTH} deep")
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                self._refuse(event, f"the alias *{shown(str(event.anchor))} stands inside what it names")
+                self._refuse(event, f"the alias *{shown(str(event.anchor))} refers to a value that contains it")
             self._total += self._sizes[id(node)]
         else:
             self._total += 1
             self._sizes[id(node)] = self._total - before
-        if self._total > _MOST_NODES:
-            self._refuse(event, f"it holds more than {_MOST_NODES:,} values, aliases counted")
+        if self._total > _MAX_NODES:
+            self._refuse(event, f"it holds more than {_MAX_NODES:,} values, aliases counted")
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -93,8 +93,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def shown(text: str) -> str:
-    """As much of it as a message shows."""
-    return text if len(text) <= _LONGEST_QUOTE else f"{text[: _LONGEST_QUOTE - 3]}..."
+    """The text, cut to what a message quotes."""
+    return text if len(text) <= _MAX_QUOTE else f"{text[: _MAX_QUOTE - 3]}..."
 
 
 def _one_line(what: object) -> str:

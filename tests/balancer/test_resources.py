@@ -25,9 +25,7 @@ def test_memory_for_each_core() -> None:
     assert spec("service: {}\nresources: {memory: 8x, cpus: 4+}").memory == 32
     without = spec("service: {}\nresources: {memory: 8x}")
     assert without.memory is None
-    assert without.warnings == (
-        "x.yaml:2: resources.memory is for each core, and nothing says how many: it is not checked",
-    )
+    assert without.warnings == ("x.yaml:2: resources.memory is per core, but cpus is not given, so it is not checked",)
 
 
 def test_alternatives_ask_for_what_the_least_of_them_asks() -> None:

@@ -17,7 +17,7 @@ from balancer.errors import ConfigError
 from balancer.spec import text_file
 from balancer.spec.service_file import Spec, load, parse
 from balancer.spec.settings import ReadinessProbe
-from balancer.spec.text_file import LARGEST
+from balancer.spec.text_file import MAX_BYTES
 
 GOOD = "service: {readiness_probe: /health, replicas: 1}\nrun: serve --port $GROUNDSERVE_PORT\n"
 
@@ -40,23 +40,23 @@ def refusal(text: str) -> str:
         ),
         ("service: {}\n? [a, b]\n: 1\n", ":2: the file has a list or a mapping for a key"),
         ("service: {}\n? {a: b}\n: 1\n", ":2: the file has a list or a mapping for a key"),
-        ("service: {}\n~: 1\n", ":2: the file has ~ for a key, which is no text: put quotes around it"),
+        ("service: {}\n~: 1\n", ":2: the file has ~ for a key, which is not text: put it in quotes"),
         ("service: {}\n? \n: 1\n", ":2: the file has nothing at all for a key"),
-        ("service: {}\nenvs:\n  on: 1\n", ":3: envs has on for a key, which is no text"),
+        ("service: {}\nenvs:\n  on: 1\n", ":3: envs has on for a key, which is not text"),
         ("service: {}\nenvs:\n  7: 1\n", ":3: envs has 7 for a key"),
-        ("service: {}\nenvs: {A: &x [*x]}\n", ":2: not valid YAML: the alias *x stands inside what it names"),
-        ("service: &s\n  a: {b: [*s]}\n", ":2: not valid YAML: the alias *s stands inside what it names"),
+        ("service: {}\nenvs: {A: &x [*x]}\n", ":2: not valid YAML: the alias *x refers to a value that contains it"),
+        ("service: &s\n  a: {b: [*s]}\n", ":2: not valid YAML: the alias *s refers to a value that contains it"),
         ("service: {}\nname: *nobody\n", ":2: not valid YAML: found undefined alias 'nobody'"),
         ("service: {}\n" + "[" * 90 + "]" * 90, "not valid YAML"),
         ("service: {}\nenvs: " + "[" * 90 + "]" * 90, ":2: not valid YAML: it is nested more than 50 deep"),
         ("service: {}\nenvs: " + "{a: " * 90 + "}" * 90, ":2: not valid YAML: it is nested more than 50 deep"),
         ("service: {}\nenvs: " + "\n" + "".join(" " * n + "- \n" for n in range(90)), "more than 50 deep"),
         (f"service: {{}}\nconfig: [{'1,' * 20_000}]", ":2: not valid YAML: it holds more than 10,000 values"),
-        ("service: {}\nname: a\nname: b", ":3: name is there twice: keep one"),
-        ("service: {}\nenvs: {A: 1, 'A': 2}", ":2: envs.A is there twice: keep one"),
-        ('service: {}\nname: "a\\0b"', ":2: name has a NUL or half a character in it"),
-        ('service: {}\nrun: "echo \\ud83d"', ":2: run has a NUL or half a character in it"),
-        ('service: {}\nenvs: {"A\\0": 1}', ":2: envs has a NUL or half a character in it"),
+        ("service: {}\nname: a\nname: b", ":3: name is given twice: keep one"),
+        ("service: {}\nenvs: {A: 1, 'A': 2}", ":2: envs.A is given twice: keep one"),
+        ('service: {}\nname: "a\\0b"', ":2: name contains a NUL or half a character"),
+        ('service: {}\nrun: "echo \\ud83d"', ":2: run contains a NUL or half a character"),
+        ('service: {}\nenvs: {"A\\0": 1}', ":2: envs contains a NUL or half a character"),
         ("service: {}\n\nname: a\0b", ":3: not valid YAML: special characters are not allowed"),
         ('service: {}\nname: "\\UFFFFFFFF"', ":2: not valid YAML: "),
         ("service:\n\treplicas: 1", ":2: not valid YAML: found character '\\t' that cannot start any token"),
@@ -75,10 +75,13 @@ def refusal(text: str) -> str:
         ("service:\n  " + "x" * 900 + ": 1", ":2: service.xxx"),
         ("service: {replicas: " + "x" * 5000 + "}", ":1: service.replicas should be a valid integer"),
         ("service: {}\nenvs: {A: " + "x" * 140_000 + "}", ":2: envs.A is longer than 128 KiB: put it into a file"),
-        ("service: {}\nrun: " + "x" * 140_000, ":2: run should be less than 128 KiB: put it into a script of its own"),
-        ("service: {readiness_probe: {path: /, headers: {$A: 1, $B: 2}}}\nenvs: {A: x, B: x}", "has a key twice once"),
-        ("service: {}\nworkdir: ~nobody-of-that-name/x", ":2: workdir is in the home of somebody who is not known"),
-        ("service: {tls: {keyfile: ~nobody-of-that-name/x, certfile: c}}", ":1: service.tls.keyfile is in the home of"),
+        ("service: {}\nrun: " + "x" * 140_000, ":2: run should be less than 128 KiB: move it into a script file"),
+        (
+            "service: {readiness_probe: {path: /, headers: {$A: 1, $B: 2}}}\nenvs: {A: x, B: x}",
+            "has the same key twice once",
+        ),
+        ("service: {}\nworkdir: ~nobody-of-that-name/x", ":2: workdir names the home of a user who does not exist"),
+        ("service: {tls: {keyfile: ~nobody-of-that-name/x, certfile: c}}", ":1: service.tls.keyfile names the home of"),
         ("service: {readiness_probe: {path: /, timeout_seconds: .nan}}", ":1: service.readiness_probe.timeout_seconds"),
         ("service: {readiness_probe: {path: /, timeout_seconds: .inf}}", ":1: service.readiness_probe.timeout_seconds"),
         ('service: {readiness_probe: "/a\\r\\nb: c"}', ":1: service.readiness_probe should be one line of printable"),
@@ -92,7 +95,7 @@ def refusal(text: str) -> str:
         ),
         (
             'service: {readiness_probe: {path: /, post_data: \'{"a": "\\u0000"}\'}}',
-            ":1: service.readiness_probe post_data should have no NUL in it",
+            ":1: service.readiness_probe post_data should not contain a NUL",
         ),
         (
             "service: {}\nresources: {any_of: [{any_of: [{memory: 4}]}]}",
@@ -149,7 +152,7 @@ def test_variables_that_multiply_are_refused() -> None:
     ids=lambda text: text[:12],
 )
 def test_the_largest_files_are_judged_within_seconds(text: str, said: str) -> None:
-    assert len(text) < LARGEST
+    assert len(text) < MAX_BYTES
     began = time.process_time()
     with pytest.raises(ConfigError, match=said):
         parse(text, source="x")
@@ -193,7 +196,7 @@ def test_a_scripts_lines_end_as_bash_wants_them(tmp_path: Path) -> None:
         (GOOD.encode("utf-16"), ":1: not UTF-8 text: save it as UTF-8"),
         (GOOD.encode("utf-16-le"), ":1: not valid YAML: special characters are not allowed"),
         (b"\x7fELF\x02\x01\x01\0", ":1: not valid YAML: special characters are not allowed"),
-        (b"#" * (LARGEST + 1), ": larger than 256 KiB: give the path of a service YAML"),
+        (b"#" * (MAX_BYTES + 1), ": larger than 256 KiB: give the path of a service YAML"),
     ],
 )
 def test_other_bytes_get_one_line(tmp_path: Path, data: bytes, said: str) -> None:
