@@ -64,7 +64,7 @@ class Service:
         self.prober = Prober(self.fleet, config.replica_key, tls, dialer=dialer)
         self.discovery = DnsDiscovery(config.discover, self.fleet, look_up) if config.discover else None
         if self.discovery is not None:
-            self.discovery.when_engine_gone.append(self.facts.forget)
+            self.discovery.when_controller_gone.append(self.facts.forget)
 
     def start(self) -> None:
         """Takes up the configured replicas and begins to watch them, and for others."""

@@ -77,11 +77,11 @@ class Feed:
         state["service"]["phase"] = snapshot.service.status.phase
         for replica, row in zip(snapshot.replicas, state["replicas"], strict=True):
             member = self._fleet.members[replica.id]
-            course = self._history.courses.get(member.id)
+            history = self._history.replicas.get(member.id)
             row["phase"] = replica.status.phase
             row["limit"] = member.limit
             row["draining"] = member.draining
-            row |= {} if course is None else {**course.lately().to_json(), "in_flight": member.in_flight}
+            row |= {} if history is None else {**history.lately().to_json(), "in_flight": member.in_flight}
         self._tallies.count()
         newest_first = enumerate(reversed(self._tallies.recent))
         state["decisions"] = [_decision(self._tallies.routed - n, record, now) for n, record in newest_first]
@@ -93,17 +93,19 @@ class Feed:
             "kept": KEPT,
             "service": [sample.to_json() for sample in self._history.service],
             "replicas": {
-                str(number): [sample.to_json() for sample in course.samples]
-                for number, course in self._history.courses.items()
+                str(number): [sample.to_json() for sample in history.samples]
+                for number, history in self._history.replicas.items()
             },
         }
 
     def _last_sample(self) -> dict[str, Any]:
-        courses = self._history.courses.items()
+        replicas = self._history.replicas.items()
         return {
             "service": self._history.service[-1].to_json(),
             # How many samples there are tells a viewer when a replica began anew.
-            "replicas": {str(n): {"count": len(c.samples), **c.samples[-1].to_json()} for n, c in courses},
+            "replicas": {
+                str(n): {"count": len(history.samples), **history.samples[-1].to_json()} for n, history in replicas
+            },
         }
 
 

@@ -1,4 +1,4 @@
-"""Which members are one replica at two addresses: its name has an A and an AAAA record, or it is listed twice."""
+"""Which members are the same replica at two addresses: its name has A and AAAA records, or it is listed twice."""
 
 import ipaddress
 from collections.abc import Collection
@@ -7,11 +7,12 @@ from balancer.fleet.member import Member, Verdict
 
 
 def sort_out(members: Collection[Member]) -> None:
-    """Says of each member whether it is another's alias, and whether it is hidden: no replica that anybody listed.
+    """Decides whether each member is an alias of another one, and whether it is hidden: not a replica of its own.
 
-    A member that passes with the identity of another is its alias, and gets no requests while that one may be used. DNS
-    does not say which two addresses belong together; so where it gives both families, the second one is only shown
-    where it passes as somebody else. (Where nobody says who he is: unless there are as many of each family.)
+    A member that passes with the identity of another one is its alias, and gets no requests while that one can be used.
+    DNS does not say which addresses belong together. So where it returns both IPv4 and IPv6, members of the second
+    family are only shown if they pass with an identity of their own. (Replicas that report no identity: if the two
+    families have different numbers of members.)
     """
     addresses = [member for member in members if member.listing.is_address_only]
     families = {_family(member) for member in (members if addresses else ())}
@@ -37,7 +38,7 @@ def sort_out(members: Collection[Member]) -> None:
 
 
 def _leading(members: Collection[Member]) -> int:
-    """The family in which replicas answer; IPv4 where both do, or none yet."""
+    """The address family in which replicas answer; IPv4 if both do, or neither yet."""
     working = {_family(member) for member in members if member.has_passed}
     return 6 if 6 in working and 4 not in working else 4
 
@@ -47,9 +48,9 @@ def _family(member: Member) -> int:
 
 
 def _is_same(first: Member, other: Member) -> bool:
-    """Does one identity mean one process? A seed alone may be given to many; with the time its start took it is not."""
+    """Does the same identity mean the same process? Many may have one seed; none also take equally long to start."""
     if first.url == other.url:
-        return False  # whoever lists one address under two names means it
+        return False  # one address under two names is deliberate
     if " " in (first.identity or ""):
         return True
     if first.port != other.port:

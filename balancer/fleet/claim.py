@@ -1,4 +1,4 @@
-"""A place at one member: what a request holds while it is there."""
+"""A place at one member, which a request holds while it is there."""
 
 from collections.abc import Callable
 from types import TracebackType

@@ -1,4 +1,4 @@
-"""Where the list of replicas comes from, when nobody hands it in: DNS, asked again each second."""
+"""Where the list of replicas comes from if no controller sends it: DNS, looked up every second."""
 
 import asyncio
 import contextlib
@@ -15,42 +15,42 @@ from balancer.fleet.fleet import Fleet
 log = logging.getLogger("groundserve")
 
 INTERVAL = 1.0
-# Longer than a resolver takes to give up a dead name server and ask the next one, in seconds.
+# Seconds; longer than a resolver takes to give up on a dead name server and ask the next one.
 LOOK_UP_TIMEOUT = 20.0
-# How long an engine's list stands after it last came, in seconds. A controller sends it twice a second.
-ENGINE_STANDS = 10.0
-# How long the last answer stands when DNS fails or knows no replica; members that answer stay even longer, in seconds.
+# Seconds for which a controller's list stays valid. It sends one twice a second.
+LISTING_STANDS = 10.0
+# Seconds for which the last answer stays valid when DNS fails or knows no replica; members that pass stay even longer.
 GRACE = 30.0
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 class AddressListing(ReplicaListing):
-    """An address that DNS gives: perhaps not the only one of its replica."""
+    """An address that DNS returned: its replica may have others, too."""
 
     __slots__ = ()
     is_address_only = True
 
 
 async def resolve(name: str, port: int) -> list[str]:
-    """All A and AAAA records of `name`, sorted; none where there is no such name. Raises OSError when DNS fails."""
+    """All A and AAAA records of `name`, sorted; none if there is no such name. Raises OSError if DNS fails."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(LOOK_UP_TIMEOUT):
-            found = await loop.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+            records = await loop.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
             return []
         raise
-    return sorted({str(entry[4][0]) for entry in found})
+    return sorted({str(record[4][0]) for record in records})
 
 
 class DnsDiscovery:
-    """Keeps a fleet at what `dns://NAME:PORT` says. Works for Compose, Swarm's tasks.NAME, a headless Service.
+    """Keeps the fleet in line with `dns://NAME:PORT`: Compose, Swarm's tasks.NAME, or a headless Service of Kubernetes.
 
-    The TTL is not looked at: Docker's says ten minutes, and its answers are true within a second. An engine that
-    sends its list knows more, and is believed as long as it goes on sending; DNS takes over when it is gone, and then
-    `when_engine_gone` is called.
+    The TTL is ignored: Docker's is ten minutes, though its answers are up to date within a second. A controller that
+    sends its list knows more than DNS, so its list is used as long as it goes on sending. When it is gone, DNS takes
+    over, and `when_controller_gone` is called.
     """
 
     def __init__(self, source: str, fleet: Fleet, resolve: Resolve = resolve) -> None:
@@ -61,9 +61,9 @@ class DnsDiscovery:
         self._fleet = fleet
         self._resolve = resolve
         self._answered_at = fleet.clock()
-        self._by_engine: dict[str, ReplicaListing] = {}  # its last list, by endpoint
-        self._by_engine_until = float("-inf")
-        self.when_engine_gone: list[Callable[[], None]] = []
+        self._listings: dict[str, ReplicaListing] = {}  # by the controller, by endpoint
+        self._listings_until = float("-inf")
+        self.when_controller_gone: list[Callable[[], None]] = []
         self._is_failing = False
         self._task: asyncio.Task[None] | None = None
 
@@ -82,15 +82,16 @@ class DnsDiscovery:
             await asyncio.sleep(INTERVAL)
 
     def reconcile(self, listings: Sequence[ReplicaListing]) -> None:
-        """An engine says which replicas there are; raises ConfigError as `Fleet.reconcile` does."""
+        """Takes a controller's list of the replicas; raises ConfigError as `Fleet.reconcile` does."""
         self._fleet.reconcile(listings)
-        self._by_engine = {listing.endpoint: listing for listing in listings}
-        self._by_engine_until = self._fleet.clock() + ENGINE_STANDS
+        self._listings = {listing.endpoint: listing for listing in listings}
+        self._listings_until = self._fleet.clock() + LISTING_STANDS
 
     async def look_up(self) -> None:
-        """Asks once and reconciles; a failure, or an answer without a record, leaves the fleet as it is for a while.
+        """Looks the name up once and reconciles. After a failure, or an answer without records, the fleet stays as it
+        is for a while.
 
-        After that while, those leave that have not answered for as long either: a scaled-down service has no name any
+        After that, members leave if their probes have failed for as long: a service scaled to zero has no name any
         more, but a name server that is down says nothing about replicas that are up.
         """
         try:
@@ -100,9 +101,9 @@ class DnsDiscovery:
             addresses = []
             why = str(error) or "no answer in time"
         now = self._fleet.clock()
-        if now < self._by_engine_until:
+        if now < self._listings_until:
             return
-        self._engine_is_gone()
+        self._end_controllers_list()
         if addresses:
             if self._is_failing:
                 log.warning("DNS knows %s again: %d addresses", self._name, len(addresses))
@@ -118,17 +119,17 @@ class DnsDiscovery:
             running = [m for m in members if m.listing.state is State.RUNNING]
             self._fleet.reconcile([m.listing for m in running if not m.is_failing_for(GRACE, now)])
 
-    def _engine_is_gone(self) -> None:
-        """If there was one: nobody starts a replica now."""
-        if self._by_engine_until == float("-inf"):
+    def _end_controllers_list(self) -> None:
+        """If there was one. Nobody starts a replica now."""
+        if self._listings_until == float("-inf"):
             return
-        self._by_engine_until = float("-inf")
+        self._listings_until = float("-inf")
         self._fleet.is_asleep = False
-        for hook in self.when_engine_gone:
+        for hook in self.when_controller_gone:
             hook()
 
     def _listing(self, address: str) -> ReplicaListing:
         place = f"[{address}]:{self._port}" if ":" in address else f"{address}:{self._port}"
         url = f"http://{place}"
-        known = self._by_engine.get(url)
+        known = self._listings.get(url)
         return known if known and known.state is State.RUNNING else AddressListing(place, url, infra="dns")

@@ -15,7 +15,7 @@ from balancer.spec.settings import ReadinessProbe, Settings
 
 Clock = Callable[[], float]
 
-# How long a failed request goes on to count as load, in seconds: else who fails at once would always be least loaded.
+# Seconds for which a failed request still counts as load: otherwise a member that fails at once would look idle.
 LINGERS = 1.0
 
 
@@ -23,8 +23,8 @@ class Fleet:
     """All members. Everything here is synchronous: between two awaits the fleet never changes.
 
     `clock` gives the loop's time in seconds. `when_room` is called whenever a waiting request might find a place,
-    `when_refused` with a member at which nothing listens any more, `when_doubted` with one that should be asked whether
-    it is alive.
+    `when_refused` with a member at which nothing listens any more, and `when_doubted` with one that should be asked
+    whether it is alive.
     """
 
     def __init__(self, settings: Settings, readiness: ReadinessProbe, clock: Clock) -> None:
@@ -38,23 +38,29 @@ class Fleet:
         self.when_left: list[Callable[[Member], None]] = []
         self.when_refused: list[Callable[[Member], None]] = []
         self.when_doubted: list[Callable[[Member], None]] = []
-        self.is_asleep = False  # there are no replicas only because nobody asks: what generates wakes one
-        self.in_flight = 0  # requests at members, those that left among them
-        self.generating = 0  # of these, those that generate
-        self.turns = 0  # choices made
-        self.ready_since: float | None = None  # when a member was ready for the first time
+        self.is_asleep = False  # scaled to zero: a generating request makes the controller start a replica
+        self.in_flight = 0  # requests at members, including members that have left
+        self.generating = 0  # those of them that generate
+        self.turns = 0  # choices so far
+        self.ready_since: float | None = None  # when a member first became ready
         self._available: list[Member] = []
         self._available_until = 0.0
         self._last_id = 0
-        self._lingering: deque[tuple[float, Member]] = deque()  # failed requests, and until when they count as load
+        self._lingering: deque[tuple[float, Member]] = deque()  # failed requests, and until when each counts as load
+
+    def __repr__(self) -> str:
+        now = self.clock()
+        members = (f"{m.id} {m.name} {m.status(now)} {m.in_flight}/{m.limit}" for m in self.members.values())
+        return f"<Fleet, {self.in_flight} in flight: {', '.join(members) or 'no members'}>"
 
     # Who is in it
 
     def reconcile(self, listings: Iterable[ReplicaListing]) -> None:
-        """Makes the members those of `listings`. Same name, address, id and life is the same member, all else is new.
+        """Makes the members those of `listings`. The same name, address, id and life is the same member; anything else
+        is a new one.
 
-        A number that was made up here, because nobody gave one, gives way to the one that is given now. Raises
-        ConfigError, and changes nothing, when two entries have one name or one id.
+        An id that the fleet assigned itself, because the listing had none, is replaced by the one that it has now.
+        Raises ConfigError, and changes nothing, if two listings have the same name or id.
         """
         wanted = list(listings)
         ids = {listing.id for listing in wanted if listing.id is not None}
@@ -87,9 +93,9 @@ class Fleet:
         self.changed()
 
     def restarted(self, member: Member) -> None:
-        """Another process answers at this address now: the member gives way to a new one, without its past.
+        """Another process answers at this address now: a new member, without a past, takes the place of this one.
 
-        A drain goes over to the new one: only `undrain` takes it back.
+        A drain carries over: only `undrain` ends it.
         """
         if not self.has(member):
             return
@@ -113,11 +119,11 @@ class Fleet:
         return member
 
     def limit_of(self, member: Member) -> int:
-        """How many generating requests it may hold: as set, else as it says itself, else what is safe to assume."""
+        """How many generating requests it may hold: as configured, else as it reports, else what is safe to assume."""
         return self.settings.max_in_flight or member.own_limit or UNKNOWN_LIMIT
 
     def renew(self, readiness: ReadinessProbe) -> None:
-        """Settings or the readiness probe changed: members are judged by them from now on."""
+        """Settings or the readiness probe changed: the new ones apply to all members from now on."""
         self.readiness = readiness
         for member in self.members.values():
             member.readiness = readiness
@@ -130,17 +136,17 @@ class Fleet:
             hook(member)
 
     def has(self, member: Member) -> bool:
-        """Is this very record still in the fleet?"""
+        """Is this very record, not another life of the same replica, still in the fleet?"""
         return self.members.get(member.id) is member
 
     def shown(self) -> list[Member]:
-        """The members that are replicas: without second addresses of the same."""
+        """The members that are replicas of their own, without second addresses of the same one."""
         return [member for member in self.members.values() if not member.is_hidden]
 
     # Who may be given a request
 
     def available(self) -> list[Member]:
-        """The members that may be given requests now; full ones among them. Not to be changed by the caller."""
+        """The members that may be given requests now, including full ones. The caller must not change the list."""
         now = self.clock()
         if now >= self._available_until:
             self._available = [member for member in self.members.values() if member.is_available(now)]
@@ -151,14 +157,14 @@ class Fleet:
         return self._available
 
     def _least_bad(self, now: float) -> list[Member]:
-        """The panic rule: where ejection alone leaves nobody, the member that is back first is used after all."""
+        """The panic rule: if only ejected members are left, the one that returns first is used after all."""
         ejected = [member for member in self.members.values() if member.status(now) is Status.EJECTED]
         return [min(ejected, key=lambda member: member.ejected_until)] if ejected else []
 
     def claim(
         self, choose: Callable[[Sequence[Member]], C], is_generating: bool, tried: Collection[Member] = ()
     ) -> Claim[C] | None:
-        """Chooses a member with room that was not tried and takes a place at it; None where there is none.
+        """Chooses a member that has room and was not tried, and takes a place there; None if there is none.
 
         Only generating requests count against a member's limits.
         """
@@ -168,8 +174,8 @@ class Fleet:
         if is_generating:
             now = self.clock()
             candidates = [m for m in candidates if m.generating < m.limit and m.full_until <= now]
-            if (most := self.settings.max_pending) is not None:
-                candidates = [m for m in candidates if m.pending < most]
+            if (max_pending := self.settings.max_pending) is not None:
+                candidates = [m for m in candidates if m.pending < max_pending]
         if not candidates:
             return None
         self._lift()
@@ -179,24 +185,24 @@ class Fleet:
         return Claim(self, choose(candidates), is_generating, trial)
 
     def has_other(self, tried: Collection[Member]) -> bool:
-        """Is there an available member, full or not, that was not tried?"""
+        """Is there an available member, full or not, that has not been tried?"""
         return any(member not in tried for member in self.available())
 
     def is_starting(self, wakes: bool = True) -> bool:
-        """Is a replica on its way that has not been ready yet and still may become so?
+        """Is there a replica that has not been ready yet and may still become so?
 
-        `wakes`: the request that asks has one started where the service is asleep.
+        `wakes`: if the service is scaled to zero, the request that asks makes it start one.
         """
         now = self.clock()
         return (wakes and self.is_asleep) or any(m.status(now).phase is Phase.PENDING for m in self.shown())
 
     def room_made(self) -> None:
-        """A place was given back, or a member became available: whoever waits may look again."""
+        """A place was given back, or a member became available: requests that wait may look again."""
         for hook in self.when_room:
             hook()
 
     def changed(self) -> None:
-        """A fact of some member changed: what was derived from it is out of date."""
+        """A fact about some member changed: everything derived from it is out of date."""
         sort_out(self.members.values())
         self._available_until = 0.0
         self.room_made()
@@ -204,7 +210,7 @@ class Fleet:
     # What happens to them
 
     def drain(self, member: Member) -> None:
-        """No new claims; what is in flight finishes. Only `undrain` takes it back."""
+        """No new claims; what is in flight finishes. Only `undrain` ends it."""
         member.draining = True
         self.changed()
 
@@ -213,22 +219,22 @@ class Fleet:
         self.changed()
 
     def refused(self, member: Member) -> None:
-        """The data path found nothing listening: unavailable at once, and asked again at once."""
+        """The relay found nothing listening: the member is unavailable and probed again, both at once."""
         self._count_failure(member)
         if member.ready.surely_failed(self.clock()):
             self.changed()
         self._tell(self.when_refused, member)
 
     def doubted(self, member: Member) -> None:
-        """One of its answers is silent: does it still work on it? `member.alive_at` tells, if it says so."""
+        """One of its answers has stalled: the member is asked whether it still works; `alive_at` records a yes."""
         self._tell(self.when_doubted, member)
 
     def busy(self, member: Member, seconds: float) -> None:
-        """It answered 503: full for that long, yet not broken."""
+        """It answered 503: it is full, not broken, and gets no generating requests for that many seconds."""
         member.full_until = self.clock() + seconds
 
-    def reported(self, member: Member, waiting: int) -> None:
-        """It says how many requests wait in its own queue, which is truer than what is made of first bytes here."""
+    def note_queue(self, member: Member, waiting: int) -> None:
+        """The length of its own queue, as it reports it: more reliable than what first bytes tell the balancer."""
         has_room = waiting < member.pending
         member.pending = waiting
         if has_room:
@@ -243,7 +249,7 @@ class Fleet:
             self.changed()
 
     def failed(self, member: Member) -> None:
-        """It failed a request in a way that counts; enough of them eject it, never more than half of the members."""
+        """It failed a request, by its own fault. Enough failures eject it, but never more than half of all members."""
         self._count_failure(member)
         if self.has(member) and self.outliers.failed(member):
             self.changed()
@@ -254,12 +260,12 @@ class Fleet:
         self._lingering.append((self.clock() + LINGERS, member))
 
     def _lift(self) -> None:
-        """Ends what lingered long enough."""
+        """Failed requests that have lingered long enough no longer count as load."""
         while self._lingering and self._lingering[0][0] <= self.clock():
             self._lingering.popleft()[1].lingering -= 1
 
-    def noted(self, member: Member, has_changed: bool) -> None:
-        """A probe spoke of this member; `has_changed`: otherwise than before."""
+    def note_probe(self, member: Member, has_changed: bool) -> None:
+        """A probe of this member ended; `has_changed`: with another result than the last one."""
         if not member.has_passed and member.probe is Verdict.PASSING and not member.refusing:
             member.has_passed = has_changed = True
             if self.ready_since is None:

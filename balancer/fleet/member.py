@@ -11,12 +11,12 @@ from balancer.spec.settings import ReadinessProbe
 
 UNKNOWN_LIMIT = 256
 FAILURES_TO_FAIL = 2
-# Seconds for which a probe fails before it is told what it gets: a replica that loads is not worth a word.
-SAID_AFTER = 10.0
+# Seconds for which a probe must fail before its failure is shown: while a replica starts, failures mean nothing.
+SHOWN_AFTER = 10.0
 
 
 class Verdict(enum.Enum):
-    """What a probe last said of a member."""
+    """What a probe concludes about a member."""
 
     UNKNOWN = "unknown"
     PASSING = "passing"
@@ -25,61 +25,61 @@ class Verdict(enum.Enum):
 
 @dataclass(slots=True)
 class ProbeResult:
-    """What one probe last said of one member, and since when (loop time, seconds). Totals are for display."""
+    """The result of one probe of one member, and since when it holds (loop time, seconds). Totals are for display."""
 
     verdict: Verdict = Verdict.UNKNOWN
     since: float = 0.0
-    failures: int = 0
+    failures: int = 0  # in a row
     passes_total: int = 0
     failures_total: int = 0
-    got: str = ""  # what the last failure got; empty after a pass
+    failure: str = ""  # what the last failure was; empty after a pass
 
     def passed(self, now: float) -> bool:
         """Notes a pass; True when the verdict changed."""
-        self.failures, self.got = 0, ""
+        self.failures, self.failure = 0, ""
         self.passes_total += 1
-        return self._turn(Verdict.PASSING, now)
+        return self._change(Verdict.PASSING, now)
 
-    def failed(self, now: float, got: str = "") -> bool:
-        """Notes a failure; True when the verdict changed. One failure alone does not undo a pass."""
-        self.got = got
+    def failed(self, now: float, failure: str = "") -> bool:
+        """Notes a failure; True when the verdict changed. A single failure does not undo a pass."""
+        self.failure = failure
         self.failures += 1
         self.failures_total += 1
         if self.verdict is Verdict.PASSING and self.failures < FAILURES_TO_FAIL:
             return False
-        return self._turn(Verdict.FAILING, now)
+        return self._change(Verdict.FAILING, now)
 
-    def surely_failed(self, now: float, got: str = "") -> bool:
-        """Notes a failure that needs no second opinion (nothing listens there); True when the verdict changed."""
-        self.got = got
+    def surely_failed(self, now: float, failure: str = "") -> bool:
+        """Notes a failure that needs no confirmation (nothing listens there); True when the verdict changed."""
+        self.failure = failure
         self.failures = max(self.failures, FAILURES_TO_FAIL)
         self.failures_total += 1
-        return self._turn(Verdict.FAILING, now)
+        return self._change(Verdict.FAILING, now)
 
-    def _turn(self, verdict: Verdict, now: float) -> bool:
+    def _change(self, verdict: Verdict, now: float) -> bool:
         if verdict is self.verdict:
             return False
         self.verdict, self.since = verdict, now
         return True
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Member:
     """The fleet's record of one replica's life. A replica that restarts is a new member, whatever its address.
 
     Times are loop times in seconds. `limit` is how many generating requests it may hold, `capacity_tokens` the size
-    of its KV pool (None: unknown).
+    of its KV pool (None if unknown).
     """
 
     id: int
     listing: ReplicaListing
-    since: float  # when its life began, as far as is known here
+    since: float  # when its life began, as far as the balancer knows
     outlier: Outlier
     readiness: ReadinessProbe
     address: ReplicaAddress = field(init=False)
 
     alias_of: str = ""  # the name of the member that is the same replica at another address
-    is_hidden: bool = False  # no replica of its own, as far as is known
+    is_hidden: bool = False  # only another address of a replica, as far as is known
     draining: bool = False
     refusing: bool = False
     ready: ProbeResult = field(default_factory=ProbeResult)
@@ -88,20 +88,20 @@ class Member:
     ejected_until: float = 0.0
     full_until: float = 0.0
     in_flight: int = 0
-    lingering: int = 0  # requests that it failed a moment ago, which still count as load
+    lingering: int = 0  # requests that failed here a moment ago and still count as load
     generating: int = 0
-    pending: int = 0  # generating requests that it probably has not begun on; only kept where max_pending is set
-    computing: int = 0  # blocks of prompt that it computes before answers begin, as far as their begin is seen
+    pending: int = 0  # generating requests that it has probably not started; only counted if max_pending is set
+    computing: int = 0  # blocks of prompt that it has to compute for answers that have not begun
 
     limit: int = UNKNOWN_LIMIT
-    own_limit: int | None = None  # what the replica says of itself
+    own_limit: int | None = None  # as the replica itself reports it
     capacity_tokens: int | None = None
-    ranks: int = 1  # data-parallel ones; each has its part of the KV pool, and its part of the requests
+    ranks: int = 1  # data-parallel ones; each has its share of the KV pool and of the requests
     identity: str | None = None
     last_byte_at: float = 0.0
-    alive_at: float = 0.0  # when it last said, asked amid a silence, that it is at work
+    alive_at: float = 0.0  # when it last answered, asked while its streams were silent, that it is working
     busy_since: float = 0.0
-    turn: int = 0  # when it was last chosen, counted in choices
+    turn: int = 0  # which of all choices was the last to fall on it
 
     launched_at: float = 0.0
     requests_total: int = 0
@@ -112,6 +112,14 @@ class Member:
     def __post_init__(self) -> None:
         self.address = ReplicaAddress.of(self.listing.name, self.listing.endpoint)
         self.launched_at = self.since - (self.listing.launched_seconds or 0.0)
+
+    def __repr__(self) -> str:
+        facts = [f"ready {self.ready.verdict.value}", f"service {self.service.verdict.value}"]
+        facts += [f"in flight {self.in_flight} of {self.limit}"]
+        facts += [word for word in ("draining", "refusing", "is_hidden") if getattr(self, word)]
+        facts += [f"alias of {self.alias_of}"] if self.alias_of else []
+        facts += [f"ejected until {self.ejected_until:.1f}"] if self.ejected_until else []
+        return f"<Member {self.id} {self.name} at {self.url or 'no place'}, {self.listing.state}: {', '.join(facts)}>"
 
     @property
     def name(self) -> str:
@@ -138,14 +146,14 @@ class Member:
         return self.address.authority
 
     def is_other_life(self, listing: ReplicaListing) -> bool:
-        """Does the engine speak of another start of this replica than the one known here?"""
+        """Does the engine list another start of this replica than the one that this record is about?"""
         before, now = self.listing.state, listing.state
         if now is before:
             return False
         return now is State.PROVISIONING or (now is State.RUNNING and before is not State.PROVISIONING)
 
     def renew(self, listing: ReplicaListing, now: float) -> None:
-        """The same life is listed again, perhaps with news."""
+        """The same life is listed again; some of its facts may have changed."""
         if self.listing.state is State.PROVISIONING and listing.state is not State.PROVISIONING:
             self.since = now
         if listing.launched_seconds is not None:
@@ -154,17 +162,17 @@ class Member:
 
     @property
     def load(self) -> int:
-        """In flight, and failed just now: who fails at once is not the one that has least to do."""
+        """In flight, and failed just now: a member that fails every request at once must not look idle."""
         return self.in_flight + self.lingering
 
     @property
     def is_leaving(self) -> bool:
-        """Was it told to finish what it has, here or by its engine?"""
+        """Is it to finish what it has and take nothing new, by a drain here or by its engine?"""
         return self.draining or self.listing.state is State.SHUTTING_DOWN
 
     @property
     def probe(self) -> Verdict:
-        """Both questions as one: failing if either fails, passing if both pass."""
+        """Both probes as one: failing if either fails, passing if both pass."""
         if Verdict.FAILING in (self.ready.verdict, self.service.verdict):
             return Verdict.FAILING
         if self.ready.verdict is self.service.verdict is Verdict.PASSING:
@@ -172,15 +180,15 @@ class Member:
         return Verdict.UNKNOWN
 
     def failing_since(self) -> float:
-        """Since when it fails; only meaningful while `probe` is failing."""
-        return min(q.since for q in (self.ready, self.service) if q.verdict is Verdict.FAILING)
+        """Since when it has been failing; only meaningful while `probe` is failing."""
+        return min(probe.since for probe in (self.ready, self.service) if probe.verdict is Verdict.FAILING)
 
     def is_failing_for(self, seconds: float, now: float) -> bool:
-        """Has a probe failed for longer than that?"""
+        """Has a probe been failing for longer than that?"""
         return self.probe is Verdict.FAILING and now - self.failing_since() > seconds
 
     def status(self, now: float) -> Status:
-        """The displayed status: the first that fits, in this order."""
+        """The status that is displayed: the first that applies, in this order."""
         if self.listing.state is State.FAILED:
             return Status.FAILED
         if self.is_leaving:
@@ -200,15 +208,17 @@ class Member:
         return Status.READY
 
     def trouble(self, now: float) -> str:
-        """Why it may not be given requests, where that has been so for a while; empty where there is nothing to say."""
+        """Why it gets no requests, if that has been so for a while; empty if there is nothing to say."""
         if self.listing.reason or self.is_leaving or self.listing.state is not State.RUNNING:
             return self.listing.reason
         if self.alias_of:
             return f"the same replica as {self.alias_of}"
-        if self.is_failing_for(SAID_AFTER, now):
-            return next((q.got for q in (self.ready, self.service) if q.verdict is Verdict.FAILING and q.got), "")
+        if self.is_failing_for(SHOWN_AFTER, now):
+            return next(
+                (p.failure for p in (self.ready, self.service) if p.verdict is Verdict.FAILING and p.failure), ""
+            )
         return ""
 
     def is_available(self, now: float) -> bool:
-        """May it be given requests at all? A full member is available."""
+        """May it be given requests at all? A member that is full is available, too."""
         return self.status(now) is Status.READY

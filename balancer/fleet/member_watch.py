@@ -1,4 +1,4 @@
-"""The watch over one member: loops for our own question (`/ready`), the service's readiness probe, and its queue."""
+"""The watch over one member: `/ready`, the service's readiness probe, the replica's queue, and its signs of life."""
 
 import asyncio
 import contextlib
@@ -12,28 +12,27 @@ import orjson
 
 from balancer.contract.words import State
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.inspection import read_facts, read_waiting
+from balancer.fleet.inspection import inspect, read_queue_length
 from balancer.fleet.member import Member, Verdict
-from balancer.fleet.probe_connection import Line, NotAsked, Refused, Unheard
+from balancer.fleet.probe_connection import CannotProbe, ConnectionRefused, NoResponse, ProbeConnection
 
 log = logging.getLogger("groundserve")
 
-# SGLang answers these by making a token.
+# SGLang answers these by generating a token.
 TOKEN_PATHS = ("/health", "/health_generate")
-# Time to the next question while the service's answer is not (or no longer surely) a pass, in seconds.
+# Seconds to the next probe while the service's probe does not pass, or failed the last time.
 SOON = 1.0
-# However much hurries, /ready is not asked more often than once in this many seconds.
-LEAST_GAP = 0.02
-
+# However urgent it is, /ready is asked at most once in this many seconds.
+MIN_INTERVAL = 0.02
 
 REDIRECTING = (301, 302, 303, 307, 308)
 SAME_METHOD = (307, 308)
-REDIRECTS = 10
+MAX_REDIRECTS = 10
 SILENT = "it holds requests, is silent, and does not say that it is at work"
 
 
-def _onward(member: Member, path: str, location: str) -> str:
-    """The path that a redirect of the member leads to; empty where it leads elsewhere."""
+def _redirected(member: Member, path: str, location: str) -> str:
+    """The path to which the member redirects; empty where that is on another server."""
     try:
         parts = urlsplit(urljoin(f"{member.url}{path}", location))
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -45,28 +44,28 @@ def _onward(member: Member, path: str, location: str) -> str:
     return quote(f"{parts.path or '/'}{query}", safe="%/?:@!$&'()*+,;=-._~[]")
 
 
-class LineTo(Protocol):
-    def __call__(self, member: Member, *, when_broken: Callable[[], None] | None = None) -> Line: ...
+class ConnectTo(Protocol):
+    def __call__(self, member: Member, *, when_broken: Callable[[], None] | None = None) -> ProbeConnection: ...
 
 
-class Watch:
-    """Asks one member until it is stopped, and tells the fleet. `line_to` makes a line to it."""
+class MemberWatch:
+    """Probes one member until it is stopped, and reports to the fleet."""
 
-    def __init__(self, member: Member, fleet: Fleet, line_to: LineTo, jitter: random.Random) -> None:
+    def __init__(self, member: Member, fleet: Fleet, connect_to: ConnectTo, jitter: random.Random) -> None:
         self._hurry = asyncio.Event()  # ask /ready now
         self.doubted = asyncio.Event()  # ask for a sign of life now
         self._member = member
         self._fleet = fleet
-        self._line_to = line_to
+        self._connect_to = connect_to
         self._jitter = jitter
-        self._came_up = asyncio.Event()  # /ready began to pass: ask the service's question now
+        self._came_up = asyncio.Event()  # /ready began to pass: run the service's probe now
         self._was_refused = False
-        self._trouble = ""  # why it could not be asked, as last logged
-        self._ready_line = line_to(member, when_broken=self._hurry.set)
-        self._service_line = line_to(member)
-        self._queue_line = line_to(member)
-        self._life_line = line_to(member)
-        self._inspected: int | None = None  # the ready line's breaks when we last knew who answers
+        self._trouble = ""  # why it could not be probed, as last logged
+        self._ready_connection = connect_to(member, when_broken=self._hurry.set)
+        self._service_connection = connect_to(member)
+        self._queue_connection = connect_to(member)
+        self._life_connection = connect_to(member)
+        self._inspected: int | None = None  # the ready connection's breaks when we last knew which process answers
         loops = (self._watch_ready(), self._watch_service(), self._watch_queue(), self._watch_life())
         self.tasks = [asyncio.ensure_future(loop) for loop in loops]
 
@@ -75,153 +74,156 @@ class Watch:
             task.cancel()
 
     def refused(self) -> None:
-        """A request found nothing listening: ask again, and not on a connection from before."""
+        """A request found that nothing listens: ask again, over a new connection."""
         self._was_refused = True
-        self._ready_line.close()
+        self._ready_connection.close()
         self._hurry.set()
 
-    # Ours: /ready
+    # Our own probe: /ready
 
     async def _watch_ready(self) -> None:
         settings = self._fleet.settings
-        pause = settings.ready_interval * self._jitter.random()  # members that joined together are soon asked apart
-        with contextlib.closing(self._ready_line):
+        pause = settings.ready_interval * self._jitter.random()  # members that join together are not probed together
+        with contextlib.closing(self._ready_connection):
             while True:
                 self._hurry.clear()
-                await self._safely(self._ask_ready)
+                await self._safely(self._probe_ready)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._jittered(pause)):
                         await self._hurry.wait()
-                        await asyncio.sleep(LEAST_GAP)
+                        await asyncio.sleep(MIN_INTERVAL)
                 pause = settings.ready_interval
 
-    async def _ask_ready(self) -> None:
+    async def _probe_ready(self) -> None:
         member, fleet = self._member, self._fleet
         if member.listing.state is not State.RUNNING:
             return
         try:
-            answer = await self._ready_line.ask("/ready", fleet.settings.ready_timeout)
-        except Refused as error:
+            response = await self._ready_connection.request("/ready", fleet.settings.ready_timeout)
+        except ConnectionRefused as error:
             self._was_refused = True
-            fleet.noted(member, member.ready.surely_failed(fleet.clock(), f"GET /ready: {error}"))
+            fleet.note_probe(member, member.ready.surely_failed(fleet.clock(), f"GET /ready: {error}"))
             return
-        except Unheard as error:
-            fleet.noted(member, member.ready.failed(fleet.clock(), f"GET /ready: {error}"))
+        except NoResponse as error:
+            fleet.note_probe(member, member.ready.failed(fleet.clock(), f"GET /ready: {error}"))
             return
         was_refusing = member.refusing
-        if answer.status == 503:
+        if response.status == 503:
             member.refusing = True
-            fleet.noted(member, not was_refusing)
-        elif answer.status not in (200, 404):
-            fleet.noted(member, member.ready.failed(fleet.clock(), f"GET /ready got {answer.status}"))
+            fleet.note_probe(member, not was_refusing)
+        elif response.status not in (200, 404):
+            fleet.note_probe(member, member.ready.failed(fleet.clock(), f"GET /ready got {response.status}"))
         elif not await self._is_another():
-            # 404 is an older SGLang, without /ready: there the service's probe alone decides.
+            # 404 is an older SGLang without /ready: there the service's probe alone decides.
             member.refusing = False
-            fleet.noted(member, member.ready.passed(fleet.clock()) or was_refusing)
+            fleet.note_probe(member, member.ready.passed(fleet.clock()) or was_refusing)
             self._came_up.set()
 
     async def _is_another(self) -> bool:
-        """Is what answers now not the process that we knew? Then a new member has taken over.
+        """Does another process answer now than the one we knew? Then a new member has taken over.
 
-        The replica is only asked where it may be so: at first, after a refusal, after the line broke.
+        The replica is only asked when that is possible: at first, after a refused connection, after a broken one.
         """
-        member, settings, breaks = self._member, self._fleet.settings, self._ready_line.breaks
+        member, settings, breaks = self._member, self._fleet.settings, self._ready_connection.breaks
         if self._inspected == breaks and not self._was_refused:
             return False
         is_passing = member.ready.verdict is Verdict.PASSING
-        # A member that passes is not kept from its next /ready by a long prefill.
+        # A long prefill must not keep a member that passes from its next /ready.
         timeout = min(settings.ready_interval, settings.ready_timeout) if is_passing else settings.ready_timeout
-        with contextlib.closing(self._line_to(member)) as line:
-            facts = await read_facts(line, timeout)
-        if facts.identity and member.identity:
-            is_another = facts.identity != member.identity
+        with contextlib.closing(self._connect_to(member)) as connection:
+            inspection = await inspect(connection, timeout)
+        if inspection.identity and member.identity:
+            is_another = inspection.identity != member.identity
         else:
-            is_another = facts.is_whole and self._was_refused and member.has_passed
+            is_another = inspection.is_whole and self._was_refused and member.has_passed
         if is_another:
             self._fleet.restarted(member)
             return True
-        if facts.is_whole:  # else who it is will be asked again after the next /ready
+        if inspection.is_whole:  # otherwise it is inspected again after the next /ready
             self._inspected, self._was_refused = breaks, False
-            member.ranks = facts.ranks
-        member.identity = facts.identity or member.identity
-        member.capacity_tokens = facts.capacity_tokens or member.capacity_tokens
-        member.own_limit = facts.limit or member.own_limit
+            member.ranks = inspection.ranks
+        member.identity = inspection.identity or member.identity
+        member.capacity_tokens = inspection.capacity_tokens or member.capacity_tokens
+        member.own_limit = inspection.limit or member.own_limit
         member.limit = self._fleet.limit_of(member)
         return False
 
-    # The service's: readiness_probe
+    # The service's own readiness probe
 
     async def _watch_service(self) -> None:
         member = self._member
-        with contextlib.closing(self._service_line):
+        with contextlib.closing(self._service_connection):
             while True:
                 if member.ready.verdict is not Verdict.PASSING:
                     self._came_up.clear()
                     await self._came_up.wait()
-                await self._safely(self._judge_service)
+                await self._safely(self._probe_service)
                 interval = self._fleet.readiness.endpoint_probe_interval_seconds
                 is_sure = member.service.verdict is Verdict.PASSING and not member.service.failures
                 await asyncio.sleep(self._jittered(interval if is_sure else min(interval, SOON)))
 
-    async def _judge_service(self) -> None:
-        member, fleet = self._member, self._fleet
-        if self._is_too_silent():
-            await self._judge_silence()
-            return
-        if self._makes_tokens() and member.service.verdict is Verdict.PASSING:
-            if self._flows():
-                fleet.noted(member, member.service.passed(fleet.clock()))
-                return
-            if self._is_at_work():
-                return
-        try:
-            got = await self._ask_service(self._service_line)
-        except Unheard as error:
-            if self._is_at_work():
-                return  # a long prefill keeps anything waiting
-            got = f"the readiness probe {fleet.readiness.path}: {error}"
-        now = fleet.clock()
-        fleet.noted(member, member.service.failed(now, got) if got else member.service.passed(now))
-
-    async def _judge_silence(self) -> None:
-        """It holds requests and has not said a byte for long: does its scheduler hang, or is a prefill that long?
-
-        SGLang answers /server_info between two steps of its scheduler, whenever that is. (/health_generate waits for
-        20 s at most; then it declares its own server unhealthy, so that a long prefill would take it out.)
+    async def _probe_service(self) -> None:
+        """Three cases: it holds requests and has been silent for too long, so it must show that it is alive; it is
+        busy, so a probe that costs a token is left out; else the probe is sent.
         """
         member, fleet = self._member, self._fleet
-        is_alive = await self._is_alive(self._service_line, fleet.settings.silence_timeout)
+        if self._is_silent_too_long():
+            await self._judge_silence()
+            return
+        if self._costs_a_token() and member.service.verdict is Verdict.PASSING:
+            if self._has_sent_lately():
+                fleet.note_probe(member, member.service.passed(fleet.clock()))
+                return
+            if self._may_be_prefilling():
+                return
+        try:
+            failure = await self._ask_service(self._service_connection)
+        except NoResponse as error:
+            if self._may_be_prefilling():
+                return  # a long prefill keeps everything waiting
+            failure = f"the readiness probe {fleet.readiness.path}: {error}"
+        now = fleet.clock()
+        fleet.note_probe(member, member.service.failed(now, failure) if failure else member.service.passed(now))
+
+    async def _judge_silence(self) -> None:
+        """It holds requests and has not sent a byte for long: does its scheduler hang, or is it in a long prefill?
+
+        SGLang answers /server_info between two steps of its scheduler, however long a step takes. (/health_generate
+        waits for at most 20 s and then declares its own server unhealthy, so a long prefill would make it fail.)
+        """
+        member, fleet = self._member, self._fleet
+        is_alive = await self._is_alive(self._service_connection, fleet.settings.silence_timeout)
         now = fleet.clock()
         if is_alive:
             member.alive_at = now
-        fleet.noted(member, member.service.passed(now) if is_alive else member.service.surely_failed(now, SILENT))
+        fleet.note_probe(member, member.service.passed(now) if is_alive else member.service.surely_failed(now, SILENT))
 
-    async def _is_alive(self, line: Line, timeout: float) -> bool:
+    async def _is_alive(self, connection: ProbeConnection, timeout: float) -> bool:
         try:
-            answer = await line.ask("/server_info", timeout)
-            return answer.status == 200 or not await self._ask_service(line)
-        except Unheard:
+            response = await connection.request("/server_info", timeout)
+            return response.status == 200 or not await self._ask_service(connection)
+        except NoResponse:
             return False
 
-    def _makes_tokens(self) -> bool:
-        """Does the service's question cost the replica a generation?"""
+    def _costs_a_token(self) -> bool:
+        """Does the service's probe make the replica generate?"""
         return self._fleet.readiness.path in TOKEN_PATHS or self._fleet.readiness.post_data is not None
 
-    def _flows(self) -> bool:
-        """Bytes that came from it lately prove as much as a made-up token would."""
+    def _has_sent_lately(self) -> bool:
+        """Bytes of an answer prove as much as a token that is generated for a probe."""
         return self._fleet.clock() - self._member.last_byte_at < self._fleet.readiness.endpoint_probe_interval_seconds
 
-    def _is_at_work(self) -> bool:
-        """It holds requests and is silent: a long prefill looks like that, so it is left alone for a while."""
-        return self._member.generating > 0 and not self._is_too_silent()
+    def _may_be_prefilling(self) -> bool:
+        """It holds requests and is silent, as in a long prefill: it is left alone for a while."""
+        return self._member.generating > 0 and not self._is_silent_too_long()
 
-    def _is_too_silent(self) -> bool:
+    def _is_silent_too_long(self) -> bool:
         member = self._member
         heard_at = max(member.last_byte_at, member.busy_since, member.alive_at)
         return member.generating > 0 and self._fleet.clock() - heard_at > self._fleet.settings.silence_timeout
 
-    async def _ask_service(self, line: Line) -> str:
-        """What the service's probe got instead of a 200; empty where it passes. Raises Unheard.
+    async def _ask_service(self, connection: ProbeConnection) -> str:
+        """What the service's probe got instead of a 200; empty if it passes. Raises NoResponse.
 
         Redirects to the replica itself are followed, as SkyServe does.
         """
@@ -231,63 +233,62 @@ class Watch:
         if probe.post_data is not None:
             method, fields = "POST", {"content-type": "application/json"} | probe.headers
             body = orjson.dumps(probe.post_data)
-        for _ in range(REDIRECTS):
-            answer = await line.ask(path, probe.timeout_seconds, method, fields, body)
-            if answer.status == 200:
+        for _ in range(MAX_REDIRECTS):
+            response = await connection.request(path, probe.timeout_seconds, method, fields, body)
+            if response.status == 200:
                 return ""
-            onward = _onward(self._member, path, answer.location) if answer.status in REDIRECTING else ""
-            if not onward:
+            target = _redirected(self._member, path, response.location) if response.status in REDIRECTING else ""
+            if not target:
                 break
-            path = onward
-            if answer.status not in SAME_METHOD:
+            path = target
+            if response.status not in SAME_METHOD:
                 method, fields, body = "GET", probe.headers, b""
-        aside = f", to {answer.location[:200]}" if answer.location else ""
-        return f"the readiness probe {probe.path} got {answer.status}{aside}"
+        location = f", to {response.location[:200]}" if response.location else ""
+        return f"the readiness probe {probe.path} got {response.status}{location}"
 
-    # Its word on a silent answer, whatever others it sends
+    # Signs of life, asked for when one of its answers has stalled
 
     async def _watch_life(self) -> None:
-        with contextlib.closing(self._life_line):
+        with contextlib.closing(self._life_connection):
             while True:
                 await self.doubted.wait()
                 await self._safely(self._ask_for_life)
                 self.doubted.clear()
 
     async def _ask_for_life(self) -> None:
-        if await self._is_alive(self._life_line, self._fleet.settings.idle_timeout):
+        if await self._is_alive(self._life_connection, self._fleet.settings.idle_timeout):
             self._member.alive_at = self._fleet.clock()
         else:
             await asyncio.sleep(SOON)
 
-    # Its own queue, where requests are held here rather than there
+    # Its own queue, where requests are held back here
 
     async def _watch_queue(self) -> None:
         member, settings = self._member, self._fleet.settings
-        with contextlib.closing(self._queue_line):
+        with contextlib.closing(self._queue_connection):
             while True:
                 await asyncio.sleep(self._jittered(settings.ready_interval))
                 if settings.max_pending is not None and member.pending:
                     await self._safely(self._ask_queue)
 
     async def _ask_queue(self) -> None:
-        # A line and a loop of its own: SGLang answers between two steps of its scheduler, be that after 20 s.
-        waiting = await read_waiting(self._queue_line, self._fleet.settings.silence_timeout)
+        # On a connection and a loop of its own: SGLang answers between two steps of its scheduler, perhaps after 20 s.
+        waiting = await read_queue_length(self._queue_connection, self._fleet.settings.silence_timeout)
         if waiting is not None:
-            self._fleet.reported(self._member, waiting)
+            self._fleet.note_queue(self._member, waiting)
 
-    # All
+    # All of them
 
-    async def _safely(self, ask: Callable[[], Awaitable[None]]) -> None:
-        """A watch that ended would leave its member as it is for ever: so it goes on, whatever happens."""
+    async def _safely(self, probe: Callable[[], Awaitable[None]]) -> None:
+        """Goes on whatever happens: if a watch ended, its member would stay as it is for ever."""
         try:
-            await ask()
+            await probe()
             self._trouble = ""
         except Exception as error:
             if str(error) != self._trouble:
                 self._trouble = str(error)
-                log.warning(
-                    "replica %s could not be asked: %s", self._member.name, error, exc_info=type(error) is not NotAsked
-                )
+                is_bug = type(error) is not CannotProbe
+                log.warning("replica %s could not be asked: %s", self._member.name, error, exc_info=is_bug)
 
     def _jittered(self, seconds: float) -> float:
         return seconds * self._jitter.uniform(0.8, 1.0)

@@ -1,7 +1,8 @@
-"""One HTTP/1.1 connection to a replica for the balancer's own questions, kept from one question to the next.
+"""One HTTP/1.1 connection to a replica for the balancer's own requests, kept open from one to the next.
 
-Kept for two reasons. It is cheap: 64 members asked once a second cost a third of a core through httpx and about two
-hundredths of one here. And it tells of a death at once: the kernel closes the connections of a process that ended.
+There are two reasons to keep it open. It is cheap: probing 64 members once a second costs a third of a core through
+httpx, and about two hundredths of one here. And it shows a crash at once: the kernel closes the connections of a
+process that ends.
 """
 
 import asyncio
@@ -16,34 +17,35 @@ import httptools
 from balancer.fleet.dial import Dialer, Unresolved
 from balancer.fleet.member import Member
 
-LARGEST_ANSWER = 1 << 20
-# What connecting may end in for want of something on our side: it says nothing of the replica.
+MAX_RESPONSE = 1 << 20  # bytes of a body
+# Errors of connect() that come from a shortage on our side and say nothing about the replica.
 OUR_OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
 
-class Unheard(Exception):
-    """No whole answer came; the message says why."""
+class NoResponse(Exception):
+    """No complete response arrived; the message says why."""
 
 
-class Refused(Unheard):
-    """Nothing takes connections there."""
+class ConnectionRefused(NoResponse):
+    """Nothing accepts connections there."""
 
 
-class NotAsked(Exception):
-    """The question could not be put, for want of something on our own side."""
+class CannotProbe(Exception):
+    """The request could not be sent, because of a shortage on our own side."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ProbeResponse:
     status: int
     body: bytes
-    location: str = ""  # where it says to go instead
+    location: str = ""  # of a redirect
 
 
-class Line:
-    """Asks one question at a time. `tls` is for https members, `fields` are headers that go with each question.
+class ProbeConnection:
+    """Sends one request at a time and connects again where it has to. `tls` is used for https members, `fields` are
+    headers that go with every request.
 
-    `when_broken` is called when a connection that has served before ends unannounced between two questions.
+    `when_broken` is called when a connection that has been used before closes unannounced between two requests.
     """
 
     def __init__(
@@ -54,25 +56,25 @@ class Line:
         when_broken: Callable[[], None] | None = None,
         dialer: Dialer | None = None,
     ) -> None:
-        self.breaks = 0  # connections that ended unannounced: after each, another process may answer
+        self.breaks = 0  # connections that closed unannounced: after each of them, another process may answer
         self._member = member
         self._tls = (tls or ssl.create_default_context()) if member.is_https else None
         self._fields = {"host": member.authority.decode(), **(fields or {})}
         self._when_broken = when_broken
         self._dialer = dialer or Dialer()
-        self._connection: _Connection | None = None
+        self._connection: _HttpConnection | None = None
 
-    async def ask(
+    async def request(
         self,
         path: str,
         timeout: float,
         method: str = "GET",
         fields: Mapping[str, str] | None = None,
         body: bytes = b"",
-    ) -> Answer:
-        """The answer; raises Unheard (`timeout` seconds after it is known where to ask, at the latest) or NotAsked.
+    ) -> ProbeResponse:
+        """Raises NoResponse (at most `timeout` seconds after the replica's name is resolved) or CannotProbe.
 
-        `path` and the names in `fields` are ASCII; a field replaces the line's own of the same name.
+        `path` and the names in `fields` are ASCII; a field replaces the connection's own field of the same name.
         """
         merged = self._fields
         if fields:
@@ -87,53 +89,53 @@ class Line:
                     async with self._dialer.within(timeout):
                         return await self._connection.exchange(message)
                 except ConnectionError:
-                    pass  # it was closing already
+                    pass  # it was already closing
             addresses = await self._dialer.addresses(self._member)
             async with self._dialer.within(timeout):
                 self._connection = await self._connect(addresses, timeout)
                 return await self._connection.exchange(message)
         except TimeoutError:
-            raise Unheard(f"no answer within {timeout:g} s") from None
+            raise NoResponse(f"no answer within {timeout:g} s") from None
         except (OSError, Unresolved) as error:
-            raise Unheard(str(error)) from None
+            raise NoResponse(str(error)) from None
         finally:
-            if self._connection is not None and self._connection.is_asked:
-                self.close()  # its answer would be taken for that to the next question
+            if self._connection is not None and self._connection.is_busy:
+                self.close()  # a late response would be taken for that to the next request
 
-    async def _connect(self, addresses: Sequence[str], timeout: float) -> "_Connection":
+    async def _connect(self, addresses: Sequence[str], timeout: float) -> "_HttpConnection":
         try:
             return await self._dialer.connect(
-                self._member, addresses, lambda: _Connection(self._ended), self._tls, timeout
+                self._member, addresses, lambda: _HttpConnection(self._ended), self._tls, timeout
             )
         except TimeoutError:
-            raise  # it does not say that nothing listens
+            raise  # this does not mean that nothing listens
         except OSError as error:
             if error.errno in OUR_OWN_LIMITS:
-                raise NotAsked(str(error)) from None
-            raise Refused(str(error)) from None
+                raise CannotProbe(str(error)) from None
+            raise ConnectionRefused(str(error)) from None
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
 
-    def _ended(self, connection: "_Connection") -> None:
+    def _ended(self, connection: "_HttpConnection") -> None:
         if connection.was_announced:
             return
         self.breaks += 1
-        # Some servers close after each answer without a word: no death to hurry for.
-        if self._when_broken and connection.answers > 1 and not connection.is_asked:
+        # Some servers close after every response without announcing it: that is no crash to react to.
+        if self._when_broken and connection.responses > 1 and not connection.is_busy:
             self._when_broken()
 
 
-class _Connection(asyncio.Protocol):
-    def __init__(self, when_ended: Callable[["_Connection"], None]) -> None:
-        self.answers = 0
+class _HttpConnection(asyncio.Protocol):
+    def __init__(self, when_ended: Callable[["_HttpConnection"], None]) -> None:
+        self.responses = 0
         self.was_announced = False  # its end
         self.is_closed = False
         self._when_ended = when_ended
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
-        self._answer: asyncio.Future[Answer] | None = None
+        self._response: asyncio.Future[ProbeResponse] | None = None
         self._status = 0
         self._body = b""
         self._size = 0
@@ -141,22 +143,23 @@ class _Connection(asyncio.Protocol):
         self._ends_with_connection = False
 
     @property
-    def is_asked(self) -> bool:
-        return self._answer is not None
+    def is_busy(self) -> bool:
+        """Is a response still outstanding?"""
+        return self._response is not None
 
-    async def exchange(self, message: bytes) -> Answer:
-        """Raises ConnectionError when the connection ends before a whole answer came."""
+    async def exchange(self, message: bytes) -> ProbeResponse:
+        """Raises ConnectionError when the connection ends before the whole response has arrived."""
         if self._transport is None or self.is_closed:
             raise ConnectionResetError("the connection was closed at once")
-        self._answer = asyncio.get_running_loop().create_future()
+        self._response = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
         self._status, self._body, self._size = 0, b"", 0
         self._location = b""
         self._transport.write(message)
-        answer = await self._answer
-        self._answer = None
-        self.answers += 1
-        return answer
+        response = await self._response
+        self._response = None
+        self.responses += 1
+        return response
 
     def close(self) -> None:
         if self._transport is not None:
@@ -166,11 +169,11 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._parser is None or self._answer is None or self._answer.done():
-            self.close()  # nobody asked
+        if self._parser is None or self._response is None or self._response.done():
+            self.close()  # nobody asked for this
             return
         self._size += len(data)
-        if self._size > 2 * LARGEST_ANSWER:  # with its head and framing
+        if self._size > 2 * MAX_RESPONSE:  # with its head and framing
             self._fail("the answer is too long")
             return
         try:
@@ -185,10 +188,10 @@ class _Connection(asyncio.Protocol):
             self._succeed()
         else:
             self._fail(str(error or "the connection ended before the answer did"))
-        self._parser = None  # it holds this connection, which holds it
+        self._parser = None  # it holds a reference to this connection, which holds one to it
         self._when_ended(self)
 
-    # What the parser tells us
+    # Called by the parser
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() in (b"content-length", b"transfer-encoding"):
@@ -205,7 +208,7 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         self._body += data
-        if len(self._body) > LARGEST_ANSWER:
+        if len(self._body) > MAX_RESPONSE:
             self._fail("the answer is too long")
 
     def on_message_complete(self) -> None:
@@ -217,9 +220,9 @@ class _Connection(asyncio.Protocol):
                 self.close()
 
     def _succeed(self) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result(Answer(self._status, self._body, self._location.decode("latin-1")))
+        if self._response is not None and not self._response.done():
+            self._response.set_result(ProbeResponse(self._status, self._body, self._location.decode("latin-1")))
 
     def _fail(self, why: str) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(ConnectionError(why))
+        if self._response is not None and not self._response.done():
+            self._response.set_exception(ConnectionError(why))

@@ -1,4 +1,4 @@
-"""Keeps a watch over every member: each is asked on its own schedule, so that one that hangs delays nobody."""
+"""Keeps a watch over every member: each is probed on a schedule of its own, so that one that hangs delays no other."""
 
 import asyncio
 import functools
@@ -8,15 +8,15 @@ import ssl
 from balancer.fleet.dial import Dialer
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
-from balancer.fleet.member_watch import Watch
-from balancer.fleet.probe_connection import Line
+from balancer.fleet.member_watch import MemberWatch
+from balancer.fleet.probe_connection import ProbeConnection
 
 
 class Prober:
     """Watches the members of a fleet as they come and go.
 
-    `api_key` is what the replicas themselves want, `tls` how https replicas are checked, `seed` that of the jitter,
-    `dialer` what connects to them.
+    `api_key` is sent to the replicas, `tls` checks the certificates of https replicas, `seed` makes the jitter
+    repeatable, and `dialer` connects.
     """
 
     def __init__(
@@ -29,16 +29,16 @@ class Prober:
     ) -> None:
         self._fleet = fleet
         fields = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._line_to = functools.partial(Line, tls=tls, fields=fields, dialer=dialer or Dialer())
+        self._connect_to = functools.partial(ProbeConnection, tls=tls, fields=fields, dialer=dialer or Dialer())
         self._jitter = random.Random(seed)
-        self._watches: dict[Member, Watch] = {}
+        self._watches: dict[Member, MemberWatch] = {}
         fleet.when_joined.append(self._joined)
         fleet.when_left.append(self._left)
         fleet.when_refused.append(self._refused)
         fleet.when_doubted.append(self._doubted)
 
     def start(self) -> None:
-        """Begins to watch the members that are there already; later ones are watched as they join."""
+        """Starts to watch the members that the fleet has; later ones are watched as they join."""
         for member in self._fleet.members.values():
             self._joined(member)
 
@@ -50,7 +50,7 @@ class Prober:
 
     def _joined(self, member: Member) -> None:
         if member not in self._watches:
-            self._watches[member] = Watch(member, self._fleet, self._line_to, self._jitter)
+            self._watches[member] = MemberWatch(member, self._fleet, self._connect_to, self._jitter)
 
     def _left(self, member: Member) -> None:
         if watch := self._watches.pop(member, None):

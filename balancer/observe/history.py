@@ -59,7 +59,7 @@ class ServiceSample:
 
 
 @dataclass(slots=True, eq=False)
-class Course:
+class ReplicaHistory:
     """One replica's samples, oldest first, and what its counters said at the last one."""
 
     tally: MemberTally
@@ -104,7 +104,7 @@ class History:
 
     def __init__(self, fleet: Fleet, admission: Admission, tallies: Tallies) -> None:
         self.service: deque[ServiceSample] = deque(maxlen=KEPT)
-        self.courses: dict[int, Course] = {}
+        self.replicas: dict[int, ReplicaHistory] = {}
         self.taken = 0  # samples so far
         self._fleet = fleet
         self._admission = admission
@@ -120,9 +120,9 @@ class History:
         self._last_at = now
         self._tallies.count()
         members = self._fleet.members.values()
-        self.courses = {member.id: self._course(member) for member in members}
+        self.replicas = {member.id: self._replica(member) for member in members}
         for member in members:
-            self.courses[member.id].take(member, seconds)
+            self.replicas[member.id].take(member, seconds)
         requests = _ended(self._tallies.members.values()) + _ended([self._tallies.nobody])
         # A replica that left took its count along.
         rate = max(0, requests - self._requests) / seconds
@@ -131,10 +131,10 @@ class History:
         self._requests = requests
         self.taken += 1
 
-    def _course(self, member: Member) -> Course:
+    def _replica(self, member: Member) -> ReplicaHistory:
         tally = self._tallies.members[member.name]
-        known = self.courses.get(member.id)
-        return known if known is not None and known.tally is tally else Course(tally)
+        known = self.replicas.get(member.id)
+        return known if known is not None and known.tally is tally else ReplicaHistory(tally)
 
 
 def _ended(tallies: Iterable[MemberTally]) -> int:

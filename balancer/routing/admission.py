@@ -50,6 +50,10 @@ class Admission:
         fleet.when_room.append(self.assign)
         fleet.when_left.append(lambda member: self.policy.forget(member))
 
+    def __repr__(self) -> str:
+        waiting = f"{len(self._queue)} generating and {len(self._plain)} other requests waiting"
+        return f"<Admission by {self.policy.name}: {waiting}; {self.fleet!r}>"
+
     @property
     def queue_depth(self) -> int:
         return len(self._queue) + len(self._plain)

@@ -53,7 +53,7 @@ def test_a_sample_is_what_happened_since_the_last() -> None:
         inter_token.note(0.02)
     parts.answered(prompt_tokens=100, cached_tokens=75, is_stream=True)
     parts.pass_time(INTERVAL)
-    (sample,) = parts.history.courses[1].samples
+    (sample,) = parts.history.replicas[1].samples
     assert sample.to_json() == {
         "tokens_per_second": (3 * 20 + 40) / INTERVAL,
         "ttft_seconds": 0.5,
@@ -62,7 +62,7 @@ def test_a_sample_is_what_happened_since_the_last() -> None:
     }
     assert parts.history.service[-1].requests_per_second == 4 / INTERVAL
     parts.pass_time(INTERVAL)
-    quiet = parts.history.courses[1].samples[-1].to_json()
+    quiet = parts.history.replicas[1].samples[-1].to_json()
     assert quiet == {"tokens_per_second": 0, "ttft_seconds": None, "cached_share": None, "in_flight": 0}
 
 
@@ -70,7 +70,7 @@ def test_fifteen_minutes_are_kept_and_no_more() -> None:
     parts = Parts()
     parts.pass_time(INTERVAL * (KEPT + 30))
     assert INTERVAL * KEPT == 15 * 60
-    assert len(parts.history.service) == len(parts.history.courses[1].samples) == KEPT
+    assert len(parts.history.service) == len(parts.history.replicas[1].samples) == KEPT
     assert parts.history.taken == KEPT + 30
 
 
@@ -78,13 +78,13 @@ def test_lately_is_the_last_minute_for_first_tokens_and_all_that_is_kept_for_the
     parts = Parts()
     parts.answered(prompt_tokens=100, cached_tokens=0, is_stream=True)
     parts.pass_time(INTERVAL)
-    course = parts.history.courses[1]
-    assert course.lately().ttft_seconds == 0.5
+    history = parts.history.replicas[1]
+    assert history.lately().ttft_seconds == 0.5
     parts.answered(prompt_tokens=100, cached_tokens=100)
     parts.pass_time(60)
-    assert course.lately().ttft_seconds is None
-    assert course.lately().cached_share == 0.5
-    assert course.lately().tokens_per_second == 0
+    assert history.lately().ttft_seconds is None
+    assert history.lately().cached_share == 0.5
+    assert history.lately().tokens_per_second == 0
 
 
 def test_a_replica_that_left_or_started_anew_has_no_past() -> None:
@@ -94,10 +94,10 @@ def test_a_replica_that_left_or_started_anew_has_no_past() -> None:
     (member,) = parts.fleet.members.values()
     parts.fleet.restarted(member)
     parts.pass_time(INTERVAL)
-    assert [sample.tokens_per_second for sample in parts.history.courses[1].samples] == [0]
+    assert [sample.tokens_per_second for sample in parts.history.replicas[1].samples] == [0]
     parts.fleet.reconcile([])
     parts.pass_time(INTERVAL)
-    assert parts.history.courses == {}
+    assert parts.history.replicas == {}
     # The counts that a replica took along do not make a negative rate.
     assert all(sample.requests_per_second >= 0 for sample in parts.history.service)
 

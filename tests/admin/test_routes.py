@@ -297,7 +297,7 @@ def test_a_controllers_last_word_is_forgotten_when_it_says_no_more() -> None:
                 said = (await client.get("/status")).json()["service"]
                 assert (said["status"], said["reason"], said["total"]) == ("SHUTTING_DOWN", "so it was told", 0)
                 assert balancer.service.discovery is not None
-                balancer.service.discovery._by_engine_until = 0.0  # as if long ago
+                balancer.service.discovery._listings_until = 0.0  # as if long ago
                 await until(balancer.service.fleet.available)
                 said = (await client.get("/status")).json()["service"]
                 assert (said["status"], "reason" in said) == ("READY", False)

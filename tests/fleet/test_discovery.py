@@ -8,7 +8,7 @@ import pytest
 from balancer.contract.listing import ReplicaListing
 from balancer.contract.words import State
 from balancer.errors import ConfigError
-from balancer.fleet.discovery import ENGINE_STANDS, GRACE, INTERVAL, DnsDiscovery, resolve
+from balancer.fleet.discovery import GRACE, INTERVAL, LISTING_STANDS, DnsDiscovery, resolve
 from balancer.fleet.fleet import Fleet
 from tests.support.fleets import Clock, claimed, fleet_of, make_ready
 
@@ -171,7 +171,7 @@ def test_an_engines_list_stands_while_it_is_told_and_dns_takes_over_afterwards()
     assert fleet.members[7] is kept, "found by DNS and numbered by the engine: the same, with all that is known of it"
     assert kept.id == 7
     assert fleet.available() == [kept]
-    clock.move(ENGINE_STANDS - 1)
+    clock.move(LISTING_STANDS - 1)
     asyncio.run(discovery.look_up())
     assert list(fleet.members) == [7]
     clock.move(1)
@@ -186,11 +186,11 @@ def test_an_engine_that_is_gone_starts_nothing_any_more() -> None:
     clock = Clock()
     fleet, names, discovery = discovering(clock, "10.0.0.1")
     gone: list[float] = []
-    discovery.when_engine_gone.append(lambda: gone.append(clock()))
+    discovery.when_controller_gone.append(lambda: gone.append(clock()))
     names.answer = NXDOMAIN
     discovery.reconcile([ReplicaListing("replica-8", "", id=8, state=State.PROVISIONING)])
     fleet.is_asleep = True
-    clock.move(ENGINE_STANDS - 1)
+    clock.move(LISTING_STANDS - 1)
     asyncio.run(discovery.look_up())
     assert fleet.is_asleep
     assert gone == []
@@ -218,7 +218,7 @@ def test_a_replica_that_the_engine_stopped_is_as_new_when_dns_still_knows_it() -
     fleet, _names, discovery = discovering(clock, "10.0.0.1")
     discovery.reconcile([of_engine(7, "10.0.0.1", state=State.SHUTTING_DOWN)])
     assert fleet.available() == []
-    clock.move(ENGINE_STANDS)
+    clock.move(LISTING_STANDS)
     asyncio.run(discovery.look_up())
     assert [member.status(clock()).value for member in fleet.members.values()] == ["STARTING"]
 

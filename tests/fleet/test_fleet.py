@@ -7,6 +7,8 @@ from balancer.contract.words import State, Status
 from balancer.errors import ConfigError
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
+from balancer.routing.admission import Admission
+from balancer.routing.policies import RoundRobin
 from balancer.spec.settings import ReadinessProbe
 from tests.support.fleets import Clock, claim, claimed, fail, fleet_of, listed, make_ready
 
@@ -271,7 +273,7 @@ def test_a_member_with_too_much_that_it_has_not_begun_on_gets_no_more_until_it_b
     assert looked == [1], "whoever waits may look again, once"
     third = claimed(fleet)
     assert claim(fleet) is None
-    fleet.reported(fleet.members[1], 0)
+    fleet.note_queue(fleet.members[1], 0)
     fourth = claimed(fleet)
     assert fleet.members[1].pending == 1
     for place in (first, second, third, fourth):
@@ -497,3 +499,13 @@ def test_failures_of_a_member_that_left_eject_nobody() -> None:
     fail(fleet, old)
     assert statuses(fleet) == ["READY", "READY"]
     assert old.ejected_until == 0.0
+
+
+def test_a_fleet_shows_its_members() -> None:
+    fleet = fleet_of(2, Clock())
+    fleet.drain(fleet.members[2])
+    with claimed(fleet):
+        assert repr(fleet) == "<Fleet, 1 in flight: 1 r1 READY 1/256, 2 r2 SHUTTING_DOWN 0/256>"
+    assert repr(fleet_of(0)) == "<Fleet, 0 in flight: no members>"
+    admission = Admission(fleet, RoundRobin())
+    assert repr(admission).startswith("<Admission by round_robin: 0 generating and 0 other requests waiting; <Fleet")

@@ -153,3 +153,13 @@ def test_an_address_is_taken_apart(url: str, host: str, port: int, authority: by
     member = Member(1, ReplicaListing("r1", url), NOW, Outlier(10, 300), ReadinessProbe())
     assert (member.host, member.port, member.authority) == (host, port, authority)
     assert member.is_https is url.startswith("https")
+
+
+def test_a_member_shows_its_facts() -> None:
+    member = member_with(draining=True, in_flight=3)
+    assert repr(member) == (
+        "<Member 1 r1 at http://127.0.0.1:8001, RUNNING: ready passing, service passing, in flight 3 of 256, draining>"
+    )
+    assert repr(member_with(state=State.FAILED, has_passed=False)).endswith(
+        ", FAILED: ready unknown, service unknown, in flight 0 of 256>"
+    )

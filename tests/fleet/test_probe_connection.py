@@ -9,9 +9,16 @@ import pytest
 
 from balancer.contract.listing import ReplicaListing
 from balancer.fleet.ejection import Outlier
-from balancer.fleet.inspection import Facts, limit_of, read_facts
+from balancer.fleet.inspection import Inspection, inspect, limit_of
 from balancer.fleet.member import Member
-from balancer.fleet.probe_connection import LARGEST_ANSWER, Answer, Line, NotAsked, Refused, Unheard
+from balancer.fleet.probe_connection import (
+    MAX_RESPONSE,
+    CannotProbe,
+    ConnectionRefused,
+    NoResponse,
+    ProbeConnection,
+    ProbeResponse,
+)
 from balancer.spec.settings import ReadinessProbe
 from tests.lab.replica import LabReplica
 
@@ -57,17 +64,17 @@ async def talking(*answers: bytes | None) -> AsyncIterator[tuple[Member, list[Ta
 
 
 @contextlib.contextmanager
-def line_to(member: Member, **more: Any) -> Iterator[Line]:
-    with contextlib.closing(Line(member, **more)) as line:
-        yield line
+def connection_to(member: Member, **more: Any) -> Iterator[ProbeConnection]:
+    with contextlib.closing(ProbeConnection(member, **more)) as connection:
+        yield connection
 
 
 def test_a_question_carries_what_it_should_and_the_connection_is_kept() -> None:
     async def play() -> None:
         async with talking(EMPTY, EMPTY) as (member, connections):
-            with line_to(member, fields={"authorization": "Bearer k"}) as line:
-                assert await line.ask("/ready", 5) == Answer(200, b"")
-                await line.ask("/p", 5, "POST", {"X-A": "1", "Authorization": "Bearer own"}, b"{}")
+            with connection_to(member, fields={"authorization": "Bearer k"}) as connection:
+                assert await connection.request("/ready", 5) == ProbeResponse(200, b"")
+                await connection.request("/p", 5, "POST", {"X-A": "1", "Authorization": "Bearer own"}, b"{}")
             host = member.authority
             assert [connection.heard for connection in connections] == [
                 [
@@ -83,20 +90,26 @@ def test_a_question_carries_what_it_should_and_the_connection_is_kept() -> None:
 @pytest.mark.parametrize(
     ("said", "answer"),
     [
-        (b"HTTP/1.1 503 No\r\nContent-Length: 4\r\n\r\nbusy", Answer(503, b"busy")),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", Answer(200, b"abc")),
-        (b"HTTP/1.1 204 Nothing\r\n\r\n", Answer(204, b"")),
-        (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx", Answer(200, b"x")),
-        (b"close:HTTP/1.0 200 OK\r\n\r\nto the end", Answer(200, b"to the end")),
-        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", Answer(200, b"ok")),
+        (b"HTTP/1.1 503 No\r\nContent-Length: 4\r\n\r\nbusy", ProbeResponse(503, b"busy")),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n",
+            ProbeResponse(200, b"abc"),
+        ),
+        (b"HTTP/1.1 204 Nothing\r\n\r\n", ProbeResponse(204, b"")),
+        (
+            b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx",
+            ProbeResponse(200, b"x"),
+        ),
+        (b"close:HTTP/1.0 200 OK\r\n\r\nto the end", ProbeResponse(200, b"to the end")),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", ProbeResponse(200, b"ok")),
     ],
     ids=["length", "chunked", "no body", "interim", "to the end", "says close"],
 )
-def test_answers_in_every_framing_are_read(said: bytes, answer: Answer) -> None:
+def test_answers_in_every_framing_are_read(said: bytes, answer: ProbeResponse) -> None:
     async def play() -> None:
         async with talking(said) as (member, _):
-            with line_to(member) as line:
-                assert await line.ask("/", 5) == answer
+            with connection_to(member) as connection:
+                assert await connection.request("/", 5) == answer
 
     asyncio.run(play())
 
@@ -108,20 +121,20 @@ def test_answers_in_every_framing_are_read(said: bytes, answer: Answer) -> None:
         b"SSH-2.0-OpenSSH\r\n",
         b"close:HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab",
         b"close:HTTP/1.1 100 Continue\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (LARGEST_ANSWER + 1, bytes(LARGEST_ANSWER + 1)),
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (MAX_RESPONSE + 1, bytes(MAX_RESPONSE + 1)),
         b"HTTP/1.1 101 Switch\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * LARGEST_ANSWER,
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * MAX_RESPONSE,
     ],
     ids=["closed", "no HTTP", "half a body", "interim alone", "too long", "upgrade", "a head without end"],
 )
 def test_what_is_no_whole_answer_is_unheard_and_the_next_question_gets_its_own_answer(said: bytes | None) -> None:
     async def play() -> None:
         async with talking(said, EMPTY) as (member, connections):
-            with line_to(member) as line:
-                with pytest.raises(Unheard) as error:
-                    await line.ask("/", 5)
-                assert not isinstance(error.value, Refused)
-                assert await line.ask("/", 5) == Answer(200, b"")
+            with connection_to(member) as connection:
+                with pytest.raises(NoResponse) as error:
+                    await connection.request("/", 5)
+                assert not isinstance(error.value, ConnectionRefused)
+                assert await connection.request("/", 5) == ProbeResponse(200, b"")
                 assert len(connections) == 2
 
     asyncio.run(play())
@@ -130,10 +143,10 @@ def test_what_is_no_whole_answer_is_unheard_and_the_next_question_gets_its_own_a
 def test_silence_is_unheard_after_its_time_and_a_late_answer_is_nobodys() -> None:
     async def play() -> None:
         async with talking(b"", b"HTTP/1.1 404 Later\r\nContent-Length: 0\r\n\r\n") as (member, connections):
-            with line_to(member) as line:
-                with pytest.raises(Unheard, match=r"no answer within 0\.1 s"):
-                    await line.ask("/", 0.1)
-                assert (await line.ask("/", 5)).status == 404
+            with connection_to(member) as connection:
+                with pytest.raises(NoResponse, match=r"no answer within 0\.1 s"):
+                    await connection.request("/", 0.1)
+                assert (await connection.request("/", 5)).status == 404
                 assert len(connections) == 2
 
     asyncio.run(play())
@@ -142,14 +155,14 @@ def test_silence_is_unheard_after_its_time_and_a_late_answer_is_nobodys() -> Non
 def test_a_cancelled_question_leaves_no_answer_to_the_next() -> None:
     async def play() -> None:
         async with talking(b"", EMPTY) as (member, connections):
-            with line_to(member) as line:
-                asking = asyncio.ensure_future(line.ask("/", 5))
+            with connection_to(member) as connection:
+                asking = asyncio.ensure_future(connection.request("/", 5))
                 while not connections or not connections[0].heard:  # noqa: ASYNC110 - the very next thing
                     await asyncio.sleep(0)
                 connections[0].transport.write(b"HTTP/1.1 500 Late\r\n")
                 asking.cancel()
                 await asyncio.gather(asking, return_exceptions=True)
-                assert await line.ask("/", 5) == Answer(200, b"")
+                assert await connection.request("/", 5) == ProbeResponse(200, b"")
 
     asyncio.run(play())
 
@@ -158,17 +171,20 @@ def test_nothing_that_listens_is_refused() -> None:
     async def play() -> None:
         async with LabReplica() as replica:
             replica.refuse()
-            with line_to(member_at(replica.url)) as line, pytest.raises(Refused):
-                await line.ask("/ready", 5)
+            with connection_to(member_at(replica.url)) as connection, pytest.raises(ConnectionRefused):
+                await connection.request("/ready", 5)
 
     asyncio.run(play())
 
 
-def test_a_name_that_is_not_known_is_unheard() -> None:
+def test_a_name_that_is_not_known_gives_no_response() -> None:
     async def play() -> None:
-        with line_to(member_at("http://no-such-host.invalid:8000")) as line, pytest.raises(Unheard) as error:
-            await line.ask("/ready", 10)
-        assert not isinstance(error.value, Refused)
+        with (
+            connection_to(member_at("http://no-such-host.invalid:8000")) as connection,
+            pytest.raises(NoResponse) as error,
+        ):
+            await connection.request("/ready", 10)
+        assert not isinstance(error.value, ConnectionRefused)
 
     asyncio.run(play())
 
@@ -177,31 +193,31 @@ def test_a_shortage_of_our_own_says_nothing_of_the_replica() -> None:
     async def play() -> None:
         async with LabReplica() as replica:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            with line_to(member_at(replica.url)) as line:
+            with connection_to(member_at(replica.url)) as connection:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
                 try:
-                    with pytest.raises(NotAsked):
-                        await line.ask("/ready", 5)
+                    with pytest.raises(CannotProbe):
+                        await connection.request("/ready", 5)
                 finally:
                     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-                assert await line.ask("/ready", 5) == Answer(200, b"")
+                assert await connection.request("/ready", 5) == ProbeResponse(200, b"")
 
     asyncio.run(play())
 
 
-def test_an_idle_break_is_told_once_the_line_was_kept() -> None:
+def test_an_idle_break_is_told_once_the_connection_was_kept() -> None:
     async def play() -> None:
         told = asyncio.Event()
         async with LabReplica() as replica:
-            with line_to(member_at(replica.url), when_broken=told.set) as line:
-                await line.ask("/ready", 5)
-                await line.ask("/ready", 5)
-                assert line.breaks == 0
+            with connection_to(member_at(replica.url), when_broken=told.set) as connection:
+                await connection.request("/ready", 5)
+                await connection.request("/ready", 5)
+                assert connection.breaks == 0
                 replica.drop_connections()
                 async with asyncio.timeout(5):
                     await told.wait()
-                assert line.breaks == 1
-                assert await line.ask("/ready", 5) == Answer(200, b"")
+                assert connection.breaks == 1
+                assert await connection.request("/ready", 5) == ProbeResponse(200, b"")
 
     asyncio.run(play())
 
@@ -209,13 +225,13 @@ def test_an_idle_break_is_told_once_the_line_was_kept() -> None:
 def test_bytes_that_nobody_asked_for_end_the_connection() -> None:
     async def play() -> None:
         async with talking(EMPTY, EMPTY) as (member, connections):
-            with line_to(member) as line:
-                await line.ask("/", 5)
+            with connection_to(member) as connection:
+                await connection.request("/", 5)
                 connections[0].transport.write(EMPTY)
                 async with asyncio.timeout(5):
-                    while not line.breaks:  # noqa: ASYNC110 - nobody is told of it
+                    while not connection.breaks:  # noqa: ASYNC110 - nobody is told of it
                         await asyncio.sleep(0.001)
-                assert await line.ask("/", 5) == Answer(200, b"")
+                assert await connection.request("/", 5) == ProbeResponse(200, b"")
                 assert len(connections) == 2
 
     asyncio.run(play())
@@ -226,11 +242,11 @@ def test_a_connection_that_ends_as_announced_is_no_break() -> None:
         told: list[None] = []
         closing = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
         async with talking(closing, closing, closing, EMPTY) as (member, connections):
-            with line_to(member, when_broken=lambda: told.append(None)) as line:
+            with connection_to(member, when_broken=lambda: told.append(None)) as connection:
                 for _ in range(4):
-                    assert await line.ask("/", 5) == Answer(200, b"")
+                    assert await connection.request("/", 5) == ProbeResponse(200, b"")
                 assert len(connections) == 4
-                assert (line.breaks, told) == (0, [])
+                assert (connection.breaks, told) == (0, [])
 
     asyncio.run(play())
 
@@ -239,10 +255,10 @@ def test_a_server_that_closes_after_each_answer_without_a_word_has_nobody_hurry(
     async def play() -> None:
         told: list[None] = []
         async with talking(*[b"close:" + EMPTY] * 3) as (member, _):
-            with line_to(member, when_broken=lambda: told.append(None)) as line:
+            with connection_to(member, when_broken=lambda: told.append(None)) as connection:
                 for asked in range(3):
-                    assert await line.ask("/", 5) == Answer(200, b"")
-                    while line.breaks == asked:  # noqa: ASYNC110 - nobody is told of it: that is the point
+                    assert await connection.request("/", 5) == ProbeResponse(200, b"")
+                    while connection.breaks == asked:  # noqa: ASYNC110 - nobody is told of it: that is the point
                         await asyncio.sleep(0)
                 assert told == []
 
@@ -268,24 +284,28 @@ def loads_of(*ranks: tuple[object, object]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("loads", "info", "facts"),
     [
-        (loads_of((64, 65536)), {"random_seed": 7, "max_running_requests": None}, Facts("7", 64, 65536)),
-        (loads_of((64, 8192)), {"random_seed": 7}, Facts("7", 32, 8192)),
-        (loads_of((64, 1024)), {"random_seed": 0}, Facts("0", 16, 1024)),
-        (loads_of((10, 1024)), {"random_seed": 7}, Facts("7", 10, 1024)),
-        (loads_of((64, 8192), (64, 8192)), {"random_seed": 7}, Facts("7", 64, 16384, ranks=2)),
-        (None, {"random_seed": 7, "dp_size": 4, "max_total_num_tokens": 5120}, Facts("7", 80, 20480, ranks=4)),
-        (None, {"random_seed": 7, "max_running_requests": 48, "max_total_num_tokens": 65536}, Facts("7", 48, 65536)),
-        (None, {"random_seed": 7, "max_total_num_tokens": 5120}, Facts("7", 20, 5120)),
-        (loads_of((64, 0)), {"random_seed": 7, "max_total_num_tokens": 8192}, Facts("7", 32, 8192)),
-        (None, {"random_seed": 7, "startup_time": {"scheduler_e2e": 52.01, "load_weight": 8.7}}, Facts("7 52.01")),
-        (None, {"random_seed": 7, "startup_time": None}, Facts("7")),
-        (loads_of((0, 0)), {}, Facts()),
-        (loads_of(("many", True)), {"random_seed": None}, Facts()),
-        ({"loads": "none"}, ["no object"], Facts()),
-        (None, None, Facts()),
+        (loads_of((64, 65536)), {"random_seed": 7, "max_running_requests": None}, Inspection("7", 64, 65536)),
+        (loads_of((64, 8192)), {"random_seed": 7}, Inspection("7", 32, 8192)),
+        (loads_of((64, 1024)), {"random_seed": 0}, Inspection("0", 16, 1024)),
+        (loads_of((10, 1024)), {"random_seed": 7}, Inspection("7", 10, 1024)),
+        (loads_of((64, 8192), (64, 8192)), {"random_seed": 7}, Inspection("7", 64, 16384, ranks=2)),
+        (None, {"random_seed": 7, "dp_size": 4, "max_total_num_tokens": 5120}, Inspection("7", 80, 20480, ranks=4)),
+        (
+            None,
+            {"random_seed": 7, "max_running_requests": 48, "max_total_num_tokens": 65536},
+            Inspection("7", 48, 65536),
+        ),
+        (None, {"random_seed": 7, "max_total_num_tokens": 5120}, Inspection("7", 20, 5120)),
+        (loads_of((64, 0)), {"random_seed": 7, "max_total_num_tokens": 8192}, Inspection("7", 32, 8192)),
+        (None, {"random_seed": 7, "startup_time": {"scheduler_e2e": 52.01, "load_weight": 8.7}}, Inspection("7 52.01")),
+        (None, {"random_seed": 7, "startup_time": None}, Inspection("7")),
+        (loads_of((0, 0)), {}, Inspection()),
+        (loads_of(("many", True)), {"random_seed": None}, Inspection()),
+        ({"loads": "none"}, ["no object"], Inspection()),
+        (None, None, Inspection()),
     ],
 )
-def test_identity_limit_and_capacity_are_read_from_what_sglang_says(loads: Any, info: Any, facts: Facts) -> None:
+def test_identity_limit_and_capacity_are_read_from_what_sglang_says(loads: Any, info: Any, facts: Inspection) -> None:
     def said(body: Any) -> bytes:
         if body is None:
             return b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
@@ -294,8 +314,8 @@ def test_identity_limit_and_capacity_are_read_from_what_sglang_says(loads: Any, 
 
     async def play() -> None:
         async with talking(said(loads), said(info)) as (member, _):
-            with line_to(member) as line:
-                assert await read_facts(line, 5) == facts
+            with connection_to(member) as connection:
+                assert await inspect(connection, 5) == facts
 
     asyncio.run(play())
 
@@ -304,8 +324,8 @@ def test_a_body_that_is_no_json_says_nothing() -> None:
     async def play() -> None:
         odd = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"
         async with talking(odd, odd) as (member, _):
-            with line_to(member) as line:
-                assert await read_facts(line, 5) == Facts()
+            with connection_to(member) as connection:
+                assert await inspect(connection, 5) == Inspection()
 
     asyncio.run(play())
 
@@ -315,8 +335,8 @@ def test_a_scheduler_too_busy_to_say_who_it_is_leaves_the_limits_known_and_the_f
 
     async def play() -> None:
         async with talking(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(said), said), b"") as (member, _):
-            with line_to(member) as line:
-                assert await read_facts(line, 0.1) == Facts(None, 32, 8192, is_whole=False)
+            with connection_to(member) as connection:
+                assert await inspect(connection, 0.1) == Inspection(None, 32, 8192, is_whole=False)
 
     asyncio.run(play())
 
@@ -324,8 +344,8 @@ def test_a_scheduler_too_busy_to_say_who_it_is_leaves_the_limits_known_and_the_f
 def test_a_replica_that_does_not_answer_has_said_nothing_yet() -> None:
     async def play() -> None:
         async with LabReplica(service_status="hang") as replica:
-            with line_to(member_at(replica.url)) as line:
-                assert await read_facts(line, 0.1) == Facts(is_whole=False)
+            with connection_to(member_at(replica.url)) as connection:
+                assert await inspect(connection, 0.1) == Inspection(is_whole=False)
 
     asyncio.run(play())
 

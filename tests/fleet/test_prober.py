@@ -10,7 +10,7 @@ from balancer.contract.listing import ReplicaListing
 from balancer.contract.words import State, Status
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import SAID_AFTER, Verdict
+from balancer.fleet.member import SHOWN_AFTER, Verdict
 from tests.fleet.watched import INTERVAL, TIMEOUT, probes, statuses, until_ready, until_status, watched
 from tests.lab.replica import LabReplica
 from tests.support.fleets import Chosen, claimed
@@ -613,7 +613,7 @@ def test_stopping_ends_every_task_and_connection() -> None:
                 await hung.seen.until(lambda _: asked(hung, "/ready") > 0)
             await replica.seen.until(lambda seen: seen.connections_open == 0)
             await hung.seen.until(lambda seen: seen.connections_open == 0)
-            ours = {task for task in asyncio.all_tasks() - before if "Watch" in repr(task.get_coro())}
+            ours = {task for task in asyncio.all_tasks() - before if "MemberWatch" in repr(task.get_coro())}
             assert ours == set()
 
     asyncio.run(play())
@@ -688,7 +688,7 @@ def test_a_probe_that_fails_for_long_says_what_it_gets(answers: dict[str, tuple[
                 await until(lambda: member.probe is Verdict.FAILING)
                 now = fleet.clock()
                 assert member.trouble(now) == "", "not at once: a replica that loads looks like that"
-                assert got in member.trouble(now + SAID_AFTER + 1)
+                assert got in member.trouble(now + SHOWN_AFTER + 1)
 
     asyncio.run(play())
 

@@ -171,7 +171,7 @@ class Simulation:
         while self._waiting:
             if self._held_back:
                 for member in self.first_rank:
-                    self.fleet.reported(member, sum(len(model.waiting) for model in self.models_of(member)))
+                    self.fleet.note_queue(member, sum(len(model.waiting) for model in self.models_of(member)))
             sent_at, turn, later = self._waiting[0]
             turn.blocks  # noqa: B018  cutting a prompt into blocks is not part of the choice
             began = time.perf_counter_ns()

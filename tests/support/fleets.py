@@ -67,8 +67,8 @@ def fleet_of(
 
 def make_ready(fleet: Fleet, member: Member) -> None:
     """What two passing probes do."""
-    fleet.noted(member, member.ready.passed(fleet.clock()))
-    fleet.noted(member, member.service.passed(fleet.clock()))
+    fleet.note_probe(member, member.ready.passed(fleet.clock()))
+    fleet.note_probe(member, member.service.passed(fleet.clock()))
 
 
 def claim(fleet: Fleet, *tried: Member, generating: bool = True) -> Claim[Chosen] | None:
