@@ -17,15 +17,22 @@ class State(enum.StrEnum):
     """What an engine knows of a replica: whether its process is wanted, and runs. All else the balancer finds out."""
 
     PROVISIONING = "PROVISIONING"
+    FETCHING = "FETCHING"
     RUNNING = "RUNNING"
     FAILED = "FAILED"
     SHUTTING_DOWN = "SHUTTING_DOWN"
 
+    @property
+    def is_before_start(self) -> bool:
+        """Does the time that a replica has to become ready not run yet? A model of 140 GB may come for hours."""
+        return self in (State.PROVISIONING, State.FETCHING)
+
 
 class Status(enum.StrEnum):
-    """SkyServe's words for a replica, and two of ours (DRAINING, EJECTED)."""
+    """SkyServe's words for a replica, and three of ours (FETCHING, DRAINING, EJECTED)."""
 
     PROVISIONING = "PROVISIONING"
+    FETCHING = "FETCHING"
     STARTING = "STARTING"
     READY = "READY"
     NOT_READY = "NOT_READY"
@@ -58,6 +65,7 @@ class ServiceStatus(enum.StrEnum):
 
 _PHASES = {
     Status.PROVISIONING: Phase.PENDING,
+    Status.FETCHING: Phase.PENDING,
     Status.STARTING: Phase.PENDING,
     Status.READY: Phase.READY,
     Status.NOT_READY: Phase.UNAVAILABLE,

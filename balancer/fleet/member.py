@@ -150,11 +150,11 @@ class Member:
         before, now = self.listing.state, listing.state
         if now is before:
             return False
-        return now is State.PROVISIONING or (now is State.RUNNING and before is not State.PROVISIONING)
+        return now is State.PROVISIONING or (now is State.RUNNING and not before.is_before_start)
 
     def renew(self, listing: ReplicaListing, now: float) -> None:
         """The same life is listed again; some of its facts may have changed."""
-        if self.listing.state is State.PROVISIONING and listing.state is not State.PROVISIONING:
+        if self.listing.state.is_before_start and not listing.state.is_before_start:
             self.since = now
         if listing.launched_seconds is not None:
             self.launched_at = now - listing.launched_seconds
@@ -193,8 +193,8 @@ class Member:
             return Status.FAILED
         if self.is_leaving:
             return Status.DRAINING if self.in_flight else Status.SHUTTING_DOWN
-        if self.listing.state is State.PROVISIONING:
-            return Status.PROVISIONING
+        if self.listing.state.is_before_start:
+            return Status(self.listing.state)
         if not self.has_passed and now - self.since > self.readiness.initial_delay_seconds:
             return Status.FAILED_INITIAL_DELAY
         if not self.has_passed:

@@ -1,13 +1,11 @@
-"""Tells how far a download is: to a terminal, to a log, and to whoever started this process and waits for it."""
+"""Tells how far a download is: to a terminal, or line by line to a log, which is where a controller reads it."""
 
-import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 
-_BETWEEN_LINES = 15.0  # seconds, in a log
+_BETWEEN_LINES = 5.0  # seconds, in a log
 _BETWEEN_LOOKS = 0.5  # on a terminal
 
 
@@ -33,7 +31,6 @@ class Progress:
                 return
             self._said = now
             line = self.line(now)
-            notify(line)
             if is_terminal:
                 print(f"\r\033[K{line}", end="", flush=True)
             else:
@@ -52,18 +49,6 @@ class Progress:
     def end(self) -> None:
         if sys.stdout.isatty():
             print("\r\033[K", end="", flush=True)
-
-
-def notify(status: str) -> None:
-    """Tells a supervisor that listens, in systemd's way (sd_notify(3)); nobody need."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as out:
-            out.sendto(f"STATUS={status}".encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
-    except OSError:
-        pass
 
 
 def gigabytes(count: int) -> str:

@@ -11,7 +11,7 @@ from replica.store import hub
 from replica.store.cache import Cache, File, Manifest
 from replica.store.download import download
 from replica.store.errors import StoreError
-from replica.store.progress import Progress, gigabytes, notify
+from replica.store.progress import Progress, gigabytes
 
 _AT_ONCE = 4  # files
 _RESERVE = 1 << 30  # bytes of the disk that stay free
@@ -65,7 +65,6 @@ def _pull(
             _download_all(manifest, missing, cache, token, progress)
         finally:
             progress.end()
-            notify("")
     cache.note(manifest)
     cache.place(manifest)
     return manifest

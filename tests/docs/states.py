@@ -12,16 +12,17 @@ from tests.support.fleets import Clock, claimed, fail, fleet_of, listed, make_re
 
 WIDE, HIGH = 190, 50
 PLACES: dict[Status, Point] = {
-    Status.PROVISIONING: (22, 70),
-    Status.STARTING: (272, 70),
-    Status.READY: (522, 70),
-    Status.DRAINING: (784, 70),
-    Status.FAILED: (22, 200),
-    Status.NOT_READY: (370, 200),
-    Status.EJECTED: (576, 200),
-    Status.SHUTTING_DOWN: (784, 200),
-    Status.FAILED_INITIAL_DELAY: (160, 320),
-    Status.FAILED_PROBING: (370, 320),
+    Status.PROVISIONING: (22, 146),
+    Status.FETCHING: (147, 62),
+    Status.STARTING: (272, 146),
+    Status.READY: (522, 146),
+    Status.DRAINING: (784, 146),
+    Status.FAILED: (22, 276),
+    Status.NOT_READY: (370, 276),
+    Status.EJECTED: (576, 276),
+    Status.SHUTTING_DOWN: (784, 276),
+    Status.FAILED_INITIAL_DELAY: (160, 396),
+    Status.FAILED_PROBING: (370, 396),
 }
 KINDS = {Status.READY: "mine"} | dict.fromkeys((s for s in Status if s.startswith("FAILED")), "bad")
 KINDS |= dict.fromkeys((Status.NOT_READY, Status.EJECTED), "wait")
@@ -42,59 +43,61 @@ class Step:
 PROBE, SETTINGS = ReadinessProbe(), Settings()
 DELAY, PATIENCE = f"{PROBE.initial_delay_seconds:g} s", f"{PROBE.consecutive_failure_threshold_timeout:g} s"
 STEPS = (
-    Step(Status.PROVISIONING, Status.STARTING, ((212, 95), (272, 95)), (242, 86), ("it runs",)),
-    Step(Status.STARTING, Status.READY, ((462, 95), (522, 95)), (491, 86), ("ready",)),
-    Step(Status.READY, Status.DRAINING, ((712, 95), (784, 95)), (748, 86), ("drain",)),
+    Step(Status.PROVISIONING, Status.FETCHING, ((180, 146), (180, 112)), (172, 134), ("its model is not here",), "s e"),
+    Step(Status.FETCHING, Status.STARTING, ((304, 112), (304, 146)), (312, 134), ("all of it is",), "s"),
+    Step(Status.PROVISIONING, Status.STARTING, ((212, 171), (272, 171)), (242, 162), ("it runs",)),
+    Step(Status.STARTING, Status.READY, ((462, 171), (522, 171)), (491, 162), ("ready",)),
+    Step(Status.READY, Status.DRAINING, ((712, 171), (784, 171)), (748, 162), ("drain",)),
     Step(
         Status.DRAINING,
         Status.SHUTTING_DOWN,
-        ((879, 120), (879, 200)),
-        (888, 156),
+        ((879, 196), (879, 276)),
+        (888, 232),
         ("its last answer", "has ended"),
         "s",
     ),
     Step(
         Status.READY,
         Status.NOT_READY,
-        ((532, 120), (532, 200)),
-        (522, 156),
+        ((532, 196), (532, 276)),
+        (522, 232),
         ("a connection refused,", "or two probes failed"),
         "s e",
     ),
-    Step(Status.NOT_READY, Status.READY, ((550, 200), (550, 120)), (0, 0), ()),
+    Step(Status.NOT_READY, Status.READY, ((550, 276), (550, 196)), (0, 0), ()),
     Step(
         Status.READY,
         Status.EJECTED,
-        ((640, 120), (640, 200)),
-        (671, 270),
+        ((640, 196), (640, 276)),
+        (671, 346),
         (
             f"{CONSECUTIVE} failures in a row, or bad",
             "answers where others give good ones;",
             f"back after {SETTINGS.ejection_time:g} s, later each time",
         ),
     ),
-    Step(Status.EJECTED, Status.READY, ((662, 200), (662, 120)), (0, 0), ()),
+    Step(Status.EJECTED, Status.READY, ((662, 276), (662, 196)), (0, 0), ()),
     Step(
         Status.STARTING,
         Status.FAILED_INITIAL_DELAY,
-        ((330, 120), (330, 320)),
-        (320, 262),
+        ((330, 196), (330, 396)),
+        (320, 338),
         (f"not ready in {DELAY}",),
         "s e",
     ),
     Step(
         Status.NOT_READY,
         Status.FAILED_PROBING,
-        ((465, 250), (465, 320)),
-        (456, 290),
+        ((465, 326), (465, 396)),
+        (456, 366),
         (f"failing for {PATIENCE}",),
         "s e",
     ),
     Step(
         Status.STARTING,
         Status.FAILED,
-        ((300, 120), (300, 158), (117, 158), (117, 200)),
-        (128, 180),
+        ((300, 196), (300, 234), (117, 234), (117, 276)),
+        (128, 256),
         ("its starts fail",),
         "s",
     ),
@@ -113,6 +116,12 @@ def taken() -> Iterator[tuple[Status, Status]]:
     def now(fleet: Fleet) -> Status:
         return fleet.members[3].status(clock())
 
+    fleet = pair(state=State.PROVISIONING)
+    before = now(fleet)
+    fleet.reconcile([listed(3, state=State.FETCHING), listed(1), listed(2)])
+    yield before, (before := now(fleet))
+    fleet.reconcile([listed(3), listed(1), listed(2)])
+    yield before, now(fleet)
     fleet = pair(state=State.PROVISIONING)
     before = now(fleet)
     fleet.reconcile([listed(3), listed(1), listed(2)])
@@ -151,7 +160,7 @@ def picture() -> str:
     real, drawn = set(taken()), {(step.start, step.end) for step in STEPS}
     if real != drawn or PLACES.keys() != set(Status):
         raise ValueError(f"tests/docs/states.py draws other steps than a fleet takes: {sorted(real ^ drawn)}")
-    p = Picture(996, 392, "The states of a replica", "; ".join(f"{s.start} to {s.end}" for s in STEPS) + ".")
+    p = Picture(996, 468, "The states of a replica", "; ".join(f"{s.start} to {s.end}" for s in STEPS) + ".")
     p.text(22, 38, "The states of a replica", "h")
     p.text(974, 38, "requests go only to replicas that are READY", "s e")
     for step in STEPS:

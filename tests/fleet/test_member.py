@@ -67,6 +67,7 @@ def member_with(**facts: Any) -> Member:
         # The engine's words.
         ({"state": State.PROVISIONING}, Status.PROVISIONING),
         ({"state": State.PROVISIONING, "draining": True}, Status.SHUTTING_DOWN),
+        ({"state": State.FETCHING, "has_passed": False, "age": 9 * INITIAL_DELAY}, Status.FETCHING),
         ({"state": State.FAILED, "draining": True}, Status.FAILED),
         ({"state": State.FAILED}, Status.FAILED),
         ({"state": State.SHUTTING_DOWN}, Status.SHUTTING_DOWN),

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from balancer.operate.engines.ports import free_ports
 from replica.presets import resolve
 from replica.store import archive, download, hub, pull
 from replica.store.cache import Cache, File, Manifest
@@ -287,22 +287,19 @@ def test_presets_know_their_parts() -> None:
 
 
 def test_a_replica_fetches_before_it_takes_a_gpu(machine: Machine, tmp_path: Path) -> None:
-    """And tells its supervisor how far it is; here SGLang then finds no model in these files, and ends."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor, socket.socket() as port:
-        supervisor.bind(str(tmp_path / "notify"))
-        port.bind(("127.0.0.1", 0))
-        number = port.getsockname()[1]
-        port.close()
-        environ = {**machine.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "REPLICA_DEVICE": "cpu"}
-        command = [sys.executable, "-m", "replica", "--model", REPO, "--port", str(number)]
-        process = subprocess.Popen(command, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        try:
-            wait_until(lambda: machine.files().keys() == FETCHED, "all is here")
-            supervisor.settimeout(10)
-            assert supervisor.recv(1000).startswith(b"STATUS=fetching org/one: ")
-        finally:
-            process.kill()
-            process.communicate(timeout=30)
+    """And says in its log how far it is; here SGLang then finds no model in these files, and ends."""
+    (port,) = free_ports(1)
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "replica", "--model", REPO, "--port", str(port)]
+    environ = {**machine.environ, "REPLICA_DEVICE": "cpu"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=environ, cwd=ROOT, stdout=out, stderr=out)
+    try:
+        wait_until(lambda: machine.files().keys() == FETCHED, "all is here")
+        assert f"replica: fetching {REPO}: 1.0 MB in 4 files" in log.read_text()
+    finally:
+        process.kill()
+        process.wait(timeout=30)
 
 
 def test_speed_and_rest_are_told() -> None:

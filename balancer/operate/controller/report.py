@@ -64,18 +64,20 @@ class Report:
         return Listing(tuple(self._replica(replica, wanted, now) for replica in shown), service)
 
     def _replica(self, replica: Replica, wanted: Wanted, now: float) -> ReplicaListing:
-        state = _STATES[replica.stage]
+        state, reason = _STATES[replica.stage], replica.reason
         listing = self._by_engine.get(replica.id)
         if listing is None:  # the engine has not said yet where it is: it has a name, and nobody can be sent there
             state = State.PROVISIONING if state is State.RUNNING else state
             listing = ReplicaListing(f"{self._name}-{replica.id}", id=replica.id, infra=self._infra, state=state)
+        elif state is State.RUNNING and listing.state is State.FETCHING:
+            state, reason = listing.state, listing.reason
         return replace(
             listing,
             version=replica.version,
             resources=wanted.recipes[replica.version].resources,
             launched_seconds=max(0.0, now - replica.launched_at) if replica.launched_at else 0.0,
             state=state,
-            reason=replica.reason,
+            reason=reason,
         )
 
     def shown(self, snapshot: Snapshot, replicas: Collection[Replica], wanted: Wanted, now: float) -> Snapshot:

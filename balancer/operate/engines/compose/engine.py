@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import State
 from balancer.errors import ConfigError
 from balancer.operate.engines import capacity
 from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_addresses
@@ -24,6 +25,7 @@ from balancer.operate.engines.compose import project
 from balancer.operate.engines.compose.balancer_handle import ComposeBalancer, environ
 from balancer.operate.engines.compose.project import ROOT, Container, Project, check_docker, has_docker
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
+from balancer.operate.engines.fetching import Fetching
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 from balancer.operate.state.state_file import write_whole
@@ -38,6 +40,7 @@ class _Replica:
     container: Container
     following: asyncio.Task[None]
     started: float  # loop time, in seconds
+    fetching: Fetching
     is_stopping: bool = False
 
 
@@ -131,7 +134,7 @@ class ComposeEngine:
         return {id: self._listing(id) for id in self._replicas}
 
     def _listing(self, id: int) -> ReplicaListing:
-        container = self._replicas[id].container
+        container, progress = self._replicas[id].container, self._replicas[id].fetching.progress()
         return ReplicaListing(
             # As the balancer names those that it knows from DNS alone, so that it knows them by one name only.
             f"{container.address}:{PORT}",
@@ -140,6 +143,8 @@ class ComposeEngine:
             version=int(container.labels[_VERSION]),
             launched_seconds=asyncio.get_running_loop().time() - self._replicas[id].started,
             infra=self.name,
+            state=State.FETCHING if progress else State.RUNNING,
+            reason=progress,
         )
 
     def ended(self) -> tuple[Ended, ...]:
@@ -153,8 +158,9 @@ class ComposeEngine:
     def _take(self, id: int, container: Container) -> None:
         self._folder.trim_replica_logs({id, *self._replicas})
         started = asyncio.get_running_loop().time() - container.age
+        fetching = Fetching(self._folder.replica_log(id))
         following = asyncio.create_task(self._follow(id, container))
-        self._replicas[id] = _Replica(container, following, started)
+        self._replicas[id] = _Replica(container, following, started, fetching)
 
     async def _follow(self, id: int, container: Container) -> None:
         """Until the container ended; then nothing is left of it but its log."""

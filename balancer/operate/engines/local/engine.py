@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import State
 from balancer.errors import ConfigError
 from balancer.operate.engines import capacity
 from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_addresses
 from balancer.operate.engines.child import Child, tail
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
+from balancer.operate.engines.fetching import Fetching
 from balancer.operate.engines.local.balancer_handle import LocalBalancer
 from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
 from balancer.operate.recipe.recipe import Recipe
@@ -25,6 +27,7 @@ class _Replica:
     child: Child
     endpoint: str
     started: float
+    fetching: Fetching
 
 
 class LocalEngine:
@@ -84,8 +87,9 @@ class LocalEngine:
         if self._key_file is not None and recipe.launch is not None:
             invocation = replace(invocation, envs={**invocation.envs, keys.KEY_FILE: str(self._key_file)})
         self._folder.trim_replica_logs({id, *self._replicas})
+        fetching = Fetching(self._folder.replica_log(id))
         child = await Child.start(invocation, self._folder.replica_log(id), self.changed.set)
-        self._replicas[id] = _Replica(child, f"http://127.0.0.1:{port}", time.monotonic())
+        self._replicas[id] = _Replica(child, f"http://127.0.0.1:{port}", time.monotonic(), fetching)
 
     async def stop(self, id: int, grace: float) -> None:
         replica = self._replicas.get(id)
@@ -101,12 +105,15 @@ class LocalEngine:
         return {id: self._listing(id, replica) for id, replica in self._replicas.items() if replica.child.code is None}
 
     def _listing(self, id: int, replica: _Replica) -> ReplicaListing:
+        progress = replica.fetching.progress()
         return ReplicaListing(
             f"{self._folder.name}-{id}",
             replica.endpoint,
             id=id,
             launched_seconds=time.monotonic() - replica.started,
             infra=self.name,
+            state=State.FETCHING if progress else State.RUNNING,
+            reason=progress,
         )
 
     def ended(self) -> tuple[Ended, ...]:
