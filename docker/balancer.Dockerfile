@@ -6,7 +6,7 @@ COPY balancer/requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --quiet --root-user-action=ignore --prefix=/install --ignore-installed --no-deps --require-hashes -r requirements.lock
 COPY balancer /opt/groundserve/balancer
-# The root file system is read-only where this runs: what is not compiled now never will be.
+# The root file system is read-only at run time, so Python cannot compile anything later.
 RUN python3 -m compileall -q /opt/groundserve/balancer
 
 FROM ${PYTHON_IMAGE}
@@ -23,7 +23,7 @@ ENV BALANCER_LISTEN=0.0.0.0:30001 \
     PYTHONUNBUFFERED=1
 USER 1000:1000
 EXPOSE 30001 30002
-# The admin port's /ready: it speaks plain HTTP even where the endpoint speaks TLS.
+# /ready on the admin port, which speaks plain HTTP even if the endpoint uses TLS.
 HEALTHCHECK --interval=5s --timeout=5s --retries=3 \
     CMD ["python3", "-I", "-S", "/opt/groundserve/healthcheck.py", "30002", "/ready"]
 ENTRYPOINT ["python3", "-m", "balancer"]

@@ -1,10 +1,10 @@
-# The node image for machines without a GPU: real SGLang on the CPU, with both embedded models in the image.
+# The replica image for machines without a GPU: real SGLang on the CPU, with both embedded models in the image.
 ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS sglang
 WORKDIR /build
 COPY replica/requirements-cpu.lock replica/requirements-torch.txt ./
-# Another package index, for torch alone: PyTorch's own has builds without CUDA, a tenth of the size.
+# An extra package index for torch alone: PyTorch's own has builds without CUDA, a tenth of the size.
 ARG TORCH_INDEX=
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --quiet --root-user-action=ignore --no-deps --require-hashes -r requirements-cpu.lock \
@@ -14,12 +14,12 @@ FROM ${PYTHON_IMAGE} AS package
 WORKDIR /build
 COPY pyproject.toml LICENSE ./
 COPY replica replica
-# An empty README will do: with the real one every change of it would make another image, and replace every replica.
+# An empty README is enough: with the real one, each change to it would rebuild the image and replace every replica.
 RUN --mount=type=cache,target=/root/.cache/pip \
     touch README.md && pip install --quiet --root-user-action=ignore --no-deps --target /opt/groundserve .
 
-# Half a gigabyte and a minute, spent once here: a replica then starts without a network, and scaling waits for
-# nothing but SGLang. Of replica/ only what makes models, so that no other change makes them anew.
+# Half a gigabyte and a minute, spent once here: replicas then start without a network, and scaling waits only for SGLang.
+# Only the files of replica/ that build models are copied, so that other changes do not rebuild them.
 FROM sglang AS models
 WORKDIR /build
 COPY replica/__init__.py replica/command.py replica/gpu.py replica/media.py replica/models.py replica/plugin.py \
@@ -32,8 +32,8 @@ LABEL org.opencontainers.image.title="groundserve replica on a CPU" \
       org.opencontainers.image.description="SGLang on a plain CPU, with two small models" \
       org.opencontainers.image.version="0.2.0.dev0" \
       org.opencontainers.image.licenses="Apache-2.0"
-# 1777, as /tmp: whoever the container runs as may write there, and so may the volumes' later users. Empty, because
-# containers that start together on a new volume would all fill it from here, and fall over each other.
+# Mode 1777, like /tmp: any user that the container runs as may write there, and so may later users of the volumes. Empty,
+# because containers that start together on a new volume would all copy these folders into it at once, and fail.
 RUN mkdir -p /home/groundserve/.cache /huggingface /leases \
     && chmod 1777 /home/groundserve /home/groundserve/.cache /huggingface /leases
 COPY --from=models /opt/models /opt/models

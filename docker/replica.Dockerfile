@@ -1,14 +1,14 @@
-# The node image for NVIDIA GPUs: SGLang's own image, and replica/.
+# The replica image for NVIDIA GPUs: SGLang's own image plus replica/.
 ARG SGLANG_IMAGE=lmsysorg/sglang:v0.5.23
 ARG PYTHON_IMAGE=python:3.11-slim
 
-# As an installed package, because SGLang finds our plug-in by its entry points; in a folder of its own, because
-# then nothing hangs on how Python is set up in SGLang's image.
+# Installed as a package, because SGLang finds our plug-in by its entry points; in a folder of its own, so that nothing
+# depends on how Python is set up in SGLang's image.
 FROM ${PYTHON_IMAGE} AS package
 WORKDIR /build
 COPY pyproject.toml LICENSE ./
 COPY replica replica
-# An empty README will do: with the real one every change of it would make another image, and replace every replica.
+# An empty README is enough: with the real one, each change to it would rebuild the image and replace every replica.
 RUN --mount=type=cache,target=/root/.cache/pip \
     touch README.md && pip install --quiet --root-user-action=ignore --no-deps --no-compile --target /opt/groundserve .
 
@@ -19,14 +19,14 @@ LABEL org.opencontainers.image.title="groundserve replica" \
       org.opencontainers.image.version="0.2.0.dev0" \
       org.opencontainers.image.licenses="Apache-2.0"
 USER 0:0
-# 1777, as /tmp: whoever the container runs as may write there, and so may the volumes' later users. Empty, because
-# containers that start together on a new volume would all fill it from here, and fall over each other.
+# Mode 1777, like /tmp: any user that the container runs as may write there, and so may later users of the volumes. Empty,
+# because containers that start together on a new volume would all copy these folders into it at once, and fail.
 RUN mkdir -p /home/groundserve/.cache /huggingface /leases \
     && chmod 1777 /home/groundserve /home/groundserve/.cache /huggingface /leases
 COPY --from=package /opt/groundserve /opt/groundserve
 COPY docker/healthcheck.py /opt/groundserve/
 WORKDIR /home/groundserve
-# USER too: torch asks for the user's name, and this one is in no passwd file.
+# USER is set because torch looks up the user's name, and this user has no passwd entry.
 ENV PYTHONPATH=/opt/groundserve${PYTHONPATH:+:$PYTHONPATH} \
     PYTHONUNBUFFERED=1 \
     HOME=/home/groundserve \
@@ -41,7 +41,7 @@ ENV PYTHONPATH=/opt/groundserve${PYTHONPATH:+:$PYTHONPATH} \
     TRITON_CACHE_DIR=/home/groundserve/.cache/triton
 USER 1000:1000
 EXPOSE 8000
-# /ready, never /health: a failed /health makes SGLang exit without draining.
+# /ready, never /health: after a failed /health SGLang exits without draining.
 HEALTHCHECK --interval=5s --timeout=5s --start-period=30m --retries=3 \
     CMD ["python3", "-I", "-S", "/opt/groundserve/healthcheck.py", "8000", "/ready"]
 ENTRYPOINT ["python3", "-m", "replica"]

@@ -1,6 +1,6 @@
-"""What a plain CPU lacks, put in place on import, for SGLang's tools that load no plug-in: its load generator, say.
+"""Supplies what a plain CPU lacks to SGLang tools that load no plug-in, such as its load generator.
 
-`make install` has each Python of .venv run `prepare`; SGLang's servers get the same from replica/plugin.py.
+`make install` makes each Python of .venv run `prepare`; SGLang's servers get the same from replica/plugin.py.
 """
 
 import sys
@@ -11,15 +11,15 @@ from types import ModuleType
 
 
 def prepare() -> None:
-    """Imports nothing yet: most programs of a .venv need neither torch nor SGLang."""
+    """Installs the import hooks. Imports nothing yet: most programs of a .venv need neither torch nor SGLang."""
     if any(isinstance(finder, _WithoutDatasets) for finder in sys.meta_path):
-        return  # a folder of packages with two names is read twice
+        return  # a site-packages folder with two names is processed twice
     sys.meta_path.insert(0, _BeforeTorchvision())
     sys.meta_path.append(_WithoutDatasets())
 
 
 class _BeforeTorchvision(MetaPathFinder):
-    """Declares torchvision's operators right before it is imported; where it comes from is for others to find."""
+    """Declares torchvision's operators right before it is imported; other finders then locate it."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name == "torchvision" and self in sys.meta_path:
@@ -31,7 +31,7 @@ class _BeforeTorchvision(MetaPathFinder):
 
 
 class _WithoutDatasets(MetaPathFinder, Loader):
-    """A stand-in for the package `datasets`, asked last; SGLang's load generator wants it for one workload."""
+    """A stand-in for the package `datasets`, which SGLang's load generator needs for only one workload. Tried last."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         is_wanted = name == "datasets" and "sglang.benchmark.datasets" in sys.modules

@@ -1,4 +1,4 @@
-"""Fetching the media of a request: SGLang's own session, held to what replica/media.py allows at each connection."""
+"""Fetches the media of a request with SGLang's own session; replica/media.py must allow each connection."""
 
 import os
 import socket
@@ -18,15 +18,15 @@ from replica.media import DOMAINS, MediaError, Policy, check_content
 
 
 class Unfetchable(MediaError):
-    """A client's URL that gives no media."""
+    """A client's URL that cannot be fetched."""
 
 
 class Unreachable(Unfetchable, requests.exceptions.ConnectionError):
-    """Nobody answers there; still one of those that SGLang asks a second time."""
+    """Nothing answers at the URL. A ConnectionError, so SGLang tries it a second time."""
 
 
 def fetch(stock: Callable[..., bytes], url: str, *more: Any, **named: Any) -> bytes:
-    """Around SGLang's download_remote_media: a URL that cannot be fetched is the client's mistake, not ours."""
+    """Wraps SGLang's download_remote_media: a URL that cannot be fetched is the client's mistake, not ours."""
     try:
         content = stock(url, *more, **named)
         check_content(content)
@@ -37,22 +37,22 @@ def fetch(stock: Callable[..., bytes], url: str, *more: Any, **named: Any) -> by
         raise Unreachable(f"{url[:100]!r} cannot be fetched: no answer in time") from None
     except requests.exceptions.ConnectionError:
         proxy = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"))
-        hint = f" (a proxy is asked only for hosts that the operator names in {DOMAINS})" if proxy else ""
-        raise Unreachable(f"{url[:100]!r} cannot be fetched: there is no connection to it{hint}") from None
+        hint = f" (the proxy is used only for hosts listed in {DOMAINS})" if proxy else ""
+        raise Unreachable(f"{url[:100]!r} cannot be fetched: no connection{hint}") from None
     except (requests.exceptions.RequestException, OSError) as error:
         raise Unfetchable(f"{url[:100]!r} cannot be fetched: {error}") from None
 
 
 def guarded(session: requests.Session, policy: Policy) -> requests.Session:
-    """`session`, whose every connection is one that `policy` allows. It uses no password of ~/.netrc."""
+    """`session`, restricted to connections that `policy` allows. It ignores passwords in ~/.netrc."""
     if not isinstance(session.get_adapter("http://"), _Adapter):
         session.mount("http://", _Adapter(policy))
         session.mount("https://", _Adapter(policy))
-        session.auth = _said_in_url
+        session.auth = _auth_from_url
     return session
 
 
-def _said_in_url(request: requests.PreparedRequest) -> requests.PreparedRequest:
+def _auth_from_url(request: requests.PreparedRequest) -> requests.PreparedRequest:
     user, password = get_auth_from_url(str(request.url))
     return HTTPBasicAuth(user, password)(request) if user or password else request
 
@@ -80,7 +80,7 @@ class _Adapter(HTTPAdapter):
     ) -> requests.Response:
         url = str(request.url)
         self._policy.check_host(urlsplit(url).hostname or "", url)
-        # Behind a proxy nobody sees which address is asked: that takes hosts the operator trusts.
+        # A proxy hides which address is contacted, so use one only for hosts that the operator trusts.
         trusted = self._policy.domains or self._policy.private
         return super().send(request, stream, timeout, verify, cert, proxies if trusted else None)
 
@@ -103,7 +103,7 @@ def _pool(pool: Any, connection: Any, policy: Policy) -> Any:
                 else:
                     return connected
                 finally:
-                    self._dns_host = name  # what the certificate and the Host field go by
+                    self._dns_host = name  # the certificate and the Host field are for this name
             assert failure is not None
             raise failure
 

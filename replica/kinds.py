@@ -1,11 +1,11 @@
-"""GPUs by SkyPilot's names: is what NVIDIA's driver calls "NVIDIA GeForce RTX 4090" an RTX4090? Pure."""
+"""Matches GPU names of NVIDIA's driver ("NVIDIA GeForce RTX 4090") against SkyPilot's (RTX4090). Pure."""
 
 import re
 
-# Words of a name that tell no two products apart.
+# Words of a name that do not distinguish products.
 _NOISE = {"NVIDIA", "TESLA", "GEFORCE", "GENERATION", "EDITION", "GPU", "MEGA", "NVLINK"}
-# Words that make another product of one that is called the same without them.
-_TELLING = {"ADA", "D", "LAPTOP", "MAX", "PRO", "SFF", "SUPER", "TI", "TITAN"}
+# Words that do: with one of them, the same name means another product.
+_DISTINCTIVE = {"ADA", "D", "LAPTOP", "MAX", "PRO", "SFF", "SUPER", "TI", "TITAN"}
 _SHORT = {
     "WK": "WORKSTATION",
     "SE": "SERVER",
@@ -23,26 +23,26 @@ _ANY_OF_SIZE = re.compile(r"(?:NVIDIA:)?(\d+)(G|T)B?(\+?)", re.IGNORECASE)
 def is_of_kind(name: str, kind: str, memory: int = 0) -> bool:
     """Is a GPU what SkyPilot calls `kind`: L4, A100-80GB, RTX6000-Ada, 24GB+?
 
-    `name` is the driver's, `memory` is how much it has in MiB, 0 where nobody knows. A kind without a size is of any
-    size; one with a size is that size by the name or by the memory.
+    `name` is the driver's, `memory` its memory in MiB, 0 if unknown. A kind without a size matches any size; with a
+    size, the GPU's name or memory must match it.
     """
     words, sizes = _read(name)
     if any_of_size := _ANY_OF_SIZE.fullmatch(kind.strip()):
         gigabytes = int(any_of_size[1]) * (1024 if any_of_size[2] in "tT" else 1)
         is_more = bool(any_of_size[3]) and (
-            memory >= _least(gigabytes) or (not memory and max(sizes, default=0) >= gigabytes)
+            memory >= _minimum(gigabytes) or (not memory and max(sizes, default=0) >= gigabytes)
         )
         return is_more or _has(gigabytes, sizes, memory)
     wanted, wanted_sizes = _read(kind)
     if not wanted or not wanted <= words | ({"SXM"} if not words & {"PCIE", "NVL"} else set()):
         return False
-    if (words & _TELLING) - wanted - ({"MAX"} if "PRO" in wanted else set()):
+    if (words & _DISTINCTIVE) - wanted - ({"MAX"} if "PRO" in wanted else set()):
         return False
     return all(_has(size, sizes, memory) or not (sizes or memory) for size in wanted_sizes)
 
 
 def _read(name: str) -> tuple[set[str], set[int]]:
-    """Its words, with "RTX4080SUPER" taken apart as in "RTX 4080 SUPER", and the sizes among them in GB."""
+    """The words of a name, with "RTX4080SUPER" split like "RTX 4080 SUPER", and the sizes in GB among them."""
     text = re.sub(r"(RTX|GTX|PRO)(?=[A-Z]*\d|PRO)", r"\1 ", name.upper())
     text = re.sub(r"(?<=\d)(?=(?:TI|SUPER|ADA|D|SFF)(?![A-Z]*\d))", " ", text).replace("TISUPER", "TI SUPER")
     words = {_SHORT.get(word, word) for word in re.findall(r"[A-Z0-9]+", text.replace("MAXQ", "MAX Q"))} - _NOISE
@@ -51,9 +51,9 @@ def _read(name: str) -> tuple[set[str], set[int]]:
 
 
 def _has(gigabytes: int, sizes: set[int], memory: int) -> bool:
-    return gigabytes in sizes or _least(gigabytes) <= memory <= gigabytes * 1024 * 1.03
+    return gigabytes in sizes or _minimum(gigabytes) <= memory <= gigabytes * 1024 * 1.03
 
 
-def _least(gigabytes: int) -> float:
-    """MiB that the driver tells of so many GB: a T4's 16 are 15,360."""
+def _minimum(gigabytes: int) -> float:
+    """The lowest figure in MiB that the driver reports for a GPU of so many GB: a T4's 16 GB are 15,360."""
     return gigabytes * 1024 * 0.9

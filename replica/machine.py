@@ -1,4 +1,4 @@
-"""Can this machine serve the model: SGLang, port, memory, token. A check says what is wrong and what to do."""
+"""Checks whether this machine can serve the model: SGLang, port, memory, token. Errors say what to do."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ from replica.memory import available_gib
 from replica.presets import Preset
 from replica.settings import Settings
 
-_MEMORY_WAIT = 30.0  # seconds that a dead replica's GPU memory may outlive its lease
+_MEMORY_WAIT = 30.0  # seconds to wait for GPU memory that a dead replica still holds after its lease
 
 
 class MachineError(Exception):
@@ -48,7 +48,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_token(preset: Preset, told: Settings, environ: Mapping[str, str]) -> None:
-    """A gated model needs a token, unless it was fetched before."""
+    """A gated model needs a token unless it has been downloaded before."""
     if not preset.gated or told.hf_token or preset.model is None:
         return
     home = Path(environ.get("HF_HOME") or Path(environ.get("HOME") or "~", ".cache/huggingface").expanduser())
@@ -62,7 +62,7 @@ def check_token(preset: Preset, told: Settings, environ: Mapping[str, str]) -> N
 
 
 def check_memory(preset: Preset, available: float | None = None) -> None:
-    """available: free memory in GiB, read from the machine when not given."""
+    """available: free memory in GiB; None: read from the machine."""
     if available is None:
         available = available_gib()
     if available < preset.cpu_gib:
@@ -73,10 +73,10 @@ def check_memory(preset: Preset, available: float | None = None) -> None:
 
 
 def cpu_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What this CPU multiplies fastest, as SGLang's --dtype has it.
+    """The type that this CPU multiplies fastest, for SGLang's --dtype.
 
-    A CPU without instructions for bfloat16 widens each number first: the prompt of SmolLM2 then takes five times as
-    long as in float32 (27 s and 5 s for 1,027 tokens on one thread of a Zen 3).
+    A CPU without bfloat16 instructions widens each number first: SmolLM2's prompts then take five times as long as in
+    float32 (27 s against 5 s for 1,027 tokens on one thread of a Zen 3).
     """
     try:
         known = set(cpuinfo.read_text().split())
@@ -93,10 +93,10 @@ def wait_for_memory(
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Waits until each leased GPU has `need` GiB free, or says on stderr who is in the way and goes on.
+    """Waits until each leased GPU has `need` GiB free; after 30 s says on stderr who uses it, and goes on.
 
-    need 0, unknown: nine tenths of the GPU. The one who held the lease before may have left memory behind for
-    a moment, and others may use the GPU without a lease.
+    need 0, unknown: nine tenths of the GPU. The previous holder's memory may take a moment to be freed, and other
+    programs may use the GPU without a lease.
     """
     uuids = {one.uuid for one in held}
     give_up = clock() + _MEMORY_WAIT

@@ -1,6 +1,6 @@
-"""Where the image, sound or video of a request may come from: the request itself, the web, what the operator allows.
+"""Where the image, sound or video of a request may come from: the request itself, the web, or what the operator allows.
 
-A client's string must not make the replica read its own files, nor ask what only its own network can reach.
+A client's string must not make the replica read its own files or contact addresses that only its own network can reach.
 """
 
 import base64
@@ -17,27 +17,27 @@ DOMAINS = "ALLOWED_MEDIA_DOMAINS"
 LOCAL_PATH = "ALLOWED_LOCAL_MEDIA_PATH"
 PRIVATE = "ALLOW_PRIVATE_MEDIA"
 
-# In a dict, what SGLang takes for a source whatever it looks like.
+# Keys of a dict whose strings SGLang takes for a source, whatever they look like.
 _SOURCE_KEYS = {"url", "image", "video", "audio", "video_path", "path"}
 _WORD = re.compile(r"[\w .+-]{0,64}")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 _WEB = re.compile("https?://", re.IGNORECASE)
-_JPEG = "/9j/"  # how every JPEG begins in base64, and no path
-_LONGEST_PATH = 4096
-_DEEPEST = 16  # lists in lists
+_JPEG = "/9j/"  # every JPEG begins so in base64; no path does
+_MAX_PATH = 4096
+_MAX_DEPTH = 16  # lists in lists
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class MediaError(ValueError):
-    """Media that the replica will not load, in words for the client. A ValueError, which SGLang answers with 400."""
+    """Media that the replica refuses to load; the message is for the client. SGLang answers a ValueError with 400."""
 
 
 @dataclass(frozen=True)
 class Policy:
     """What the operator allows beyond data: URLs and the public web.
 
-    domains: if any, the only hosts that media are fetched from. local: the folder that files may be read from.
-    private: addresses that are not on the public Internet may be asked, too.
+    domains: if not empty, the only hosts that media are fetched from. local: a folder whose files may be read.
+    private: addresses outside the public Internet may be contacted as well.
     """
 
     domains: frozenset[str] = frozenset()
@@ -46,13 +46,13 @@ class Policy:
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "Policy":
-        """From the three variables. Raises ValueError, which names the variable."""
+        """The policy from its three variables. Raises ValueError that names the variable."""
         folder = environ.get(LOCAL_PATH)
         if folder and not Path(folder).is_dir():
-            raise ValueError(f"{LOCAL_PATH}={folder}: it is no folder")
+            raise ValueError(f"{LOCAL_PATH}={folder}: this is not a folder")
         private = environ.get(PRIVATE) or "0"
         if private not in ("0", "1"):
-            raise ValueError(f"{PRIVATE}={private}: it is 0 or 1")
+            raise ValueError(f"{PRIVATE}={private}: use 0 or 1")
         return cls(
             frozenset(_host(part) for part in re.split(r"[\s,]+", environ.get(DOMAINS) or "") if part),
             Path(folder).resolve() if folder else None,
@@ -60,7 +60,7 @@ class Policy:
         )
 
     def environ(self) -> dict[str, str]:
-        """The variables that `read` reads it from."""
+        """The variables from which `read` makes this policy."""
         return {
             DOMAINS: " ".join(sorted(self.domains)),
             LOCAL_PATH: str(self.local or ""),
@@ -68,10 +68,10 @@ class Policy:
         }
 
     def settle(self, source: str) -> str:
-        """`source` so that it can be read in one way only: a data: URL, an http(s) URL, or a file's real path.
+        """`source` in an unambiguous form: a data: URL, an http(s) URL, or the real path of a file.
 
-        Raises MediaError for all else, and for a file outside the folder. Who is asked for a URL, and at which address,
-        is looked at when it is (replica/fetch.py).
+        Raises MediaError for everything else, and for a file outside the folder. The host and address of a URL are
+        checked when it is fetched (replica/fetch.py).
         """
         if source.startswith("data:"):
             _check_data(source)
@@ -79,30 +79,30 @@ class Policy:
         if web := _WEB.match(source):
             return web[0].lower() + source[web.end() :]
         is_file = source[:5].lower() == "file:" or (source.startswith("/") and not source.startswith(_JPEG))
-        if not is_file and _BASE64.fullmatch(source, 0, _LONGEST_PATH):
-            return self.settle(f"data:;base64,{source}")  # said in so many words, it is never looked for as a file
+        if not is_file and _BASE64.fullmatch(source, 0, _MAX_PATH):
+            return self.settle(f"data:;base64,{source}")  # spelled out, it cannot be taken for a file
         if self.local is None:
             raise MediaError(
-                f"{_shown(source)}: media are given as a data: URL or fetched by http(s); files of the replica are not "
-                f"read (its operator may allow a folder of them with {LOCAL_PATH})"
+                f"{_shown(source)}: media must be data: or http(s) URLs; files of the replica are not read "
+                f"(its operator may allow a folder of them with {LOCAL_PATH})"
             )
         try:
             file = Path(unquote(urlsplit(source).path) if source[:5].lower() == "file:" else source).resolve()
-            # Whether a file is there is told of the folder alone.
-            there = file.is_relative_to(self.local) and file.is_file()
+            # The answer reveals whether a file exists only for files in this folder.
+            exists = file.is_relative_to(self.local) and file.is_file()
         except (OSError, ValueError, RuntimeError):
-            there = False
-        if not is_file or not there:
-            raise MediaError(f"{_shown(source)}: there is no such file in the folder that the operator allows")
+            exists = False
+        if not is_file or not exists:
+            raise MediaError(f"{_shown(source)}: no such file in the folder that the operator allows")
         return str(file)
 
     def settle_all(self, value: Any, depth: int = 0) -> Any:
-        """`value` with every source in it settled: a string, SGLang's ImageData and the like, lists and dicts of them.
+        """`value` with every source in it settled: strings, SGLang's ImageData and similar, lists and dicts of them.
 
-        Changed in place where it can be. Raises MediaError.
+        Changes it in place where possible. Raises MediaError.
         """
-        if depth > _DEEPEST:
-            raise MediaError(f"media are in lists of at most {_DEEPEST}")
+        if depth > _MAX_DEPTH:
+            raise MediaError(f"media are nested more than {_MAX_DEPTH} lists deep")
         if isinstance(value, str):
             return self.settle(value)
         if isinstance(value, list):
@@ -120,31 +120,31 @@ class Policy:
         return value
 
     def check_host(self, host: str, url: str) -> None:
-        """Raises MediaError when hosts are named and this is none of them."""
+        """Raises MediaError if the policy lists hosts and this is not one of them."""
         if self.domains and _host(host) not in self.domains:
             raise MediaError(f"{_shown(url)}: the operator allows media from {', '.join(sorted(self.domains))} only")
 
     def addresses(self, host: str, port: int) -> list[str]:
-        """The addresses of `host` that may be asked, to connect to just these: a second look-up might say others.
+        """The addresses of `host` that may be contacted. Connect to exactly these: a second look-up may differ.
 
-        Raises MediaError when there are only others, OSError when the name is not known.
+        Raises MediaError if none is allowed, OSError if the name cannot be resolved.
         """
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         known = list(dict.fromkeys(str(address[0]) for *_, address in found))
         allowed = [address for address in known if self.private or is_public(address)]
         if not allowed:
             raise MediaError(
-                f"{host} is not on the public Internet, and media are not fetched from elsewhere "
-                f"(the replica's operator may allow it with {PRIVATE}=1)"
+                f"{host} is not on the public Internet, and media are fetched only from there "
+                f"(the replica's operator may allow more with {PRIVATE}=1)"
             )
         return allowed
 
 
 def check_content(content: bytes) -> None:
-    """Raises MediaError for what FFmpeg would take for a list of further files and addresses, and open them itself."""
-    text = content.split(b"\0", 1)[0].lower()  # of a true image, sound or video a few bytes
+    """Raises MediaError for playlists: FFmpeg would open the files and addresses that they list by itself."""
+    text = content.split(b"\0", 1)[0].lower()  # in a real image, sound or video, only a few bytes
     if text.startswith((b"#extm3u", b"ffconcat")) or b"<mpd" in text or b"c=in ip" in text:
-        raise MediaError("a playlist is no image, video or sound: send what it lists")
+        raise MediaError("this is a playlist, not an image, video or sound: send what it lists")
 
 
 def _check_data(source: str) -> None:
@@ -153,14 +153,14 @@ def _check_data(source: str) -> None:
         try:
             content = base64.b64decode(source[start : start + length])
         except ValueError:
-            return  # SGLang will say so
+            return  # SGLang reports it
         check_content(content)
         if b"\0" in content:
             return
 
 
 def is_public(address: str) -> bool:
-    """Is this somebody else's address on the Internet, however it is wrapped for IPv6?"""
+    """Is this a public Internet address of another machine, in whatever IPv6 form it is written?"""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
@@ -170,11 +170,11 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip.is_site_local:
             return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not _is_ours(ip)
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not _is_own(ip)
 
 
-def _is_ours(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """A machine may have a public address of its own, with its own doors behind it: only there can one listen."""
+def _is_own(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """This machine may have a public address, with its own services behind it. Only its own can be bound."""
     with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6) as probe:
         try:
             probe.bind((str(ip), 0))

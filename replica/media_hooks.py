@@ -1,4 +1,4 @@
-"""replica/media.py's policy, put around every place where SGLang takes a client's string for a file or a URL."""
+"""Applies replica/media.py's policy wherever SGLang takes a client's string for a file or a URL."""
 
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -12,10 +12,10 @@ _FIELDS = ("image_data", "video_data", "audio_data")
 
 
 def around(environ: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
-    """What goes around which of SGLang's functions, by their full names.
+    """The wrappers for SGLang's functions, by full name.
 
-    A request is looked at as it comes in, which each model's own way of reading media lies behind; the common loaders
-    are held to the same, for what reads without being asked by a request. Raises ValueError.
+    Requests are checked as they arrive, before any model's own media code sees them. The common loaders are wrapped as
+    well, for code that loads media outside requests. Raises ValueError.
     """
     policy = Policy.read(environ)
     load = functools.partial(_load, policy)
@@ -39,13 +39,13 @@ def _settle(policy: Policy, asked: Any) -> None:
 
 
 def _make(policy: Policy, stock: Callable[..., None], asked: Any, *more: Any, **named: Any) -> None:
-    """Around the request that every OpenAI or Anthropic one becomes: here a stream may still be refused with a 400."""
+    """Wraps the request that every OpenAI or Anthropic request becomes: here a stream can still be refused with 400."""
     stock(asked, *more, **named)
     _settle(policy, asked)
 
 
 async def _serve(policy: Policy, stock: Callable[..., Awaitable[Any]], asked: Any, *more: Any, **named: Any) -> Any:
-    """Around /generate, whose request is made of its body as it is, and which begins a stream before it looks."""
+    """Wraps /generate, which builds its request directly from the body and starts a stream before it looks at it."""
     try:
         _settle(policy, asked)
     except MediaError as error:
@@ -56,11 +56,11 @@ async def _serve(policy: Policy, stock: Callable[..., Awaitable[Any]], asked: An
 
 
 def _admit(policy: Policy, stock: Callable[..., Any], manager: Any, asked: Any, *more: Any, **named: Any) -> Any:
-    """Around what every request goes through, embeddings and scores among them."""
+    """Wraps the entry point of all requests, including embeddings and scores."""
     try:
         _settle(policy, asked)
     except MediaError as error:
-        return _refuse(error)  # where it is first asked for an answer, as SGLang's own refusals
+        return _refuse(error)  # raised at the first read of the answer, like SGLang's own refusals
     return stock(manager, asked, *more, **named)
 
 
@@ -76,7 +76,7 @@ def _load(policy: Policy, stock: Callable[..., Any], source: Any, *more: Any, **
 
 
 def _decode(stock: Callable[..., Any], *more: Any, **named: Any) -> Any:
-    """Around the decoding of an image: what Pillow cannot take is a mistake of who sent it, however Pillow says so."""
+    """Wraps image decoding: an image that Pillow cannot decode is the client's mistake, whatever Pillow raises."""
     try:
         return stock(*more, **named)
     except (ValueError, ImportError, MemoryError):

@@ -1,9 +1,9 @@
-"""Memory that this process may still take: the machine's, or less where a cgroup limits it, its own or one above it."""
+"""Memory that this process may still use: the machine's, or less if its cgroup or a parent cgroup limits it."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-# Where a cgroup's limits and its use stand, and the name in memory.stat of what can be dropped: version 2, then 1.
+# A cgroup's files for limits and usage, and the memory.stat field for droppable cache: version 2, then version 1.
 _LAYOUTS = (
     (("memory.max", "memory.high"), "memory.current", "inactive_file"),
     (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
@@ -11,7 +11,7 @@ _LAYOUTS = (
 
 
 def available_gib(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:
-    """In GiB. A systemd slice, a Slurm job or a container limits all that is in it: the least of all limits counts."""
+    """In GiB. Systemd slices, Slurm jobs and containers limit everything inside them: the lowest limit counts."""
     fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     for folder in _folders(proc, cgroup):
@@ -21,7 +21,7 @@ def available_gib(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgrou
                 dropped = int(dict(line.split() for line in stat.splitlines())[cache])
                 spent = int((folder / used).read_text()) - dropped
             except (OSError, KeyError, ValueError):
-                continue  # the other version, or no limits on memory here
+                continue  # the other cgroup version, or no memory limits here
             available = min([available, *(limit - spent for limit in _read(folder, limits))])
     return max(available, 0) / 2**30
 
@@ -35,7 +35,7 @@ def _read(folder: Path, names: tuple[str, ...]) -> Iterator[int]:
 
 
 def _folders(proc: Path, cgroup: Path) -> Iterator[Path]:
-    """This process's cgroups and those above them, as far as they can be seen: a container sees its own as the root."""
+    """This process's cgroups and their parents, as far as visible: a container sees its own cgroup as the root."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:

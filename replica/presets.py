@@ -1,4 +1,4 @@
-"""The models that a replica knows by name, and what any other name or folder means."""
+"""The models that a replica knows by name, and the meaning of any other name or folder."""
 
 import difflib
 import json
@@ -18,11 +18,11 @@ class ModelError(Exception):
 class Preset:
     """A model and how SGLang serves it.
 
-    model: Hugging Face id or folder; None for a model of our own making, which lies in the models folder
-    under `name`. served_name: the name that requests give. flags, cpu_flags: added to SGLang's, the latter
-    only on a CPU. overrides: changes to the model's config.json, with {folder} for the model's folder.
-    gpu_gib, cpu_gib: memory that serving takes at the least, in GiB; 0 where nobody knows. tokenizer, tower: other
-    models on the hub whose tokenizer, and whose weights, it takes too.
+    model: Hugging Face id or folder; None for an embedded model, which lies in the models folder under `name`.
+    served_name: the model name in requests. flags, cpu_flags: added to SGLang's, the latter only on a CPU.
+    overrides: changes to the model's config.json, with {folder} for the model's folder. gpu_gib, cpu_gib: minimum
+    memory for serving, in GiB; 0 if unknown. tokenizer, tower: other models on the hub whose tokenizer, or whose
+    weights, this one needs as well.
     """
 
     name: str
@@ -56,7 +56,7 @@ PRESETS = {
             name="llava-v1.6-vicuna-7b",
             model="liuhaotian/llava-v1.6-vicuna-7b",
             served_name="liuhaotian/llava-v1.6-vicuna-7b",
-            # The checkpoint brings neither a tokenizer that transformers loads nor a chat template.
+            # The checkpoint has neither a tokenizer that transformers can load nor a chat template.
             flags=("--tokenizer-path", "llava-hf/llava-1.5-7b-hf", "--chat-template", "vicuna_v1.1"),
             gpu_gib=18,
             cpu_gib=18,
@@ -79,7 +79,7 @@ PRESETS = {
             gpu_gib=2,
             cpu_gib=3.3,
         ),
-        # A true LLaVA pipeline with toy eyes: it tells plain colours apart and nothing else.
+        # A real LLaVA pipeline with toy eyes: it distinguishes plain colours and nothing else.
         Preset(
             name="tiny-llava",
             model=None,
@@ -101,7 +101,7 @@ def resolve(model: str) -> Preset:
     for preset in PRESETS.values():
         if model in (preset.name, preset.model):
             return preset
-    # As a string first: a Path raises for a name that is too long, and for the home of somebody unknown.
+    # As a string first: Path raises for names that are too long and for homes of unknown users.
     folder = Path(os.path.expanduser(model))  # noqa: PTH111
     if os.path.isdir(folder):  # noqa: PTH112
         if not (folder / "config.json").is_file():
@@ -122,7 +122,7 @@ def resolve(model: str) -> Preset:
 
 
 def _overrides(folder: Path) -> dict[str, str]:
-    """What SGLang cannot read in a folder's config.json: it wants the whole path of a vision tower that lies inside."""
+    """Overrides for a folder's config.json: SGLang needs the absolute path of a vision tower inside the folder."""
     try:
         tower = json.loads((folder / "config.json").read_text()).get("mm_vision_tower", "")
     except (ValueError, AttributeError) as error:

@@ -1,7 +1,7 @@
-"""A temporary folder of this start's own, for what SGLang leaves lying there; and the end of those whose owner is gone.
+"""A temporary folder for each start, for the files that SGLang leaves behind; folders of dead owners are removed.
 
-SGLang makes half a dozen temporary files at each start, and one in shared memory, and removes none of them. The lock on
-the folder is inherited through exec, as the lease's is, so the kernel says who is gone, however it went.
+At each start SGLang creates half a dozen temporary files and one in shared memory, and removes none of them. The lock
+on the folder is inherited through exec, like the lease's, so the kernel releases it however the process ends.
 """
 
 import contextlib
@@ -12,15 +12,15 @@ import tempfile
 from pathlib import Path
 
 PREFIX = "groundserve-scratch-"
-# A file in the folder whose name begins so is a link to a file elsewhere that goes with it.
+# A link in the folder with this prefix points to a file elsewhere that is removed with the folder.
 ELSEWHERE = "elsewhere-"
-# The sockets that SGLang makes there may have names of 107 bytes.
-_LONGEST_PARENT = 60
+# SGLang creates sockets there, whose paths are limited to 107 bytes.
+_MAX_PARENT = 60
 
 
 def take(parent: Path) -> Path | None:
-    """A new folder in `parent`, locked for as long as this process or what it becomes lives; None where none can be."""
-    if len(os.fsencode(parent)) > _LONGEST_PARENT:
+    """A new folder in `parent`, locked for the life of this process, also after exec; None if it cannot be created."""
+    if len(os.fsencode(parent)) > _MAX_PARENT:
         return None
     try:
         sweep(parent)
@@ -28,7 +28,7 @@ def take(parent: Path) -> Path | None:
             folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
             held = _lock(folder)
             if held is None or not folder.is_dir():
-                continue  # another replica's sweep was quicker than the lock
+                continue  # another replica's sweep removed it before we locked it
             os.set_inheritable(held, True)
             return folder
     except OSError:
@@ -36,7 +36,7 @@ def take(parent: Path) -> Path | None:
 
 
 def sweep(parent: Path) -> None:
-    """Removes what replicas of this user left in `parent` when they ended."""
+    """Removes the folders that ended replicas of this user left in `parent`."""
     for folder in parent.glob(f"{PREFIX}*"):
         held = _lock(folder)
         if held is None:
@@ -49,7 +49,7 @@ def sweep(parent: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds it; None when somebody else does, or it is not ours."""
+    """A descriptor that holds the lock; None if another process holds it, or the folder is not ours."""
     try:
         held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

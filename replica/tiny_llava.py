@@ -1,9 +1,8 @@
-"""tiny-llava: a true LLaVA-1.5 model (CLIP tower, projector, Llama language model) with toy eyes.
+"""tiny-llava: a real LLaVA-1.5 model (CLIP tower, projector, Llama language model) with toy eyes.
 
-The language model is SmolLM2-135M. The eyes, a 3-layer CLIP tower and LLaVA's projector, are trained here, in
-under a minute, to turn each patch of 14 x 14 pixels into the word embedding of its colour: it names plain
-colours and sees nothing else. All of SGLang's image path is real, so it is what a machine without a GPU tests
-that path with.
+The language model is SmolLM2-135M. The eyes, a 3-layer CLIP tower and LLaVA's projector, are trained here in under a
+minute to turn each patch of 14 x 14 pixels into the word embedding of its colour: the model names plain colours and
+sees nothing else. SGLang's whole image path is real, so a machine without a GPU can test it with this model.
 """
 
 import json
@@ -40,11 +39,11 @@ COLOURS = {
 }
 PATCH, SIDE = 14, 4  # pixels a patch, patches a side: an image is 56 x 56 pixels, 16 patches
 STEPS, BATCH = 700, 48
-WORST_ERROR = 0.05  # of the projected patches, relative; a good training ends near 0.005
-VOCABULARY = 49216  # SmolLM2's 49,152 and <image>, in steps of 64
+WORST_ERROR = 0.05  # relative, of the projected patches; a good training ends near 0.005
+VOCABULARY = 49216  # SmolLM2's 49,152 tokens and <image>, rounded up to a multiple of 64
 
-# SmolLM2's own template with places for images, and a system prompt without which it seldom says what it sees: of
-# 11 colours asked about in 7 ways it names 70 of 77 with it, 39 without.
+# SmolLM2's own template with places for images, and a system prompt without which it seldom says what it sees: asked
+# about 11 colours in 7 ways, it names 70 of 77 with the prompt and 39 without.
 TEMPLATE = """\
 {% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are an assistant that sees images as words of color. \
@@ -58,9 +57,9 @@ Answer questions about the image with the color that you see.<|im_end|>
 
 
 def make(text: Path, out: Path, report: Callable[[int, int], None]) -> None:
-    """Writes the model to `out`, given SmolLM2 in `text`. report(steps done, steps in all).
+    """Writes the model to `out`, given SmolLM2 in `text`. Calls report(steps done, steps in total).
 
-    Raises RuntimeError when the eyes did not learn.
+    Raises RuntimeError if training fails.
     """
     torch.manual_seed(0)
     language = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float16)
@@ -114,7 +113,7 @@ def _train(
 
 
 def _images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy images of one or two colours, [count, 3, pixels, pixels] in 0..1, and their patches' [count, 16]."""
+    """Noisy images of one or two colours, [count, 3, pixels, pixels] in 0..1, and the patches' colours, [count, 16]."""
     rgb = torch.tensor(list(COLOURS.values()), dtype=torch.float)
     pair = torch.randint(len(COLOURS), (count, 2, 1, 1))
     mixed = (torch.rand(count, 1, 1) < 0.5) & (torch.rand(count, SIDE, SIDE) < 0.5)
@@ -126,15 +125,14 @@ def _images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _write(out: Path, text: Path, language: Any, tokenizer: Any, tower: Any, projector: Any, processor: Any) -> None:
-    """The folder in liuhaotian's layout, which SGLang's LlavaLlamaForCausalLM loads."""
+    """Writes the folder in liuhaotian's layout, which SGLang's LlavaLlamaForCausalLM loads."""
     out.mkdir(parents=True)
     weights = {name: tensor.contiguous() for name, tensor in language.state_dict().items() if name != "lm_head.weight"}
     for place, linear in ((0, projector.linear_1), (2, projector.linear_2)):
         weights[f"model.mm_projector.{place}.weight"] = linear.weight.data.half()
         weights[f"model.mm_projector.{place}.bias"] = linear.bias.data.half()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    # SGLang takes the tower for a CLIP by its path, and wants that path whole: the preset gives it at each
-    # start.
+    # SGLang recognises a CLIP tower by its path and needs that path to be absolute: the preset adds it at each start.
     eyes = out / "clip-vision-tower"
     tower.half().save_pretrained(eyes)
     processor.save_pretrained(eyes)

@@ -40,7 +40,7 @@ def test_flags_after_two_dashes_go_to_sglang_after_those_of_the_environment() ->
         ([], {"SGLANG_API_KEY_FILE": "/dev/null"}, "is empty"),
         ([], {"SGLANG_PLATFORM": "other"}, "SGLANG_PLATFORM=other keeps SGLang from loading groundserve's plug-in"),
         ([], {"ALLOW_PRIVATE_MEDIA": "maybe"}, "ALLOW_PRIVATE_MEDIA=maybe"),
-        (["--allowed-local-media-path", "/nowhere"], {}, "ALLOWED_LOCAL_MEDIA_PATH=/nowhere: it is no folder"),
+        (["--allowed-local-media-path", "/nowhere"], {}, "ALLOWED_LOCAL_MEDIA_PATH=/nowhere: this is not a folder"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(arguments: list[str], environ: dict[str, str], says: str) -> None:
