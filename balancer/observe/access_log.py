@@ -1,4 +1,4 @@
-"""One line a request, written in batches beside the hot path. No header value, body, query or key is ever in it."""
+"""One line per request, written in batches off the hot path. It never contains a header value, body, query or key."""
 
 import os
 import select
@@ -12,16 +12,16 @@ import orjson
 from balancer.observe.record import Record
 
 MAX_WAITING = 20_000
-TOO_SLOW = "whoever reads this log is too slow"
-PIECES = 16  # writes in one go
-SAFE_WRITE = 4096  # a pipe that polls as writable takes this much without blocking
+TOO_SLOW = "the reader of this log is too slow"
+PIECES = 16  # writes per call
+SAFE_WRITE = 4096  # bytes that a pipe which polls as writable takes without blocking
 
 
 class AccessLog:
-    """Takes note of each record at once and writes later: call `flush` a few times a second.
+    """Records each request at once and writes it later; call `flush` a few times a second.
 
-    A reader that does not keep up never holds up a request: beyond `MAX_WAITING` lines the newest are dropped, and
-    a line says how many. `wall_clock` is for the time stamps.
+    A slow reader never delays a request: beyond `MAX_WAITING` waiting lines, new ones are dropped, and a line says how
+    many. `wall_clock` gives the timestamps.
     """
 
     def __init__(self, descriptor: int, is_json: bool, wall_clock: Callable[[], float] = time.time) -> None:
@@ -41,12 +41,12 @@ class AccessLog:
             self._dropped += 1
 
     def flush(self) -> None:
-        """Writes what the reader takes without blocking."""
+        """Writes as much as the reader takes without blocking."""
         while self.flush_some():
             pass
 
     def flush_some(self) -> bool:
-        """Writes what takes a few milliseconds at most; True: the reader may take more."""
+        """Writes for a few milliseconds at most. True if the reader may take more."""
         for _ in range(PIECES):
             if not (self._records or self._unwritten or self._dropped):
                 return False
@@ -57,8 +57,8 @@ class AccessLog:
             try:
                 written = os.write(self._descriptor, self._unwritten[:SAFE_WRITE])
             except BlockingIOError:
-                return False  # a terminal may take less than it says
-            except OSError:  # nobody reads the log any more
+                return False  # a terminal may accept less than poll promised
+            except OSError:  # the reader is gone
                 self._records.clear()
                 self._unwritten, self._dropped = b"", 0
                 return False
@@ -110,7 +110,8 @@ def _json_dropped(at: float, count: int) -> bytes:
     return orjson.dumps({"time": round(at, 3), "dropped": count, "error": TOO_SLOW}, option=orjson.OPT_APPEND_NEWLINE)
 
 
-# Text: the same fields in the same order, written out, because a line made from a table takes three times as long.
+# Text: the same fields in the same order. Written out in full, because building a line from a table takes three times
+# as long.
 
 
 def _text_line(at: float, record: Record) -> bytes:
@@ -151,11 +152,11 @@ def _stamp(second: int) -> str:
 
 
 def _word(text: str) -> str:
-    """The text without anything that could end the line or pass for another field."""
+    """The text, quoted if it holds anything that could end the line or look like another field."""
     if text.isascii() and text.isprintable() and " " not in text:
         return text
     return orjson.dumps(text).decode()
 
 
-# For what is of our own making; a client could fill it with paths.
+# Only for words of our own: clients could fill the cache with paths.
 _our_word = lru_cache(maxsize=512)(_word)

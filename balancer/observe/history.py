@@ -1,4 +1,4 @@
-"""The last fifteen minutes in samples of five seconds: what the page's sparklines draw."""
+"""The last fifteen minutes in five-second samples, for the sparklines on the page."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from balancer.routing.admission import Admission
 
 INTERVAL = 5.0  # seconds
 KEPT = 180  # samples
-LATELY = 12  # samples that make "now" for figures that need many requests: a minute
+LATELY = 12  # samples (a minute) over which figures that need many requests are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Sample:
     """What one replica did in one interval."""
 
     tokens_per_second: float
-    ttft_total: float  # seconds, of all streams that ended
+    ttft_total: float  # seconds, summed over the streams that ended
     ttft_count: int
     prompt_tokens: int
     cached_tokens: int
@@ -60,7 +60,7 @@ class ServiceSample:
 
 @dataclass(slots=True, eq=False)
 class ReplicaHistory:
-    """One replica's samples, oldest first, and what its counters said at the last one."""
+    """One replica's samples, oldest first, and its counters as of the last one."""
 
     tally: MemberTally
     samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=KEPT))
@@ -87,7 +87,7 @@ class ReplicaHistory:
         self.prompt_tokens, self.cached_tokens = tally.prompt_tokens, tally.cached_tokens
 
     def lately(self) -> Sample:
-        """The last interval's flow of tokens, the last minute's TTFT, and the cached share of all that is kept."""
+        """Tokens per second over the last interval, TTFT over the last minute, the cached share over all samples."""
         minute = list(self.samples)[-LATELY:]
         return Sample(
             self.samples[-1].tokens_per_second if self.samples else 0.0,
@@ -100,7 +100,7 @@ class ReplicaHistory:
 
 
 class History:
-    """Samples of every replica there is, and of the service. A replica that started anew has no past."""
+    """Samples of the service and of each of its replicas. A restarted replica begins without any."""
 
     def __init__(self, fleet: Fleet, admission: Admission, tallies: Tallies) -> None:
         self.service: deque[ServiceSample] = deque(maxlen=KEPT)
@@ -113,7 +113,7 @@ class History:
         self._last_at = fleet.clock()
 
     def take(self, now: float) -> None:
-        """Takes a sample if one is due; call it a few times a second. `now` is the loop's time in seconds."""
+        """Takes a sample if one is due; call it a few times a second. `now` is loop time in seconds."""
         seconds = now - self._last_at
         if seconds < INTERVAL:
             return
@@ -124,7 +124,7 @@ class History:
         for member in members:
             self.replicas[member.id].take(member, seconds)
         requests = _ended(self._tallies.members.values()) + _ended([self._tallies.nobody])
-        # A replica that left took its count along.
+        # The counts of a replica that left are gone, so the sum may have shrunk.
         rate = max(0, requests - self._requests) / seconds
         in_flight = sum(member.in_flight for member in members)
         self.service.append(ServiceSample(rate, self._admission.queue_depth, in_flight))

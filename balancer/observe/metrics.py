@@ -1,4 +1,4 @@
-"""Prometheus metrics: what was counted, and what the fleet is at the moment of the scrape."""
+"""Prometheus metrics: the counts so far, and the state of the fleet at the moment of the scrape."""
 
 import asyncio
 import re
@@ -18,7 +18,7 @@ from balancer.contract.words import Status
 from balancer.observe.tally import Histogram, Tallies
 from balancer.service import Service
 
-PIECE = 200  # samples that are written in one go
+PIECE = 200  # samples encoded before other work gets its turn
 HEADING = re.compile(rb"\A(# .*\n)+")
 EOF = b"# EOF\n"
 
@@ -26,7 +26,7 @@ Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily | InfoM
 
 
 def registry_of(collector: Collector) -> CollectorRegistry:
-    """A registry of its own with the balancer's collector, this process's CPU and memory, and its Python."""
+    """A new registry: the balancer's collector, this process's CPU and memory, and its Python version."""
     registry = CollectorRegistry()
     registry.register(collector)
     ProcessCollector(registry=registry)
@@ -35,7 +35,7 @@ def registry_of(collector: Collector) -> CollectorRegistry:
 
 
 def metrics_router(registry: CollectorRegistry) -> APIRouter:
-    """`GET /metrics`, in the format that the scraper's `Accept` field asks for."""
+    """`GET /metrics`, in the format named by the scraper's `Accept` header."""
     router = APIRouter()
 
     @router.get("/metrics")
@@ -47,21 +47,21 @@ def metrics_router(registry: CollectorRegistry) -> APIRouter:
 
 
 async def encoded(registry: Collector, encode: Callable[[Any], bytes]) -> bytes:
-    """The text of all families, a few milliseconds' worth at a time: streams flow on in between."""
+    """The text of all families, encoded a few milliseconds at a time, so that streams are not held up."""
     pieces = []
     for family in registry.collect():
         for start in range(0, max(1, len(family.samples)), PIECE):
             part = copy(family)
             part.samples = family.samples[start : start + PIECE]
-            text = encode(_Just(part)).removesuffix(EOF)
+            text = encode(_Families(part)).removesuffix(EOF)
             pieces.append(HEADING.sub(b"", text) if start else text)
             await asyncio.sleep(0)
-    # Only OpenMetrics has a mark at its end: what it makes of nothing.
-    return b"".join((*pieces, encode(_Just())))
+    # The end mark, which only OpenMetrics has, is what encoding nothing gives.
+    return b"".join((*pieces, encode(_Families())))
 
 
-class _Just(Collector):
-    """These families."""
+class _Families(Collector):
+    """A collector of the given families."""
 
     def __init__(self, *families: Metric) -> None:
         self._families = families
@@ -71,7 +71,7 @@ class _Just(Collector):
 
 
 class NamedKey(Protocol):
-    """One caller's key, as far as figures show it."""
+    """An API key, as far as the metrics show it."""
 
     @property
     def name(self) -> str: ...
@@ -81,7 +81,7 @@ class NamedKey(Protocol):
 
 
 class Clients(Protocol):
-    """Who is connected, and how many bytes of their requests are held."""
+    """The open connections, and the bytes of request bodies that are held in memory."""
 
     @property
     def connections(self) -> Sized: ...
@@ -91,9 +91,9 @@ class Clients(Protocol):
 
 
 class BalancerCollector(Collector):
-    """Makes every series anew at each scrape: of a replica or a key that went, nothing is left.
+    """Builds every series anew at each scrape, so nothing is left of a replica or key that is gone.
 
-    A replica's name is the label `replica`; it is empty for what concerns no replica, or one that went meanwhile.
+    The label `replica` holds a replica's name. It is empty where there is no replica, or it has left meanwhile.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class BalancerCollector(Collector):
             "errors", "Requests that the balancer itself refused or ended, by code.", "code", self._tallies.errors
         )
         yield _by_label(
-            "retries", "Attempts that failed and were made again, by how they failed.", "reason", self._tallies.retries
+            "retries", "Failed attempts that were repeated, by how they failed.", "reason", self._tallies.retries
         )
         yield _single("received_bytes", "Bytes of request bodies.", self._tallies.bytes_in)
         yield _single("sent_bytes", "Bytes of response bodies.", self._tallies.bytes_out)
@@ -157,9 +157,7 @@ class BalancerCollector(Collector):
             "Of new connections to a replica.",
             ((name, tally.connect) for name, tally in members),
         )
-        wait = HistogramMetricFamily(
-            "groundserve_queue_wait_seconds", "How long requests waited for a replica that took them."
-        )
+        wait = HistogramMetricFamily("groundserve_queue_wait_seconds", "How long requests waited for a replica.")
         wait.add_metric((), *_buckets(self._tallies.queue_wait))
         yield wait
 
@@ -168,14 +166,14 @@ class BalancerCollector(Collector):
         for name, said in (
             ("prompt_tokens", "Tokens of prompts, where the answer says how many."),
             ("completion_tokens", "Generated tokens, where the answer says how many."),
-            ("cached_tokens", "Tokens of prompts that the replica had in its cache, as its answer says."),
-            ("predicted_cached_tokens", "Tokens of prompts that prefix_aware took to be in the replica's cache."),
+            ("cached_tokens", "Prompt tokens that were in the replica's cache, as its answer says."),
+            ("predicted_cached_tokens", "Prompt tokens that prefix_aware expected in the replica's cache."),
         ):
             field = "predicted_tokens" if name == "predicted_cached_tokens" else name
             yield _by_label(name, said, "replica", {member: getattr(tally, field) for member, tally in members})
         yield _histogram(
             "cache_prediction_error_ratio",
-            "How far the cached share of a prompt that prefix_aware predicted was from the actual one.",
+            "By how much the cached share that prefix_aware predicted for a prompt was off.",
             ((name, tally.misjudged) for name, tally in members),
         )
 
@@ -187,10 +185,10 @@ class BalancerCollector(Collector):
         for status in Status:
             by_status.add_metric((status.value,), statuses.count(status))
         yield by_status
-        up = _gauge("replica_up", "1 if the replica may be given requests.", "replica")
+        up = _gauge("replica_up", "1 if the replica may get requests.", "replica")
         in_flight = _gauge("in_flight", "Requests at the replica now.", "replica")
-        limit = _gauge("in_flight_limit", "Generating requests that the replica may hold.", "replica")
-        failures = _counter("replica_failures", "Attempts at the replica that failed.", "replica")
+        limit = _gauge("in_flight_limit", "Generating requests that the replica may have at once.", "replica")
+        failures = _counter("replica_failures", "Failed attempts at the replica.", "replica")
         ejections = _counter("ejections", "How often the replica was ejected for its failures.", "replica")
         probes = _counter("probes", "Answers to readiness probes.", "replica", "probe", "result")
         for member in members:
@@ -207,24 +205,24 @@ class BalancerCollector(Collector):
 
     def _here(self) -> Iterator[Family]:
         for name, said, value in (
-            ("queue_depth", "Requests that wait for room at a replica.", self._admission.queue_depth),
-            ("client_connections", "Open connections of clients.", len(self._clients.connections)),
+            ("queue_depth", "Requests that wait for a replica.", self._admission.queue_depth),
+            ("client_connections", "Open client connections.", len(self._clients.connections)),
             ("buffered_bytes", "Bytes of request bodies held.", self._clients.buffered),
         ):
             yield GaugeMetricFamily(f"groundserve_{name}", said, value=value)
         lag = HistogramMetricFamily(
-            "groundserve_loop_lag_seconds", "How late the event loop was, looked at ten times a second."
+            "groundserve_loop_lag_seconds", "How late the event loop was, measured ten times a second."
         )
         lag.add_metric((), *_buckets(self._tallies.loop_lag))
         yield lag
         yield InfoMetricFamily(
-            "groundserve_balancer", "What this balancer does.", {"policy": self._admission.policy.name}
+            "groundserve_balancer", "How this balancer is set up.", {"policy": self._admission.policy.name}
         )
 
     def _by_key(self, keys: Iterable[NamedKey]) -> Iterator[Family]:
         requests = _counter("key_requests", "Requests by the name of their API key.", "key", "status")
         tokens = _counter("key_tokens", "Tokens by the name of the API key.", "key", "kind")
-        in_flight = _gauge("key_in_flight", "Requests that the key has going.", "key")
+        in_flight = _gauge("key_in_flight", "Requests of this API key in flight.", "key")
         for key in keys:
             in_flight.add_metric((key.name,), key.in_flight)
             tally = self._tallies.keys.get(key.name)
@@ -264,6 +262,6 @@ def _histogram(name: str, said: str, members: Iterable[tuple[str, Histogram]]) -
 
 
 def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
-    """Cumulative counts, as Prometheus has them, and the sum."""
+    """Cumulative counts, as Prometheus wants them, and the sum."""
     bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
     return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True)), histogram.total

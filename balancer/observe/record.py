@@ -1,4 +1,4 @@
-"""What is remembered of one request when it is over: the source of its log line and of the metrics."""
+"""What is kept about a request once it has ended: the source of its log line and of the metrics."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 
 @dataclass(slots=True)
 class Record:
-    """One request. Times are loop times, spans seconds, sizes bytes; None is unknown or does not apply."""
+    """One request. Times are the event loop's, durations in seconds, sizes in bytes. None is unknown, or does not apply."""
 
     id: str
     method: str
@@ -16,10 +16,10 @@ class Record:
     member: str = ""
     attempts: int = 0
     queued: float = 0.0
-    # A new connection to the member took this long; None where an idle one was used.
+    # How long connecting to the replica took; None if an idle connection was used.
     connect: float | None = None
-    # Why it was sent again, each time: how the attempt before failed, in the words of fleet/outcome.py, or the race
-    # with the end of a kept connection, which costs no attempt.
+    # Why each retry was made: how the attempt before it failed (fleet/outcome.py), or "race" if a kept-alive connection
+    # was closing just as the request was sent on it, which does not count as an attempt.
     retries: tuple[str, ...] = ()
     is_stream: bool = False
     first_byte: float | None = None
@@ -30,24 +30,24 @@ class Record:
     completion_tokens: int | None = None
     cached_tokens: int | None = None
     reason: str = ""
-    matched: float | None = None  # the share of the prompt that the policy took to be cached at the member
+    matched: float | None = None  # share of the prompt that the policy expected to find in the replica's cache
     key: str = ""
     error: str = ""
-    replica_status: int = 0  # of the last attempt's answer, if one came; `status` is what the client got
-    full_for: int | None = None  # seconds for which the last replica said that it is full
-    texts: int = 1  # how many prompts the counts are the sums of, as far as the answer tells
+    replica_status: int = 0  # the replica's own, of the last attempt that was answered; `status` is the client's
+    full_for: int | None = None  # seconds for which the last replica said it would be full
+    texts: int = 1  # prompts that the token counts add up, as far as the answer tells
 
 
 class Spans(Protocol):
-    """Takes note of one span after the other, in seconds."""
+    """Collects durations, in seconds."""
 
     def note(self, value: float) -> None: ...
 
 
 class RequestObserver(Protocol):
-    """Whoever wants to know of each request that is over. Called on the hot path: it must only take note."""
+    """Is told of every request that has ended. It is called on the hot path, so it may only record."""
 
     def finished(self, record: Record) -> None: ...
 
     def inter_token(self, replica: str) -> Spans:
-        """Where the spans between the pieces of a streamed answer of that replica go."""
+        """Collects the times between the pieces of that replica's streamed answers."""

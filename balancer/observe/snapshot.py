@@ -1,4 +1,4 @@
-"""Takes the snapshot of a service: what the fleet and the queue are, in the types of contract/status.py."""
+"""Takes the snapshot of a service, its fleet and its queue, in the types of contract/status.py."""
 
 from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
 from balancer.contract.words import Phase, ServiceStatus, Status

@@ -1,7 +1,7 @@
-"""Counts what the requests and the fleet report, on the hot path: the figures behind the metrics and the page.
+"""Counts requests and tokens on the hot path: the figures behind the metrics and the page.
 
-prometheus-client's own counters and histograms cost 1.3 to 2.7 us a note, ten notes a request; these cost 0.2.
-It is left to do what it is good at, when somebody scrapes: balancer/observe/metrics.py.
+A request makes about ten observations. prometheus-client takes 1.3 to 2.7 us for each, the classes here 0.2. It is used
+where it is at its best, when someone scrapes: balancer/observe/metrics.py.
 """
 
 from bisect import bisect_left
@@ -12,27 +12,27 @@ from dataclasses import dataclass, field
 from balancer.fleet.member import Member
 from balancer.observe.record import Record
 
-# Upper bounds in seconds, chosen where answers of language models fall: first tokens from a cached prompt's 20 ms to
-# a long queue's minutes, single tokens from a small model's 5 ms to a stall, whole answers up to ten minutes.
+# Upper bounds in seconds, chosen for language models: first tokens take from 20 ms (a cached prompt) to minutes (a long
+# queue), tokens from 5 ms (a small model) to a stall of seconds, whole answers up to ten minutes.
 TTFT = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
 INTER_TOKEN = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30)
 DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300, 600)
 WAIT = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 CONNECT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
 LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-# How far the predicted cached share of a prompt was from the actual one.
+# By how much the predicted cached share of a prompt was off.
 MISJUDGED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 
 PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/generate", "/v1/embeddings"}
 PATHS |= {"/v1/models", "/v1/score", "/v1/rerank", "/health", "/ready"}
 STATUSES = tuple(f"{hundreds}xx" for hundreds in range(10))
 CLIENT_LEFT = 499
-PIECE = 250  # requests that are counted in one go
+PIECE = 250  # requests counted per call
 REMEMBERED = 50  # requests whose routing the page shows
 
 
 class Histogram:
-    """How many values fell up to each bound; the last count is of those beyond all bounds."""
+    """How many values fell between each bound and the one before; the last count is of those above all bounds."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -51,7 +51,7 @@ class Histogram:
 
 
 class InterTokenHistogram(Histogram):
-    """Spans between the pieces of streams. Pieces that came together are one span, yet each counts as a piece."""
+    """Times between the pieces of streams. Pieces that arrived together count, with no time between them."""
 
     __slots__ = ("together",)
 
@@ -60,7 +60,7 @@ class InterTokenHistogram(Histogram):
         self.together = 0
 
     def note(self, value: float) -> None:
-        if value:  # written out, not handed to Histogram's own: this is done for each event of each stream
+        if value:  # not super().note(): this runs for every event of every stream
             self.counts[bisect_left(INTER_TOKEN, value)] += 1
             self.total += value
         else:
@@ -73,7 +73,7 @@ class InterTokenHistogram(Histogram):
 
 @dataclass(slots=True)
 class MemberTally:
-    """What was counted for one member, or for the requests that no member answered."""
+    """The counts of one replica, or of the requests that no replica answered."""
 
     requests: defaultdict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT))
@@ -85,13 +85,13 @@ class MemberTally:
     completion_tokens: int = 0
     cached_tokens: int = 0
     predicted_tokens: float = 0.0
-    # Of answers that came in one piece; what streams is seen as it flows, by `inter_token`.
+    # Completion tokens of answers that were not streamed; streamed ones are counted as they pass, by `inter_token`.
     whole_tokens: int = 0
 
 
 @dataclass(slots=True)
 class KeyTally:
-    """What was counted for one API key."""
+    """The counts of one API key."""
 
     requests: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     prompt_tokens: int = 0
@@ -99,10 +99,10 @@ class KeyTally:
 
 
 class Tallies:
-    """All counts of one balancer, as told by the proxy and the fleet. A member that leaves takes its own along.
+    """All counts of one balancer. A replica's counts go when it leaves.
 
-    Requests are only noted when they end, and counted together later, which costs each a third of it: call `count`
-    before a look at the counts, and a few times a second.
+    Requests are only recorded when they end, and counted later in one go, which costs a third as much. Call `count`
+    before reading the counts, and a few times a second.
     """
 
     def __init__(self) -> None:
@@ -116,8 +116,8 @@ class Tallies:
         self.loop_lag = Histogram(LAG)
         self.bytes_in = 0
         self.bytes_out = 0
-        self.routed = 0  # requests that went to a member
-        self.recent: deque[Record] = deque(maxlen=REMEMBERED)  # the last ones of them
+        self.routed = 0  # requests that went to a replica
+        self.recent: deque[Record] = deque(maxlen=REMEMBERED)  # the latest of them
 
     # What the proxy tells
 
@@ -125,12 +125,12 @@ class Tallies:
         self._uncounted.append(record)
 
     def count(self) -> None:
-        """Brings all counts up to now."""
+        """Brings all counts up to date."""
         while self.count_some():
             pass
 
     def count_some(self) -> bool:
-        """Counts what takes a few milliseconds at most; True: there is more."""
+        """Counts for a few milliseconds at most. True if there is more to count."""
         for _ in range(min(PIECE, len(self._uncounted))):
             self._count(self._uncounted.popleft())
         return bool(self._uncounted)
@@ -162,7 +162,7 @@ class Tallies:
             self._note_tokens(record, tally, record.prompt_tokens)
 
     def inter_token(self, replica: str) -> InterTokenHistogram:
-        """Where the spans between one replica's streamed pieces are noted, in seconds."""
+        """Collects the times between the pieces of one replica's streams, in seconds."""
         return self.members.get(replica, self.nobody).inter_token
 
     def _note_tokens(self, record: Record, tally: MemberTally, prompt: int) -> None:
@@ -182,14 +182,14 @@ class Tallies:
         key.completion_tokens += record.completion_tokens or 0
 
     def keep_keys(self, names: Set[str]) -> None:
-        """Forgets what was counted for keys of other names: where they change often, that would grow for ever."""
+        """Drops the counts of all other keys: where keys change often, they would grow for ever."""
         for gone in self.keys.keys() - names:
             del self.keys[gone]
 
     # What the fleet tells
 
     def member_joined(self, member: Member) -> None:
-        self.count()  # what ended at one of that name before is not this one's
+        self.count()  # requests that ended at an earlier replica of that name are not this one's
         self.members[member.name] = MemberTally()
 
     def member_left(self, member: Member) -> None:
@@ -198,7 +198,7 @@ class Tallies:
 
 
 def _status(record: Record) -> str:
-    """`2xx` to `5xx`; `client_left`; `broken`, where an answer that began well did not come to its end."""
+    """`2xx` to `5xx`, `client_left`, or `broken` for an answer that began well and broke off."""
     if record.status == CLIENT_LEFT:
         return "client_left"
     return "broken" if record.error and record.status < 400 else STATUSES[record.status // 100]
