@@ -6,7 +6,7 @@ from typing import Protocol
 
 @dataclass(slots=True)
 class Record:
-    """One request. Times are the event loop's, durations in seconds, sizes in bytes. None is unknown, or does not apply."""
+    """One request. Times are loop times, durations in seconds, sizes in bytes; None is unknown or not applicable."""
 
     id: str
     method: str

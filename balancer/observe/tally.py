@@ -32,7 +32,7 @@ REMEMBERED = 50  # requests whose routing the page shows
 
 
 class Histogram:
-    """How many values fell between each bound and the one before; the last count is of those above all bounds."""
+    """How many values fell between each bound and the one before; the last count is for those above."""
 
     __slots__ = ("bounds", "counts", "total")
 
