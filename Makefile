@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` lists the targets. CI runs the same targets as people do.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test docker-test check chaos bench bench-features bench-routing bench-autoscale simulate lock fuzz docs
+.PHONY: help install up down test docker-test check chaos bench bench-features bench-sizes bench-routing bench-autoscale simulate lock fuzz docs
 
 # The first of these that runs (a version manager may have a stub for a Python that is not installed).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -52,6 +52,9 @@ bench: install ## measure the cost of relaying, next to nginx, Envoy and the Rus
 
 bench-features: install ## measure the cost of metrics, keys and routing by prefix, next to a balancer without (ARGS=...)
 	@$(BIN)/python -m tests.bench.features $(ARGS)
+
+bench-sizes: install ## measure requests of 200 bytes to 1 MiB, TLS, 1,000 streams at once, up to 1,000 replicas (ARGS=...)
+	@$(BIN)/python -m tests.bench.sizes $(ARGS)
 
 bench-routing: install ## measure the gain of routing by prefix on two real replicas (ARGS=...)
 	@$(BIN)/python -m tests.bench.routing $(ARGS)

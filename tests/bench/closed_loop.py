@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tests.bench import messages
-from tests.bench.exchange import Exchange, address, chat_post
+from tests.bench.exchange import Exchange, address, chat_post, tls
 from tests.bench.phase import PATIENCE, Phase
 from tests.bench.stats import quantile
 
@@ -17,6 +17,7 @@ class ClosedLoop:
 
     def __init__(self, url: str, connections: int, bodies: Sequence[bytes], key: str = "") -> None:
         self.address = address(url)
+        self.tls = tls(url)
         self.connections = connections
         self.requests = itertools.cycle([chat_post(url, body, key) for body in bodies])
         self.seconds: list[float] = []  # of each answer
@@ -54,7 +55,9 @@ class ClosedLoop:
 
     async def _connect(self) -> None:
         try:
-            _, worker = await asyncio.get_running_loop().create_connection(lambda: Worker(self), *self.address)
+            _, worker = await asyncio.get_running_loop().create_connection(
+                lambda: Worker(self), *self.address, ssl=self.tls
+            )
         except OSError as error:
             self.errors[f"connect: {error}"] += 1
             self.leave()

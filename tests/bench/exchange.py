@@ -1,6 +1,7 @@
 """The client's side of one HTTP/1.1 connection: sends a request, hands on each part of the answer."""
 
 import asyncio
+import ssl
 import time
 from urllib.parse import urlsplit
 
@@ -57,10 +58,19 @@ class Exchange(asyncio.Protocol):
         raise NotImplementedError
 
 
+def tls(url: str) -> ssl.SSLContext | None:
+    """What a connection to it needs; whose certificate it is does not matter here."""
+    if not url.startswith("https:"):
+        return None
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 def address(url: str) -> tuple[str, int]:
-    """Host and port of http://HOST:PORT."""
+    """Host and port of http://HOST:PORT, or https."""
     parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or not parts.port:
+    if parts.scheme not in ("http", "https") or not parts.hostname or not parts.port:
         raise ValueError(f"not a URL like http://HOST:PORT: {url}")
     return parts.hostname, parts.port
 

@@ -27,6 +27,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the times at which streams start")
     parser.add_argument("--key", default="", help="API key that goes with each request")
     parser.add_argument("--prompt-kib", type=int, default=0, help="of the closed loop: prompts that share beginnings")
+    parser.add_argument("--body-bytes", type=int, default=0, help="of the closed loop: bodies that are so long")
+    parser.add_argument("--slow", action="store_true", help=f"streams of {messages.SLOW_EVENTS:.0f} events a second")
     return parser.parse_args(argv)
 
 
@@ -35,9 +37,12 @@ async def run(options: argparse.Namespace) -> dict[str, object]:
     if options.mode == "requests":
         small = [messages.small_request()]
         bodies = messages.long_requests(options.prompt_kib, options.seed) if options.prompt_kib else small
+        bodies = messages.sized_requests(options.body_bytes, options.seed) if options.body_bytes else bodies
         return await ClosedLoop(options.url, options.count, bodies, options.key).run(options.warmup, phase)
     if options.mode == "streams":
-        return await streams.paced(options.url, options.count, options.warmup, options.seed, phase, options.key)
+        return await streams.paced(
+            options.url, options.count, options.warmup, options.seed, phase, options.key, options.slow
+        )
     return await streams.idle(options.url, options.count, options.pid, options.warmup)
 
 

@@ -13,6 +13,8 @@ CHAT_PATH = "/v1/chat/completions"
 # In the field `seed`: the replica sends one event, then nothing more until the client leaves. sglang-router writes the
 # body anew and drops what it has no type for, `user` among it; this field passes everywhere.
 IDLE_SEED = 7
+SLOW_SEED = 5  # likewise: its events come at SLOW_EVENTS a second
+SLOW_EVENTS = 10.0
 
 
 def _chat_body(**fields: object) -> bytes:
@@ -48,9 +50,22 @@ def long_requests(kib: int, seed: int, groups: int = 16, count: int = 512) -> li
     ]
 
 
-def stream_request(events: int, idle: bool = False) -> bytes:
-    """A chat request answered by `events` server-sent events and [DONE]; idle: by silence after the last event."""
-    return _chat_body(stream=True, max_tokens=events, temperature=0.0, seed=IDLE_SEED if idle else 1)
+def sized_requests(size: int, seed: int) -> list[bytes]:
+    """Chat requests of `size` bytes, whose prompts differ in the second half; fewer the larger they are."""
+    chance = random.Random(seed)
+    room = size - len(_chat_body(messages=[{"role": "user", "content": ""}], max_tokens=32))
+    shared = chance.randbytes(room // 4).hex()
+    return [
+        _chat_body(
+            messages=[{"role": "user", "content": (shared + chance.randbytes(room).hex())[:room]}], max_tokens=32
+        )
+        for _ in range(min(256, max(8, (16 << 20) // size)))
+    ]
+
+
+def stream_request(events: int, seed: int = 1) -> bytes:
+    """A chat request answered by `events` server-sent events and [DONE]; `seed` says at which pace."""
+    return _chat_body(stream=True, max_tokens=events, temperature=0.0, seed=seed)
 
 
 @cache

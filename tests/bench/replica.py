@@ -70,14 +70,15 @@ def event_chunks(events: int) -> tuple[bytes, ...]:
 
 
 @cache
-def read_chat(body: bytes) -> tuple[int, bool] | None:
-    """(events, idle) of a streaming chat request, None for a plain one; each distinct body is parsed once."""
+def read_chat(body: bytes) -> tuple[int, bool, float] | None:
+    """(events, idle, events a second) of a streaming chat request, None for a plain one; each is parsed once."""
     request = orjson.loads(body)
     if not request.get("stream"):
         return None
     # sglang-router says it in OpenAI's newer words.
     events = request.get("max_tokens") or request["max_completion_tokens"]
-    return events, request["seed"] == messages.IDLE_SEED
+    seed = request["seed"]
+    return events, seed == messages.IDLE_SEED, messages.SLOW_EVENTS if seed == messages.SLOW_SEED else EVENTS_A_SECOND
 
 
 class Replica(asyncio.Protocol):
@@ -131,7 +132,7 @@ class Replica(asyncio.Protocol):
         if stream is None:
             self.transport.write(self.SMALL)
             return
-        events, idle = stream
+        events, idle, self.pace = stream
         self.chunks = event_chunks(events)
         self.last = events if idle else len(self.chunks)
         self.start = self.loop.time()
@@ -143,7 +144,7 @@ class Replica(asyncio.Protocol):
 
     def wait(self) -> None:
         if self.sent < self.last:
-            self.timer = self.loop.call_at(self.start + self.sent / EVENTS_A_SECOND, self.send)
+            self.timer = self.loop.call_at(self.start + self.sent / self.pace, self.send)
 
     def send(self) -> None:
         self.transport.write(self.chunks[self.sent])

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 from tests.bench import messages, process_tree
-from tests.bench.exchange import Exchange, address, chat_post
+from tests.bench.exchange import Exchange, address, chat_post, tls
 from tests.bench.phase import PATIENCE, Phase
 from tests.bench.replica import EVENTS_A_SECOND
 from tests.bench.stats import quantile
@@ -63,20 +63,25 @@ class Stream(Exchange):
         self.closed.set()
 
 
-async def connect(url: str, count: int, events: int, idle: bool = False, key: str = "") -> list[Stream]:
+async def connect(url: str, count: int, events: int, seed: int = 1, key: str = "") -> list[Stream]:
     """`count` connections that have sent nothing yet: TTFT is to leave the client's own connect out."""
     loop = asyncio.get_running_loop()
-    request = chat_post(url, messages.stream_request(events, idle), key)
-    expected = messages.stream_body(events)
-    return [(await loop.create_connection(lambda: Stream(request, expected), *address(url)))[1] for _ in range(count)]
+    request = chat_post(url, messages.stream_request(events, seed), key)
+    expected, context = messages.stream_body(events), tls(url)
+    return [
+        (await loop.create_connection(lambda: Stream(request, expected), *address(url), ssl=context))[1]
+        for _ in range(count)
+    ]
 
 
-async def paced(url: str, count: int, ramp: float, seed: int, phase: Phase, key: str = "") -> dict[str, object]:
+async def paced(
+    url: str, count: int, ramp: float, seed: int, phase: Phase, key: str = "", slow: bool = False
+) -> dict[str, object]:
     """Starts `count` streams at random times within `ramp` seconds, so that events do not come in step."""
     loop = asyncio.get_running_loop()
     # The last quarter is for streams to be still running when the phase ends, however late it started.
-    events = int((ramp + 1.25 * phase.seconds + 0.25) * EVENTS_A_SECOND)
-    opened = await connect(url, count, events, key=key)
+    events = int((ramp + 1.25 * phase.seconds + 0.25) * (messages.SLOW_EVENTS if slow else EVENTS_A_SECOND))
+    opened = await connect(url, count, events, messages.SLOW_SEED if slow else 1, key)
     chance = random.Random(seed)
     for stream in opened:
         loop.call_later(chance.uniform(0, ramp), stream.send)
@@ -129,7 +134,7 @@ async def idle(url: str, count: int, pid: int, settle: float) -> dict[str, objec
     before = process_tree.memory_bytes(pid)
     opened: list[Stream] = []
     while len(opened) < count:
-        batch = await connect(url, min(OPENED_AT_ONCE, count - len(opened)), events=1, idle=True)
+        batch = await connect(url, min(OPENED_AT_ONCE, count - len(opened)), events=1, seed=messages.IDLE_SEED)
         opened += batch
         for stream in batch:
             stream.send()

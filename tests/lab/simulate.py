@@ -14,11 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.lab.bars import bars
-from tests.lab.baselines import Oracle
 from tests.lab.model import ModelSettings
-from tests.lab.simulator import POLICIES, Result, Simulation
-from tests.lab.workloads import WORKLOADS, Conversation, Writer, groups, unlike
+from tests.lab.published import PUBLISHED, trace
+from tests.lab.scenario import Scenario
+from tests.lab.simulator import POLICIES, Result
+from tests.lab.trace import Line, likeness, read
+from tests.lab.workloads import WORKLOADS, Writer, groups
 
+TRACE = "trace"
 AT_ONCE = 16  # requests under way for each replica, unless --at-once says otherwise
 
 # Two replicas of Llama-2-7b's shape on one H200 as measured there, and two of SmolLM2-135M on a CPU.
@@ -31,39 +34,6 @@ H200 = ModelSettings(
     max_running_requests=256,
 )
 CPU = ModelSettings(prefill_rate=700, itl_base=0.09, itl_per_request=0.01, max_total_tokens=4600, chunk_tokens=2048)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Scenario:
-    """A workload before so many replicas of one kind."""
-
-    name: str
-    replicas: int
-    conversations: Sequence[Conversation]
-    at_once: int
-    settings: ModelSettings = dataclasses.field(default_factory=ModelSettings)
-    arrivals: Sequence[float] | None = None  # seconds; None: all could begin at once
-    is_warm: bool = False  # are the pools full of other prompts already?
-    ranks: int = 1
-
-    def run(self, policy: str, max_pending: int | None = None) -> Result:
-        if policy != Oracle.name:
-            return self._played(Simulation(policy, self.settings, self.replicas, max_pending, self.ranks))
-        found = []
-        for copies in ({}, {"copy_price": 0.0}, {"by_popularity": True}):
-            simulation = Simulation(policy, self.settings, self.replicas, max_pending, self.ranks)
-            simulation.policy = simulation.admission.policy = Oracle(simulation.models_of, **copies)
-            found.append(self._played(simulation))
-        return max(found, key=lambda one: (round(one.goodput, 2), -one.ttft_mean))
-
-    def _played(self, simulation: Simulation) -> Result:
-        pools = self.replicas * self.ranks
-        before = unlike(Writer(random.Random(0)), pools, self.settings.max_total_tokens) if self.is_warm else ()
-        return simulation.run(self.conversations, self.at_once, self.arrivals, before)
-
-    def warm(self) -> "Scenario":
-        """The same where the pools are full of other prompts when it begins."""
-        return dataclasses.replace(self, name=f"{self.name}, pools full", is_warm=True)
 
 
 def h200(seed: int) -> Scenario:
@@ -103,10 +73,16 @@ def scenarios(replicas: Sequence[int], names: Sequence[str], seed: int, at_once:
         yield tight(seed)
         yield cpu(seed)
     for count in replicas:
-        if at_once == AT_ONCE:
+        if at_once == AT_ONCE and count <= 8:
             yield new_prompt(count, seed)
         for name in names:
             yield scenario(name, count, seed, at_once)
+
+
+def published(replicas: Sequence[int], names: Sequence[str], lines: Sequence[Line], seed: int) -> Iterator[Scenario]:
+    for count in replicas:
+        for name in names:
+            yield trace(lines, count) if name == TRACE else PUBLISHED[name](count, seed)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -114,6 +90,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="64 replicas too: minutes")
     parser.add_argument("--replicas", nargs="+", type=int, metavar="N", help="how many; default 2 and 8")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS], metavar="NAME")
+    parser.add_argument(
+        "--published", nargs="*", choices=[*PUBLISHED, TRACE], metavar="NAME", help="instead: what others measure by"
+    )
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="the trace that is played; else one like Mooncake's")
     parser.add_argument("--policy", nargs="+", choices=POLICIES, default=[*POLICIES], metavar="NAME")
     parser.add_argument("--pools", choices=["empty", "full"], nargs="+", default=["empty", "full"], help="at the start")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="data-parallel ones of a replica")
@@ -126,6 +106,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.replicas = options.replicas or ([2, 8, 64] if options.full else [2, 8])
     if min(options.replicas) < 1:
         parser.error("--replicas: at least one")
+    if options.published == []:
+        options.published = [*PUBLISHED, TRACE]
+    options.lines = likeness(24_000, options.seed) if options.published and TRACE in options.published else []
+    if options.trace:
+        try:
+            options.lines = read(options.trace)
+        except (OSError, ValueError) as error:
+            parser.error(f"--trace: {error}")
+        options.published = options.published or [TRACE]
     return options
 
 
@@ -146,12 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     began = time.monotonic()
     rows: list[dict[str, object]] = []
-    chosen = [
-        dataclasses.replace(one.warm() if pools == "full" else one, ranks=options.ranks)
-        for one in scenarios(options.replicas, options.workload, options.seed, options.at_once)
+    if options.published:
+        plays = published(options.replicas, options.published, options.lines, options.seed)
+    else:
+        plays = scenarios(options.replicas, options.workload, options.seed, options.at_once)
+    for one in (
+        dataclasses.replace(play.warm() if pools == "full" else play, ranks=options.ranks)
+        for play in plays
         for pools in options.pools
-    ]
-    for one in chosen:
+    ):
         print(f"\n{one.name}, {one.replicas} replicas, {one.at_once} at once\n{HEAD}", flush=True)
         for policy in options.policy:
             result = one.run(policy, options.max_pending)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.simulate import Scenario, cpu, h200, main, new_prompt, scenario, tight
+from tests.lab.scenario import Scenario
+from tests.lab.simulate import cpu, h200, main, new_prompt, scenario, tight
 from tests.lab.simulator import POLICIES
 from tests.lab.workloads import WORKLOADS
 

@@ -89,10 +89,15 @@ def groups(
     ]
 
 
+def requests(replicas: int) -> int:
+    """250 a replica, as long as that is no more than memory has room for."""
+    return min(250 * replicas, 20_000)
+
+
 def chat(writer: Writer, replicas: int) -> list[Conversation]:
     """Conversations of four to twelve turns that begin with one short system prompt and grow by 200 tokens a turn."""
     system = writer.text(100)
-    return [_conversation(writer, system, writer.chance.randint(4, 12)) for _ in range(40 * replicas)]
+    return [_conversation(writer, system, writer.chance.randint(4, 12)) for _ in range(min(40 * replicas, 2_600))]
 
 
 def _conversation(writer: Writer, system: Piece, turns: int) -> Conversation:
@@ -111,7 +116,7 @@ def _conversation(writer: Writer, system: Piece, turns: int) -> Conversation:
 
 def images(writer: Writer, replicas: int) -> list[Conversation]:
     """Questions on images, behind the same words; the image comes first, as LLaVA wants it."""
-    shown = [writer.image() for _ in range(60 * replicas)]
+    shown = [writer.image() for _ in range(min(60 * replicas, 4_000))]
     common = writer.text(100)
     asks = [(image, writer.text(QUESTION_TOKENS)) for image in shown for _ in range(6)]
     writer.chance.shuffle(asks)
@@ -122,31 +127,31 @@ def one_system_prompt(writer: Writer, replicas: int) -> list[Conversation]:
     """60 % of each prompt is one system prompt, shared by all."""
     system = writer.text(1200)
     return [
-        [writer.turn(system, writer.text(800), answer_tokens=writer.answer_tokens())] for _ in range(250 * replicas)
+        [writer.turn(system, writer.text(800), answer_tokens=writer.answer_tokens())] for _ in range(requests(replicas))
     ]
 
 
 def hot_prompt(writer: Writer, replicas: int) -> list[Conversation]:
     """Nearly all of each prompt is shared by all: whoever has it cached must not be left alone with it."""
-    return groups(writer, 1, 250 * replicas, 1500)
+    return groups(writer, 1, requests(replicas), 1500)
 
 
 def nothing_shared(writer: Writer, replicas: int) -> list[Conversation]:
     """Prompts of 200 to 2,000 tokens that are all different."""
     return [
         [writer.turn(writer.text(writer.chance.randint(200, 2000)), answer_tokens=writer.answer_tokens())]
-        for _ in range(250 * replicas)
+        for _ in range(requests(replicas))
     ]
 
 
 def uniform(writer: Writer, replicas: int) -> list[Conversation]:
     """20 groups a replica, all as often."""
-    return groups(writer, 20 * replicas, 250 * replicas, 1500)
+    return groups(writer, 20 * replicas, requests(replicas), 1500)
 
 
 def zipf(writer: Writer, replicas: int) -> list[Conversation]:
     """40 groups a replica, some much more often than others."""
-    return groups(writer, 40 * replicas, 250 * replicas, 1500, skew=1.0)
+    return groups(writer, 40 * replicas, requests(replicas), 1500, skew=1.0)
 
 
 def unlike(writer: Writer, pools: int, pool_tokens: int) -> Iterator[Conversation]:

@@ -1,0 +1,46 @@
+"""The measurement by the size of a request and of a fleet is held to what is known."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+
+from tests.bench import sizes
+from tests.bench.messages import sized_requests
+from tests.bench.sizes import SIZES, lag_buckets, lag_quantile
+
+
+@pytest.mark.parametrize("size", SIZES.values())
+def test_a_request_is_as_large_as_said_and_differs_from_the_others(size: int) -> None:
+    requests = sized_requests(size, seed=1)
+    assert {len(body) for body in requests} == {size}
+    assert len(set(requests)) == len(requests) >= 8
+    prompts = [orjson.loads(body)["messages"][0]["content"] for body in requests[:2]]
+    assert prompts[0][: len(prompts[0]) // 4] == prompts[1][: len(prompts[0]) // 4]
+
+
+def test_the_loops_lag_is_what_was_seen_between_two_scrapes() -> None:
+    def text(*counts: int) -> str:
+        bounds = ("0.001", "0.01", "+Inf")
+        lines = zip(bounds, counts, strict=True)
+        return "".join(f'groundserve_loop_lag_seconds_bucket{{le="{bound}"}} {count}.0\n' for bound, count in lines)
+
+    assert lag_buckets(text(1, 2, 3)) == [(0.001, 1.0), (0.01, 2.0), (float("inf"), 3.0)]
+    assert lag_quantile(text(100, 100, 100), text(190, 199, 200), 0.5) == 0.001
+    assert lag_quantile(text(100, 100, 100), text(190, 199, 200), 0.99) == 0.01
+    assert lag_quantile(text(0, 0, 0), text(190, 198, 200), 1.0) == float("inf")
+
+
+def test_a_short_run_measures_all_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--seconds", "0.3", "--streams", "20", "--fleets", "2", "--out", str(tmp_path)]
+    assert sizes.main(flags) == 0
+    told = (tmp_path / "sizes.md").read_text()
+    assert told in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines() if line[:1] == "|"]
+    by_name = {row[0]: row[1:] for row in rows}
+    assert all(float(cell.replace(",", "")) > 0 for size in SIZES for cell in by_name[size])
+    streams = by_name["round_robin, TLS"]
+    assert float(streams[0]) > 0
+    assert float(streams[-1]) >= 1
+    assert float(by_name["2"][0].removesuffix("%")) < 100
+    assert "load average" in told
