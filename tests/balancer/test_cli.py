@@ -259,7 +259,8 @@ def test_a_state_folder_that_cannot_be_made_is_said(groundserve: Groundserve, tm
     assert "set XDG_STATE_HOME to a folder that can be written" in said
 
 
-def test_without_a_service_status_asks_the_balancer_that_someone_else_runs(groundserve: Groundserve) -> None:
+def test_status_of_a_foreign_balancer(groundserve: Groundserve) -> None:
+    """If no service runs here, status asks the balancer that somebody else runs."""
     with BalancerProgram([]) as balancer:
         wait_until(balancer.is_listening)
         groundserve.environ["GROUNDSERVE_ADMIN"] = balancer.admin_url

@@ -50,7 +50,8 @@ def test_without_a_rise_or_an_end_to_it_there_is_no_reaction() -> None:
     assert run(Load("never", "", 60, lambda _: 3, rises_at=0), Scripted({})).reaction is None
 
 
-def test_each_autoscaler_meets_the_same_requests_at_the_rate_that_was_said() -> None:
+def test_same_requests_for_each_autoscaler() -> None:
+    """Each autoscaler gets the same requests, at the rate that was asked for."""
     first, second = Scripted({}), Scripted({})
     load = Load("alike", "", 2000, lambda _: 4.5)
     run(load, first)
@@ -64,7 +65,8 @@ def test_sky_serve_gets_the_same_rule() -> None:
     assert rule_for(spec, None, "1x L4") == RULE
 
 
-def test_sky_serve_is_told_of_requests_when_its_balancer_syncs_and_decides_when_it_wants_to() -> None:
+def test_sky_serve_has_its_own_timing() -> None:
+    """SkyServe hears of requests when its balancer syncs, and decides at its own intervals."""
     # Launches as many as it was told of, and asks to decide again after 10 s.
     echo = """
 import json, sys

@@ -187,7 +187,8 @@ def a_round(cpu: float | None, ttft: float, error: str | None = None) -> dict[st
 MEMORY = {"before": 10 << 20, "after": 30 << 20, "count": 1024, "errors": {}}
 
 
-def test_figures_are_medians_over_rounds_against_direct_in_the_same_round() -> None:
+def test_figures_are_medians_over_rounds() -> None:
+    """Figures are medians over rounds, each relative to direct requests in the same round."""
     rounds = [a_round(0.1, 0.003), a_round(0.3, 0.004), a_round(0.2, 0.008)]
     direct = [a_round(None, 0.001), a_round(None, 0.001), a_round(None, 0.004)]
     row = figures(rounds, direct, MEMORY)
@@ -251,7 +252,8 @@ def test_tables_and_plot_show_every_balancer() -> None:
     assert {"groundserve", "envoy", "sglang-router", "45", "90", "120"} <= set(texts)
 
 
-def test_a_program_that_ends_or_is_missing_is_said_with_its_last_words(tmp_path) -> None:
+def test_program_that_ends_or_is_missing(tmp_path) -> None:
+    """A program that ends early or is missing is reported with its last output."""
     broken = Launch([sys.executable, "-c", "raise SystemExit('no such flag')"], "1", "off")
     with (
         pytest.raises(Unavailable, match="peer ended with 1: no such flag"),

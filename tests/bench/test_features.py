@@ -24,7 +24,8 @@ def rows(bare: float, keyed: float, turns: float, cut: float, prefix: float) -> 
     }
 
 
-def test_the_verdict_is_each_features_share_of_the_balancer_without_it() -> None:
+def test_verdict_is_relative_cost() -> None:
+    """The verdict is each feature's cost relative to the balancer without it."""
     found = verdict(rows(bare=100, keyed=109, turns=100, cut=110, prefix=135))
     assert [kept for kept, _ in found] == [True, False, True]
     assert "requests: metrics and keys cost +9%" in found[0][1]
@@ -34,7 +35,8 @@ def test_the_verdict_is_each_features_share_of_the_balancer_without_it() -> None
     assert [kept for kept, _ in verdict(rows(100, 111, 100, 110, 142))] == [False, False, False]
 
 
-def test_long_prompts_are_as_long_as_said_and_half_of_each_is_its_groups() -> None:
+def test_long_prompts() -> None:
+    """Long prompts have the requested length, and share half of it within their group."""
     bodies = long_requests(kib=4, seed=1, groups=2, count=6)
     for body in bodies:
         messages = orjson.loads(body)["messages"]

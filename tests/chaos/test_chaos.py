@@ -85,7 +85,8 @@ def test_generations_are_counted(court: Court, journal: list[dict[str, Any]], sa
         court.says(got())
 
 
-def test_the_keep_alive_race_alone_may_generate_again_at_the_same_address(court: Court) -> None:
+def test_only_a_keep_alive_race_may_repeat(court: Court) -> None:
+    """Only a keep-alive race may generate again at the same address."""
     court.log({"id": "r"})
     court.journal({"reused": True}, {"what": "ended", "at": 10.04}, {"at": 10.1})
     court.says(got())

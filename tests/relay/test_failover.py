@@ -51,17 +51,20 @@ def test_what_may_be_repeated_and_what_that_costs(
 
 
 @pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.UNREACHED, Outcome.BUSY])
-def test_what_was_not_taken_moves_on_without_budget_however_often(outcome: Outcome) -> None:
+def test_unaccepted_requests_move_on(outcome: Outcome) -> None:
+    """A request that no replica has accepted moves on any number of times without using the retry budget."""
     assert may_repeat(outcome, b"POST", MAX_SENT + 5, PLAIN, Budget(is_full=False), 0.0)
 
 
-def test_what_was_sent_is_repeated_at_three_members_at_most_and_only_with_budget() -> None:
+def test_sent_requests_have_a_budget() -> None:
+    """A request that was sent is repeated at no more than three members, and only within the retry budget."""
     assert may_repeat(Outcome.LOST, b"GET", 2, PLAIN, Budget(is_full=True), 0.0)
     assert not may_repeat(Outcome.LOST, b"GET", 3, PLAIN, Budget(is_full=True), 0.0)
     assert not may_repeat(Outcome.LOST, b"GET", 1, PLAIN, Budget(is_full=False), 0.0)
 
 
-def test_every_outcome_is_said_to_speak_against_the_replica_or_not() -> None:
+def test_every_outcome_has_a_verdict() -> None:
+    """For every outcome it is decided whether it counts against the replica."""
     harmless = {Outcome.ANSWERED, Outcome.REFUSED, Outcome.UNKNOWN, Outcome.BUSY}
     assert sorted([*FAILURES, *DOUBTFUL, *harmless], key=str) == sorted(Outcome, key=str)
 

@@ -153,7 +153,8 @@ def test_where_an_event_may_be_added(pieces: list[bytes], is_boundary: bool) -> 
     assert wire.kept is False
 
 
-def test_a_refusal_after_the_beginning_breaks_off_and_after_the_end_does_nothing() -> None:
+def test_late_refusal() -> None:
+    """A refusal after an answer has begun breaks it off, and after its end does nothing."""
     reply, wire = reply_to()
     reply.begin(200, [], 10)
     reply.body(b"hello")

@@ -61,7 +61,8 @@ def get(url: str, policy: Policy) -> str:
         return session.get(url, timeout=10).text
 
 
-def test_a_connection_goes_to_the_very_address_that_was_looked_at(web: Web) -> None:
+def test_connects_to_the_checked_address(web: Web) -> None:
+    """A connection goes to exactly the address that was checked."""
     # No name server knows this name: whoever looked it up a second time would not get here.
     host = f"public.test:{web.server_port}"
     assert get(f"http://{host}/", Names()) == f"{host} None"
@@ -75,7 +76,8 @@ def test_this_machine_is_not_asked_and_nothing_connects(web: Web, host: str) -> 
     assert get(f"http://{host}:{web.server_port}/image", Policy(private=True))
 
 
-def test_a_redirect_from_the_public_to_this_machine_is_not_followed(web: Web) -> None:
+def test_redirect_to_this_machine(web: Web) -> None:
+    """A redirect from a public host to this machine is not followed."""
     inner = f"http://127.0.0.1:{web.server_port}/flush_cache"
     with pytest.raises(MediaError, match="not on the public Internet"):
         get(f"http://public.test:{web.server_port}/to/{inner}", Names())

@@ -42,7 +42,8 @@ def test_no_nvidia_smi_and_no_devices_mean_no_gpus(nvidia_smi: Path) -> None:
     assert list_gpus({}) == []
 
 
-def test_a_broken_driver_is_an_error_and_not_a_machine_without_gpus(nvidia_smi: Path) -> None:
+def test_broken_driver_is_an_error(nvidia_smi: Path) -> None:
+    """A broken driver is an error, and is not taken for a machine without GPUs."""
     answers(nvidia_smi, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", status=9)
     with pytest.raises(GpuError, match="couldn't communicate with the NVIDIA driver"):
         list_gpus({})
@@ -58,7 +59,8 @@ def test_cuda_visible_devices_limits_what_may_be_leased(nvidia_smi: Path, chosen
 
 
 @pytest.mark.parametrize("chosen", ["4", "GPU-x", "GPU-"])
-def test_cuda_visible_devices_that_names_no_single_gpu_is_refused(nvidia_smi: Path, chosen: str) -> None:
+def test_bad_cuda_visible_devices(nvidia_smi: Path, chosen: str) -> None:
+    """An entry of CUDA_VISIBLE_DEVICES that does not match exactly one GPU is refused."""
     answers(nvidia_smi, FOUR)
     with pytest.raises(GpuError, match=f"CUDA_VISIBLE_DEVICES={chosen}"):
         list_gpus({"CUDA_VISIBLE_DEVICES": chosen})
@@ -107,7 +109,8 @@ def test_a_gpu_that_has_failed_is_listed_with_its_problem(nvidia_smi: Path, row:
     assert warned == [f"GPU 2 is not used: {problem}"]
 
 
-def test_a_lost_gpu_for_which_nvidia_smi_gives_up_leaves_the_others(nvidia_smi: Path, tmp_path: Path) -> None:
+def test_lost_gpu_leaves_the_others(nvidia_smi: Path, tmp_path: Path) -> None:
+    """If nvidia-smi gives up because of one lost GPU, the other GPUs are still listed."""
     driver = tmp_path / "gpus"
     for bus_id in ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0"):
         (driver / bus_id).mkdir(parents=True)

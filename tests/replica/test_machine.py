@@ -36,7 +36,8 @@ def test_an_address_of_another_machine_is_refused() -> None:
         check_port("192.0.2.1", 8000)
 
 
-def test_a_gated_model_wants_a_token_unless_it_was_fetched_before(tmp_path: Path) -> None:
+def test_gated_model_needs_a_token(tmp_path: Path) -> None:
+    """A gated model needs a token unless it has been downloaded before."""
     nobody = {"HF_HOME": str(tmp_path)}
     with pytest.raises(MachineError, match=r"Llama-2-7b-chat-hf is gated: .*HF_TOKEN"):
         check_token(LLAMA, Settings(), nobody)
@@ -66,7 +67,8 @@ def test_too_little_memory_is_refused_with_both_figures() -> None:
         ("fpu avx2 amx_bf16 amx_tile", "bfloat16"),
     ],
 )
-def test_a_cpu_computes_in_the_number_type_that_it_has_instructions_for(tmp_path: Path, flags: str, dtype: str) -> None:
+def test_cpu_dtype(tmp_path: Path, flags: str, dtype: str) -> None:
+    """A CPU computes in the number type that it has instructions for."""
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\n")
     assert cpu_dtype(tmp_path / "cpuinfo") == dtype
 
@@ -130,5 +132,6 @@ def test_a_model_of_unknown_size_wants_nine_tenths_of_the_gpu(driver: Driver) ->
     wait_for_memory(held, 0, environ={}, clock=lambda: 0, pause=lambda _: pytest.fail("there is room"))
 
 
-def test_the_sglang_of_the_lock_chooses_parsers_by_the_chat_template() -> None:
+def test_sglang_chooses_parsers_itself() -> None:
+    """The locked SGLang version chooses its parsers by the chat template."""
     assert detects_parsers()

@@ -31,7 +31,8 @@ def proc(tmp_path: Path) -> Path:
     return tmp_path / "proc"
 
 
-def test_a_containers_limit_counts_less_what_can_be_dropped_from_its_cache(tmp_path: Path) -> None:
+def test_container_limit(tmp_path: Path) -> None:
+    """A container's limit counts, and cache that can be dropped is not counted as used."""
     (tmp_path / "meminfo").write_text("MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\n")
     assert available_gib(tmp_path, tmp_path) == 16
     (tmp_path / "memory.max").write_text("max\n")
@@ -54,7 +55,8 @@ def test_so_does_one_of_the_older_cgroups(tmp_path: Path) -> None:
     assert available_gib(tmp_path, tmp_path) == 2
 
 
-def test_the_least_limit_from_the_own_cgroup_up_counts(proc: Path, tmp_path: Path) -> None:
+def test_lowest_limit_counts(proc: Path, tmp_path: Path) -> None:
+    """The lowest limit of the process's own cgroup and its parents counts."""
     root = tmp_path / "cgroup"
     job = root / "user.slice/user-1000.slice/session-1.scope"
     (proc / "self/cgroup").write_text("0::/user.slice/user-1000.slice/session-1.scope\n")

@@ -41,7 +41,8 @@ def without_a_network(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, check=False)
 
 
-def test_a_download_that_fails_leaves_nothing_half_made_and_one_line(tmp_path: Path) -> None:
+def test_failed_download(tmp_path: Path) -> None:
+    """A failed download leaves nothing partial behind and prints one line."""
     left_over = tmp_path / ".making-killed"
     left_over.mkdir()
     answer = without_a_network(tmp_path)
@@ -51,7 +52,8 @@ def test_a_download_that_fails_leaves_nothing_half_made_and_one_line(tmp_path: P
     assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_an_error_that_names_models_dir(tmp_path: Path) -> None:
+def test_read_only_models_dir(tmp_path: Path) -> None:
+    """A folder that cannot be written to is an error that names MODELS_DIR."""
     (tmp_path / "file").touch()
     with pytest.raises(models.MakingError, match="set MODELS_DIR"):
         models.ensure("smollm2-135m", tmp_path / "file")

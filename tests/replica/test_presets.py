@@ -9,7 +9,8 @@ from replica.presets import PRESETS, ModelError, resolve
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_found_by_its_name_and_by_its_hugging_face_id(name: str) -> None:
+def test_preset_by_name_or_id(name: str) -> None:
+    """A preset is found by its name and by its Hugging Face id."""
     preset = PRESETS[name]
     assert resolve(name) is preset
     if preset.model is not None:
@@ -27,7 +28,8 @@ def test_only_llama_2_is_gated() -> None:
     assert [preset.name for preset in PRESETS.values() if preset.gated] == ["llama-2-7b-chat"]
 
 
-def test_a_folder_with_a_config_is_a_model_that_needs_room_for_its_weights(tmp_path: Path) -> None:
+def test_model_folder(tmp_path: Path) -> None:
+    """A folder with a config.json is a model that needs memory for its weights."""
     (tmp_path / "config.json").write_text(json.dumps({}))
     with (tmp_path / "model.safetensors").open("wb") as weights:
         weights.truncate(3 * 2**30)
@@ -37,7 +39,8 @@ def test_a_folder_with_a_config_is_a_model_that_needs_room_for_its_weights(tmp_p
     assert preset.cpu_gib == pytest.approx(4.5)
 
 
-def test_a_vision_tower_inside_a_folder_is_given_to_sglang_by_its_whole_path(tmp_path: Path) -> None:
+def test_vision_tower_in_a_folder(tmp_path: Path) -> None:
+    """SGLang gets the absolute path of a vision tower inside the model's folder."""
     (tmp_path / "eyes").mkdir()
     for tower, overrides in (("eyes", {"mm_vision_tower": "{folder}/eyes"}), ("openai/clip", {}), (str(tmp_path), {})):
         (tmp_path / "config.json").write_text(json.dumps({"mm_vision_tower": tower}))

@@ -32,7 +32,8 @@ def replica(parent: Path, elsewhere: Path) -> Iterator[tuple[Path, "subprocess.P
         process.kill()
 
 
-def test_a_folder_stays_while_its_replica_lives_and_goes_at_the_next_start(tmp_path: Path) -> None:
+def test_folder_lives_as_long_as_its_replica(tmp_path: Path) -> None:
+    """A folder stays while its replica lives, and is removed at the next start."""
     elsewhere = tmp_path / "in shared memory"
     elsewhere.touch()
     parent = Path("/tmp") / f"gs-{tmp_path.name[-8:]}"
@@ -72,7 +73,8 @@ def test_what_others_have_there_is_left_alone(tmp_path: Path) -> None:
         subprocess.run(["rm", "-r", str(parent)], check=True)
 
 
-def test_none_where_sockets_would_get_names_that_are_too_long_or_nothing_can_be_made(tmp_path: Path) -> None:
+def test_no_folder_where_none_can_be(tmp_path: Path) -> None:
+    """There is no scratch folder where socket paths would be too long or nothing can be created."""
     (tmp_path / ("long" * 20)).mkdir()
     assert take(tmp_path / ("long" * 20)) is None
     assert take(Path("/no/such/folder")) is None

@@ -49,7 +49,8 @@ def test_a_home_that_takes_no_files_is_replaced(tmp_path: Path, home: str) -> No
     (Path(made["HOME"]) / "x").touch()
 
 
-def test_what_was_downloaded_into_a_read_only_home_is_still_found(tmp_path: Path) -> None:
+def test_downloads_in_a_read_only_home(tmp_path: Path) -> None:
+    """Models that were downloaded into a home that is now read-only are still found."""
     downloads = tmp_path / "home/.cache/huggingface"
     downloads.mkdir(parents=True)
     (tmp_path / "home").chmod(0o500)

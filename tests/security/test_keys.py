@@ -114,7 +114,8 @@ async def test_the_replicas_own_key_takes_its_place_and_is_never_shown(keys: Pat
 
 
 @on_uvloop
-async def test_without_keys_the_clients_own_authorization_is_the_replicas_business() -> None:
+async def test_authorization_passes_without_keys() -> None:
+    """Without API keys, the client's own Authorization is passed to the replica."""
     async with LabReplica() as lab, serving(lab) as house:
         await house.ask(request(body=chat(), headers=bearing("whatever")))
         assert lab.seen.last.headers_named("authorization") == ["Bearer whatever"]
@@ -174,7 +175,8 @@ async def test_a_wrong_key_is_refused_before_the_body_comes(keys: Path) -> None:
 
 
 @on_uvloop
-async def test_a_preflight_needs_no_key_and_the_answers_say_who_may_read_them(keys: Path) -> None:
+async def test_preflight_needs_no_key(keys: Path) -> None:
+    """A CORS preflight needs no key, and the answers say which origins may read them."""
     origin = ("Origin", "https://app.example")
     settings = {"cors_origins": ("https://app.example",)}
     async with LabReplica() as lab, guarded(keys, lab, settings=settings) as house:
@@ -341,7 +343,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", **each(BAD))
-def test_a_file_that_cannot_be_used_is_refused_by_line_and_never_shown(row: tuple[str, str], tmp_path: Path) -> None:
+def test_bad_key_file(row: tuple[str, str], tmp_path: Path) -> None:
+    """A bad key file is refused with the line number, and its content is never shown."""
     text, said = row
     (path := tmp_path / "keys").write_text(text)
     with pytest.raises(ConfigError) as refusal:
@@ -354,7 +357,8 @@ def test_a_file_that_cannot_be_used_is_refused_by_line_and_never_shown(row: tupl
         read_keys(path)
 
 
-def test_a_byte_order_mark_and_line_ends_of_windows_are_no_part_of_a_key(tmp_path: Path) -> None:
+def test_key_file_of_windows(tmp_path: Path) -> None:
+    """A byte order mark and Windows line ends are not part of a key."""
     (path := tmp_path / "keys").write_bytes(f"\ufeff{ALICE}\r\nbob:{hashed(BOB)}\r\n".encode())
     assert {key.digest for key in read_keys(path).values()} == {
         hashlib.sha256(key.encode()).digest() for key in (ALICE, BOB)

@@ -109,10 +109,11 @@ async def test_the_endpoint_speaks_https(authority: Authority, pair: Pair) -> No
 
 
 @on_uvloop
-async def test_a_client_is_not_judged_between_its_handshake_and_its_first_request(
-    authority: Authority, pair: Pair
-) -> None:
-    """Until then TLS holds session tickets for it, which it has had no time to take."""
+async def test_unread_session_tickets_are_no_fault(authority: Authority, pair: Pair) -> None:
+    """A client is not cut for unread data between its handshake and its first request.
+
+    Until then TLS holds session tickets for it, which it has had no time to take.
+    """
 
     class SweptAtOnce(set[ClientConnection]):
         def add(self, connection: ClientConnection) -> None:
@@ -236,7 +237,8 @@ async def test_one_client_has_only_so_many_handshakes_under_way(authority: Autho
 
 
 @on_uvloop
-async def test_a_proxy_that_is_trusted_has_as_many_handshakes_as_it_likes(authority: Authority, pair: Pair) -> None:
+async def test_trusted_proxy_has_no_handshake_limit(authority: Authority, pair: Pair) -> None:
+    """A trusted proxy may have any number of handshakes in progress."""
     settings: Any = {"max_connections_per_client": 1, "trusted_proxies": ("127.0.0.1",)}
     async with LabReplica() as lab, serving(lab, config=tls(pair), **settings) as house:
         parts = urlsplit(house.url)
@@ -298,9 +300,8 @@ async def test_little_is_held_for_who_takes_nothing(authority: Authority, pair: 
 
 
 @on_uvloop
-async def test_a_renewed_certificate_is_taken_up_while_connections_go_on(
-    authority: Authority, pair: Pair, tmp_path: Path
-) -> None:
+async def test_renewed_certificate(authority: Authority, pair: Pair, tmp_path: Path) -> None:
+    """A renewed certificate takes effect while existing connections go on."""
     mine = copied(pair, tmp_path)
     renewed = authority.sign("renewed", "DNS:localhost", "IP:127.0.0.1")
     async with LabReplica(token_interval=0.1) as lab, secured(mine, lab) as house, client(house, authority) as https:
@@ -428,7 +429,8 @@ async def test_a_replica_that_is_not_who_it_should_be_gets_nothing(
             assert lab.seen.probes == []
 
 
-def test_a_service_files_tls_is_the_endpoints_and_flags_come_first(pair: Pair, tmp_path: Path) -> None:
+def test_tls_of_the_service_file(pair: Pair, tmp_path: Path) -> None:
+    """The service file's tls: configures the endpoint, and flags take precedence over it."""
     service = tmp_path / "service.yaml"
     service.write_text(f"service:\n  tls: {{certfile: {pair.cert}, keyfile: {pair.key}}}\nrun: x\n")
     arguments = ["--service", str(service), "--listen", "127.0.0.1:0"]

@@ -78,7 +78,8 @@ SENDING_ON: dict[str, tuple[bytes, int, float]] = {
 
 @pytest.mark.parametrize("row", **each(SENDING_ON))
 @on_uvloop
-async def test_who_never_reads_is_cut_after_send_timeout_whatever_it_sends(row: tuple[bytes, int, float]) -> None:
+async def test_client_that_never_reads_is_cut(row: tuple[bytes, int, float]) -> None:
+    """A client that never reads is cut after send_timeout, whatever it sends meanwhile."""
     one, count, pause = row
     async with LabReplica() as lab, serving(lab, send_timeout=1.0) as house:
         client = await house.client(receive_buffer=4096)

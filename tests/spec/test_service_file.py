@@ -157,7 +157,8 @@ def test_secrets_are_in_no_repr_and_no_balancers_file() -> None:
     assert "hush" not in repr(secret) + secret.for_balancer(secret.readiness_probe)
 
 
-def test_a_complaint_quotes_the_file_and_not_the_secret_filled_in() -> None:
+def test_errors_show_no_secrets() -> None:
+    """An error message quotes the file's own text, not the secret that was filled in."""
     message = refusal("service: {ports: $KEY}\nsecrets: {KEY: hush}")
     assert "$KEY" in message
     assert "hush" not in message
@@ -200,7 +201,8 @@ def test_a_variable_has_a_name_and_one_value(section: str) -> None:
         ),
     ],
 )
-def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_known_one(text: str, message: str) -> None:
+def test_unknown_key(text: str, message: str) -> None:
+    """An unknown key is refused with its line and the nearest known key."""
     assert refusal(text) == message
 
 
@@ -302,7 +304,8 @@ SKY_SERVE: dict[type[BaseModel], str] = {
 
 
 @pytest.mark.parametrize("model", SKY_SERVE, ids=lambda model: model.__name__)
-def test_each_key_of_sky_serve_is_known_and_only_x_groundserve_is_ours(model: type[BaseModel]) -> None:
+def test_keys_are_those_of_sky_serve(model: type[BaseModel]) -> None:
+    """Every key of sky serve is known, and only x-groundserve is an addition of ours."""
     known = {field.alias or name for name, field in model.model_fields.items()}
     assert known - {"x-groundserve"} == set(SKY_SERVE[model].split())
 

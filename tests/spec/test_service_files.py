@@ -178,7 +178,8 @@ def path_of(folder: Path, data: bytes) -> Path:
         b"---\n" + GOOD.encode() + b"...\n",
     ],
 )
-def test_a_mark_at_the_beginning_and_other_line_ends_change_nothing(tmp_path: Path, data: bytes) -> None:
+def test_byte_order_mark_and_line_ends(tmp_path: Path, data: bytes) -> None:
+    """A byte order mark and other line ends make no difference."""
     assert load(path_of(tmp_path, data)) == load(path_of(tmp_path, GOOD.encode()))
 
 
@@ -246,7 +247,8 @@ def test_what_is_no_file_gets_one_line_and_holds_nobody_up(
     assert str(raised.value).startswith(f"{path}: {said}")
 
 
-def test_a_pipe_that_a_shell_hands_over_is_read_to_its_end_and_waited_for_only_so_long() -> None:
+def test_pipe_of_a_shell() -> None:
+    """A pipe from a shell's <(command) is read to its end, and waited for only for a limited time."""
     out, into = os.pipe()
     os.write(into, GOOD.encode())
     os.close(into)
