@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from balancer.operate.engines.local.ports import free_ports
-
+from balancer.operate.engines.ports import free_ports
 from tests.bench.figures import first_error
 from tests.bench.install import Unavailable
 from tests.bench.messages import CHAT_PATH
