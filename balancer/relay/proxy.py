@@ -54,7 +54,7 @@ class Proxy:
         self.cors = cors
         self._directory = directory
         self._loop = loop
-        self._observer = observer
+        self.observer = observer
         self._answer_own = answer_own
         self._keys = keys
         self._admin_key = admin_key
@@ -138,7 +138,7 @@ class Proxy:
             record.member, record.reason, record.matched = place.replica.name, place.reason, place.matched
             record.attempts += 1
             record.queued += place.waited
-            relay = AnswerRelay(place, request, reply, record, client, self._observer)
+            relay = AnswerRelay(place, request, reply, record, client, self.observer)
             outcome = None
             try:
                 outcome = await self._attempt(destination, place, request, client, relay, record)
@@ -213,4 +213,4 @@ class Proxy:
         record.key = request.key.name if request.key else ""
         if reply.error is not None:
             record.error = reply.error.code
-        self._observer.finished(record)
+        self.observer.finished(record)

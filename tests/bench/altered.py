@@ -22,13 +22,13 @@ class LogOnly:
 
     def __init__(self, log: AccessLog) -> None:
         self._log = log
-        self._gaps = NoSpans()
+        self._inter_token = NoSpans()
 
     def finished(self, record: Record) -> None:
         self._log.finished(record)
 
-    def gaps(self, member: Member) -> Spans:
-        return self._gaps
+    def inter_token(self, replica: str) -> Spans:
+        return self._inter_token
 
 
 class WithoutMetrics(Balancer):
@@ -50,7 +50,7 @@ class CutsOnly(RoundRobin):
 class WithoutChoice(Balancer):
     def __init__(self, *arguments, **named) -> None:
         super().__init__(*arguments, **named)
-        self.admission.policy = CutsOnly()
+        self.service.admission.policy = CutsOnly()
 
 
 if __name__ == "__main__":
