@@ -74,7 +74,8 @@ def test_what_it_answers_it_has_documented(
         assert set(answer.json()) == {"error"}
 
 
-def test_paths_that_are_none_are_refused_in_the_shape_of_all_errors() -> None:
+def test_unknown_paths() -> None:
+    """Unknown paths are refused with an error of the common shape."""
     for method, path, status in (("GET", "/none", 404), ("GET", "/docs", 404), ("PUT", "/status", 405)):
         answer = Admin(_fleet()).ask(method, path)
         assert answer.status_code == status

@@ -74,7 +74,8 @@ def test_fifteen_minutes_are_kept_and_no_more() -> None:
     assert parts.history.taken == KEPT + 30
 
 
-def test_lately_is_the_last_minute_for_first_tokens_and_all_that_is_kept_for_the_cache() -> None:
+def test_recent_figures() -> None:
+    """The recent figures cover the last minute for first tokens, and all that is kept for the cache."""
     parts = Parts()
     parts.answered(prompt_tokens=100, cached_tokens=0, is_stream=True)
     parts.pass_time(INTERVAL)
@@ -125,7 +126,9 @@ async def next_state(feed: AsyncIterator[tuple[str, dict[str, Any]]]) -> dict[st
     raise AssertionError("the feed ended")
 
 
-def test_a_viewer_gets_history_first_and_then_the_state_each_second() -> None:
+def test_viewer_gets_history_then_states() -> None:
+    """A viewer gets the history first, and then the state each second."""
+
     async def main() -> None:
         async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
             await client.post(CHAT, json=stream())
@@ -170,7 +173,9 @@ def test_a_replica_that_dies_is_told_within_two_seconds() -> None:
     run(main())
 
 
-def test_only_the_last_decisions_are_kept_newest_first_and_long_paths_are_cut() -> None:
+def test_last_decisions() -> None:
+    """Only the last decisions are kept, newest first, with long paths cut."""
+
     async def main() -> None:
         async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
             for number in range(REMEMBERED + 10):
@@ -207,7 +212,9 @@ async def _to_the_end(feed: AsyncIterator[Any]) -> None:
 # The playground's way to the endpoint
 
 
-def test_the_playground_streams_as_the_endpoint_does_and_says_who_answered() -> None:
+def test_playground_streams() -> None:
+    """The playground streams like the endpoint and says which replica answered."""
+
     async def main() -> None:
         async with LabReplica(token_interval=0.05) as lab, serving(lab) as balancer, client_of(balancer) as client:
             url = balancer.admin_endpoint + "/playground" + CHAT
@@ -224,7 +231,9 @@ def test_the_playground_streams_as_the_endpoint_does_and_says_who_answered() -> 
 
 
 @pytest.mark.parametrize("hang", ["before_head", "after_tokens"])
-def test_a_browser_that_leaves_is_noticed_before_and_in_the_answer(hang: str) -> None:
+def test_browser_that_leaves(hang: str) -> None:
+    """A browser that leaves is noticed both before and during the answer."""
+
     async def main() -> None:
         async with LabReplica(hang=hang) as lab, serving(lab) as balancer, client_of(balancer) as client:
             url = balancer.admin_endpoint + "/playground" + CHAT
@@ -264,7 +273,9 @@ def test_a_stream_that_breaks_ends_with_the_endpoints_own_words() -> None:
     run(main())
 
 
-def test_a_large_image_passes_and_one_too_large_is_refused_as_the_endpoint_refuses_it() -> None:
+def test_large_images() -> None:
+    """A large image passes, and one that is too large is refused as at the endpoint."""
+
     async def main() -> None:
         limit = {"max_body_bytes": 3 << 20}
         async with LabReplica() as lab, serving(lab, settings=limit) as balancer, client_of(balancer) as client:

@@ -130,7 +130,8 @@ def test_panic_is_ready_for_it_serves() -> None:
     assert admin.ask("GET", "/ready").status_code == 200
 
 
-def test_ready_says_whether_a_request_could_be_served_and_health_whether_this_process_works() -> None:
+def test_ready_and_health() -> None:
+    """/ready says whether a request could be served, /health whether this process works."""
     admin = Admin(fleet_of(1, Clock()))
     assert [admin.ask("GET", path).status_code for path in ("/ready", "/health")] == [200, 200]
     admin.fleet.refused(admin.fleet.members[1])
@@ -163,7 +164,8 @@ def test_an_unknown_replica_is_a_404_that_names_the_known_ones(verb: str) -> Non
 # The list
 
 
-def test_put_makes_the_list_the_fleet_and_answers_with_the_status() -> None:
+def test_put_replicas() -> None:
+    """PUT /replicas makes the list the fleet and answers with the status."""
     admin = Admin(fleet_of(2, Clock()))
     kept = admin.fleet.members[2]
     answer = admin.put(
@@ -214,9 +216,8 @@ def test_an_empty_list_is_a_service_scaled_to_zero() -> None:
         ([replica(1, launched_seconds=-1)], "body.replicas.0.launched_seconds: Input should be greater"),
     ],
 )
-def test_a_list_that_cannot_be_used_is_refused_in_one_line_and_changes_nothing(
-    replicas: list[dict[str, Any]], said: str
-) -> None:
+def test_bad_list(replicas: list[dict[str, Any]], said: str) -> None:
+    """A bad list is refused with one line and changes nothing."""
     admin = Admin(fleet_of(2, Clock()))
     before = dict(admin.fleet.members)
     answer = admin.put(*replicas)
@@ -234,7 +235,8 @@ def test_a_body_that_is_no_list_is_refused_in_one_line(body: bytes) -> None:
     assert answer.json()["error"]["message"].startswith("body")
 
 
-def test_a_replica_without_a_place_yet_is_listed_without_an_endpoint() -> None:
+def test_replica_without_an_endpoint() -> None:
+    """A replica that has no place yet is listed without an endpoint."""
     admin = Admin(fleet_of(0, Clock()))
     answer = admin.put(replica(1, endpoint="", state="PROVISIONING"))
     assert answer.status_code == 200
@@ -287,7 +289,9 @@ def test_status_is_the_same_for_members_that_come_and_go() -> None:
         assert [admin.fleet.members[number] for number in (1, 2, 3)] == seen
 
 
-def test_a_controllers_last_word_is_forgotten_when_it_says_no_more() -> None:
+def test_controllers_message_expires() -> None:
+    """The controller's last message is forgotten once it sends none any more."""
+
     async def main() -> None:
         lab = LabReplica()
         async with lab, serving(lab, discover=f"dns://{lab.host}:{lab.port}", replicas=()) as balancer:

@@ -80,7 +80,8 @@ def test_replicas_of_both_families_are_each_their_own() -> None:
     assert len(rows(fleet)) == len(fleet.available()) == 3
 
 
-def test_the_other_address_is_used_where_the_first_does_not_answer_any_more() -> None:
+def test_second_address_takes_over() -> None:
+    """A replica's other address is used once the first no longer answers."""
     fleet, members = found(Clock(), "10.0.0.1", "fd00::1")
     for member in members.values():
         passes(fleet, member, "7")
@@ -99,7 +100,9 @@ def test_a_seed_that_was_given_to_all_makes_no_aliases() -> None:
     assert len(listed.available()) == 3
 
 
-def test_a_replica_that_is_listed_twice_is_shown_twice_and_used_once() -> None:
+def test_replica_listed_twice() -> None:
+    """A replica that is listed twice is shown twice and used once."""
+
     async def play() -> None:
         async with LabReplica() as replica, watched(replica, f"http://localhost:{replica.port}") as fleet:
             await until(lambda: all(member.has_passed for member in fleet.members.values()))

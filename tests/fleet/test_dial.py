@@ -65,7 +65,9 @@ def test_a_name_servers_time_is_not_the_connections() -> None:
 
 
 @pytest.mark.parametrize("trouble", ["error", "no address", "slow"])
-def test_the_last_addresses_stand_while_a_name_server_has_nothing_to_say(trouble: str) -> None:
+def test_last_addresses_are_kept(trouble: str) -> None:
+    """The last known addresses stay in use while the name server has no answer."""
+
     async def play() -> None:
         async with LabReplica() as replica:
             names, member = NameServer("127.0.0.1"), named(replica.port)
@@ -103,7 +105,9 @@ def test_another_address_is_taken_up_within_a_second_or_so() -> None:
     uvloop.run(play())
 
 
-def test_all_addresses_are_tried_and_the_good_one_first_from_then_on() -> None:
+def test_good_address_comes_first() -> None:
+    """All addresses are tried, and the one that works is tried first from then on."""
+
     async def play() -> None:
         async with LabReplica() as replica:
             dialer, member = Dialer(NameServer("127.0.0.8", "127.0.0.9", "127.0.0.1")), named(replica.port)

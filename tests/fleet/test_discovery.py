@@ -92,7 +92,8 @@ def test_a_failing_name_server_keeps_the_last_answer_for_a_while(answer: Sequenc
 
 
 @pytest.mark.parametrize("answer", BROKEN, ids=["no such name", "time-out", "failure"])
-def test_after_that_while_those_go_that_have_not_answered_for_as_long(answer: Sequence[str] | OSError) -> None:
+def test_unanswered_members_go(answer: Sequence[str] | OSError) -> None:
+    """After GRACE without a DNS answer, members that have been out of service for as long are removed."""
     clock = Clock()
     fleet, names, discovery = discovering(clock, "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4")
     ready, dead, hiccup, draining = fleet.members.values()
@@ -162,7 +163,8 @@ def of_engine(number: int, address: str, **more: Any) -> ReplicaListing:
     )
 
 
-def test_an_engines_list_stands_while_it_is_told_and_dns_takes_over_afterwards() -> None:
+def test_engines_list_comes_before_dns() -> None:
+    """An engine's list is used while the engine sends it; afterwards DNS takes over."""
     clock = Clock()
     fleet, _names, discovery = discovering(clock, "10.0.0.1", "10.0.0.2")
     kept = fleet.members[1]
@@ -213,7 +215,8 @@ def test_what_an_engine_numbers_otherwise_is_another_replica() -> None:
     assert fleet.members[8] is not first, "Docker gave the address to another container"
 
 
-def test_a_replica_that_the_engine_stopped_is_as_new_when_dns_still_knows_it() -> None:
+def test_stopped_replica_that_dns_still_names() -> None:
+    """A replica that the engine stopped starts as a new member if DNS still names it."""
     clock = Clock()
     fleet, _names, discovery = discovering(clock, "10.0.0.1")
     discovery.reconcile([of_engine(7, "10.0.0.1", state=State.SHUTTING_DOWN)])
@@ -242,6 +245,7 @@ def test_names_of_compose_swarm_and_kubernetes_are_taken(source: str) -> None:
     assert names.asked == [(source.removeprefix("dns://").rpartition(":")[0], int(source.rpartition(":")[2]))]
 
 
-def test_the_machines_own_resolver_answers_with_all_addresses_once() -> None:
+def test_own_resolver() -> None:
+    """The machine's own resolver returns each address once."""
     assert asyncio.run(resolve("localhost", PORT)) in (["127.0.0.1"], ["127.0.0.1", "::1"], ["::1"])
     assert asyncio.run(resolve("127.0.0.7", PORT)) == ["127.0.0.7"]

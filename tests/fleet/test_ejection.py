@@ -45,7 +45,8 @@ def test_each_ejection_is_longer_up_to_the_longest() -> None:
     assert spans == [10, 20, 30, 40, 45, 45]
 
 
-def test_a_member_that_stayed_in_long_enough_starts_again_at_the_first_span() -> None:
+def test_ejection_times_start_again() -> None:
+    """After a member has behaved for long enough, its ejection times start again at the first."""
     outlier = Outlier(10, 300)
     back_at = outlier.eject(outlier.eject(0.0))
     assert outlier.eject(back_at + 300) - (back_at + 300) == 30
@@ -61,7 +62,8 @@ def test_an_ejection_forgets_what_led_to_it() -> None:
     assert [outlier.failed() for _ in range(CONSECUTIVE)][-2:] == [False, True]
 
 
-def test_doubtful_answers_are_remembered_for_a_while_and_are_no_failures_by_themselves() -> None:
+def test_doubtful_answers() -> None:
+    """Doubtful answers are remembered for a while, and are no failures by themselves."""
     outlier = Outlier(10, 300)
     for second in range(CONSECUTIVE):
         outlier.answered(float(second), is_well=False)
@@ -71,7 +73,8 @@ def test_doubtful_answers_are_remembered_for_a_while_and_are_no_failures_by_them
     assert outlier.lately(2.0 + LATELY_SECONDS) == (2, 3)
 
 
-def test_an_acquitted_member_is_trusted_longer_each_time_until_it_is_ejected() -> None:
+def test_acquittals_last_longer() -> None:
+    """Each acquittal makes a member trusted for longer, until it is ejected."""
     outlier, spans = Outlier(10, 300), []
     for _ in range(14):
         outlier.acquit(0.0)

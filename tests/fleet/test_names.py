@@ -39,7 +39,8 @@ def resolved() -> dict[str, list[str] | str]:
         ("many.test", sorted(MANY)),
     ],
 )
-def test_all_records_are_found_in_both_families_and_beyond_a_datagram(name: str, addresses: list[str]) -> None:
+def test_all_records_are_found(name: str, addresses: list[str]) -> None:
+    """All records are found, of both address families, even if they do not fit into a datagram."""
     assert resolved()[name] == addresses
 
 

@@ -70,7 +70,8 @@ def by_chance(share: float) -> Iterator[bool]:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
-def test_a_member_that_fails_whatever_it_gets_is_out_within_ten_seconds(size: int, policy: type[Policy]) -> None:
+def test_failing_member_is_out_in_ten_seconds(size: int, policy: type[Policy]) -> None:
+    """A member that fails everything is ejected within ten seconds."""
     clock = Clock()
     fleet = fleet_of(size, clock)
     drive(fleet, policy(), clock, by_chance(0), lambda _, member: member.name == "r1", 10)
@@ -78,7 +79,8 @@ def test_a_member_that_fails_whatever_it_gets_is_out_within_ten_seconds(size: in
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_so_it_is_where_clients_make_mistakes_as_well_and_when_it_was_well_for_long(policy: type[Policy]) -> None:
+def test_failing_member_among_bad_requests(policy: type[Policy]) -> None:
+    """It is ejected as quickly if clients make mistakes as well, and if it was healthy for long before."""
     clock = Clock()
     fleet = fleet_of(3, clock)
     drive(fleet, policy(), clock, by_chance(0.2), lambda is_bad, _: is_bad, 60)

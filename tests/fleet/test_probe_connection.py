@@ -69,7 +69,9 @@ def connection_to(member: Member, **more: Any) -> Iterator[ProbeConnection]:
         yield connection
 
 
-def test_a_question_carries_what_it_should_and_the_connection_is_kept() -> None:
+def test_probe_request() -> None:
+    """A probe carries the right fields, and its connection is kept."""
+
     async def play() -> None:
         async with talking(EMPTY, EMPTY) as (member, connections):
             with connection_to(member, fields={"authorization": "Bearer k"}) as connection:
@@ -127,7 +129,9 @@ def test_answers_in_every_framing_are_read(said: bytes, answer: ProbeResponse) -
     ],
     ids=["closed", "no HTTP", "half a body", "interim alone", "too long", "upgrade", "a head without end"],
 )
-def test_what_is_no_whole_answer_is_unheard_and_the_next_question_gets_its_own_answer(said: bytes | None) -> None:
+def test_incomplete_answers(said: bytes | None) -> None:
+    """An incomplete answer counts as none, and the next probe gets its own answer."""
+
     async def play() -> None:
         async with talking(said, EMPTY) as (member, connections):
             with connection_to(member) as connection:
@@ -140,7 +144,9 @@ def test_what_is_no_whole_answer_is_unheard_and_the_next_question_gets_its_own_a
     asyncio.run(play())
 
 
-def test_silence_is_unheard_after_its_time_and_a_late_answer_is_nobodys() -> None:
+def test_silence_and_late_answers() -> None:
+    """Silence counts as no answer after its time limit, and a late answer belongs to no probe."""
+
     async def play() -> None:
         async with talking(b"", b"HTTP/1.1 404 Later\r\nContent-Length: 0\r\n\r\n") as (member, connections):
             with connection_to(member) as connection:
@@ -251,7 +257,9 @@ def test_a_connection_that_ends_as_announced_is_no_break() -> None:
     asyncio.run(play())
 
 
-def test_a_server_that_closes_after_each_answer_without_a_word_has_nobody_hurry() -> None:
+def test_server_that_closes_after_each_answer() -> None:
+    """A server that closes its connection after each answer, without saying so, causes no hurried probes."""
+
     async def play() -> None:
         told: list[None] = []
         async with talking(*[b"close:" + EMPTY] * 3) as (member, _):
@@ -305,7 +313,9 @@ def loads_of(*ranks: tuple[object, object]) -> dict[str, Any]:
         (None, None, Inspection()),
     ],
 )
-def test_identity_limit_and_capacity_are_read_from_what_sglang_says(loads: Any, info: Any, facts: Inspection) -> None:
+def test_facts_from_sglang(loads: Any, info: Any, facts: Inspection) -> None:
+    """Identity, limit and capacity are read from SGLang's answers."""
+
     def said(body: Any) -> bytes:
         if body is None:
             return b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
@@ -330,7 +340,8 @@ def test_a_body_that_is_no_json_says_nothing() -> None:
     asyncio.run(play())
 
 
-def test_a_scheduler_too_busy_to_say_who_it_is_leaves_the_limits_known_and_the_facts_not_whole() -> None:
+def test_busy_scheduler_leaves_facts_incomplete() -> None:
+    """If the scheduler is too busy to give its identity, the limits are known but the facts are incomplete."""
     said = json.dumps(loads_of((64, 8192))).encode()
 
     async def play() -> None:
@@ -363,9 +374,8 @@ def test_a_replica_that_does_not_answer_has_said_nothing_yet() -> None:
         (100, 100, 16),
     ],
 )
-def test_a_limit_is_what_runs_at_once_less_where_the_pool_is_small(
-    running: int | None, capacity: int | None, limit: int | None
-) -> None:
+def test_limit_of_a_replica(running: int | None, capacity: int | None, limit: int | None) -> None:
+    """The limit is the number of requests that run at once, or less if the KV pool is small."""
     assert limit_of(running, capacity) == limit
 
 
@@ -379,6 +389,7 @@ def test_a_limit_is_what_runs_at_once_less_where_the_pool_is_small(
         ({"X-A": "\0"}, "should be one line"),
     ],
 )
-def test_headers_that_would_be_no_headers_are_refused_where_they_are_read(headers: dict[str, str], said: str) -> None:
+def test_invalid_probe_headers(headers: dict[str, str], said: str) -> None:
+    """Probe headers that are no valid headers are refused when the settings are read."""
     with pytest.raises(ValueError, match=said):
         ReadinessProbe(headers=headers)

@@ -74,7 +74,9 @@ def test_a_replica_that_listens_later_becomes_ready_later() -> None:
     asyncio.run(play())
 
 
-def test_an_older_sglang_without_ready_is_judged_by_the_services_probe() -> None:
+def test_sglang_without_ready() -> None:
+    """An older SGLang without /ready is judged by the service's own probe."""
+
     async def play() -> None:
         async with LabReplica(ready=404) as replica, watched(replica) as fleet:
             await until_ready(fleet)
@@ -129,7 +131,9 @@ def test_replicas_with_a_key_are_asked_with_it() -> None:
     asyncio.run(play())
 
 
-def test_limits_come_from_the_replica_before_it_is_given_a_request() -> None:
+def test_limits_are_known_before_requests() -> None:
+    """A replica's limits are read from it before it gets a request."""
+
     async def play() -> None:
         async with (
             LabReplica(max_running_requests=40, max_total_tokens=8192) as replica,
@@ -174,7 +178,9 @@ def test_one_bad_answer_is_forgiven_and_two_in_a_row_are_not() -> None:
     asyncio.run(play())
 
 
-def test_one_503_stops_new_claims_at_once_and_a_200_lets_them_in_again() -> None:
+def test_one_503_stops_claims() -> None:
+    """A single 503 stops new claims at once, and a 200 allows them again."""
+
     async def play() -> None:
         async with LabReplica() as replica, watched(replica) as fleet:
             await until_ready(fleet)
@@ -189,7 +195,9 @@ def test_one_503_stops_new_claims_at_once_and_a_200_lets_them_in_again() -> None
     asyncio.run(play())
 
 
-def test_a_replica_that_dies_is_out_at_once_though_nobody_asks_it() -> None:
+def test_death_is_noticed_at_once() -> None:
+    """A replica that dies is out at once, even if nobody sends it a request."""
+
     async def play() -> None:
         async with LabReplica() as replica, watched(replica, ready_interval=4.0) as fleet:
             await until_ready(fleet)
@@ -204,7 +212,9 @@ def test_a_replica_that_dies_is_out_at_once_though_nobody_asks_it() -> None:
 
 
 @pytest.mark.parametrize("fault", [{"ready": "hang"}, {"black_hole": True}], ids=["hangs", "reads nothing"])
-def test_a_replica_that_does_not_answer_is_out_after_two_time_outs(fault: dict[str, Any]) -> None:
+def test_two_time_outs(fault: dict[str, Any]) -> None:
+    """A replica that does not answer is out after two time-outs."""
+
     async def play() -> None:
         async with LabReplica() as replica, watched(replica) as fleet:
             await until_ready(fleet)
@@ -255,7 +265,9 @@ def test_members_that_joined_together_are_asked_apart() -> None:
 # What requests tell
 
 
-def test_after_a_refused_request_only_a_new_connection_proves_that_it_listens() -> None:
+def test_refused_request_needs_a_new_connection() -> None:
+    """After a refused request, only a new connection proves that the replica listens."""
+
     async def play() -> None:
         async with LabReplica() as replica, watched(replica) as fleet:
             await until_ready(fleet)
@@ -314,7 +326,9 @@ def test_a_storm_of_refusals_is_no_storm_of_probes() -> None:
 # Token flow and long prefills
 
 
-def test_an_idle_member_is_asked_the_deep_question_again_and_again() -> None:
+def test_idle_member_gets_deep_probes() -> None:
+    """An idle member gets the deep probe again and again."""
+
     async def play() -> None:
         async with LabReplica() as replica, watched(replica) as fleet:
             await until_ready(fleet)
@@ -324,7 +338,9 @@ def test_an_idle_member_is_asked_the_deep_question_again_and_again() -> None:
     asyncio.run(play())
 
 
-def test_a_long_prefill_never_takes_a_member_out_and_is_not_asked_the_deep_question() -> None:
+def test_long_prefill() -> None:
+    """A long prefill never takes a member out, and the deep probe is not sent meanwhile."""
+
     async def play() -> None:
         async with LabReplica() as replica, watched(replica) as fleet:
             await until_ready(fleet)
@@ -340,7 +356,9 @@ def test_a_long_prefill_never_takes_a_member_out_and_is_not_asked_the_deep_quest
     asyncio.run(play())
 
 
-def test_a_deep_question_that_a_prefill_overtakes_counts_for_nothing() -> None:
+def test_prefill_overtakes_a_deep_probe() -> None:
+    """A deep probe that a prefill overtakes does not count."""
+
     async def play() -> None:
         async with LabReplica() as replica, watched(replica) as fleet:
             await until_ready(fleet)
@@ -402,7 +420,9 @@ def test_a_hung_scheduler_is_found_out_after_the_silence_timeout() -> None:
     asyncio.run(play())
 
 
-def test_a_silent_member_whose_scheduler_answers_is_left_alone_for_another_silence_timeout() -> None:
+def test_silent_member_with_a_live_scheduler() -> None:
+    """A silent member whose scheduler answers is left alone for another silence_timeout."""
+
     async def play() -> None:
         async with LabReplica() as replica, watched(replica, silence_timeout=0.4) as fleet:
             await until_ready(fleet)
@@ -416,7 +436,9 @@ def test_a_silent_member_whose_scheduler_answers_is_left_alone_for_another_silen
     asyncio.run(play())
 
 
-def test_a_silent_server_that_is_no_sglang_is_asked_the_services_own_question() -> None:
+def test_silent_server_that_is_no_sglang() -> None:
+    """A silent server that is not SGLang gets the service's own probe."""
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError):
             while True:
@@ -463,7 +485,9 @@ def test_a_deep_question_that_failed_once_is_asked_again_soon() -> None:
 # Identity
 
 
-def test_a_restart_between_two_probes_is_noticed_without_any_traffic() -> None:
+def test_restart_between_two_probes() -> None:
+    """A restart between two probes is noticed without any traffic."""
+
     async def play() -> None:
         replica = LabReplica(random_seed=1)
         await replica.start()
@@ -536,7 +560,9 @@ def test_a_line_that_breaks_by_itself_makes_no_new_member() -> None:
     asyncio.run(play())
 
 
-def test_a_replica_that_says_no_identity_is_new_when_it_refused_and_passes_again() -> None:
+def test_replica_without_an_identity() -> None:
+    """A replica without an identity counts as new when it passes again after refusing connections."""
+
     async def play() -> None:
         async with LabReplica(service_status=404) as replica, watched(replica) as fleet:
             await until_ready(fleet)
@@ -554,7 +580,9 @@ def test_a_replica_that_says_no_identity_is_new_when_it_refused_and_passes_again
     asyncio.run(play())
 
 
-def test_one_that_cannot_say_who_it_is_amid_a_prefill_stays_in_and_is_asked_later() -> None:
+def test_identity_during_a_prefill() -> None:
+    """A member that cannot give its identity during a prefill stays in and is asked later."""
+
     async def play() -> None:
         replica = LabReplica(random_seed=1)
         await replica.start()
@@ -577,7 +605,9 @@ def test_one_that_cannot_say_who_it_is_amid_a_prefill_stays_in_and_is_asked_late
 # Coming and going
 
 
-def test_a_member_that_left_is_asked_no_more_and_one_that_came_is() -> None:
+def test_members_that_leave_and_come() -> None:
+    """A member that left gets no more probes, and a new one gets them."""
+
     async def play() -> None:
         async with LabReplica() as first, LabReplica() as second, watched(first) as fleet:
             await until_ready(fleet)

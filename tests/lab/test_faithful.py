@@ -70,7 +70,9 @@ def test_a_conversation_finds_the_answer_it_sends_back() -> None:
     run(talk, FAST)
 
 
-def test_an_image_counts_its_tokens_and_is_reused_at_its_position_only() -> None:
+def test_image_tokens() -> None:
+    """An image counts its tokens and is reused only at its position."""
+
     def asked(image: str, question: str, before: str = "Look: ") -> dict[str, Any]:
         parts = [
             {"type": "text", "text": before},
@@ -94,7 +96,9 @@ def test_an_image_counts_its_tokens_and_is_reused_at_its_position_only() -> None
     run(talk, FAST)
 
 
-def test_a_full_queue_is_503_for_an_answer_and_an_error_event_for_a_stream() -> None:
+def test_full_queue() -> None:
+    """A full queue is a 503 for a plain answer and an error event for a stream."""
+
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
         takers = []
         for number in range(2):
@@ -156,7 +160,9 @@ def test_health_passes_while_a_long_prefill_goes_on_in_chunks() -> None:
     run(talk, ModelSettings(prefill_rate=1500.0, chunk_tokens=1000))
 
 
-def test_a_health_without_a_token_makes_it_unready_until_a_good_one() -> None:
+def test_failed_health_makes_it_unready() -> None:
+    """A health check that yields no token makes the replica unready until one succeeds."""
+
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
         replica.set(stuck=True)
         assert (await client.get("/ready")).status_code == 200
@@ -171,7 +177,9 @@ def test_a_health_without_a_token_makes_it_unready_until_a_good_one() -> None:
 
 
 @pytest.mark.parametrize(("stream", "delay"), [(True, 0.3), (False, 0.6)])
-def test_a_client_that_leaves_is_aborted_after_sglangs_delay_and_frees_its_place(stream: bool, delay: float) -> None:
+def test_client_that_leaves(stream: bool, delay: float) -> None:
+    """The request of a client that leaves is aborted after SGLang's delay, which frees its place."""
+
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
         await ask_and_leave(replica, chat("x", tokens=5000, stream=stream))
         await replica.seen.until(lambda seen: seen.generations_aborted == 1)

@@ -76,7 +76,9 @@ def test_a_body_is_cut_after_so_many_bytes() -> None:
 
 
 @pytest.mark.parametrize(("hang", "tokens"), [("before_head", 0), ("after_head", 0), ("after_tokens", 2)])
-def test_a_stream_falls_silent_where_the_knob_says_until_its_client_leaves(hang: str, tokens: int) -> None:
+def test_stream_falls_silent(hang: str, tokens: int) -> None:
+    """A stream falls silent at the point that the knob names, until its client leaves."""
+
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
         came = ""
 
@@ -98,7 +100,9 @@ def test_a_stream_falls_silent_where_the_knob_says_until_its_client_leaves(hang:
 
 
 @pytest.mark.parametrize("by", ["reset", "close"])
-def test_a_reused_connection_ends_exactly_when_its_next_request_arrives(by: str) -> None:
+def test_keep_alive_race(by: str) -> None:
+    """A reused connection ends exactly when its next request arrives."""
+
     async def talk(replica: LabReplica, _: httpx.AsyncClient) -> None:
         came, end = await received(replica, request(CHAT) + request(CHAT))
         assert came.count(b"HTTP/1.1 200 OK") == 1
@@ -111,7 +115,9 @@ def test_a_reused_connection_ends_exactly_when_its_next_request_arrives(by: str)
 
 @pytest.mark.parametrize("retry_after", ["", "7"])
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_status_comes_in_sglangs_error_body_with_or_without_retry_after(status: int, retry_after: str) -> None:
+def test_status_in_sglangs_error_body(status: int, retry_after: str) -> None:
+    """A status comes with SGLang's error body, with or without Retry-After."""
+
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
         answer = await client.post("/v1/chat/completions", json=CHAT)
         assert answer.status_code == answer.json()["code"] == status
@@ -131,7 +137,9 @@ def test_a_black_hole_accepts_and_never_reads() -> None:
     with_replica(talk, black_hole=True)
 
 
-def test_a_replica_that_refuses_keeps_its_port_and_its_connections() -> None:
+def test_refusing_keeps_port_and_connections() -> None:
+    """A replica that refuses new connections keeps its port and its open connections."""
+
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
         replica.refuse()
@@ -158,7 +166,9 @@ def test_dropped_connections_are_reset() -> None:
     with_replica(talk, first_token_delay=60.0)
 
 
-def test_a_huge_body_waits_for_its_reader_and_counts_what_the_kernel_took() -> None:
+def test_huge_body_waits_for_its_reader() -> None:
+    """A huge body waits for its reader, and bytes_sent counts what the kernel took."""
+
     async def talk(replica: LabReplica, _: httpx.AsyncClient) -> None:
         reader, writer = await asyncio.open_connection(replica.host, replica.port)
         writer.write(b"GET /v1/huge HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -236,7 +246,9 @@ def test_extra_headers_stay_apart_and_in_order() -> None:
     with_replica(talk, headers=[["Set-Cookie", "a=1"], ["X-B", "2"], ["Set-Cookie", "c=3"]])
 
 
-def test_an_answer_can_come_before_the_body_which_is_then_read_and_dropped() -> None:
+def test_answer_before_the_body() -> None:
+    """An answer can come before the request's body, which is then read and dropped."""
+
     async def talk(replica: LabReplica, _: httpx.AsyncClient) -> None:
         reader, writer = await asyncio.open_connection(replica.host, replica.port)
         writer.write(b"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nab")

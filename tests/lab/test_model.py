@@ -51,7 +51,8 @@ def check(model: ReplicaModel) -> None:
         assert (model.used_tokens, len(model.running), len(model.waiting)) == (0, 0, 0)
 
 
-def test_a_lone_request_takes_its_prefill_and_then_one_itl_a_token() -> None:
+def test_lone_request() -> None:
+    """A single request takes its prefill, and then one inter-token latency per token."""
     model = ReplicaModel(SETTINGS)
     request = Request(tokens(500, "a"), 11)
     model.submit(request, 1.0)
@@ -101,7 +102,8 @@ def test_running_requests_stand_still_during_a_prefill() -> None:
     assert first.finished_at == pytest.approx(0.1 + 100 * 0.011 + 2.0 + 0.001, abs=0.002)
 
 
-def test_a_long_prompt_is_computed_in_chunks_and_the_next_ones_wait() -> None:
+def test_chunked_prefill() -> None:
+    """A long prompt is computed in chunks while the next ones wait."""
     model = ReplicaModel(SETTINGS)
     long, short = Request(tokens(9000, "long"), 1), Request(tokens(10, "short"), 1)
     model.submit(long, 0.0)
@@ -145,7 +147,8 @@ def test_prefixes_are_reused_while_the_first_request_still_runs() -> None:
     assert second.cached_tokens == 500
 
 
-def test_a_conversation_finds_its_own_answers_but_for_the_last_token() -> None:
+def test_conversation_finds_its_answers() -> None:
+    """A conversation finds its own earlier answers in the cache, except for their last token."""
     model = ReplicaModel(SETTINGS)
     question, answer = tokens(100, "question"), tokens(50, "answer")
     model.submit(Request(question, 50, answer), 0.0)
@@ -264,7 +267,8 @@ def test_a_prompt_bigger_than_the_pool_is_refused() -> None:
     assert model.is_idle
 
 
-def test_an_abort_in_the_queue_leaves_at_once_and_lets_the_next_one_in() -> None:
+def test_abort_in_the_queue() -> None:
+    """An aborted request leaves the queue at once and lets the next one in."""
     model = ReplicaModel(ModelSettings(max_running_requests=1))
     first, second, third = (Request(tokens(10, name), 100) for name in "abc")
     for request in (first, second, third):
@@ -277,7 +281,8 @@ def test_an_abort_in_the_queue_leaves_at_once_and_lets_the_next_one_in() -> None
     check(model)
 
 
-def test_an_abort_while_running_ends_with_the_step_and_leaves_its_prefix_cached() -> None:
+def test_abort_while_running() -> None:
+    """A request aborted while running ends with the current step and leaves its prefix cached."""
     model = ReplicaModel(SETTINGS)
     request = Request(tokens(100, "a"), 1000)
     model.submit(request, 0.0)
@@ -291,7 +296,8 @@ def test_an_abort_while_running_ends_with_the_step_and_leaves_its_prefix_cached(
     assert model.cache.predict(tokens(100, "a")) == 100
 
 
-def test_an_abort_during_its_own_prefill_takes_effect_after_that_step() -> None:
+def test_abort_during_prefill() -> None:
+    """An abort during the request's own prefill takes effect after that step."""
     model = ReplicaModel(SETTINGS)
     request = Request(tokens(9000, "a"), 10)
     model.submit(request, 0.0)
@@ -311,7 +317,8 @@ def test_an_abort_after_the_end_changes_nothing() -> None:
     assert model.aborted_total == 0
 
 
-def test_a_pool_that_fills_while_decoding_retracts_the_youngest_and_all_finish() -> None:
+def test_pool_that_fills_while_decoding() -> None:
+    """A pool that fills up during decoding retracts the youngest request, and all finish in the end."""
     model = ReplicaModel(ModelSettings(max_total_tokens=1000, reserve=0.0, max_running_requests=8))
     requests = [Request(tokens(200, f"r{number}"), 300) for number in range(4)]
     for request in requests:

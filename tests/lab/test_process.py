@@ -24,7 +24,9 @@ async def refused(replica: SpawnedReplica) -> bool:
     return False
 
 
-def test_a_spawned_replica_answers_is_turned_and_tells_what_it_saw() -> None:
+def test_spawned_replica() -> None:
+    """A spawned replica answers, takes new knobs and tells what it saw."""
+
     async def main() -> None:
         async with spawn_replica(tokens=2) as replica, client_of(replica) as client:
             assert (await client.post("/v1/chat/completions", json=CHAT)).json()["usage"]["completion_tokens"] == 2
@@ -60,7 +62,9 @@ def test_a_slow_start_refuses_and_a_warm_up_is_not_ready() -> None:
     asyncio.run(main())
 
 
-def test_kill_9_resets_and_a_restart_on_the_port_is_another_identity() -> None:
+def test_kill_9_and_restart() -> None:
+    """kill -9 resets the connections, and a restart on the same port has another identity."""
+
     async def main() -> None:
         seeds = []
         async with spawn_replica(first_token_delay=60.0) as replica, client_of(replica) as client:
@@ -105,7 +109,9 @@ def test_a_black_hole_is_turned_on_and_off_past_it() -> None:
     asyncio.run(main())
 
 
-def test_stock_sigterm_ends_an_idle_replica_at_the_next_look_though_it_still_accepts() -> None:
+def test_sigterm_of_stock_sglang() -> None:
+    """Stock SGLang ends an idle replica some time after SIGTERM, and accepts requests until then."""
+
     async def main() -> None:
         async with spawn_replica("--exit-look", "3.0") as replica, client_of(replica) as client:
             replica.send_signal(signal.SIGTERM)
@@ -148,7 +154,9 @@ def test_stock_sigterm_of_an_unhealthy_replica_does_not_drain() -> None:
     asyncio.run(main())
 
 
-def test_with_the_plugin_sigterm_serves_on_for_the_grace_and_then_what_is_in_flight() -> None:
+def test_sigterm_with_the_plugin() -> None:
+    """With the plug-in, a replica serves on for the grace after SIGTERM, then finishes what is in flight."""
+
     async def main() -> None:
         flags = ("--drain-plugin", "--drain-grace", "2.0", "--exit-look", "0.1")
         async with spawn_replica(*flags, token_interval=0.5) as replica, client_of(replica) as client:

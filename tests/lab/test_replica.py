@@ -170,7 +170,9 @@ def test_what_is_no_request_is_refused_and_noted(data: bytes) -> None:
     asyncio.run(main())
 
 
-def test_an_idle_connection_is_closed_after_keep_alive_but_not_before_its_first_request() -> None:
+def test_idle_connection() -> None:
+    """An idle connection is closed after keep_alive, but not before its first request."""
+
     async def talk(replica: LabReplica, _: httpx.AsyncClient) -> None:
         fresh, fresh_writer = await asyncio.open_connection(replica.host, replica.port)
         began = time.monotonic()
@@ -272,7 +274,9 @@ def test_without_the_key_only_health_and_metrics_answer() -> None:
     with_replica(talk, api_key="secret")
 
 
-def test_knobs_are_turned_over_http_for_all_or_for_the_next_requests() -> None:
+def test_knobs_over_http() -> None:
+    """Knobs are turned over HTTP, for all requests or only for the next ones."""
+
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
         turned = await client.post("/lab/knobs", json={"status": 500})
         assert turned.json()["status"] == 500
@@ -319,7 +323,9 @@ def test_a_body_that_asks_for_nothing_is_400(body: bytes) -> None:
     with_replica(talk)
 
 
-def test_what_never_comes_to_pass_is_an_assertion_with_the_counts() -> None:
+def test_until_fails_with_the_counts() -> None:
+    """Waiting for something that never happens fails with the replica's counts."""
+
     async def talk(replica: LabReplica, _: httpx.AsyncClient) -> None:
         with pytest.raises(AssertionError, match="'requests': 0"):
             await replica.seen.until(lambda seen: seen.requests, timeout=0.01)

@@ -8,7 +8,8 @@ from tests.lab.test_model import tokens
 from tests.lab.virtual import VirtualReplicas, measure
 
 
-def test_requests_come_back_in_the_order_and_at_the_time_they_finish() -> None:
+def test_requests_finish_in_order() -> None:
+    """Requests come back in the order, and at the times, at which they finish."""
     fleet = VirtualReplicas([ReplicaModel() for _ in range(3)])
     requests = [Request(tokens(50, f"r{number}"), 200 - 10 * number) for number in range(12)]
     for number, request in enumerate(requests):
@@ -38,7 +39,8 @@ def test_a_fleet_of_one_does_what_its_model_does_alone() -> None:
     assert [one.finished_at for one in alone_requests] == [other.finished_at for other in fleet_requests]
 
 
-def test_what_the_caller_submits_meanwhile_happens_at_that_moment() -> None:
+def test_submitting_meanwhile() -> None:
+    """What the caller submits meanwhile happens at that moment of virtual time."""
     fleet = VirtualReplicas([ReplicaModel()])
     fleet.submit(0, Request(tokens(10, "first"), 5))
     later: Request | None = None
@@ -73,7 +75,8 @@ def test_a_full_queue_is_the_callers_to_handle() -> None:
         fleet.submit(0, Request(tokens(10, "b"), 5))
 
 
-def test_the_measurement_runs_all_it_claims_and_finds_its_groups_cached() -> None:
+def test_measurement_is_complete() -> None:
+    """The measurement runs all the requests it claims, and finds its groups' prefixes cached."""
     rate, cached = measure(replicas=4, requests=400)
     assert rate > 0
     assert 0.6 < cached < 500 / 600

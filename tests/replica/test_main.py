@@ -33,7 +33,8 @@ def test_help_tells_flags_and_variables() -> None:
         assert name in answer.stdout
 
 
-def test_a_dry_run_without_a_gpu_prints_the_cpu_command_and_starts_nothing() -> None:
+def test_dry_run_on_a_cpu() -> None:
+    """A dry run without a GPU prints the CPU command and starts nothing."""
     answer = replica("--dry-run")
     assert answer.returncode == 0, answer.stderr
     (line,) = answer.stdout.splitlines()
@@ -128,7 +129,8 @@ def test_an_old_python_is_told_so() -> None:
     assert "Python 3.9 is too old: Python 3.11 is needed" in answer.stderr
 
 
-def test_another_program_than_sglang_gets_a_lease_and_sees_its_gpus_alone(tmp_path: Path) -> None:
+def test_exec_gets_a_lease(tmp_path: Path) -> None:
+    """A program other than SGLang gets a lease and sees only its GPUs."""
     show = "echo $CUDA_DEVICE_ORDER $CUDA_VISIBLE_DEVICES; ls /proc/$$/fd -l | grep -c GPU-pretended"
     answer = replica(
         *("--gpus", "2", "--exec", "--", "/bin/bash", "-c", show),
@@ -156,7 +158,8 @@ def test_a_command_that_cannot_be_run_is_refused(arguments: tuple[str, ...], say
     assert says in answer.stderr
 
 
-def test_the_list_of_gpus_tells_in_which_order_replicas_are_given_them(tmp_path: Path) -> None:
+def test_list_of_gpus_has_their_order(tmp_path: Path) -> None:
+    """The list of GPUs shows in which order replicas get them."""
     rows = json.loads(replica("--list-gpus", "--gpus", "2", REPLICA_PRETEND_GPUS="5", LEASE_DIR=str(tmp_path)).stdout)
     assert [row["seat"] for row in rows] == [0, 0, 1, 1, None]
     assert [row["kinds"] for row in rows] == [[]] * 5
