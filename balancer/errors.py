@@ -136,14 +136,22 @@ def too_many_connections(limit: int) -> ServeError:
     return ServeError(429, "too_many_connections", message, kind=kind, retry_after=1, closes=True)
 
 
-def queue_full(size: int) -> ServeError:
+def queue_full(size: int, retry_after: int) -> ServeError:
     message = f"Every replica is at its limit and {size} requests are waiting. Try again shortly, or add replicas."
-    return ServeError(429, "queue_full", message, kind="rate_limit_error", retry_after=5)
+    return ServeError(429, "queue_full", message, kind="rate_limit_error", retry_after=retry_after)
 
 
-def queue_timeout(seconds: float) -> ServeError:
+def wait_too_long(expected: float, timeout: float, retry_after: int) -> ServeError:
+    message = (
+        f"This request would wait about {expected:.0f} s for a replica, longer than queue_timeout ({timeout:g} s). "
+        "Try again later, or add replicas."
+    )
+    return ServeError(429, "queue_full", message, kind="rate_limit_error", retry_after=retry_after)
+
+
+def queue_timeout(seconds: float, retry_after: int) -> ServeError:
     message = f"No replica had room within {seconds:g} s. Try again shortly, or add replicas."
-    return ServeError(429, "queue_timeout", message, kind="rate_limit_error", retry_after=5)
+    return ServeError(429, "queue_timeout", message, kind="rate_limit_error", retry_after=retry_after)
 
 
 def no_replica(retry_after: int = 5) -> ServeError:

@@ -46,7 +46,17 @@ class Giver(Protocol):
 class Claim(Generic[C]):
     """A place at one member, given back when the `with` block ends."""
 
-    __slots__ = ("_computing", "_fleet", "_is_generating", "_is_pending", "choice", "member", "trial")
+    __slots__ = (
+        "_computing",
+        "_fleet",
+        "_is_generating",
+        "_is_pending",
+        "choice",
+        "member",
+        "number",
+        "trial",
+        "when_over",
+    )
 
     def __init__(self, fleet: "Giver", choice: C, is_generating: bool, trial: Trial | None = None) -> None:
         self.choice = choice
@@ -54,8 +64,9 @@ class Claim(Generic[C]):
         self.trial = trial  # in which it was given by lot
         self._is_generating = is_generating
         self._fleet = fleet
+        self.when_over: Callable[[], None] | None = None  # for whoever wants to know that it is given back
         fleet.turns += 1
-        member.turn = fleet.turns
+        self.number = member.turn = fleet.turns
         fleet.in_flight += 1
         fleet.generating += is_generating
         if not member.in_flight:
@@ -72,6 +83,8 @@ class Claim(Generic[C]):
         """The member has begun to answer, so what waits here may follow; if well, it has computed the prompt."""
         if is_computed:
             self.choice.begun()
+            if self.member.said_full_to and self._is_generating and self.number > self.member.said_full_at:
+                self.member.said_full_to = 0  # it takes others: that one it would not have
         self._go_on()
 
     def _go_on(self) -> None:
@@ -97,5 +110,7 @@ class Claim(Generic[C]):
         self._go_on()
         if self.trial is not None:
             self._fleet.outliers.given_back(self.trial)
+        if self.when_over is not None:
+            self.when_over()
         if not was_pending:
             self._fleet.room_made()

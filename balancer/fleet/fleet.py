@@ -229,9 +229,16 @@ class Fleet:
         """One of its answers has stalled: the member is asked whether it still works; `alive_at` records a yes."""
         self._tell(self.when_doubted, member)
 
-    def busy(self, member: Member, seconds: float) -> None:
-        """It answered 503: it is full, not broken, and gets no generating requests for that many seconds."""
-        member.full_until = self.clock() + seconds
+    def busy(self, member: Member, seconds: float, request: int) -> None:
+        """It told a request that it is full; from the second such request in a row on, it counts as full.
+
+        A full member is not broken, but gets no generating requests for that many seconds. One request alone proves
+        nothing: it may be one that no replica accepts, and would block the service for everybody. `request` is the
+        number of the request's first claim.
+        """
+        if member.said_full_to not in (0, request):
+            member.full_until = self.clock() + seconds
+        member.said_full_to, member.said_full_at = request, self.turns
 
     def note_queue(self, member: Member, waiting: int) -> None:
         """The length of its own queue, as it reports it: more reliable than what first bytes tell the balancer."""

@@ -87,6 +87,8 @@ class Member:
     has_passed: bool = False
     ejected_until: float = 0.0
     full_until: float = 0.0
+    said_full_to: int = 0  # a request by its number; unless it takes others then, the next that hears so makes it full
+    said_full_at: int = 0  # counted in choices, as `turn`
     in_flight: int = 0
     lingering: int = 0  # requests that failed here a moment ago and still count as load
     generating: int = 0

@@ -206,6 +206,11 @@ class BalancerCollector(Collector):
     def _here(self) -> Iterator[Family]:
         for name, said, value in (
             ("queue_depth", "Requests that wait for a replica.", self._admission.queue_depth),
+            (
+                "queue_expected_wait_seconds",
+                "How long a new request would wait for a replica.",
+                self._admission.expected_wait(),
+            ),
             ("client_connections", "Open client connections.", len(self._clients.connections)),
             ("buffered_bytes", "Bytes of request bodies held.", self._clients.buffered),
         ):
@@ -223,8 +228,10 @@ class BalancerCollector(Collector):
         requests = _counter("key_requests", "Requests by the name of their API key.", "key", "status")
         tokens = _counter("key_tokens", "Tokens by the name of the API key.", "key", "kind")
         in_flight = _gauge("key_in_flight", "Requests of this API key in flight.", "key")
+        queued = _gauge("key_queued", "Requests of this API key that wait for their first replica.", "key")
         for key in keys:
             in_flight.add_metric((key.name,), key.in_flight)
+            queued.add_metric((key.name,), self._admission.queued_of(key.name))
             tally = self._tallies.keys.get(key.name)
             if tally is None:
                 continue
@@ -232,7 +239,7 @@ class BalancerCollector(Collector):
                 requests.add_metric((key.name, status), count)
             tokens.add_metric((key.name, "prompt"), tally.prompt_tokens)
             tokens.add_metric((key.name, "completion"), tally.completion_tokens)
-        yield from (requests, tokens, in_flight)
+        yield from (requests, tokens, in_flight, queued)
 
 
 def _counter(name: str, said: str, *labels: str) -> CounterMetricFamily:

@@ -130,7 +130,8 @@ class Proxy:
         """Attempts at one replica after the other, until one answers or nothing is left; raises ServeError."""
         places, settings, budget = destination.places, destination.settings, destination.budget
         prompt = Prompt(request.path, request.body)
-        waiter = Waiter(prompt, request.is_generating, is_waited_for=request.is_waited_for)
+        key = request.key.name if request.key else request.client
+        waiter = Waiter(prompt, request.is_generating, [], request.is_waited_for, key, request.received_at)
         sent = 0
         budget.deposit()
         while True:
@@ -148,7 +149,7 @@ class Proxy:
                 return
             sent += outcome not in UNSENT
             error = final_error(outcome, settings, record.full_for or FULL_FOR)
-            if not places.has_other(waiter):
+            if not places.may_go_on(waiter):
                 raise error
             if not may_repeat(outcome, request.method, sent, settings, budget, self._loop.time()):
                 raise error

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from balancer import errors
 from balancer.errors import ServeError
@@ -22,6 +23,7 @@ HOP_BY_HOP = frozenset(
     b"upgrade http2-settings".split()
 )
 _AUTHORITY_ENDS = re.compile(rb"[/?#]")
+MAX_FORWARDED = 256  # bytes of X-Forwarded-For that are looked at, from its end
 MAX_DIGITS = 20  # of the largest number that the parser counts to; leading zeros it takes without end
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 # How each request is said to have come here, by its version (RFC 9110 section 7.6.3).
@@ -66,6 +68,7 @@ class Request:
     keeps_alive: bool = True
     wants_explanation: bool = False
     key: Key | None = None
+    client: bytes = b""  # which one it is of, where there are no keys to tell them apart
     body: list[bytes] = field(default_factory=list)
     body_size: int = 0
     held: int = 0  # bytes of memory that the body takes, as counted for all requests together
@@ -106,14 +109,30 @@ class Peer:
     @classmethod
     def of(cls, address: str, is_tls: bool, trusted: Sequence[Network]) -> "Peer":
         try:
-            parsed = ipaddress.ip_address(address.partition("%")[0])
+            parsed = _parsed(address.partition("%")[0])
         except ValueError:
             return cls(b"unknown", False, b"https" if is_tls else b"http")
-        if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped:
-            parsed = parsed.ipv4_mapped
         is_trusted = any(parsed in network for network in trusted)
-        origin = parsed.packed[:8]  # all of an IPv4 address
-        return cls(str(parsed).encode(), is_trusted, b"https" if is_tls else b"http", origin)
+        return cls(str(parsed).encode(), is_trusted, b"https" if is_tls else b"http", _origin(parsed))
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    parsed = ipaddress.ip_address(address)
+    return parsed.ipv4_mapped or parsed if isinstance(parsed, ipaddress.IPv6Address) else parsed
+
+
+def _origin(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bytes:
+    return address.packed[:8]  # all of an IPv4 address
+
+
+@lru_cache(maxsize=4096)
+def _origin_said(forwarded_for: bytes) -> bytes:
+    """The client that a trusted proxy speaks of: whoever connected to it comes last."""
+    address = forwarded_for.rpartition(b",")[2].strip()
+    try:
+        return _origin(_parsed(address.decode()))
+    except ValueError:
+        return address[:64]  # some write no address, but it is still one client's
 
 
 def read_head(request: Request, headers: Headers, peer: Peer) -> None:
@@ -182,6 +201,8 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
         request.credentials = borne = authorizations + api_keys
         request.authorization = borne[0] if len(borne) == 1 else next(filter(bearer_token, borne), borne[0])
     request.is_from_proxy = peer.is_trusted
+    said = forwarded.get(b"x-forwarded-for")
+    request.client = _origin_said(said[-MAX_FORWARDED:]) if said else peer.origin
     if dropped and not dropped <= _ACTIONS.keys():
         # Only names that would have been passed on matter; Connection cannot hide what the balancer itself needs.
         kept = [line for line in kept if line.partition(b":")[0].lower() not in dropped]

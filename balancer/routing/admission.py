@@ -1,18 +1,28 @@
-"""A place now, a bounded wait in one queue, or a clear no."""
+"""A place now, a bounded wait in a fair queue, or a clear no."""
 
 import asyncio
-import contextlib
-from collections import deque
+import random
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 
 from balancer import errors
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
+from balancer.routing.expected_wait import ExpectedWait
+from balancer.routing.fair_queue import FairQueue
 from balancer.routing.policies import Choice, Policy
 from balancer.routing.prompt import Prompt
+from balancer.routing.shares import Shares
 
 MOMENT = 2.0  # seconds that anything waits for a replica that is about to be ready, as where one takes over
+# Who would wait for longer than this part of queue_timeout is told so when he comes: an estimate is not exact, and to
+# wait in vain is worse.
+IN_TIME = 0.8
+UNKNOWN_WAIT = 5.0  # seconds after which to try again, where nobody knows
+LONGEST_WAIT = 300.0  # the same at most
+JITTER = 0.5  # up to this part of it is added, lest all come back together
 
 
 @dataclass(slots=True, eq=False)
@@ -20,12 +30,20 @@ class Waiter:
     """A request that wants a place; `tried` are the members that it has been to.
 
     `is_waited_for`: it may wait as long as `start_wait` for a replica that starts; else it waits a moment at most.
+    `key` is whose request it is: each has its turn. `arrived_at` is a loop time in seconds.
     """
 
     prompt: Prompt
     is_generating: bool
     tried: list[Member] = field(default_factory=list)
     is_waited_for: bool = True
+    key: Hashable = b""
+    arrived_at: float = 0.0
+    waited: float = 0.0  # seconds, so far
+    held_until: float = 0.0  # all members told it that they are full: it is not to ask them again before
+    rounds: int = 0  # how often it has been to all of them
+    number: int = 0  # of a claim of its own, by which members know it that told it that they are full
+    full_for: float | None = None  # the least time in seconds that they said, in this round
 
 
 @dataclass(slots=True, eq=False)
@@ -35,28 +53,57 @@ class _Queued:
     until: float
 
 
-class Admission:
-    """Gives places at members, in the order of arrival. It looks again whenever the fleet made room."""
+Waiters = FairQueue[_Queued]
 
-    def __init__(self, fleet: Fleet, policy: Policy) -> None:
+
+class Admission:
+    """Gives places at members: to each key in its turn, in a key by arrival. It looks again when the fleet made room.
+
+    `weight` says how large a part of the places a key gets while others want them too; all are equal by default.
+    """
+
+    def __init__(self, fleet: Fleet, policy: Policy, weight: Callable[[Hashable], float] = lambda _: 1.0) -> None:
         self.fleet = fleet
         self.policy = policy
         # Generating requests that came through the door, and those of them that were refused because all was full.
         self.arrived_total = 0
         self.turned_away_total = 0
-        self._queue: deque[_Queued] = deque()  # generating requests
-        self._plain: deque[_Queued] = deque()  # others: they need a replica, and no room there
+        self._weight = weight
+        self._queue = Waiters()  # generating requests
+        self._plain = Waiters()  # others: they need a replica, and no room there
+        self._shares = Shares()
+        self._wait = ExpectedWait(fleet.clock())
         self._reading = asyncio.Lock()
         fleet.when_room.append(self.assign)
         fleet.when_left.append(lambda member: self.policy.forget(member))
 
     def __repr__(self) -> str:
-        waiting = f"{len(self._queue)} generating and {len(self._plain)} other requests waiting"
+        waiting = f"{self._queue.size} generating and {self._plain.size} other requests waiting"
         return f"<Admission by {self.policy.name}: {waiting}; {self.fleet!r}>"
 
     @property
     def queue_depth(self) -> int:
-        return len(self._queue) + len(self._plain)
+        return self._queue.size + self._plain.size
+
+    @property
+    def generating_queued(self) -> int:
+        return self._queue.size
+
+    def queued_of(self, key: Hashable) -> int:
+        """How many generating requests of that key wait for their first turn."""
+        return self._queue.depth(key)
+
+    def expected_wait(self) -> float:
+        """Seconds that somebody new would wait for a place, as far as is known."""
+        return self._likely_wait(object()) if self._queue.size else 0.0
+
+    def _likely_wait(self, key: Hashable, share: float = 1.0) -> float:
+        return self._wait.likely(self._queue.position(key, share), self._places) or 0.0
+
+    @property
+    def _places(self) -> int:
+        """How many requests are at replicas; while others wait, that is as many as may be."""
+        return max(1, self.fleet.generating)
 
     def must_read(self, prompt: Prompt) -> bool:
         """Should the prompt be read before a place is asked for? The policy goes by it, and it is heavy."""
@@ -71,31 +118,31 @@ class Admission:
             prompt.read()
             await asyncio.sleep(0)
 
-    @property
-    def generating_queued(self) -> int:
-        return len(self._queue)
-
     def claim_now(self, waiter: Waiter) -> Claim[Choice] | None:
         """A place at once, or None where the request would have to wait."""
-        if self._queue and waiter.is_generating:
+        if waiter.is_generating and (self._queue.size or waiter.held_until):
             return None
         return self._claim(waiter)
 
     async def claim(self, waiter: Waiter) -> Claim[Choice]:
-        """A place, after a wait if need be; raises ServeError when there is none, or the wait was in vain."""
-        settings = self.fleet.settings
-        if not self.fleet.has_other(waiter.tried):
-            if not self.fleet.is_starting(waiter.is_generating) or not settings.start_wait:
-                raise errors.no_replica()
-            wait = settings.start_wait if waiter.is_waited_for else min(MOMENT, settings.start_wait)
-        else:
-            wait = settings.queue_timeout
-        if self.queue_depth >= settings.queue_size:
-            raise errors.queue_full(settings.queue_size)
-        place: asyncio.Future[Claim[Choice]] = asyncio.get_running_loop().create_future()
-        queued = _Queued(waiter, place, self.fleet.clock() + wait)
+        """A place, after a wait if need be; raises ServeError when there is none, or the wait was or would be in vain.
+
+        Who was at a member before goes ahead of all that were not, by when he arrived.
+        """
+        patience = self._patience(waiter)
         queue = self._queue if waiter.is_generating else self._plain
-        queue.append(queued)
+        now = self.fleet.clock()
+        place: asyncio.Future[Claim[Choice]] = asyncio.get_running_loop().create_future()
+        queued = _Queued(waiter, place, now + patience - waiter.waited)
+        if waiter.tried or waiter.rounds:
+            self._make_room(queue, None, 1.0)
+            queue.push_again(queued, waiter.arrived_at)
+        else:
+            share = self._shares.of(waiter.key, self._weight(waiter.key))
+            if waiter.is_generating:
+                self._refuse_in_vain(waiter.key, share)
+            self._make_room(queue, waiter.key, share)
+            queue.push(queued, waiter.key, share)
         self.assign()  # who waits already may be waiting for a member that this one need not have
         try:
             return await place
@@ -104,40 +151,112 @@ class Admission:
                 place.result().__exit__(None, None, None)  # given while the client was leaving
             raise
         finally:
-            with contextlib.suppress(ValueError):  # who got a place has left the queue already
-                queue.remove(queued)
+            queue.remove(queued)  # who got a place has left the queue already
+            waiter.waited += self.fleet.clock() - now
+
+    def may_wait_on(self, waiter: Waiter, seconds: float) -> bool:
+        """All members told the request that they are full, for so long: may it ask them again after that?
+
+        Each time it waits twice as long: what no replica ever takes should not keep them all busy saying so.
+        """
+        settings = self.fleet.settings
+        wait = seconds * 2**waiter.rounds
+        if not (waiter.is_generating and settings.queue_size) or waiter.waited + wait >= settings.queue_timeout:
+            return False
+        waiter.tried.clear()
+        waiter.full_for = None
+        waiter.rounds += 1
+        waiter.held_until = self.fleet.clock() + wait
+        return True
 
     def assign(self) -> None:
-        """Gives places to those who wait, first come first served."""
-        if not self._queue and not self._plain:
-            return  # as it is after nearly every request
-        for queue in (self._plain, self._queue):
-            for queued in list(queue):
-                if queued.place.done():
-                    continue  # it is leaving by itself
-                if claim := self._claim(queued.waiter):
-                    queue.remove(queued)
-                    queued.place.set_result(claim)
-                elif not queued.waiter.tried:
-                    break  # who comes later has no better chance; only earlier attempts narrow a request's choice
+        """Gives places to those who wait, each in his turn."""
+        if self._plain.size or self._queue.size:  # hardly ever: this is done after each request
+            self._give(self._plain)
+            self._give(self._queue)
 
     def expire(self) -> None:
         """Says no to those who waited out, or who wait for nothing. Call it a few times a second."""
         self.assign()
         now = self.fleet.clock()
+        self._wait.passed(now, self._places if self._queue.size and self.fleet.available() else 0)
         for queued in (*self._plain, *self._queue):
             if not queued.place.done() and (refusal := self._refusal(queued, now)):
                 queued.place.set_exception(refusal)
+
+    def _give(self, queue: Waiters) -> None:
+        now = self.fleet.clock()
+        for again in queue.again():
+            # Earlier attempts narrow its choice, so who comes later may have a better chance.
+            if not again.place.done() and again.waiter.held_until <= now and (claim := self._claim(again.waiter)):
+                again.waiter.held_until = 0.0
+                self._given(queue, again, claim)
+        while queued := queue.first():
+            if queued.place.done():
+                queue.remove(queued)  # it is leaving by itself
+            elif claim := self._claim(queued.waiter):
+                if queue is self._queue:
+                    claim.when_over = partial(self._over, queued.waiter.key, now)
+                self._given(queue, queued, claim)
+            else:
+                break
+
+    def _given(self, queue: Waiters, queued: _Queued, claim: Claim[Choice]) -> None:
+        queue.take(queued)
+        queued.place.set_result(claim)
+        if queue is self._queue:
+            self._wait.given()
+
+    def _over(self, key: Hashable, since: float) -> None:
+        self._shares.note(key, self.fleet.clock() - since)
 
     def _claim(self, waiter: Waiter) -> Claim[Choice] | None:
         return self.fleet.claim(
             lambda members: self.policy.choose(members, waiter.prompt), waiter.is_generating, waiter.tried
         )
 
+    # Saying no
+
+    def _patience(self, waiter: Waiter) -> float:
+        """How long it may wait, in seconds; raises ServeError where there is nothing to wait for."""
+        settings = self.fleet.settings
+        if self.fleet.has_other(waiter.tried):
+            return settings.queue_timeout
+        if not self.fleet.is_starting(waiter.is_generating) or not settings.start_wait:
+            raise errors.no_replica()
+        return settings.start_wait if waiter.is_waited_for else min(MOMENT, settings.start_wait)
+
+    def _refuse_in_vain(self, key: Hashable, share: float) -> None:
+        """Raises ServeError where it would wait in vain for a place at the replicas that there are."""
+        if not self._queue.size or not self.fleet.available():
+            return
+        timeout, position = self.fleet.settings.queue_timeout, self._queue.position(key, share)
+        if self._wait.least(position, self._places) > IN_TIME * timeout:
+            wait = self._wait.likely(position, self._places) or timeout
+            raise errors.wait_too_long(wait, timeout, _spread(wait))
+
+    def _make_room(self, queue: Waiters, key: Hashable | None, share: float) -> None:
+        """Has somebody who has more of a full queue give up his last place there; raises ServeError if nobody does."""
+        size = self.fleet.settings.queue_size
+        if queue.size < size:
+            return
+        if not size or (last := queue.give_way(key, share)) is None:
+            raise errors.queue_full(size, _spread(self._likely_wait(key, share)))
+        if not last.place.done():
+            last.place.set_exception(errors.queue_full(size, _spread(self._likely_wait(last.waiter.key))))
+
     def _refusal(self, queued: _Queued, now: float) -> errors.ServeError | None:
         settings = self.fleet.settings
         if self.fleet.has_other(queued.waiter.tried):
-            return errors.queue_timeout(settings.queue_timeout) if now >= queued.until else None
+            if now < queued.until:
+                return None
+            wait = self._likely_wait(queued.waiter.key)
+            return errors.queue_timeout(settings.queue_timeout, _spread(wait))
         if now >= queued.until or not self.fleet.is_starting(queued.waiter.is_generating):
             return errors.no_replica()
         return None
+
+
+def _spread(wait: float) -> int:
+    """When to come back, in whole seconds: after the expected wait (0: nobody knows), and not all at once."""
+    return max(1, round(min(wait or UNKNOWN_WAIT, LONGEST_WAIT) * random.uniform(1, 1 + JITTER)))

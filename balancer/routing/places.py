@@ -41,7 +41,7 @@ class Places:
     async def claim(self, waiter: Waiter) -> "Place":
         """The next place, at a replica that the waiter has not been to; after a wait if need be. Raises ServeError."""
         admission = self._admission
-        if not waiter.tried:
+        if not (waiter.tried or waiter.rounds):
             admission.arrived_total += waiter.is_generating
             if admission.must_read(waiter.prompt):
                 await admission.read(waiter.prompt)
@@ -57,9 +57,15 @@ class Places:
         place.waited = self._fleet.clock() - asked_at
         return place
 
-    def has_other(self, waiter: Waiter) -> bool:
-        """Is there a replica that it has not been to, full or not?"""
-        return self._fleet.has_other(waiter.tried)
+    def may_go_on(self, waiter: Waiter) -> bool:
+        """May it claim another place? At a replica that it has not been to, or, if all are full, again at any later."""
+        if self._fleet.has_other(waiter.tried):
+            return True
+        if waiter.full_for is None:
+            return False
+        may = self._admission.may_wait_on(waiter, waiter.full_for)
+        self._admission.turned_away_total += waiter.is_generating and not may
+        return may
 
     async def read(self, prompt: Prompt) -> None:
         """Reads a heavy prompt when it is its turn."""
@@ -120,7 +126,10 @@ class Place:
             fleet.refused(member)
         elif outcome is Outcome.BUSY:
             if attempt.full_for is not None:
-                fleet.busy(member, attempt.full_for)
+                waiter = self._waiter
+                waiter.number = waiter.number or self._claim.number
+                waiter.full_for = min(attempt.full_for, waiter.full_for or attempt.full_for)
+                fleet.busy(member, attempt.full_for, waiter.number)
         elif outcome in FAILURES:
             fleet.failed(member)
         elif outcome in DOUBTFUL:
@@ -138,8 +147,6 @@ class Place:
                 policy.answered(choice, waiter.prompt, attempt.prompt_tokens, attempt.cached_tokens)
         elif outcome is not None:
             waiter.tried.append(self._member)
-            if outcome is Outcome.BUSY and not self._fleet.has_other(waiter.tried):
-                self._admission.turned_away_total += waiter.is_generating
 
     def __repr__(self) -> str:
         return f"<Place at {self.replica.name}: {self.reason}>"

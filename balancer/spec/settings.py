@@ -96,8 +96,12 @@ class Settings(BaseModel):
     max_pending: int | None = Field(
         None, gt=0, description="requests a replica may hold that it has not begun to answer; none: no such limit"
     )
-    queue_size: int = Field(1024, ge=0, description="requests that may wait for room; beyond: 429")
-    queue_timeout: float = Field(60, gt=0, description="time a request waits for room; beyond: 429")
+    queue_size: int = Field(
+        1024, ge=0, description="requests that may wait for room; beyond: 429, for whoever has most of them"
+    )
+    queue_timeout: float = Field(
+        60, gt=0, description="time a request may wait for room; beyond, or on arrival where it would be longer: 429"
+    )
     start_wait: float = Field(
         600, ge=0, description="time a generating request waits for a replica that is being started"
     )

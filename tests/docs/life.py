@@ -44,7 +44,7 @@ STAGES: tuple[tuple[str, str, tuple[ServeError | Outcome, ...]], ...] = (
     (
         "it waits for a place",
         "only where all replicas are full",
-        (errors.queue_full(1), errors.queue_timeout(1), errors.no_replica()),
+        (errors.queue_full(1, 1), errors.queue_timeout(1, 1), errors.no_replica()),
     ),
     ("the policy chooses", "a place at that replica is taken", ()),
     ("a connection", "an idle one, or a new one", (Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN)),

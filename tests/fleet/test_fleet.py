@@ -10,7 +10,7 @@ from balancer.fleet.member import Member
 from balancer.routing.admission import Admission
 from balancer.routing.policies import RoundRobin
 from balancer.spec.settings import ReadinessProbe
-from tests.support.fleets import Clock, claim, claimed, fail, fleet_of, listed, make_ready
+from tests.support.fleets import Clock, busy, claim, claimed, fail, fleet_of, listed, make_ready
 
 
 def names(members: Iterable[Member]) -> list[str]:
@@ -193,8 +193,8 @@ def test_a_replica_that_is_placed_and_then_runs_there_has_its_whole_initial_dela
     assert statuses(fleet) == ["STARTING"]
 
 
-@pytest.mark.parametrize("between", ["PROVISIONING", "FAILED", "SHUTTING_DOWN"])
-def test_a_replica_that_ended_and_runs_again_at_the_same_address_is_new(between: str) -> None:
+@pytest.mark.parametrize("between", [State.PROVISIONING, State.FAILED, State.SHUTTING_DOWN])
+def test_a_replica_that_ended_and_runs_again_at_the_same_address_is_new(between: State) -> None:
     fleet = fleet_of(1, Clock())
     old = fleet.members[1]
     fleet.drain(old)
@@ -319,7 +319,7 @@ def test_a_busy_member_is_full_for_generating_requests_until_its_time_is_over() 
     clock = Clock()
     fleet = fleet_of(1, clock)
     member = fleet.members[1]
-    fleet.busy(member, 2)
+    busy(fleet, member, 2)
     assert claim(fleet) is None
     assert member.status(clock.now) is Status.READY
     with claimed(fleet, generating=False):
@@ -327,6 +327,45 @@ def test_a_busy_member_is_full_for_generating_requests_until_its_time_is_over() 
         assert claim(fleet) is None
         clock.move(0.1)
         assert claimed(fleet).member is member
+
+
+def test_what_one_request_is_told_again_and_again_makes_no_member_full() -> None:
+    fleet = fleet_of(1)
+    member = fleet.members[1]
+    for _ in range(5):
+        fleet.busy(member, 60, 7)
+        with claimed(fleet):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("generating", "is_well", "is_full"),
+    [(True, True, False), (True, False, True), (False, True, True)],
+    ids=["it generates for another", "it answers another with an error", "it tells another its models"],
+)
+def test_who_takes_another_request_in_between_is_not_full(generating: bool, is_well: bool, is_full: bool) -> None:
+    """The requests may be such as no replica takes, one a second among a hundred that are served."""
+    fleet = fleet_of(1)
+    member = fleet.members[1]
+    fleet.busy(member, 60, 1)
+    with claimed(fleet, generating=generating) as served:
+        assert served is member
+    place = claimed(fleet, generating=generating)
+    place.begun(is_well)
+    place.__exit__(None, None, None)
+    fleet.busy(member, 60, 2)
+    assert (claim(fleet) is None) is is_full
+
+
+def test_a_request_that_began_before_a_member_said_that_it_is_full_proves_nothing() -> None:
+    fleet = fleet_of(1)
+    member = fleet.members[1]
+    place = claimed(fleet)
+    fleet.busy(member, 60, 1)
+    place.begun()
+    fleet.busy(member, 60, 2)
+    assert claim(fleet) is None
+    place.__exit__(None, None, None)
 
 
 # What happens to them

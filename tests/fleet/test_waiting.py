@@ -11,7 +11,7 @@ from balancer.fleet.fleet import Fleet
 from balancer.routing.admission import Admission, Waiter
 from balancer.routing.policies import RoundRobin
 from balancer.routing.prompt import Prompt
-from tests.support.fleets import Clock, claimed, fail, fleet_of, listed, make_ready
+from tests.support.fleets import Clock, busy, claimed, fail, fleet_of, listed, make_ready
 
 
 class Queue:
@@ -119,8 +119,8 @@ def test_who_waits_for_one_member_alone_keeps_nobody_from_another_that_is_free()
 @pytest.mark.parametrize(
     ("arrange", "seconds"),
     [
-        (lambda fleet: [fleet.drain(fleet.members[2]), fleet.busy(fleet.members[1], 3)], 3.0),
-        (lambda fleet: [fail(fleet, fleet.members[1]), fleet.busy(fleet.members[2], 60)], 10.0),
+        (lambda fleet: [fleet.drain(fleet.members[2]), busy(fleet, fleet.members[1], 3)], 3.0),
+        (lambda fleet: [fail(fleet, fleet.members[1]), busy(fleet, fleet.members[2], 60)], 10.0),
     ],
     ids=["a busy member's time is over", "an ejection ends"],
 )

@@ -118,6 +118,7 @@ def test_waiting_and_what_is_in_flight_is_seen_while_it_lasts() -> None:
             asked = [asyncio.ensure_future(client.post(CHAT, json=chat())) for _ in range(3)]
             await until(lambda: balancer.service.admission.queue_depth == 2)
             assert await value(balancer, client, "groundserve_queue_depth") == 2
+            assert await value(balancer, client, "groundserve_queue_expected_wait_seconds") == 0, "nothing is known yet"
             assert await value(balancer, client, "groundserve_in_flight", replica="replica-1") == 1
             assert await value(balancer, client, "groundserve_in_flight_limit", replica="replica-1") == 1
             assert await value(balancer, client, "groundserve_client_connections") == 3
@@ -158,7 +159,7 @@ def test_retries_failures_and_probes_are_counted_by_how_they_failed() -> None:
             two.next(1, status=503)
             for _ in range(2):
                 await client.post(CHAT, json=chat())
-            assert await value(balancer, client, "groundserve_retries_total", reason="busy") == 1
+            assert await value(balancer, client, "groundserve_retries_total", reason="busy") == 2
             two.refuse()
             two.drop_connections()
             await until(lambda: len(balancer.service.fleet.available()) == 1)
@@ -238,6 +239,31 @@ def test_predicted_and_actual_cache_hits_stand_side_by_side() -> None:
             assert cached > 100
             assert predicted == pytest.approx(cached, rel=0.3)
             assert await value(balancer, client, "groundserve_cache_prediction_error_ratio_count") >= 1
+
+    run(main())
+
+
+def test_it_is_seen_whose_requests_wait_and_for_how_long_another_would(tmp_path: Path) -> None:
+    async def main() -> None:
+        keys = tmp_path / "keys"
+        keys.write_text("secret-one\nsecret-two\n")
+        lab = LabReplica(head_delay=0.2)
+        async with (
+            lab,
+            serving(lab, api_keys=keys, settings={"max_in_flight": 1}) as balancer,
+            client_of(balancer) as client,
+        ):
+            headers = {"Authorization": "Bearer secret-two"}
+            asked = [asyncio.ensure_future(client.post(CHAT, json=chat(), headers=headers)) for _ in range(25)]
+            await until(lambda: balancer.service.admission.queue_depth > 20)
+            waiting = [await value(balancer, client, "groundserve_key_queued", key=f"line-{n}") for n in (1, 2)]
+            assert waiting[0] == 0
+            assert waiting[1] > 5
+            await asyncio.gather(*asked[:8])
+            assert 0 < await value(balancer, client, "groundserve_queue_expected_wait_seconds") < 10
+            await asyncio.gather(*asked)
+            assert await value(balancer, client, "groundserve_queue_expected_wait_seconds") == 0
+            assert await value(balancer, client, "groundserve_key_queued", key="line-2") == 0
 
     run(main())
 

@@ -73,7 +73,7 @@ class FewPlaces:
         self.given.append(OnePlace(self._left.pop(0)))
         return self.given[-1]
 
-    def has_other(self, waiter: Waiter) -> bool:
+    def may_go_on(self, waiter: Waiter) -> bool:
         return bool(self._left)
 
     async def read(self, prompt: Prompt) -> None:

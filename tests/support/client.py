@@ -98,8 +98,11 @@ class Client:
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def open(cls, url: str, receive_buffer: int = 0) -> Self:
-        """Connects; `receive_buffer` bytes is what the kernel takes on the client's behalf (0: as it likes)."""
+    async def open(cls, url: str, receive_buffer: int = 0, source: str = "") -> Self:
+        """Connects; `receive_buffer` bytes is what the kernel takes on the client's behalf (0: as it likes).
+
+        `source` is an address of this machine to come from: 127.0.0.2 is another client than 127.0.0.1.
+        """
         parts = urlsplit(url)
         assert parts.hostname is not None
         assert parts.port is not None
@@ -109,6 +112,8 @@ class Client:
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
+            if source:
+                sock.bind((source, 0))
             await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
         except OSError:
             sock.close()

@@ -85,3 +85,9 @@ def claimed(fleet: Fleet, *tried: Member, generating: bool = True) -> Claim[Chos
 def fail(fleet: Fleet, member: Member, times: int = 5) -> None:
     for _ in range(times):
         fleet.failed(member)
+
+
+def busy(fleet: Fleet, member: Member, seconds: float) -> None:
+    """It said so to two requests, which have the numbers 1 and 2."""
+    for request in (1, 2):
+        fleet.busy(member, seconds, request)

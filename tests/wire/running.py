@@ -77,9 +77,9 @@ class House:
         self._log_reader = log_reader
         self._log = b""
 
-    async def client(self, receive_buffer: int = 0) -> Client:
+    async def client(self, receive_buffer: int = 0, source: str = "") -> Client:
         """A new connection, closed with the house."""
-        client = await Client.open(self.url, receive_buffer)
+        client = await Client.open(self.url, receive_buffer, source)
         self.clients.append(client)
         return client
 
@@ -145,7 +145,7 @@ class House:
         for member in self.balancer.service.fleet.members.values():
             member.full_until = member.ejected_until = 0.0
             member.outlier = Outlier(settings.ejection_time, settings.max_ejection_time)
-            member.turn = member.failures_total = 0
+            member.turn = member.failures_total = member.said_full_to = 0
             self.balancer.destination.pool.forget(member.address)
         self.balancer.service.fleet.changed()
 

@@ -95,7 +95,8 @@ async def test_a_full_queue_is_429_with_retry_after() -> None:
         await occupied(house)
         await waiting(house, 2)
         answer = await house.ask(POST)
-        assert (answer.status, answer.error["code"], answer.header("retry-after")) == (429, "queue_full", "5")
+        assert (answer.status, answer.error["code"]) == (429, "queue_full")
+        assert 5 <= int(answer.header("retry-after") or 0) <= 8, "nobody knows how long; not all at once"
         assert answer.error["type"] == "rate_limit_error"
         assert not answer.is_last, "the connection stays usable"
 
@@ -114,7 +115,8 @@ async def test_who_waited_out_is_told_429() -> None:
         began = asyncio.get_running_loop().time()
         answer = await house.ask(POST)
         assert 0.4 <= asyncio.get_running_loop().time() - began < 1.5
-        assert (answer.status, answer.error["code"], answer.header("retry-after")) == (429, "queue_timeout", "5")
+        assert (answer.status, answer.error["code"]) == (429, "queue_timeout")
+        assert 5 <= int(answer.header("retry-after") or 0) <= 8
         line = house.log()[-1]
         assert (line["attempts"], line["error"]) == (0, "queue_timeout")
 

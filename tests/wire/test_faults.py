@@ -308,42 +308,74 @@ async def test_no_head_within_first_byte_timeout_is_504_and_the_exchange_is_clos
 @in_house
 async def test_a_busy_replica_sends_the_request_to_another_member_and_counts_as_full(house: House, method: str) -> None:
     house.replicas[0].set(status=503, retry_after="7")
-    answer = await house.ask(SENT_ON[method], method)
-    assert (answer.status, answer.header("x-replica-id")) == (200, "b")
+    for _ in range(2):
+        answer = await house.ask(SENT_ON[method], method)
+        assert (answer.status, answer.header("x-replica-id")) == (200, "b")
     full_for = house.member("a").full_until - house.balancer.service.fleet.clock()
     assert 6 < full_for <= 7
     house.member("b").turn = 1 << 30
     assert (await house.ask(POST)).header("x-replica-id") == "b", "full: not its turn"
-    assert numbers(*house.replicas) == [1, 2]
+    assert numbers(*house.replicas) == [2, 3]
     assert house.member("a").failures_total == 0, "busy is not broken"
-    assert [line["attempts"] for line in await house.logged(2)] == [2, 1]
+    assert [line["attempts"] for line in await house.logged(3)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize(("said", "full_for", "told"), [
     ("", 1, "1"), ("3", 3, "3"), ("0", 1, "1"), ("-1", 1, "1"), ("soon", 1, "1"), ("9999", 60, "60"),
     ("Wed, 21 Oct 2099 07:28:00 GMT", 1, "1"),
 ])  # fmt: skip
-@in_house
-async def test_all_busy_is_503_with_retry_after(house: House, said: str, full_for: float, told: str) -> None:
-    for replica in house.replicas:
-        replica.set(status=503, retry_after=said)
-    answer = await house.ask(POST)
-    assert (answer.status, answer.error["code"]) == (503, "replicas_busy")
-    assert answer.header("retry-after") == told
-    assert numbers(*house.replicas) == [1, 1]
-    for name in "ab":
-        assert full_for - 0.5 < house.member(name).full_until - house.balancer.service.fleet.clock() <= full_for
+@on_uvloop
+async def test_all_busy_is_503_with_retry_after_where_nobody_may_wait(said: str, full_for: float, told: str) -> None:
+    knobs = {"status": 503, "retry_after": said}
+    async with LabReplica(**knobs) as a, LabReplica(**knobs) as b, serving(a, b, queue_size=0) as house:
+        for asked in (1, 2):
+            answer = await house.ask(POST)
+            assert (answer.status, answer.error["code"]) == (503, "replicas_busy")
+            assert answer.header("retry-after") == told
+            assert numbers(a, b) == [asked, asked]
+        for name in "ab":
+            assert full_for - 0.5 < house.member(name).full_until - house.balancer.service.fleet.clock() <= full_for
 
 
 @on_uvloop
-async def test_a_member_that_was_busy_is_used_again_when_its_time_is_over() -> None:
-    async with LabReplica() as a, serving(a) as house:
-        a.next(1, status=503)
-        assert (await house.ask(POST)).status == 503
-        answer = await house.ask(POST)  # waits in the queue for as long as the replica is full
-        assert answer.status == 200
-        line = (await house.logged(2))[1]
-        assert 0.5 < line["queued"] < 2
+async def test_who_is_told_by_all_that_they_are_full_waits_as_who_comes_later_does() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
+        for replica in (a, b):
+            replica.next(2, status=503)
+        clients = [await house.client() for _ in range(4)]
+        for client in clients[:2]:
+            await client.send(POST)
+        await until(lambda: house.balancer.service.admission.queue_depth == 2)
+        for client in clients[2:]:
+            await client.send(POST)
+        for client in clients:
+            assert (await client.answer()).status == 200
+        lines = await house.logged(4)
+        assert all(0.5 < line["queued"] < 3 for line in lines)
+        assert sorted(line["attempts"] for line in lines) == [1, 1, 3, 3]
+
+
+@on_uvloop
+async def test_a_request_that_no_replica_takes_is_offered_less_and_less_often_and_harms_nobody() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, queue_timeout=4) as house:
+        for replica in (a, b):
+            replica.set(status=503)
+        poison = await house.client()
+        await poison.send(POST)
+        await until(lambda: house.balancer.service.admission.queue_depth == 1)
+        for replica in (a, b):
+            replica.set(status=0)
+        for _ in range(5):
+            assert (await house.ask(POST)).status == 200
+        assert not any(line["queued"] > 0.5 for line in house.log()), "nobody waits because of it"
+        for replica in (a, b):
+            replica.set(status=503)
+        answer = await poison.answer()
+        assert (answer.status, answer.error["code"]) == (503, "replicas_busy")
+        line = house.log()[-1]
+        assert (line["attempts"], line["retries"]) == (6, "busy,busy,busy,busy,busy"), (
+            "at once, after one second, after two more"
+        )
 
 
 # Answers that are the replica's own
@@ -386,7 +418,7 @@ async def test_a_503_that_says_full_goes_elsewhere(house: House, path: str) -> N
     house.replicas[0].set(status=503, **({"body": overloaded} if path == "/v1/messages" else {}))
     answer = await house.ask(request(path=path, body=chat()))
     assert (answer.status, answer.header("x-replica-id")) == (200, "b")
-    assert house.member("a").full_until > 0.0
+    assert house.member("a").said_full_to
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 408, 413, 422, 429, 499, 500, 501, 502, 504, 599])
@@ -479,7 +511,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def impatient_house() -> Iterator[House]:
-    with kept({}, {}, first_byte_timeout=0.2, idle_timeout=0.2, ejection_time=0.001) as house:
+    with kept({}, {}, first_byte_timeout=0.2, idle_timeout=0.2, ejection_time=0.001, queue_timeout=0.9) as house:
         yield house
 
 
