@@ -1,15 +1,15 @@
-"""The admin port's connections: uvicorn's HTTP class, with an end to heads that do not come or do not end."""
+"""The admin port's connections: uvicorn's HTTP class, with limits on the time and size of a request's head."""
 
 import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-HEAD_TIMEOUT = 30.0  # seconds for a whole head
+HEAD_TIMEOUT = 30.0  # seconds for a complete head
 MAX_HEAD = 64 << 10  # bytes
 
 
 class AdminConnection(HttpToolsProtocol):
-    """Closed without a word when a head takes too long or grows too large; uvicorn alone waits and buffers for ever."""
+    """Closed without an answer if a head takes too long or grows too large; uvicorn would wait and buffer for ever."""
 
     _patience: asyncio.TimerHandle | None = None
     _head_size = 0

@@ -1,4 +1,4 @@
-"""What the page shows, live: server-sent events with the service, its replicas, and why requests went where."""
+"""What the page shows, live: server-sent events with the service, its replicas, and its routing decisions."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ MAX_TEXT = 120  # characters of a path or a reason
 
 
 class Feed:
-    """Events for every viewer: `history` once, then `state` each second and `sample` every five."""
+    """The events for each viewer: `history` once, then `state` every second and `sample` every five."""
 
     def __init__(
         self, facts: ServiceFacts, fleet: Fleet, admission: Admission, tallies: Tallies, history: History
@@ -38,7 +38,7 @@ class Feed:
         self._state_at = -PERIOD
 
     def close(self) -> None:
-        """Ends every stream: viewers may come back to the next process."""
+        """Ends every stream; viewers reconnect, perhaps to the next process."""
         self._closing.set()
 
     @property
@@ -46,7 +46,7 @@ class Feed:
         return self._viewers >= MAX_VIEWERS
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The events of one viewer, until it leaves or the balancer does."""
+        """The events of one viewer, until it leaves or the balancer shuts down."""
         self._viewers += 1
         try:
             seen = self._history.taken
@@ -65,7 +65,7 @@ class Feed:
             self._viewers -= 1
 
     def _latest_state(self) -> bytes:
-        """The state as of now, or of half a second ago: it is put together once for all viewers."""
+        """The state, at most half a second old: it is built once for all viewers."""
         now = self._fleet.clock()
         if now - self._state_at >= PERIOD / 2:
             self._state_event, self._state_at = _event("state", self._state(now)), now
@@ -102,7 +102,7 @@ class Feed:
         replicas = self._history.replicas.items()
         return {
             "service": self._history.service[-1].to_json(),
-            # How many samples there are tells a viewer when a replica began anew.
+            # A viewer sees by the number of samples that a replica has restarted.
             "replicas": {
                 str(n): {"count": len(history.samples), **history.samples[-1].to_json()} for n, history in replicas
             },
@@ -112,9 +112,9 @@ class Feed:
 def feed_router(feed: Feed) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/feed", responses={503: {"description": "as many look on already as may"}})
+    @router.get("/feed", responses={503: {"description": "the maximum number of viewers is connected"}})
     async def events() -> StreamingResponse:
-        """What `GET /status` says and more, as server-sent events, each second."""
+        """What `GET /status` says, and more, as a server-sent event every second."""
         if feed.is_full:
             raise HTTPException(503, f"{MAX_VIEWERS} viewers are here already; close a page, or read /status.")
         return StreamingResponse(
@@ -128,7 +128,7 @@ def feed_router(feed: Feed) -> APIRouter:
 
 def _decision(number: int, record: Record, now: float) -> dict[str, Any]:
     return {
-        "number": number,  # ids are the clients' to choose, and may repeat
+        "number": number,  # unique, unlike an id, which the client may choose
         "id": record.id,
         "ago_seconds": round(now - record.received_at - record.duration, 1),
         "path": _cut(record.path),

@@ -1,4 +1,4 @@
-"""What every request on the admin port passes first: rules against hostile web pages, and the security headers."""
+"""What every request to the admin port passes first: rules against hostile web pages, and security headers."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -13,8 +13,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-READING = ("GET", "HEAD", "OPTIONS")
-# Its requests go on to the serving port, which has its own limits and wants its own keys.
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# Its requests are passed on to the serving port, which has limits and keys of its own.
 PLAYGROUND = "/playground/"
 MAX_BODY = 1 << 20
 BODY_TIMEOUT = 30.0  # seconds of silence allowed inside a body
@@ -34,9 +34,9 @@ HEADERS = {
 
 
 class Guard:
-    """An ASGI app around the admin port's. The routes themselves ask for the admin key, where there is one.
+    """An ASGI app around that of the admin port. Checking the admin key is left to the routes.
 
-    `is_loopback`: this port can only be reached from this machine; `has_key`: there is an admin key.
+    `is_loopback`: the port can only be reached from this machine; `has_key`: there is an admin key.
     """
 
     def __init__(self, app: App, is_loopback: bool, has_key: bool) -> None:
@@ -79,9 +79,9 @@ class Guard:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
         if self._is_loopback and not is_loopback_name(host):
-            # A page of another site can have its own name point at this machine, and would be of this origin then.
+            # DNS rebinding: another site's name may point at this machine, and its pages would count as same-origin.
             return _forbidden(f"This port answers to this machine only, not to {host!r}: ask for http://localhost.")
-        if scope["method"] in READING:
+        if scope["method"] in SAFE_METHODS:
             return None
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():

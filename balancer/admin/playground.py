@@ -1,4 +1,4 @@
-"""The playground's requests, passed on to our own serving port: they meet the same door, queue and policy as any."""
+"""The playground's requests, passed on to our own serving port: the same limits, queue and policy as for any other."""
 
 import asyncio
 import contextlib
@@ -16,30 +16,30 @@ SENT_WITH_BODY = ("authorization", "content-type", "content-length")
 RETURNED = ("content-type", "retry-after", "x-request-id", "x-replica-id", "x-route-reason")
 
 
-AS_SAID: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "what the endpoint says"},
-    "5XX": {"description": "what the endpoint says, or that it does not answer"},
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "as the endpoint answers"},
+    "5XX": {"description": "as the endpoint answers, or that it does not"},
 }
 
 
 def playground_router(endpoint: str, client: httpx.AsyncClient) -> APIRouter:
-    """Routes under /playground. A page of the admin port calls these only, so nothing of another origin is needed."""
+    """Routes under /playground. The page calls only these, so it needs nothing from another origin."""
     router = APIRouter(prefix="/playground")
 
-    @router.get("/v1/models", responses=AS_SAID)
+    @router.get("/v1/models", responses=RESPONSES)
     async def models(request: Request) -> Response:
-        """The endpoint's own list of models."""
-        return await _passed_on(request, client, endpoint + "/v1/models")
+        """The endpoint's list of models."""
+        return await _pass_on(request, client, endpoint + "/v1/models")
 
-    @router.post("/v1/chat/completions", responses=AS_SAID)
+    @router.post("/v1/chat/completions", responses=RESPONSES)
     async def chat(request: Request) -> Response:
-        """A chat through the endpoint, streamed as it comes."""
-        return await _passed_on(request, client, endpoint + "/v1/chat/completions")
+        """A chat through the endpoint; a stream is passed on as it arrives."""
+        return await _pass_on(request, client, endpoint + "/v1/chat/completions")
 
     return router
 
 
-async def _passed_on(request: Request, client: httpx.AsyncClient, url: str) -> Response:
+async def _pass_on(request: Request, client: httpx.AsyncClient, url: str) -> Response:
     has_body = request.method == "POST"
     sent = SENT_WITH_BODY if has_body else SENT
     headers = {name: request.headers[name] for name in sent if name in request.headers}
@@ -55,7 +55,7 @@ async def _passed_on(request: Request, client: httpx.AsyncClient, url: str) -> R
     try:
         await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not sending.done():
-            return Response(status_code=499)  # nobody is there to read it
+            return Response(status_code=499)  # nobody reads it
         answer = sending.result()
     except httpx.HTTPError:
         refusal = ServeError(502, "endpoint_unreachable", "The endpoint did not answer; the balancer's log says why.")
@@ -77,7 +77,7 @@ async def _body_of(request: Request, is_read: asyncio.Event) -> AsyncIterator[by
 
 
 async def _left(request: Request, is_read: asyncio.Event) -> None:
-    """Returns when the browser is gone: the request must not wait in the queue, or at a replica, for nobody."""
+    """Returns when the browser has gone: then the request must neither wait in the queue nor occupy a replica."""
     if request.method == "POST":
         await is_read.wait()
     while (await request.receive())["type"] != "http.disconnect":
@@ -89,6 +89,6 @@ async def _pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
         async for piece in answer.aiter_raw():
             yield piece
     except httpx.HTTPError:
-        return  # the endpoint broke the stream off, and has said so in it
+        return  # the endpoint broke the stream off, and said so in the stream
     finally:
         await answer.aclose()

@@ -19,8 +19,8 @@ from balancer.routing.admission import Admission
 from balancer.service import ServiceFacts
 
 
-class Said(BaseModel):
-    """What an error says."""
+class ErrorDetail(BaseModel):
+    """What an error says, in OpenAI's shape."""
 
     message: str
     type: str
@@ -28,25 +28,25 @@ class Said(BaseModel):
     param: None
 
 
-class Refusal(BaseModel):
+class ErrorBody(BaseModel):
     """The body of every error."""
 
-    error: Said
+    error: ErrorDetail
 
 
-def refusals(**why: str) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's entries for errors: `status_404="when"`."""
-    return {int(status[-3:]): {"model": Refusal, "description": when} for status, when in why.items()}
+def error_responses(**when: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's entries for errors: `status_404="when it happens"`."""
+    return {int(status[-3:]): {"model": ErrorBody, "description": text} for status, text in when.items()}
 
 
 Number = Annotated[int, Path(ge=1)]
-REFUSED = refusals(status_403="this machine's port is asked for by another name, or by a page of another site")
-UNCHANGED = refusals(
+FORBIDDEN = error_responses(status_403="the Host names another machine than this one, or a page of another site asks")
+UNCHANGED = error_responses(
     status_401="the admin key is missing or wrong",
-    status_413="no Content-Length, or a large one",
-    status_422="not valid",
+    status_413="the Content-Length is missing or too large",
+    status_422="the request is not valid",
 )
-UNKNOWN = UNCHANGED | refusals(status_404="no replica has this number")
+NO_SUCH_REPLICA = UNCHANGED | error_responses(status_404="no replica has this number")
 
 
 def admin_app(
@@ -56,33 +56,33 @@ def admin_app(
     list_replicas: Callable[[Sequence[ReplicaListing]], None],
     key: str | None,
 ) -> FastAPI:
-    """The admin port's app. `list_replicas` takes the list of `PUT /replicas`; it raises ConfigError."""
-    # No pages of FastAPI's: they are empty where their scripts, which come from a CDN, cannot be had.
-    app = FastAPI(title="groundserve admin", docs_url=None, redoc_url=None, responses=REFUSED)
+    """The admin port's app. `list_replicas` is called with the list of `PUT /replicas`, and may raise ConfigError."""
+    # FastAPI's own pages load scripts from a CDN, so they are empty on a machine without internet access.
+    app = FastAPI(title="groundserve admin", docs_url=None, redoc_url=None, responses=FORBIDDEN)
 
     def with_key(request: Request) -> None:
-        borne = request.headers.getlist("authorization")
-        if key is not None and not any(bears(one.encode("latin-1"), key) for one in borne):
+        values = request.headers.getlist("authorization")
+        if key is not None and not any(bears(value.encode("latin-1"), key) for value in values):
             raise HTTPException(401, "This wants the admin key: 'Authorization: Bearer KEY'.")
 
     changing = [Depends(with_key)]
 
     @app.exception_handler(AnyHTTPException)
     async def refused(_: Any, error: AnyHTTPException) -> Response:
-        said = ServeError(error.status_code, "admin", str(error.detail))
-        return Response(said.body, said.status, error.headers, media_type="application/json")
+        answer = ServeError(error.status_code, "admin", str(error.detail))
+        return Response(answer.body, answer.status, error.headers, media_type="application/json")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Any, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        said = ServeError(422, "invalid", f"{where}: {first['msg']}")
-        return Response(said.body, said.status, media_type="application/json")
+        answer = ServeError(422, "invalid", f"{where}: {first['msg']}")
+        return Response(answer.body, answer.status, media_type="application/json")
 
     @app.exception_handler(ConfigError)
-    async def contradictory(_: Any, error: ConfigError) -> Response:
-        said = ServeError(422, "admin", str(error))
-        return Response(said.body, said.status, media_type="application/json")
+    async def unusable(_: Any, error: ConfigError) -> Response:
+        answer = ServeError(422, "admin", str(error))
+        return Response(answer.body, answer.status, media_type="application/json")
 
     @app.get("/status")
     async def status() -> Response:
@@ -90,10 +90,10 @@ def admin_app(
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """200 while this process works, whatever the replicas do."""
+        """200 as long as this process works, whatever the state of the replicas."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: {"description": "no replica is ready, or the balancer is leaving"}})
+    @app.get("/ready", responses={503: {"description": "no replica is ready, or the balancer is shutting down"}})
     async def ready() -> Response:
         is_ready = bool(fleet.available()) and not facts.is_leaving
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
@@ -109,12 +109,12 @@ def admin_app(
         rows = take_snapshot(facts, fleet, admission).replicas
         return JSONResponse(next(row for row in rows if row.id == member.id).to_json())
 
-    @app.post("/replicas/{number}/drain", dependencies=changing, responses=UNKNOWN)
+    @app.post("/replicas/{number}/drain", dependencies=changing, responses=NO_SUCH_REPLICA)
     async def drain(number: Number) -> Response:
         fleet.drain(member := _member(number))
         return _row(member)
 
-    @app.post("/replicas/{number}/undrain", dependencies=changing, responses=UNKNOWN)
+    @app.post("/replicas/{number}/undrain", dependencies=changing, responses=NO_SUCH_REPLICA)
     async def undrain(number: Number) -> Response:
         fleet.undrain(member := _member(number))
         return _row(member)

@@ -12,7 +12,7 @@ FILES = Path(__file__).parent / "page"
 
 
 def add_page(app: FastAPI, feed: Feed) -> None:
-    """Puts the page on the admin port's app. Its files are asked for anew each time, and answered 304 if unchanged."""
+    """Adds the page to the admin port's app. Browsers ask for its files each time, and get a 304 if unchanged."""
 
     @app.get("/", include_in_schema=False)
     async def index() -> FileResponse:

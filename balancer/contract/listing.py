@@ -1,8 +1,8 @@
-"""What the controller tells the balancer of a service and its replicas: the body of `PUT /replicas`.
+"""The list of a service's replicas that the controller sends to the balancer: the body of `PUT /replicas`.
 
-A fact about a replica has one home, `ReplicaFacts`. From there it goes by itself into the request, the fleet, `GET
-/status` and the page's feed. It is named again only where an engine finds it out and where it is shown: the columns of
-operate/commands/table.py, the `FACTS` of admin/page/page.js.
+A fact about a replica is defined once, in `ReplicaFacts`. The request, the fleet, `GET /status` and the page's feed
+pass it on without naming it. It is named again only in the engine that knows it and where it is shown: the columns of
+operate/commands/table.py, and `FACTS` in admin/page/page.js.
 """
 
 from dataclasses import KW_ONLY, asdict, dataclass
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, Strict
 from balancer.contract.words import ServiceStatus, State
 from balancer.errors import ConfigError
 
-# From outside: "1" is no whole number, and 1 is not true.
+# For input from outside: "1" is not an integer, and 1 is not a boolean.
 StrictBool = Annotated[bool, Strict()]
 StrictInt = Annotated[int, Strict()]
 StrictFloat = Annotated[float, Strict()]
@@ -22,12 +22,12 @@ StrictFloat = Annotated[float, Strict()]
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFacts:
-    """What is said of a replica unchanged, all the way from its engine to a person."""
+    """What is passed on unchanged about a replica, all the way from its engine to a person."""
 
     name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:\[\]-]+$")]
     endpoint: Annotated[
         str,
-        Field(description="empty while it has none; a RUNNING one has"),
+        Field(description="empty while it has none; a RUNNING replica has one"),
         AfterValidator(lambda url: url.rstrip("/")),
     ] = ""
     _: KW_ONLY
@@ -36,14 +36,14 @@ class ReplicaFacts:
     launched_seconds: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)] | None = None  # its age
     infra: str = "-"  # where it runs: "local", "compose"
     resources: str = "-"  # on what: "1x CPU", "1x L4"
-    reason: str = ""  # why it is as it is, in one line; empty when there is nothing to say
+    reason: str = ""  # why it is in its state, in one line; empty if there is nothing to say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaListing(ReplicaFacts):
-    """One replica as an engine or discovery lists it. Raises ConfigError for an endpoint that is no address."""
+    """One replica, as the controller or DNS lists it. Raises ConfigError if its endpoint is not an address."""
 
-    is_address_only: ClassVar[bool] = False
+    is_address_only: ClassVar[bool] = False  # listed by DNS: its replica may have other addresses, too
     state: State = State.RUNNING
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ def _service_word(word: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceListing:
-    """What an engine says of the service as a whole; None, or an empty status: what the balancer knows itself."""
+    """The service as a whole, as the controller tells it; None, or an empty status, leaves it to the balancer."""
 
     name: str | None = None
     version: StrictInt | str | None = None
@@ -76,13 +76,13 @@ class ServiceListing:
     status: Annotated[str, AfterValidator(_service_word)] = ""
     reason: str = ""
     is_asleep: Annotated[
-        StrictBool, Field(description="a generating request that finds no replica makes the engine start one")
+        StrictBool, Field(description="scaled to zero: a generating request makes the controller start a replica")
     ] = False
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The whole list: a replica that is missing from it is gone."""
+    """The whole list; a replica that is not on it is gone."""
 
     replicas: tuple[ReplicaListing, ...]
     service: ServiceListing | None = None

@@ -1,4 +1,4 @@
-"""One snapshot of a service and its replicas: the source of `GET /status`, the tables, the page and the metrics."""
+"""A snapshot of a service and its replicas: the answer of `GET /status`, which the tables and the page show."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -10,13 +10,13 @@ from balancer.contract.words import ServiceStatus, Status
 
 @dataclass(frozen=True, slots=True)
 class ServiceRow:
-    """The service as a whole. Spans are in seconds; counts are of now."""
+    """The service as a whole. Time spans are in seconds; counts are current."""
 
     name: str
-    # The versions that have replicas, "1" or, while a rollout runs, "1,2".
+    # The versions that have replicas: "1", or "1,2" during a rollout.
     version: str
     status: ServiceStatus
-    # Since the service first could answer; None before that.
+    # Since a replica was first ready; None before that.
     uptime_seconds: float | None
     endpoint: str
     policy: str
@@ -24,8 +24,8 @@ class ServiceRow:
     total: int
     queue_depth: int
     in_flight: int
-    # Generating requests, by which a service scales: those that came through the door since the balancer began, however
-    # they ended; of them those refused because all was full; those that are at replicas now; those that wait for one.
+    # Generating requests, by which a service scales: those that arrived since the balancer started, however they ended;
+    # those of them refused because everything was full; those at replicas now; those that wait for a replica now.
     arrived_total: int = 0
     turned_away_total: int = 0
     generating: int = 0
@@ -38,14 +38,14 @@ class ServiceRow:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Raises ValueError when a field without a default is missing; fields it does not know are left out."""
+        """Raises ValueError if a required field is missing or the status is unknown; ignores unknown fields."""
         row = cls(**_known(cls, data))
         return replace(row, status=ServiceStatus(row.status))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaRow(ReplicaFacts):
-    """One replica. Spans are in seconds, totals count since the balancer knows this replica."""
+    """One replica. Time spans are in seconds; totals count from when the balancer first knew this replica."""
 
     id: int
     launched_seconds: float
@@ -53,29 +53,29 @@ class ReplicaRow(ReplicaFacts):
     in_flight: int = 0
     requests_total: int = 0
     failures_total: int = 0
-    # How long the ejection still lasts; 0 when it is not ejected.
+    # How much longer the ejection lasts; 0 if it is not ejected.
     ejected_for_seconds: float = 0.0
     cached_tokens_total: int = 0
     prompt_tokens_total: int = 0
 
     @classmethod
-    def of(cls, facts: ReplicaFacts, **seen: Any) -> Self:
-        """The row of a replica with these facts; `seen` are the row's own fields, and facts that are known better."""
-        return cls(**{field.name: getattr(facts, field.name) for field in fields(ReplicaFacts)} | seen)
+    def of(cls, facts: ReplicaFacts, **own: Any) -> Self:
+        """The row of a replica with these facts; `own` are the fields of the row, and facts that it overrides."""
+        return cls(**{field.name: getattr(facts, field.name) for field in fields(ReplicaFacts)} | own)
 
     def to_json(self) -> dict[str, Any]:
         return {"id": self.id, **_without_empty_reason(asdict(self))}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Raises ValueError when a field without a default is missing; fields it does not know are left out."""
+        """Raises ValueError if a required field is missing or the status is unknown; ignores unknown fields."""
         row = cls(**_known(cls, data))
         return replace(row, status=Status(row.status))
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What `GET /status` answers."""
+    """The answer of `GET /status`."""
 
     service: ServiceRow
     replicas: tuple[ReplicaRow, ...] = ()
@@ -88,7 +88,7 @@ class Snapshot:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Raises ValueError when the shape is not that of `GET /status`."""
+        """Raises ValueError if the data has not the shape of `GET /status`."""
         service, replicas = data.get("service"), data.get("replicas")
         if not isinstance(service, Mapping) or not isinstance(replicas, list):
             raise ValueError('a status has "service" (an object) and "replicas" (a list)')

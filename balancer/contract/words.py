@@ -1,20 +1,20 @@
-"""The words for how a replica or a service is, most of them SkyServe's, and the one way in which they are grouped."""
+"""The status words for replicas and services, most of them SkyServe's, and the phases into which they are grouped."""
 
 import enum
 
 
 class Phase(enum.StrEnum):
-    """The groups: what a word means to whoever plans, waits, or paints it in a colour."""
+    """What a status means to the code that plans, waits, or picks a colour."""
 
     PENDING = "pending"  # nothing serves yet, and nothing is wrong
     READY = "ready"
-    UNAVAILABLE = "unavailable"  # it was ready, and may soon be again
+    UNAVAILABLE = "unavailable"  # it was ready, and may be again soon
     LEAVING = "leaving"
-    FAILED = "failed"  # it will not become ready by itself
+    FAILED = "failed"  # it will not become ready on its own
 
 
 class State(enum.StrEnum):
-    """What an engine knows of a replica: whether its process is wanted, and runs. All else the balancer finds out."""
+    """What the controller tells the balancer of a replica. Whether a running one is ready, the balancer finds out."""
 
     PROVISIONING = "PROVISIONING"
     FETCHING = "FETCHING"
@@ -24,12 +24,12 @@ class State(enum.StrEnum):
 
     @property
     def is_before_start(self) -> bool:
-        """Does the time that a replica has to become ready not run yet? A model of 140 GB may come for hours."""
+        """Has its time to become ready not begun yet? Fetching a model of 140 GB may take hours."""
         return self in (State.PROVISIONING, State.FETCHING)
 
 
 class Status(enum.StrEnum):
-    """SkyServe's words for a replica, and three of ours (FETCHING, DRAINING, EJECTED)."""
+    """SkyServe's statuses of a replica, and three of ours (FETCHING, DRAINING, EJECTED)."""
 
     PROVISIONING = "PROVISIONING"
     FETCHING = "FETCHING"
@@ -49,7 +49,7 @@ class Status(enum.StrEnum):
 
 
 class ServiceStatus(enum.StrEnum):
-    """SkyServe's words for a service."""
+    """SkyServe's statuses of a service."""
 
     CONTROLLER_INIT = "CONTROLLER_INIT"
     REPLICA_INIT = "REPLICA_INIT"

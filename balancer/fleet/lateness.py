@@ -1,8 +1,8 @@
-"""How late the event loop is: a wait is over only when somebody was there to see that nothing came.
+"""How late the event loop is: a timeout must only count time in which the loop could have seen an answer.
 
-After a pause of the whole process (SIGSTOP, a throttled container, one heavy callback) all timers are due at once, and
-they run before anything is read. Besides, uvloop's clock stands still while a callback runs, so that a timer which is
-set in a long one is due when it ends.
+After a pause of the whole process (SIGSTOP, a throttled container, one heavy callback), all timers are due at once and
+run before anything is read. Also, uvloop's clock stands still during a callback, so a timer that is set in a long one
+is due as soon as it ends.
 """
 
 import asyncio
@@ -10,15 +10,15 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 
-TICK = 0.1  # seconds between two looks at the clock
-LATE = 0.02  # seconds; less is nothing to make up for
+TICK = 0.1  # seconds between two readings of the clock
+LATE = 0.02  # seconds; less than that is ignored
 
-# A block that ends in TimeoutError after that many seconds, as asyncio.timeout does.
+# Makes a block that ends with TimeoutError after that many seconds, like asyncio.timeout.
 Within = Callable[[float], AbstractAsyncContextManager[object]]
 
 
 class Lateness:
-    """Looks at the loop's clock ten times a second; `note` is told each time how late it was, in seconds."""
+    """Reads the loop's clock ten times a second, and each time calls `note` with the seconds that it was late."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, note: Callable[[float], None]) -> None:
         self._loop = loop
@@ -44,13 +44,13 @@ class Lateness:
 
     @property
     def total(self) -> float:
-        """Seconds in which the loop could not work, all together; what goes on since its last tick included."""
+        """Seconds in which the loop could not run, in total, up to this moment."""
         late = self._loop.time() - self._due
         return self._sum + (late if late > LATE else 0.0)
 
     @contextlib.asynccontextmanager
     async def within(self, seconds: float) -> AsyncIterator[None]:
-        """Ends the block in TimeoutError after that many seconds in which this loop could work."""
+        """Ends the block with TimeoutError after that many seconds in which the loop could run."""
         async with asyncio.timeout(None) as block:
             timers: list[asyncio.TimerHandle] = []
 

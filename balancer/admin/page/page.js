@@ -1,4 +1,4 @@
-// The service, its replicas and its routing, as the feed tells it each second.
+// The service, its replicas and its routing decisions, from the feed, every second.
 import { $, arrange, element, facts, number, say, seconds, share, span } from "./dom.js";
 import { change } from "./admin.js";
 import { draw, spark } from "./spark.js";
@@ -12,7 +12,7 @@ function badge(node, { status, phase }) {
   node.className = `badge ${phase}`;
 }
 
-// What is told of a replica, in this order; a new fact goes here.
+// The facts about a replica, in this order; a new one is added here.
 const FACTS = [
   ({ id }) => `replica ${id}`,
   ({ version }) => `version ${version}`,
@@ -75,8 +75,8 @@ function makeCard(replica) {
 function updateCard(card, replica) {
   say(card.querySelector("h3"), replica.name);
   badge(card.querySelector(".badge"), replica);
-  const told = FACTS.map((fact) => fact(replica)).filter((text) => text && text !== "-");
-  say(card.querySelector(".about"), told.join(" · "));
+  const texts = FACTS.map((fact) => fact(replica)).filter((text) => text && text !== "-");
+  say(card.querySelector(".about"), texts.join(" · "));
   const button = card.querySelector("button");
   button.dataset.verb = replica.draining ? "undrain" : "drain";
   say(button, replica.draining ? "Undrain" : "Drain");
@@ -129,27 +129,27 @@ function showDecisions(decisions) {
 }
 
 function noteHistory({ data }) {
-  const told = JSON.parse(data);
-  history.kept = told.kept;
-  history.service = told.service;
-  history.replicas = new Map(Object.entries(told.replicas).map(([id, samples]) => [Number(id), samples]));
+  const { kept, service, replicas } = JSON.parse(data);
+  history.kept = kept;
+  history.service = service;
+  history.replicas = new Map(Object.entries(replicas).map(([id, samples]) => [Number(id), samples]));
 }
 
 function noteSample({ data }) {
-  const told = JSON.parse(data);
-  history.service = [...history.service, told.service].slice(-history.kept);
-  for (const [id, sample] of Object.entries(told.replicas)) {
-    // The replica began anew if it has fewer samples than were seen of it.
+  const { service, replicas } = JSON.parse(data);
+  history.service = [...history.service, service].slice(-history.kept);
+  for (const [id, sample] of Object.entries(replicas)) {
+    // A replica with fewer samples than have been seen here has restarted.
     const before = (history.replicas.get(Number(id)) ?? []).slice(-history.kept);
     history.replicas.set(Number(id), [...before, sample].slice(-sample.count));
   }
 }
 
 function show({ data }) {
-  const told = JSON.parse(data);
-  showService(told.service);
-  showReplicas(told.replicas);
-  showDecisions(told.decisions);
+  const { service, replicas, decisions } = JSON.parse(data);
+  showService(service);
+  showReplicas(replicas);
+  showDecisions(decisions);
   document.body.dataset.live = "yes";
 }
 
@@ -162,7 +162,7 @@ function watch() {
   feed.addEventListener("error", () => {
     document.body.dataset.live = "no";
     say($("connection"), "The balancer does not answer; trying again …");
-    // A browser tries again by itself after a lost connection, yet not after an answer that is no feed.
+    // A browser reconnects on its own after a lost connection, but not after a response that is not an event stream.
     if (feed.readyState === EventSource.CLOSED) setTimeout(watch, 3000);
   });
 }

@@ -12,7 +12,7 @@ from balancer.inherited import tell
 from balancer.operate.commands import up as service_up
 from balancer.operate.commands.detach import detached
 from balancer.operate.commands.progress import Lines
-from balancer.operate.commands.show import elsewhere, snapshot_of, unknown, up_folders, warn
+from balancer.operate.commands.show import check_host, no_such_service, snapshot_of, up_folders, warn
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, choose_engine, take_down_detached
 from balancer.operate.engines.engine import Engine
@@ -161,7 +161,7 @@ def _is_ended(folder: ServiceFolder, number: signal.Signals) -> bool:
     holder = folder.holder()
     if holder is None:
         return not folder.is_up()
-    elsewhere(folder)
+    check_host(folder)
     try:
         holder.signal(number)
     except PermissionError:
@@ -176,11 +176,11 @@ def _ask(name: str, request: Mapping[str, Any], timeout: float | None = 10) -> A
             f"{name} serves on, but its controller is gone: groundserve up with its file takes it up again"
         )
     if not folder.is_up():
-        raise ConfigError(unknown(name))
+        raise ConfigError(no_such_service(name))
     try:
         return control_socket.ask(folder.socket, request, say=print, timeout=timeout)
     except control_socket.NotUp:
-        elsewhere(folder)
+        check_host(folder)
         raise ConfigError(f"{name} is just starting or ending: try again in a moment") from None
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a service comes up: a line for each change, or on a terminal a table that moves."""
+"""What a person sees while a service starts: a line for each change, or on a terminal a table that is redrawn."""
 
 import contextlib
 import sys
@@ -20,7 +20,7 @@ COLOURS = {Phase.READY: "green", Phase.UNAVAILABLE: "yellow", Phase.LEAVING: "ye
 
 
 class Lines:
-    """Progress as plain lines, for logs and pipes: one for each status that a replica takes."""
+    """Progress as plain lines, for logs and pipes: one for each change of a replica's status."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -42,11 +42,11 @@ class Lines:
         self._statuses = {name: row.status for name, row in rows.items()}
 
     def finish(self) -> None:
-        """The service is up: from here on every change is a line."""
+        """The service is up: from now on, every change is a line."""
 
 
 class Moving(Lines):
-    """Progress on a terminal: a row a replica with its age and the last line of its log, until all is up."""
+    """Progress on a terminal, until the service is up: a row per replica with its age and the last line of its log."""
 
     def __init__(self, console: Console, last_line: Callable[[int], str]) -> None:
         super().__init__(sys.stdout)
@@ -58,8 +58,8 @@ class Moving(Lines):
         self._live.start()
 
     def say(self, text: str) -> None:
-        # Above the moving part; rich would read [brackets] as markup.
-        with self._whoever_looks():
+        # Printed above the table; rich would take [brackets] for markup.
+        with self._while_anyone_looks():
             self._console.print(text, markup=False, highlight=False)
 
     def show(self, snapshot: Snapshot) -> None:
@@ -69,15 +69,15 @@ class Moving(Lines):
 
     def finish(self) -> None:
         if self._live is not None:
-            with self._whoever_looks():
+            with self._while_anyone_looks():
                 self._live.stop()
             self._live = None
             if self._snapshot is not None:
                 self._statuses = {row.name: row.status for row in self._snapshot.replicas}
 
     @contextlib.contextmanager
-    def _whoever_looks(self) -> Iterator[None]:
-        """A terminal that is gone ends nothing; rich would end the program where it was a pipe."""
+    def _while_anyone_looks(self) -> Iterator[None]:
+        """Goes on if the terminal is gone; rich would end the program if its output was a pipe."""
         try:
             yield
         except (OSError, ValueError, SystemExit):
@@ -91,10 +91,10 @@ class Moving(Lines):
             colour = COLOURS.get(row.status.phase, "cyan")
             mark = Text("●", colour) if _is_settled(row) else self._spinner
             age = Text(f"{row.launched_seconds:.0f} s", justify="right")
-            # While it loads, its own words say more than that no probe gets through yet.
-            news = self._last_line(row.id) if row.status is Status.STARTING else ""
-            news = "" if row.status is Status.READY else news or row.reason or self._last_line(row.id)
-            last = Text(news, "dim", overflow="ellipsis", no_wrap=True)
+            # While it loads, its log says more than the reason, which is that probes do not pass yet.
+            detail = self._last_line(row.id) if row.status is Status.STARTING else ""
+            detail = "" if row.status is Status.READY else detail or row.reason or self._last_line(row.id)
+            last = Text(detail, "dim", overflow="ellipsis", no_wrap=True)
             table.add_row(mark, Text(row.name), Text(row.status, colour), age, last)
         return Group(table)
 

@@ -1,4 +1,4 @@
-"""What services there are and what they do: `groundserve status` and `groundserve logs`."""
+"""Which services there are and how they are: `groundserve status` and `groundserve logs`."""
 
 import contextlib
 import fnmatch
@@ -24,17 +24,16 @@ from balancer.operate.state import control_socket
 from balancer.operate.state.service_folder import ServiceFolder, folders, state_root
 from balancer.operate.state.state_file import BrokenState
 
-# The admin port that is asked when no service of our own is known: Compose's, or one started by hand.
-STRANGER = "GROUNDSERVE_ADMIN"
+# Where to ask if `groundserve up` runs nothing here: a balancer that docker compose or a person started.
+_ADMIN_VARIABLE = "GROUNDSERVE_ADMIN"
 _DEFAULT_ADMIN = "http://127.0.0.1:30002"
-
 
 LogOf = Literal["replicas", "balancer", "controller"]
 
 
 @dataclass(frozen=True, slots=True)
 class Display:
-    """How `status` shows what it found."""
+    """How `status` shows the services."""
 
     endpoint_only: bool = False
     as_json: bool = False
@@ -56,11 +55,11 @@ def status(patterns: Sequence[str], how: Display) -> int:
 
 
 def _show(patterns: Sequence[str], how: Display, console: Console | None = None) -> int:
-    found, failures = up_folders(patterns)
+    services, failures = up_folders(patterns)
     warn(failures)
-    snapshots = [snapshot_of(folder) for folder in found]
+    snapshots = [snapshot_of(folder) for folder in services]
     if not snapshots and not patterns and not failures:
-        snapshots = _of_a_stranger()
+        snapshots = _from_default_admin_port()
     if how.endpoint_only:
         if len(snapshots) != 1:
             raise ConfigError(f"--endpoint wants one service, and {len(snapshots) or 'none'} fit: give one NAME")
@@ -77,7 +76,7 @@ def _show(patterns: Sequence[str], how: Display, console: Console | None = None)
 
 
 def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | None) -> int:
-    """`ids`: which replicas, none meaning all."""
+    """`ids` says which replicas; none means all of them."""
     folder = ServiceFolder(state_root(), name)
     if of == "balancer":
         paths = {"": folder.balancer_log}
@@ -114,37 +113,37 @@ def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | Non
 
 
 def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[ConfigError]]:
-    """Services that are up and fit, those without their controller too, and what is wrong with folders that fit.
+    """The services that are up and match, even without a controller, and what is wrong with other folders that match.
 
-    Raises ConfigError for a pattern that fits none.
+    Raises ConfigError if a pattern matches none.
     """
-    there: list[ServiceFolder] = []
+    services: list[ServiceFolder] = []
     failures: list[ConfigError] = []
-    fitting: set[str] = set()
+    matched: set[str] = set()
     for folder in folders(state_root()):
-        fits = {pattern for pattern in patterns if fnmatch.fnmatchcase(folder.name, pattern)}
-        if patterns and not fits:
+        matching = {pattern for pattern in patterns if fnmatch.fnmatchcase(folder.name, pattern)}
+        if patterns and not matching:
             continue
         try:
             if not folder.is_up() and not folder.is_detached:
                 continue
-            there.append(folder)
+            services.append(folder)
         except BrokenState as failure:
             failures.append(ConfigError(f"{folder.name}: {failure}"))
-        fitting |= fits
-    if missing := [pattern for pattern in patterns if pattern not in fitting]:
-        raise ConfigError(unknown(missing[0]))
-    return there, failures
+        matched |= matching
+    if missing := [pattern for pattern in patterns if pattern not in matched]:
+        raise ConfigError(no_such_service(missing[0]))
+    return services, failures
 
 
-def unknown(name: str) -> str:
-    """For a person who named a service that is not up."""
-    there = ", ".join(folder.name for folder in up_folders([])[0] if not folder.is_detached)
-    return f"no service {name} is up here; {f'there is {there}' if there else 'none is'}"
+def no_such_service(name: str) -> str:
+    """The message for a person who named a service that is not up."""
+    names = ", ".join(folder.name for folder in up_folders([])[0] if not folder.is_detached)
+    return f"no service {name} is up here; {f'there is {names}' if names else 'none is'}"
 
 
-def elsewhere(folder: ServiceFolder) -> None:
-    """Raises ConfigError where the service is up, but on another host: folders may lie on a disk that hosts share."""
+def check_host(folder: ServiceFolder) -> None:
+    """Raises ConfigError if the service runs on another host: the folders may be on a disk that several hosts share."""
     holder = folder.holder()
     if holder is not None and not holder.is_here:
         raise ConfigError(
@@ -153,9 +152,9 @@ def elsewhere(folder: ServiceFolder) -> None:
 
 
 def admin_keys(patterns: Sequence[str]) -> int:
-    """Prints which file holds the key for changes on each service's admin port."""
-    found, failures = up_folders(patterns)
-    for folder in found:
+    """Prints for each service the name of the file with the key for changes on its admin port."""
+    services, failures = up_folders(patterns)
+    for folder in services:
         try:
             print(
                 folder.admin_key_file if folder.is_detached else control_socket.ask(folder.socket, {"do": "admin key"})
@@ -167,10 +166,10 @@ def admin_keys(patterns: Sequence[str]) -> int:
 
 
 def snapshot_of(folder: ServiceFolder) -> Snapshot:
-    """What its controller says; without one, its balancer."""
+    """As its controller tells it, or its balancer if the controller is gone."""
     try:
         if (record := folder.detached_record) is not None:
-            return _answered(f"http://{record.admin}") or _bare(folder, ServiceStatus.FAILED)
+            return _from_admin_port(f"http://{record.admin}") or _bare(folder, ServiceStatus.FAILED)
         return Snapshot.from_json(control_socket.ask(folder.socket, {"do": "status"}))
     except BrokenState as failure:
         return _bare(folder, ServiceStatus.FAILED, str(failure))
@@ -178,9 +177,9 @@ def snapshot_of(folder: ServiceFolder) -> Snapshot:
         pass
     except (ConfigError, ValueError):
         return _bare(folder, ServiceStatus.CONTROLLER_INIT)
-    # Up by its lock, but it does not answer: it begins, it ends, it hangs, or it runs where we cannot ask it.
+    # Its lock is held, but it does not answer: it is starting, ending or hanging, or it runs on another host.
     try:
-        elsewhere(folder)
+        check_host(folder)
     except ConfigError as failure:
         return _bare(folder, ServiceStatus.CONTROLLER_INIT, str(failure))
     return _bare(folder, ServiceStatus.CONTROLLER_INIT)
@@ -191,19 +190,19 @@ def _bare(folder: ServiceFolder, status: ServiceStatus, reason: str = "") -> Sna
 
 
 def warn(failures: Iterable[ConfigError]) -> None:
-    """Tells of what is wrong beside what was done."""
+    """Prints what went wrong for some services, while others were dealt with."""
     for failure in failures:
         print(f"groundserve: {failure}", file=sys.stderr)
 
 
-def _of_a_stranger() -> list[Snapshot]:
-    """The balancer at GROUNDSERVE_ADMIN or the default address, if one answers there."""
-    snapshot = _answered(os.environ.get(STRANGER, _DEFAULT_ADMIN).rstrip("/"))
+def _from_default_admin_port() -> list[Snapshot]:
+    """Of the balancer at GROUNDSERVE_ADMIN or the default address, if one answers there."""
+    snapshot = _from_admin_port(os.environ.get(_ADMIN_VARIABLE, _DEFAULT_ADMIN).rstrip("/"))
     return [] if snapshot is None else [snapshot]
 
 
-def _answered(admin: str) -> Snapshot | None:
-    """What the balancer at this admin port says; None where none answers."""
+def _from_admin_port(admin: str) -> Snapshot | None:
+    """As the balancer at this admin port tells it; None if none answers."""
     try:
         answer = httpx.get(f"{admin}/status", timeout=5, trust_env=False)
         return Snapshot.from_json(answer.raise_for_status().json())

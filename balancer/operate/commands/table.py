@@ -1,4 +1,4 @@
-"""Snapshots as the two tables of `sky serve status`."""
+"""Snapshots as the two tables that `sky serve status` prints."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from balancer.contract.status import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """`of` makes a row's cell; `is_ours`: SkyServe has none such, so it is only shown where a person wants more."""
+    """`of` makes the cell of a row. `is_ours`: SkyServe has no such column, so only --verbose shows it."""
 
     heading: str
     of: Callable[[Any], object]
@@ -47,7 +47,7 @@ _SHORT = {"hour": "hr", "minute": "min", "second": "sec"}
 
 
 def tables(snapshots: Sequence[Snapshot], verbose: bool = False) -> str:
-    """Both tables, and below them why a service or replica failed; `verbose` adds columns of ours."""
+    """Both tables, and below them why a service or replica failed; `verbose` adds the columns of ours."""
     if not snapshots:
         return "No existing services."
     service_columns = [column for column in _SERVICE if verbose or not column.is_ours]
@@ -70,7 +70,7 @@ def tables(snapshots: Sequence[Snapshot], verbose: bool = False) -> str:
 
 
 def uptime(seconds: float | None) -> str:
-    """As SkyServe words a span: `8m 16s`, `1d 2h 5s`; `-` before it began."""
+    """A time span as SkyServe prints it: `8m 16s`, `1d 2h 5s`; `-` if it has not begun."""
     if seconds is None:
         return "-"
     if seconds < 1:
@@ -84,7 +84,7 @@ def uptime(seconds: float | None) -> str:
 
 
 def ago(seconds: float) -> str:
-    """As SkyServe words an age: `16 mins ago`."""
+    """An age as SkyServe prints it: `16 mins ago`."""
     for unit, length in _UNITS:
         if seconds >= length:
             count = int(seconds // length)

@@ -1,4 +1,4 @@
-"""What to do next with each replica: start, drain, stop, wait, give up. Pure: the clock is passed in, seconds."""
+"""What to do next with each replica: start, drain, stop, wait, give up. Pure functions; times are in seconds."""
 
 import enum
 from collections.abc import Collection, Iterable, Mapping
@@ -8,20 +8,20 @@ from balancer.contract.words import Phase, Status
 from balancer.operate.engines.engine import Ended
 from balancer.spec.schema import Operation
 
-# A replica that was never ready is given up after this many starts: loading a model only to fail takes minutes.
+# Starts after which a replica that was never ready is given up: each takes minutes, to load a model and then fail.
 FIRST_STARTS = 3
-# Seconds between two tries to lease a GPU; each try waits a little, too (recipe.py).
+# Seconds between two attempts to lease a GPU; each attempt waits a little, too (recipe.py).
 GPU_INTERVAL = 2.0
 
 
 class Stage(enum.Enum):
-    """Where a replica is in its life, as its engine knows it."""
+    """Where a replica is in its life."""
 
     WAITING = "its next start is due at start_at"
     RUNNING = "its process runs"
     DRAINING = "it runs, gets no new requests, and finishes what it has"
-    STOPPING = "it was told to end, for good"
-    REPLACING = "it was told to end because it is of no use; then it starts again"
+    STOPPING = "it is being stopped, for good"
+    REPLACING = "it is being stopped because it has become unusable; then it starts again"
     GIVEN_UP = "it failed too often"
 
 
@@ -32,25 +32,25 @@ class Replica:
     id: int
     version: int
     stage: Stage = Stage.WAITING
-    # When its present process was started, or its last one if none runs.
+    # When its current process was started, or the last one if none runs.
     launched_at: float = 0.0
     start_at: float = 0.0
     drained_at: float = 0.0
-    # The balancer's word for it, None while the balancer does not know it, and its requests in flight.
+    # What the balancer says of it: its status (None if the balancer does not know it) and its requests in flight.
     status: Status | None = None
     in_flight: int = 0
     ready_since: float | None = None
     was_ready: bool = False
-    # Lives in a row that ended before the replica was ready for `stable_after`.
+    # Lives in a row that ended before the replica had been ready for `stable_after`.
     failures: int = 0
     # Why its last life ended.
     reason: str = ""
-    # It ended because others hold all GPUs that would do; until it is ready, or ends for another reason.
+    # It ended because others hold every GPU that it could use. True until it is ready, or ends for another reason.
     waits_for_gpu: bool = False
 
     @property
     def is_wanted(self) -> bool:
-        """Does it count towards the number that is wanted?"""
+        """Does it count towards the number of replicas that is wanted?"""
         return self.stage not in (Stage.DRAINING, Stage.STOPPING)
 
     @property
@@ -59,13 +59,13 @@ class Replica:
 
     @property
     def is_unusable(self) -> bool:
-        """Does its process run, and will it not become ready any more?"""
+        """Does the balancer expect that it will not become ready any more?"""
         return self.status is not None and self.status.phase is Phase.FAILED
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start the replica with this number, which is new or waiting."""
+    """Start the replica with this id, which is new or waiting."""
 
     id: int
     version: int
@@ -78,14 +78,14 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End a replica for good."""
+    """Stop a replica for good."""
 
     id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """End a replica that became unusable; it counts as a failure and starts again."""
+    """Stop a replica that has become unusable; that counts as a failure, and it starts again."""
 
     id: int
     reason: str
@@ -102,7 +102,7 @@ Action = Start | Drain | Stop | Replace | Forget
 
 
 def backoff(failures: int, operation: Operation) -> float:
-    """Seconds to wait before the next start after that many failures in a row."""
+    """Seconds to wait before the next start, after that many failures in a row."""
     # A float cannot hold 2.0 ** 1024.
     return min(operation.max_restart_backoff, operation.restart_backoff * 2.0 ** min(failures - 1, 32))
 
@@ -112,7 +112,7 @@ def started(replica: Replica, now: float) -> Replica:
 
 
 def ended(replica: Replica, over: Ended, now: float, operation: Operation) -> Replica:
-    """The replica after its process ended unasked: waiting for its next start, or given up."""
+    """The replica after its process has ended by itself: waiting for its next start, or given up."""
     changed = replace(
         replica, reason=over.reason, status=None, in_flight=0, ready_since=None, waits_for_gpu=over.waits_for_gpu
     )
@@ -131,7 +131,7 @@ def drained(replica: Replica, now: float) -> Replica:
 
 
 def observed(replica: Replica, status: Status, in_flight: int, now: float, operation: Operation) -> Replica:
-    """The replica with what the balancer says of it. Being ready long enough wipes out earlier failures."""
+    """The replica with what the balancer says of it. Its failures are forgotten once it has been ready long enough."""
     is_ready = status is Status.READY
     since = (replica.ready_since if replica.ready_since is not None else now) if is_ready else None
     is_stable = since is not None and now - since >= operation.stable_after
@@ -155,9 +155,9 @@ def decide(
     drain_timeout: float,
     condemned: Collection[int] = (),
 ) -> list[Action]:
-    """The actions that bring the replicas nearer to `wanted`: how many of which version; one a replica at most.
+    """The actions that bring the replicas closer to `wanted`, the number of each version; at most one per replica.
 
-    `next_id` is free. `condemned` are replicas that go in any case; others take their places.
+    `next_id` is the first free id. `condemned` are replicas that have to go; others take their places.
     """
     replicas = list(replicas)
     actions: list[Action] = []
@@ -165,7 +165,7 @@ def decide(
         if replica.stage is Stage.RUNNING and replica.is_unusable:
             actions.append(Replace(replica.id, f"it was {replica.status}"))
         elif replica.stage is Stage.DRAINING:
-            # SHUTTING_DOWN: it knows of the drain and nothing is in flight. None: it never knew the replica.
+            # SHUTTING_DOWN: the balancer drains it, and nothing is in flight. None: the balancer never knew it.
             is_idle = replica.status in (Status.SHUTTING_DOWN, None)
             if is_idle or now - replica.drained_at > drain_timeout:
                 actions.append(Stop(replica.id))
@@ -189,11 +189,11 @@ def decide(
 
 
 def _usefulness(replica: Replica) -> tuple[bool, bool, int, int]:
-    """The smallest goes first: without a process, then not ready, then the least busy, then the youngest."""
+    """The lowest goes first: without a process, then not ready, then the least busy, then the newest."""
     return replica.stage is Stage.RUNNING, replica.is_ready, replica.in_flight, -replica.id
 
 
 def is_hopeless(replicas: Iterable[Replica], total: int) -> bool:
-    """Has every replica that is wanted been given up?"""
+    """Have all wanted replicas been given up?"""
     mine = [replica for replica in replicas if replica.is_wanted]
     return bool(mine) and total > 0 and all(replica.stage is Stage.GIVEN_UP for replica in mine)

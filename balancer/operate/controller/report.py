@@ -1,4 +1,4 @@
-"""A service as the controller tells it to the balancer, and the balancer's snapshot as it is shown to a person."""
+"""The list of replicas that the controller sends to the balancer, and the snapshot that a person gets to see."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -9,7 +9,7 @@ from balancer.contract.words import ServiceStatus, State, Status
 from balancer.operate.controller.plan import Replica, Stage
 from balancer.operate.controller.wanted import Wanted
 
-# What the balancer is told. That a running replica drains is for the balancer to say.
+# For the balancer. Whether a running replica is draining is the balancer's to say.
 _STATES = {
     Stage.WAITING: State.PROVISIONING,
     Stage.RUNNING: State.RUNNING,
@@ -18,7 +18,7 @@ _STATES = {
     Stage.REPLACING: State.SHUTTING_DOWN,
     Stage.GIVEN_UP: State.FAILED,
 }
-# What a person is told of replicas that the balancer has not been told of.
+# For a person, of replicas that the balancer does not know.
 _STATUSES = {
     Stage.WAITING: Status.PROVISIONING,
     Stage.RUNNING: Status.STARTING,
@@ -30,7 +30,7 @@ _STATUSES = {
 
 
 class Report:
-    """Remembers what the engine last said of each replica: its name, its place, and whatever else."""
+    """Remembers what the engine last said of each replica: its name, its endpoint, and any other facts."""
 
     def __init__(self, name: str, endpoint: Callable[[], str], infra: str) -> None:
         self._name = name
@@ -39,7 +39,7 @@ class Report:
         self._by_engine: dict[int, ReplicaListing] = {}
 
     def note(self, running: Mapping[int, ReplicaListing], known: Collection[int]) -> None:
-        """Takes note of what the engine runs, and forgets the replicas that are not known any more."""
+        """Remembers what the engine runs, and forgets the replicas that are not known any more."""
         by_engine = self._by_engine | dict(running)
         self._by_engine = {id: listing for id, listing in by_engine.items() if id in known}
 
@@ -51,7 +51,7 @@ class Report:
         status: ServiceStatus | None = None,
         reason: str = "",
     ) -> Listing:
-        """What the balancer is told. `status` overrides what it makes of its replicas; None: it decides."""
+        """The list for the balancer. Unless None, `status` overrides the one that follows from the replicas."""
         service = ServiceListing(
             name=self._name,
             version=str(wanted.newest.version),
@@ -66,7 +66,7 @@ class Report:
     def _replica(self, replica: Replica, wanted: Wanted, now: float) -> ReplicaListing:
         state, reason = _STATES[replica.stage], replica.reason
         listing = self._by_engine.get(replica.id)
-        if listing is None:  # the engine has not said yet where it is: it has a name, and nobody can be sent there
+        if listing is None:  # it has no endpoint yet, so it is not running as far as the balancer is concerned
             state = State.PROVISIONING if state is State.RUNNING else state
             listing = ReplicaListing(f"{self._name}-{replica.id}", id=replica.id, infra=self._infra, state=state)
         elif state is State.RUNNING and listing.state is State.FETCHING:
@@ -81,7 +81,7 @@ class Report:
         )
 
     def shown(self, snapshot: Snapshot, replicas: Collection[Replica], wanted: Wanted, now: float) -> Snapshot:
-        """The snapshot with the replicas that the balancer does not know yet."""
+        """The balancer's snapshot, plus the replicas that the balancer does not know yet."""
         hidden = [replica for replica in replicas if replica.version == wanted.hidden]
         rows = [*snapshot.replicas, *self._rows(hidden, wanted, now)]
         service = replace(
@@ -93,7 +93,7 @@ class Report:
         return Snapshot(service, tuple(sorted(rows, key=lambda row: row.id)))
 
     def alone(self, replicas: Collection[Replica], wanted: Wanted, now: float) -> Snapshot:
-        """What there is to show before the balancer ever answered."""
+        """What there is to show before the balancer has answered for the first time."""
         service = ServiceRow(
             name=self._name,
             version=str(wanted.newest.version),

@@ -1,6 +1,6 @@
-"""How many replicas of which version are wanted: as scaled, as the load asks, as an update is under way.
+"""How many replicas of each version are wanted, given scaling by hand, autoscaling and updates.
 
-No process and no socket: the controller asks, with its clock.
+Pure: no processes, no sockets, and times come from the controller.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,9 +17,9 @@ from balancer.operate.recipe.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Generating requests: those that came since the last look, those at replicas, those that wait for one.
+    """Generating requests: those that arrived since the last look, those at replicas, and those that wait for one.
 
-    `turned_away` are those refused since the last look because all was full.
+    `turned_away` counts those that were refused since the last look because everything was full.
     """
 
     arrived: int = 0
@@ -30,14 +30,14 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an update ended; `failure` is empty when it went well."""
+    """How an update ended; `failure` is empty if it succeeded."""
 
     version: int
     failure: str = ""
 
 
 class Wanted:
-    """The number wanted, the version that serves, and the version that is on its way, if one is."""
+    """The wanted number of replicas, the version that serves, and the version that is being rolled out, if any."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipes = {recipe.version: recipe}
@@ -54,20 +54,20 @@ class Wanted:
 
     @property
     def is_asleep(self) -> bool:
-        """Are there no replicas only because nobody asks for anything?"""
+        """Is the service scaled to zero because there is no load?"""
         return self.target == 0 and self._autoscaler is not None
 
     @property
     def hidden(self) -> int | None:
-        """The version whose replicas get no requests yet."""
+        """The version whose replicas the balancer must not know yet, so that they get no requests."""
         if self.coming is None or self._mode == "rolling" or self._is_switched:
             return None
         return self.coming.version
 
     def adopt(self, survivors: Collection[Survivor]) -> None:
-        """Begins where an earlier controller ended: with its versions, and on to our own where theirs is another.
+        """Continues where an earlier controller stopped: with its versions, and an update to ours if they differ.
 
-        How the others were started is not known any more; should one of them end meanwhile, it comes back as ours.
+        How replicas of other versions were started is not known. If one of them ends meanwhile, it comes back as ours.
         """
         ours, digest = self.serving, self.serving.digest
         alike = {survivor.listing.version for survivor in survivors if survivor.digest == digest}
@@ -83,13 +83,13 @@ class Wanted:
             self.serving = ours
 
     def scale(self, target: int) -> None:
-        """Raises ConfigError where the load decides, or the machine or the script cannot have so many."""
+        """Raises ConfigError if the service autoscales, or if the machine or the script does not allow so many."""
         recipe = self.newest
         name, policy = recipe.spec.name, recipe.spec.service.replica_policy
         if policy is not None and recipe.spec.autoscales:
-            most = "as many as fit" if policy.max_replicas is None else policy.max_replicas
+            upper = "as many as fit" if policy.max_replicas is None else policy.max_replicas
             raise ConfigError(
-                f"{name} scales with its load, {policy.min_replicas} to {most}: "
+                f"{name} scales with its load, {policy.min_replicas} to {upper}: "
                 "change its replica_policy with groundserve update"
             )
         if recipe.fixed_port is not None and target > 1:
@@ -99,7 +99,7 @@ class Wanted:
         self.target = target
 
     def update(self, recipe: Recipe, mode: Mode) -> None:
-        """Wants this version from now on; raises ConfigError when it cannot come that way."""
+        """Wants this version from now on; raises ConfigError if it cannot be rolled out in this mode."""
         if self.coming is not None:
             raise ConfigError(f"{recipe.spec.name} is being updated to version {self.coming.version}: wait for its end")
         total = self.target if recipe.spec.autoscales else recipe.spec.min_replicas
@@ -123,7 +123,7 @@ class Wanted:
             self.coming, self._mode, self._is_switched = recipe, mode, False
 
     def _obstacle(self, recipe: Recipe, total: int) -> str:
-        """Why that many replicas, of both versions, cannot be side by side; empty where they can."""
+        """Why that many replicas, of both versions, cannot run side by side; empty if they can."""
         if recipe.fits is not None and recipe.fits < total:
             wants = f"blue_green wants both versions side by side, {total} replicas"
             return f"{wants}, and this machine holds {recipe.fits}"
@@ -132,8 +132,8 @@ class Wanted:
         return ""
 
     def counts(self, replicas: Collection[Replica], load: Load, now: float) -> tuple[Mapping[int, int], Outcome | None]:
-        """How many of each version to have now; and how an update ended, once, when it did."""
-        # What no replica is of any more will not be started again.
+        """How many of each version to have now, and how the update ended, once, when it has."""
+        # A version without replicas is not started again.
         present = {self.serving.version, self.newest.version, *(replica.version for replica in replicas)}
         self.recipes = {version: recipe for version, recipe in self.recipes.items() if version in present}
         if self._autoscaler is not None:
@@ -144,7 +144,7 @@ class Wanted:
             return {self.serving.version: self.target}, None
         seen = rollout.look(self._mode, replicas, self.coming.version, self.target, self._surge())
         if self.hidden is not None and seen.old == 0:
-            # Ready by our own asking: now the balancer has to find them so, before the old ones may go.
+            # Our own probes found them ready. Now the balancer has to, before the old ones may go.
             self._is_switched = True
             return {self.serving.version: self.target, self.coming.version: self.target}, None
         counts = {self.serving.version: seen.old, self.coming.version: seen.new}
@@ -159,7 +159,7 @@ class Wanted:
         return counts, outcome
 
     def _surge(self) -> int:
-        """How many replicas there may be beyond the number wanted: what is free, one where nobody counts."""
+        """How many replicas there may be beyond the wanted number: as many as fit, or one if that is unknown."""
         assert self.coming is not None
         if self.coming.fixed_port is not None and self.coming.fixed_port == self.serving.fixed_port:
             return 0
