@@ -104,9 +104,8 @@ def without_digests(value: Any) -> Any:
 
 @settings(max_examples=400, deadline=None)
 @given(values, st.sampled_from(writers), st.integers(0, 600))
-def test_what_is_left_of_any_json_is_that_json_without_its_images(
-    value: Any, write: Callable[[Any], str], space: int
-) -> None:
+def test_rest_of_any_json(value: Any, write: Callable[[Any], str], space: int) -> None:
+    """What is left of any JSON is the same JSON without its images."""
     raw = (" " * space + write(value)).encode("utf-8", "surrogatepass")
     try:
         before = orjson.loads(raw)
@@ -257,8 +256,11 @@ def test_a_quarter_of_a_million_token_ids_are_routed_by_prefix() -> None:
 
 
 @on_uvloop
-async def test_thirty_dear_bodies_at_once_are_read_one_by_one_with_all_else_in_between() -> None:
-    """In CPU time of this thread, so that what else this machine does is not counted."""
+async def test_expensive_bodies_take_turns() -> None:
+    """Thirty expensive bodies at once are read one by one, with all other work in between.
+
+    In CPU time of this thread, so that what else this machine does is not counted.
+    """
     admission = Admission(fleet_of(4), PrefixAware())
     raw = filled(b'{"content":"a"}', size=700 << 10)
     assert HEAVY_BODY < nanoseconds(raw) <= MAX_NANOSECONDS

@@ -72,7 +72,8 @@ def test_a_member_that_joins_gets_work_at_once(policy: type[Policy]) -> None:
     assert place(admission, chat(system(99))).member.name == "new"
 
 
-def test_round_robin_goes_on_in_turn_when_a_member_was_tried_already() -> None:
+def test_round_robin_after_a_failed_attempt() -> None:
+    """Round robin continues in turn when a member has been tried already."""
     fleet = fleet_of(3)
     admission = Admission(fleet, RoundRobin())
     first = place(admission, NO_PROMPT).member
@@ -108,7 +109,8 @@ def test_instance_aware_least_load_knows_what_each_gpu_is_worth(targets: dict[st
     assert seen == {"l4": 4, "h100": 16}
 
 
-def test_groups_that_share_a_prefix_stay_together_and_are_spread_evenly() -> None:
+def test_groups_stay_together() -> None:
+    """Groups that share a prefix stay together and are spread evenly."""
     admission = Admission(fleet_of(2), PrefixAware())
     homes: dict[int, set[str]] = {}
     for turn in range(5):
@@ -120,8 +122,11 @@ def test_groups_that_share_a_prefix_stay_together_and_are_spread_evenly() -> Non
     assert Counter(name for names in homes.values() for name in names) == {"r1": 4, "r2": 4}
 
 
-def test_one_system_prompt_for_all_does_not_pile_up_on_one_member() -> None:
-    """60 % of each prompt is shared by all, 32 requests are in flight on two members."""
+def test_common_system_prompt() -> None:
+    """One system prompt for all requests does not pile them up on one member.
+
+    60 % of each prompt is shared by all, 32 requests are in flight on two members.
+    """
     admission = Admission(fleet_of(2, capacity_tokens=200_000), PrefixAware())
     seen: Counter[str] = Counter()
     flying: list[Claim[Choice]] = []
@@ -140,7 +145,8 @@ def test_one_hot_prefix_is_shared_out_when_its_member_is_loaded() -> None:
     assert max(seen.values()) <= 16
 
 
-def test_when_the_best_member_is_full_the_next_best_by_prefix_is_taken() -> None:
+def test_next_best_by_prefix() -> None:
+    """If the best member is full, the next best by prefix is taken."""
     fleet = fleet_of(3)
     policy = PrefixAware()
     admission = Admission(fleet, policy)
@@ -218,9 +224,8 @@ def fill(policy: PrefixAware, member: Member) -> None:
     (31, 1, True, True),
     (64, 0, True, False),
 ])  # fmt: skip
-def test_a_prefix_leaves_its_member_for_load_and_hardly_ever_for_a_full_pool(
-    here: int, there: int, is_full: bool, stays: bool
-) -> None:
+def test_prefix_leaves_its_member(here: int, there: int, is_full: bool, stays: bool) -> None:
+    """A prefix leaves its member because of load, and hardly ever for a member whose pool is full."""
     policy = PrefixAware()
     one, two = fleet_of(2).members.values()
     if is_full:
@@ -245,7 +250,8 @@ def test_a_prompt_that_all_share_is_shared_out_in_full_pools_too(size: int) -> N
     assert max(loads.values()) <= 1.3 * 64
 
 
-def test_of_two_that_have_as_much_of_it_the_one_that_computes_less_for_others_gets_it() -> None:
+def test_equal_matches() -> None:
+    """Of two members with equal matches, the one that computes less for others gets the request."""
     fleet = fleet_of(2)
     policy = PrefixAware()
     admission = Admission(fleet, policy)
@@ -261,8 +267,11 @@ def test_of_two_that_have_as_much_of_it_the_one_that_computes_less_for_others_ge
     assert place(admission, prompt).member is long.member
 
 
-def test_samples_of_one_prompt_that_are_prefilled_together_make_it_forget_nothing() -> None:
-    """None of them finds it cached, for none had been computed when they came."""
+def test_samples_of_one_prompt() -> None:
+    """Samples of one prompt that are prefilled together make a member forget nothing.
+
+    None of them finds it cached, for none had been computed when they came.
+    """
     policy = PrefixAware()
     admission = Admission(fleet_of(1), policy)
     for number in range(5):
@@ -277,7 +286,8 @@ def test_samples_of_one_prompt_that_are_prefilled_together_make_it_forget_nothin
     assert len(policy.index) == known + len(prompt.blocks)
 
 
-def test_only_the_part_of_a_match_that_was_computed_before_is_judged() -> None:
+def test_only_computed_matches_are_judged() -> None:
+    """Only the part of a match that had been computed before is judged."""
     policy = PrefixAware()
     admission = Admission(fleet_of(1, capacity_tokens=200_000), policy)
     finish(place(admission, chat(system(1))))
@@ -292,7 +302,8 @@ def test_only_the_part_of_a_match_that_was_computed_before_is_judged() -> None:
     assert policy._doubts == {}
 
 
-def test_a_flushed_cache_is_noticed_by_what_comes_after_an_answer_began() -> None:
+def test_flushed_cache_is_noticed() -> None:
+    """A flushed cache is noticed from requests that come after an answer has begun."""
     policy = PrefixAware()
     admission = Admission(fleet_of(1), policy)
     prompts = [chat(system(number)) for number in range(4)]
@@ -335,7 +346,8 @@ def test_equal_prompts_are_kept_together_before_the_first_answer() -> None:
     assert policy.index.matched(prompt.blocks) == []
 
 
-def test_of_a_replica_with_ranks_one_has_a_prefix_and_any_gets_the_request() -> None:
+def test_data_parallel_ranks() -> None:
+    """In a replica with data-parallel ranks, one rank has a prefix, and any rank may get the request."""
     policy = PrefixAware()
     fleet = fleet_of(1, capacity_tokens=40_000)
     (member,) = fleet.members.values()
@@ -354,7 +366,8 @@ def test_of_a_replica_with_ranks_one_has_a_prefix_and_any_gets_the_request() -> 
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_what_a_member_computes_is_over_with_the_answers_begin_or_with_its_end(stream: bool) -> None:
+def test_computing_ends_with_the_answers_begin(stream: bool) -> None:
+    """A member counts as computing a prompt until its answer begins or ends."""
     admission = Admission(fleet_of(1), PrefixAware())
     one = place(admission, chat(system(1), stream=stream))
     # An answer that is not streamed comes when all is done: when its prompt was is not seen.
@@ -368,8 +381,11 @@ def test_what_a_member_computes_is_over_with_the_answers_begin_or_with_its_end(s
     assert one.member.computing == 0
 
 
-def test_a_conversation_stays_though_a_pool_with_room_is_beside_it() -> None:
-    """What is new in it must be computed anywhere; what is not new would be there twice."""
+def test_conversation_stays() -> None:
+    """A conversation stays with its member although another one has room in its pool.
+
+    What is new in it must be computed anywhere; what is not new would be there twice.
+    """
     policy = PrefixAware()
     one, two = fleet_of(2).members.values()
     fill(policy, one)
@@ -380,7 +396,8 @@ def test_a_conversation_stays_though_a_pool_with_room_is_beside_it() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 8, 64])
-def test_no_member_is_left_idle_while_the_others_share_a_hot_prefix(size: int) -> None:
+def test_no_member_is_idle(size: int) -> None:
+    """No member stays idle while the others share a hot prefix."""
     fleet = fleet_of(size)
     policy = PrefixAware()
     *busy, idle = fleet.members.values()
@@ -391,8 +408,11 @@ def test_no_member_is_left_idle_while_the_others_share_a_hot_prefix(size: int) -
     assert policy.choose([*busy, idle], prompt).member is idle
 
 
-def test_the_capacity_is_learned_from_answers_whose_request_is_gone_by_then() -> None:
-    """The relay lets go of a body with the answer's last byte, before the policy hears of it."""
+def test_capacity_is_learned_after_the_request() -> None:
+    """The capacity is learned from answers even if the request is gone by then.
+
+    The relay lets go of a body with the answer's last byte, before the policy hears of it.
+    """
     policy = PrefixAware()
     (member,) = fleet_of(1, capacity_tokens=64_000).members.values()
     for number in range(100):

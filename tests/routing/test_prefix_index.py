@@ -61,7 +61,8 @@ def test_use_keeps_a_prefix() -> None:
     assert matched(index, [11, 12, 13]) == {"r1": 1}
 
 
-def test_a_member_that_is_forgotten_leaves_nothing_behind_and_its_slot_is_used_again() -> None:
+def test_forgotten_member_leaves_nothing() -> None:
+    """A forgotten member leaves nothing behind, and its slot is used again."""
     one, two, three = members(3, 100)
     index = PrefixIndex()
     index.add(one, [1, 2])
@@ -77,7 +78,8 @@ def test_a_member_that_is_forgotten_leaves_nothing_behind_and_its_slot_is_used_a
     assert index.occupancy == {}
 
 
-def test_a_member_that_makes_few_tokens_of_a_block_has_room_for_more_of_them() -> None:
+def test_few_tokens_per_block() -> None:
+    """A member that makes few tokens of a block has room for more blocks."""
     (one,) = members(1, 100)
     index = PrefixIndex()
     index.add(one, [1])
@@ -88,7 +90,8 @@ def test_a_member_that_makes_few_tokens_of_a_block_has_room_for_more_of_them() -
     assert 195 <= index.capacity(one) <= 200
 
 
-def test_a_prompt_too_short_for_a_block_says_nothing_of_the_capacity() -> None:
+def test_short_prompts_say_nothing_of_capacity() -> None:
+    """A prompt that is too short for a block says nothing about the capacity."""
     (one,) = members(1, 100)
     index = PrefixIndex()
     index.add(one, [1])
@@ -103,7 +106,8 @@ def test_ranks_come_to_hold_the_same_so_one_pool_counts() -> None:
     assert PrefixIndex().capacity(one) == 25
 
 
-def test_a_member_whose_answers_tell_no_tokens_is_taken_to_be_like_the_others() -> None:
+def test_answers_without_token_counts() -> None:
+    """A member whose answers have no token counts is assumed to be like the others."""
     one, two = members(2, 100)
     index = PrefixIndex()
     index.add(one, [1])
@@ -115,7 +119,8 @@ def test_a_member_whose_answers_tell_no_tokens_is_taken_to_be_like_the_others() 
     assert (index.capacity(one), index.capacity(two)) == (200, 50), "its own answers tell more"
 
 
-def test_prompts_that_make_hardly_a_token_let_no_member_have_blocks_without_end() -> None:
+def test_blocks_are_bounded() -> None:
+    """Prompts of almost no tokens do not give a member blocks without end."""
     small, huge = members(2, 1_000)
     huge.capacity_tokens = 1 << 40
     index = PrefixIndex()
@@ -127,7 +132,8 @@ def test_prompts_that_make_hardly_a_token_let_no_member_have_blocks_without_end(
     assert index.capacity(huge) == MOST_BLOCKS
 
 
-def test_what_comes_matches_at_once_and_stays_only_if_its_answer_begins() -> None:
+def test_new_prompts_match_at_once() -> None:
+    """A prompt matches as soon as it comes, and stays only if its answer begins."""
     (one,) = members(1, 6)
     index = PrefixIndex()
     index.add(one, [1, 2, 3])
@@ -145,7 +151,8 @@ def test_what_comes_matches_at_once_and_stays_only_if_its_answer_begins() -> Non
     assert index.expect(one, [1, 2, 3, 4, 5, 9], 6).known == 6
 
 
-def test_what_was_on_its_way_to_a_member_that_was_forgotten_is_forgotten_too() -> None:
+def test_forgotten_member_with_requests_in_flight() -> None:
+    """Prompts on their way to a forgotten member are forgotten as well."""
     one, two = members(2, 100)
     index = PrefixIndex()
     coming = [index.expect(member, [1, 2], 0) for member in (one, two, one)]
@@ -215,7 +222,8 @@ def growth_over_a_million_prompts(capacity: int) -> tuple[int, int]:
     return len(index), resident() - settled
 
 
-def test_a_million_distinct_prompts_leave_the_index_as_small_as_the_pools() -> None:
+def test_index_is_as_small_as_the_pools() -> None:
+    """After a million distinct prompts the index is no larger than the pools."""
     # In a process that does nothing else: what other tests left behind comes and goes when it likes.
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
         known, grown = fresh.submit(growth_over_a_million_prompts, 2_000).result()

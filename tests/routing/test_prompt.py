@@ -48,7 +48,8 @@ SYSTEM_MESSAGE = {"role": "system", "content": SYSTEM}
 WHOLE_BLOCKS_OF_SYSTEM = len(SYSTEM) // BLOCK_BYTES
 
 
-def test_two_questions_on_one_system_prompt_share_its_blocks_and_no_more() -> None:
+def test_questions_share_their_system_prompt() -> None:
+    """Two questions with one system prompt share its blocks and no others."""
     one = blocks(messages=[SYSTEM_MESSAGE, user("When do you open? " * 30)])
     other = blocks(messages=[SYSTEM_MESSAGE, user("May I keep this book? " * 30)])
     assert WHOLE_BLOCKS_OF_SYSTEM <= shared(one, other) <= WHOLE_BLOCKS_OF_SYSTEM + 1
@@ -84,7 +85,8 @@ ASKED = {
 
 @pytest.mark.parametrize("change", APART)
 @pytest.mark.parametrize("path", ASKED)
-def test_another_model_adapter_or_name_of_the_cache_shares_nothing(path: str, change: dict[str, Any]) -> None:
+def test_other_models_share_nothing(path: str, change: dict[str, Any]) -> None:
+    """Another model, adapter or cache name shares nothing."""
     plain, changed, again = (blocks(path, **ASKED[path] | more) for more in ({}, change, change))
     assert shared(plain, changed) == 0
     assert changed == again
@@ -159,7 +161,8 @@ def test_no_two_processes_make_the_same_hashes() -> None:
 
 @pytest.mark.parametrize("encoded", [IMAGE, SMALL_IMAGE], ids=["hashed where it stands", "parsed"])
 @pytest.mark.parametrize("form", [data_url, str], ids=["data URL", "bare base64"])
-def test_the_same_image_at_the_same_place_matches_whatever_is_asked_of_it(encoded: str, form: Any) -> None:
+def test_same_image_at_the_same_place(encoded: str, form: Any) -> None:
+    """The same image at the same place matches, whatever is asked about it."""
     one = blocks(messages=[user(image(form(encoded)), text("What colour is it? " * 20))])
     other = blocks(messages=[user(image(form(encoded)), text("Describe it. " * 20))])
     assert shared(one, other) >= IMAGE_BLOCKS
@@ -271,7 +274,8 @@ def test_what_would_stop_all_else_to_be_parsed_is_routed_by_load(piece: bytes) -
     assert peak < 64 << 10
 
 
-def test_a_large_body_is_parsed_if_its_images_are_what_makes_it_large() -> None:
+def test_body_large_by_its_images() -> None:
+    """A body that is large only because of its images is parsed."""
     large = data_url("iVBORw0K" * (MAX_PARSED // 4))
     assert len(blocks(messages=[user(image(large), text(SYSTEM))])) >= IMAGE_BLOCKS + WHOLE_BLOCKS_OF_SYSTEM
     assert len(blocks(messages=[user(image(large), text("a word " * (MAX_PARSED // 8)))])) == MAX_BLOCKS
@@ -293,7 +297,8 @@ def test_a_huge_prompt_makes_a_bounded_number_of_blocks() -> None:
     assert len(blocks(messages=[user("word " * 400_000)])) == MAX_BLOCKS
 
 
-def test_an_images_bytes_are_read_where_they_stand_and_not_copied() -> None:
+def test_images_are_not_copied() -> None:
+    """An image's bytes are read in place and not copied."""
     messages = [user(image(data_url("iVBORw0K" * (2 << 20))), text("What is it?"))]  # 16 MiB
     prompt = Prompt("/v1/chat/completions", [orjson.dumps({"model": "m", "messages": messages})])
     tracemalloc.start()
@@ -323,7 +328,8 @@ def test_a_long_text_in_escapes_is_no_image(path: str) -> None:
     assert len(CHINESE.encode()) // BLOCK_BYTES <= shared(one, other) + 1 <= len(one)
 
 
-def test_a_long_text_without_a_space_counts_as_an_image_and_is_equal_where_it_is_equal() -> None:
+def test_long_text_without_a_space() -> None:
+    """A long text without a space counts as an image, and matches only an equal one."""
     random_text = random.Random(4).randbytes(20_000).hex()
     one, other = (blocks(messages=[user(random_text), user(SYSTEM + ending)]) for ending in ("a" * 300, "b" * 300))
     assert shared(one, other) >= IMAGE_BLOCKS + WHOLE_BLOCKS_OF_SYSTEM - 1
@@ -338,7 +344,8 @@ def test_an_image_with_escaped_slashes_is_an_image() -> None:
     assert len(Prompt("/v1/chat/completions", [plain]).blocks) == IMAGE_BLOCKS
 
 
-def test_a_prompt_shorter_than_a_block_is_one_and_a_greeting_is_none() -> None:
+def test_prompt_shorter_than_a_block() -> None:
+    """A prompt shorter than a block is one block, and a greeting is none."""
     short = "Answer in one word. " * 10
     assert LEAST_BYTES < len(short) < BLOCK_BYTES
     assert len(blocks(messages=[user(short)])) == 1

@@ -61,9 +61,8 @@ REDIRECTS = {
 
 @pytest.mark.parametrize("row", **each(REDIRECTS))
 @in_house
-async def test_a_redirect_leads_to_the_endpoint_and_not_past_it_to_a_replica(
-    house: House, row: tuple[str, str]
-) -> None:
+async def test_redirects_stay_at_the_endpoint(house: House, row: tuple[str, str]) -> None:
+    """A redirect leads to the endpoint, and not past it to a replica."""
     a = house.replicas[0]
     said, told = (place.format(here=a.url.removeprefix("http://")) for place in row)
     a.set(raw=f"HTTP/1.1 307 Temporary Redirect\r\nlocation: {said}\r\ncontent-length: 0\r\n\r\n")
@@ -122,7 +121,8 @@ async def test_repeated_and_odd_fields_pass_as_they_came(house: House) -> None:
 
 
 @in_house
-async def test_hop_by_hop_fields_of_an_answer_and_what_connection_names_are_dropped(house: House) -> None:
+async def test_hop_by_hop_fields(house: House) -> None:
+    """An answer's hop-by-hop fields, and the fields that Connection names, are dropped."""
     house.replicas[0].set(
         raw="HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Mine\r\nKeep-Alive: timeout=5\r\nX-Mine: 1\r\nX-Kept: 1\r\n"
         "Upgrade: h2c\r\nTrailer: X-T\r\nProxy-Authenticate: Basic\r\nTE: trailers\r\nX-Request-Id: forged\r\n"
@@ -170,7 +170,8 @@ async def test_bytes_behind_an_answer_reach_nobody(house: House, behind: str, la
 
 
 @in_house
-async def test_trailers_of_an_answer_are_dropped_and_do_not_head_the_next_one(house: House) -> None:
+async def test_trailers_are_dropped(house: House) -> None:
+    """An answer's trailers are dropped and do not end up in the next head."""
     a = house.replicas[0]
     a.next(
         1,

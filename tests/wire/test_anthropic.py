@@ -65,7 +65,8 @@ async def test_all_else_has_openais_shape(house: House) -> None:
 
 
 @in_house
-async def test_an_answer_of_a_replica_has_the_id_where_its_clients_look_for_it(house: House) -> None:
+async def test_request_id_of_an_answer(house: House) -> None:
+    """A replica's answer has the request id where Anthropic's clients look for it."""
     house.replicas[0].set(headers=[("Request-Id", "of another")])
     answer = await house.ask(request(path=MESSAGES, body=chat(), headers=(KEY, ("X-Request-Id", "mine"))))
     assert (answer.status, answer.header("request-id"), answer.header("x-request-id")) == (200, "mine", "mine")

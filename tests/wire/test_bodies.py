@@ -103,7 +103,8 @@ async def test_a_length_over_the_limit_is_413_before_the_body_comes(house: House
 
 
 @in_house
-async def test_chunks_over_the_limit_are_413_and_the_answer_is_read_by_who_still_sends(house: House) -> None:
+async def test_chunks_over_the_limit(house: House) -> None:
+    """Chunks over the limit get a 413, which a client that is still sending can read."""
     client = await house.client()
     await client.send(
         request(path="/v1/files", headers=CHUNKED) + b"".join(b"10000\r\n" + b"x" * 65536 + b"\r\n" for _ in range(32))
@@ -116,7 +117,8 @@ async def test_chunks_over_the_limit_are_413_and_the_answer_is_read_by_who_still
 
 
 @in_house
-async def test_bodies_over_the_limit_of_all_together_are_503_with_retry_after(house: House) -> None:
+async def test_bodies_over_the_common_limit(house: House) -> None:
+    """Bodies that together exceed the limit get a 503 with Retry-After."""
     holders = [await house.client() for _ in range(8)]
     for client in holders:
         await client.send(upload(MIB) + b"x" * (MIB - 1))
@@ -131,8 +133,11 @@ async def test_bodies_over_the_limit_of_all_together_are_503_with_retry_after(ho
 
 
 @in_house
-async def test_a_body_in_tiny_chunks_takes_little_more_memory_than_its_size(house: House) -> None:
-    """And millions of pieces are not given to the connection to the replica, which uvloop answers by closing it."""
+async def test_body_in_tiny_chunks(house: House) -> None:
+    """A body in tiny chunks takes little more memory than its size.
+
+    And millions of pieces are not given to the connection to the replica, which uvloop answers by closing it.
+    """
     client = await house.client()
     count = MIB // 4
     await client.send(request(path="/v1/files", headers=CHUNKED) + b"2\r\nxx\r\n" * count)

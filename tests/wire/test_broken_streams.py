@@ -47,9 +47,8 @@ AT_BOUNDARY = {
 
 @pytest.mark.parametrize("fault", **each(AT_BOUNDARY))
 @in_house
-async def test_a_stream_that_breaks_between_two_events_ends_with_one_that_says_so(
-    house: House, fault: dict[str, object]
-) -> None:
+async def test_stream_breaks_between_events(house: House, fault: dict[str, object]) -> None:
+    """A stream that breaks between two events ends with an error event."""
     a = house.replicas[0]
     failures = house.member("a").failures_total
     a.set(**fault)
@@ -66,8 +65,11 @@ async def test_a_stream_that_breaks_between_two_events_ends_with_one_that_says_s
 
 
 @on_uvloop
-async def test_a_stream_whose_first_event_takes_long_is_waited_for_as_long_as_a_head() -> None:
-    """SGLang sends the head of /generate at once, then come its queue and the prefill."""
+async def test_slow_first_event() -> None:
+    """A stream's first event is waited for as long as a head.
+
+    SGLang sends the head of /generate at once, then come its queue and the prefill.
+    """
     stream = request(path="/generate", body=chat(stream=True, tokens=5))
     async with LabReplica() as a, serving(a, idle_timeout=0.2, first_byte_timeout=1.0) as house:
         a.next(1, first_token_delay=0.6)
@@ -84,7 +86,8 @@ async def test_a_stream_whose_first_event_takes_long_is_waited_for_as_long_as_a_
 
 
 @on_uvloop
-async def test_a_stream_that_is_silent_while_its_replica_says_that_it_lives_goes_on() -> None:
+async def test_silent_stream_of_a_live_replica() -> None:
+    """A stream that is silent goes on while its replica says that it is alive."""
     async with LabReplica(token_interval=2) as a, serving(a, idle_timeout=0.8) as house:
         silent = await house.client()
         await silent.send(request(body=chat(stream=True, tokens=2)))
@@ -98,7 +101,8 @@ async def test_a_stream_that_is_silent_while_its_replica_says_that_it_lives_goes
 
 
 @on_uvloop
-async def test_a_stream_whose_replica_does_not_say_that_it_lives_is_cut_though_others_flow() -> None:
+async def test_silent_stream_of_a_dead_replica() -> None:
+    """A silent stream is cut if its replica does not say that it is alive, although others flow."""
     async with LabReplica(token_interval=0.05) as a, serving(a, idle_timeout=0.8) as house:
         flowing = await house.client()
         await flowing.send(request(body=chat(stream=True, tokens=1000)))
@@ -110,7 +114,8 @@ async def test_a_stream_whose_replica_does_not_say_that_it_lives_is_cut_though_o
 
 
 @on_uvloop
-async def test_a_stream_that_is_silent_for_first_byte_timeout_is_cut_however_alive_its_replica_is() -> None:
+async def test_longest_silence() -> None:
+    """A stream that is silent for first_byte_timeout is cut even if its replica is alive."""
     async with LabReplica(hang="after_tokens") as a, serving(a, idle_timeout=0.4, first_byte_timeout=1.5) as house:
         began = asyncio.get_running_loop().time()
         assert "for 1.5 s (first_byte_timeout)" in told(await house.ask(STREAM))["message"]

@@ -56,7 +56,8 @@ async def test_a_stream_that_does_not_begin_shows_signs_of_life(house: House, pa
 
 
 @in_house
-async def test_who_is_answered_soon_gets_the_replicas_own_head_and_no_comment(house: House) -> None:
+async def test_quick_answers_have_no_comment(house: House) -> None:
+    """A quick answer has the replica's own head and no comment."""
     house.replicas[0].set(token_interval=0.3)
     answer = await house.ask(STREAM)
     assert LINE not in answer.body
@@ -126,7 +127,8 @@ async def test_what_goes_wrong_later_comes_as_an_event(row: tuple[dict[str, Any]
 
 
 @on_uvloop
-async def test_who_waits_for_room_or_for_a_start_gets_them_and_then_the_answer() -> None:
+async def test_comments_while_waiting_for_room() -> None:
+    """A client that waits for room or for a start gets comments and then the answer."""
     async with (
         LabReplica(ready=500, head_delay=0.4) as a,
         serving(a, ready=0, max_in_flight=1, ready_interval=0.1, keep_alive_comments=0.1) as house,

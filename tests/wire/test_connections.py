@@ -87,7 +87,8 @@ async def test_an_http_1_0_client_needs_no_host_and_gets_errors_too(house: House
 
 
 @on_uvloop
-async def test_an_idle_connection_is_closed_after_keep_alive_timeout_without_a_word() -> None:
+async def test_idle_connection() -> None:
+    """An idle connection is closed after keep_alive_timeout without an answer."""
     async with LabReplica() as a, serving(a, keep_alive_timeout=0.3) as house:
         fresh, used = await house.client(), await house.client()
         await used.send(POST)
@@ -115,7 +116,8 @@ async def test_empty_lines_do_not_keep_a_connection() -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 100, 1 << 20])
 @in_house
-async def test_pipelined_requests_are_answered_in_order_however_they_are_cut(house: House, size: int) -> None:
+async def test_pipelined_requests(house: House, size: int) -> None:
+    """Pipelined requests are answered in order, however they are split into reads."""
     client = await house.client()
     wanted = [f"/v1/models/{n}" for n in range(10)]
     data = b"".join(get(path, ("X-Request-Id", path[11:])) for path in wanted)
@@ -154,8 +156,11 @@ async def test_thousands_of_pipelined_requests_are_answered(house: House, one: b
 
 
 @in_house
-async def test_a_pipelined_head_larger_than_one_read_is_not_taken_for_too_large(house: House) -> None:
-    """What counts is each head's own size, not how much came with it."""
+async def test_large_pipelined_head(house: House) -> None:
+    """A pipelined head that is larger than one read is not refused as too large.
+
+    What counts is each head's own size, not how much came with it.
+    """
     client = await house.client()
     count = 2500
     half = get("/nowhere", ("X-Filler", "x" * 100))
@@ -172,10 +177,11 @@ async def test_a_pipelined_head_larger_than_one_read_is_not_taken_for_too_large(
 
 @pytest.mark.parametrize("count", [1, 3])
 @in_house
-async def test_an_answer_that_was_ready_reaches_a_client_that_said_it_will_say_no_more(
-    house: House, count: int
-) -> None:
-    """The last request and the client's end of the connection are read in one go."""
+async def test_half_closed_client(house: House, count: int) -> None:
+    """An answer that was ready reaches a client that has closed its sending side.
+
+    The last request and the client's end of the connection are read in one go.
+    """
     client = await house.client()
     client.sock.send(get("/flush_cache") * count)
     client.leave("half")
@@ -195,9 +201,8 @@ async def test_a_refused_request_leaves_the_connection_to_the_next(house: House)
 
 @pytest.mark.parametrize("close", [False, True], ids=["stays", "goes"])
 @in_house
-async def test_bytes_behind_a_request_that_was_refused_for_good_are_neither_served_nor_held(
-    house: House, close: bool
-) -> None:
+async def test_bytes_after_a_final_refusal(house: House, close: bool) -> None:
+    """Bytes after a request that was refused for good are neither served nor kept."""
     client = await house.client()
     bad = b"GET / HTTP/1.1\r\n\r\n"  # no Host
     ghost = request(body=b"x" * 50_000)
@@ -226,8 +231,11 @@ async def test_what_is_read_ahead_is_bounded() -> None:
 
 
 @in_house
-async def test_requests_without_bodies_are_not_read_ahead_without_end_either(house: House) -> None:
-    """However many a read brings: of the smallest ones a morsel holds some 150."""
+async def test_read_ahead_is_bounded(house: House) -> None:
+    """Read-ahead is bounded for requests without bodies as well.
+
+    However many a read brings: of the smallest ones a morsel holds some 150.
+    """
     client = await house.client()
     count = 50_000
     await client.send(POST[:-1])
@@ -268,7 +276,8 @@ async def test_what_is_read_behind_a_slow_answer_is_counted_and_little(one: byte
 
 
 @on_uvloop
-async def test_heads_that_wait_take_of_what_all_may_hold_and_a_first_one_passes() -> None:
+async def test_waiting_heads_are_counted() -> None:
+    """Waiting heads count towards the common limit, and a connection's first one passes."""
     async with LabReplica(hang="before_head") as a, serving(a, max_buffered_bytes=300_000) as house:
         clients = [await house.client() for _ in range(7)]
         for client in clients:
@@ -296,8 +305,11 @@ async def test_a_body_that_is_not_read_for_our_own_sake_is_not_late() -> None:
 
 @pytest.mark.parametrize("less", [0, 20, 40, 60, 80, 120, 160], ids=lambda less: f"{less} KiB less")
 @in_house
-async def test_an_answer_that_a_slow_client_holds_at_its_end_holds_up_no_other(house: House, less: int) -> None:
-    """Neither the next one on its connection, nor another client's on the same upstream connection."""
+async def test_slow_end_of_an_answer(house: House, less: int) -> None:
+    """An answer whose end a slow client does not take holds up no other.
+
+    Neither the next one on its connection, nor another client's on the same upstream connection.
+    """
     a = house.replicas[0]
     a.next(1, body_mib=64.0)
     probing = await house.client(receive_buffer=4096)

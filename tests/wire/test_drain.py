@@ -33,7 +33,8 @@ async def leaving(house: House):  # type: ignore[no-untyped-def]
 
 
 @on_uvloop
-async def test_at_once_ready_is_503_while_the_port_stays_open_and_answers_say_close() -> None:
+async def test_drain_begins() -> None:
+    """A drain makes /ready 503 at once, while the port stays open and answers say "Connection: close"."""
     async with LabReplica() as a, serving(a, drain_grace=30) as house:
         kept = await house.client()
         await kept.send(POST)
@@ -73,7 +74,8 @@ async def test_a_connection_is_not_closed_before_an_answer_said_so() -> None:
 
 
 @on_uvloop
-async def test_the_port_closes_idle_connections_go_and_what_is_under_way_is_finished() -> None:
+async def test_port_closes() -> None:
+    """The port closes, idle connections are closed, and requests in progress are finished."""
     async with LabReplica(token_interval=0.02) as a, serving(a, drain_grace=0.1, drain_timeout=30) as house:
         idle, busy, asking = await house.client(), await house.client(), await house.client()
         await idle.send(POST)
@@ -95,7 +97,8 @@ async def test_the_port_closes_idle_connections_go_and_what_is_under_way_is_fini
 
 
 @on_uvloop
-async def test_a_request_that_was_on_its_way_when_the_port_closed_is_answered() -> None:
+async def test_request_amid_closing() -> None:
+    """A request that was on its way when the port closed is answered."""
     async with LabReplica() as a, serving(a, drain_timeout=30) as house:
         fresh = await house.client()
         async with leaving(house) as task:
@@ -110,7 +113,8 @@ async def test_a_request_that_was_on_its_way_when_the_port_closed_is_answered() 
 
 
 @on_uvloop
-async def test_who_is_accepted_in_the_moment_of_closing_is_let_go_at_once() -> None:
+async def test_client_accepted_amid_closing() -> None:
+    """A client that is accepted in the moment of closing is let go at once."""
     async with LabReplica() as a, serving(a) as house:
         house.balancer.doors.close()
         late = await house.client()
@@ -118,7 +122,8 @@ async def test_who_is_accepted_in_the_moment_of_closing_is_let_go_at_once() -> N
 
 
 @on_uvloop
-async def test_what_is_not_over_after_drain_timeout_ends_as_a_broken_stream_or_503() -> None:
+async def test_drain_timeout() -> None:
+    """What is not finished after drain_timeout ends as a broken stream or a 503."""
     async with LabReplica(token_interval=0.02) as a, serving(a, drain_timeout=0.3, max_in_flight=2) as house:
         streaming, prefilling, queued = await house.client(), await house.client(), await house.client()
         await streaming.send(request(body=chat(stream=True, tokens=100_000)))
@@ -144,7 +149,8 @@ async def test_what_is_not_over_after_drain_timeout_ends_as_a_broken_stream_or_5
 
 
 @on_uvloop
-async def test_bytes_that_come_in_the_moment_in_which_a_stream_is_broken_off_go_nowhere() -> None:
+async def test_bytes_amid_breaking_off() -> None:
+    """Bytes that arrive in the moment in which a stream is broken off are dropped."""
     async with LabReplica(token_interval=0.01) as a, serving(a) as house:
         client = await house.client()
         await client.send(request(body=chat(stream=True, tokens=100_000)))

@@ -39,7 +39,8 @@ async def test_every_method_passes_with_and_without_a_body(house: House, method:
 
 
 @in_house
-async def test_a_request_reaches_the_replica_byte_for_byte_with_what_the_balancer_adds(house: House) -> None:
+async def test_request_as_the_replica_gets_it(house: House) -> None:
+    """A request reaches the replica byte for byte, with the balancer's own fields added."""
     fields = (
         ("Accept", "text/event-stream"), ("X-Odd", "caf\xe9 \t| tail"), ("x-odd", "again"), ("Cookie", "a=1"),
         ("Cookie", "b=2"), ("X-Empty", ""), ("User-Agent", "wire"), ("Authorization", "Bearer k"),
@@ -219,7 +220,8 @@ IDS = {
 
 @pytest.mark.parametrize("row", **each(IDS))
 @in_house
-async def test_a_request_id_is_taken_or_made_passed_on_returned_and_logged(house: House, row: tuple[str, bool]) -> None:
+async def test_request_id(house: House, row: tuple[str, bool]) -> None:
+    """A request id is taken from the client or created, passed on, returned and logged."""
     given, is_taken = row
     answer = await house.ask(request(*GET, headers=(("X-Request-Id", given),)), "GET")
     known = answer.header("x-request-id")
@@ -254,7 +256,8 @@ async def test_answers_name_their_replica_and_when_asked_the_reason(house: House
 
 @pytest.mark.parametrize("value", ["Bearer client", "Basic dTpw", ""])
 @in_house
-async def test_authorization_is_passed_on_where_the_balancer_holds_no_keys(house: House, value: str) -> None:
+async def test_authorization_is_passed_on(house: House, value: str) -> None:
+    """Authorization is passed on if the balancer holds no keys."""
     await house.ask(request(*GET, headers=(("Authorization", value),) if value else ()), "GET")
     assert house.replicas[0].seen.last.headers_named("authorization") == ([value] if value else [])
 

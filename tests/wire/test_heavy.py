@@ -72,8 +72,11 @@ async def test_thirty_at_once_hold_up_nobody_for_long(body: bytes) -> None:
 
 
 @on_uvloop
-async def test_thirty_that_wait_for_their_first_comment_together_hold_up_nobody_for_long() -> None:
-    """Whether they want a stream is found out only then, whatever the policy."""
+async def test_thirty_first_comments_at_once() -> None:
+    """Thirty requests that wait for their first comment together hold up nobody for long.
+
+    Whether they want a stream is found out only then, whatever the policy.
+    """
     body = just_read(b'{"content":"a"}')
     async with (
         spawn_replica(status=400, head_delay=3) as replica,

@@ -177,7 +177,9 @@ BARE = Record("an-id", "-", "/", 5.0)
 
 
 @pytest.mark.parametrize("record", [WHOLE, BARE], ids=["whole", "bare"])
-def test_a_line_of_text_has_the_fields_of_one_of_json_in_their_order(record: Record) -> None:
+def test_text_has_the_fields_of_json(record: Record) -> None:
+    """A text line has the fields of a JSON line, in the same order."""
+
     def line(is_json: bool) -> str:
         reading, writing = os.pipe()
         log = AccessLog(writing, is_json, lambda: 1_700_000_000.0)
@@ -207,7 +209,8 @@ def record(number: int) -> Record:
     return Record(f"n{number}", "GET", "/", 0.0, status=200)
 
 
-def test_a_reader_that_does_not_keep_up_holds_nobody_up_and_is_told_how_much_it_missed() -> None:
+def test_slow_reader_of_the_log() -> None:
+    """A slow reader of the log holds nobody up and is told how much it missed."""
     reader, writer = os.pipe()
     try:
         log = AccessLog(writer, is_json=True, wall_clock=lambda: 0.0)

@@ -34,7 +34,8 @@ async def settled(balancer: BalancerProcess) -> int:
 
 
 @on_uvloop
-async def test_a_client_that_takes_nothing_of_256_mib_costs_under_8_mib_and_holds_the_replica_back() -> None:
+async def test_unread_answer_of_256_mib() -> None:
+    """A client that reads nothing of 256 MiB costs less than 8 MiB, and the replica is held back."""
     async with LabReplica(body_mib=256) as a, running(a.url) as balancer:
         small = request("GET", "/v1/models/lab")
         a.next(1, body_mib=0.0)
@@ -56,8 +57,11 @@ async def test_a_client_that_takes_nothing_of_256_mib_costs_under_8_mib_and_hold
 
 
 @on_uvloop
-async def test_4000_idle_streams_cost_under_40_kib_each_and_give_it_back() -> None:
-    """As many as this machine's hard limit of descriptors allows, if that is fewer."""
+async def test_4000_idle_streams() -> None:
+    """4,000 idle streams cost less than 40 KiB each, and their memory is given back.
+
+    As many as this machine's hard limit of descriptors allows, if that is fewer.
+    """
     streams = min(4000, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500) // 300 * 100)
     assert streams >= 1000, "too few descriptors to measure anything: raise the hard limit (ulimit -Hn)"
     # Ten connections more than streams: those that asked whether it is ready linger.

@@ -74,7 +74,8 @@ async def test_one_replica_alone_is_never_ejected(fault: dict[str, Any]) -> None
 
 
 @on_uvloop
-async def test_a_client_that_leaves_amid_its_streams_speaks_against_nobody() -> None:
+async def test_client_that_leaves_blames_nobody() -> None:
+    """A client that leaves during its streams counts against no replica."""
     async with LabReplica(tokens=100, token_interval=0.02) as a, LabReplica() as b, serving(a, b) as house:
         for _ in range(20):
             client = await house.client()

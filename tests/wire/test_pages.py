@@ -37,7 +37,8 @@ async def test_a_preflight_is_answered_here(row: tuple[tuple[str, ...], str]) ->
 
 
 @on_uvloop
-async def test_answers_and_our_own_errors_carry_the_cors_fields_and_the_replicas_are_dropped() -> None:
+async def test_cors_fields() -> None:
+    """Answers and the balancer's errors carry its CORS fields, and the replica's own are dropped."""
     async with LabReplica() as a, serving(a, cors_origins=("https://app.test",), queue_size=0) as house:
         a.set(headers=(("Access-Control-Allow-Origin", "*"), ("access-control-expose-headers", "x-their")))
         big = ("X-Big", "x" * 70_000)

@@ -129,9 +129,8 @@ async def test_health_and_ready_are_the_balancers_own(house: House, target: str)
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 @pytest.mark.parametrize("target", ["/health", "/ready", "/server_info"])
 @in_house
-async def test_its_own_paths_refuse_other_methods_as_all_errors_are_shaped(
-    house: House, target: str, method: str
-) -> None:
+async def test_own_paths_refuse_other_methods(house: House, target: str, method: str) -> None:
+    """The balancer's own paths refuse other methods with an error of the common shape."""
     answer = await house.ask(request(method, target), method)
     assert (answer.status, answer.error["code"]) == (405, "method_not_allowed")
 
@@ -160,7 +159,8 @@ async def test_health_and_ready_are_503_while_nothing_could_be_served() -> None:
 
 @pytest.mark.parametrize(("key", "status"), [("a-key", 200), ("another", 404), ("", 404)])
 @on_uvloop
-async def test_admin_paths_are_for_the_admin_key_where_the_service_allows_them(key: str, status: int) -> None:
+async def test_admin_paths_need_the_admin_key(key: str, status: int) -> None:
+    """SGLang's admin paths need the admin key, where the service allows them at all."""
     async with LabReplica() as a, serving(a, admin_paths=True, config={"admin_key": "a-key"}) as house:
         fields = (("Authorization", f"Bearer {key}"),) if key else ()
         assert (await house.ask(request("POST", "/flush_cache", b"", fields))).status == status

@@ -85,7 +85,8 @@ async def test_who_leaves_before_the_answer_leaves_nothing(house: House, data: b
 
 
 @in_house
-async def test_a_connection_that_breaks_before_the_answer_leaves_nothing(house: House) -> None:
+async def test_broken_connection_leaves_nothing(house: House) -> None:
+    """A connection that breaks before the answer leaves nothing in the prefix index."""
     index = forgetful(house)
     house.replicas[0].set(cut="before_head")
     assert (await house.ask(POST)).status == 502

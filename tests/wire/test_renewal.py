@@ -45,7 +45,8 @@ def write(file: Path, **changes: object) -> None:
 
 
 @on_uvloop
-async def test_another_policy_and_other_limits_hold_at_once_and_streams_go_on(tmp_path: Path) -> None:
+async def test_changes_apply_at_once(tmp_path: Path) -> None:
+    """Another policy and other limits apply at once, and streams go on."""
     async with LabReplica(token_interval=0.05) as a, described(tmp_path, a) as (house, file):
         stream = await house.client()
         await stream.send(request(body=chat(tokens=20, stream=True)))

@@ -138,7 +138,8 @@ async def test_a_client_that_takes_nothing_is_cut_after_send_timeout() -> None:
 
 
 @on_uvloop
-async def test_a_slow_client_that_takes_a_little_now_and_then_is_not_cut() -> None:
+async def test_slow_but_steady_client() -> None:
+    """A slow client that reads a little now and then is not cut."""
     async with LabReplica(body_mib=16) as a, serving(a, send_timeout=0.4) as house:
         client = await house.client(receive_buffer=65536)
         await client.send(POST)
@@ -189,8 +190,11 @@ async def test_who_is_refused_has_two_seconds_to_read_why(house: House) -> None:
 
 @pytest.mark.parametrize("is_sent", [True, False], ids=["sent then", "not even then"])
 @in_house
-async def test_a_body_that_waits_for_our_word_is_late_from_that_word_on(house: House, is_sent: bool) -> None:
-    """Behind a slow answer the word comes late, and that is not the client's doing."""
+async def test_body_after_100_continue(house: House, is_sent: bool) -> None:
+    """The time for a body that waits for 100 Continue starts with that answer.
+
+    Behind a slow answer the word comes late, and that is not the client's doing.
+    """
     house.replicas[0].next(1, head_delay=1.0)
     body = chat()
     client = await house.client()
