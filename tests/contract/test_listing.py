@@ -86,8 +86,9 @@ def test_a_running_replica_has_an_address(endpoint: str) -> None:
         ReplicaListing("r1", endpoint)
 
 
-def test_one_that_does_not_run_needs_none() -> None:
-    assert [ReplicaListing("r1", state=state).endpoint for state in State if state is not State.RUNNING] == [""] * 3
+@pytest.mark.parametrize("state", [state for state in State if state is not State.RUNNING])
+def test_one_that_does_not_run_needs_none(state: State) -> None:
+    assert ReplicaListing("r1", state=state).endpoint == ""
 
 
 def test_every_word_has_its_phase() -> None:
