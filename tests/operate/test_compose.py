@@ -1,5 +1,6 @@
 """What the Compose engine tells Docker, without a Docker engine; tests/e2e/docker/test_engine.py has one."""
 
+import asyncio
 import os
 import shutil
 import stat
@@ -11,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from balancer.contract.listing import ReplicaListing
+from balancer.contract.words import State
 from balancer.errors import ConfigError
 from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_addresses
 from balancer.operate.engines.choose import choose_engine
 from balancer.operate.engines.compose import project
 from balancer.operate.engines.compose.balancer_handle import admin_key, environ
-from balancer.operate.engines.compose.engine import ComposeEngine, project_of, replica_overlay
+from balancer.operate.engines.compose.engine import ComposeEngine, _Replica, project_of, replica_overlay
 from balancer.operate.engines.compose.project import Container, name_of
+from balancer.operate.engines.fetching import Fetching
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 from balancer.spec.service_file import parse
@@ -78,6 +82,30 @@ def test_a_container_is_read_from_what_docker_says() -> None:
     container = Container.of(facts)
     assert (container.address, container.restarts, container.is_running) == ("172.18.0.3", 2, True)
     assert container.age > 0
+
+
+@pytest.mark.parametrize(
+    ("address", "listing"),
+    [
+        ("172.18.0.3", ReplicaListing("172.18.0.3:8000", "http://172.18.0.3:8000", id=7, version=4, infra="compose")),
+        ("", ReplicaListing("x-7", id=7, version=4, infra="compose", state=State.PROVISIONING)),
+    ],
+    ids=["running", "without an address"],
+)
+def test_a_container_is_listed_with_its_address_or_without(
+    tmp_path: Path, address: str, listing: ReplicaListing
+) -> None:
+    """One that ended at once has no address when it is looked at; the controller must not end with it."""
+    container = Container("abc", {"groundserve.version": "4"}, address, bool(address), 0, 0, 1.0)
+    engine = ComposeEngine(folder_at(tmp_path / "x"))
+
+    async def listed() -> ReplicaListing:
+        following = asyncio.create_task(asyncio.sleep(0))
+        started = asyncio.get_running_loop().time()
+        engine._replicas[7] = _Replica(container, following, started, Fetching(tmp_path / "log"))
+        return replace(engine.running()[7], launched_seconds=None)
+
+    assert asyncio.run(listed()) == listing
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,13 @@ class Report:
 
     def _replica(self, replica: Replica, wanted: Wanted, now: float) -> ReplicaListing:
         state, reason = _STATES[replica.stage], replica.reason
-        listing = self._by_engine.get(replica.id)
-        if listing is None:  # it has no endpoint yet, so it is not running as far as the balancer is concerned
-            state = State.PROVISIONING if state is State.RUNNING else state
-            listing = ReplicaListing(f"{self._name}-{replica.id}", id=replica.id, infra=self._infra, state=state)
-        elif state is State.RUNNING and listing.state is State.FETCHING:
+        listing = self._by_engine.get(replica.id) or ReplicaListing(
+            f"{self._name}-{replica.id}", id=replica.id, infra=self._infra, state=State.PROVISIONING
+        )
+        if state is State.RUNNING and listing.state is State.FETCHING:
             state, reason = listing.state, listing.reason
+        elif state is State.RUNNING and not listing.endpoint:
+            state = State.PROVISIONING  # as far as the balancer is concerned
         return replace(
             listing,
             version=replica.version,

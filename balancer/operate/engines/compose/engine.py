@@ -135,6 +135,9 @@ class ComposeEngine:
 
     def _listing(self, id: int) -> ReplicaListing:
         container, progress = self._replicas[id].container, self._replicas[id].fetching.progress()
+        if not container.address:  # it ended before anybody could ask where it was
+            name, version = f"{self._folder.name}-{id}", int(container.labels[_VERSION])
+            return ReplicaListing(name, id=id, version=version, infra=self.name, state=State.PROVISIONING)
         return ReplicaListing(
             # As the balancer names those that it knows from DNS alone, so that it knows them by one name only.
             f"{container.address}:{PORT}",
