@@ -63,7 +63,7 @@ class Proxy:
         """Refuses by the head alone, before a body is read; raises ServeError."""
         if request.method not in SERVED_METHODS:
             raise errors.method_not_allowed(request.method.decode("latin-1"))
-        if self.cors.is_preflight(request):
+        if request.asks_for_method and self.cors.is_preflight(request):
             return
         self.cors.check(request)
         if request.kind is Kind.ADMIN:
@@ -81,14 +81,16 @@ class Proxy:
     def refuse(self, request: Request, reply: Reply, error: ServeError) -> None:
         """Answers a request that never got to `serve`."""
         record = self._record(request)
-        reply.extra_fields = self.cors.fields(request)
+        if request.origin:
+            reply.extra_fields = self.cors.fields(request)
         reply.refuse(error)
         self._finish(record, request, reply)
 
     async def serve(self, request: Request, reply: Reply, client: ClientConnection) -> None:
         """One request's whole way. Cancelled when the client leaves."""
         record = self._record(request)
-        reply.extra_fields = self.cors.fields(request)
+        if request.origin:
+            reply.extra_fields = self.cors.fields(request)
         key = request.key
         if key is not None:
             if key.is_at_limit:  # others of its requests came through the door while this one's body was read
@@ -101,7 +103,7 @@ class Proxy:
         if every and request.path in STREAMING and request.is_generating:
             comments = Comments(self._loop, every, request, reply, destination.places.read)
         try:
-            if self.cors.is_preflight(request):
+            if request.asks_for_method and self.cors.is_preflight(request):
                 reply.extra_fields += self.cors.preflight(request)
                 reply.whole(204, (), b"")
             elif request.kind is Kind.OWN:

@@ -105,6 +105,12 @@ class Peer:
     scheme: bytes
     # What counts as one client: an IPv4 address, or the /64 that one household has.
     origin: bytes = b""
+    # The lines that tell a replica who asked, and how: the same for all requests of a connection.
+    forwarded: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        lines = b"x-forwarded-for: %b\r\nx-forwarded-proto: %b\r\n" % (self.address, self.scheme)
+        object.__setattr__(self, "forwarded", lines)
 
     @classmethod
     def of(cls, address: str, is_tls: bool, trusted: Sequence[Network]) -> "Peer":
@@ -233,17 +239,16 @@ def _read_target(request: Request) -> None:
 
 def _forwarded(request: Request, known: dict[bytes, bytes], peer: Peer) -> bytes:
     """Which request it is, who asked, and how, for the replica's log; a trusted proxy's word on that is kept."""
-    before = known.get(b"x-forwarded-for")
-    return (
-        b"X-Request-Id: %b\r\nVia: %b\r\nx-forwarded-for: %b\r\nx-forwarded-proto: %b\r\nx-forwarded-host: %b\r\n"
-        % (
-            request.id,
-            VIA[request.version],
+    if not known:
+        ours, host = peer.forwarded, request.host
+    else:
+        before = known.get(b"x-forwarded-for")
+        ours = b"x-forwarded-for: %b\r\nx-forwarded-proto: %b\r\n" % (
             b"%b, %b" % (before, peer.address) if before else peer.address,
             known.get(b"x-forwarded-proto", peer.scheme),
-            known.get(b"x-forwarded-host", request.host),
         )
-    )
+        host = known.get(b"x-forwarded-host", request.host)
+    return b"X-Request-Id: %b\r\nVia: %b\r\n%bx-forwarded-host: %b\r\n" % (request.id, VIA[request.version], ours, host)
 
 
 _ACTIONS: dict[bytes, str] = {

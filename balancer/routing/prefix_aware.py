@@ -56,11 +56,11 @@ class PrefixAware:
         found = {member: depth / member.ranks for member, depth in depths.items()}
         deepest = max(depths.values(), default=0)
         price = self._copy_prices(blocks, depths, deepest)
-        costs = work(found, size, found, loads, price)
+        costs = routing_cost(found, size, found, loads, price)
         best = min(costs, key=costs.__getitem__, default=None)
         if best is None or costs[best] > size + ALIKE or found[best] < LEAST_SHARE * size:
             # Who has none of it has all of it to compute: only if that is clearly less are there others to look at.
-            costs = work(members, size, found, loads, price)
+            costs = routing_cost(members, size, found, loads, price)
             best = self._least_or_roomiest(costs, found, size)
         if not blocks:
             return Choice(best, "room", 0.0)
@@ -131,7 +131,7 @@ def relative_loads(members: Sequence[Member]) -> dict[Member, float]:
     return loads
 
 
-def work(
+def routing_cost(
     members: Iterable[Member],
     size: float,
     found: Mapping[Member, float],

@@ -11,7 +11,7 @@ from xxhash import xxh3_64_intdigest
 from balancer.fleet.member import Member
 from balancer.routing.policies import Choice
 from balancer.routing.popularity import Popularity
-from balancer.routing.prefix_aware import ALIKE, COPY_PRICE, LEAST_SHARE, relative_loads, work
+from balancer.routing.prefix_aware import ALIKE, COPY_PRICE, LEAST_SHARE, relative_loads, routing_cost
 from balancer.routing.prefix_index import TOKENS_PER_BLOCK
 from balancer.routing.prompt import Prompt
 from tests.lab.model import ReplicaModel
@@ -213,7 +213,7 @@ class Oracle(_Unaware):
             return self._copy_price * occupied[member] * self._popularity.price(member, self._pool(member), rarity)
 
         depths = {member: tokens_there / TOKENS_PER_BLOCK for member, tokens_there in found.items()}
-        costs = work(members, tokens / TOKENS_PER_BLOCK, depths, relative_loads(members), price)
+        costs = routing_cost(members, tokens / TOKENS_PER_BLOCK, depths, relative_loads(members), price)
         best = min(members, key=lambda member: (costs[member], member.turn))
         if found[best] < LEAST_SHARE * tokens:
             alike = [member for member in members if costs[member] < costs[best] + ALIKE]
