@@ -21,9 +21,10 @@ PATIENCE = 0.4  # seconds: time-out of the service's probe, and the time between
         ("/server_info", 7000),  # asks the scheduler, which is busy
     ],
 )
-def test_a_prefill_longer_than_the_probes_time_out_takes_no_replica_out(
+def test_prefill_longer_than_the_probes_time_out(
     replicas: list[Replica], tmp_path: Path, path: str, first: int
 ) -> None:
+    """A prefill that is longer than the probe's time-out takes no replica out."""
     probe = {"path": path, "timeout_seconds": PATIENCE, "endpoint_probe_interval_seconds": PATIENCE}
     if path == "/health":
         probe["timeout_seconds"] = 5  # it takes a second even when nothing else is to do

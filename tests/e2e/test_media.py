@@ -72,9 +72,8 @@ def test_a_host_that_is_not_named_is_refused(eyes: str, tiny_llava: Replica, pat
     assert "the operator allows media from 127.0.0.1 only" in answer.text
 
 
-def test_a_link_that_gives_no_image_is_the_clients_mistake_and_ejects_nobody(
-    eyes: str, tiny_llava: Replica, in_front_of_eyes: Balancer
-) -> None:
+def test_link_without_an_image(eyes: str, tiny_llava: Replica, in_front_of_eyes: Balancer) -> None:
+    """A link that gives no image is the client's mistake and ejects no replica."""
     for _ in range(6):
         answer = httpx.post(f"{eyes}/v1/chat/completions", json=chat(f"{tiny_llava.url}/no.png"), timeout=120)
         assert answer.status_code == 400, answer.text

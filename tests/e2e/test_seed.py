@@ -233,9 +233,8 @@ def streams(shell: Shell) -> AbstractContextManager[Streams]:
     return streaming(shell("echo $ENDPOINT").strip(), clients=3, body=body)
 
 
-def test_an_update_of_real_replicas_under_streams_loses_nothing_and_shows_both_versions(
-    shell: Shell, llama2: list[str]
-) -> None:
+def test_update_of_real_replicas(shell: Shell, llama2: list[str]) -> None:
+    """An update of real replicas under streams loses nothing and shows both versions."""
     assert llama2
     groundserve = Groundserve(shell.folder)
     shell("groundserve scale sglang-llama2 1")
@@ -251,7 +250,8 @@ def test_an_update_of_real_replicas_under_streams_loses_nothing_and_shows_both_v
     assert len(set(seen.replicas)) == 2
 
 
-def test_a_version_that_sglang_refuses_is_taken_back_with_the_reason(shell: Shell, llama2: list[str]) -> None:
+def test_version_that_sglang_refuses(shell: Shell, llama2: list[str]) -> None:
+    """A version that SGLang refuses is rolled back, with the reason."""
     assert llama2
     groundserve = Groundserve(shell.folder)
     before = groundserve.status("sglang-llama2")["replicas"]

@@ -81,9 +81,8 @@ def test_a_killed_replica_is_missed_by_nobody_and_comes_back(balancer: Balancer,
     assert [generate(balancer.url, 4).status_code for _ in range(4)] == [200] * 4
 
 
-def test_a_killed_replica_with_image_workers_leaves_no_process_and_its_port_free(
-    eyes: str, tiny_llava: Replica
-) -> None:
+def test_killed_replica_with_image_workers(eyes: str, tiny_llava: Replica) -> None:
+    """A killed replica with image workers leaves no process behind, and its port is free."""
     assert seen_in(eyes, data_url("red")) == "red"
     children = tiny_llava.offspring()
     names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children]
@@ -109,7 +108,8 @@ def test_stopping_a_replica_behind_the_balancer_loses_no_request(balancer: Balan
     assert balancer.statuses() == ["READY", "NOT_READY"]
 
 
-def test_a_stopping_replica_serves_on_for_a_while_then_finishes_what_it_has(pair: list[Replica]) -> None:
+def test_stopping_replica(pair: list[Replica]) -> None:
+    """A stopping replica serves on for a while and then finishes what it has."""
     replica = next(replica for replica in pair if replica.process.poll() is None)
     replica.wait_ready()
     fail_a_health_check(replica)

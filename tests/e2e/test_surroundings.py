@@ -6,7 +6,8 @@ from tests.e2e.conftest import SURROUNDINGS
 from tests.e2e.running import Replica
 
 
-def test_replicas_serve_in_surroundings_that_were_meant_for_others(replicas: list[Replica]) -> None:
+def test_foreign_surroundings(replicas: list[Replica]) -> None:
+    """Replicas serve with environment variables that were meant for other programs."""
     for replica, around in zip(replicas, SURROUNDINGS, strict=True):
         assert replica.is_ready()
         lines = Path(f"/proc/{replica.process.pid}/environ").read_text().split("\0")

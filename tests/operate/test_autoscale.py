@@ -36,7 +36,8 @@ def changes(targets: list[int]) -> list[tuple[int, int]]:
     return [(s, now) for s, (before, now) in enumerate(pairwise(targets), 1) if before != now]
 
 
-def test_a_steady_load_gets_a_replica_for_each_target_and_then_nothing_changes() -> None:
+def test_steady_load() -> None:
+    """A steady load gets one replica per target, and then nothing changes."""
     targets = run(QPS, arriving(lambda _: 7), 4000)
     assert targets[-1] == math.ceil(7 / 2)
     assert max(targets) == 4
@@ -69,7 +70,8 @@ def test_jitter_delays_nothing() -> None:
 
 
 @pytest.mark.parametrize("up_delay", [0.0, 5.0, 60.0])
-def test_a_quick_rise_is_not_taken_back_because_of_what_was_before(up_delay: float) -> None:
+def test_quick_rise_is_kept(up_delay: float) -> None:
+    """A quick rise is not taken back because of the low load before it."""
     rule = Rule(least=1, most=4, in_flight=8, upscale_delay=up_delay, downscale_delay=600)
     targets = run(rule, lambda second: (0, 24 if 1000 <= second < 1300 else 0, 0), 2000)
     (rose, most), (fell, least) = changes(targets)
@@ -78,7 +80,8 @@ def test_a_quick_rise_is_not_taken_back_because_of_what_was_before(up_delay: flo
     assert fell - 1300 == SHARE * 600 if up_delay else fell - rose >= SHARE * 600
 
 
-def test_a_load_that_swings_faster_than_the_delays_does_not_make_it_swing() -> None:
+def test_swinging_load() -> None:
+    """A load that swings faster than the delays does not make the number of replicas swing."""
     rule = Rule(least=1, most=4, in_flight=8, upscale_delay=100, downscale_delay=200)
     targets = run(rule, lambda second: (0, 32 if second // 50 % 2 else 0, 0), 3000)
     assert len(changes(targets)) <= 1
@@ -113,7 +116,8 @@ def test_zero_replicas_wake_at_the_first_request() -> None:
     assert run(by_rate, arriving(lambda second: int(second == 50)), 51)[-1] == 1
 
 
-def test_a_service_without_load_goes_to_sleep_after_the_delay_and_not_before() -> None:
+def test_service_goes_to_sleep() -> None:
+    """A service without load goes to sleep after the delay, and not before."""
     targets = run(IN_FLIGHT, lambda _: (0, 0, 0), 400, current=1)
     assert changes(targets) == [(SHARE * IN_FLIGHT.downscale_delay, 0)]
 
@@ -210,8 +214,11 @@ def test_a_target_in_flight_needs_no_qps() -> None:
     assert found == Rule(least=0, most=2, in_flight=8)
 
 
-def test_a_load_that_is_turned_away_asks_for_one_replica_more_after_each_delay() -> None:
-    """Where a replica does less than the target says, as the rate alone would never tell."""
+def test_load_that_is_turned_away() -> None:
+    """A load that is turned away asks for one more replica after each delay.
+
+    Where a replica does less than the target says, as the rate alone would never tell.
+    """
     autoscaler, targets = Autoscaler(QPS), [1]
     for second in range(1000):
         is_full = second >= 100 and targets[-1] < 3 and second % 5 == 0

@@ -98,7 +98,8 @@ def test_gpus_side_by_side_are_taken_together_as_the_lease_does() -> None:
     assert uses(made(), (split, *box(None))) == ["split by MIG, which no replica takes", "for replica 1"]
 
 
-def test_gpus_that_others_hold_are_warned_of_but_not_our_own_in_an_update() -> None:
+def test_held_gpus_are_warned_of() -> None:
+    """GPUs that others hold cause a warning; in an update, the service's own do not."""
     two = made(service="{replicas: 2}")
     there = seated(box("llava on port 8001", None, None))
     assert fitted(two, 2, there, 99)[1] == []
@@ -116,7 +117,8 @@ def test_sglang_takes_a_gpu_where_there_is_one() -> None:
     assert "want 1 GPU each" in refusal(made(), 2, seated((L4,)), 99)
 
 
-def test_where_no_gpu_is_of_a_kind_that_was_asked_for_another_is_used_and_said() -> None:
+def test_gpu_of_another_kind() -> None:
+    """If no GPU is of a requested kind, another kind is used, with a warning."""
     here, warnings = fitted(made("resources: {accelerators: A100}"), 1, seated((A100,), 1, "A100"), 99)
     assert (here.resources, warnings) == ("1x A100", [])
     here, warnings = fitted(made("resources: {accelerators: H100}"), 1, seated((A100,), 1, "H100"), 99)
@@ -124,7 +126,8 @@ def test_where_no_gpu_is_of_a_kind_that_was_asked_for_another_is_used_and_said()
     assert warnings == [f"x.yaml: resources.accelerators: none of H100 is here; {A100.name} is used"]
 
 
-def test_only_gpus_of_the_kind_that_was_asked_for_count_and_are_shown() -> None:
+def test_only_requested_kinds_count() -> None:
+    """Only GPUs of the requested kind are counted and shown."""
     wants = made("resources: {accelerators: L4}")
     there = seated((A100, replace(L4, index=1)), 1, "L4")
     assert placed(fitted(wants, 1, there, 99)[0], there) == [
@@ -138,7 +141,8 @@ def test_only_gpus_of_the_kind_that_was_asked_for_count_and_are_shown() -> None:
     ("there", "gpus"),
     [((L4,) * 8, 8), ((A100,) * 4, 1), ((A100, *(L4,) * 8), 1), ((L4,) * 4, 8), ((), 1)],
 )
-def test_of_several_kinds_the_first_of_which_enough_are_here_says_how_many(there: tuple[Gpu, ...], gpus: int) -> None:
+def test_first_sufficient_kind(there: tuple[Gpu, ...], gpus: int) -> None:
+    """Of several kinds, the first that this machine has enough of decides how many GPUs a replica takes."""
     wants = made("resources: {accelerators: {A100: 1, L4: 8}}")
     assert of_kind(wants, seated(there, 1, "A100", "L4")).gpus == gpus
 

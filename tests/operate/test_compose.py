@@ -42,7 +42,8 @@ def folder_at(path: Path) -> ServiceFolder:
 # A replica's container
 
 
-def test_a_replicas_overlay_is_its_command_its_variables_and_who_it_is() -> None:
+def test_overlay_of_a_replica() -> None:
+    """A replica's overlay holds its command, its variables and its identity."""
     one = made(more="envs: {HF_TOKEN: s3cr3t, PRICE: 5$}", gpus=2)
     overlay = replica_overlay(7, one)
     assert overlay["command"] == ["--model", "a/b", "--port", "8000", "--gpus", "2", "--", "--x", "y"]
@@ -59,7 +60,8 @@ def test_a_replicas_overlay_is_its_command_its_variables_and_who_it_is() -> None
     assert "volumes" not in overlay
 
 
-def test_a_models_folder_is_shown_to_the_container_where_it_is_on_the_host(tmp_path: Path) -> None:
+def test_model_folder_is_mounted(tmp_path: Path) -> None:
+    """A model's folder is mounted in the container at the path that it has on the host."""
     overlay = replica_overlay(1, made(f"sglang serve --model-path {tmp_path}"))
     assert overlay["volumes"] == [f"{tmp_path}:{tmp_path}:ro"]
     assert str(tmp_path) in overlay["command"]
@@ -118,7 +120,8 @@ def test_a_projects_name_is_one_that_compose_takes(service: str, project: str) -
 # The balancer's container
 
 
-def test_compose_gets_addresses_keys_and_time_to_drain_from_the_environment(tmp_path: Path) -> None:
+def test_variables_for_compose(tmp_path: Path) -> None:
+    """Compose gets addresses, keys and the drain time from the environment."""
     where = Addresses("0.0.0.0:80", "127.0.0.1:81", api_keys="keys.txt")
     told = environ(where, made(more="x-groundserve: {drain_timeout: 90}"), folder_at(tmp_path / "x"))
     assert (told["BIND"], told["PORT"], told["ADMIN_PORT"]) == ("0.0.0.0", "80", "81")
@@ -126,7 +129,8 @@ def test_compose_gets_addresses_keys_and_time_to_drain_from_the_environment(tmp_
     assert told["STOP_GRACE_PERIOD"] == "120s"
 
 
-def test_the_admin_key_is_made_once_and_is_for_us_and_the_container(tmp_path: Path) -> None:
+def test_admin_key_for_the_container(tmp_path: Path) -> None:
+    """The admin key is made once, readable for us and for the container."""
     folder = folder_at(tmp_path / "x")
     key = admin_key(folder)
     assert len(key) >= 32
@@ -187,17 +191,19 @@ def test_compose_runs_sglang_only(tmp_path: Path) -> None:
         ComposeEngine(folder_at(tmp_path / "x")).fit(made("./serve.sh $GROUNDSERVE_PORT"))
 
 
-def test_an_installation_without_the_checkout_cannot_build_images(tmp_path: Path) -> None:
-    """As `pip install` leaves it: the package alone, elsewhere."""
+def test_installation_without_a_checkout(tmp_path: Path) -> None:
+    """An installation without the checkout cannot build images.
+
+    As `pip install` leaves it: the package alone, elsewhere.
+    """
     shutil.copytree(Path(project.__file__).parents[3], tmp_path / "balancer")
     code = "from balancer.operate.engines.compose.project import check_docker as c; c()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "which this installation has not: run it in a clone of groundserve, or use --on local" in done.stderr
 
 
-def test_compose_file_of_the_environment_comes_before_our_own_overlay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compose_file_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """COMPOSE_FILE of the environment comes before our own overlay."""
     folder = folder_at(tmp_path / "x")
     monkeypatch.delenv("COMPOSE_FILE", raising=False)
     usual = project_of(made(), folder, LOOPBACK).command("ps", overlays=[tmp_path / "ours.json"])
@@ -231,7 +237,8 @@ def test_a_service_comes_up_again_on_the_engine_that_runs_it(tmp_path: Path) -> 
         choose_engine("local", made(), folder)
 
 
-def test_what_is_left_is_known_while_no_controller_holds_the_folder(tmp_path: Path) -> None:
+def test_detached_record_without_a_controller(tmp_path: Path) -> None:
+    """What a controller left behind is known while no controller holds the folder."""
     folder = ServiceFolder(tmp_path, "x")
     with folder.claim():
         folder.write_detached_record(DetachedRecord("compose", "a:1", "b:2"))

@@ -26,7 +26,8 @@ async def asked(path: Path, request: Mapping[str, Any], **more: Any) -> Any:
         return await asyncio.to_thread(control_socket.ask, path, request, **more)
 
 
-def test_a_request_is_answered_and_what_is_said_meanwhile_arrives(tmp_path: Path) -> None:
+def test_answer_with_messages(tmp_path: Path) -> None:
+    """A request is answered, and the messages sent meanwhile arrive."""
     said: list[str] = []
     assert asyncio.run(asked(tmp_path / "s", {"do": "add", "a": 1, "b": 2}, say=said.append)) == 3
     assert said == ["adding"]
@@ -93,7 +94,8 @@ def test_logs_are_in_order_of_their_numbers(tmp_path: Path) -> None:
     assert [path.stem for path in folder.replica_logs()] == ["replica-1", "replica-9", "replica-10"]
 
 
-def test_the_balancers_file_is_for_a_containers_user_inside_a_folder_that_is_private(tmp_path: Path) -> None:
+def test_balancers_file_in_a_private_folder(tmp_path: Path) -> None:
+    """The balancer's file is readable for a container's user, inside a folder that is private."""
     folder = ServiceFolder(tmp_path, "x")
     folder.claim().close()
     file = folder.write_service_file("a: 1")

@@ -181,7 +181,8 @@ def test_what_cannot_be_started_says_why_in_one_line(case: Case) -> None:
     with_engine(case, work)
 
 
-def test_its_balancer_is_where_it_was_prepared_and_goes_when_told(case: Case) -> None:
+def test_balancer_of_an_engine(case: Case) -> None:
+    """An engine's balancer is at the prepared addresses and goes when told."""
     addresses = case.engine.prepare(case.service, ANY_PORTS, None)
 
     async def work() -> None:
@@ -197,7 +198,8 @@ def test_its_balancer_is_where_it_was_prepared_and_goes_when_told(case: Case) ->
     asyncio.run(work())
 
 
-def test_the_next_controller_finds_what_outlives_one_and_nothing_else(case: Case) -> None:
+def test_next_controller_finds_what_is_left(case: Case) -> None:
+    """The next controller finds what outlives one, and nothing else."""
     engine, service = case.engine, case.service
     following = choose.ENGINES[engine.name](case.folder)
 
@@ -248,7 +250,8 @@ def made_up(tmp_path: Path) -> Iterator[WithMadeUp]:
     command.stop_all()
 
 
-def test_an_engine_of_somebody_elses_comes_up_shows_and_goes_down(made_up: WithMadeUp) -> None:
+def test_engine_of_somebody_else(made_up: WithMadeUp) -> None:
+    """A service on an engine that somebody else wrote comes up, is shown and goes down."""
     file = made_up.service("lab", replicas=2)
     said = made_up("up", "-d", "--on", "made-up", file, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
     assert "warning: it is made up" in said

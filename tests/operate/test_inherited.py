@@ -79,7 +79,8 @@ def test_a_signal_that_is_ignored_where_we_start_stays_ignored(
 
 
 @pytest.mark.parametrize("shell", ['exec "$@"', NOHUP])
-def test_closing_the_terminal_ends_only_what_was_not_told_to_outlive_it(groundserve: Groundserve, shell: str) -> None:
+def test_closing_the_terminal(groundserve: Groundserve, shell: str) -> None:
+    """Closing the terminal ends only what was not started to outlive it."""
     service = groundserve.service("lab", replicas=1)
     pid, terminal = pty.fork()
     if pid == 0:
@@ -101,9 +102,8 @@ def test_closing_the_terminal_ends_only_what_was_not_told_to_outlive_it(groundse
 
 
 @pytest.mark.parametrize("flags", [(), ("-d",)])
-def test_with_closed_streams_it_comes_up_and_nothing_is_written_into_its_files(
-    groundserve: Groundserve, flags: Sequence[str]
-) -> None:
+def test_closed_streams(groundserve: Groundserve, flags: Sequence[str]) -> None:
+    """With closed streams a service comes up, and nothing printed goes into its files."""
     up = started(groundserve, CLOSED, groundserve.service("lab", replicas=1), *flags)
     endpoint = until_ready(groundserve)
     assert httpx.get(f"{endpoint}/health").status_code == 200
@@ -172,7 +172,8 @@ def test_detached_it_comes_up_without_its_caller(
     assert groundserve.processes() == {}
 
 
-def test_children_that_end_are_seen_where_the_starter_ignores_its_own(groundserve: Groundserve) -> None:
+def test_starter_that_ignores_sigchld(groundserve: Groundserve) -> None:
+    """Children that end are noticed even if the parent process ignores SIGCHLD."""
     command = [sys.executable, "-m", "balancer.cli", "up", str(groundserve.service("lab", replicas=1)), *ANY_PORT]
     script = (
         "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"

@@ -159,7 +159,8 @@ def test_what_needs_a_shell_or_is_no_server_is_left_to_bash(script: str) -> None
     assert understand(script, {"Y": "y"}) is None
 
 
-def test_a_script_starts_its_server_in_the_folder_that_it_goes_to() -> None:
+def test_script_that_changes_folder() -> None:
+    """A script starts its server in the folder that it changes to."""
     launch = understand("cd /models && cd $SUB\nsglang serve ./llama; cd /elsewhere", {"SUB": "a b", "X": ""})
     assert launch is None, "two words are no folder"
     launch = understand('cd /models && cd "$SUB/.."\nsglang serve ./llama; cd /elsewhere', {"SUB": "a b"})
@@ -325,5 +326,6 @@ def test_a_parallel_size_that_is_none_is_left_to_bash(size: str) -> None:
 
 @pytest.mark.parametrize("braces", ["{a,b}", "{1..3}", "{,}", '{"a",b}', "{$A,b}"])
 @pytest.mark.parametrize("script", ["export V=<> && sglang serve m --flag $V", "sglang serve m --flag <>"])
-def test_braces_of_which_bash_makes_several_words_are_left_to_bash(script: str, braces: str) -> None:
+def test_braces_are_left_to_bash(script: str, braces: str) -> None:
+    """Braces that bash expands to several words are left to bash."""
     assert understand(script.replace("<>", braces), {"A": "one"}) is None

@@ -45,7 +45,8 @@ def test_memory_is_the_least_that_any_limit_leaves(proc: Path, tmp_path: Path) -
     assert limits.memory(proc, root) == 0
 
 
-def test_cores_are_those_we_may_run_on_or_the_share_that_is_granted(proc: Path, tmp_path: Path) -> None:
+def test_cores(proc: Path, tmp_path: Path) -> None:
+    """The cores are those that this process may run on, or the share that it is granted."""
     root, ours = tmp_path / "cgroup", len(os.sched_getaffinity(0))
     written(root / "user.slice/a.scope", cpu__max="max 100000")
     written(root / "cpu/slurm", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")

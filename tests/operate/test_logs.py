@@ -55,7 +55,8 @@ def in_all(log: Path) -> int:
 # Writing
 
 
-def test_a_log_stays_below_its_bound_and_keeps_the_last_lines_whole(tmp_path: Path) -> None:
+def test_log_is_bounded(tmp_path: Path) -> None:
+    """A log stays below its bound and keeps its last lines whole."""
     log = tmp_path / "x.log"
     written(log, 0, 40_000)
     assert [file.name for file in rotation.files(log)] == ["x.log.2", "x.log.1", "x.log"]
@@ -66,7 +67,8 @@ def test_a_log_stays_below_its_bound_and_keeps_the_last_lines_whole(tmp_path: Pa
     assert log.stat().st_mode & 0o777 == 0o600
 
 
-def test_what_one_write_has_beyond_the_bound_goes_on_in_the_next_file(tmp_path: Path) -> None:
+def test_write_beyond_the_bound(tmp_path: Path) -> None:
+    """The part of a write beyond the bound goes on in the next file."""
     log = tmp_path / "x.log"
     text = b"".join(b"%d\n" % number for number in range(3_000_000))
     RotatedLog(log).write(text)
@@ -245,7 +247,8 @@ def test_logs_of_replicas_that_are_gone_end_too(tmp_path: Path) -> None:
     assert [path.stem for path in folder.replica_logs()] == [f"replica-{id}" for id in (3, *range(80, 101))]
 
 
-def test_claiming_sets_logs_aside_and_removes_what_an_older_life_left(tmp_path: Path) -> None:
+def test_claiming_sets_logs_aside(tmp_path: Path) -> None:
+    """Claiming a folder sets its logs aside and removes those of an older run."""
     folder = ServiceFolder(tmp_path, "x")
     folder.claim().close()
     folder.replica_log(2).write_text("old")

@@ -24,7 +24,8 @@ def decide(
     return plan.decide(replicas, wanted, next_id=9, now=now, drain_timeout=100, condemned=condemned)
 
 
-def test_missing_replicas_are_started_side_by_side_under_new_numbers() -> None:
+def test_missing_replicas_are_started() -> None:
+    """Missing replicas are started at the same time, under new numbers."""
     assert decide(wanted={1: 2}) == [Start(9, 1), Start(10, 1)]
 
 
@@ -73,7 +74,8 @@ def test_a_surplus_replica_that_is_unusable_is_not_replaced() -> None:
     assert decide(replace(READY, status=Status.FAILED_PROBING), wanted={1: 0}) == [Drain(1)]
 
 
-def test_a_draining_replica_is_stopped_when_nothing_is_in_flight_or_time_is_up() -> None:
+def test_draining_replica_is_stopped() -> None:
+    """A draining replica is stopped when nothing is in flight or its time is up."""
     draining = replace(READY, stage=Stage.DRAINING, status=Status.DRAINING, drained_at=10)
     assert decide(draining, wanted={}, now=50) == []
     assert decide(replace(draining, status=Status.READY), wanted={}, now=50) == []
@@ -130,7 +132,8 @@ def test_what_would_end_the_same_way_is_not_tried_again() -> None:
     assert plan.ended(READY, NOT_FOUND, 0.0, OPERATION).stage is Stage.WAITING
 
 
-def test_being_ready_long_enough_wipes_out_failures_and_one_bad_look_does_not_count() -> None:
+def test_being_ready_forgives_failures() -> None:
+    """Being ready for long enough clears earlier failures, and a single bad look does not count."""
     replica = replace(READY, failures=3, ready_since=None)
     for now in (0.0, 30.0, 59.0):
         replica = plan.observed(replica, Status.READY, 0, now, OPERATION)
@@ -148,7 +151,8 @@ def test_the_reason_of_an_earlier_end_is_forgotten_once_ready() -> None:
     assert plan.observed(replica, Status.READY, 0, 0.0, OPERATION).reason == ""
 
 
-def test_a_service_is_hopeless_when_all_that_is_wanted_was_given_up() -> None:
+def test_hopeless_service() -> None:
+    """A service is hopeless when every wanted replica has been given up."""
     lost = replace(READY, stage=Stage.GIVEN_UP)
     assert plan.is_hopeless([lost, replace(lost, id=2)], 2)
     assert plan.is_hopeless([lost, replace(READY, id=2, stage=Stage.DRAINING)], 1)
@@ -176,7 +180,8 @@ def test_a_condemned_replica_goes_and_another_takes_its_place() -> None:
     assert decide(Replica(1, 1, start_at=5), two, wanted={1: 2}, condemned={1}) == [Forget(1), Start(9, 1)]
 
 
-def test_who_is_condemned_in_the_step_that_takes_it_anyway_is_told_once() -> None:
+def test_replica_condemned_twice() -> None:
+    """A replica that is condemned in a step that removes it anyway is reported once."""
     three = [READY, replace(READY, id=2), replace(READY, id=3)]
     assert decide(*three, wanted={1: 2}, condemned={3}) == [Drain(3)]
     assert decide(*three, wanted={1: 1}, condemned={3}) == [Drain(3), Drain(2)]

@@ -6,7 +6,8 @@ from balancer.errors import ConfigError
 from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
 
 
-def test_free_ports_are_distinct_and_below_what_the_kernel_gives_away() -> None:
+def test_free_ports() -> None:
+    """Free ports are distinct, and below the range that the kernel assigns by itself."""
     ports = free_ports(50)
     assert len(set(ports)) == 50
     assert set(ports) <= set(REPLICA_PORTS)

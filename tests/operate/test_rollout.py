@@ -84,7 +84,8 @@ def test_a_rolling_update_keeps_to_the_room_and_to_its_replicas(total: int, surg
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_blue_green_switches_only_when_all_of_the_new_version_is_ready(seed: int) -> None:
+def test_blue_green_switches_when_all_are_ready(seed: int) -> None:
+    """Blue-green switches only when all replicas of the new version are ready."""
     world = World(3, 6, seed)
     while (seen := rollout.look("blue_green", world.replicas.values(), 2, 3, 3)).status is RolloutStatus.IN_PROGRESS:
         new_ready = sum(r.status is Status.READY for r in world.replicas.values() if r.version == 2)
@@ -95,7 +96,8 @@ def test_blue_green_switches_only_when_all_of_the_new_version_is_ready(seed: int
 
 @pytest.mark.parametrize("mode", ["rolling", "blue_green"])
 @pytest.mark.parametrize("surge", [0, 1, 3])
-def test_a_version_that_never_becomes_ready_fails_and_the_old_one_comes_back(mode: Mode, surge: int) -> None:
+def test_rollback(mode: Mode, surge: int) -> None:
+    """A version that never becomes ready fails, and the old one comes back."""
     world = World(3, 3 + (3 if mode == "blue_green" else surge), is_broken=True)
     seen = world.update(mode)
     assert (seen.status, seen.reason, seen.old, seen.new) == (RolloutStatus.FAILED, "no such flag", 3, 0)
@@ -106,7 +108,8 @@ def test_a_version_that_never_becomes_ready_fails_and_the_old_one_comes_back(mod
 
 
 @pytest.mark.parametrize("status", [Status.FAILED_INITIAL_DELAY, Status.FAILED_PROBING])
-def test_a_new_replica_that_the_balancer_calls_failed_fails_the_update(status: Status) -> None:
+def test_failed_replica_fails_the_update(status: Status) -> None:
+    """A new replica that the balancer reports as failed fails the update."""
     new = Replica(2, 2, Stage.RUNNING, status=status)
     assert rollout.look("rolling", [new], 2, 1, 1) == Look(1, 0, RolloutStatus.FAILED, f"it was {status}")
 

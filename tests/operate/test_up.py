@@ -53,7 +53,8 @@ def test_a_signal_before_anything_is_ready_ends_everything(groundserve: Groundse
     assert groundserve.processes() == {}
 
 
-def test_killed_with_9_it_leaves_nothing_behind_and_comes_up_again(groundserve: Groundserve) -> None:
+def test_kill_9(groundserve: Groundserve) -> None:
+    """Killed with signal 9, groundserve up leaves nothing behind and comes up again."""
     # The server is nobody's direct child here: a shell stands between, and one process has left the session.
     script = f"(setsid sleep 1000 &)\n{LAB.removeprefix('exec ')}\ntrue"
     service = groundserve.service("lab", script)
@@ -99,7 +100,8 @@ def test_detached_it_returns_when_ready_and_down_ends_it(groundserve: Groundserv
     assert groundserve.processes() == {}
 
 
-def test_detached_it_returns_with_the_reason_when_it_cannot_come_up(groundserve: Groundserve) -> None:
+def test_detached_start_that_fails(groundserve: Groundserve) -> None:
+    """up -d returns with the reason if the service cannot come up."""
     said = groundserve(
         "up", "-d", groundserve.service("lab", "echo the model is gone $GROUNDSERVE_PORT\nexit 2"), code=1
     )
@@ -119,7 +121,8 @@ def test_a_dead_replica_comes_back(groundserve: Groundserve) -> None:
     assert sum(before[name] != ends[name] for name in before) == 1
 
 
-def test_a_dead_balancer_comes_back_at_the_same_endpoint_with_the_same_replicas(groundserve: Groundserve) -> None:
+def test_dead_balancer_comes_back(groundserve: Groundserve) -> None:
+    """A dead balancer comes back at the same endpoint with the same replicas."""
     groundserve.up(groundserve.service("lab")).until_up()
     before = groundserve.status("lab")
     replicas = replica_processes(groundserve)
@@ -142,7 +145,8 @@ def test_a_dead_balancer_comes_back_at_the_same_endpoint_with_the_same_replicas(
     assert [row["endpoint"] for row in after["replicas"]] == [row["endpoint"] for row in before["replicas"]]
 
 
-def test_a_service_that_cannot_start_is_failed_with_its_last_words(groundserve: Groundserve) -> None:
+def test_service_that_cannot_start(groundserve: Groundserve) -> None:
+    """A service that cannot start is failed, and the message has its last output."""
     up = groundserve.up(groundserve.service("lab", "echo $GROUNDSERVE_PORT\necho out of memory >&2\nexit 1"))
     assert up.wait() == 1
     assert up.text.count("starts again in") == 4  # twice for each of two replicas
@@ -236,7 +240,8 @@ def test_a_port_that_was_asked_for_and_is_taken_stops_the_start(groundserve: Gro
     assert groundserve.processes() == {}
 
 
-def test_a_script_with_a_port_of_its_own_fails_when_that_is_taken(groundserve: Groundserve) -> None:
+def test_script_with_a_taken_port(groundserve: Groundserve) -> None:
+    """A script with a fixed port fails if that port is taken."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         service = groundserve.service("lab", f"serve --port {port}", replicas=1, more=f"resources: {{ports: {port}}}")

@@ -50,7 +50,8 @@ def test_both_versions_are_shown_while_an_update_runs(groundserve: Groundserve) 
     assert groundserve.status("lab")["service"]["version"] == "2"
 
 
-def test_a_blue_green_update_under_streams_loses_nothing_and_switches_as_a_whole(groundserve: Groundserve) -> None:
+def test_blue_green_under_streams(groundserve: Groundserve) -> None:
+    """A blue-green update under streams loses nothing and switches as a whole."""
     groundserve.up(groundserve.service("lab", f"{LAB} --token-interval 0.03")).until_up()
     with streaming(endpoint(groundserve)) as seen:
         assert "lab is at version 2" in groundserve("update", "lab", better(groundserve), "--mode", "blue_green")
@@ -62,7 +63,8 @@ def test_a_blue_green_update_under_streams_loses_nothing_and_switches_as_a_whole
     assert {row["version"] for row in groundserve.status("lab")["replicas"]} == {2}
 
 
-def test_a_version_that_cannot_start_is_taken_back_and_nobody_notices(groundserve: Groundserve) -> None:
+def test_rollback_under_streams(groundserve: Groundserve) -> None:
+    """A version that cannot start is rolled back without any client noticing."""
     groundserve.up(groundserve.service("lab", f"{LAB} --token-interval 0.03")).until_up()
     broken = groundserve.service("broken", "echo $GROUNDSERVE_PORT; echo no such model; exit 3")
     with streaming(endpoint(groundserve)) as seen:
@@ -97,9 +99,10 @@ def test_a_file_that_cannot_be_is_refused_and_changes_nothing(groundserve: Groun
     assert groundserve.status("lab")["replicas"][0]["endpoint"] == before
 
 
-def test_policy_and_limits_change_under_streams_with_the_same_processes_and_nothing_is_lost(
+def test_settings_change_under_streams(
     groundserve: Groundserve,
 ) -> None:
+    """Policy and limits change under streams in the same processes, and nothing is lost."""
     service = groundserve.service("lab", f"{LAB} --token-interval 0.03", queue_size=7)
     groundserve.up(service).until_up()
     before = [row["endpoint"] for row in groundserve.status("lab")["replicas"]]
@@ -114,9 +117,8 @@ def test_policy_and_limits_change_under_streams_with_the_same_processes_and_noth
     assert set(groundserve.processes()) == processes, "the balancer took it up as it runs"
 
 
-def test_an_update_typed_in_another_folder_touches_no_replica_and_its_paths_are_those_of_up(
-    groundserve: Groundserve, tmp_path: Path
-) -> None:
+def test_update_from_another_folder(groundserve: Groundserve, tmp_path: Path) -> None:
+    """An update from another folder touches no replica, and its paths are still relative to that of up."""
     run = f"pwd > {tmp_path}/was-in-$SKYPILOT_SERVE_REPLICA_ID; {LAB}"
     service = groundserve.service("lab", run)
     groundserve.up(service).until_up()
@@ -135,9 +137,8 @@ def test_an_update_typed_in_another_folder_touches_no_replica_and_its_paths_are_
     assert folders == {1: str(ROOT), 2: str(ROOT), 3: str(ROOT / "tests"), 4: str(ROOT / "tests")}
 
 
-def test_a_certificate_comes_with_another_balancer_and_the_same_replicas(
-    groundserve: Groundserve, tmp_path: Path
-) -> None:
+def test_update_with_a_certificate(groundserve: Groundserve, tmp_path: Path) -> None:
+    """A certificate brings a new balancer process and keeps the replicas."""
     service = groundserve.service("lab")
     groundserve.up(service).until_up()
     before = [row["endpoint"] for row in groundserve.status("lab")["replicas"]]

@@ -65,9 +65,8 @@ def test_values_are_as_they_are_written(tmp_path: Path, line: str, value: str) -
         (b"A=" + b"x" * 300_000, ": larger than 256 KiB"),
     ],
 )
-def test_what_is_no_variable_is_refused_with_its_line_and_not_shown(
-    tmp_path: Path, text: str | bytes, said: str
-) -> None:
+def test_lines_that_are_no_variables(tmp_path: Path, text: str | bytes, said: str) -> None:
+    """A line that is not a variable is refused with its line number, and is not shown."""
     with pytest.raises(ConfigError) as raised:
         read(tmp_path, text)
     assert f"--env-file {tmp_path / 'envs'}{said}" in str(raised.value)

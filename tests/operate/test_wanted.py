@@ -83,7 +83,8 @@ def test_a_failed_update_leaves_the_old_version() -> None:
     assert (wanted.serving.version, wanted.coming) == (1, None)
 
 
-def test_blue_green_hides_the_new_version_until_it_is_ready_and_the_balancer_has_seen_so() -> None:
+def test_blue_green_hides_the_new_version() -> None:
+    """Blue-green hides the new version until it is ready and the balancer has seen that."""
     wanted = Wanted(made())
     wanted.update(made(2, "serve --better $GROUNDSERVE_PORT"), "blue_green")
     old = [ready(1), ready(2)]
@@ -169,7 +170,8 @@ def snapshot(arrived: int, generating: int = 0, queued: int = 0, turned_away: in
     return Snapshot(replace(service, generating=generating, generating_queued=queued, **counts))
 
 
-def test_the_load_is_what_came_through_the_door_since_the_last_look() -> None:
+def test_load_since_the_last_look() -> None:
+    """The load is the requests that arrived since the last look."""
     traffic = Traffic()
     traffic.note(snapshot(0))
     traffic.note(snapshot(12, turned_away=3))
@@ -180,7 +182,8 @@ def test_the_load_is_what_came_through_the_door_since_the_last_look() -> None:
     assert traffic.take() == Load(0, 4, 1, 0)
 
 
-def test_what_came_before_the_controller_is_no_load_and_a_new_balancer_counts_from_nothing() -> None:
+def test_load_counts_from_the_controllers_start() -> None:
+    """Requests before the controller's start are no load, and a new balancer counts from zero."""
     traffic = Traffic()
     traffic.note(snapshot(50_000, turned_away=70))
     assert traffic.take() == Load(0, 0, 0, 0)
@@ -191,7 +194,8 @@ def test_what_came_before_the_controller_is_no_load_and_a_new_balancer_counts_fr
 # What an earlier controller left running
 
 
-def test_replicas_of_the_same_recipe_are_gone_on_with_under_their_version() -> None:
+def test_replicas_of_the_same_recipe_are_kept() -> None:
+    """Replicas of the same recipe are kept under their version."""
     ours = made()
     wanted = Wanted(ours)
     wanted.adopt([left(1, 3, ours.digest), left(2, 3, ours.digest)])
@@ -199,7 +203,8 @@ def test_replicas_of_the_same_recipe_are_gone_on_with_under_their_version() -> N
     assert wanted.counts([ready(1, 3), ready(2, 3)], Load(), 0.0) == ({3: 2}, None)
 
 
-def test_replicas_of_another_recipe_are_replaced_by_a_rolling_update() -> None:
+def test_replicas_of_another_recipe() -> None:
+    """Replicas of another recipe are replaced by a rolling update."""
     wanted = Wanted(made())
     wanted.adopt([left(1, 2, "another"), left(2, 2, "another")])
     assert (wanted.serving.version, wanted.newest.version, wanted.hidden) == (2, 3, None)
@@ -227,8 +232,11 @@ def test_versions_that_came_after_ours_are_left_behind_too() -> None:
     assert (wanted.serving.version, wanted.newest.version) == (2, 3)
 
 
-def test_only_versions_that_have_replicas_or_will_have_some_are_remembered() -> None:
-    """A service that is updated for years does not remember each of its files."""
+def test_old_versions_are_forgotten() -> None:
+    """Only versions that have replicas, or will have some, are remembered.
+
+    A service that is updated for years does not remember each of its files.
+    """
     wanted = Wanted(made())
     for version in range(2, 50):
         wanted.update(made(version, f"serve {version} $GROUNDSERVE_PORT"), "rolling")

@@ -36,7 +36,9 @@ def test_up_wait_returns_when_it_can_answer(service: Project) -> None:
     assert told["version"] == "0.5.23", "SGLang itself"
 
 
-def test_scaling_real_replicas_under_sparse_traffic_loses_nothing(service: Project) -> None:
+def test_scaling_under_sparse_traffic(service: Project) -> None:
+    """Scaling real replicas under sparse traffic loses nothing."""
+
     async def scale() -> Traffic:
         async with traffic(service.url(), 1, tokens=8, pause=1.0, is_exact=False) as seen:
             await seen.more(2)

@@ -90,7 +90,8 @@ def test_a_key_that_an_editor_takes_out_stops_working(lab_images: Project, folde
         project.down()
 
 
-def test_without_an_admin_key_the_admin_port_shows_and_changes_nothing(lab: Project) -> None:
+def test_admin_port_without_a_key(lab: Project) -> None:
+    """Without an admin key, the admin port shows the status and changes nothing."""
     assert len(lab.ready()) == 2
     refused = httpx.post(lab.url(30002) + "/replicas/1/drain", timeout=10)
     assert refused.status_code == 403

@@ -100,7 +100,8 @@ def test_up_scale_replace_logs_and_down_are_as_on_the_host(groundserve: OnCompos
     groundserve.until_nothing_runs()
 
 
-def test_updates_under_streams_lose_nothing_and_a_broken_version_is_taken_back(groundserve: OnCompose) -> None:
+def test_updates_under_streams(groundserve: OnCompose) -> None:
+    """Updates under streams lose nothing, and a broken version is rolled back."""
     file = groundserve.file()
     groundserve.start(file)
     balancer = groundserve.containers("balancer")
@@ -123,7 +124,8 @@ def test_updates_under_streams_lose_nothing_and_a_broken_version_is_taken_back(g
     assert groundserve.containers("balancer") == balancer, "one balancer through all of it"
 
 
-def test_replicas_and_balancer_outlive_a_killed_controller_and_the_next_up_finds_them(groundserve: OnCompose) -> None:
+def test_killed_controller(groundserve: OnCompose) -> None:
+    """Replicas and balancer outlive a killed controller, and the next up finds them."""
     file = groundserve.file()
     groundserve.start(file)
     replicas, balancer = groundserve.containers(), groundserve.containers("balancer")
@@ -142,7 +144,8 @@ def test_replicas_and_balancer_outlive_a_killed_controller_and_the_next_up_finds
     assert (groundserve.containers(), groundserve.containers("balancer")) == (replicas, balancer)
 
 
-def test_up_with_another_file_after_a_killed_controller_is_an_update(groundserve: OnCompose) -> None:
+def test_up_with_another_file(groundserve: OnCompose) -> None:
+    """After a killed controller, up with another file is an update."""
     groundserve.start(groundserve.file())
     os.kill(groundserve.controller(), signal.SIGKILL)
     groundserve.until_nothing_runs()
@@ -163,7 +166,8 @@ def test_what_is_left_can_be_taken_down_without_its_controller(groundserve: OnCo
     assert groundserve("status") == "No existing services.\n"
 
 
-def test_a_killed_replica_is_started_again_and_a_killed_balancer_comes_back(groundserve: OnCompose) -> None:
+def test_killed_replica_and_balancer(groundserve: OnCompose) -> None:
+    """A killed replica is started again, and a killed balancer comes back."""
     groundserve.start(groundserve.file())
     (first, _second) = groundserve.containers()
     docker("kill", "--signal", "KILL", first)
@@ -178,7 +182,8 @@ def test_a_killed_replica_is_started_again_and_a_killed_balancer_comes_back(grou
     assert groundserve.ask().status_code == 200
 
 
-def test_a_service_that_cannot_start_fails_with_the_replicas_own_words(groundserve: OnCompose) -> None:
+def test_service_that_cannot_start(groundserve: OnCompose) -> None:
+    """A service that cannot start fails with the replica's own message."""
     said = groundserve("up", groundserve.file(flags="--no-such-flag"), "--on", "compose", code=1)
     assert f"{NAME} failed: exited with code 2" in said
     assert "--no-such-flag" in said

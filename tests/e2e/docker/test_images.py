@@ -49,7 +49,8 @@ def test_hadolint_finds_nothing(dockerfile: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_the_balancer_adds_less_than_150_mb_to_its_base_and_nothing_of_the_replica(lab_images: Project) -> None:
+def test_balancer_image_is_small(lab_images: Project) -> None:
+    """The balancer's image adds less than 150 MB to its base, and contains nothing of replica or command."""
     assert lab_images.files == LAB_FILES
     base, image = inspect_image("python:3.11-slim"), inspect_image(f"groundserve/balancer:{TAG}")
     added = (image["Size"] - base["Size"]) / MB
@@ -64,9 +65,8 @@ def test_the_balancer_adds_less_than_150_mb_to_its_base_and_nothing_of_the_repli
 
 
 @pytest.mark.parametrize("name", ["groundserve/balancer", "groundserve-test/replica", "groundserve/replica-cpu"])
-def test_images_say_what_they_are_run_as_nobody_special_and_check_themselves_without_a_shell(
-    lab_images: Project, cpu_images: Project, name: str
-) -> None:
+def test_images_metadata_user_and_healthcheck(lab_images: Project, cpu_images: Project, name: str) -> None:
+    """Images have labels, run as an unprivileged user and check their health without a shell."""
     assert (lab_images.files, cpu_images.files) == (LAB_FILES, CPU_FILES)
     told = inspect_image(f"{name}:{TAG}")["Config"]
     assert told["User"] == "1000:1000"
@@ -137,7 +137,8 @@ def test_what_stops_has_longer_than_its_drain() -> None:
         assert int(minutes) * 60 + int(seconds) > 5 + int(drain_timeout[1]) + 5
 
 
-def test_the_endpoint_is_published_where_bind_says_and_the_admin_port_never() -> None:
+def test_published_ports() -> None:
+    """The endpoint is published at BIND's address, the admin port only on loopback."""
     ports = {port["target"]: port for port in config(BIND="0.0.0.0", PORT="8080")["services"]["balancer"]["ports"]}
     assert (ports[30001]["host_ip"], ports[30001]["published"]) == ("0.0.0.0", "8080")
     assert ports[30002]["host_ip"] == "127.0.0.1"

@@ -65,7 +65,8 @@ def test_replicas_of_two_projects_lease_each_a_gpu_of_its_own(projects: list[Pro
         assert sum(name[:12] in holder for holder in holders) == 1, "each holder is named by its container"
 
 
-def test_a_surplus_replica_says_who_holds_the_gpus_and_takes_the_first_that_is_free(projects: list[Project]) -> None:
+def test_surplus_replica(projects: list[Project]) -> None:
+    """A surplus replica says who holds the GPUs, and takes the first that becomes free."""
     first, second = projects
     start(first, 4)
     gpus = serving(projects, 4)

@@ -43,9 +43,8 @@ def test_scaling_2_6_2_4_under_streams_loses_nothing(lab: Project) -> None:
     assert {one.member for one in seen.outcomes} == members, "each replica that was ever ready had its share"
 
 
-def test_new_replicas_beside_the_old_then_fewer_replaces_all_and_loses_nothing(
-    lab: Project, lab_images: Project
-) -> None:
+def test_replacing_with_spare_gpus(lab: Project, lab_images: Project) -> None:
+    """Starting new replicas beside the old and then scaling down replaces all and loses nothing."""
     before = {one.image for one in lab.containers()}
     build_lab(lab_images, version=2)
 
@@ -67,7 +66,8 @@ def test_new_replicas_beside_the_old_then_fewer_replaces_all_and_loses_nothing(
     assert before != after
 
 
-def test_one_at_a_time_replaces_all_without_a_spare_gpu_and_loses_nothing(lab: Project, lab_images: Project) -> None:
+def test_replacing_one_at_a_time(lab: Project, lab_images: Project) -> None:
+    """Replacing one at a time replaces all without a spare GPU and loses nothing."""
     before = lab.containers()
     build_lab(lab_images, version=3)
 
@@ -89,7 +89,8 @@ def test_one_at_a_time_replaces_all_without_a_spare_gpu_and_loses_nothing(lab: P
     assert not {one.image for one in before} & {one.image for one in after}
 
 
-def test_a_plain_up_with_another_image_cuts_nothing_and_says_503_meanwhile(lab: Project, lab_images: Project) -> None:
+def test_plain_up_with_another_image(lab: Project, lab_images: Project) -> None:
+    """A plain up with another image cuts nothing, and clients get 503 meanwhile."""
     before = {one.image for one in lab.containers()}
     build_lab(lab_images, version=4)
 
@@ -145,7 +146,9 @@ def test_kill_9_costs_only_what_was_on_that_replica(lab: Project) -> None:
         assert one.error, "a client is told"
 
 
-def test_a_paused_replica_is_left_out_and_its_streams_go_on_afterwards(lab: Project) -> None:
+def test_paused_replica(lab: Project) -> None:
+    """A paused replica is left out, and its streams go on afterwards."""
+
     async def pause() -> tuple[Traffic, list[Outcome], str, float]:
         async with traffic(lab.url(), CLIENTS, tokens=TOKENS) as seen:
             await seen.more(CLIENTS)
