@@ -66,8 +66,11 @@ OPERATE = {"errors", "inherited", "spec", "contract", "operate"}
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) == "operate"], ids=lambda path: path.name)
-def test_whoever_operates_a_service_imports_nothing_of_its_balancer(path: Path) -> None:
-    """They meet over HTTP, in the types of balancer/contract."""
+def test_operate_imports_nothing_of_the_balancer(path: Path) -> None:
+    """operate imports nothing of the balancer process.
+
+    They meet over HTTP, in the types of balancer/contract.
+    """
     others = {name.split(".")[1] for name in imported(path) if name.startswith("balancer.")}
     assert others <= OPERATE
 

@@ -40,7 +40,8 @@ def test_a_python_that_cannot_serve_is_refused_in_one_line(checkout: Path, versi
     assert not (checkout / ".venv").exists()
 
 
-def test_an_index_that_cannot_be_reached_leaves_nothing_installed(checkout: Path) -> None:
+def test_unreachable_package_index(checkout: Path) -> None:
+    """If the package index cannot be reached, nothing is left installed."""
     (checkout / ".venv").mkdir()
     (checkout / ".venv/left by a killed install").touch()
     nowhere = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1"}

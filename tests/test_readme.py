@@ -129,7 +129,8 @@ def test_service_files_are_still_found_where_they_were() -> None:
     assert kept.stdout.startswith("120000 ") or not (ROOT / ".git").exists()
 
 
-def test_each_variable_that_their_docker_commands_set_is_explained() -> None:
+def test_variables_of_docker_commands() -> None:
+    """Each variable that a page's Docker commands set is explained."""
     commands = re.findall(r"^(.*?)\bdocker compose\b", DOCS, re.MULTILINE)
     named = {name for line in commands for name in re.findall(r"\b([A-Z_]{2,})=", line)}
     explained = set(re.findall(r"^#([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
@@ -138,7 +139,8 @@ def test_each_variable_that_their_docker_commands_set_is_explained() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: str(preset.name))
-def test_each_model_stands_there_with_what_requests_call_it_and_what_it_takes(preset: Preset) -> None:
+def test_models_in_the_docs(preset: Preset) -> None:
+    """The docs list each model with its name in requests and the memory that it takes."""
     (row,) = [line for line in PAGES["docs/models.md"].splitlines() if re.match(rf"\|.*`{preset.name}`.*\|.*\|", line)]
     _, _, requests_say, takes, _ = row.split("|")
     assert takes.strip() == f"{preset.gpu_gib:g} GiB"

@@ -74,7 +74,8 @@ def test_a_member_that_left_and_came_back_is_new() -> None:
 @pytest.mark.parametrize(
     "changed", [listed(1, endpoint="http://127.0.0.1:9000"), listed(1, name="other")], ids=["address", "name"]
 )
-def test_another_address_or_name_under_the_same_id_is_another_member(changed: ReplicaListing) -> None:
+def test_same_id_at_another_address(changed: ReplicaListing) -> None:
+    """Another address or name under the same id is another member."""
     fleet = fleet_of(2, Clock())
     comings, old = Comings(fleet), fleet.members[1]
     fleet.reconcile([changed, listed(2)])
@@ -139,7 +140,8 @@ def test_a_list_that_contradicts_itself_is_refused_whole(listing: list[ReplicaLi
     assert comings.take() == []
 
 
-def test_a_restart_behind_the_same_address_is_a_new_member_without_a_past() -> None:
+def test_restart_at_the_same_address() -> None:
+    """A restart behind the same address is a new member without a past."""
     clock = Clock()
     fleet = fleet_of(2, clock)
     comings, old = Comings(fleet), fleet.members[1]
@@ -155,7 +157,8 @@ def test_a_restart_behind_the_same_address_is_a_new_member_without_a_past() -> N
     assert fleet.members[1] is new
 
 
-def test_what_is_in_flight_at_a_member_that_left_is_still_counted_until_it_ends() -> None:
+def test_in_flight_at_a_member_that_left() -> None:
+    """Requests in flight at a member that left are counted until they end."""
     fleet = fleet_of(1, Clock())
     place = claimed(fleet)
     fleet.restarted(place.member)
@@ -168,7 +171,8 @@ def test_what_is_in_flight_at_a_member_that_left_is_still_counted_until_it_ends(
 # What the engine says of it
 
 
-def test_a_replica_that_is_placed_and_then_runs_elsewhere_is_new_and_has_its_whole_initial_delay() -> None:
+def test_replica_placed_elsewhere() -> None:
+    """A replica that is placed and then runs elsewhere is new, with its whole initial delay."""
     clock = Clock()
     fleet = fleet_of(0, clock, readiness=ReadinessProbe(initial_delay_seconds=100))
     fleet.reconcile([listed(1, state=State.PROVISIONING, endpoint="http://127.0.0.1:9")])
@@ -181,7 +185,8 @@ def test_a_replica_that_is_placed_and_then_runs_elsewhere_is_new_and_has_its_who
     assert statuses(fleet) == ["FAILED_INITIAL_DELAY"]
 
 
-def test_a_replica_that_is_placed_and_then_runs_there_has_its_whole_initial_delay() -> None:
+def test_replica_placed_there() -> None:
+    """A replica that is placed and then runs there has its whole initial delay."""
     clock = Clock()
     fleet = fleet_of(0, clock, readiness=ReadinessProbe(initial_delay_seconds=100))
     fleet.reconcile([listed(1, state=State.PROVISIONING)])
@@ -194,7 +199,8 @@ def test_a_replica_that_is_placed_and_then_runs_there_has_its_whole_initial_dela
 
 
 @pytest.mark.parametrize("between", [State.PROVISIONING, State.FAILED, State.SHUTTING_DOWN])
-def test_a_replica_that_ended_and_runs_again_at_the_same_address_is_new(between: State) -> None:
+def test_replica_that_ended_and_runs_again(between: State) -> None:
+    """A replica that ended and runs again at the same address is new."""
     fleet = fleet_of(1, Clock())
     old = fleet.members[1]
     fleet.drain(old)
@@ -206,7 +212,8 @@ def test_a_replica_that_ended_and_runs_again_at_the_same_address_is_new(between:
     assert statuses(fleet) == ["STARTING"]
 
 
-def test_a_replica_that_its_engine_stops_keeps_what_it_has_in_flight() -> None:
+def test_replica_that_is_being_stopped() -> None:
+    """A replica that its engine is stopping keeps its requests in flight."""
     fleet = fleet_of(1, Clock())
     with claimed(fleet) as member:
         fleet.reconcile([listed(1, state=State.SHUTTING_DOWN)])
@@ -226,7 +233,8 @@ def test_a_replica_is_on_its_way_while_it_is_placed_or_loads(state: State, is_st
     assert fleet.is_starting() is is_starting
 
 
-def test_nothing_is_on_its_way_when_all_were_ready_once_or_failed_to_become_so() -> None:
+def test_nothing_is_on_its_way() -> None:
+    """No replica is on its way once all have been ready or have failed to become so."""
     clock = Clock()
     fleet = fleet_of(2, clock, readiness=ReadinessProbe(initial_delay_seconds=100))
     fleet.refused(fleet.members[1])
@@ -261,7 +269,8 @@ def test_a_claim_is_given_back_when_the_request_fails() -> None:
     assert fleet.in_flight == fleet.members[1].in_flight == 0
 
 
-def test_a_member_with_too_much_that_it_has_not_begun_on_gets_no_more_until_it_begins_or_says_so() -> None:
+def test_max_pending() -> None:
+    """A member with max_pending unbegun requests gets no more until it begins one or reports room."""
     fleet = fleet_of(1, Clock(), max_pending=2)
     looked: list[int] = []
     fleet.when_room.append(lambda: looked.append(fleet.members[1].pending))
@@ -315,7 +324,8 @@ def test_a_member_that_was_tried_is_not_given_again() -> None:
     assert not fleet.has_other([first, second])
 
 
-def test_a_busy_member_is_full_for_generating_requests_until_its_time_is_over() -> None:
+def test_busy_member_is_full() -> None:
+    """A busy member is full for generating requests until its time is over."""
     clock = Clock()
     fleet = fleet_of(1, clock)
     member = fleet.members[1]
@@ -329,7 +339,8 @@ def test_a_busy_member_is_full_for_generating_requests_until_its_time_is_over() 
         assert claimed(fleet).member is member
 
 
-def test_what_one_request_is_told_again_and_again_makes_no_member_full() -> None:
+def test_one_request_makes_no_member_full() -> None:
+    """What a single request is told again and again makes no member full."""
     fleet = fleet_of(1)
     member = fleet.members[1]
     for _ in range(5):
@@ -357,7 +368,8 @@ def test_who_takes_another_request_in_between_is_not_full(generating: bool, is_w
     assert (claim(fleet) is None) is is_full
 
 
-def test_a_request_that_began_before_a_member_said_that_it_is_full_proves_nothing() -> None:
+def test_earlier_requests_prove_no_room() -> None:
+    """A request that began before a member said it was full does not prove that it has room."""
     fleet = fleet_of(1)
     member = fleet.members[1]
     place = claimed(fleet)
@@ -371,7 +383,8 @@ def test_a_request_that_began_before_a_member_said_that_it_is_full_proves_nothin
 # What happens to them
 
 
-def test_a_drained_member_finishes_what_it_has_and_gets_nothing_new() -> None:
+def test_drained_member() -> None:
+    """A drained member finishes its requests and gets no new ones."""
     fleet = fleet_of(2, Clock())
     with claimed(fleet) as member:
         fleet.drain(member)
@@ -401,7 +414,8 @@ def test_a_drain_outlives_a_restart_of_the_replica() -> None:
     assert names(fleet.available()) == ["r1"]
 
 
-def test_a_refused_connection_makes_a_member_unavailable_at_once_and_has_it_probed() -> None:
+def test_refused_connection() -> None:
+    """A refused connection makes a member unavailable at once and causes a probe."""
     fleet = fleet_of(2, Clock())
     probed: list[Member] = []
     fleet.when_refused.append(probed.append)
@@ -435,7 +449,8 @@ def test_the_service_is_ready_since_the_first_member_was() -> None:
 # Ejection
 
 
-def test_failures_eject_for_a_while_and_the_member_is_back_by_itself() -> None:
+def test_failures_eject() -> None:
+    """Failures eject a member for a while, and it comes back by itself."""
     clock = Clock()
     fleet = fleet_of(2, clock)
     member = fleet.members[1]
@@ -481,7 +496,8 @@ def test_the_last_available_member_is_never_ejected() -> None:
     assert statuses(fleet) == ["NOT_READY", "NOT_READY", "SHUTTING_DOWN", "READY"]
 
 
-def test_a_member_whose_ejection_had_to_wait_is_ejected_by_its_next_failure() -> None:
+def test_delayed_ejection() -> None:
+    """A member whose ejection had to wait is ejected by its next failure."""
     fleet = fleet_of(2, Clock())
     first, second = fleet.members.values()
     fleet.refused(second)
@@ -518,7 +534,8 @@ def test_panic_ends_when_another_member_is_ready() -> None:
     assert fleet.available() == [second]
 
 
-def test_failures_while_ejected_do_not_count_towards_the_next_ejection() -> None:
+def test_failures_while_ejected() -> None:
+    """Failures while a member is ejected do not count towards its next ejection."""
     clock = Clock()
     fleet = fleet_of(2, clock)
     member = fleet.members[1]

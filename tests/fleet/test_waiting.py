@@ -80,7 +80,9 @@ def test_a_waiting_request_goes_where_room_appears_at_once(change: Change, got: 
     asyncio.run(play())
 
 
-def test_a_waiting_request_goes_to_a_member_that_has_finished_another() -> None:
+def test_place_that_is_given_back() -> None:
+    """A waiting request goes to a member that has finished another one."""
+
     async def play() -> None:
         fleet = fleet_of(1, Clock(), max_in_flight=1)
         queue = Queue(fleet)
@@ -92,8 +94,11 @@ def test_a_waiting_request_goes_to_a_member_that_has_finished_another() -> None:
     asyncio.run(play())
 
 
-def test_who_waits_for_one_member_alone_keeps_nobody_from_another_that_is_free() -> None:
-    """It was told by the other that it is busy, and that is over."""
+def test_waiting_for_one_member_alone() -> None:
+    """A request that waits for one particular member keeps nobody from a free one.
+
+    It was told by the other that it is busy, and that is over.
+    """
 
     async def play() -> None:
         clock = Clock()
@@ -157,7 +162,9 @@ def test_a_waiting_request_is_refused_when_nobody_is_left() -> None:
     asyncio.run(play())
 
 
-def test_a_waiting_request_waits_on_while_a_replica_is_on_its_way() -> None:
+def test_waiting_while_a_replica_starts() -> None:
+    """A waiting request goes on waiting while a replica is on its way."""
+
     async def play() -> None:
         fleet = fleet_of(1, Clock(), max_in_flight=1)
         with claimed(fleet):
@@ -173,7 +180,9 @@ def test_a_waiting_request_waits_on_while_a_replica_is_on_its_way() -> None:
     asyncio.run(play())
 
 
-def test_a_waiting_request_survives_the_restart_of_the_only_replica() -> None:
+def test_waiting_through_a_restart() -> None:
+    """A waiting request survives the restart of the only replica."""
+
     async def play() -> None:
         fleet = fleet_of(1, Clock(), max_in_flight=1)
         with claimed(fleet):

@@ -47,7 +47,8 @@ def test_a_published_workload_has_its_shape(name: str, requests: int, prompt: in
     assert requests / one.arrivals[-1] == pytest.approx(rate, rel=0.1)
 
 
-def test_requests_come_when_they_are_to_come_and_wait_where_too_many_are_under_way() -> None:
+def test_arrivals() -> None:
+    """Requests arrive at their times, and wait if too many are in progress."""
     one = PUBLISHED["one prefix"](2, 1)
     assert one.arrivals is not None
     few = dataclasses.replace(one, conversations=one.conversations[:3], arrivals=[0.0, 100.0, 100.0])
@@ -72,7 +73,8 @@ def test_a_trace_is_played_as_it_says() -> None:
     assert known == pytest.approx(len(first.blocks) * 1024 / 1200, abs=2), "the policies see what the replicas do"
 
 
-def test_a_trace_is_read_from_a_file_and_a_line_that_is_none_is_named(tmp_path: Path) -> None:
+def test_trace_file(tmp_path: Path) -> None:
+    """A trace is read from a file, and an error names the line that is invalid."""
     path = tmp_path / "trace.jsonl"
     good = {"timestamp": 1500, "input_length": 700, "output_length": 3, "hash_ids": [0, 1]}
     path.write_text(json.dumps(good) + "\n")

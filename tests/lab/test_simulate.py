@@ -26,7 +26,8 @@ def goodput(policy: str, scenarios: Sequence[Scenario]) -> float:
 
 @pytest.mark.parametrize("replicas", [2, 8])
 @pytest.mark.parametrize("workload", SHARING)
-def test_prefix_aware_is_within_a_tenth_of_an_oracle_and_no_worse_than_least_load(workload: str, replicas: int) -> None:
+def test_prefix_aware_near_the_oracle(workload: str, replicas: int) -> None:
+    """prefix_aware is within a tenth of an oracle, and no worse than least_load."""
     one = scenario(workload, replicas, seed=2)
     ours = goodput("prefix_aware", [one])
     assert ours >= 0.9 * goodput("oracle", [one])
@@ -40,24 +41,27 @@ def test_where_nothing_is_shared_it_is_no_worse_than_least_load(replicas: int) -
 
 
 @pytest.mark.parametrize("workload", ["one prompt", "hot prompt"])
-def test_one_prompt_that_all_share_leaves_no_member_over_60_percent(workload: str) -> None:
+def test_shared_prompt_is_spread(workload: str) -> None:
+    """With one prompt that all share, no member gets more than 60 percent."""
     one = scenario(workload, 2, seed=2)
     assert one.at_once == 32
     assert one.run("prefix_aware").largest <= 0.6
 
 
 @pytest.mark.parametrize(("replicas", "least"), [(2, 50), (8, 190)])
-def test_a_prompt_that_all_share_uses_all_replicas_though_it_is_new_and_their_pools_are_full(
-    replicas: int, least: float
-) -> None:
-    """With a price for each copy that never fell, one of two replicas and three of eight did all the work."""
+def test_shared_prompt_with_full_pools(replicas: int, least: float) -> None:
+    """A prompt that all share uses all replicas even if it is new and their pools are full.
+
+    With a price for each copy that never fell, one of two replicas and three of eight did all the work.
+    """
     result = new_prompt(replicas, seed=1).warm().run("prefix_aware")
     assert result.goodput >= least
     assert result.spread <= 1.1
 
 
 @pytest.mark.parametrize("workload", [*WORKLOADS])
-def test_where_the_pools_are_full_already_it_is_as_near_to_the_oracle(workload: str) -> None:
+def test_near_the_oracle_with_full_pools(workload: str) -> None:
+    """prefix_aware is as near to the oracle if the pools are full already."""
     one = scenario(workload, 2, seed=2).warm()
     ours = goodput("prefix_aware", [one])
     assert ours >= 0.95 * goodput("oracle", [one])
@@ -72,15 +76,19 @@ def test_what_fills_the_pools_before_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize("workload", ["uniform", "chat", "hot prompt", "no sharing"])
-def test_of_a_replica_with_data_parallel_ranks_each_has_a_pool_of_its_own(workload: str) -> None:
+def test_each_rank_has_its_own_pool(workload: str) -> None:
+    """In a replica with data-parallel ranks, each rank has its own pool."""
     one = dataclasses.replace(scenario(workload, 2, seed=2, at_once=64), ranks=4)
     ours = goodput("prefix_aware", [one])
     assert ours >= 0.95 * goodput("oracle", [one])
     assert ours >= 0.97 * goodput("least_load", [one])
 
 
-def test_two_pools_that_hold_all_prefixes_just_so_are_used_as_one() -> None:
-    """What an H200 with two replicas showed: routed by load, each pool holds what the other one holds."""
+def test_two_pools_are_used_as_one() -> None:
+    """Two pools that only just hold all prefixes are used as one.
+
+    What an H200 with two replicas showed: routed by load, each pool holds what the other one holds.
+    """
     scenarios = [h200(seed) for seed in range(3)]
     ours = goodput("prefix_aware", scenarios)
     assert ours >= 1.6 * goodput("least_load", scenarios)

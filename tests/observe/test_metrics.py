@@ -147,7 +147,9 @@ def test_the_wait_in_the_queue_is_measured() -> None:
     run(main())
 
 
-def test_retries_failures_and_probes_are_counted_by_how_they_failed() -> None:
+def test_failures_are_counted_by_kind() -> None:
+    """Retries, failures and probes are counted by the way in which they failed."""
+
     async def main() -> None:
         async with (
             LabReplica() as one,
@@ -188,7 +190,9 @@ def test_ejections_are_counted() -> None:
     run(main())
 
 
-def test_a_replica_that_left_leaves_no_series_behind_even_with_a_request_in_flight() -> None:
+def test_replica_that_left_has_no_series() -> None:
+    """A replica that left leaves no series behind, even with a request in flight."""
+
     async def main() -> None:
         async with (
             LabReplica() as one,
@@ -243,7 +247,9 @@ def test_predicted_and_actual_cache_hits_stand_side_by_side() -> None:
     run(main())
 
 
-def test_it_is_seen_whose_requests_wait_and_for_how_long_another_would(tmp_path: Path) -> None:
+def test_waiting_requests_by_key(tmp_path: Path) -> None:
+    """Metrics show whose requests wait, and for how long another one would."""
+
     async def main() -> None:
         keys = tmp_path / "keys"
         keys.write_text("secret-one\nsecret-two\n")
@@ -293,7 +299,9 @@ def test_keys_are_counted_by_name_until_they_are_taken_away(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
-def test_a_scrape_is_made_in_pieces_and_is_what_one_made_at_once_would_be(accept: str) -> None:
+def test_scrape_in_pieces(accept: str) -> None:
+    """A scrape is made in pieces, and equals one made at once."""
+
     async def main() -> None:
         async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
             await client.post(CHAT, json=stream())
@@ -325,7 +333,9 @@ def test_a_scrape_is_made_in_pieces_and_is_what_one_made_at_once_would_be(accept
     run(main())
 
 
-def test_both_formats_are_well_formed_and_named_as_prometheus_wants() -> None:
+def test_formats_and_names() -> None:
+    """Both formats are well formed, and names follow Prometheus's rules."""
+
     async def main() -> None:
         async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
             await client.post(CHAT, json=stream())

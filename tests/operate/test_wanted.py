@@ -266,8 +266,11 @@ def test_a_replica_that_is_gone_is_nowhere_any_more() -> None:
     assert report.listing([ready(99)], wanted, 0.0).replicas[0].endpoint == "http://127.0.0.1:99", "where it was last"
 
 
-def test_a_replica_without_a_place_is_provisioned_whatever_its_stage() -> None:
-    """A running one has an address, or the balancer would refuse the whole list."""
+def test_replica_without_a_place() -> None:
+    """A replica without a place is PROVISIONING, whatever its stage.
+
+    A running one has an address, or the balancer would refuse the whole list.
+    """
     report, wanted = Report("x", lambda: "http://127.0.0.1:1", "compose"), Wanted(made())
     report.note({1: ReplicaListing("x-1", id=1, state=State.PROVISIONING)}, {1})
     (replica,) = report.listing([ready(1)], wanted, 0.0).replicas

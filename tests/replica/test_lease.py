@@ -72,7 +72,8 @@ def test_each_replica_gets_a_gpu_of_its_own(holders: Holders) -> None:
     assert [holders.start(3)[1] for _ in range(3)] == ["0", "1", "2"]
 
 
-def test_a_surplus_replica_is_told_how_many_there_are_and_who_holds_them(holders: Holders) -> None:
+def test_surplus_replica_is_told_the_holders(holders: Holders) -> None:
+    """A surplus replica is told how many GPUs there are and who holds them."""
     process, _ = holders.start(1)
     with pytest.raises(LeaseError) as refusal:
         take(gpus(1), Want(1), holders.directory, wait=0, note="surplus")
@@ -136,7 +137,8 @@ def test_a_group_is_leased_whole_or_not_at_all(holders: Holders) -> None:
     single.release()
 
 
-def test_children_that_close_what_they_inherit_do_not_keep_the_lease(holders: Holders) -> None:
+def test_children_that_close_descriptors(holders: Holders) -> None:
+    """Children that close inherited descriptors do not keep the lease."""
     # As Python's subprocess and multiprocessing do, with which SGLang starts its children.
     child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     process, pid = holders.start(1, then=f'exec {sys.executable} -c "{child}"')
@@ -174,7 +176,8 @@ def test_the_directory_and_the_locks_are_open_to_other_users(tmp_path: Path) -> 
     held.release()
 
 
-def test_a_directory_that_cannot_be_made_is_an_error_that_names_lease_dir(tmp_path: Path) -> None:
+def test_lease_dir_that_cannot_be_made(tmp_path: Path) -> None:
+    """A lease directory that cannot be created is an error that names LEASE_DIR."""
     (tmp_path / "file").touch()
     with pytest.raises(LeaseError, match="set LEASE_DIR"):
         take(gpus(1), Want(1), tmp_path / "file" / "leases", wait=0, note="x")
@@ -208,18 +211,21 @@ def test_a_refusal_names_the_gpus_that_have_failed(tmp_path: Path) -> None:
         taken([l4(0, problem="GPU requires reset")], Want(1), tmp_path)
 
 
-def test_a_pair_is_made_of_what_is_left_where_failed_gpus_break_every_pair(tmp_path: Path) -> None:
+def test_pair_of_remaining_gpus(tmp_path: Path) -> None:
+    """If failed GPUs break up every pair, a pair is made of the remaining ones."""
     there = [l4(0), l4(1, problem="lost"), l4(2, problem="lost"), l4(3)]
     assert taken(there, Want(2), tmp_path) == [0, 3]
 
 
-def test_a_gpu_with_enough_free_memory_goes_before_one_that_others_fill(tmp_path: Path) -> None:
+def test_free_memory_comes_first(tmp_path: Path) -> None:
+    """A GPU with enough free memory is preferred over one that other programs fill."""
     assert taken([l4(0, free=2000), l4(1)], Want(1, gib=18), tmp_path) == [1]
     assert taken([l4(0, free=2000), l4(1)], Want(1), tmp_path) == [1]  # nobody knows how much it takes
     assert taken([l4(0, free=12000), l4(1)], Want(1, gib=10), tmp_path) == [0]
 
 
-def test_only_gpus_of_the_wanted_kind_are_leased_where_there_are_any(tmp_path: Path) -> None:
+def test_wanted_kind(tmp_path: Path) -> None:
+    """Only GPUs of the wanted kind are leased if there are any."""
     a100 = Gpu(0, "GPU-a", "NVIDIA A100-SXM4-80GB", 81920, 0)
     assert taken([a100, l4(1)], Want(1, kinds=("L4",)), tmp_path) == [1]
     held = take([a100, l4(1)], Want(1, kinds=("L4",)), tmp_path, wait=0, note="first")
@@ -270,7 +276,8 @@ def test_a_pipe_in_the_lease_folder_makes_nobody_wait(tmp_path: Path) -> None:
     assert "unknown" in (holder(gpus(1)[0], tmp_path) or "")
 
 
-def test_a_lease_folder_that_is_a_link_or_lets_others_remove_locks_is_refused(tmp_path: Path) -> None:
+def test_unsafe_lease_folder(tmp_path: Path) -> None:
+    """A lease folder that is a link, or in which others can remove locks, is refused."""
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(LeaseError, match="it is no folder, or a link to one"):
         taken(gpus(1), Want(1), tmp_path / "link")

@@ -100,7 +100,9 @@ def test_a_failed_health_check_does_not_cut_what_still_runs() -> None:
     asyncio.run(run())
 
 
-def test_an_unhealthy_server_without_a_token_for_long_is_given_up() -> None:
+def test_unhealthy_server_is_given_up() -> None:
+    """An unhealthy server that has produced no token for long is given up."""
+
     async def run() -> None:
         manager = Manager(Status.UnHealthy, gracefully_exit=True, rid_to_state={"stuck": object()})
         manager.last_receive_tstamp = time.time() - 1000
@@ -151,7 +153,8 @@ time.sleep(600)
 """
 
 
-def test_a_forked_worker_ends_with_its_parent_and_frees_the_lease(tmp_path: Path) -> None:
+def test_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    """A forked worker ends with its parent and frees the lease."""
     root = Path(__file__).resolve().parents[2]
     command, environ = [sys.executable, "-c", FORK], {"LEASES": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environ) as parent:
@@ -267,9 +270,8 @@ def test_the_plug_in_selects_no_platform(seen: dict[str, Any]) -> None:
         ("cpu with stock attention", [*EVERYWHERE, "encode_images"]),
     ],
 )
-def test_the_drain_is_hooked_everywhere_and_attention_on_a_cpu_unless_switched_off(
-    seen: dict[str, Any], case: str, hooked: list[str]
-) -> None:
+def test_hooks(seen: dict[str, Any], case: str, hooked: list[str]) -> None:
+    """The drain is hooked on every machine, and attention on a CPU, unless switched off."""
     assert seen[case] == sorted(hooked)
 
 
@@ -294,6 +296,7 @@ def test_a_vision_tower_computes_in_the_projectors_number_type() -> None:
     assert encoded.shape == (4, 5)
 
 
-def test_the_local_engine_waits_for_the_drain_and_for_sglangs_own_end() -> None:
+def test_stop_grace_of_the_local_engine() -> None:
+    """The local engine waits long enough for the drain and for SGLang's own end."""
     # An idle replica takes 8.5 to 9 s on busy cores: the grace, and SGLang ending its processes one after the other.
     assert Operation().stop_grace >= 2 * (DRAIN_GRACE + 3.5)

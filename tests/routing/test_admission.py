@@ -115,7 +115,8 @@ async def test_each_key_has_its_turn_and_in_a_key_who_came_first() -> None:
 
 
 @play
-async def test_one_key_alone_has_all_places_and_nobody_waits_while_one_is_free() -> None:
+async def test_one_key_alone_has_all_places() -> None:
+    """A single key may have all places, and nobody waits while one is free."""
     door = Door(members=3, limit=2)
     for number in range(10):
         await door.come(f"hog {number}")
@@ -166,7 +167,8 @@ async def test_whose_requests_take_long_has_fewer_turns() -> None:
 
 
 @play
-async def test_who_was_at_a_member_goes_ahead_of_all_that_were_not_by_when_he_came() -> None:
+async def test_requests_that_had_a_place_go_first() -> None:
+    """Requests that were at a member already go ahead of all that were not, in the order in which they came."""
     door = Door(members=2)
     first = await door.come("hog 0")
     door.clock.move(1)
@@ -250,7 +252,8 @@ async def test_who_comes_again_finds_a_place_in_a_full_queue() -> None:
 
 
 @play
-async def test_those_that_only_ask_and_those_that_generate_take_no_places_from_each_other() -> None:
+async def test_asking_and_generating_are_separate() -> None:
+    """Requests that only ask and requests that generate take no places from each other."""
     door = Door(members=1, queue_size=2)
     door.fleet.reconcile([listed(1, state=State.PROVISIONING)])
     for number in (1, 2, 3):
@@ -285,7 +288,8 @@ async def overloaded(door: Door, seconds: float, every: float) -> None:
 
 
 @play
-async def test_who_would_wait_in_vain_is_told_when_he_comes_and_when_to_come_again() -> None:
+async def test_hopeless_wait_is_refused_at_once() -> None:
+    """A request that would wait in vain is refused when it comes, with the time to come again."""
     random.seed(1)
     door = Door(queue_timeout=20)
     began: dict[str, float] = {}
@@ -318,7 +322,8 @@ async def test_who_would_wait_in_vain_is_told_when_he_comes_and_when_to_come_aga
 
 
 @play
-async def test_nobody_is_told_so_before_anything_is_known_nor_because_all_began_together() -> None:
+async def test_no_refusal_without_knowledge() -> None:
+    """Nobody is refused before anything is known, or because all requests began together."""
     door = Door(limit=50, queue_timeout=20)
     for number in range(110):
         await door.come(f"hog {number}")
@@ -336,7 +341,8 @@ async def test_nobody_is_told_so_before_anything_is_known_nor_because_all_began_
 
 
 @play
-async def test_while_a_replica_starts_nobody_is_told_that_it_takes_too_long() -> None:
+async def test_no_refusal_while_a_replica_starts() -> None:
+    """While a replica starts, nobody is refused because of the expected wait."""
     door = Door(queue_timeout=20)
     await overloaded(door, 100, 0.5)
     for number in range(3):
@@ -355,7 +361,8 @@ async def test_while_a_replica_starts_nobody_is_told_that_it_takes_too_long() ->
 
 
 @play
-async def test_it_is_held_back_for_as_long_as_they_say_and_keeps_nobody_back() -> None:
+async def test_retry_after_is_waited_for() -> None:
+    """A request that a replica refused is held back for as long as the replica says, and holds back nobody else."""
     door = Door(limit=2)
     waiter = await door.come("one 1")
     await door.leave("one 1")
@@ -387,7 +394,8 @@ def test_whether_it_may_wait(generating: bool, settings: dict[str, float], after
     assert bool(waiter.tried) is not may
 
 
-def test_it_waits_twice_as_long_each_time_until_it_may_wait_no_more() -> None:
+def test_waits_double() -> None:
+    """A request that is refused again waits twice as long each time, until it may wait no longer."""
     door = Door(queue_timeout=60)
     waiter = Waiter(Prompt("/generate", []), True)
     waits = []

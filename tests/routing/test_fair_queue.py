@@ -159,7 +159,8 @@ def test_nobody_waits_for_more_than_he_was_told(
 
 @settings(deadline=None)
 @given(keys=st.integers(1, 30), hog=st.integers(2, 1000))
-def test_one_waits_for_a_turn_of_the_others_however_much_they_have(keys: int, hog: int) -> None:
+def test_one_turn_of_the_others(keys: int, hog: int) -> None:
+    """A request waits for one turn of each other key, however many requests these have."""
     queue: FairQueue[Entry] = FairQueue()
     for number in range(hog):
         for key in range(keys):
@@ -171,8 +172,11 @@ def test_one_waits_for_a_turn_of_the_others_however_much_they_have(keys: int, ho
 
 @settings(deadline=None)
 @given(keys=st.integers(0, 30), share=SHARES)
-def test_who_had_a_turn_has_the_next_one_though_new_ones_never_end(keys: int, share: float) -> None:
-    """With each place that is given another key comes: they go behind whom they find."""
+def test_new_keys_delay_nobody_for_ever(keys: int, share: float) -> None:
+    """A key that had a turn gets its next one although new keys never end.
+
+    With each place that is given another key comes: they go behind whom they find.
+    """
     queue: FairQueue[Entry] = FairQueue()
     for key in range(keys):
         queue.push((key, 0), key)
@@ -186,7 +190,8 @@ def test_who_had_a_turn_has_the_next_one_though_new_ones_never_end(keys: int, sh
     assert served == 2
 
 
-def test_one_key_alone_may_fill_the_queue_and_gives_way_place_by_place() -> None:
+def test_key_that_fills_the_queue() -> None:
+    """A single key may fill the queue, and gives way to others place by place."""
     queue: FairQueue[Entry] = FairQueue()
     for number in range(10):
         queue.push(("hog", number), "hog")

@@ -13,14 +13,16 @@ def members(count: int) -> list[Member]:
     return list(fleet_of(count).members.values())
 
 
-def test_what_nobody_used_is_as_rare_as_can_be_and_costs_its_whole_price() -> None:
+def test_unused_prefix() -> None:
+    """A prefix that nobody has used is as rare as possible, and a copy costs its whole price."""
     (one,) = members(1)
     popularity = Popularity()
     assert popularity.rarity(BLOCKS, 0, 40) == 1.0
     assert popularity.price(one, 100, 1.0) == 1.0
 
 
-def test_a_prefix_is_the_rarer_the_less_it_is_used_and_its_end_rarer_than_its_beginning() -> None:
+def test_rarity_follows_use() -> None:
+    """A prefix is rarer the less it is used, and its end is rarer than its beginning."""
     (one,) = members(1)
     popularity = Popularity()
     popularity.period = 1e9
@@ -32,7 +34,8 @@ def test_a_prefix_is_the_rarer_the_less_it_is_used_and_its_end_rarer_than_its_be
     assert popularity.rarity(BLOCKS, 0, 64) == pytest.approx((16 / 11 + 48 / 2) / 64)
 
 
-def test_a_copy_costs_the_less_the_less_the_pool_it_goes_to_is_used() -> None:
+def test_copies_into_idle_pools_are_cheap() -> None:
+    """A copy costs less the less its target pool is used."""
     busy, idle = members(2)
     popularity = Popularity()
     popularity.period = 1e9
@@ -61,7 +64,8 @@ def test_uses_of_long_ago_are_forgotten() -> None:
     assert popularity.price(one, 100, 0.1) == pytest.approx(0.2)
 
 
-def test_no_more_is_counted_than_there_is_room_for_however_large_the_pools() -> None:
+def test_counts_are_bounded() -> None:
+    """No more is counted than there is room for, however large the pools are."""
     (one,) = members(1)
     popularity = Popularity()
     for number in range(3 * MOST_COUNTED):

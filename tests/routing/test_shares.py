@@ -55,7 +55,8 @@ def test_what_a_key_was_long_ago_is_forgotten() -> None:
     assert shares.of("changed") == pytest.approx(1.0, rel=0.01)
 
 
-def test_keys_are_remembered_within_bounds_and_those_in_use_the_longest() -> None:
+def test_remembered_keys_are_bounded() -> None:
+    """Keys are remembered within bounds, those in use the longest."""
     shares = Shares()
     shares.note("first", 1.0)
     for _ in range(50):

@@ -36,7 +36,8 @@ async def occupied(house: House, count: int = 1) -> list[Client]:
 
 
 @on_uvloop
-async def test_beyond_the_limits_requests_wait_and_are_served_in_the_order_of_their_coming() -> None:
+async def test_requests_beyond_the_limits_wait() -> None:
+    """Requests beyond the limits wait, and are served in the order in which they came."""
     async with (
         LabReplica(token_interval=0.01) as a,
         LabReplica(token_interval=0.01) as b,
@@ -184,7 +185,8 @@ async def test_who_asks_what_is_there_is_told_soon_that_nothing_is_yet(data: byt
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @on_uvloop
-async def test_what_does_not_count_gets_through_when_a_replica_comes_up_behind_a_full_queue(method: str) -> None:
+async def test_uncounted_requests_pass_a_full_queue(method: str) -> None:
+    """Requests that do not count get through when a replica comes up behind a full queue."""
     async with (
         LabReplica(ready=500, token_interval=0.01) as a,
         serving(a, ready=0, max_in_flight=1, ready_interval=0.1) as house,
@@ -201,8 +203,11 @@ async def test_what_does_not_count_gets_through_when_a_replica_comes_up_behind_a
 
 
 @on_uvloop
-async def test_a_place_that_is_free_is_not_waited_for_behind_one_who_has_just_got_his() -> None:
-    """Two places are given back, and one waits: the other place is for whoever comes in that very turn of the loop."""
+async def test_free_place_is_taken_at_once() -> None:
+    """A free place is not waited for behind a request that has just got its own.
+
+    Two places are given back, and one waits: the other place is for whoever comes in that very turn of the loop.
+    """
     async with LabReplica() as a, serving(a, max_in_flight=2) as house:
         admission = house.balancer.service.admission
         waiter = Waiter(Prompt("/v1/completions", []), is_generating=True)
@@ -236,8 +241,11 @@ async def test_a_place_given_in_the_moment_of_leaving_is_given_on() -> None:
 
 
 @on_uvloop
-async def test_a_prompt_that_nobody_can_make_sense_of_holds_up_no_queue() -> None:
-    """The place that it gets is given by somebody else's request, or by the loop that looks after all."""
+async def test_unreadable_prompt_holds_up_no_queue() -> None:
+    """A prompt that cannot be understood holds up no queue.
+
+    The place that it gets is given by somebody else's request, or by the loop that looks after all.
+    """
     absurd = b'{"messages":[],"tools":' + b"[" * 300 + b"]" * 300 + b"}"
     prefix_aware = {"policy": "prefix_aware"}
     async with LabReplica(token_interval=0.01) as a, serving(a, config=prefix_aware, max_in_flight=1) as house:
@@ -257,7 +265,8 @@ async def test_a_prompt_that_nobody_can_make_sense_of_holds_up_no_queue() -> Non
 
 
 @on_uvloop
-async def test_a_stream_waits_here_until_the_one_before_it_has_its_first_token() -> None:
+async def test_stream_waits_for_a_first_token() -> None:
+    """With max_pending, a stream waits here until the one before it has its first token."""
     async with (
         LabReplica(first_token_delay=0.3, token_interval=0.05) as a,
         serving(a, max_pending=1) as house,
@@ -280,7 +289,8 @@ async def test_a_stream_waits_here_until_the_one_before_it_has_its_first_token()
 
 
 @on_uvloop
-async def test_answers_in_one_piece_follow_each_other_as_the_replica_says_that_nothing_waits_there() -> None:
+async def test_plain_answers_with_max_pending() -> None:
+    """Plain answers follow each other as the replica reports that nothing waits there."""
     async with LabReplica(head_delay=0.5) as a, serving(a, max_pending=1, ready_interval=0.05) as house:
         clients = [await house.client() for _ in range(3)]
         for client in clients:
@@ -293,7 +303,8 @@ async def test_answers_in_one_piece_follow_each_other_as_the_replica_says_that_n
 
 
 @on_uvloop
-async def test_a_client_that_leaves_before_its_first_token_makes_room_for_the_next() -> None:
+async def test_leaving_before_the_first_token() -> None:
+    """A client that leaves before its first token makes room for the next."""
     async with LabReplica(first_token_delay=30) as a, serving(a, max_pending=1, ready_interval=60) as house:
         first, second = await house.client(), await house.client()
         for client in (first, second):
@@ -311,7 +322,8 @@ async def test_a_client_that_leaves_before_its_first_token_makes_room_for_the_ne
 
 
 @on_uvloop
-async def test_what_arrives_is_counted_once_refused_or_not_and_only_what_generates() -> None:
+async def test_arrivals_are_counted_once() -> None:
+    """Each generating request that arrives is counted once, refused or not."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b, max_in_flight=1, queue_size=0) as house:
         admission = house.balancer.service.admission
         a.next(1, status=503)
@@ -330,7 +342,8 @@ async def test_what_arrives_is_counted_once_refused_or_not_and_only_what_generat
 
 
 @on_uvloop
-async def test_a_service_asleep_is_woken_by_what_generates_and_not_by_polling() -> None:
+async def test_waking_a_sleeping_service() -> None:
+    """A sleeping service is woken by requests that generate, and not by polling."""
     async with serving(ready=0, start_wait=5) as house:
         house.balancer.service.fleet.is_asleep = True
         assert (await house.ask(MODELS, "GET")).status == 503

@@ -60,8 +60,11 @@ async def test_one_connection_is_served_after_a_turn_of_two_hundred() -> None:
 
 
 @on_uvloop
-async def test_one_connection_that_asks_again_and_again_waits_for_a_turn_each_time() -> None:
-    """While two hundred others of one client ask again, too, as soon as they are answered."""
+async def test_one_client_beside_a_busy_one() -> None:
+    """One connection that asks again and again waits for one turn each time.
+
+    While two hundred others of one client ask again, too, as soon as they are answered.
+    """
     async with LabReplica(head_delay=0.005) as a, serving(a, max_in_flight=2) as house:
         is_over = False
 
@@ -123,7 +126,8 @@ async def test_a_client_that_fills_the_queue_keeps_nobody_out(told_apart_by: str
 
 
 @on_uvloop
-async def test_under_steady_overload_who_cannot_be_served_in_time_is_told_when_he_comes() -> None:
+async def test_steady_overload() -> None:
+    """Under steady overload, a request that cannot be served in time is refused when it comes."""
     async with LabReplica(head_delay=0.1) as a, serving(a, max_in_flight=1, queue_timeout=2) as house:
         loop = asyncio.get_running_loop()
         told: list[tuple[Answer, float]] = []
