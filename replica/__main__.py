@@ -11,8 +11,9 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from replica import command, gpu, lease, machine, models, placement, presets, settings, surroundings
+from replica import command, gpu, lease, machine, models, placement, presets, settings, sharing, surroundings
 from replica.kinds import is_of_kind
 from replica.store.cache import Cache
 from replica.store.errors import StoreError
@@ -44,12 +45,17 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
             fetch(preset, told, environ)
 
     held = None
+    if told.gpu_share and not there:
+        there = [gpu.CPU_SEAT]
     if on_gpu or there:
         note = f"{preset.name} on port {told.port}"
-        want = placement.Want(told.gpus, told.gpu_kinds, preset.gpu_gib / told.gpus)
-        held = lease.take(there, want, told.lease_dir, wait=told.lease_wait, note=note)
-        if not told.dry_run and not pretended:
-            machine.wait_for_memory(held.gpus, preset.gpu_gib)
+        want = placement.Want(told.gpus if on_gpu else 1, told.gpu_kinds, preset.gpu_gib / told.gpus)
+        held = lease.take(there, want, told.lease_dir, wait=told.lease_wait, note=note, is_shared=told.gpu_share)
+        if on_gpu and not told.dry_run and not pretended:
+            share = sharing.share_gib(told.sglang_args, held.gpus[0].memory_total) if told.gpu_share else 0.0
+            machine.wait_for_memory(held.gpus, share or preset.gpu_gib)
+        if on_gpu and told.gpu_share:
+            told = replace(told, sglang_args=tuple(_of_what_is_free(told.sglang_args, held.gpus, environ)))
     becomes = command.build(
         told,
         preset,
@@ -63,7 +69,16 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     where = ", ".join(f"GPU {one.index} ({one.uuid})" for one in held.gpus) if held else "CPU"
     print(f"replica: {where}: {becomes}", flush=True)
     if not told.dry_run:
-        os.execve(becomes.argv[0], becomes.argv, {**surroundings.with_scratch(environ, told.host), **becomes.environ})
+        around = surroundings.with_scratch(environ, told.host)
+        turn = held.turn.environ() if held and held.turn else {}
+        os.execve(becomes.argv[0], becomes.argv, {**around, **becomes.environ, **turn})
+
+
+def _of_what_is_free(flags: Sequence[str], held: Sequence[gpu.Gpu], environ: Mapping[str, str]) -> list[str]:
+    """SGLang's flags with the share of the card as a share of what is free on it now."""
+    uuids = {one.uuid for one in held}
+    now = [one for one in gpu.list_gpus(environ) if one.uuid in uuids]
+    return sharing.with_share(flags, min(one.memory_total for one in now), min(one.memory_free for one in now))
 
 
 def fetch(preset: presets.Preset, told: settings.Settings, environ: Mapping[str, str]) -> None:
@@ -110,6 +125,8 @@ def become(told: settings.Settings, there: Sequence[gpu.Gpu], environ: Mapping[s
 def describe_gpus(told: settings.Settings, environ: Mapping[str, str]) -> str:
     """A JSON list, one object a GPU, memory in MiB; held_by is null while nobody leases it.
 
+    With --gpu-share those who share it do not hold it; shared_by names them in any case.
+
     kinds are those of --gpu-kinds that it is of; seat is the place of its group among those that replicas with --gpus
     of them would be given, held ones included, null where it is in none. A GPU that has failed has a `problem` instead,
     and the driver's words for it.
@@ -128,7 +145,8 @@ def describe_gpus(told: settings.Settings, environ: Mapping[str, str]) -> str:
             "memory_total": one.memory_total,
             "memory_used": one.memory_used,
             "mig": one.mig,
-            "held_by": lease.holder(one, told.lease_dir),
+            "held_by": lease.holder(one, told.lease_dir, is_shared=told.gpu_share),
+            "shared_by": lease.sharers(one, told.lease_dir),
             "kinds": [kind for kind in told.gpu_kinds if is_of_kind(one.name, kind, one.memory_total)],
             "seat": seats.get(one),
         }
@@ -157,6 +175,7 @@ if __name__ == "__main__":
         sys.exit(os.EX_TEMPFAIL)
     except (
         settings.SettingsError,
+        sharing.ShareError,
         presets.ModelError,
         gpu.GpuError,
         lease.LeaseError,

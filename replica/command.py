@@ -29,6 +29,8 @@ _CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-overlap-schedule", "--max-total-tokens", "16384", "--sleep-on-idle"),
 )
+# Memory that can be given back, and no core kept busy meanwhile.
+_SHARE_FLAGS = ("--enable-memory-saver", "--enable-weights-cpu-backup", "--sleep-on-idle")
 _SECRET_FLAG = re.compile(r"--(.*-)?(key|keys|password|passphrase|secret|hf-token|auth-token)$")
 
 
@@ -84,6 +86,8 @@ def build(
         flags += ["--tp-size", str(len(gpus))]
     if gpus and not has_flashinfer:
         flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch"]
+    if settings.gpu_share and gpus:
+        flags += _SHARE_FLAGS
     if settings.api_key_file is not None:
         flags += ["--api-key", f"{KEY_FILE_MARK}{settings.api_key_file}"]
     argv = (sys.executable, "-m", "sglang.launch_server", *flags, *settings.sglang_args)

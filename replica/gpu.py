@@ -44,6 +44,10 @@ class Gpu:
         return self.memory_total - self.memory_used
 
 
+# What replicas on the CPU share, where they share, so that one of them serves at a time.
+CPU_SEAT = Gpu(0, "cpu-0", "CPU", 0, 0)
+
+
 @dataclass(frozen=True)
 class GpuProcess:
     """A process that has memory on a GPU. memory in MiB, 0 where the driver does not say."""

@@ -1,13 +1,14 @@
 """The GPU lease: one flock per GPU in a directory that all replicas of a host share.
 
+A replica that shares its GPUs holds the lock with others that do, so that nobody else gets them; replica/turn.py says
+whose turn it is among those.
+
 The descriptors stay open over exec, so the kernel frees a GPU when SGLang's main process dies, however it dies: its
 children close what they inherit, or end with it (replica/plugin.py). Compose gives each replica of a service the same
 devices, all of them; this is what makes one replica use one GPU.
 """
 
 import errno
-import fcntl
-import json
 import os
 import socket
 import stat
@@ -18,18 +19,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from replica import placement
+from replica import lock_file, placement, turn
 from replica.gpu import Gpu
 from replica.placement import Want
+from replica.turn import TooManyTenantsError, Turn
 
 _POLL = 0.2  # seconds between two looks for a free group
+_TURN_POLL = 0.05  # seconds between two tries for the turn
 # Seconds for which leases are tried at least: whoever only asks who holds one (`holder`) has it, too, for microseconds.
 _GLANCE = 0.1
 # A lease that was over so soon, in seconds, was probably a start that failed; for how long its GPU is then taken only
 # where there is no other.
 _FAILED_WITHIN = 120.0
 _FAILURE_STANDS = 3600.0
-_LONGEST = 4096  # bytes that are read of what a holder wrote
 
 
 class LeaseError(Exception):
@@ -46,8 +48,12 @@ class Lease:
 
     gpus: tuple[Gpu, ...]
     descriptors: tuple[int, ...]
+    # Where the GPUs are shared: this one's part in the turns; it has the turn.
+    turn: Turn | None = None
 
     def release(self) -> None:
+        if self.turn is not None:
+            self.turn.leave()
         for descriptor in self.descriptors:
             os.close(descriptor)
 
@@ -59,6 +65,7 @@ def take(
     *,
     wait: float,
     note: str,
+    is_shared: bool = False,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
     now: Callable[[], float] = time.time,
@@ -69,17 +76,30 @@ def take(
     what both need would wait for each other for ever. Of the groups that are free, the one with enough free memory is
     taken first, then the one on which no replica failed to start lately. Where the machine has GPUs of the kinds that
     are wanted, only those are taken. Waits up to `wait` seconds. `note` tells others who holds it. Raises LeaseError.
+
+    is_shared: with others that share, the GPUs with the fewest of them first; and it waits for its turn there.
     """
     if not placement.groups(gpus, want):
         raise LeaseError(_too_many(gpus, want))
     _make_shared(directory)
     give_up = clock() + max(wait, _GLANCE)
     while True:
-        for group in best_first(gpus, want, directory, now()):
-            descriptors = _lock_all(group, directory)
-            if descriptors is not None:
+        ranked = best_first(gpus, want, directory, now())
+        if is_shared:
+            ranked.sort(key=lambda group: max(len(turn.neighbours(directory, gpu.uuid)) for gpu in group))
+        for group in ranked:
+            descriptors = _lock_all(group, directory, is_shared)
+            if descriptors is None:
+                continue
+            if not is_shared:
                 _sign(descriptors, note, now())
                 return Lease(tuple(group), descriptors)
+            try:
+                first = _first_turn(group, directory, note, give_up, clock, pause, now)
+            except LeaseError:
+                Lease(tuple(group), descriptors).release()
+                raise
+            return Lease(tuple(group), descriptors, first)
         if clock() >= give_up:
             whole = [gpu for gpu in gpus if not gpu.mig]
             holders = "; ".join(f"GPU {gpu.index}: {_state(gpu, directory)}" for gpu in whole)
@@ -89,6 +109,37 @@ def take(
                 "run fewer replicas, or give each fewer GPUs"
             )
         pause(_POLL if wait > _GLANCE else _GLANCE / 10)
+
+
+def _first_turn(
+    group: Sequence[Gpu],
+    directory: Path,
+    note: str,
+    give_up: float,
+    clock: Callable[[], float],
+    pause: Callable[[float], None],
+    now: Callable[[], float],
+) -> Turn:
+    """Loading takes the GPU's memory as serving does, so a start waits for its turn, until `give_up` by the clock."""
+    try:
+        mine = Turn.join(directory, [gpu.uuid for gpu in group], note, now())
+        while not mine.take(now()):
+            if clock() >= give_up:
+                there = "; ".join(f"GPU {gpu.index}: {', '.join(_others(gpu, mine))}" for gpu in group)
+                mine.leave()
+                raise AllHeldError(f"it is not this replica's turn yet ({there})")
+            pause(_TURN_POLL)
+    except OSError as error:
+        raise LeaseError(
+            f"cannot take turns in {directory} ({error.strerror}): is LEASE_DIR shared with another user?"
+        ) from None
+    except TooManyTenantsError as error:
+        raise AllHeldError(str(error)) from None
+    return mine
+
+
+def _others(gpu: Gpu, mine: Turn) -> list[str]:
+    return [f"{one.note} ({one.state.lower()})" for one in mine.others() if one.gpu == gpu.uuid]
 
 
 def _failed_at(said: Mapping[str, Any], now: float) -> float:
@@ -110,63 +161,42 @@ def _state(gpu: Gpu, directory: Path) -> str:
 
 def best_first(gpus: Sequence[Gpu], want: Want, directory: Path, now: float) -> list[list[Gpu]]:
     """The groups that may be leased, held ones included, in the order in which `take` tries them at that time."""
-    failures = {gpu: _failed_at(_read(_path(gpu, directory)), now) for gpu in gpus}
+    failures = {gpu: _failed_at(lock_file.read_at(_path(gpu, directory)), now) for gpu in gpus}
     return placement.best_first(placement.groups(gpus, want), want, failures)
 
 
-def holder(gpu: Gpu, directory: Path) -> str | None:
-    """Who holds the lease of a GPU, in words; None when it is free."""
+def holder(gpu: Gpu, directory: Path, *, is_shared: bool = False) -> str | None:
+    """Who holds the lease of a GPU, in words; None when it is free.
+
+    is_shared: for one who would share it, so that those who share it are not in the way.
+    """
     path = _path(gpu, directory)
     try:
-        descriptor = _open(path, os.O_RDONLY)
+        descriptor = lock_file.open_plain(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     except OSError as error:
         return f"unknown ({error.strerror})"
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        said = _read(path)
-        try:
-            return f"{said['note']} (process {said['pid']} on {said['host']}, since {said['since']})"
-        except KeyError:
-            return "a replica that has just started"  # locked, not yet signed
+        if lock_file.is_locked(descriptor, is_shared=True):
+            said = lock_file.read(descriptor)
+            try:
+                return f"{said['note']} (process {said['pid']} on {said['host']}, since {said['since']})"
+            except KeyError:
+                return "a replica that has just started"  # locked, not yet signed
+        if not is_shared and lock_file.is_locked(descriptor):
+            there = sharers(gpu, directory)
+            return f"shared by {', '.join(there)}" if there else "a replica that has just started"
     finally:
         os.close(descriptor)
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What the last holder wrote; empty where nobody did, or it cannot be read."""
-    try:
-        descriptor = _open(path, os.O_RDONLY)
-    except OSError:
-        return {}
-    try:
-        return _parsed(os.pread(descriptor, _LONGEST, 0))
-    finally:
-        os.close(descriptor)
-
-
-def _parsed(written: bytes) -> dict[str, Any]:
-    try:
-        said = json.loads(written)
-    except ValueError:
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _open(path: Path, flags: int, mode: int = 0o666) -> int:
-    """Opens a lease's own file; raises OSError for anything that somebody else may have put in its place.
-
-    The folder is open to all users of the machine, so a link in it could make us write to a file of ours.
-    """
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        os.close(descriptor)
-        raise OSError(errno.EMLINK, "not a plain file of its own")
-    return descriptor
+def sharers(gpu: Gpu, directory: Path) -> list[str]:
+    """Who shares a GPU, in words: the note of each and its state."""
+    return [
+        f"{one.note}{f' ({one.state.lower()})' if one.state else ''}" for one in turn.neighbours(directory, gpu.uuid)
+    ]
 
 
 def _path(gpu: Gpu, directory: Path) -> Path:
@@ -194,10 +224,16 @@ def _make_shared(directory: Path) -> None:
         ) from None
 
 
-def _lock_all(group: Sequence[Gpu], directory: Path) -> tuple[int, ...] | None:
+def _lock_all(group: Sequence[Gpu], directory: Path, is_shared: bool) -> tuple[int, ...] | None:
     descriptors: list[int] = []
     for gpu in group:
-        descriptor = _lock(_path(gpu, directory))
+        path = _path(gpu, directory)
+        try:
+            descriptor = lock_file.lock(path, is_shared=is_shared)
+        except OSError as error:
+            raise LeaseError(
+                f"cannot open the lease {path} ({error.strerror}): is LEASE_DIR shared with another user?"
+            ) from None
         if descriptor is None:
             for other in descriptors:
                 os.close(other)
@@ -206,40 +242,12 @@ def _lock_all(group: Sequence[Gpu], directory: Path) -> tuple[int, ...] | None:
     return tuple(descriptors)
 
 
-def _lock(path: Path) -> int | None:
-    """An inheritable descriptor that holds the file's lock, or None when another process has it."""
-    try:
-        try:
-            # Without O_CREAT first: with it the kernel may refuse another user's file in a sticky folder.
-            descriptor = _open(path, os.O_RDWR)
-        except FileNotFoundError:
-            descriptor = _open(path, os.O_RDWR | os.O_CREAT)
-            os.fchmod(descriptor, 0o666)  # the umask would shut other users out
-    except OSError as error:
-        raise LeaseError(
-            f"cannot open the lease {path} ({error.strerror}): is LEASE_DIR shared with another user?"
-        ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Someone may have removed the file in between: a lock on a file without a name keeps nobody out.
-        if os.fstat(descriptor).st_ino == path.lstat().st_ino:
-            os.set_inheritable(descriptor, True)
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(descriptor)
-    return None
-
-
 def _sign(descriptors: Sequence[int], note: str, now: float) -> None:
     """Writes who holds the lease, for others to read, and when a replica last failed to start with it."""
     since = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
-    said = {"note": note, "pid": os.getpid(), "host": socket.gethostname(), "since": since, "started_at": now}
+    said = {"note": note[:300], "pid": os.getpid(), "host": socket.gethostname(), "since": since, "started_at": now}
     for descriptor in descriptors:
-        failed_at = _failed_at(_parsed(os.pread(descriptor, _LONGEST, 0)), now)
-        line = json.dumps({**said, "failed_at": failed_at})
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{line}\n".encode(), 0)
+        lock_file.write(descriptor, {**said, "failed_at": _failed_at(lock_file.read(descriptor), now)})
 
 
 def _gpus(count: int) -> str:

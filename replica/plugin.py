@@ -40,10 +40,10 @@ def activate() -> None:
 
 def register_hooks() -> None:
     """SGLang's plug-in entry point. Ends the process when a hook does not take hold, which SGLang would only log."""
-    from replica import media_hooks
+    from replica import media_hooks, tenant_hooks
 
     try:
-        hooks = media_hooks.around(os.environ)
+        hooks = {**media_hooks.around(os.environ), **tenant_hooks.around(os.environ)}
         sys.argv[:] = fill_in_key(part for part in sys.argv if part != PLUGIN_MARK)
     except (ValueError, SettingsError) as error:
         sys.exit(f"replica: {error}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from replica import sharing
 from replica.media import DOMAINS, LOCAL_PATH, PRIVATE, Policy
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -15,7 +16,9 @@ _EPILOG = """\
 environment: MODEL, REPLICA_HOST, REPLICA_PORT, REPLICA_DEVICE, GPUS_PER_REPLICA stand in for the flags;
   GPU_KINDS     stands in for --gpu-kinds
   LEASE_DIR     folder of GPU leases, shared by all replicas of the machine (/run/lock/groundserve-leases)
-  LEASE_WAIT    seconds to wait for a free GPU (60)
+  LEASE_WAIT    seconds to wait for a free GPU, or for its turn on a shared one (60)
+  GPU_SHARE     yes stands in for --gpu-share
+  GPU_SLICE     seconds that a turn on a shared GPU lasts at least while others wait (2)
   MODELS_DIR    folder of the embedded models (.models of a checkout, else ~/.cache/groundserve/models)
   HF_TOKEN      Hugging Face token for gated models; or HF_TOKEN_FILE, a file that holds it
   SGLANG_ARGS   flags for SGLang, before those after --
@@ -45,6 +48,8 @@ class Settings:
     api_key_file: Path | None = None
     sglang_args: tuple[str, ...] = ()
     media: Policy = field(default_factory=Policy)
+    # Share the GPUs with other replicas that do, by turns.
+    gpu_share: bool = False
     dry_run: bool = False
     list_gpus: bool = False
     # A command that gets the lease in place of SGLang; empty: SGLang.
@@ -86,6 +91,14 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         )
     except ValueError as error:
         raise SettingsError(str(error)) from None
+    gpu_share = pick("yes" if flags.gpu_share else None, "GPU_SHARE", "no").lower()
+    if gpu_share not in ("yes", "no"):
+        raise SettingsError(f"GPU_SHARE={gpu_share}: it is yes or no")
+    if gpu_share == "yes" and flags.exec:
+        raise SettingsError("--gpu-share is for SGLang alone: what --exec starts cannot give its memory back")
+    if gpu_share == "yes" and (obstacle := sharing.obstacle(sglang_args)):
+        raise SettingsError(f"--gpu-share does not go with {obstacle}")
+    _seconds(environ.get("GPU_SLICE") or "2", "GPU_SLICE")
     key_file = environ.get("SGLANG_API_KEY_FILE")
     if key_file and not read_secret(Path(key_file), "SGLANG_API_KEY_FILE"):
         raise SettingsError(f"SGLANG_API_KEY_FILE={key_file} is empty: an empty key would let everyone in")
@@ -103,6 +116,7 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         api_key_file=Path(key_file).resolve() if key_file else None,
         sglang_args=sglang_args,
         media=allowed,
+        gpu_share=gpu_share == "yes",
         dry_run=flags.dry_run,
         list_gpus=flags.list_gpus,
         command=tuple(more) if flags.exec else (),
@@ -162,6 +176,9 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-private-media",
         action="store_true",
         help="fetch them from addresses that are not on the public Internet, too",
+    )
+    parser.add_argument(
+        "--gpu-share", action="store_true", help="share the GPUs, by turns, with other replicas that say so"
     )
     parser.add_argument("--dry-run", action="store_true", help="print lease and command, start nothing")
     parser.add_argument(

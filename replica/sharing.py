@@ -1,0 +1,97 @@
+"""What sharing a GPU asks of SGLang's flags; pure."""
+
+from collections.abc import Sequence
+
+FRACTION = "--mem-fraction-static"
+_GIB = 1024  # MiB
+# What SGLang's process takes of a GPU before it looks at how much is free, in MiB.
+_CONTEXT = 512
+# The most of what is free that SGLang may take for weights and KV cache; the rest is for one pass through the model.
+_MOST = 0.97
+
+# Parts of SGLang whose memory, or whose processes, a doze has not been tried with.
+_UNTRIED = {
+    "LoRA": ("--enable-lora", "--lora-paths"),
+    "a cache in host memory": ("--enable-hierarchical-cache", "--enable-lmcache", "--hicache-storage-backend"),
+    "speculative decoding": ("--speculative-algorithm", "--speculative-algo", "--speculative-draft-model-path"),
+    "data parallel ranks": ("--dp", "--dp-size", "--data-parallel-size", "--enable-dp-attention"),
+    "pipeline parallel ranks": ("--pp", "--pp-size", "--pipeline-parallel-size"),
+    "several nodes": ("--nnodes",),
+    "a prefill or decode part alone": ("--disaggregation-mode",),
+    "several tokenizers": ("--tokenizer-worker-num",),
+    "weights shared by a daemon": ("--weight-cache-mode",),
+    "gRPC": ("--grpc-mode", "--smg-grpc-mode", "--grpc-port"),
+}
+
+
+class ShareError(Exception):
+    """The replica cannot share its GPUs like this; the message says why and what to do."""
+
+
+def obstacle(flags: Sequence[str]) -> str:
+    """Why a replica with these flags of SGLang cannot share its GPUs; empty where it can."""
+    given = [flag.partition("=")[0] for flag in flags]
+    for what, names in _UNTRIED.items():
+        for name in names:
+            if name in given and _value(flags, name) not in ("1", "off", "null"):
+                return f"{name}: {what} and a GPU that is shared have not been tried together"
+    return ""
+
+
+def with_share(flags: Sequence[str], total: int, free: int) -> list[str]:
+    """The flags with --mem-fraction-static as SGLang means it: of what is free when it starts, not of the card.
+
+    `total`, `free`: of the smallest of its GPUs, in MiB. Raises ShareError where that share of the card is not said or
+    not free.
+    """
+    said = _value(flags, FRACTION)
+    try:
+        share = float(said or "")
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ShareError(
+            f"a replica that shares its GPU has to say how much of it is its own while it is awake, by {FRACTION} (the "
+            "share of the card for weights and KV cache): groundserve check A.yaml B.yaml says how much fits"
+        )
+    if not total:
+        raise ShareError("the driver does not say how much memory this GPU has, so that it cannot be shared")
+    fraction = share * total / max(1, free - _CONTEXT)
+    if fraction > _MOST:
+        raise ShareError(
+            f"{FRACTION} {said} is {share * total / _GIB:.1f} of the card's {total / _GIB:.1f} GiB, and "
+            f"{free / _GIB:.1f} GiB are free: lower it, or let fewer replicas share the GPU"
+        )
+    return _with_value(flags, FRACTION, f"{fraction:.3f}")
+
+
+def share_gib(flags: Sequence[str], total: int) -> float:
+    """What such a replica takes of a card of so many MiB for weights and KV cache, in GiB; 0 where it is not said."""
+    try:
+        return float(_value(flags, FRACTION) or "0") * total / _GIB
+    except ValueError:
+        return 0.0
+
+
+def _value(flags: Sequence[str], name: str) -> str | None:
+    """The last one, which is the one that counts; None where there is none."""
+    found = None
+    for at, flag in enumerate(flags):
+        before, has_value, value = flag.partition("=")
+        if before == name:
+            found = value if has_value else "".join(flags[at + 1 : at + 2])
+    return found
+
+
+def _with_value(flags: Sequence[str], name: str, value: str) -> list[str]:
+    made: list[str] = []
+    skip = False
+    for flag in flags:
+        before, has_value, _ = flag.partition("=")
+        if before == name:
+            skip = not has_value
+        elif skip:
+            skip = False
+        else:
+            made.append(flag)
+    return [*made, name, value]

@@ -1,0 +1,242 @@
+"""Whose turn it is on GPUs that several replicas share, and who waits: one lock for the turn, a file for each tenant.
+
+A tenant keeps its weights on the GPU for life; its KV cache is there only while it has the turn. Each GPU has
+
+    UUID.lock        residence, shared by its tenants, exclusive to a replica that shares with nobody (replica/lease.py)
+    UUID.turn        the turn: exclusive, held while awake or starting
+    UUID.tenant-N    one tenant's own: exclusive for life, says who it is, in which state, and since when it waits
+
+What a tenant's file says is information; only locks keep anybody out. It counts while the file is locked, so that
+nothing is left of a tenant that was killed.
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from replica import lock_file
+
+# How a replica that shares is told, over exec, what it holds.
+HELD = "REPLICA_TURN"
+MOST_TENANTS = 16  # of one GPU
+# Seconds after which a tenant that waits, and has not said so again, is passed over: it was stopped, or hangs.
+_SILENT = 2.0
+_SAY_AGAIN = 0.5
+_LONGEST_NOTE = 300
+_AHEAD = 1.0  # earlier than anybody can have begun to wait, in seconds since the epoch
+
+
+class TooManyTenantsError(Exception):
+    """A GPU has no place for another tenant; the message names it."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another replica that lives on a GPU of ours. Times in seconds since the epoch.
+
+    `by`: the balancer that orders its turns, as it calls itself; empty: none does. waiting_since: 0 while it does not
+    wait for its turn.
+    """
+
+    gpu: str
+    note: str
+    pid: int
+    host: str
+    state: str
+    by: str
+    waiting_since: float
+    said_at: float
+
+    def waits(self, now: float) -> bool:
+        return self.waiting_since > 0 and now - self.said_at < _SILENT
+
+
+class Turn:
+    """One tenant's part in the turns of its GPUs, all of which it gets at once or not at all."""
+
+    def __init__(self, directory: Path, gpus: Sequence[str], turns: Sequence[int], own: Mapping[str, int], note: str):
+        # In the order of their UUIDs: two that want the same pair must not each take one half.
+        self.gpus = tuple(sorted(gpus))
+        self.is_mine = True
+        self._directory = directory
+        self._turns = dict(zip(self.gpus, turns, strict=True))
+        self._own = dict(own)  # its file by the name's end: "UUID.tenant-3"
+        self._said: dict[str, Any] = {
+            "note": note[:_LONGEST_NOTE],
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "state": "STARTING",
+            "by": "",
+            "waiting_since": 0.0,
+            "said_at": 0.0,
+        }
+
+    @classmethod
+    def join(cls, directory: Path, gpus: Sequence[str], note: str, now: float) -> Self:
+        """A tenant of these GPUs, whose turn it is not yet. Raises OSError and TooManyTenantsError."""
+        own: dict[str, int] = {}
+        turns: list[int] = []
+        try:
+            for gpu in sorted(gpus):
+                name, descriptor = _free_place(directory, gpu)
+                own[name] = descriptor
+                turns.append(lock_file.open_or_make(directory / f"{gpu}.turn"))
+                os.set_inheritable(turns[-1], True)
+        except BaseException:
+            for descriptor in (*own.values(), *turns):
+                os.close(descriptor)
+            raise
+        made = cls(directory, gpus, turns, own, note)
+        made.is_mine = False
+        made.say(now)
+        return made
+
+    @classmethod
+    def inherit(cls, environ: Mapping[str, str]) -> Self:
+        """What this process was before exec has joined, and took the turn."""
+        held = json.loads(environ[HELD])
+        return cls(Path(held["directory"]), held["gpus"], held["turns"], held["own"], held["note"])
+
+    def environ(self) -> dict[str, str]:
+        held = {
+            "directory": str(self._directory),
+            "gpus": self.gpus,
+            "turns": [self._turns[gpu] for gpu in self.gpus],
+            "own": self._own,
+            "note": self._said["note"],
+        }
+        return {HELD: json.dumps(held)}
+
+    @property
+    def note(self) -> str:
+        return str(self._said["note"])
+
+    @property
+    def waiting_since(self) -> float:
+        return float(self._said["waiting_since"])
+
+    def say(self, now: float, **changed: str | float) -> None:
+        """Writes who this is into its own files. A full disk keeps it from being read, and does no other harm."""
+        self._said |= changed
+        self._said["said_at"] = now
+        since = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
+        self._said.setdefault("since", since)
+        for name in list(self._own):
+            with suppress(OSError):
+                self._own[name] = _in_place(self._own[name], self._directory / name)
+                lock_file.write(self._own[name], self._said)
+
+    def take(self, now: float, by: str = "", *, is_ahead: bool = False) -> bool:
+        """Takes the turn, or waits for it from now on: those who have waited longer go first. Raises OSError.
+
+        is_ahead: as if it had waited longer than anybody.
+        """
+        if self.is_mine:
+            return True
+        if not self.waiting_since or (is_ahead and self.waiting_since > _AHEAD):
+            self.say(now, waiting_since=_AHEAD if is_ahead else now, by=by)
+        elif now - self._said["said_at"] > _SAY_AGAIN or by != self._said["by"]:
+            self.say(now, by=by)
+        mine = (self.waiting_since, self._said["host"], self._said["pid"])
+        if any((other.waiting_since, other.host, other.pid) < mine for other in self.others() if other.waits(now)):
+            return False
+        taken: list[int] = []
+        for gpu in self.gpus:
+            path = self._directory / f"{gpu}.turn"
+            if not lock_file.is_at(self._turns[gpu], path):
+                os.close(self._turns[gpu])
+                self._turns[gpu] = lock_file.open_or_make(path)
+            try:
+                fcntl.flock(self._turns[gpu], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                for descriptor in taken:
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+                return False
+            taken.append(self._turns[gpu])
+        self.is_mine = True
+        self.say(now, waiting_since=0.0)
+        return True
+
+    def stop_waiting(self, now: float) -> None:
+        if self.waiting_since:
+            self.say(now, waiting_since=0.0)
+
+    def give_up(self) -> None:
+        for descriptor in self._turns.values():
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        self.is_mine = False
+
+    def leave(self) -> None:
+        """Closes all; the turn and its place are free."""
+        for descriptor in (*self._turns.values(), *self._own.values()):
+            os.close(descriptor)
+        self._turns, self._own, self.is_mine = {}, {}, False
+
+    def others(self) -> list[Neighbour]:
+        """The other tenants of its GPUs; one that shares two with us is there twice."""
+        return [one for gpu in self.gpus for one in neighbours(self._directory, gpu, set(self._own))]
+
+
+def neighbours(directory: Path, gpu: str, leave_out: set[str] | None = None) -> list[Neighbour]:
+    """Those who share a GPU now, by what their files say; of one that has only just come, not even a note."""
+    found = []
+    for name in _places(gpu):
+        if leave_out and name in leave_out:
+            continue
+        try:
+            descriptor = lock_file.open_plain(directory / name, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            if lock_file.is_locked(descriptor):
+                found.append(_neighbour(gpu, lock_file.read(descriptor)))
+        finally:
+            os.close(descriptor)
+    return found
+
+
+def _neighbour(gpu: str, said: Mapping[str, Any]) -> Neighbour:
+    def number(name: str) -> float:
+        value = said.get(name)
+        return float(value) if isinstance(value, int | float) else 0.0
+
+    def text(name: str) -> str:
+        value = said.get(name)
+        return value if isinstance(value, str) else ""
+
+    note = text("note") or "a replica that has just started"
+    times = number("waiting_since"), number("said_at")
+    return Neighbour(gpu, note, int(number("pid")), text("host"), text("state"), text("by"), *times)
+
+
+def _places(gpu: str) -> list[str]:
+    return [f"{gpu}.tenant-{number}" for number in range(MOST_TENANTS)]
+
+
+def _free_place(directory: Path, gpu: str) -> tuple[str, int]:
+    for name in _places(gpu):
+        try:
+            descriptor = lock_file.lock(directory / name)
+        except OSError:
+            continue  # somebody put a link or the like in its place
+        if descriptor is not None:
+            return name, descriptor
+    raise TooManyTenantsError(f"GPU {gpu} has {MOST_TENANTS} tenants, and no place for another")
+
+
+def _in_place(descriptor: int, path: Path) -> int:
+    """The same lock, on a new file where somebody has removed the one there was."""
+    if lock_file.is_at(descriptor, path):
+        return descriptor
+    again = lock_file.lock(path)
+    if again is None:
+        return descriptor
+    os.close(descriptor)
+    return again
