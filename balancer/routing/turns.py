@@ -1,0 +1,224 @@
+"""Which model's replica has a shared GPU now: who is to doze, and who wakes in its place. Pure; the clock is passed in.
+
+Replicas that share a GPU keep their weights there and take turns with the rest of its memory. A swap costs a fraction
+of a second and the dozing one's cached prefixes, so that a turn lasts a while though others wait. Three rules decide:
+
+- Who has requests and nobody awake gets a GPU: a free one, else that of one that is idle, else that of one whose turn
+  is over.
+- A turn is over after its slice: `gpu_slice` at least, longer where its model has more requests or a higher priority
+  than the one that waits, and so long that swaps take less than `swap_share` of the time. Running answers may end
+  within `max_turn_over` more; what takes longer is taken off and goes on at the next turn.
+- The highest priority goes first, then who has waited longest; but who was passed over often enough goes before all.
+
+So nobody waits longer than `Turns.bound` says, where nothing starts, nobody is pinned and swaps take no longer than
+they did.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+# A turn is at most so many times as long as `gpu_slice` for need and priority, and a priority counts for so many steps.
+_LONGEST = 4.0
+_STEPS = 3
+# How much of the newest swap goes into what a swap is held to cost.
+_NEWEST = 0.3
+
+
+class Stage(Enum):
+    AWAKE = auto()
+    # Waking, dozing or starting: it has its GPUs, and cannot be asked for them.
+    BUSY = auto()
+    # Can be woken.
+    DOZING = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A replica that shares its GPUs. `since`: when it came to that stage, by the clock that `decide` is given."""
+
+    id: str
+    model: str
+    gpus: tuple[str, ...]
+    stage: Stage
+    since: float
+    in_flight: int = 0
+    # Until what it answers now is done, in seconds, as far as anybody can tell.
+    seconds_left: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What is asked of a model. `waiting`: requests that no replica has, or one that dozes; `oldest`: since when."""
+
+    waiting: int = 0
+    oldest: float = math.inf
+    priority: int = 0
+    # So many of its replicas never doze.
+    min_awake: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """`wake` is to have the GPUs of those that doze, which come first; they are none where its GPUs are free."""
+
+    wake: str
+    doze: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Times in seconds."""
+
+    gpu_slice: float = 2.0
+    max_turn_over: float = 1.0
+    swap_share: float = 0.1
+
+
+class Turns:
+    """Remembers what swaps cost, and who was passed over how often."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+        self._cost: dict[str, float] = {}  # seconds a swap takes on each GPU, of late
+        self._passed: dict[str, int] = {}  # turns that others were given on GPUs that a model waits for
+
+    def swapped(self, gpus: Iterable[str], seconds: float) -> None:
+        """A swap took that long, the prompts that had to be computed again included."""
+        for gpu in gpus:
+            known = self._cost.get(gpu, seconds)
+            self._cost[gpu] = known + _NEWEST * (seconds - known)
+
+    def decide(self, now: float, tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> list[Swap]:
+        """The swaps to begin now. Until one is done, its tenants are to be given as BUSY."""
+        holders = {gpu: tenant for tenant in tenants if tenant.stage is not Stage.DOZING for gpu in tenant.gpus}
+        pinned = _pinned(tenants, needs)
+        claimed: set[str] = set()
+        swaps: list[Swap] = []
+        for model in self._in_order(now, tenants, needs):
+            swap = self._for(now, model, tenants, needs, holders, pinned, claimed)
+            if swap is not None:
+                swaps.append(swap)
+        self._count(swaps, tenants, needs)
+        return swaps
+
+    def slice(self, holder: Tenant, needs: Mapping[str, Need], waits: str) -> float:
+        """How long the holder's turn lasts at least while that model waits, in seconds."""
+        mine, other = needs.get(holder.model, Need()), needs.get(waits, Need())
+        by_need = (holder.in_flight + mine.waiting) / max(1, other.waiting)
+        by_priority = 2.0 ** (mine.priority - other.priority)
+        longer = min(_LONGEST, max(1.0, by_need * by_priority))
+        return max(self._rules.gpu_slice * longer, self._least(holder.gpus))
+
+    def bound(self, rivals: int, longest_swap: float, steps: int = _STEPS) -> float:
+        """The longest that a model waits on a GPU that `rivals` others want too, in seconds.
+
+        steps: by how much the highest priority among those exceeds its own.
+        """
+        share = self._rules.swap_share
+        turn = max(_LONGEST * self._rules.gpu_slice, longest_swap * (1 - share) / share)
+        turns = rivals + 1 + (_limit(rivals, steps) if steps else 0)
+        return turns * (turn + self._rules.max_turn_over + longest_swap)
+
+    def _least(self, gpus: Iterable[str]) -> float:
+        """A turn so long that its swap is no more than its share of both."""
+        cost = max((self._cost.get(gpu, 0.0) for gpu in gpus), default=0.0)
+        return cost * (1 - self._rules.swap_share) / self._rules.swap_share
+
+    def _in_order(self, now: float, tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> list[str]:
+        """The models that want a turn: those with nobody awake first."""
+        here = {tenant.model for tenant in tenants}
+        up = {tenant.model for tenant in tenants if tenant.stage is not Stage.DOZING}
+        wanting = [model for model, need in needs.items() if model in here and need.waiting]
+
+        def rank(model: str) -> tuple[bool, bool, float, float]:
+            need = needs[model]
+            rivals = len(here) - 1
+            is_overdue = self._passed.get(model, 0) >= _limit(rivals, _steps(model, needs))
+            return model in up, not is_overdue, -need.priority if not is_overdue else 0.0, need.oldest - now
+
+        return sorted(wanting, key=rank)
+
+    def _for(
+        self,
+        now: float,
+        model: str,
+        tenants: Sequence[Tenant],
+        needs: Mapping[str, Need],
+        holders: Mapping[str, Tenant],
+        pinned: set[str],
+        claimed: set[str],
+    ) -> Swap | None:
+        """The best of its replicas to wake, if one can be woken now; else the GPUs that are to be its own next.
+
+        What is claimed for one that goes first, nobody who comes after it gets.
+        """
+        if any(tenant.model == model and tenant.stage is Stage.BUSY for tenant in tenants):
+            return None  # it has been given a turn, and comes to it
+        is_more = any(tenant.model == model and tenant.stage is Stage.AWAKE for tenant in tenants)
+        best: tuple[float, Tenant, list[Tenant]] | None = None
+        for tenant in tenants:
+            if tenant.model != model or tenant.stage is not Stage.DOZING or claimed & set(tenant.gpus):
+                continue
+            in_the_way = {holder.id: holder for gpu in tenant.gpus if (holder := holders.get(gpu)) is not None}
+            if any(holder.id in pinned or holder.stage is Stage.BUSY for holder in in_the_way.values()):
+                continue
+            if is_more and not all(self._wants_less(holder, needs, model) for holder in in_the_way.values()):
+                continue
+            wait = max((self._left(now, holder, needs, model) for holder in in_the_way.values()), default=0.0)
+            if best is None or wait < best[0]:
+                best = wait, tenant, list(in_the_way.values())
+        if best is None:
+            return None
+        wait, tenant, in_the_way = best
+        claimed |= set(tenant.gpus)
+        return Swap(tenant.id, tuple(holder.id for holder in in_the_way)) if wait <= 0 else None
+
+    def _left(self, now: float, holder: Tenant, needs: Mapping[str, Need], waits: str) -> float:
+        """Seconds until the holder can be asked for its GPUs; 0: now."""
+        if not holder.in_flight and not needs.get(holder.model, Need()).waiting:
+            return 0.0
+        over = now - holder.since - self.slice(holder, needs, waits)
+        if over < 0:
+            return -over
+        left = self._rules.max_turn_over - over
+        return max(0.0, left) if holder.in_flight and holder.seconds_left <= left else 0.0
+
+    def _wants_less(self, holder: Tenant, needs: Mapping[str, Need], model: str) -> bool:
+        """May a model that is awake elsewhere have this one's GPU, too?"""
+        mine = needs.get(holder.model, Need())
+        if mine.priority > needs[model].priority:
+            return False
+        return 2 * (holder.in_flight + mine.waiting) <= needs[model].waiting
+
+    def _count(self, swaps: Sequence[Swap], tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> None:
+        known = {tenant.id: tenant for tenant in tenants}
+        woken = {known[swap.wake].model for swap in swaps}
+        taken = {gpu for swap in swaps for gpu in known[swap.wake].gpus}
+        up = {tenant.model for tenant in tenants if tenant.stage is not Stage.DOZING} | woken
+        for model in list(self._passed):
+            if model in up or not needs.get(model, Need()).waiting:
+                del self._passed[model]
+        for model in {tenant.model for tenant in tenants if taken & set(tenant.gpus)} - up:
+            if needs.get(model, Need()).waiting:
+                self._passed[model] = self._passed.get(model, 0) + 1
+
+
+def _pinned(tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> set[str]:
+    """Those that may not doze, because so many of their model are to stay awake."""
+    pinned: set[str] = set()
+    for model, need in needs.items():
+        up = sorted(tenant.id for tenant in tenants if tenant.model == model and tenant.stage is not Stage.DOZING)
+        pinned |= set(up[: need.min_awake])
+    return pinned
+
+
+def _steps(model: str, needs: Mapping[str, Need]) -> int:
+    highest = max(need.priority for need in needs.values())
+    return min(_STEPS, max(0, highest - needs[model].priority))
+
+
+def _limit(rivals: int, steps: int) -> int:
+    """Turns that others may have before one that waits goes before all."""
+    return max(1, rivals) * (1 + steps)

@@ -1,0 +1,181 @@
+"""Two real SGLang replicas that share one seat: by turns of their own, and as a balancer orders them."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from balancer.operate.engines.local.ports import free_ports
+from tests.e2e.running import Replica, is_running, until
+
+PROMPT = "The history of Rome began"
+ORDERS = {"X-Balancer": "a test"}
+
+
+class Tenant(Replica):
+    """A replica on the machine's one seat, which wants a key of its clients."""
+
+    key = "sk-0123456789abcdef"
+
+    def __init__(self, port: int, log: Path, models: str, leases: Path, key_file: Path) -> None:
+        # In float32 a prompt that is computed again gives the very same numbers as at first; a turn lasts long enough
+        # that a busy machine gets something done in it.
+        shares = {"GPU_SHARE": "yes", "GPU_SLICE": "3", "LEASE_DIR": str(leases), "LEASE_WAIT": "480"}
+        flags = {"SGLANG_ARGS": "--dtype float32", "SGLANG_API_KEY_FILE": str(key_file), "MODELS_DIR": models}
+        super().__init__("smollm2-135m", port, log, **shares, **flags)
+        self.client = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=300)
+
+    def state(self) -> str:
+        return str(self.client.get("/lease").json()["state"])
+
+    def order(self, what: str) -> dict[str, Any]:
+        answer = self.client.post(f"/lease/{what}?within=120", headers=ORDERS)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def generate(self, tokens: int) -> str:
+        answer = self.client.post("/generate", json=_asking(tokens))
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["text"])
+
+
+def _asking(tokens: int, **more: Any) -> dict[str, Any]:
+    return {"text": PROMPT, "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}, **more}
+
+
+@pytest.fixture(scope="module")
+def seat(models: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tenant, Tenant]]:
+    """Both started, one after the other, as the seat's turn is."""
+    folder = tmp_path_factory.mktemp("seat")
+    key_file = folder / "replica.key"
+    key_file.write_text(Tenant.key)
+    one, two = (
+        Tenant(port, folder / f"{name}.log", models, folder / "leases", key_file)
+        for name, port in zip(("one", "two"), free_ports(2), strict=True)
+    )
+    try:
+        one.wait_ready()
+        two.wait_ready()
+        yield one, two
+    finally:
+        for tenant in (one, two):
+            tenant.end()
+            tenant.client.close()
+
+
+def awake(seat: tuple[Tenant, Tenant]) -> list[str]:
+    return sorted(tenant.state() for tenant in seat)
+
+
+def forget_the_balancer(seat: tuple[Tenant, Tenant]) -> None:
+    for tenant in seat:
+        until(lambda: tenant.client.get("/lease").json()["ordered_by"] is None, 30, "no balancer is heard")  # noqa: B023
+
+
+def test_without_a_balancer_requests_to_both_are_answered_by_turns(seat: tuple[Tenant, Tenant]) -> None:
+    assert awake(seat) == ["AWAKE", "DOZING"]
+    whole = {tenant.port: tenant.generate(12) for tenant in seat}
+    for _ in range(3):
+        assert [tenant.generate(12) for tenant in seat] == [whole[tenant.port] for tenant in seat]
+    with ThreadPoolExecutor(6) as at_once:
+        asked = [(tenant.port, at_once.submit(tenant.generate, 12)) for tenant in seat * 3]
+        assert [answer.result() for _, answer in asked] == [whole[port] for port, _ in asked]
+    assert "AWAKE" in awake(seat)
+    assert seat[0].client.get("/lease").json()["swaps"]["wakes"] >= 2
+
+
+def test_a_stream_that_is_taken_off_amid_its_answer_ends_with_the_undisturbed_text(
+    seat: tuple[Tenant, Tenant],
+) -> None:
+    one, two = seat
+    whole = one.generate(60)
+    two.order("doze")
+    one.order("wake")
+    pieces: list[str] = []
+
+    def read() -> None:
+        with one.client.stream("POST", "/generate", json=_asking(60, stream=True)) as answer:
+            pieces.extend(json.loads(line[6:])["text"] for line in answer.iter_lines() if line.startswith("data: {"))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    until(lambda: len(pieces) > 5, 120, "the stream has begun")
+    said = one.order("doze")
+    assert (said["state"], said["requests"], said["ordered_by"]) == ("DOZING", 1, "a test")
+    so_far = len(pieces)
+    two.order("wake")
+    assert whole.startswith(two.generate(6))  # it is the same model
+    # Whatever reaches the one that dozes does it no harm.
+    assert one.client.get("/health").json() == {"state": "DOZING"}
+    assert one.client.get("/ready").status_code == 503
+    assert httpx.get(f"{one.url}/alive").json() == {"state": "DOZING"}
+    assert httpx.post(f"{one.url}/lease/wake").status_code == 401
+    assert one.client.post("/pause_generation", json={}).status_code == 403
+    assert one.client.post("/flush_cache").status_code == 503
+    assert len(pieces) <= so_far + 1  # one may have been on its way
+    with ThreadPoolExecutor(1) as beside:
+        direct = beside.submit(one.generate, 6)  # waits for its turn
+        two.order("doze")
+        one.order("wake")
+        assert whole.startswith(direct.result())
+    reader.join()
+    assert len(pieces) == 60
+    assert pieces[-1] == whole
+    assert one.order("sleep")["state"] == "ASLEEP"
+    assert one.order("wake")["state"] == "AWAKE"
+    assert one.generate(60) == whole
+
+
+def test_a_grammar_that_is_being_compiled_does_not_kill_the_replica_that_is_to_doze(
+    seat: tuple[Tenant, Tenant],
+) -> None:
+    one, two = seat
+    two.order("doze")
+    one.order("wake")
+    schema = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(40)}}
+    body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 8, "json_schema": json.dumps(schema)}}
+    with ThreadPoolExecutor(4) as at_once:
+        asked = [at_once.submit(one.client.post, "/generate", json=body) for _ in range(4)]
+        for _ in range(5):
+            one.order("doze")
+            one.order("wake")
+        assert [answer.result().status_code for answer in asked] == [200] * 4
+
+
+@pytest.mark.last
+def test_one_killed_amid_its_turn_leaves_the_seat_to_the_other(seat: tuple[Tenant, Tenant]) -> None:
+    one, two = seat
+    one.order("doze")
+    two.order("wake")
+    with ThreadPoolExecutor(2) as beside:
+        cut = beside.submit(two.client.post, "/generate", json=_asking(500))
+        waiting = beside.submit(one.generate, 4)
+        forget_the_balancer(seat)
+        two.process.kill()
+        killed = time.monotonic()
+        until(lambda: one.state() == "AWAKE", 30, "the other is awake")
+        assert time.monotonic() - killed < 15  # a second, on a machine with nothing else to do
+        assert waiting.result()
+        with pytest.raises(httpx.HTTPError):
+            cut.result()
+
+
+@pytest.mark.last
+def test_one_that_dozes_ends_when_it_is_told_to_and_answers_what_it_has_first(seat: tuple[Tenant, Tenant]) -> None:
+    one, _ = seat
+    one.order("doze")
+    children = one.offspring()
+    with ThreadPoolExecutor(1) as beside:
+        last = beside.submit(one.generate, 4)
+        until(lambda: one.client.get("/lease").json()["requests"] == 1, 30, "the request is there")
+        one.process.send_signal(signal.SIGTERM)
+        assert last.result()
+    assert one.process.wait(timeout=120) == 0
+    until(lambda: not any(is_running(pid) for pid in children), 30, "its children are gone too")

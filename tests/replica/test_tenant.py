@@ -1,0 +1,504 @@
+"""replica/tenant.py and tenant_api.py: the states, with real locks and an engine that notes what it is told."""
+
+import asyncio
+import json
+import time
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from replica.tenant import LIGHT, WEIGHTS, Limits, State, Tenant
+from replica.tenant_api import Alive, Gate
+from replica.turn import Turn
+
+GIB = 2**30
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Gpu:
+    """One card of which its engines take memory."""
+
+    def __init__(self, free: int = 100 * GIB) -> None:
+        self.free = free
+
+
+class FakeEngine:
+    """Dies as SGLang does: of a release while something runs, and of running without memory."""
+
+    POOL, WEIGHT = 30 * GIB, 13 * GIB
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.gpu.free -= self.POOL + self.WEIGHT
+        self.started = True
+        self.leaving = False
+        self.held = 0
+        self.is_paused = False
+        self.is_busy_after_pause = False
+        self.fails = ""
+        self.released: set[str] = set()
+        self.done: list[str] = []
+        self.is_dead = False
+
+    def has_started(self) -> bool:
+        return self.started
+
+    def is_leaving(self) -> bool:
+        return self.leaving
+
+    def requests(self) -> int:
+        return self.held
+
+    async def pause(self) -> bool:
+        self._do("pause")
+        self.is_paused = True
+        return not self.is_busy_after_pause
+
+    async def release(self, what: Sequence[str]) -> None:
+        self._do(f"release {'+'.join(what)}")
+        assert self.is_paused
+        self.released |= set(what)
+        self.gpu.free += self._size(what)
+
+    async def resume(self, what: Sequence[str]) -> None:
+        self._do(f"resume {'+'.join(what)}")
+        assert self.released == set(what)
+        self.released = set()
+        self.gpu.free -= self._size(what)
+        assert self.gpu.free >= 0
+
+    async def go_on(self) -> None:
+        self._do("go on")
+        assert not self.released
+        self.is_paused = False
+
+    def free_memory(self, gpu: str) -> int | None:
+        return self.gpu.free
+
+    def die(self) -> None:
+        self.is_dead = True
+
+    def _do(self, what: str) -> None:
+        self.done.append(what)
+        if what == self.fails:
+            raise RuntimeError("CUDA error")
+
+    def _size(self, what: Sequence[str]) -> int:
+        return self.POOL * ("kv_cache" in what) + self.WEIGHT * ("weights" in what)
+
+
+class Stage:
+    """Tenants of one GPU, which step when they are told to, at a time that stands still meanwhile."""
+
+    def __init__(self, directory: Path) -> None:
+        self.clock = Clock()
+        self.gpu = Gpu()
+        self.directory = directory
+        self.turns: list[Turn] = []
+
+    def tenant(self, note: str, **limits: float) -> tuple[Tenant, FakeEngine]:
+        turn = Turn.join(self.directory, ["GPU-a"], note, self.clock())
+        assert turn.take(self.clock())
+        self.turns.append(turn)
+        engine = FakeEngine(self.gpu)
+        return Tenant(turn, engine, Limits(**limits), self.clock, self.clock), engine
+
+    def later(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    def close(self) -> None:
+        for turn in self.turns:
+            turn.leave()
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Any:
+    made = Stage(tmp_path)
+    yield made
+    made.close()
+
+
+def run(*steps: Coroutine[Any, Any, Any]) -> list[Any]:
+    async def all_of_them() -> list[Any]:
+        return [await step for step in steps]
+
+    return asyncio.run(all_of_them())
+
+
+async def steps(*tenants: Tenant) -> None:
+    for tenant in tenants:
+        await tenant.step()
+
+
+def pair(stage: Stage) -> tuple[Tenant, FakeEngine, Tenant, FakeEngine]:
+    """Two tenants, the first dozing, the second awake."""
+    first, its = stage.tenant("first")
+    first.wanted = State.DOZING
+    run(steps(first))
+    second, others = stage.tenant("second")
+    run(steps(second))
+    assert (first.state, second.state) == (State.DOZING, State.AWAKE)
+    its.done.clear()
+    return first, its, second, others
+
+
+def test_a_doze_pauses_then_releases_and_a_wake_resumes_then_goes_on(stage: Stage) -> None:
+    tenant, engine = stage.tenant("mine")
+
+    async def life() -> None:
+        await tenant.step()
+        assert tenant.state is State.AWAKE
+        tenant.wanted = State.DOZING
+        await tenant.step()
+        assert tenant.state is State.DOZING
+        assert not stage.turns[0].is_mine
+        tenant.wanted = State.AWAKE
+        await tenant.step()
+        assert tenant.state is State.AWAKE
+        assert stage.turns[0].is_mine
+
+    run(life())
+    light = "+".join(LIGHT)
+    assert engine.done == ["pause", f"release {light}", f"resume {light}", "go on"]
+    assert tenant.swaps.wakes == 1
+
+
+def test_asleep_it_gives_its_weights_too_and_takes_all_again(stage: Stage) -> None:
+    tenant, engine = stage.tenant("mine")
+    before = stage.gpu.free
+
+    async def life() -> None:
+        tenant.wanted = State.ASLEEP
+        await tenant.step()
+        assert tenant.state is State.ASLEEP
+        assert stage.gpu.free == before + engine.POOL + engine.WEIGHT
+        tenant.wanted = State.AWAKE
+        await tenant.step()
+
+    run(life())
+    assert tenant.state is State.AWAKE
+    assert engine.done[-2:] == [f"resume {'+'.join((*LIGHT, *WEIGHTS))}", "go on"]
+    assert stage.gpu.free == before
+
+
+def test_by_itself_it_yields_after_its_slice_to_one_that_waits_and_gets_its_turn_back(stage: Stage) -> None:
+    first, its, second, others = pair(stage)
+    others.held = 3
+    its.held = 1
+    run(steps(first, second))
+    assert stage.turns[0].waiting_since
+    stage.later(1.9)
+    run(steps(first, second))
+    assert second.state is State.AWAKE
+    stage.later(0.2)
+    run(steps(first, second, first))
+    assert (first.state, second.state) == (State.AWAKE, State.DOZING)
+    run(steps(second))  # it has requests still
+    stage.later(2.1)
+    run(steps(second, first, second))
+    assert (first.state, second.state) == (State.DOZING, State.AWAKE)
+
+
+def test_one_that_is_idle_yields_at_once_and_one_that_nobody_waits_for_stays(stage: Stage) -> None:
+    first, its, second, _ = pair(stage)
+    stage.later(100)
+    run(steps(first, second))
+    assert second.state is State.AWAKE
+    its.held = 1
+    run(steps(first, second, first))
+    assert (first.state, second.state) == (State.AWAKE, State.DOZING)
+
+
+def test_a_balancer_that_is_heard_orders_alone_except_for_strangers(stage: Stage) -> None:
+    first, its, second, others = pair(stage)
+    others.held = its.held = 1
+
+    async def ordered() -> None:
+        first.heard("balancer")
+        second.heard("balancer")
+        await first.step()
+        assert not stage.turns[0].waiting_since  # it was not told to wake
+        first.wanted = State.AWAKE
+        await first.step()
+        assert stage.turns[0].waiting_since
+        stage.later(3)
+        first.heard("balancer")
+        second.heard("balancer")
+        await second.step()
+        assert second.state is State.AWAKE  # the one that waits is its own balancer's
+        first.heard("another")
+        await first.step()
+        await second.step()
+        assert second.state is State.DOZING  # now a stranger waits
+
+    run(ordered())
+
+
+def test_without_a_word_from_its_balancer_for_five_seconds_it_sees_to_itself(stage: Stage) -> None:
+    first, its, second, others = pair(stage)
+    others.held = its.held = 1
+
+    async def left_alone() -> None:
+        first.heard("balancer")
+        second.heard("balancer")
+        stage.later(4.9)
+        await first.step()
+        assert first.is_ordered
+        stage.later(0.2)
+        assert not first.is_ordered
+        await first.step()
+        await second.step()
+        await first.step()
+
+    run(left_alone())
+    assert (first.state, second.state) == (State.AWAKE, State.DOZING)
+
+
+def test_one_that_was_told_to_end_wakes_for_what_it_has_ahead_of_the_others(stage: Stage) -> None:
+    first, its, second, others = pair(stage)
+    third, thirds = stage_third(stage, second)
+    others.held = thirds.held = 1
+    run(steps(third, second))
+    stage.later(1)
+    its.held, its.leaving = 1, True
+
+    async def ordered() -> None:
+        first.heard("balancer")
+        await first.step()
+        stage.later(1.5)
+        for tenant in (third, second, third, first):
+            await tenant.step()
+
+    run(ordered())
+    assert (first.state, third.state) == (State.AWAKE, State.DOZING)
+
+
+def stage_third(stage: Stage, awake: Tenant) -> tuple[Tenant, FakeEngine]:
+    """Another one that dozes; the one that is awake has its turn again afterwards."""
+    awake.wanted = State.DOZING
+    run(steps(awake))
+    third, engine = stage.tenant("third")
+    third.wanted = State.DOZING
+    run(steps(third))
+    awake.wanted = State.AWAKE
+    run(steps(awake))
+    assert awake.state is State.AWAKE
+    return third, engine
+
+
+def test_requests_that_have_gone_are_no_reason_to_wake(stage: Stage) -> None:
+    first, its, second, others = pair(stage)
+    its.held = others.held = 1
+    run(steps(first))
+    assert stage.turns[0].waiting_since
+    its.held = 0
+    run(steps(first))
+    assert not stage.turns[0].waiting_since
+    stage.later(10)
+    run(steps(second))
+    assert second.state is State.AWAKE
+
+
+def test_a_wake_waits_for_the_memory_that_a_killed_one_has_still(stage: Stage) -> None:
+    tenant, engine = stage.tenant("mine", memory=1.0)
+
+    async def life() -> None:
+        tenant.wanted = State.DOZING
+        await tenant.step()
+        stage.gpu.free = 5 * GIB
+        tenant.wanted = State.AWAKE
+        waking = asyncio.create_task(tenant.step())
+        await asyncio.sleep(0.05)
+        assert not waking.done()
+        assert tenant.state is State.DOZING
+        stage.gpu.free = 60 * GIB
+        await waking
+
+    run(life())
+    assert tenant.state is State.AWAKE
+    assert not engine.is_dead
+
+
+def test_a_wake_without_memory_gives_the_turn_up_and_says_what_is_missing(stage: Stage) -> None:
+    tenant, engine = stage.tenant("mine", memory=0.0)
+
+    async def life() -> None:
+        tenant.wanted = State.DOZING
+        await tenant.step()
+        stage.gpu.free = 5 * GIB
+        tenant.wanted = State.AWAKE
+        await tenant.step()
+        assert tenant.state is State.DOZING
+        assert not stage.turns[0].is_mine
+        assert tenant.problem == "it cannot wake: GPU-a has 5.0 GiB free and it takes 30.0 GiB"
+        assert not engine.is_dead
+        stage.gpu.free = 60 * GIB
+        await tenant.step()
+        assert tenant.state is State.DOZING  # a second must pass first
+        stage.later(1.1)
+        await tenant.step()
+
+    run(life())
+    assert tenant.state is State.AWAKE
+    assert tenant.problem == ""
+
+
+def test_one_that_runs_on_after_a_pause_is_not_made_to_release(stage: Stage) -> None:
+    tenant, engine = stage.tenant("mine")
+    engine.is_busy_after_pause = True
+    run(steps(tenant))
+    tenant.wanted = State.DOZING
+    run(steps(tenant))
+    assert tenant.state is State.AWAKE
+    assert engine.done == ["pause", "go on"]
+    assert "still had something running" in tenant.problem
+    assert stage.turns[0].is_mine
+
+
+@pytest.mark.parametrize("fails", ["pause", f"release {'+'.join(LIGHT)}", f"resume {'+'.join(LIGHT)}", "go on"])
+def test_a_server_whose_memory_nobody_knows_of_ends(stage: Stage, fails: str) -> None:
+    tenant, engine = stage.tenant("mine")
+
+    async def life() -> None:
+        await tenant.step()
+        tenant.wanted = State.DOZING
+        engine.fails = fails if fails.startswith(("pause", "release")) else ""
+        await tenant.step()
+        engine.fails = fails
+        tenant.wanted = State.AWAKE
+        await tenant.step()
+
+    with pytest.raises(RuntimeError):
+        run(life())
+    assert engine.is_dead
+    assert tenant.state is State.BROKEN
+    assert "CUDA error" in tenant.problem
+
+
+def test_a_doze_that_hangs_ends_the_server_though_the_event_loop_is_stuck(stage: Stage) -> None:
+    tenant, engine = stage.tenant("mine", give_back=0.05)
+
+    async def stuck(_: Sequence[str]) -> None:
+        while not engine.is_dead:
+            time.sleep(0.01)  # noqa: ASYNC251 - the event loop is to be stuck
+
+    engine.release = stuck  # type: ignore[method-assign]
+    tenant.wanted = State.DOZING
+    run(steps(tenant))
+    assert "could not doze: not done within 0.05 s" in tenant.problem or engine.is_dead
+
+
+Answer = tuple[int, dict[str, Any]]
+
+
+async def ask(app: Any, path: str, method: str = "GET", balancer: str = "") -> Answer:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    path, _, query = path.partition("?")
+    headers = [(b"x-balancer", balancer.encode())] if balancer else []
+    scope = {"type": "http", "path": path, "method": method, "headers": headers, "query_string": query.encode()}
+    await app(scope, None, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+async def stock(_scope: Any, _receive: Any, send: Any) -> None:
+    """SGLang's own routes."""
+    await send({"type": "http.response.start", "status": 299, "headers": []})
+    await send({"type": "http.response.body", "body": b'{"from": "sglang"}'})
+
+
+SGLANG: Answer = (299, {"from": "sglang"})
+
+
+def test_awake_all_of_sglang_answers_but_its_routes_to_its_memory(stage: Stage) -> None:
+    tenant, _ = stage.tenant("mine")
+    gate = Gate(stock, tenant)
+
+    async def asked() -> None:
+        await tenant.step()
+        for path in ("/v1/chat/completions", "/health", "/ready", "/flush_cache", "/"):
+            assert await ask(gate, path) == SGLANG
+        for path in ("/release_memory_occupation", "/pause_generation", "/continue_generation/"):
+            assert (await ask(gate, path, "POST"))[0] == 403
+
+    run(asked())
+
+
+def test_not_awake_it_is_well_takes_requests_and_refuses_what_would_kill_it(stage: Stage) -> None:
+    tenant, engine = stage.tenant("mine")
+    gate = Gate(stock, tenant)
+
+    async def asked() -> None:
+        tenant.wanted = State.DOZING
+        await tenant.step()
+        assert await ask(gate, "/health") == (200, {"state": "DOZING"})
+        assert await ask(gate, "/health_generate") == (200, {"state": "DOZING"})
+        assert await ask(gate, "/ready") == (200, {"state": "DOZING"})  # it wakes by itself
+        tenant.heard("balancer")
+        assert await ask(gate, "/ready") == (503, {"state": "DOZING"})
+        for path in ("/v1/chat/completions", "/generate", "/v1/models", "/server_info", "/metrics"):
+            assert await ask(gate, path) == SGLANG
+        for path in ("/flush_cache", "/update_weights_from_disk", "/get_weights_by_name", "/start_profile", "/v1x"):
+            assert (await ask(gate, path, "POST"))[0] == 503
+        assert (await ask(gate, "/resume_memory_occupation", "POST"))[0] == 403
+        engine.leaving = True
+        assert await ask(gate, "/ready") == SGLANG  # which says 503 from now on
+        assert (await ask(gate, "/flush_cache", "POST"))[0] == 503
+
+    run(asked())
+
+
+def test_orders_come_over_http_and_say_what_became_of_them(stage: Stage) -> None:
+    tenant, _ = stage.tenant("mine")
+    gate = Gate(stock, tenant)
+
+    async def asked() -> None:
+        living = asyncio.create_task(tenant.live())
+        status, said = await ask(gate, "/lease/doze", "POST", "balancer")
+        assert (status, said["state"], said["ordered_by"]) == (200, "DOZING", "balancer")
+        status, said = await ask(gate, "/lease")
+        assert (status, said["gpus"], said["swaps"]["wakes"]) == (200, ["GPU-a"], 0)
+        assert said["pool_bytes"] == {"GPU-a": FakeEngine.POOL}
+        stranger = Turn.join(stage.directory, ["GPU-a"], "stranger", 0.0)
+        assert stranger.take(0.0)
+        # The clock of the stage stands still, so that a wait of none is the one that ends.
+        status, said = await ask(gate, "/lease/wake?within=0", "POST", "balancer")
+        assert (status, said["state"], said["waits"]) == (503, "DOZING", False)
+        assert [other["note"] for other in said["others"]] == ["stranger"]
+        stranger.leave()
+        status, said = await ask(gate, "/lease/wake", "POST", "balancer")
+        assert (status, said["state"]) == (200, "AWAKE")
+        status, said = await ask(gate, "/lease/sleep", "POST", "balancer")
+        assert (status, said["state"]) == (200, "ASLEEP")
+        assert (await ask(gate, "/lease/wake?within=soon", "POST"))[0] == 400
+        assert (await ask(gate, "/lease/wake"))[0] == 405
+        assert (await ask(gate, "/lease/dance", "POST"))[0] == 404
+        living.cancel()
+
+    run(asked())
+
+
+def test_alive_says_so_in_every_state_but_broken(stage: Stage) -> None:
+    tenant, engine = stage.tenant("mine")
+    around = Alive(stock, tenant)
+
+    async def asked() -> None:
+        engine.started = False
+        assert await ask(around, "/alive") == (200, {"state": "STARTING"})
+        assert await ask(around, "/anything") == SGLANG
+        tenant.state = State.BROKEN
+        assert await ask(around, "/alive") == (503, {"state": "BROKEN"})
+
+    run(asked())
