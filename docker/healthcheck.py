@@ -2,9 +2,13 @@
 
     python3 -I -S healthcheck.py PORT PATH
 
+A replica that shares its GPU (GPU_SHARE=yes) is asked /alive instead: while others have their turn it may be not ready
+and yet well.
+
 It runs every few seconds in every container, so it imports almost nothing: most of its cost is starting Python.
 """
 
+import os
 import socket
 import sys
 
@@ -26,8 +30,9 @@ def status(port: int, path: str) -> bytes:
 
 if __name__ == "__main__":
     try:
-        answer = status(int(sys.argv[1]), sys.argv[2])
+        path = "/alive" if os.environ.get("GPU_SHARE") == "yes" else sys.argv[2]
+        answer = status(int(sys.argv[1]), path)
     except OSError as error:
         sys.exit(f"no answer on port {sys.argv[1]}: {error}")
     if answer not in HEALTHY:
-        sys.exit(f"{sys.argv[2]} says {answer.decode(errors='replace') or 'nothing'}")
+        sys.exit(f"{path} says {answer.decode(errors='replace') or 'nothing'}")

@@ -45,11 +45,11 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
             fetch(preset, told, environ)
 
     held = None
-    if told.gpu_share and not there:
+    if told.gpu_share and not there and not told.dry_run:
         there = [gpu.CPU_SEAT]
     if on_gpu or there:
         note = f"{preset.name} on port {told.port}"
-        want = placement.Want(told.gpus if on_gpu else 1, told.gpu_kinds, preset.gpu_gib / told.gpus)
+        want = placement.Want(1 if there == [gpu.CPU_SEAT] else told.gpus, told.gpu_kinds, preset.gpu_gib / told.gpus)
         held = lease.take(there, want, told.lease_dir, wait=told.lease_wait, note=note, is_shared=told.gpu_share)
         if on_gpu and not told.dry_run and not pretended:
             share = sharing.share_gib(told.sglang_args, held.gpus[0].memory_total) if told.gpu_share else 0.0

@@ -15,7 +15,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 _EPILOG = """\
 environment: MODEL, REPLICA_HOST, REPLICA_PORT, REPLICA_DEVICE, GPUS_PER_REPLICA stand in for the flags;
   GPU_KINDS     stands in for --gpu-kinds
-  LEASE_DIR     folder of GPU leases, shared by all replicas of the machine (/run/lock/groundserve-leases)
+  LEASE_DIR     folder of GPU leases, shared by all replicas of the machine (/run/lock/groundserve where root has
+                made it, else /run/lock/groundserve-leases)
   LEASE_WAIT    seconds to wait for a free GPU, or for its turn on a shared one (60)
   GPU_SHARE     yes stands in for --gpu-share
   GPU_SLICE     seconds that a turn on a shared GPU lasts at least while others wait (2)
@@ -41,7 +42,7 @@ class Settings:
     device: str = "auto"
     gpus: int = 1
     gpu_kinds: tuple[str, ...] = ()
-    lease_dir: Path = field(default_factory=lambda: shared_folder() / "groundserve-leases")
+    lease_dir: Path = field(default_factory=lambda: lease_folder())
     lease_wait: float = 60.0
     models_dir: Path = _ROOT / ".models"
     hf_token: str | None = field(default=None, repr=False)
@@ -121,6 +122,14 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         list_gpus=flags.list_gpus,
         command=tuple(more) if flags.exec else (),
     )
+
+
+def lease_folder(made: Path = Path("/run/lock/groundserve")) -> Path:
+    """The one that root has made for a group, where there is one; it is used even by those who may not write to it.
+
+    Else one that all users share: another for those outside the group would be a second book of the same GPUs.
+    """
+    return made if made.is_dir() else shared_folder() / "groundserve-leases"
 
 
 def shared_folder(candidates: Sequence[str] = ("/run/lock", "/tmp")) -> Path:

@@ -171,9 +171,12 @@ class Turns:
                 best = wait, tenant, list(in_the_way.values())
         if best is None:
             return None
-        wait, tenant, in_the_way = best
-        claimed |= set(tenant.gpus)
-        return Swap(tenant.id, tuple(holder.id for holder in in_the_way)) if wait <= 0 else None
+        wait, wakes, doze = best
+        claimed |= set(wakes.gpus)
+        if wait > 0:
+            return None
+        claimed |= {gpu for holder in doze for gpu in holder.gpus}  # what else it has is free once it dozes
+        return Swap(wakes.id, tuple(holder.id for holder in doze))
 
     def _left(self, now: float, holder: Tenant, needs: Mapping[str, Need], waits: str) -> float:
         """Seconds until the holder can be asked for its GPUs; 0: now."""

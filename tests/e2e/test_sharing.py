@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from balancer.operate.engines.local.ports import free_ports
-from tests.e2e.running import Replica, is_running, until
+from tests.e2e.running import Balancer, Replica, is_running
+from tests.support.until import wait_until
 
 PROMPT = "The history of Rome began"
 ORDERS = {"X-Balancer": "a test"}
@@ -76,7 +77,7 @@ def awake(seat: tuple[Tenant, Tenant]) -> list[str]:
 
 def forget_the_balancer(seat: tuple[Tenant, Tenant]) -> None:
     for tenant in seat:
-        until(lambda: tenant.client.get("/lease").json()["ordered_by"] is None, 30, "no balancer is heard")  # noqa: B023
+        wait_until(lambda: tenant.client.get("/lease").json()["ordered_by"] is None, "no balancer is heard", 30)  # noqa: B023
 
 
 def test_without_a_balancer_requests_to_both_are_answered_by_turns(seat: tuple[Tenant, Tenant]) -> None:
@@ -89,6 +90,26 @@ def test_without_a_balancer_requests_to_both_are_answered_by_turns(seat: tuple[T
         assert [answer.result() for _, answer in asked] == [whole[port] for port, _ in asked]
     assert "AWAKE" in awake(seat)
     assert seat[0].client.get("/lease").json()["swaps"]["wakes"] >= 2
+
+
+def test_two_endpoints_share_the_seat_though_neither_knows_of_the_other(
+    seat: tuple[Tenant, Tenant], tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text(Tenant.key)
+    flags = ("--replica-key", str(tmp_path / "key"))
+    balancers = [Balancer(tmp_path / f"balancer-{tenant.port}.log", [tenant], *flags) for tenant in seat]
+    try:
+        for balancer in balancers:
+            balancer.wait_all_ready()
+        with ThreadPoolExecutor(6) as at_once:
+            post = [(f"{balancer.url}/generate", _asking(8)) for balancer in balancers * 3]
+            answers = list(at_once.map(lambda asked: httpx.post(asked[0], json=asked[1], timeout=300), post))
+        assert [answer.status_code for answer in answers] == [200] * 6
+        assert len({answer.json()["text"] for answer in answers}) == 1  # it is the same model
+        assert {status for balancer in balancers for status in balancer.statuses()} == {"READY"}
+    finally:
+        for balancer in balancers:
+            balancer.end()
 
 
 def test_a_stream_that_is_taken_off_amid_its_answer_ends_with_the_undisturbed_text(
@@ -106,7 +127,7 @@ def test_a_stream_that_is_taken_off_amid_its_answer_ends_with_the_undisturbed_te
 
     reader = threading.Thread(target=read)
     reader.start()
-    until(lambda: len(pieces) > 5, 120, "the stream has begun")
+    wait_until(lambda: len(pieces) > 5, "the stream has begun", 120)
     said = one.order("doze")
     assert (said["state"], said["requests"], said["ordered_by"]) == ("DOZING", 1, "a test")
     so_far = len(pieces)
@@ -160,7 +181,7 @@ def test_one_killed_amid_its_turn_leaves_the_seat_to_the_other(seat: tuple[Tenan
         forget_the_balancer(seat)
         two.process.kill()
         killed = time.monotonic()
-        until(lambda: one.state() == "AWAKE", 30, "the other is awake")
+        wait_until(lambda: one.state() == "AWAKE", "the other is awake", 30)
         assert time.monotonic() - killed < 15  # a second, on a machine with nothing else to do
         assert waiting.result()
         with pytest.raises(httpx.HTTPError):
@@ -174,8 +195,8 @@ def test_one_that_dozes_ends_when_it_is_told_to_and_answers_what_it_has_first(se
     children = one.offspring()
     with ThreadPoolExecutor(1) as beside:
         last = beside.submit(one.generate, 4)
-        until(lambda: one.client.get("/lease").json()["requests"] == 1, 30, "the request is there")
+        wait_until(lambda: one.client.get("/lease").json()["requests"] == 1, "the request is there", 30)
         one.process.send_signal(signal.SIGTERM)
         assert last.result()
     assert one.process.wait(timeout=120) == 0
-    until(lambda: not any(is_running(pid) for pid in children), 30, "its children are gone too")
+    wait_until(lambda: not any(is_running(pid) for pid in children), "its children are gone too", 30)

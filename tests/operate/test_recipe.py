@@ -119,3 +119,17 @@ def test_no_secret_is_in_a_recipes_repr() -> None:
     text = "service: {}\nenvs: {HF_TOKEN: }\nrun: sglang serve --model-path a/b"
     token = made(text, HF_TOKEN="hush")
     assert "hush" not in repr(token) + repr(token.invocation(1, 1))
+
+
+SHARES = "service: {}\nx-groundserve: {gpu_share: true}\nrun: "
+
+
+def test_a_service_that_shares_says_so_to_its_replicas_and_gives_them_time_for_a_turn() -> None:
+    envs = made(f"{SHARES}sglang serve --model-path a/b --port 8000").envs(1, 8000)
+    assert (envs["GPU_SHARE"], envs["LEASE_WAIT"]) == ("yes", "30")
+    assert "GPU_SHARE" not in made("service: {}\nrun: sglang serve --model-path a/b --port 8000").envs(1, 8000)
+
+
+def test_a_program_that_cannot_give_its_memory_back_cannot_share() -> None:
+    said = refusal(f"{SHARES}vllm serve a/b --port ${{GROUNDSERVE_PORT:-8000}}")
+    assert "x-groundserve.gpu_share: only SGLang as groundserve starts it can give its memory back" in said

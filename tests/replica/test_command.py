@@ -151,3 +151,12 @@ def test_parsers_are_chosen_by_the_model_where_sglang_can() -> None:
     old = build(told, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={}, detects_parsers=False).argv
     assert "auto" not in old
     assert "auto" not in build(told, PRESETS["smollm2-135m"], (), seed=1, environ={}).argv
+
+
+def test_a_replica_that_shares_its_gpu_can_give_its_memory_back_and_keeps_no_core_busy() -> None:
+    shares = {"--enable-memory-saver", "--enable-weights-cpu-backup", "--sleep-on-idle"}
+    told = Settings(gpu_share=True)
+    assert shares <= set(build(told, PRESETS["smollm2-135m"], GPUS[:1], seed=1, environ={}).argv)
+    assert not shares & set(build(TOLD, PRESETS["smollm2-135m"], GPUS[:1], seed=1, environ={}).argv)
+    # A CPU has nothing to save, and sleeps in any case.
+    assert shares & set(build(told, PRESETS["smollm2-135m"], (), seed=1, environ={}).argv) == {"--sleep-on-idle"}

@@ -1,11 +1,12 @@
 """replica/settings.py: flags, environment, defaults, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from replica.media import Policy
-from replica.settings import Settings, SettingsError, models_dir, read, read_secret
+from replica.settings import Settings, SettingsError, lease_folder, models_dir, read, read_secret, shared_folder
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
@@ -84,3 +85,30 @@ def test_what_media_are_allowed_comes_from_flags_or_the_environment(tmp_path: Pa
     environ = {"ALLOWED_MEDIA_DOMAINS": "a.example b.example", "ALLOWED_LOCAL_MEDIA_PATH": str(tmp_path)}
     assert read([], {**environ, "ALLOW_PRIVATE_MEDIA": "1"}).media == wanted
     assert read([], {}).media == Policy()
+
+
+def test_leases_lie_in_the_folder_that_root_has_made_for_all(tmp_path: Path) -> None:
+    made = tmp_path / "groundserve"
+    assert lease_folder(made) == shared_folder() / "groundserve-leases"
+    made.mkdir()
+    assert lease_folder(made) == made
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "says"),
+    [
+        ({"GPU_SHARE": "maybe"}, [], "GPU_SHARE=maybe: it is yes or no"),
+        ({"GPU_SLICE": "-1"}, [], "GPU_SLICE=-1: it is a number of seconds"),
+        ({"GPU_SHARE": "yes"}, ["--", "--lora-paths", "a=b"], "--lora-paths: LoRA and a GPU that is shared"),
+        ({}, ["--gpu-share", "--exec", "--", "vllm"], "--gpu-share is for SGLang alone"),
+    ],
+)
+def test_what_cannot_share_is_refused(variables: dict[str, str], flags: list[str], says: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(says)):
+        read(flags, variables)
+
+
+def test_sharing_is_off_unless_it_is_asked_for() -> None:
+    assert not read([], {}).gpu_share
+    assert read([], {"GPU_SHARE": "yes"}).gpu_share
+    assert read(["--gpu-share", "--", "--dp-size", "1"], {}).gpu_share

@@ -103,6 +103,12 @@ def test_a_pair_of_gpus_is_kept_for_the_one_that_goes_first() -> None:
     assert Turns(RULES).decide(2.0, there, needs) == [Swap("both", ("x",))]
 
 
+def test_one_that_had_two_gpus_is_told_to_doze_once() -> None:
+    there = [awake("both", gpus=("GPU-a", "GPU-b")), dozing("x", ("GPU-a",)), dozing("y", ("GPU-b",))]
+    needs = {"x": asked(0), "y": asked(1)}
+    assert Turns(RULES).decide(9, there, needs) == [Swap("x", ("both",))]
+
+
 @dataclass
 class Model:
     """A model with one replica in the simulation: its requests by how long they still run."""

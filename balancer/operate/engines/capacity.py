@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from balancer.errors import ConfigError
 from balancer.operate.engines import limits
-from balancer.operate.recipe.recipe import Recipe, for_kind, python, with_packages
-from balancer.spec.service_file import Spec
+from balancer.operate.recipe.recipe import GPU_SHARE, Recipe, for_kind, python, with_packages
+from balancer.spec.service_file import NOTHING, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,23 @@ class Gpu:
     problem: str = ""
 
 
-def gpus(each: int = 1, kinds: Iterable[str] = (), model: str | None = None) -> tuple[Gpu, ...]:
-    """Seated for replicas of that model with `each` of them, of those kinds. Raises ConfigError when none answers."""
+def gpus(
+    each: int = 1,
+    kinds: Iterable[str] = (),
+    model: str | None = None,
+    *,
+    share: bool = False,
+    envs: Mapping[str, str] = NOTHING,
+) -> tuple[Gpu, ...]:
+    """Seated for replicas of that model with `each` of them, of those kinds. Raises ConfigError when none answers.
+
+    share: for replicas that share, to whom those that share as well are not in the way. `envs`: the replicas' own,
+    of which CUDA_VISIBLE_DEVICES and the folder of the leases count.
+    """
     flags = ["--gpus", str(each), "--gpu-kinds", ",".join(kinds), *(("--model", model) if model else ())]
+    if share:
+        flags.append("--gpu-share")
+    theirs = {name: envs[name] for name in ("CUDA_VISIBLE_DEVICES", "LEASE_DIR") if name in envs}
     return tuple(
         Gpu(row["name"], index=row["index"], problem=row["problem"])
         if "problem" in row
@@ -47,13 +61,14 @@ def gpus(each: int = 1, kinds: Iterable[str] = (), model: str | None = None) -> 
             tuple(row["kinds"]),
             row["seat"],
         )
-        for row in json.loads(_replica("--list-gpus", *flags))
+        for row in json.loads(_replica("--list-gpus", *flags, envs=theirs))
     )
 
 
 def seated_for(recipe: Recipe) -> tuple[Gpu, ...]:
     """The machine's GPUs as the replicas of a recipe would be given them."""
-    return gpus(recipe.gpus or 1, recipe.spec.accelerators, recipe.model)
+    spec = recipe.spec
+    return gpus(recipe.gpus or 1, spec.accelerators, recipe.model, share=spec.operation.gpu_share, envs=spec.envs)
 
 
 def check_model(recipe: Recipe) -> None:
@@ -62,7 +77,8 @@ def check_model(recipe: Recipe) -> None:
         argv = recipe.invocation(1, 8000).argv
         flags = argv[len(python("replica")) :]
         # On the CPU: a lease is not what is asked here, and GPUs may be in use by the replicas that these replace.
-        _replica("--device", "cpu", "--dry-run", *flags)
+        share = {GPU_SHARE: "yes"} if recipe.spec.operation.gpu_share else {}
+        _replica("--device", "cpu", "--dry-run", *flags, envs=share)
 
 
 def seats(there: tuple[Gpu, ...]) -> list[tuple[Gpu, ...]]:
@@ -119,7 +135,7 @@ def fit(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
     there: tuple[Gpu, ...] = ()
     if recipe.launch is not None or recipe.gpus:
         if len(recipe.spec.accelerators) > 1:  # else there is nothing to choose, and nvidia-smi may take seconds
-            recipe = of_kind(recipe, gpus(kinds=recipe.spec.accelerators))
+            recipe = of_kind(recipe, gpus(kinds=recipe.spec.accelerators, envs=recipe.spec.envs))
         there = seated_for(recipe)
     made, warnings = fitted(recipe, recipe.spec.min_replicas, there, limits.memory() / 1e9, running)
     check_model(made)
@@ -197,10 +213,10 @@ def _gpus(count: int) -> str:
     return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
-def _replica(*flags: str) -> str:
+def _replica(*flags: str, envs: Mapping[str, str] = NOTHING) -> str:
     answer = subprocess.run(
         [*python("replica"), *flags],
-        env={**os.environ, **with_packages({})},
+        env={**os.environ, **with_packages({}), **envs},
         capture_output=True,
         text=True,
         check=False,

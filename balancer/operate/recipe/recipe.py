@@ -21,8 +21,11 @@ REPLICA_ID = "SKYPILOT_SERVE_REPLICA_ID"
 GPUS = "SKYPILOT_NUM_GPUS_PER_NODE"
 PORT = "GROUNDSERVE_PORT"
 LEASE_WAIT = "LEASE_WAIT"
+GPU_SHARE = "GPU_SHARE"
 # Seconds that one start waits for a GPU; its controller goes on trying, and meanwhile can tell a person why.
 LEASE_WAIT_HERE = "3"
+# And for its turn on one that is shared, where others first answer what they have.
+TURN_WAIT_HERE = "30"
 
 # A script that comes to its GPUs by itself.
 _LEASES_ITSELF = re.compile(r"-m +replica\b")
@@ -91,8 +94,11 @@ class Recipe:
     def envs(self, id: int, port: int) -> dict[str, str]:
         """What a replica finds in its environment; secrets may be among it."""
         own = {REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
-        if self.gpus:
-            own[LEASE_WAIT] = os.environ.get(LEASE_WAIT) or LEASE_WAIT_HERE
+        shares = self.spec.operation.gpu_share
+        if shares:
+            own[GPU_SHARE] = "yes"
+        if self.gpus or shares:
+            own[LEASE_WAIT] = os.environ.get(LEASE_WAIT) or (TURN_WAIT_HERE if shares else LEASE_WAIT_HERE)
         return {**self.spec.envs, **own, **(self.launch.at_port(port).envs if self.launch else {})}
 
     def arguments(self, port: int) -> tuple[str, ...]:
@@ -129,6 +135,11 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
     fixed_port = None
     if why_not:
         notes.append(f"{spec.source}: run: {why_not}, so bash runs it as it is")
+    if launch is None and spec.operation.gpu_share:
+        raise ConfigError(
+            f"{spec.source}: x-groundserve.gpu_share: only SGLang as groundserve starts it can give its memory back, "
+            f"and `run:` starts something else{why_not and f' ({why_not})'}"
+        )
     if launch is not None:
         gpus = launch.gpus or gpus
         notes += [
