@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from balancer.operate.engines.local.ports import free_ports
+from balancer.operate.engines.ports import free_ports
 from tests.e2e.running import Balancer, Replica, is_running
 from tests.support.until import wait_until
 
