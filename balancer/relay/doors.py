@@ -16,7 +16,13 @@ log = logging.getLogger("groundserve")
 READ_SIZE = 64 << 10  # bytes of one read
 
 
-class Connection(Protocol):
+class Cuttable(Protocol):
+    """What is cut when something goes wrong with it here."""
+
+    def abort(self) -> None: ...
+
+
+class Connection(Cuttable, Protocol):
     """A client's connection, as far as it concerns all of them together."""
 
     def flush(self) -> None: ...
@@ -28,8 +34,6 @@ class Connection(Protocol):
     def close_if_idle(self) -> None: ...
 
     def break_off(self, why: str) -> None: ...
-
-    def abort(self) -> None: ...
 
 
 class Server(Protocol):
@@ -92,7 +96,7 @@ class Doors:
             except Exception:
                 _give_up(connection)
 
-    def soon(self, connection: Connection, step: Callable[[], None]) -> None:
+    def soon(self, connection: Cuttable, step: Callable[[], None]) -> None:
         """The connection's next step, in the loop's next round."""
         self.loop.call_soon(_taken, connection, step)
 
@@ -120,14 +124,14 @@ class Doors:
                 _give_up(connection)
 
 
-def _taken(connection: Connection, step: Callable[[], None]) -> None:
+def _taken(connection: Cuttable, step: Callable[[], None]) -> None:
     try:
         step()
     except Exception:
         _give_up(connection)
 
 
-def _give_up(connection: Connection) -> None:
+def _give_up(connection: Cuttable) -> None:
     """One connection's fault, in the midst of looking after all: the others must not wait for it."""
     log.exception("a client's connection failed here; it is cut")
     connection.abort()
