@@ -45,10 +45,10 @@ def played(surge: int) -> Iterator[Seen]:
                 replicas[id] = replace(replica, status=Status.SHUTTING_DOWN)
             elif replica.stage is Stage.STOPPING and now - since[id] >= END:
                 del replicas[id]
-        look = rollout.look("rolling", replicas.values(), 2, TOTAL, surge)
-        if look.status is RolloutStatus.DONE and end is None:
+        step = rollout.next_step("rolling", replicas.values(), 2, TOTAL, surge)
+        if step.status is RolloutStatus.DONE and end is None:
             end = now
-        for action in plan.decide(replicas.values(), {1: look.old, 2: look.new}, last + 1, now, 600.0):
+        for action in plan.decide(replicas.values(), {1: step.old, 2: step.new}, last + 1, now, 600.0):
             match action:
                 case Start(id, version):
                     last = max(last, id)

@@ -8,7 +8,7 @@ import pytest
 from balancer.contract.words import Status
 from balancer.operate.controller import plan, rollout
 from balancer.operate.controller.plan import Drain, Forget, Replica, Stage, Start, Stop
-from balancer.operate.controller.rollout import Look, Mode, RolloutStatus
+from balancer.operate.controller.rollout import Mode, RolloutStatus, RolloutStep
 from balancer.operate.engines.engine import Ended
 from balancer.spec.schema import Operation
 
@@ -62,12 +62,12 @@ class World:
         self.versions_serving.add(frozenset(replica.version for replica in serving))
         self.now += 0.5
 
-    def update(self, mode: Mode) -> Look:
+    def update(self, mode: Mode) -> RolloutStep:
         for _ in range(20_000):
-            seen = rollout.look(mode, self.replicas.values(), 2, self.total, self.fits - self.total)
-            if seen.status is not RolloutStatus.IN_PROGRESS:
-                return seen
-            self.step({1: seen.old, 2: seen.new})
+            step = rollout.next_step(mode, self.replicas.values(), 2, self.total, self.fits - self.total)
+            if step.status is not RolloutStatus.IN_PROGRESS:
+                return step
+            self.step({1: step.old, 2: step.new})
         raise AssertionError(f"it never ends: {self.replicas}")
 
 
@@ -87,11 +87,13 @@ def test_a_rolling_update_keeps_to_the_room_and_to_its_replicas(total: int, surg
 def test_blue_green_switches_when_all_are_ready(seed: int) -> None:
     """Blue-green switches only when all replicas of the new version are ready."""
     world = World(3, 6, seed)
-    while (seen := rollout.look("blue_green", world.replicas.values(), 2, 3, 3)).status is RolloutStatus.IN_PROGRESS:
+    while (
+        step := rollout.next_step("blue_green", world.replicas.values(), 2, 3, 3)
+    ).status is RolloutStatus.IN_PROGRESS:
         new_ready = sum(r.status is Status.READY for r in world.replicas.values() if r.version == 2)
-        assert seen.old == (0 if new_ready == 3 else 3)
-        world.step({1: seen.old, 2: seen.new})
-    assert (seen.status, world.least_ready, world.most_running) == (RolloutStatus.DONE, 3, 6)
+        assert step.old == (0 if new_ready == 3 else 3)
+        world.step({1: step.old, 2: step.new})
+    assert (step.status, world.least_ready, world.most_running) == (RolloutStatus.DONE, 3, 6)
 
 
 @pytest.mark.parametrize("mode", ["rolling", "blue_green"])
@@ -99,10 +101,10 @@ def test_blue_green_switches_when_all_are_ready(seed: int) -> None:
 def test_rollback(mode: Mode, surge: int) -> None:
     """A version that never becomes ready fails, and the old one comes back."""
     world = World(3, 3 + (3 if mode == "blue_green" else surge), is_broken=True)
-    seen = world.update(mode)
-    assert (seen.status, seen.reason, seen.old, seen.new) == (RolloutStatus.FAILED, "no such flag", 3, 0)
+    step = world.update(mode)
+    assert (step.status, step.reason, step.old, step.new) == (RolloutStatus.FAILED, "no such flag", 3, 0)
     for _ in range(200):
-        world.step({1: seen.old, 2: seen.new})
+        world.step({1: step.old, 2: step.new})
     assert [(r.version, r.status) for r in world.replicas.values()] == [(1, "READY")] * 3
     assert world.least_ready >= 3 - (world.fits == 3)
 
@@ -111,11 +113,11 @@ def test_rollback(mode: Mode, surge: int) -> None:
 def test_failed_replica_fails_the_update(status: Status) -> None:
     """A new replica that the balancer reports as failed fails the update."""
     new = Replica(2, 2, Stage.RUNNING, status=status)
-    assert rollout.look("rolling", [new], 2, 1, 1) == Look(1, 0, RolloutStatus.FAILED, f"it was {status}")
+    assert rollout.next_step("rolling", [new], 2, 1, 1) == RolloutStep(1, 0, RolloutStatus.FAILED, f"it was {status}")
 
 
 def test_nothing_to_serve_is_updated_at_once() -> None:
-    assert rollout.look("rolling", [], 2, 0, 1) == Look(0, 0, RolloutStatus.DONE)
+    assert rollout.next_step("rolling", [], 2, 0, 1) == RolloutStep(0, 0, RolloutStatus.DONE)
 
 
 def test_an_old_replica_that_was_given_up_is_no_obstacle() -> None:
@@ -128,7 +130,7 @@ def test_a_replica_that_gets_no_gpu_makes_an_old_one_go_first() -> None:
     """Others took what looked free: waiting for them could take for ever."""
     old = Replica(1, 1, Stage.RUNNING, status=Status.READY, was_ready=True)
     new = Replica(2, 2, Stage.WAITING)
-    assert rollout.look("rolling", [old, new], 2, 1, surge=1) == Look(1, 1, RolloutStatus.IN_PROGRESS)
-    assert rollout.look("rolling", [old, replace(new, waits_for_gpu=True)], 2, 1, surge=1) == Look(
+    assert rollout.next_step("rolling", [old, new], 2, 1, surge=1) == RolloutStep(1, 1, RolloutStatus.IN_PROGRESS)
+    assert rollout.next_step("rolling", [old, replace(new, waits_for_gpu=True)], 2, 1, surge=1) == RolloutStep(
         0, 1, RolloutStatus.IN_PROGRESS
     )

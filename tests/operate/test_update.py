@@ -84,7 +84,10 @@ def test_a_file_that_cannot_be_is_refused_and_changes_nothing(groundserve: Groun
     assert "service.replica is unknown" in groundserve("update", "lab", bad, code=1)
     for text, said in (
         ("service: {replicas: {{ replicas }}}", "bad.yaml:1: service.replicas has a list or a mapping for a key"),
-        ("service: {}\nenvs: {A: &x [*x]}", "bad.yaml:2: not valid YAML: the alias *x stands inside what it names"),
+        (
+            "service: {}\nenvs: {A: &x [*x]}",
+            "bad.yaml:2: not valid YAML: the alias *x refers to a value that contains it",
+        ),
         ("service: {}\n? [a, b]\n: 1", "bad.yaml:2: the file has a list or a mapping for a key"),
         ("[" * 100_000, "bad.yaml:1: not valid YAML: it is nested more than 50 deep"),
         ("#" * 300_000, "bad.yaml: larger than 256 KiB"),

@@ -12,7 +12,7 @@ from balancer.errors import ConfigError
 from balancer.operate.controller.plan import Replica, Stage
 from balancer.operate.controller.report import Report
 from balancer.operate.controller.traffic import Traffic
-from balancer.operate.controller.wanted import Load, Outcome, Wanted
+from balancer.operate.controller.wanted import Load, UpdateResult, Wanted
 from balancer.operate.engines.engine import Survivor
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.spec.service_file import parse
@@ -70,7 +70,7 @@ def test_an_update_replaces_one_by_one_and_is_then_what_serves() -> None:
     assert wanted.newest.version == 2
     assert wanted.counts([ready(1), ready(2)], Load(), 0.0) == ({1: 2, 2: 1}, None)
     assert wanted.counts([ready(1), ready(2), ready(3, 2)], Load(), 0.0) == ({1: 1, 2: 1}, None)
-    assert wanted.counts([ready(3, 2), ready(4, 2)], Load(), 0.0) == ({1: 0, 2: 2}, Outcome(2))
+    assert wanted.counts([ready(3, 2), ready(4, 2)], Load(), 0.0) == ({1: 0, 2: 2}, UpdateResult(2))
     assert (wanted.serving.version, wanted.coming) == (2, None)
     assert wanted.counts([ready(3, 2), ready(4, 2)], Load(), 0.0) == ({2: 2}, None)
 
@@ -79,7 +79,7 @@ def test_a_failed_update_leaves_the_old_version() -> None:
     wanted = Wanted(made())
     wanted.update(made(2, "serve --worse $GROUNDSERVE_PORT"), "rolling")
     lost = Replica(3, 2, Stage.GIVEN_UP, reason="no such flag")
-    assert wanted.counts([ready(1), ready(2), lost], Load(), 0.0) == ({1: 2, 2: 0}, Outcome(2, "no such flag"))
+    assert wanted.counts([ready(1), ready(2), lost], Load(), 0.0) == ({1: 2, 2: 0}, UpdateResult(2, "no such flag"))
     assert (wanted.serving.version, wanted.coming) == (1, None)
 
 
@@ -96,7 +96,7 @@ def test_blue_green_hides_the_new_version() -> None:
     starting = [*old, *(replace(replica, status=Status.STARTING) for replica in both[2:])]
     assert wanted.counts(starting, Load(), 0.0) == ({1: 2, 2: 2}, None)
     assert wanted.counts(both, Load(), 0.0) == ({1: 0, 2: 2}, None)
-    assert wanted.counts(both[2:], Load(), 0.0) == ({1: 0, 2: 2}, Outcome(2))
+    assert wanted.counts(both[2:], Load(), 0.0) == ({1: 0, 2: 2}, UpdateResult(2))
 
 
 def test_what_changes_only_the_balancer_touches_no_replica() -> None:
@@ -208,8 +208,8 @@ def test_replicas_of_another_recipe() -> None:
     wanted = Wanted(made())
     wanted.adopt([left(1, 2, "another"), left(2, 2, "another")])
     assert (wanted.serving.version, wanted.newest.version, wanted.hidden) == (2, 3, None)
-    counts, outcome = wanted.counts([ready(1, 2), ready(2, 2)], Load(), 0.0)
-    assert (counts, outcome) == ({2: 2, 3: 1}, None)
+    counts, result = wanted.counts([ready(1, 2), ready(2, 2)], Load(), 0.0)
+    assert (counts, result) == ({2: 2, 3: 1}, None)
     assert wanted.recipes[2].version == 2
 
 
@@ -220,8 +220,8 @@ def test_an_update_that_was_under_way_goes_on() -> None:
     assert (wanted.serving.version, wanted.newest.version) == (1, 2)
     everything = [ready(1, 1), ready(2, 2)]
     assert wanted.counts(everything, Load(), 0.0)[0][2] == 2
-    counts, outcome = wanted.counts([ready(2, 2), ready(3, 2)], Load(), 1.0)
-    assert (counts, outcome) == ({1: 0, 2: 2}, Outcome(2))
+    counts, result = wanted.counts([ready(2, 2), ready(3, 2)], Load(), 1.0)
+    assert (counts, result) == ({1: 0, 2: 2}, UpdateResult(2))
     assert wanted.serving.version == 2
 
 
@@ -243,12 +243,12 @@ def test_old_versions_are_forgotten() -> None:
         old, new = [ready(1, version - 1), ready(2, version - 1)], [ready(3, version), ready(4, version)]
         wanted.counts(old, Load(), 0.0)
         assert wanted.recipes.keys() == {version - 1, version}
-        assert wanted.counts(new, Load(), 0.0)[1] == Outcome(version)
+        assert wanted.counts(new, Load(), 0.0)[1] == UpdateResult(version)
     wanted.counts(new, Load(), 0.0)
     assert wanted.recipes.keys() == {49}
     wanted.update(made(50, "serve --worse $GROUNDSERVE_PORT"), "rolling")
     lost = Replica(5, 50, Stage.GIVEN_UP, reason="no such flag")
-    assert wanted.counts([*new, lost], Load(), 0.0)[1] == Outcome(50, "no such flag")
+    assert wanted.counts([*new, lost], Load(), 0.0)[1] == UpdateResult(50, "no such flag")
     wanted.counts([*new, replace(lost, stage=Stage.STOPPING)], Load(), 0.0)
     assert wanted.recipes.keys() == {49, 50}, "it is still there, and asked for"
     wanted.counts(new, Load(), 0.0)

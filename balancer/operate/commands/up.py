@@ -194,7 +194,7 @@ class _Up:
         for warning in warnings:
             say(f"warning: {warning}")
         say(f"{name} goes from version {self._controller.wanted.serving.version} to {self._version}, {mode}")
-        outcome = await self._controller.update(fitted, mode)
-        if outcome.failure:
-            raise ConfigError(f"{name} stays at version {self._controller.wanted.serving.version}: {outcome.failure}")
-        return f"{name} is at version {outcome.version}"
+        result = await self._controller.update(fitted, mode)
+        if result.failure:
+            raise ConfigError(f"{name} stays at version {self._controller.wanted.serving.version}: {result.failure}")
+        return f"{name} is at version {result.version}"

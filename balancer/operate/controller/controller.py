@@ -1,4 +1,4 @@
-"""Keeps a service as it is wanted: looks at it, decides by plan.py, acts through an engine, tells the balancer."""
+"""Keeps a service as it is wanted: looks, decides by plan.py, acts through an engine, tells the balancer."""
 
 import asyncio
 import contextlib
@@ -15,19 +15,19 @@ from balancer.operate.controller.readiness import Readiness
 from balancer.operate.controller.report import Report
 from balancer.operate.controller.rollout import Mode
 from balancer.operate.controller.traffic import Traffic
-from balancer.operate.controller.wanted import Outcome, Wanted
+from balancer.operate.controller.wanted import UpdateResult, Wanted
 from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.engines.engine import CannotStart, Ended, Engine
 from balancer.operate.recipe.recipe import Recipe
 
-# Seconds between two looks when nothing happens; whatever ends is looked at at once.
+# Seconds between two steps when nothing happens; if something ends, the next step follows at once.
 _PERIOD = 0.5
 
 
 class Controller:
-    """One service. `run` works until `close` was called and all is down.
+    """One service. `run` returns after `close` has been called and everything is down.
 
-    Other methods may be called at any time from the same event loop; they note what is wanted, and `run` does it.
+    The other methods may be called at any time on the same event loop. They record what is wanted; `run` acts on it.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Controller:
         self._readiness = Readiness(engine.fields)
         self._next_id = 1
         self._condemned: set[int] = set()
-        self._updates: list[asyncio.Future[Outcome]] = []
+        self._updates: list[asyncio.Future[UpdateResult]] = []
         self._is_closing = False
         self._hurry = asyncio.Event()
         self._stopping: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Works until closed; then all is down. Raises CannotStart when there can be no balancer."""
+        """Returns once closed and everything is down. Raises CannotStart if the balancer cannot run."""
         try:
             await self._adopt()
             while not self._is_closing:
@@ -74,14 +74,14 @@ class Controller:
             await self._end()
 
     def close(self) -> None:
-        """Ends the service once the answers in flight are finished; called again, at once."""
+        """Ends the service once the answers in flight are finished; a second call ends it at once."""
         if self._is_closing:
             self._hurry.set()
         self._is_closing = True
         self._wake.set()
 
     def scale(self, target: int) -> None:
-        """Wants that many replicas from now on, and tries again those given up. Raises ConfigError."""
+        """Wants that many replicas from now on, and retries those that were given up. Raises ConfigError."""
         self.wanted.scale(target)
         for replica in self.replicas.values():
             if replica.stage is Stage.GIVEN_UP:
@@ -89,35 +89,35 @@ class Controller:
         self._wake.set()
 
     def replace_replica(self, id: int) -> None:
-        """Drains a replica and ends it; another takes its place. Raises ConfigError when there is none such."""
+        """Drains and stops a replica; another takes its place. Raises ConfigError if there is no such replica."""
         if id not in self.replicas or not self.replicas[id].is_wanted:
             known = ", ".join(str(replica.id) for replica in self.replicas.values() if replica.is_wanted)
             raise ConfigError(f"{self.name} has no replica {id}; it has {known or 'none'}")
         self._condemned.add(id)
         self._wake.set()
 
-    async def update(self, recipe: Recipe, mode: Mode) -> Outcome:
-        """Wants this version from now on; returns when all is of it, or when it failed and the old one is back.
+    async def update(self, recipe: Recipe, mode: Mode) -> UpdateResult:
+        """Wants this version from now on. Returns once all replicas have it, or it failed and the old one is back.
 
-        Raises ConfigError when it cannot come that way.
+        Raises ConfigError if it cannot be rolled out in this mode.
         """
         before = self.wanted.serving
         self.wanted.update(recipe, mode)
         if self.wanted.coming is None:
-            # The same processes serve: only what the balancer does with them is new.
+            # The processes stay the same: only what the balancer does with them changes.
             for replica in self.replicas.values():
                 if replica.version == before.version:
                     self._keep(replace(replica, version=recipe.version))
             await self._balancer.renew(recipe)
             self._wake.set()
-            return Outcome(recipe.version)
-        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._updates.append(outcome)
+            return UpdateResult(recipe.version)
+        result: asyncio.Future[UpdateResult] = asyncio.get_running_loop().create_future()
+        self._updates.append(result)
         self._wake.set()
-        return await outcome
+        return await result
 
     async def _adopt(self) -> None:
-        """Goes on with the replicas that an earlier controller left running."""
+        """Takes over the replicas that an earlier controller left running."""
         survivors = await self._engine.found()
         if not survivors:
             return
@@ -134,15 +134,15 @@ class Controller:
         for over in self._engine.ended():
             self._lost(over)
         await self._tell()
-        await self._look_at_hidden()
+        await self._probe_hidden()
         now = self._clock()
-        counts, outcome = self.wanted.counts(self.replicas.values(), self._traffic.take(), now)
-        if outcome is not None:
-            await self._updated(outcome)
+        counts, result = self.wanted.counts(self.replicas.values(), self._traffic.take(), now)
+        if result is not None:
+            await self._updated(result)
         timeout = self.wanted.serving.spec.settings.drain_timeout
         actions = plan.decide(self.replicas.values(), counts, self._next_id, now, timeout, self._condemned)
         self._condemned.clear()
-        # A drain that a balancer forgot, because it is a new process, is told again.
+        # A new balancer process knows nothing of earlier drains, so they are repeated.
         for replica in self.replicas.values():
             is_forgotten = replica.status is not None and replica.status.phase is not Phase.LEAVING
             if replica.stage is Stage.DRAINING and is_forgotten:
@@ -161,7 +161,7 @@ class Controller:
                 self._keep(plan.drained(self.replicas[id], self._clock()))
                 await self._balancer.drain(id)
             case Drain(id):
-                # It is being ended already, only to start again: now it is not to.
+                # It is being stopped already, in order to start again: now it is not to start again.
                 self._keep(replace(self.replicas[id], stage=Stage.STOPPING))
             case Forget(id):
                 self._forget(id)
@@ -183,7 +183,7 @@ class Controller:
             self._lost(Ended(id, str(failure)))
 
     def _stop(self, id: int, reason: str | None) -> None:
-        """Ends a replica's process without waiting for it; `reason`: it starts again afterwards."""
+        """Stops a replica's process without waiting for that. With a `reason` it starts again afterwards."""
 
         async def stop() -> None:
             await self._engine.stop(id, self.wanted.serving.spec.operation.stop_grace)
@@ -216,18 +216,18 @@ class Controller:
         elif not replica.waits_for_gpu:
             self._say(f"{self.name}-{id} waits for a GPU: {over.reason}")
 
-    async def _updated(self, outcome: Outcome) -> None:
-        if outcome.failure:
-            self._say(f"{self.name} stays at version {self.wanted.serving.version}: {outcome.failure}")
+    async def _updated(self, result: UpdateResult) -> None:
+        if result.failure:
+            self._say(f"{self.name} stays at version {self.wanted.serving.version}: {result.failure}")
         else:
-            self._say(f"{self.name} is at version {outcome.version}")
+            self._say(f"{self.name} is at version {result.version}")
             await self._balancer.renew(self.wanted.serving)
         for waiting in self._updates:
-            waiting.set_result(outcome)
+            waiting.set_result(result)
         self._updates.clear()
 
-    async def _look_at_hidden(self) -> None:
-        """Asks the replicas that the balancer must not know yet whether they are ready."""
+    async def _probe_hidden(self) -> None:
+        """Probes the replicas that the balancer must not know yet."""
         coming = self.wanted.coming
         if coming is None or self.wanted.hidden is None:
             return
@@ -245,17 +245,17 @@ class Controller:
             self._keep(plan.observed(replica, status, 0, self._clock(), coming.spec.operation))
 
     async def _tell(self) -> None:
-        """Gives the balancer the list, and takes what it says of each replica."""
+        """Sends the list to the balancer, and takes from its answer how each replica is."""
         if self._is_closing:
-            word, reason = ServiceStatus.SHUTTING_DOWN, ""
+            status, reason = ServiceStatus.SHUTTING_DOWN, ""
         elif plan.is_hopeless(self.replicas.values(), self.wanted.target):
-            word, reason = ServiceStatus.FAILED, next((r.reason for r in self.replicas.values() if r.reason), "")
+            status, reason = ServiceStatus.FAILED, next((r.reason for r in self.replicas.values() if r.reason), "")
         else:
-            word, reason = None, ""
+            status, reason = None, ""
         now = self._clock()
         self._report.note(self._engine.running(), self.replicas.keys())
         snapshot = await self._balancer.tell(
-            self._report.listing(self.replicas.values(), self.wanted, now, word, reason)
+            self._report.listing(self.replicas.values(), self.wanted, now, status, reason)
         )
         if snapshot is None:
             if not self._balancer.has_answered:
@@ -272,10 +272,10 @@ class Controller:
         self._show(self.snapshot)
 
     async def _end(self) -> None:
-        """Balancer first, so that nobody is cut off; then the replicas, which have nothing left to do."""
+        """The balancer goes first, so that no answer is cut off; then the replicas, which have nothing left to do."""
         self._is_closing = True
         for waiting in self._updates:
-            waiting.set_result(Outcome(0, "it was taken down"))
+            waiting.set_result(UpdateResult(0, "it was taken down"))
         self._updates.clear()
         await self._tell()
         await self._balancer.stop(self._hurry)

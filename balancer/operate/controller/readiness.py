@@ -1,4 +1,4 @@
-"""Asks a replica the service's readiness question, for replicas that the balancer must not know yet."""
+"""The service's readiness probe, for replicas that the balancer must not know yet."""
 
 from collections.abc import Mapping
 
@@ -8,13 +8,13 @@ from balancer.spec.settings import ReadinessProbe
 
 
 class Readiness:
-    """`fields` are headers that go with each question, unless the probe has others of that name."""
+    """`fields` are headers that are sent along, unless the probe has its own of the same name."""
 
     def __init__(self, fields: Mapping[str, str]) -> None:
         self._client = httpx.AsyncClient(headers=dict(fields), trust_env=False)
 
     async def ask(self, endpoint: str | None, probe: ReadinessProbe) -> bool:
-        """Does it answer 200 now?"""
+        """Does the replica answer 200 now?"""
         if endpoint is None:
             return False
         method = "GET" if probe.post_data is None else "POST"

@@ -1,4 +1,4 @@
-"""A rolling or blue-green update, one look at a time. Pure: replicas in, how many of each version out."""
+"""A rolling or blue-green update, step by step. Pure: replicas in, the number of each version out."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ Mode = Literal["rolling", "blue_green"]
 
 
 class RolloutStatus(Enum):
-    """How an update stands."""
+    """How far an update is."""
 
-    IN_PROGRESS = "some replicas are still of the old version"
-    DONE = "all replicas that are wanted are of the new version, and ready"
+    IN_PROGRESS = "some replicas still have the old version"
+    DONE = "all wanted replicas have the new version and are ready"
     FAILED = "the new version does not become ready"
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What to have of each version now. `reason` says why the update failed."""
+class RolloutStep:
+    """How many replicas of each version to have now. `reason` says why the update failed."""
 
     old: int
     new: int
@@ -28,11 +28,11 @@ class Look:
     reason: str = ""
 
 
-def look(mode: Mode, replicas: Iterable[Replica], version: int, total: int, surge: int) -> Look:
+def next_step(mode: Mode, replicas: Iterable[Replica], version: int, total: int, surge: int) -> RolloutStep:
     """How far the update to `version` is, and what to have next.
 
-    `total` replicas are wanted in the end, and `total + surge` may run at a time, those that still drain included:
-    0 on a machine whose GPUs are all taken, where one has to go before another can come.
+    `total` replicas are wanted in the end, and up to `total + surge` may run at a time, including those that are still
+    draining. `surge` is 0 if all GPUs are taken: then an old replica has to go before a new one can start.
     """
     replicas = list(replicas)
     new = [replica for replica in replicas if replica.version == version and replica.is_wanted]
@@ -40,17 +40,17 @@ def look(mode: Mode, replicas: Iterable[Replica], version: int, total: int, surg
     for replica in new:
         if replica.stage is Stage.GIVEN_UP or replica.is_unusable:
             reason = replica.reason or f"it was {replica.status}"
-            return Look(total, 0, RolloutStatus.FAILED, reason)
+            return RolloutStep(total, 0, RolloutStatus.FAILED, reason)
     ready = sum(replica.is_ready for replica in new)
     if ready >= total:
-        return Look(0, total, RolloutStatus.IN_PROGRESS if old else RolloutStatus.DONE)
+        return RolloutStep(0, total, RolloutStatus.IN_PROGRESS if old else RolloutStatus.DONE)
     if mode == "blue_green":
-        # The old version serves alone until the whole of the new one is ready.
-        return Look(total, total, RolloutStatus.IN_PROGRESS)
+        # The old version serves alone until all replicas of the new one are ready.
+        return RolloutStep(total, total, RolloutStatus.IN_PROGRESS)
     if any(replica.waits_for_gpu for replica in new):
-        surge = 0  # others hold what looked free: an old one has to make room after all
+        surge = 0  # a GPU that looked free is taken: an old replica has to make room after all
     room = total + surge - len(replicas)
-    # As many at a time as there is room for beyond the old ones; at least one, once an old one has made room.
+    # As many at a time as fit beside the old ones; at least one, once an old one has made room.
     coming = max(0, min(room, max(1, surge) - (len(new) - ready)))
     staying = max(0, total - ready - (surge == 0))
-    return Look(staying, min(total, len(new) + coming), RolloutStatus.IN_PROGRESS)
+    return RolloutStep(staying, min(total, len(new) + coming), RolloutStatus.IN_PROGRESS)

@@ -1,11 +1,11 @@
-"""What is asked of a service, from one of the balancer's snapshots to the next."""
+"""The load of a service, from one of the balancer's snapshots to the next."""
 
 from balancer.contract.status import Snapshot
 from balancer.operate.controller.wanted import Load
 
 
 class Traffic:
-    """What arrived between two looks, served or not: generating requests, each once, as they came through the door."""
+    """Counts the generating requests that arrived between two looks, each once, served or not."""
 
     def __init__(self) -> None:
         self._arrived: int | None = None  # the balancer's totals as last seen
@@ -15,7 +15,7 @@ class Traffic:
     def note(self, snapshot: Snapshot) -> None:
         service = snapshot.service
         before = service.arrived_total if self._arrived is None else self._arrived
-        if service.arrived_total < before:  # a balancer that started anew counts from 0 again
+        if service.arrived_total < before:  # a balancer that has restarted counts from 0 again
             before = self._turned_away = 0
         self._load = Load(
             self._load.arrived + service.arrived_total - before,

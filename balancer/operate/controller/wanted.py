@@ -29,7 +29,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class UpdateResult:
     """How an update ended; `failure` is empty if it succeeded."""
 
     version: int
@@ -131,7 +131,9 @@ class Wanted:
             return f"both versions would listen on port {recipe.fixed_port}"
         return ""
 
-    def counts(self, replicas: Collection[Replica], load: Load, now: float) -> tuple[Mapping[int, int], Outcome | None]:
+    def counts(
+        self, replicas: Collection[Replica], load: Load, now: float
+    ) -> tuple[Mapping[int, int], UpdateResult | None]:
         """How many of each version to have now, and how the update ended, once, when it has."""
         # A version without replicas is not started again.
         present = {self.serving.version, self.newest.version, *(replica.version for replica in replicas)}
@@ -142,21 +144,21 @@ class Wanted:
             )
         if self.coming is None:
             return {self.serving.version: self.target}, None
-        seen = rollout.look(self._mode, replicas, self.coming.version, self.target, self._surge())
-        if self.hidden is not None and seen.old == 0:
+        step = rollout.next_step(self._mode, replicas, self.coming.version, self.target, self._surge())
+        if self.hidden is not None and step.old == 0:
             # Our own probes found them ready. Now the balancer has to, before the old ones may go.
             self._is_switched = True
             return {self.serving.version: self.target, self.coming.version: self.target}, None
-        counts = {self.serving.version: seen.old, self.coming.version: seen.new}
-        if seen.status is RolloutStatus.IN_PROGRESS:
+        counts = {self.serving.version: step.old, self.coming.version: step.new}
+        if step.status is RolloutStatus.IN_PROGRESS:
             return counts, None
-        outcome = Outcome(self.coming.version, seen.reason)
-        if seen.status is RolloutStatus.DONE:
+        result = UpdateResult(self.coming.version, step.reason)
+        if step.status is RolloutStatus.DONE:
             self.serving = self.coming
         else:
             self._autoscaler = _autoscaler(self.serving)
         self.coming = None
-        return counts, outcome
+        return counts, result
 
     def _surge(self) -> int:
         """How many replicas there may be beyond the wanted number: as many as fit, or one if that is unknown."""
