@@ -3,8 +3,10 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -70,17 +72,17 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
         tls_cert, tls_key = described.tls
     if bool(tls_cert) != bool(tls_key):
         raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
-    if options.discover and options.replica:
-        raise ConfigError("--replica and --discover exclude each other: give one of them")
-    replicas = tuple(ReplicaListing(f"replica-{n}", _http(url), id=n) for n, url in enumerate(options.replica, 1))
-    return Config(
+    sources = _sources(options.replica, options.discover)
+    own_name = described.name if described else "groundserve"
+    (first_name, (replicas, discover)), *others = sources.items()
+    config = Config(
         listen=listen,
         admin=admin,
         policy=options.policy or (described.policy if described else None) or "round_robin",
         target_qps=_target_qps(described),
         replicas=replicas,
-        discover=options.discover,
-        name=described.name if described else "groundserve",
+        discover=discover,
+        name=first_name or own_name,
         service_file=_path(options.service),
         settings=settings,
         readiness=(described.readiness_probe if described else None) or ReadinessProbe(),
@@ -92,6 +94,47 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
         replica_ca=_path(options.replica_ca),
         is_log_json=options.log_format == "json",
     )
+    return replace(
+        config,
+        others=tuple(
+            replace(config, name=name, replicas=replicas, discover=discover) for name, (replicas, discover) in others
+        ),
+    )
+
+
+def _sources(
+    urls: Sequence[str], discovered: Sequence[str]
+) -> dict[str, tuple[tuple[ReplicaListing, ...], str | None]]:
+    """Where the replicas of each service are: by its name, which is empty where there is one service without a name.
+
+    Raises ConfigError.
+    """
+    replicas: dict[str, list[str]] = {}
+    for url in urls:
+        name, address = _named(url)
+        replicas.setdefault(name, []).append(address)
+    names = dict(_named(source) for source in discovered)
+    if len(names) < len(discovered):
+        raise ConfigError("--discover: write NAME=dns://HOST:PORT, each with a name of its own, for several services")
+    if both := replicas.keys() & names.keys():
+        of = f" of {min(both)}" if min(both) else ""
+        raise ConfigError(f"--replica and --discover{of} exclude each other: give one of them")
+    if "" in (*replicas, *names) and len(replicas) + len(names) > 1:
+        raise ConfigError("--replica and --discover: write NAME=ADDRESS for all of them, or for none")
+    listed: dict[str, tuple[tuple[ReplicaListing, ...], str | None]] = {
+        name: ((), source) for name, source in names.items()
+    }
+    for name, addresses in replicas.items():
+        prefix = name or "replica"
+        listings = (ReplicaListing(f"{prefix}-{n}", _http(url), id=n) for n, url in enumerate(addresses, 1))
+        listed[name] = (tuple(listings), None)
+    return listed or {"": ((), None)}
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME=ADDRESS in two; the name is empty where there is none."""
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]{0,62})=(.+)", text, re.ASCII)
+    return (found[1], found[2]) if found else ("", text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,8 +158,18 @@ def _parser() -> argparse.ArgumentParser:
     flag("--listen", "127.0.0.1:30001", metavar="HOST:PORT", help="the endpoint (default: %(default)s)")
     flag("--admin", "127.0.0.1:30002", metavar="HOST:PORT", help="status and drain (default: %(default)s)")
     flag("--policy", choices=get_args(PolicyName), help="which replica gets a request (default: round_robin)")
-    flag("--replica", action="append", metavar="URL", help="a replica, http://HOST:PORT; may be repeated")
-    flag("--discover", metavar="dns://NAME:PORT", help="find the replicas by DNS instead")
+    flag(
+        "--replica",
+        action="append",
+        metavar="[NAME=]URL",
+        help="a replica, http://HOST:PORT; may be repeated; a NAME says of which service, where there are several",
+    )
+    flag(
+        "--discover",
+        action="append",
+        metavar="[NAME=]dns://HOST:PORT",
+        help="find the replicas by DNS instead; may be repeated, for services with a NAME each",
+    )
     flag(
         "--service",
         metavar="FILE",

@@ -66,26 +66,31 @@ class Balancer:
         self.certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         replica_tls = replica_context(config.replica_ca)
 
-        # The service, and who counts what happens there
+        # The services, and who counts what happens there
         self.tallies = Tallies()
         self.lateness = Lateness(loop, self.tallies.loop_lag.note)
         self.dialer = Dialer(look_up, self.lateness.within)
-        self.service = service = Service(config, loop.time, self.dialer, replica_tls, look_up)
-        service.fleet.when_joined.append(self.tallies.member_joined)
-        service.fleet.when_left.append(self.tallies.member_left)
+        self.services = [Service(one, loop.time, self.dialer, replica_tls, look_up) for one in (config, *config.others)]
+        self.service = service = self.services[0]  # the one whose settings hold for the endpoint itself
+        for one in self.services:
+            one.fleet.asks_for_models = len(self.services) > 1
+            one.fleet.when_joined.append(self.tallies.member_joined)
+            one.fleet.when_left.append(self.tallies.member_left)
         self.access_log = AccessLog(log_descriptor, config.is_log_json)
-        self.history = History(service.fleet, service.admission, self.tallies)
+        self.histories = [History(one.fleet, one.admission, self.tallies) for one in self.services]
 
         # The relay, from its clients to the replicas
         self._client = _client_of_replicas(config.replica_key, replica_tls)
-        self.destination = Destination(
-            service.places, service.settings, loop, config.replica_key, replica_tls, self.dialer
-        )
+        self.destinations = [
+            Destination(one.places, one.settings, loop, config.replica_key, replica_tls, self.dialer, one)
+            for one in self.services
+        ]
+        self.destination = self.destinations[0]
         self.proxy = Proxy(
-            Directory(self.destination),
+            Directory(self.destinations),
             loop,
             _Observer(self.access_log, self.tallies),
-            functools.partial(asgi.answer, public_app(service, self._client)),
+            functools.partial(asgi.answer, public_app(self.services, self._client)),
             self._cors(),
             self.keys,
             config.admin_key,
@@ -97,27 +102,31 @@ class Balancer:
         self._sockets = [listen.listening(*config.listen), listen.listening(*config.admin)]
         self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # what a client asks for
         self.admin_endpoint = listen.url_of(self._sockets[1])
-        self.feed = Feed(service.facts, service.fleet, service.admission, self.tallies, self.history)
+        self.feeds = [
+            Feed(one.facts, one.fleet, one.admission, self.tallies, history)
+            for one, history in zip(self.services, self.histories, strict=True)
+        ]
         self._own_client = _client_of(self.certificate.own_context if self.certificate else replica_tls)
-        self.figures = BalancerCollector(service, self.tallies, self.keys, self.doors)
+        self.figures = BalancerCollector(self.services, self.tallies, self.keys, self.doors)
         self._admin_server = listen.server(self._admin_app(), AdminConnection)
         self._door: listen.Door | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._sweep = Sweep(self._jobs())
 
     def _admin_app(self) -> Guard:
-        config, service = self.config, self.service
-        app = admin_app(service.facts, service.fleet, service.admission, service.list_replicas, config.admin_key)
+        config = self.config
+        app = admin_app(self.services, config.admin_key)
         app.include_router(metrics_router(registry_of(self.figures)))
-        add_page(app, self.feed)
+        add_page(app, self.feeds)
         app.include_router(playground_router(listen.reachable(self.endpoint), self._own_client))
         return Guard(app, is_loopback_name(config.admin[0]), config.admin_key is not None)
 
     async def start(self) -> None:
         """Opens both ports and begins to watch the replicas."""
-        self.service.facts.endpoint = self.endpoint
         self.lateness.start()
-        self.service.start()
+        for service in self.services:
+            service.facts.endpoint = self.endpoint
+            service.start()
         context = self.certificate.context if self.certificate else None
         self._door = await listen.door(self.doors, self._sockets[0], context)
         self._tasks.append(asyncio.ensure_future(self._admin_server.serve(sockets=[self._sockets[1]])))
@@ -133,7 +142,8 @@ class Balancer:
         """
         trusted = _networks(config.settings.trusted_proxies)
         before, self.config = self.config, config
-        self.service.renew(config)
+        for service, renewed in zip(self.services, (config, *config.others), strict=True):
+            service.renew(renewed)
         self.doors.trust(trusted)
         self.proxy.cors = self._cors()
         if (config.tls_cert, config.tls_key) != (before.tls_cert, before.tls_key):
@@ -149,7 +159,8 @@ class Balancer:
         `hurry` set ends the waiting at once.
         """
         settings = self.service.settings
-        self.service.facts.is_leaving = True
+        for service in self.services:
+            service.facts.is_leaving = True
         await _wait(hurry, settings.drain_grace)
         if self._door is not None:
             self._door.close()
@@ -164,15 +175,17 @@ class Balancer:
 
     async def stop(self) -> None:
         """Ends every loop and closes every socket."""
-        self.feed.close()
+        for feed in self.feeds:
+            feed.close()
         self._admin_server.should_exit = True
         if self._door is not None:
             self._door.close()
         sweep = self._tasks.pop()
         sweep.cancel()
         await asyncio.gather(*self._tasks, sweep, return_exceptions=True)
-        await self.service.stop()
-        self.destination.pool.close()
+        for service, destination in zip(self.services, self.destinations, strict=True):
+            await service.stop()
+            destination.pool.close()
         await self.dialer.close()
         self.lateness.stop()
         await self._client.aclose()
@@ -182,13 +195,15 @@ class Balancer:
     def _jobs(self) -> dict[str, Job]:
         jobs: dict[str, Job] = {
             "client connections": self.doors.sweep,
-            "connections to replicas": self.destination.pool.sweep,
-            "waiting requests": lambda _: self.service.admission.expire(),
             "the access log": lambda _: self.access_log.flush_some(),
             "the counts": lambda _: self.tallies.count_some(),
-            "the page's history": self.history.take,
             "the service file": lambda _: self._reload(),
         }
+        for service, destination, history in zip(self.services, self.destinations, self.histories, strict=True):
+            name = service.facts.name
+            jobs[f"connections to replicas of {name}"] = destination.pool.sweep
+            jobs[f"requests that wait for {name}"] = functools.partial(_expire, service)
+            jobs[f"the page's history of {name}"] = history.take
         if (keys := self.keys) is not None:
             jobs["API keys"] = lambda _: self._reload_keys(keys)
         if (certificate := self.certificate) is not None:
@@ -212,6 +227,10 @@ class Balancer:
             log.warning("%s; all stays as it was", error)
         else:
             log.info("%s: taken up", self.config.service_file)
+
+
+def _expire(service: Service, _now: float) -> None:
+    service.admission.expire()
 
 
 class _Observer:

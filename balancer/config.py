@@ -29,6 +29,8 @@ class Config:
     tls_key: Path | None = None
     replica_ca: Path | None = None  # CA certificates for https replicas; None: the machine's own
     is_log_json: bool = False
+    # Further services behind the same endpoint; what concerns the process as a whole does not count in them.
+    others: tuple["Config", ...] = ()
 
 
 Reread = Callable[[], Config]

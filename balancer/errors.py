@@ -1,5 +1,7 @@
 """Every error that a user can meet: its HTTP status, its body in the shape that clients of the path expect."""
 
+from collections.abc import Sequence
+
 import orjson
 
 # Anthropic's error types, by HTTP status.
@@ -152,6 +154,24 @@ def wait_too_long(expected: float, timeout: float, retry_after: int) -> ServeErr
 def queue_timeout(seconds: float, retry_after: int) -> ServeError:
     message = f"No replica had room within {seconds:g} s. Try again shortly, or add replicas."
     return ServeError(429, "queue_timeout", message, kind="rate_limit_error", retry_after=retry_after)
+
+
+def model_not_found(model: str, known: Sequence[str]) -> ServeError:
+    message = f"There is no model {model[:200]!r} here. There are: {', '.join(known)}."
+    return ServeError(404, "model_not_found", message)
+
+
+def model_not_known_yet(model: str, retry_after: int = 5) -> ServeError:
+    message = f"No replica is ready that serves {model[:200]!r}; one that still starts may. Try again shortly."
+    return ServeError(503, "no_replica_ready", message, retry_after=retry_after)
+
+
+def model_not_named(known: Sequence[str]) -> ServeError:
+    message = (
+        "Several models are served here, and the request names none. Put one into `model` or, where the body has no "
+        f"such field, into the header X-Model. There are: {', '.join(known)}."
+    )
+    return ServeError(400, "model_not_named", message)
 
 
 def no_replica(retry_after: int = 5) -> ServeError:

@@ -1,7 +1,7 @@
 """One service: its replicas and what keeps an eye on them, who waits for a place there, and by which rules."""
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from balancer.config import Config
@@ -72,6 +72,15 @@ class Service:
         self.prober.start()
         if self.discovery is not None:
             self.discovery.start()
+
+    def names(self) -> Collection[str]:
+        """What requests may call it: its own name, its aliases, and the models that its replicas have told of."""
+        return {self.facts.name, *self.settings.aliases, *self.fleet.models}
+
+    @property
+    def has_told_models(self) -> bool:
+        """Has any of its replicas said yet which models it serves?"""
+        return bool(self.fleet.models)
 
     async def stop(self) -> None:
         """Watches no more."""

@@ -88,7 +88,8 @@ def fetch(preset: presets.Preset, told: settings.Settings, environ: Mapping[str,
     """
     flags = dict(zip(told.sglang_args, (*told.sglang_args[1:], ""), strict=False))
     elsewhere = {"--download-dir", "--load-format", "--model-path", "--model"} & flags.keys()
-    if elsewhere or is_on(environ, "HF_HUB_OFFLINE") or is_on(environ, "SGLANG_USE_MODELSCOPE"):
+    has_client = importlib.util.find_spec("huggingface_hub") is not None  # SGLang's own requirement
+    if elsewhere or not has_client or is_on(environ, "HF_HUB_OFFLINE") or is_on(environ, "SGLANG_USE_MODELSCOPE"):
         return
     cache = Cache.of(environ)
     if not cache.is_writable:

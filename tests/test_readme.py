@@ -132,8 +132,8 @@ def test_service_files_are_still_found_where_they_were() -> None:
 def test_variables_of_docker_commands() -> None:
     """Each variable that a page's Docker commands set is explained."""
     commands = re.findall(r"^(.*?)\bdocker compose\b", DOCS, re.MULTILINE)
-    named = {name for line in commands for name in re.findall(r"\b([A-Z_]{2,})=", line)}
-    explained = set(re.findall(r"^#([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    named = {name for line in commands for name in re.findall(r"\b([A-Z_\d]{2,})=", line)}
+    explained = set(re.findall(r"^#([A-Z_\d]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert {"MODEL", "HF_TOKEN", "HF_CACHE"} <= named
     assert named <= explained
 

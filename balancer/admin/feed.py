@@ -1,7 +1,7 @@
 """What the page shows, live: server-sent events with the service, its replicas, and its routing decisions."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import orjson
@@ -40,6 +40,11 @@ class Feed:
     def close(self) -> None:
         """Ends every stream; viewers reconnect, perhaps to the next process."""
         self._closing.set()
+
+    @property
+    def service(self) -> str:
+        """The name of the service that it is about."""
+        return self._facts.name
 
     @property
     def is_full(self) -> bool:
@@ -109,12 +114,22 @@ class Feed:
         }
 
 
-def feed_router(feed: Feed) -> APIRouter:
+def feed_router(feeds: Sequence[Feed]) -> APIRouter:
+    """`GET /feed`; the first feed is for those who name no service."""
     router = APIRouter()
 
-    @router.get("/feed", responses={503: {"description": "the maximum number of viewers is connected"}})
-    async def events() -> StreamingResponse:
+    @router.get(
+        "/feed",
+        responses={
+            404: {"description": "no such service"},
+            503: {"description": "the maximum number of viewers is connected"},
+        },
+    )
+    async def events(service: str | None = None) -> StreamingResponse:
         """What `GET /status` says, and more, as a server-sent event every second."""
+        feed = next((feed for feed in feeds if service in (None, feed.service)), None)
+        if feed is None:
+            raise HTTPException(404, f"There is no service {service!r}.")
         if feed.is_full:
             raise HTTPException(503, f"{MAX_VIEWERS} viewers are here already; close a page, or read /status.")
         return StreamingResponse(

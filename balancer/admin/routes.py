@@ -1,9 +1,9 @@
 """FastAPI routes of the admin port: status, the list of replicas, drain and undrain."""
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, FastAPI, HTTPException, Path, Request
+from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -46,17 +46,28 @@ UNCHANGED = error_responses(
     status_413="the Content-Length is missing or too large",
     status_422="the request is not valid",
 )
-NO_SUCH_REPLICA = UNCHANGED | error_responses(status_404="no replica has this number")
+NO_SUCH_SERVICE = error_responses(status_404="no service has this name")
+NO_SUCH_REPLICA = UNCHANGED | error_responses(status_404="no replica has this number, or no service this name")
 
 
-def admin_app(
-    facts: ServiceFacts,
-    fleet: Fleet,
-    admission: Admission,
-    list_replicas: Callable[[Sequence[ReplicaListing]], None],
-    key: str | None,
-) -> FastAPI:
-    """The admin port's app. `list_replicas` is called with the list of `PUT /replicas`, and may raise ConfigError."""
+class Administered(Protocol):
+    """A service, as the admin port knows it."""
+
+    @property
+    def facts(self) -> ServiceFacts: ...
+
+    @property
+    def fleet(self) -> Fleet: ...
+
+    @property
+    def admission(self) -> Admission: ...
+
+    def list_replicas(self, listing: Sequence[ReplicaListing]) -> None:
+        """An engine says which replicas there are. Raises ConfigError."""
+
+
+def admin_app(services: Sequence[Administered], key: str | None) -> FastAPI:
+    """The admin port's app. Requests are about the first service unless they name another (`?service=NAME`)."""
     # FastAPI's own pages load scripts from a CDN, so they are empty on a machine without internet access.
     app = FastAPI(title="groundserve admin", docs_url=None, redoc_url=None, responses=FORBIDDEN)
 
@@ -84,9 +95,26 @@ def admin_app(
         answer = ServeError(422, "admin", str(error))
         return Response(answer.body, answer.status, media_type="application/json")
 
-    @app.get("/status")
-    async def status() -> Response:
-        return JSONResponse(take_snapshot(facts, fleet, admission).to_json())
+    def chosen(
+        service: Annotated[str | None, Query(description="its name; without one: the first")] = None,
+    ) -> Administered:
+        for one in services:
+            if service in (None, one.facts.name):
+                return one
+        known = ", ".join(one.facts.name for one in services)
+        raise HTTPException(404, f"There is no service {service!r}; known are: {known}.")
+
+    def _snapshot(service: Administered) -> dict[str, Any]:
+        return take_snapshot(service.facts, service.fleet, service.admission).to_json()
+
+    @app.get("/status", responses=NO_SUCH_SERVICE)
+    async def status(service: Annotated[Administered, Depends(chosen)]) -> Response:
+        return JSONResponse(_snapshot(service))
+
+    @app.get("/services")
+    async def all_services() -> Response:
+        """What `/status` says, of each service."""
+        return JSONResponse([_snapshot(service) for service in services])
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -95,36 +123,37 @@ def admin_app(
 
     @app.get("/ready", responses={503: {"description": "no replica is ready, or the balancer is shutting down"}})
     async def ready() -> Response:
-        is_ready = bool(fleet.available()) and not facts.is_leaving
+        is_ready = any(service.fleet.available() for service in services) and not services[0].facts.is_leaving
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
-    def _member(number: int) -> Member:
+    def _member(service: Administered, number: int) -> Member:
+        fleet = service.fleet
         member = fleet.members.get(number)
         if member is None:
             known = ", ".join(map(str, sorted(fleet.members))) or "none"
             raise HTTPException(404, f"There is no replica {number}; known are: {known}.")
         return member
 
-    def _row(member: Member) -> Response:
-        rows = take_snapshot(facts, fleet, admission).replicas
+    def _row(service: Administered, member: Member) -> Response:
+        rows = take_snapshot(service.facts, service.fleet, service.admission).replicas
         return JSONResponse(next(row for row in rows if row.id == member.id).to_json())
 
     @app.post("/replicas/{number}/drain", dependencies=changing, responses=NO_SUCH_REPLICA)
-    async def drain(number: Number) -> Response:
-        fleet.drain(member := _member(number))
-        return _row(member)
+    async def drain(number: Number, service: Annotated[Administered, Depends(chosen)]) -> Response:
+        service.fleet.drain(member := _member(service, number))
+        return _row(service, member)
 
     @app.post("/replicas/{number}/undrain", dependencies=changing, responses=NO_SUCH_REPLICA)
-    async def undrain(number: Number) -> Response:
-        fleet.undrain(member := _member(number))
-        return _row(member)
+    async def undrain(number: Number, service: Annotated[Administered, Depends(chosen)]) -> Response:
+        service.fleet.undrain(member := _member(service, number))
+        return _row(service, member)
 
-    @app.put("/replicas", dependencies=changing, responses=UNCHANGED)
-    async def replicas(listing: Listing) -> Response:
-        list_replicas(listing.replicas)
+    @app.put("/replicas", dependencies=changing, responses=UNCHANGED | NO_SUCH_SERVICE)
+    async def replicas(listing: Listing, service: Annotated[Administered, Depends(chosen)]) -> Response:
+        service.list_replicas(listing.replicas)
         if listing.service is not None:
-            facts.take(listing.service)
-            fleet.is_asleep = listing.service.is_asleep
-        return await status()
+            service.facts.take(listing.service)
+            service.fleet.is_asleep = listing.service.is_asleep
+        return JSONResponse(_snapshot(service))
 
     return app

@@ -1,5 +1,6 @@
 """The page at `/` of the admin port: its files, its feed, its playground."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -11,7 +12,7 @@ from balancer.admin.feed import Feed, feed_router
 FILES = Path(__file__).parent / "page"
 
 
-def add_page(app: FastAPI, feed: Feed) -> None:
+def add_page(app: FastAPI, feeds: Sequence[Feed]) -> None:
     """Adds the page to the admin port's app. Browsers ask for its files each time, and get a 304 if unchanged."""
 
     @app.get("/", include_in_schema=False)
@@ -19,4 +20,4 @@ def add_page(app: FastAPI, feed: Feed) -> None:
         return FileResponse(FILES / "index.html", headers={"Cache-Control": "no-cache"})
 
     app.mount("/page", StaticFiles(directory=FILES), name="page")
-    app.include_router(feed_router(feed))
+    app.include_router(feed_router(feeds))

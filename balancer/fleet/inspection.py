@@ -49,6 +49,13 @@ async def inspect(connection: ProbeConnection, timeout: float) -> Inspection:
     return Inspection(_identity(info), limit_of(running, capacity), capacity, is_whole, count)
 
 
+async def read_models(connection: ProbeConnection, timeout: float) -> tuple[dict[str, Any], ...]:
+    """The models that the replica serves, LoRA adapters too, as its own /v1/models lists them."""
+    entries = (await _read(connection, "/v1/models", timeout) or {}).get("data")
+    listed = entries if isinstance(entries, list) else []
+    return tuple(entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str))
+
+
 def _ranks(loads: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry for each data-parallel rank."""
     entries = loads.get("loads")

@@ -12,7 +12,7 @@ import orjson
 
 from balancer.contract.words import State
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.inspection import inspect, read_queue_length
+from balancer.fleet.inspection import inspect, read_models, read_queue_length
 from balancer.fleet.member import Member, Verdict
 from balancer.fleet.probe_connection import CannotProbe, ConnectionRefused, NoResponse, ProbeConnection
 
@@ -132,6 +132,8 @@ class MemberWatch:
         timeout = min(settings.ready_interval, settings.ready_timeout) if is_passing else settings.ready_timeout
         with contextlib.closing(self._connect_to(member)) as connection:
             inspection = await inspect(connection, timeout)
+            if self._fleet.asks_for_models and (models := await read_models(connection, timeout)):
+                self._fleet.models.update({str(model["id"]): model for model in models})
         if inspection.identity and member.identity:
             is_another = inspection.identity != member.identity
         else:

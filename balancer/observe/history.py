@@ -123,7 +123,7 @@ class History:
         self.replicas = {member.id: self._replica(member) for member in members}
         for member in members:
             self.replicas[member.id].take(member, seconds)
-        requests = _ended(self._tallies.members.values()) + _ended([self._tallies.nobody])
+        requests = _ended(self._tallies.members[member.name] for member in members) + _ended([self._tallies.nobody])
         # The counts of a replica that left are gone, so the sum may have shrunk.
         rate = max(0, requests - self._requests) / seconds
         in_flight = sum(member.in_flight for member in members)

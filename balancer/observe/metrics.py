@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from copy import copy
 from itertools import accumulate
 from typing import Annotated, Any, Protocol
@@ -98,13 +98,12 @@ class BalancerCollector(Collector):
 
     def __init__(
         self,
-        service: Service,
+        services: Sequence[Service],
         tallies: Tallies,
         keys: Iterable[NamedKey] | None,
         clients: Clients,
     ) -> None:
-        self._fleet = service.fleet
-        self._admission = service.admission
+        self._services = services
         self._tallies = tallies
         self._keys = keys
         self._clients = clients
@@ -115,6 +114,7 @@ class BalancerCollector(Collector):
         yield from self._latencies()
         yield from self._tokens()
         yield from self._replicas()
+        yield from self._queues()
         yield from self._here()
         if self._keys is not None:
             yield from self._by_key(self._keys)
@@ -178,13 +178,14 @@ class BalancerCollector(Collector):
         )
 
     def _replicas(self) -> Iterator[Family]:
-        fleet, now = self._fleet, self._fleet.clock()
-        members = fleet.shown()
-        statuses = [member.status(now) for member in members]
-        by_status = GaugeMetricFamily("groundserve_replicas", "Replicas by status.", labels=("status",))
-        for status in Status:
-            by_status.add_metric((status.value,), statuses.count(status))
+        now = self._services[0].fleet.clock()
+        by_status = _gauge("replicas", "Replicas by status.", "service", "status")
+        for service in self._services:
+            statuses = [member.status(now) for member in service.fleet.shown()]
+            for status in Status:
+                by_status.add_metric((service.facts.name, status.value), statuses.count(status))
         yield by_status
+        members = [member for service in self._services for member in service.fleet.shown()]
         up = _gauge("replica_up", "1 if the replica may get requests.", "replica")
         in_flight = _gauge("in_flight", "Requests at the replica now.", "replica")
         limit = _gauge("in_flight_limit", "Generating requests that the replica may have at once.", "replica")
@@ -203,14 +204,18 @@ class BalancerCollector(Collector):
                 probes.add_metric((member.name, probe, "fail"), result.failures_total)
         yield from (up, in_flight, limit, failures, ejections, probes)
 
+    def _queues(self) -> Iterator[Family]:
+        depth = _gauge("queue_depth", "Requests that wait for a replica.", "service")
+        wait = _gauge("queue_expected_wait_seconds", "How long a new request would wait for a replica.", "service")
+        info = InfoMetricFamily("groundserve_balancer", "How this balancer is set up.", labels=("service",))
+        for service in self._services:
+            depth.add_metric((service.facts.name,), service.admission.queue_depth)
+            wait.add_metric((service.facts.name,), service.admission.expected_wait())
+            info.add_metric((service.facts.name,), {"policy": service.admission.policy.name})
+        yield from (depth, wait, info)
+
     def _here(self) -> Iterator[Family]:
         for name, said, value in (
-            ("queue_depth", "Requests that wait for a replica.", self._admission.queue_depth),
-            (
-                "queue_expected_wait_seconds",
-                "How long a new request would wait for a replica.",
-                self._admission.expected_wait(),
-            ),
             ("client_connections", "Open client connections.", len(self._clients.connections)),
             ("buffered_bytes", "Bytes of request bodies held.", self._clients.buffered),
         ):
@@ -220,9 +225,6 @@ class BalancerCollector(Collector):
         )
         lag.add_metric((), *_buckets(self._tallies.loop_lag))
         yield lag
-        yield InfoMetricFamily(
-            "groundserve_balancer", "How this balancer is set up.", {"policy": self._admission.policy.name}
-        )
 
     def _by_key(self, keys: Iterable[NamedKey]) -> Iterator[Family]:
         requests = _counter("key_requests", "Requests by the name of their API key.", "key", "status")
@@ -231,7 +233,7 @@ class BalancerCollector(Collector):
         queued = _gauge("key_queued", "Requests of this API key that wait for their first replica.", "key")
         for key in keys:
             in_flight.add_metric((key.name,), key.in_flight)
-            queued.add_metric((key.name,), self._admission.queued_of(key.name))
+            queued.add_metric((key.name,), sum(s.admission.queued_of(key.name) for s in self._services))
             tally = self._tallies.keys.get(key.name)
             if tally is None:
                 continue

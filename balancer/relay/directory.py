@@ -1,20 +1,36 @@
-"""From a request to the service that it is for. There is one; a second one would be another entry here."""
+"""From a request to the service that it is for: by the model that it names, where there are several."""
 
 import asyncio
 import ssl
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
+from balancer import errors
 from balancer.fleet.dial import Dialer
 from balancer.relay.failover import RetryBudget
 from balancer.relay.places import Places
 from balancer.relay.pool import ConnectionPool
 from balancer.relay.request import Request
+from balancer.relay.requested_model import requested_model
 from balancer.spec.settings import Settings
+
+
+class Named(Protocol):
+    """A service, as far as its names go."""
+
+    @property
+    def has_told_models(self) -> bool:
+        """Has any of its replicas said yet which models it serves?"""
+
+    def names(self) -> Collection[str]:
+        """All names of its models, as far as they are known."""
 
 
 class Destination:
     """A service as the relay sees it: places at its replicas, connections to them, and what holds for its requests.
 
-    `replica_key` is the replicas' own API key, `tls` for https replicas, `dialer` connects to all.
+    `replica_key` is the replicas' own API key, `tls` for https replicas, `dialer` connects to all. Requests may call it
+    by the names of `service`.
     """
 
     def __init__(
@@ -25,21 +41,40 @@ class Destination:
         replica_key: str | None = None,
         tls: ssl.SSLContext | None = None,
         dialer: Dialer | None = None,
+        service: Named | None = None,
     ) -> None:
         self.places = places
         self.settings = settings
         self.pool = ConnectionPool(settings, loop, tls, dialer)
         self.budget = RetryBudget()
         self.replica_key = replica_key.encode() if replica_key else None
+        self.service = service
         places.when_left.append(self.pool.forget)
 
 
 class Directory:
-    """Knows where each request goes."""
+    """Knows where each request goes. The first destination is the one whose settings hold for the endpoint itself."""
 
-    def __init__(self, only: Destination) -> None:
-        self._only = only
+    def __init__(self, destinations: Sequence[Destination]) -> None:
+        self.first = destinations[0]
+        self.has_several = len(destinations) > 1
+        self._destinations = destinations
 
     def find(self, request: Request) -> Destination:
-        """The service that it is for."""
-        return self._only
+        """The service that it is for. Where there is one, it takes every name; else raises ServeError for others."""
+        if not self.has_several:
+            return self.first
+        model = requested_model(request)
+        known: set[str] = set()
+        is_certain = True
+        for destination in self._destinations:
+            if (service := destination.service) is None:
+                continue
+            if model in (names := service.names()):
+                return destination
+            known.update(names)
+            is_certain = is_certain and service.has_told_models
+        if not model:
+            raise errors.model_not_named(sorted(known))
+        # A replica that still starts may turn out to have it.
+        raise errors.model_not_found(model, sorted(known)) if is_certain else errors.model_not_known_yet(model)

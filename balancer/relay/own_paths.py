@@ -1,6 +1,8 @@
 """FastAPI routes of the serving port: the balancer's health, and what a replica says of itself, less its secrets."""
 
 import asyncio
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -9,6 +11,8 @@ from fastapi.responses import JSONResponse, Response
 
 from balancer import errors
 from balancer.errors import ServeError
+from balancer.observe.snapshot import take_snapshot
+from balancer.relay.paths import MODELS
 from balancer.service import Service
 
 PATIENCE = 5.0  # seconds that one replica has to say what it is
@@ -17,28 +21,31 @@ SOON = 5.0  # seconds after which no other one is asked
 SECRET_WORDS = ("api_key", "password", "secret", "hf_token", "ssl_key", "authorization")
 
 
-def public_app(service: Service, client: httpx.AsyncClient) -> FastAPI:
-    """The app behind /health, /ready and /server_info; `client` asks the replicas with their own key."""
-    fleet, facts = service.fleet, service.facts
+def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAPI:
+    """The app behind /health, /ready and /server_info, and /v1/models where there are several services.
+
+    `client` asks the replicas with their own key.
+    """
+    facts = services[0].facts
     app = FastAPI(title="groundserve", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """200 while a request could be served now."""
-        return _say(bool(fleet.available()))
+        return _say(_ready() > 0)
 
     @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         """As /health, and 503 from the moment the balancer was told to stop: whoever sends traffic here may look on."""
-        return _say(bool(fleet.available()) and not facts.is_leaving)
+        return _say(_ready() > 0 and not facts.is_leaving)
 
     @app.api_route("/server_info", methods=["GET", "HEAD"])
     @app.api_route("/get_server_info", methods=["GET", "HEAD"])
     async def server_info() -> Response:
         """A ready replica's configuration. SGLang shows its API key there; here nothing secret passes."""
-        until = fleet.clock() + SOON
-        for member in list(fleet.available()):
-            if fleet.clock() > until:
+        until = time.monotonic() + SOON
+        for member in [member for service in services for member in service.fleet.available()]:
+            if time.monotonic() > until:
                 break
             try:
                 async with asyncio.timeout(PATIENCE):
@@ -50,12 +57,34 @@ def public_app(service: Service, client: httpx.AsyncClient) -> FastAPI:
                 return JSONResponse(without_secrets(info), headers={"X-Replica-Id": member.name})
         return _refusal(errors.no_replica())
 
+    @app.api_route(MODELS, methods=["GET", "HEAD"])
+    async def models() -> Response:
+        """All models of all services, those too that have no replica now."""
+        return JSONResponse({"object": "list", "data": [entry for service in services for entry in listed(service)]})
+
+    def _ready() -> int:
+        return sum(len(service.fleet.available()) for service in services)
+
     def _say(could_serve: bool) -> Response:
         if could_serve:
-            return JSONResponse({"status": "ok", "ready": len(fleet.available())})
+            return JSONResponse({"status": "ok", "ready": _ready()})
         return _refusal(errors.shutting_down() if facts.is_leaving else errors.no_replica())
 
     return app
+
+
+def listed(service: Service) -> list[dict[str, Any]]:
+    """The service's models in OpenAI's form: as its replicas list them, then by the other names that it answers to.
+
+    `service` and `status` are ours. Until a replica has said what it serves, the service's own name stands for it.
+    """
+    snapshot = take_snapshot(service.facts, service.fleet, service.admission)
+    ours = {"service": service.facts.name, "status": snapshot.service.status}
+    models = list(service.fleet.models.values())
+    root = str(models[0]["id"]) if models else service.facts.name
+    other = [name for name in (service.facts.name, *service.settings.aliases) if name not in service.fleet.models]
+    more = [{"id": name, "object": "model", "created": 0, "owned_by": "groundserve", "root": root} for name in other]
+    return [entry | ours for entry in (*models, *more)]
 
 
 def _refusal(error: ServeError) -> Response:

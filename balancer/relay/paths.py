@@ -16,9 +16,10 @@ class Kind(enum.Enum):
     OWN = "own"  # answered by the balancer itself
 
 
+MODELS = "/v1/models"
 GENERATING = {"/generate", "/classify", "/encode", "/rerank", "/score"}
 PLAIN = {"/tokenize", "/detokenize", "/v1/tokenize", "/v1/detokenize", "/v1/messages/count_tokens"}
-PLAIN |= {"/v1/models", "/model_info", "/get_model_info"}
+PLAIN |= {MODELS, "/model_info", "/get_model_info"}
 # What is worth minutes of waiting while a replica starts: its answer takes long anyway. All else is asked by pages and
 # programs that want to know what there is, and would rather hear at once that there is nothing yet.
 WAITED_FOR = GENERATING | {

@@ -18,7 +18,7 @@ from balancer.relay.cors import Cors
 from balancer.relay.directory import Destination, Directory
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import final_error, may_repeat
-from balancer.relay.paths import Kind
+from balancer.relay.paths import MODELS, Kind
 from balancer.relay.places import Place
 from balancer.relay.reply import Reply
 from balancer.relay.request import Request
@@ -68,7 +68,7 @@ class Proxy:
         self.cors.check(request)
         if request.kind is Kind.ADMIN:
             is_admin = any(bears(credential, self._admin_key) for credential in request.credentials)
-            if not is_admin or not self._directory.find(request).settings.admin_paths:
+            if not is_admin or not self._directory.first.settings.admin_paths:
                 raise errors.not_found(request.path)
             request.authorization = b""
             return
@@ -97,18 +97,18 @@ class Proxy:
                 self.refuse(request, reply, errors.key_at_limit(key.limit))
                 return
             key.in_flight += 1
-        destination = self._directory.find(request)
         comments = None
-        every = destination.settings.keep_alive_comments
-        if every and request.path in STREAMING and request.is_generating:
-            comments = Comments(self._loop, every, request, reply, destination.places.read)
         try:
             if request.asks_for_method and self.cors.is_preflight(request):
                 reply.extra_fields += self.cors.preflight(request)
                 reply.whole(204, (), b"")
-            elif request.kind is Kind.OWN:
+            elif request.kind is Kind.OWN or (request.path == MODELS and self._directory.has_several):
                 await self._answer_own(request, reply)
             else:
+                destination = self._directory.find(request)
+                every = destination.settings.keep_alive_comments
+                if every and request.path in STREAMING and request.is_generating:
+                    comments = Comments(self._loop, every, request, reply, destination.places.read)
                 await self._relay(destination, request, reply, client, record)
         except ServeError as error:
             reply.refuse(error)

@@ -67,6 +67,7 @@ class Request:
     expects_continue: bool = False
     keeps_alive: bool = True
     wants_explanation: bool = False
+    model: bytes = b""  # which model it names in a header; most name it in their bodies
     key: Key | None = None
     client: bytes = b""  # which one it is of, where there are no keys to tell them apart
     body: list[bytes] = field(default_factory=list)
@@ -189,6 +190,8 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
         elif action == "asks-for-method":
             request.asks_for_method = True
             kept.append(b"%b: %b\r\n" % (name, value))
+        elif action == "model":
+            request.model = value.strip()
         elif action == "explain":
             request.wants_explanation = value.strip() == b"1"
     if not request.id:
@@ -267,6 +270,7 @@ _ACTIONS: dict[bytes, str] = {
     b"x-forwarded-proto": "forwarded",
     b"x-forwarded-host": "forwarded",
     b"x-route-explain": "explain",
+    b"x-model": "model",
     b"sec-fetch-site": "fetch-site",
     b"access-control-request-method": "asks-for-method",
 }

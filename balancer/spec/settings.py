@@ -89,6 +89,10 @@ class Settings(BaseModel):
         (), description="origins of web pages that may call the endpoint; '*' for all"
     )
 
+    aliases: tuple[str, ...] = Field(
+        (), description="further names for this service's model, where one endpoint serves several"
+    )
+
     # Admission
     max_in_flight: int | None = Field(
         None, gt=0, description="generating requests a replica may hold; none: as many as it says itself"

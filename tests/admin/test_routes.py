@@ -1,6 +1,6 @@
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -8,6 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 from balancer.admin.routes import admin_app
+from balancer.contract.listing import ReplicaListing
 from balancer.contract.status import Snapshot
 from balancer.contract.words import State
 from balancer.fleet.fleet import Fleet
@@ -28,7 +29,10 @@ class Admin:
         self.fleet = fleet
         self.facts = ServiceFacts(**facts)
         self.admission = Admission(fleet, RoundRobin())
-        self.app: FastAPI = admin_app(self.facts, fleet, self.admission, fleet.reconcile, key)
+        self.app: FastAPI = admin_app([self], key)
+
+    def list_replicas(self, listing: Sequence[ReplicaListing]) -> None:
+        self.fleet.reconcile(listing)
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         async def play() -> httpx.Response:

@@ -105,7 +105,7 @@ class Relay:
         self.places = places
         self.observer = Observer()
         self.destination = Destination(places, Settings(**settings), loop)
-        proxy = Proxy(Directory(self.destination), loop, self.observer, answer_own, Cors(()))
+        proxy = Proxy(Directory([self.destination]), loop, self.observer, answer_own, Cors(()))
         self.doors = Doors(self.destination.settings, loop, proxy, ServiceFacts())
         self.url = ""
         self.clients: list[Client] = []

@@ -3,6 +3,7 @@ import { $, arrange, element, facts, number, say, seconds, share, span } from ".
 import { change } from "./admin.js";
 import { draw, spark } from "./spark.js";
 import { startPlayground } from "./playground.js";
+import { about, showServices } from "./service.js";
 
 const history = { kept: 180, service: [], replicas: new Map() };
 const statuses = new Map();
@@ -55,7 +56,7 @@ function makeCard(replica) {
   const button = element("button", { type: "button" });
   button.addEventListener("click", async () => {
     button.disabled = true;
-    const failure = await change(`replicas/${replica.id}/${button.dataset.verb}`);
+    const failure = await change(about(`replicas/${replica.id}/${button.dataset.verb}`));
     button.disabled = false;
     const place = card.querySelector(".failure");
     place.hidden = !failure;
@@ -154,7 +155,7 @@ function show({ data }) {
 }
 
 function watch() {
-  const feed = new EventSource("feed");
+  const feed = new EventSource(about("feed"));
   feed.addEventListener("history", noteHistory);
   feed.addEventListener("sample", noteSample);
   feed.addEventListener("state", show);
@@ -169,4 +170,5 @@ function watch() {
 
 $("service-sparks").append(...SERVICE_SPARKS.map(([title]) => spark(title)));
 watch();
+showServices();
 startPlayground();

@@ -196,9 +196,13 @@ def warn(failures: Iterable[ConfigError]) -> None:
 
 
 def _from_default_admin_port() -> list[Snapshot]:
-    """Of the balancer at GROUNDSERVE_ADMIN or the default address, if one answers there."""
-    snapshot = _from_admin_port(os.environ.get(_ADMIN_VARIABLE, _DEFAULT_ADMIN).rstrip("/"))
-    return [] if snapshot is None else [snapshot]
+    """The services of the balancer at GROUNDSERVE_ADMIN or the default address, if one answers there."""
+    admin = os.environ.get(_ADMIN_VARIABLE, _DEFAULT_ADMIN).rstrip("/")
+    try:
+        answer = httpx.get(f"{admin}/services", timeout=5, trust_env=False).raise_for_status()
+        return [Snapshot.from_json(snapshot) for snapshot in answer.json()]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, AttributeError):
+        return []
 
 
 def _from_admin_port(admin: str) -> Snapshot | None:

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.docker
 
 MB = 1_000_000
 DOCKERFILES = sorted(ROOT.glob("docker/*.Dockerfile")) + sorted((ROOT / "tests").rglob("*.Dockerfile"))
-OVERLAYS = tuple(f"docker/compose.{name}.yaml" for name in ("cpu", "keys", "monitoring", "tls"))
-COMBINATIONS = [some for count in range(5) for some in itertools.combinations(OVERLAYS, count)]
+OVERLAYS = tuple(f"docker/compose.{name}.yaml" for name in ("cpu", "keys", "monitoring", "tls", "two-models"))
+COMBINATIONS = [some for count in range(6) for some in itertools.combinations(OVERLAYS, count)]
 
 
 def inspect_image(name: str) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def config(*overlays: str, **environ: str) -> dict[str, Any]:
         {
             "TLS_DIR": "/certificates",
             "KEYS_DIR": "/some-keys",
+            "MODEL_2": "a/second",
             **dict.fromkeys(("PORT", "ADMIN_PORT", "LEASE_VOLUME"), ""),
         },
     )
@@ -153,11 +154,15 @@ def test_tls_without_a_folder_says_what_is_missing() -> None:
 def test_env_example_explains_every_variable_and_no_other() -> None:
     used: dict[str, set[str]] = {}
     for file in ("compose.yaml", *OVERLAYS):
-        for name, _, default in re.findall(r"\$\{([A-Z_]+)(:[-?+]([^{}]*))?\}", (ROOT / file).read_text()):
+        for name, _, default in re.findall(r"\$\{([A-Z_\d]+)(:[-?+]([^{}]*))?\}", (ROOT / file).read_text()):
             used.setdefault(name, set()).add(default)
-    explained = dict(re.findall(r"^#([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    explained = dict(re.findall(r"^#([A-Z_\d]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert set(explained) == set(used)
-    examples = {"SGLANG_ARGS", "BALANCER_SET"}  # they show what could be given, the default being nothing
+    examples = {
+        "SGLANG_ARGS",
+        "SGLANG_ARGS_2",
+        "BALANCER_SET",
+    }  # they show what could be given, the default being nothing
     for name, shown in explained.items():
         assert name in examples or not shown or shown in used[name], f"{name}={shown}, but the default is {used[name]}"
 

@@ -1,0 +1,71 @@
+"""Which model a request asks for."""
+
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer.relay.request import Request
+from balancer.relay.requested_model import model_in_json, requested_model
+
+FORM = (
+    b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\nRIFF\r\n'
+    b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--x--\r\n'
+)
+
+
+def asking(body: bytes = b"", path: str = "/v1/chat/completions", model: bytes = b"", pieces: int = 1) -> Request:
+    request = Request(b"POST", path.encode(), "1.1", 0.0, path=path, model=model)
+    size = max(1, -(-len(body) // pieces))
+    request.body = [body[start : start + size] for start in range(0, len(body), size)]
+    return request
+
+
+@pytest.mark.parametrize(
+    ("request_", "model"),
+    [
+        (asking(b'{"model": "a", "messages": []}'), "a"),
+        (asking(b' \n{"messages": [{"model": "no"}], "tools": {"model": "no"}, "model" : "b/c"}'), "b/c"),
+        (asking(b'{"model": "a\\u00e9\\/b"}'), "a\u00e9/b"),
+        (asking(b'{"mod\\u0065l": "a"}'), "a"),
+        (asking(b'{"text": "\\"model\\": \\"no\\"", "model": "yes"}', pieces=9), "yes"),
+        (asking(b'{"model": 7}'), ""),
+        (asking(b'{"model": null}'), ""),
+        (asking(b'{"messages": ["model", "a"]}'), ""),
+        (asking(b'["model", "a"]'), ""),
+        (asking(b'{"model'), ""),
+        (asking(b"\xff\xfe"), ""),
+        (asking(b""), ""),
+        (asking(FORM, "/v1/audio/transcriptions"), "whisper-1"),
+        (asking(b"--x\r\n\r\n", "/v1/audio/transcriptions"), ""),
+        (asking(b'{"model": "a"}', model=b"b"), "b"),
+        (asking(path="/v1/models/org/one"), "org/one"),
+    ],
+)
+def test_the_model_is_found(request_: Request, model: str) -> None:
+    assert requested_model(request_) == model
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text() | st.just("model"), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(
+    st.dictionaries(st.text() | st.just("model"), JSON, max_size=5),
+    st.booleans(),
+    st.sampled_from([None, 0, 3]),
+)
+def test_it_is_what_a_whole_parse_finds(body: dict[str, Any], ascii_only: bool, indent: int | None) -> None:
+    data = json.dumps(body, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
+    try:
+        orjson.loads(data)
+    except ValueError:
+        return  # SGLang would not read it either
+    model = body.get("model")
+    assert model_in_json(data) == (model if isinstance(model, str) else "")
