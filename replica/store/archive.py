@@ -1,4 +1,4 @@
-"""Models in one file, for machines without a network: a tar of manifests and of blobs, and no links or paths."""
+"""Models in one file, for machines without a network: a tar of manifests and blobs, without links or paths."""
 
 import io
 import json
@@ -11,12 +11,12 @@ from replica.store.cache import Cache, File, Manifest
 from replica.store.errors import StoreError
 
 _MANIFESTS = "manifests.json"
-_NO_MANIFEST = 16 << 20  # bytes: no list of a model's files is that long
+_MAX_MANIFEST = 16 << 20  # bytes; longer than any list of a model's files
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def write(manifests: list[Manifest], cache: Cache, path: Path) -> int:
-    """Writes these models, which are here whole; how many bytes it took. Raises StoreError."""
+    """Writes these models, which must be complete here; the size of the file in bytes. Raises StoreError."""
     fresh = path.with_name(f".{path.name}.new")
     try:
         with tarfile.open(fresh, "w", format=tarfile.PAX_FORMAT) as archive:
@@ -33,7 +33,7 @@ def write(manifests: list[Manifest], cache: Cache, path: Path) -> int:
 
 
 def read(path: Path, cache: Cache, say: Callable[[str], None]) -> list[Manifest]:
-    """Takes the models of such a file into the cache, each file verified by its hash. Raises StoreError."""
+    """Imports the models of such a file into the cache and verifies each file by its hash. Raises StoreError."""
     try:
         with tarfile.open(path, "r|") as archive:
             manifests = _manifests(archive, path)
@@ -62,7 +62,7 @@ def read(path: Path, cache: Cache, say: Callable[[str], None]) -> list[Manifest]
 
 def _manifests(archive: tarfile.TarFile, path: Path) -> list[Manifest]:
     first = archive.next()
-    source = archive.extractfile(first) if first and first.name == _MANIFESTS and first.size < _NO_MANIFEST else None
+    source = archive.extractfile(first) if first and first.name == _MANIFESTS and first.size < _MAX_MANIFEST else None
     try:
         data = json.loads(source.read()) if source else None
     except ValueError:

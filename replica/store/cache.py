@@ -1,11 +1,11 @@
-"""The folder where Hugging Face's programs, SGLang among them, keep models: its layout, read and written.
+"""Reads and writes the folder in which Hugging Face's programs, and SGLang, keep models. Its layout:
 
     models--ORG--NAME/blobs/ETAG              a file's bytes; ETAG is their hash
     models--ORG--NAME/snapshots/COMMIT/FILE   a link to a blob
-    models--ORG--NAME/refs/REVISION           which commit a branch or tag meant when it was last fetched
+    models--ORG--NAME/refs/REVISION           the commit of a branch or tag when it was last fetched
 
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache describes it. Beside those folders lies a manifest of
-ours, the list of files that make the model whole.
+ours: the list of the model's files.
 """
 
 import hashlib
@@ -24,22 +24,22 @@ _READ = 1 << 20  # bytes read at once
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file of a model. `etag` is what the hub calls it: its SHA-256, or of small files git's SHA-1."""
+    """One file of a model. `etag` is the hub's name for its content: SHA-256, or git's SHA-1 for small files."""
 
     path: str
     size: int  # bytes
     etag: str
 
     def hasher(self) -> "hashlib._Hash":
-        """An object that takes the file's bytes and whose `hexdigest` must then be `etag`."""
+        """A hash object: once it has taken all bytes of the file, its `hexdigest` must equal `etag`."""
         if len(self.etag) == 64:
             return hashlib.sha256()
-        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)  # as git names a file's content
+        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)  # git's hash of a file's content
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The files of one version of a model. Raises StoreError for one that could write outside the cache."""
+    """The files of one version of a model. Raises StoreError for a path that leads outside the cache."""
 
     repo: str
     revision: str
@@ -61,7 +61,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Raises StoreError for what `to_json` did not make."""
+        """The inverse of `to_json`. Raises StoreError for other data."""
         try:
             files = tuple(File(str(f["path"]), int(f["size"]), str(f["etag"])) for f in data["files"])
             return cls(str(data["repo"]), str(data["revision"]), str(data["commit"]), files)
@@ -77,7 +77,7 @@ class Cache:
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Self:
-        """The one that SGLang uses with these variables."""
+        """The cache that SGLang uses with these environment variables."""
         if named := environ.get("HF_HUB_CACHE"):
             return cls(Path(named).expanduser())
         home = environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
@@ -96,11 +96,11 @@ class Cache:
         return self.of_repo(repo) / "blobs" / file.etag
 
     def lock(self, repo: str) -> Path:
-        """The file that whoever writes this model holds locked."""
+        """The lock file that a process holds while it writes this model."""
         return self.folder / ".locks" / f"groundserve--{repo.replace('/', '--')}.lock"
 
     def missing(self, manifest: Manifest) -> list[File]:
-        """The files that are not here whole. By their sizes: their bytes were verified when they came."""
+        """The files that are missing or incomplete, judged by size: their bytes were verified when they arrived."""
         return [file for file in manifest.files if not self._is_here(manifest.repo, file)]
 
     def _is_here(self, repo: str, file: File) -> bool:
@@ -110,7 +110,7 @@ class Cache:
             return False
 
     def place(self, manifest: Manifest) -> None:
-        """Links a version's files, all of which are here, to where SGLang looks for them. Raises OSError."""
+        """Links a version's files, which must all be here, to where SGLang looks for them. Raises OSError."""
         folder = self.of_repo(manifest.repo)
         for file in manifest.files:
             link = folder / "snapshots" / manifest.commit / file.path
@@ -125,7 +125,7 @@ class Cache:
         ref.write_text(manifest.commit)
 
     def note(self, manifest: Manifest) -> None:
-        """Writes down what makes this model whole, before its first byte comes. Raises OSError."""
+        """Saves the list of this model's files, before the first byte arrives. Raises OSError."""
         folder = self.of_repo(manifest.repo)
         (folder / "blobs").mkdir(parents=True, exist_ok=True)
         fresh = folder / f"{_MANIFEST}.new"
@@ -133,24 +133,24 @@ class Cache:
         fresh.replace(folder / _MANIFEST)
 
     def noted(self, repo: str) -> Manifest | None:
-        """What was last written down of it; None where nothing was, or nothing that can be read."""
+        """The list that was saved last; None if there is none, or it cannot be read."""
         try:
             return Manifest.from_json(json.loads((self.of_repo(repo) / _MANIFEST).read_text()))
         except (OSError, ValueError, StoreError):
             return None
 
     def repos(self) -> list[str]:
-        """The models of which something is here, by name."""
+        """The names of the models of which anything is here."""
         names = (path.name.removeprefix("models--") for path in self.folder.glob("models--*") if path.is_dir())
         return sorted(name.replace("--", "/", 1) for name in names)
 
     def bytes_of(self, repo: str) -> int:
-        """What it takes on the disk, partly fetched files included."""
+        """The disk space that it takes, with partly fetched files, in bytes."""
         return sum(path.stat().st_size for path in (self.of_repo(repo) / "blobs").glob("*") if path.is_file())
 
 
 def pieces(path: Path) -> Iterator[bytes]:
-    """A file's bytes, bit by bit."""
+    """A file's bytes, piece by piece."""
     with path.open("rb") as source:
         while piece := source.read(_READ):
             yield piece

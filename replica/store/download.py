@@ -1,6 +1,6 @@
-"""One file over HTTP: resumed where it broke off, be it in another process, and verified before it counts.
+"""Downloads one file over HTTP: resumed where it broke off, even by another process, and verified before it is used.
 
-huggingface_hub's own download starts a file anew in each process, and takes its size for proof of its bytes.
+huggingface_hub's own download starts each file from scratch in a new process, and checks only its size.
 """
 
 import time
@@ -13,24 +13,24 @@ from replica.store.cache import File, pieces
 from replica.store.errors import StoreError
 
 TIMEOUT = (10, 30)  # seconds to connect, and between two pieces
-PATIENCE = 6  # tries in a row that bring nothing new
-LONGEST_PAUSE = 20.0  # seconds between two of them
-_PIECE = 64 << 10  # bytes taken at once: of a piece that breaks off nothing is kept
-_FINAL = (401, 403, 404, 410, 451)  # answers that asking again does not change
+PATIENCE = 6  # attempts in a row without progress before giving up
+MAX_PAUSE = 20.0  # seconds between two attempts
+_PIECE = 64 << 10  # bytes read at once; an incomplete piece is discarded
+_FINAL = (401, 403, 404, 410, 451)  # status codes that a retry does not change
 
 
 class _NothingNew(Exception):
-    """A try that ended early; the message says how."""
+    """An attempt that ended early; the message says how."""
 
 
 def download(
     url: str, headers: Mapping[str, str], file: File, blob: Path, came: Callable[[int], None], pause: float = 1.0
 ) -> None:
-    """Brings `file` to `blob`. `came` hears how many bytes came, fewer than none where some had to be dropped.
+    """Downloads `file` to `blob`. Calls `came` with the number of bytes received, negative if some had to be discarded.
 
-    What came stays in a file beside `blob` until all is there and is what its name says; then it is renamed. `pause` is
-    the first wait after a failure, in seconds; each further one is twice as long. Raises StoreError, and OSError where
-    the disk fails.
+    Received bytes stay in a file beside `blob`, which is renamed once it is complete and its hash is right. `pause` is
+    the wait after the first failure, in seconds; it doubles with each further one. Raises StoreError, and OSError for
+    disk errors.
     """
     partial = blob.with_name(f"{blob.name}.groundserve.incomplete")
     was_wrong = False
@@ -60,7 +60,7 @@ def download(
             raise StoreError(
                 f"{file.path} cannot be fetched: {reason}; what came is kept, and the next pull goes on there"
             )
-        time.sleep(min(pause * 2**failures, LONGEST_PAUSE) if failures else 0)
+        time.sleep(min(pause * 2**failures, MAX_PAUSE) if failures else 0)
 
 
 def _fetch(url: str, headers: Mapping[str, str], file: File, partial: Path, came: Callable[[int], None]) -> None:

@@ -1,4 +1,4 @@
-"""What goes wrong with models on disk."""
+"""The error of the model store."""
 
 
 class StoreError(Exception):

@@ -1,19 +1,19 @@
-"""Asks the model hub, through its own client, what a model consists of and whether this account may have it."""
+"""Asks the model hub, by its own client, for a model's files and whether this account may download them."""
 
 from fnmatch import fnmatch
 
 from replica.store.cache import File, Manifest
 from replica.store.errors import StoreError
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")  # the first kind that there is, is fetched
-# The same weights once more, for other programs.
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")  # only the first format that exists is fetched
+# The same weights in formats for other programs.
 _FOR_OTHERS = ("*.msgpack", "*.h5", "*.onnx", "*.ot", "*.tflite", "*.mlmodel", "original/*", "onnx/*", "openvino/*")
 
 
 def look_up(repo: str, revision: str, token: str | None, with_weights: bool = True) -> tuple[Manifest, str]:
-    """What there is to fetch, and the model's licence in the hub's word (empty: it names none).
+    """The files to fetch, and the model's licence as the hub names it (empty: none).
 
-    Raises StoreError where the hub does not have it or does not give it, OSError where the hub is out of reach.
+    Raises StoreError if the hub does not have or does not release the model, OSError if the hub cannot be reached.
     """
     import httpx2
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
@@ -36,7 +36,7 @@ def look_up(repo: str, revision: str, token: str | None, with_weights: bool = Tr
         wanted = select(files, with_weights)
         if not wanted:
             raise StoreError(f"{repo} has no files on the hub")
-        # A gated model's list is for everyone; only asking for a file tells whether this account may have it.
+        # Anybody may list a gated model's files; only a request for a file shows whether this account may download it.
         smallest = min(wanted, key=lambda file: file.size)
         url = hf_hub_url(repo, smallest.path, revision=info.sha)
         get_hf_file_metadata(url, token=token, timeout=20)
@@ -61,7 +61,7 @@ def look_up(repo: str, revision: str, token: str | None, with_weights: bool = Tr
 
 
 def select(files: tuple[File, ...], with_weights: bool = True) -> tuple[File, ...]:
-    """All that is no weights, and of weights in several formats the one that SGLang takes."""
+    """All files except weights, and the weights in the one format that SGLang prefers."""
     files = tuple(file for file in files if not any(fnmatch(file.path, pattern) for pattern in _FOR_OTHERS))
     kinds = [kind for kind in _WEIGHTS if any(fnmatch(file.path, kind) for file in files)]
     unwanted = kinds[1:] if with_weights else kinds
@@ -69,7 +69,7 @@ def select(files: tuple[File, ...], with_weights: bool = True) -> tuple[File, ..
 
 
 def address_of(repo: str, commit: str, file: File, token: str | None) -> tuple[str, dict[str, str]]:
-    """Where a file's bytes are, and the header fields to ask for them with."""
+    """The URL of a file, and the header fields for the request."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
 

@@ -1,4 +1,4 @@
-"""Tells how far a download is: to a terminal, or line by line to a log, which is where a controller reads it."""
+"""Shows the progress of a download: on a terminal, or line by line in a log, where the controller reads it."""
 
 import sys
 import threading
@@ -10,7 +10,7 @@ _BETWEEN_LOOKS = 0.5  # on a terminal
 
 
 class Progress:
-    """Counts what came of `total` bytes; safe to call from several threads. `say` takes lines for a log."""
+    """Counts the received bytes of `total`; may be called from several threads. `say` takes lines for a log."""
 
     def __init__(self, what: str, total: int, here: int, say: Callable[[str], None]) -> None:
         self._what = what
@@ -37,7 +37,7 @@ class Progress:
                 self._say(line)
 
     def line(self, now: float) -> str:
-        """How far it is, how fast, and how long it will take."""
+        """How much is done, how fast it is, and how long it will take."""
         done = 100 * self._here // self._total if self._total else 100
         text = f"fetching {self._what}: {gigabytes(self._here)} of {gigabytes(self._total)} ({done} %)"
         seconds = now - self._began

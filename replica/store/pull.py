@@ -1,4 +1,4 @@
-"""Brings a model to this machine: once, whoever wants it, whole, and with its licence and the disk looked at first."""
+"""Fetches a model to this machine, only once for all processes, after a check of access and of disk space."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ from replica.store.errors import StoreError
 from replica.store.progress import Progress, gigabytes
 
 _AT_ONCE = 4  # files
-_RESERVE = 1 << 30  # bytes of the disk that stay free
+_RESERVE = 1 << 30  # bytes of disk space to keep free
 
 
 def pull(
@@ -25,9 +25,9 @@ def pull(
     revision: str = "main",
     with_weights: bool = True,
 ) -> Manifest | None:
-    """The model's files, all of them here now. None where the hub is out of reach and some of the model is here.
+    """The model's files, all here afterwards. None if the hub cannot be reached and part of the model is here.
 
-    Of several processes that want the same model one fetches it and the others wait. Raises StoreError.
+    If several processes need the same model, one fetches it and the others wait. Raises StoreError.
     """
     try:
         with _locked(cache.lock(repo), lambda: say(f"{repo} is being fetched by another process: waiting for it")):
@@ -51,7 +51,7 @@ def _pull(
             return None
         raise StoreError(f"the hub cannot be asked for {repo} ({error}): check the network, and HF_ENDPOINT") from None
     if before and before.commit == manifest.commit and set(before.files) > set(manifest.files):
-        manifest = before  # it was once wanted with its weights
+        manifest = before  # an earlier pull included the weights
     missing = cache.missing(manifest)
     if missing:
         _check_disk(cache, manifest, missing)
@@ -76,7 +76,7 @@ def _download_all(manifest: Manifest, missing: list[File], cache: Cache, token: 
         download(url, headers, file, cache.blob(manifest.repo, file), progress.came)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        # Equal files, by content, are one blob.
+        # Files with equal content share one blob.
         waiting = [pool.submit(one, file) for file in {file.etag: file for file in missing}.values()]
         try:
             for future in waiting:
