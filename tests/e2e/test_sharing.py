@@ -67,7 +67,7 @@ def seat(models: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
         yield one, two
     finally:
         for tenant in (one, two):
-            tenant.end()
+            tenant.close()
             tenant.client.close()
 
 
@@ -80,7 +80,8 @@ def forget_the_balancer(seat: tuple[Tenant, Tenant]) -> None:
         wait_until(lambda: tenant.client.get("/lease").json()["ordered_by"] is None, "no balancer is heard", 30)  # noqa: B023
 
 
-def test_without_a_balancer_requests_to_both_are_answered_by_turns(seat: tuple[Tenant, Tenant]) -> None:
+def test_turns_without_balancer(seat: tuple[Tenant, Tenant]) -> None:
+    """Without a balancer requests to both are answered by turns."""
     assert awake(seat) == ["AWAKE", "DOZING"]
     whole = {tenant.port: tenant.generate(12) for tenant in seat}
     for _ in range(3):
@@ -92,9 +93,8 @@ def test_without_a_balancer_requests_to_both_are_answered_by_turns(seat: tuple[T
     assert seat[0].client.get("/lease").json()["swaps"]["wakes"] >= 2
 
 
-def test_two_endpoints_share_the_seat_though_neither_knows_of_the_other(
-    seat: tuple[Tenant, Tenant], tmp_path: Path
-) -> None:
+def test_two_endpoints(seat: tuple[Tenant, Tenant], tmp_path: Path) -> None:
+    """Two endpoints share the seat though neither knows of the other."""
     (tmp_path / "key").write_text(Tenant.key)
     flags = ("--replica-key", str(tmp_path / "key"))
     balancers = [Balancer(tmp_path / f"balancer-{tenant.port}.log", [tenant], *flags) for tenant in seat]
@@ -109,12 +109,13 @@ def test_two_endpoints_share_the_seat_though_neither_knows_of_the_other(
         assert {status for balancer in balancers for status in balancer.statuses()} == {"READY"}
     finally:
         for balancer in balancers:
-            balancer.end()
+            balancer.close()
 
 
-def test_a_stream_that_is_taken_off_amid_its_answer_ends_with_the_undisturbed_text(
+def test_preempted_stream(
     seat: tuple[Tenant, Tenant],
 ) -> None:
+    """A stream that is taken off amid its answer ends with the undisturbed text."""
     one, two = seat
     whole = one.generate(60)
     two.order("doze")
@@ -154,9 +155,10 @@ def test_a_stream_that_is_taken_off_amid_its_answer_ends_with_the_undisturbed_te
     assert one.generate(60) == whole
 
 
-def test_a_grammar_that_is_being_compiled_does_not_kill_the_replica_that_is_to_doze(
+def test_doze_while_grammars_compile(
     seat: tuple[Tenant, Tenant],
 ) -> None:
+    """A grammar that is being compiled does not kill the replica that is to doze."""
     one, two = seat
     two.order("doze")
     one.order("wake")
@@ -171,7 +173,8 @@ def test_a_grammar_that_is_being_compiled_does_not_kill_the_replica_that_is_to_d
 
 
 @pytest.mark.last
-def test_one_killed_amid_its_turn_leaves_the_seat_to_the_other(seat: tuple[Tenant, Tenant]) -> None:
+def test_killed_awake(seat: tuple[Tenant, Tenant]) -> None:
+    """One killed amid its turn leaves the seat to the other."""
     one, two = seat
     one.order("doze")
     two.order("wake")
@@ -189,7 +192,8 @@ def test_one_killed_amid_its_turn_leaves_the_seat_to_the_other(seat: tuple[Tenan
 
 
 @pytest.mark.last
-def test_one_that_dozes_ends_when_it_is_told_to_and_answers_what_it_has_first(seat: tuple[Tenant, Tenant]) -> None:
+def test_sigterm_while_dozing(seat: tuple[Tenant, Tenant]) -> None:
+    """One that dozes ends when it is told to and answers what it has first."""
     one, _ = seat
     one.order("doze")
     children = one.offspring()

@@ -45,7 +45,8 @@ def test_a_share_that_is_not_free_is_refused_with_the_numbers() -> None:
         (["--model-path", "--enable-loran"], False),
     ],
 )
-def test_parts_of_sglang_that_were_not_tried_with_turns_stand_in_the_way(flags: list[str], is_one: bool) -> None:
+def test_untried_flags(flags: list[str], is_one: bool) -> None:
+    """Parts of sglang that were not tried with turns stand in the way."""
     assert bool(obstacle(flags)) is is_one
 
 

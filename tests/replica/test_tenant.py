@@ -151,7 +151,8 @@ def pair(stage: Stage) -> tuple[Tenant, FakeEngine, Tenant, FakeEngine]:
     return first, its, second, others
 
 
-def test_a_doze_pauses_then_releases_and_a_wake_resumes_then_goes_on(stage: Stage) -> None:
+def test_doze_and_wake_order(stage: Stage) -> None:
+    """A doze pauses then releases and a wake resumes then goes on."""
     tenant, engine = stage.tenant("mine")
 
     async def life() -> None:
@@ -172,7 +173,8 @@ def test_a_doze_pauses_then_releases_and_a_wake_resumes_then_goes_on(stage: Stag
     assert tenant.swaps.wakes == 1
 
 
-def test_asleep_it_gives_its_weights_too_and_takes_all_again(stage: Stage) -> None:
+def test_sleep(stage: Stage) -> None:
+    """Asleep it gives its weights too and takes all again."""
     tenant, engine = stage.tenant("mine")
     before = stage.gpu.free
 
@@ -190,7 +192,8 @@ def test_asleep_it_gives_its_weights_too_and_takes_all_again(stage: Stage) -> No
     assert stage.gpu.free == before
 
 
-def test_by_itself_it_yields_after_its_slice_to_one_that_waits_and_gets_its_turn_back(stage: Stage) -> None:
+def test_yields_by_itself(stage: Stage) -> None:
+    """By itself it yields after its slice to one that waits and gets its turn back."""
     first, its, second, others = pair(stage)
     others.held = 3
     its.held = 1
@@ -208,7 +211,8 @@ def test_by_itself_it_yields_after_its_slice_to_one_that_waits_and_gets_its_turn
     assert (first.state, second.state) == (State.DOZING, State.AWAKE)
 
 
-def test_one_that_is_idle_yields_at_once_and_one_that_nobody_waits_for_stays(stage: Stage) -> None:
+def test_idle_yields_at_once(stage: Stage) -> None:
+    """One that is idle yields at once and one that nobody waits for stays."""
     first, its, second, _ = pair(stage)
     stage.later(100)
     run(steps(first, second))
@@ -218,7 +222,8 @@ def test_one_that_is_idle_yields_at_once_and_one_that_nobody_waits_for_stays(sta
     assert (first.state, second.state) == (State.AWAKE, State.DOZING)
 
 
-def test_a_balancer_that_is_heard_orders_alone_except_for_strangers(stage: Stage) -> None:
+def test_heard_balancer(stage: Stage) -> None:
+    """A balancer that is heard orders alone except for strangers."""
     first, its, second, others = pair(stage)
     others.held = its.held = 1
 
@@ -243,7 +248,8 @@ def test_a_balancer_that_is_heard_orders_alone_except_for_strangers(stage: Stage
     run(ordered())
 
 
-def test_without_a_word_from_its_balancer_for_five_seconds_it_sees_to_itself(stage: Stage) -> None:
+def test_silent_balancer(stage: Stage) -> None:
+    """Without a word from its balancer for five seconds it sees to itself."""
     first, its, second, others = pair(stage)
     others.held = its.held = 1
 
@@ -263,7 +269,8 @@ def test_without_a_word_from_its_balancer_for_five_seconds_it_sees_to_itself(sta
     assert (first.state, second.state) == (State.AWAKE, State.DOZING)
 
 
-def test_one_that_was_told_to_end_wakes_for_what_it_has_ahead_of_the_others(stage: Stage) -> None:
+def test_leaving_wakes_first(stage: Stage) -> None:
+    """One that was told to end wakes for what it has ahead of the others."""
     first, its, second, others = pair(stage)
     third, thirds = stage_third(stage, second)
     others.held = thirds.held = 1
@@ -308,7 +315,8 @@ def test_requests_that_have_gone_are_no_reason_to_wake(stage: Stage) -> None:
     assert second.state is State.AWAKE
 
 
-def test_a_wake_waits_for_the_memory_that_a_killed_one_has_still(stage: Stage) -> None:
+def test_wake_waits_for_memory(stage: Stage) -> None:
+    """A wake waits for the memory that a killed one has still."""
     tenant, engine = stage.tenant("mine", memory=1.0)
 
     async def life() -> None:
@@ -328,7 +336,8 @@ def test_a_wake_waits_for_the_memory_that_a_killed_one_has_still(stage: Stage) -
     assert not engine.is_dead
 
 
-def test_a_wake_without_memory_gives_the_turn_up_and_says_what_is_missing(stage: Stage) -> None:
+def test_wake_without_memory(stage: Stage) -> None:
+    """A wake without memory gives the turn up and says what is missing."""
     tenant, engine = stage.tenant("mine", memory=0.0)
 
     async def life() -> None:
@@ -352,7 +361,8 @@ def test_a_wake_without_memory_gives_the_turn_up_and_says_what_is_missing(stage:
     assert tenant.problem == ""
 
 
-def test_one_that_runs_on_after_a_pause_is_not_made_to_release(stage: Stage) -> None:
+def test_busy_after_pause(stage: Stage) -> None:
+    """One that runs on after a pause is not made to release."""
     tenant, engine = stage.tenant("mine")
     engine.is_busy_after_pause = True
     run(steps(tenant))
@@ -384,7 +394,8 @@ def test_a_server_whose_memory_nobody_knows_of_ends(stage: Stage, fails: str) ->
     assert "CUDA error" in tenant.problem
 
 
-def test_a_doze_that_hangs_ends_the_server_though_the_event_loop_is_stuck(stage: Stage) -> None:
+def test_hanging_doze(stage: Stage) -> None:
+    """A doze that hangs ends the server though the event loop is stuck."""
     tenant, engine = stage.tenant("mine", give_back=0.05)
 
     async def stuck(_: Sequence[str]) -> None:
@@ -422,7 +433,8 @@ async def stock(_scope: Any, _receive: Any, send: Any) -> None:
 SGLANG: Answer = (299, {"from": "sglang"})
 
 
-def test_awake_all_of_sglang_answers_but_its_routes_to_its_memory(stage: Stage) -> None:
+def test_gate_while_awake(stage: Stage) -> None:
+    """Awake all of sglang answers but its routes to its memory."""
     tenant, _ = stage.tenant("mine")
     gate = Gate(stock, tenant)
 
@@ -436,7 +448,8 @@ def test_awake_all_of_sglang_answers_but_its_routes_to_its_memory(stage: Stage) 
     run(asked())
 
 
-def test_not_awake_it_is_well_takes_requests_and_refuses_what_would_kill_it(stage: Stage) -> None:
+def test_gate_while_dozing(stage: Stage) -> None:
+    """Not awake it is well takes requests and refuses what would kill it."""
     tenant, engine = stage.tenant("mine")
     gate = Gate(stock, tenant)
 

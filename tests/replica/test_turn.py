@@ -95,9 +95,8 @@ def gpus(count: int) -> list[Gpu]:
     return list_gpus({"REPLICA_PRETEND_GPUS": str(count)})
 
 
-def test_tenants_start_one_after_another_and_keep_strangers_out_while_they_doze(
-    directory: Path, started: list[TenantProcess]
-) -> None:
+def test_starts_in_turn(directory: Path, started: list[TenantProcess]) -> None:
+    """Tenants start one after another and keep strangers out while they doze."""
     started.append(TenantProcess(directory, "first"))
     assert started[0].is_awake()
     started.append(TenantProcess(directory, "second"))
@@ -125,9 +124,8 @@ def test_a_gpu_that_is_held_alone_is_shared_with_nobody(directory: Path) -> None
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_tenant_killed_amid_its_turn_leaves_it_to_the_one_that_waits(
-    directory: Path, started: list[TenantProcess], how: signal.Signals
-) -> None:
+def test_killed_holder(directory: Path, started: list[TenantProcess], how: signal.Signals) -> None:
+    """A tenant killed amid its turn leaves it to the one that waits."""
     started.append(TenantProcess(directory, "first"))
     assert started[0].is_awake()
     started[0].do("give up")
@@ -141,7 +139,8 @@ def test_a_tenant_killed_amid_its_turn_leaves_it_to_the_one_that_waits(
     assert sharers(gpus(1)[0], directory) == ["first (dozing)"]
 
 
-def test_who_waits_longest_goes_first_and_a_stopped_one_holds_nobody_up(directory: Path) -> None:
+def test_longest_wait_first(directory: Path) -> None:
+    """Who waits longest goes first and a stopped one holds nobody up."""
     now = 1000.0
     uuids = ["GPU-a"]
     first, second, third = (Turn.join(_made(directory), uuids, note, now) for note in ("first", "second", "third"))
@@ -163,7 +162,8 @@ def test_who_waits_longest_goes_first_and_a_stopped_one_holds_nobody_up(director
         one.leave()
 
 
-def test_one_that_is_to_end_goes_ahead_of_those_who_waited_longer(directory: Path) -> None:
+def test_ahead_of_all(directory: Path) -> None:
+    """One that is to end goes ahead of those who waited longer."""
     first, second, third = (Turn.join(_made(directory), ["GPU-a"], note, 1000.0) for note in ("first", "2nd", "3rd"))
     assert first.take(1000)
     assert not second.take(1001)
@@ -257,7 +257,8 @@ def test_tenants_spread_over_the_gpus(directory: Path, started: list[TenantProce
     assert [sharers(gpu, directory) for gpu in gpus(2)] == [["a (awake)"], ["b (awake)"]]
 
 
-def test_a_tenant_that_waits_too_long_to_start_is_told_whose_turn_it_is(directory: Path) -> None:
+def test_start_waits_too_long(directory: Path) -> None:
+    """A tenant that waits too long to start is told whose turn it is."""
     held = take(gpus(1), Want(1), directory, wait=0, note="mine", is_shared=True)
     with pytest.raises(AllHeldError, match=r"not this replica's turn yet \(GPU 0: mine \(starting\)\)"):
         take(gpus(1), Want(1), directory, wait=0, note="second", is_shared=True)

@@ -36,7 +36,8 @@ def test_one_that_is_idle_gives_its_gpu_at_once() -> None:
     assert Turns(RULES).decide(0.1, [awake("x", in_flight=0), dozing("y")], {"y": asked()}) == [Swap("y", ("x",))]
 
 
-def test_a_turn_lasts_its_slice_and_what_runs_longer_than_the_turn_over_is_taken_off() -> None:
+def test_slice_and_turn_over() -> None:
+    """A turn lasts its slice and what runs longer than the turn over is taken off."""
     turns, needs = Turns(RULES), {"y": asked()}
     assert turns.decide(1.9, [awake("x"), dozing("y")], needs) == []
     assert turns.decide(2.0, [awake("x", left=60), dozing("y")], needs) == [Swap("y", ("x",))]
@@ -45,7 +46,8 @@ def test_a_turn_lasts_its_slice_and_what_runs_longer_than_the_turn_over_is_taken
     assert turns.decide(3.1, [awake("x", left=0.1), dozing("y")], needs) == [Swap("y", ("x",))]
 
 
-def test_more_requests_and_a_higher_priority_make_a_turn_longer_up_to_four_times() -> None:
+def test_longer_slices() -> None:
+    """More requests and a higher priority make a turn longer up to four times."""
     turns = Turns(RULES)
     assert turns.slice(awake("x", in_flight=3), {"y": asked(waiting=1)}, "y") == 6.0
     assert turns.slice(awake("x", in_flight=1), {"y": asked(waiting=5)}, "y") == 2.0
@@ -60,13 +62,15 @@ def test_slices_grow_until_swaps_are_a_tenth_of_the_time() -> None:
     assert math.isclose(turns.slice(awake("x"), {"y": asked()}, "y"), 4.5)
 
 
-def test_who_has_waited_longest_goes_first_but_priority_goes_before() -> None:
+def test_order_of_turns() -> None:
+    """Who has waited longest goes first but priority goes before."""
     there = [dozing("x"), dozing("y"), dozing("z")]
     assert Turns(RULES).decide(9, there, {"x": asked(3), "y": asked(2), "z": asked(4)}) == [Swap("y")]
     assert Turns(RULES).decide(9, there, {"x": asked(3), "y": asked(2), "z": asked(4, priority=1)}) == [Swap("z")]
 
 
-def test_who_is_passed_over_again_and_again_goes_before_a_higher_priority() -> None:
+def test_passed_over() -> None:
+    """Who is passed over again and again goes before a higher priority."""
     turns = Turns(RULES)
     given_to = []
     for turn in range(8):
@@ -77,19 +81,22 @@ def test_who_is_passed_over_again_and_again_goes_before_a_higher_priority() -> N
     assert given_to.index("low") == 4
 
 
-def test_one_that_is_waking_is_left_alone_and_so_is_one_that_is_pinned() -> None:
+def test_busy_and_pinned() -> None:
+    """One that is waking is left alone and so is one that is pinned."""
     busy = Tenant("x", "x", A, Stage.BUSY, 0.0)
     assert Turns(RULES).decide(99, [busy, dozing("y")], {"y": asked()}) == []
     needs = {"x": asked(waiting=0, min_awake=1), "y": asked()}
     assert Turns(RULES).decide(99, [awake("x", in_flight=0), dozing("y")], needs) == []
 
 
-def test_of_several_replicas_the_one_wakes_whose_gpu_is_free_soonest() -> None:
+def test_soonest_free_gpu() -> None:
+    """Of several replicas the one wakes whose gpu is free soonest."""
     there = [awake("x-1", since=0), awake("y-1", since=1, gpus=("GPU-b",)), dozing("z-1"), dozing("z-2", ("GPU-b",))]
     assert Turns(RULES).decide(2.5, there, {"z": asked()}) == [Swap("z-1", ("x-1",))]
 
 
-def test_a_model_that_is_awake_gets_another_gpu_only_from_one_that_wants_it_less() -> None:
+def test_second_replica() -> None:
+    """A model that is awake gets another gpu only from one that wants it less."""
     there = [awake("x-1"), awake("y-1", gpus=("GPU-b",)), dozing("x-2", ("GPU-b",))]
     assert Turns(RULES).decide(99, there, {"x": asked(waiting=1)}) == []
     assert Turns(RULES).decide(99, there, {"x": asked(waiting=9)}) == [Swap("x-2", ("y-1",))]
@@ -222,9 +229,8 @@ MODELS = st.lists(
 
 @settings(max_examples=25, deadline=None)
 @given(MODELS, st.sampled_from([0.05, 0.25, 0.6]))
-def test_nobody_starves_whatever_is_asked_of_whom(
-    drawn: list[tuple[tuple[str, ...], int, float, float]], swap: float
-) -> None:
+def test_nobody_starves(drawn: list[tuple[tuple[str, ...], int, float, float]], swap: float) -> None:
+    """Nobody starves whatever is asked of whom."""
     models = [Model(f"m{n}", *rest) for n, rest in enumerate(drawn)]
     simulation = Simulation(models, swap)
     simulation.run(90)
@@ -237,7 +243,8 @@ def test_nobody_starves_whatever_is_asked_of_whom(
 
 @settings(max_examples=8, deadline=None)
 @given(st.integers(2, 4), st.sampled_from([0.1, 0.3, 0.6]), st.sampled_from([1.5, 20.0]))
-def test_swaps_take_less_than_a_tenth_of_the_time_however_much_is_asked(count: int, swap: float, runs: float) -> None:
+def test_swap_share(count: int, swap: float, runs: float) -> None:
+    """Swaps take less than a tenth of the time however much is asked."""
     models = [Model(f"m{n}", ("a",), 0, 0.2, runs) for n in range(count)]
     simulation = Simulation(models, swap)
     simulation.run(200)
