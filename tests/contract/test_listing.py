@@ -1,4 +1,4 @@
-"""What controller and balancer tell each other of a replica: strict towards others, and each fact kept in one place."""
+"""What controller and balancer tell each other about replicas: checked strictly, and each fact defined once."""
 
 import json
 import shutil
@@ -31,7 +31,8 @@ def taken(body: dict[str, Any]) -> Listing:
     return TypeAdapter(Listing).validate_python(body)
 
 
-def test_what_one_side_writes_the_other_reads() -> None:
+def test_round_trip() -> None:
+    """What one side writes, the other reads."""
     assert taken(json.loads(json.dumps(LISTING.to_json()))) == LISTING
     assert taken({"replicas": []}) == Listing(())
 
@@ -52,8 +53,8 @@ def refusal(body: dict[str, Any]) -> tuple[int | str, ...]:
 
 @pytest.mark.parametrize("name", [field.name for field in fields(ReplicaListing)])
 @pytest.mark.parametrize("value", EACH_KIND)
-def test_a_fact_is_refused_or_taken_as_it_was_written(name: str, value: Any) -> None:
-    """Whatever the type of a fact that is added: a text is no number, a number no truth."""
+def test_strict_facts(name: str, value: Any) -> None:
+    """A fact is refused or taken as it was written, whatever its type: a string is no number, a number no boolean."""
     body = LISTING.to_json()
     body["replicas"][0][name] = value
     where = refusal(body)
@@ -65,7 +66,8 @@ def test_a_fact_is_refused_or_taken_as_it_was_written(name: str, value: Any) -> 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(ServiceListing)])
 @pytest.mark.parametrize("value", EACH_KIND)
-def test_so_is_what_is_said_of_the_service(name: str, value: Any) -> None:
+def test_strict_service(name: str, value: Any) -> None:
+    """The same holds for what is said of the service."""
     body = LISTING.to_json()
     body["service"][name] = value
     where = refusal(body)
@@ -75,28 +77,33 @@ def test_so_is_what_is_said_of_the_service(name: str, value: Any) -> None:
         assert (got, isinstance(got, bool)) == (value, isinstance(value, bool))
 
 
-def test_a_services_status_is_one_of_the_words() -> None:
+def test_service_status() -> None:
+    """A service's status is one of SkyServe's words."""
     with pytest.raises(ValidationError, match="write one of CONTROLLER_INIT, REPLICA_INIT, READY"):
         taken({"replicas": [], "service": {"status": "FINE"}})
 
 
 @pytest.mark.parametrize("endpoint", ["", "127.0.0.1:8001", "ftp://a:1", "http://a:0", "http://u@a:1", "http://a:1/v1"])
-def test_a_running_replica_has_an_address(endpoint: str) -> None:
+def test_running_needs_address(endpoint: str) -> None:
+    """A running replica has an address."""
     with pytest.raises(ConfigError, match="is not an address"):
         ReplicaListing("r1", endpoint)
 
 
 @pytest.mark.parametrize("state", [state for state in State if state is not State.RUNNING])
-def test_one_that_does_not_run_needs_none(state: State) -> None:
+def test_others_need_none(state: State) -> None:
+    """A replica that does not run needs none."""
     assert ReplicaListing("r1", state=state).endpoint == ""
 
 
-def test_every_word_has_its_phase() -> None:
+def test_phases() -> None:
+    """Every status has a phase, and every phase a status."""
     assert {status.phase for status in Status} == set(Phase)
     assert {status.phase for status in ServiceStatus} == set(Phase) - {Phase.UNAVAILABLE}
 
 
-def test_a_row_has_the_facts_of_its_listing() -> None:
+def test_row() -> None:
+    """A row has the facts of its listing, but for those that it overrides."""
     row = ReplicaRow.of(REPLICA, status=Status.EJECTED, in_flight=4, launched_seconds=9.0)
     assert row == ReplicaRow(
         "r1",
@@ -160,8 +167,10 @@ class Altered:
             return program.text
 
 
-def test_a_new_fact_is_one_line_in_the_type_and_one_in_the_table(tmp_path: Path) -> None:
-    """From the engine through the controller and the fleet to GET /status, the tables and the page's feed."""
+def test_new_fact(tmp_path: Path) -> None:
+    """A new fact is one line in the type and one in the table. It passes from the engine through controller and fleet
+    to GET /status, the tables and the page's feed.
+    """
     altered = Altered(tmp_path)
     listing = json.loads(altered.printed(CONTROLLER))
     assert listing["replicas"][0]["node"] == "gpu-2"
