@@ -188,8 +188,6 @@ def _of_whole(body: bytes, is_cut: bool) -> Counts:
     What begins at a field of the outermost object is an object of its own once a brace stands before it. Of one that
     is further in, too many braces would be left.
     """
-    if b'_tokens"' not in body:
-        return Counts()
     end = len(body)
     for _ in range(_TRIES if is_cut else 1):
         end = body.rfind(b'"usage":', 0, end)
@@ -198,7 +196,7 @@ def _of_whole(body: bytes, is_cut: bool) -> Counts:
         said = _parsed(b"{" + body[end:]) if body[end - 1 : end] != b"\\" else None
         if isinstance(said, dict) and isinstance(usage := said.get("usage"), dict):
             return _of_usage(usage)
-    if is_cut:
+    if is_cut or b'_tokens"' not in body:  # in a text it has a backslash before the quote
         return Counts()
     said = _parsed(body)
     if isinstance(said, dict):
@@ -218,21 +216,15 @@ def _parsed(data: bytes) -> Any:
 
 def _of_usage(usage: dict[str, Any]) -> Counts:
     """The counts of a `usage` object of OpenAI's or Anthropic's, or of SGLang's own `meta_info`."""
-    if "prompt_tokens" in usage:
-        details = usage.get("prompt_tokens_details")
-        cached = _figure(usage, "cached_tokens")
-    else:
-        details = usage.get("input_tokens_details")
-        cached = _figure(usage, "cache_read_input_tokens")
-    if isinstance(details, dict):
-        cached = _figure(details, "cached_tokens")
     if "prompt_tokens" in usage or "completion_tokens" in usage:
+        details = usage.get("prompt_tokens_details")
+        cached = _figure(details if isinstance(details, dict) else usage, "cached_tokens")
         return Counts(_figure(usage, "prompt_tokens"), _figure(usage, "completion_tokens"), cached)
-    prompt = _figure(usage, "input_tokens")
+    prompt, read = _figure(usage, "input_tokens"), _figure(usage, "cache_read_input_tokens")
+    details = usage.get("input_tokens_details")
+    cached = _figure(details, "cached_tokens") if isinstance(details, dict) else read
     if prompt is not None:  # in Anthropic's format the cached ones are apart, in OpenAI's some of these
-        prompt += (_figure(usage, "cache_read_input_tokens") or 0) + (
-            _figure(usage, "cache_creation_input_tokens") or 0
-        )
+        prompt += (read or 0) + (_figure(usage, "cache_creation_input_tokens") or 0)
     return Counts(prompt, _figure(usage, "output_tokens"), cached)
 
 
