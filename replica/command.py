@@ -1,4 +1,4 @@
-"""Settings, preset and lease to SGLang's command line and environment; nothing here touches the machine."""
+"""Builds SGLang's command line and environment from options, preset and lease. Pure."""
 
 import json
 import re
@@ -9,22 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from replica.gpu import Gpu
+from replica.options import Options
 from replica.presets import Preset
-from replica.settings import Settings
 
-# Where the plug-in finds a key's file in SGLang's arguments, and puts the key itself: argv is everyone's to
-# read in the process list. Without the plug-in SGLang would take the path for the key and nobody would get
-# in.
+# Marks the path of a key file in SGLang's arguments, which the plug-in replaces by the key: everybody can read argv in
+# the process list. Without the plug-in SGLang would take the path for the key, and no client would get in.
 KEY_FILE_MARK = "@file:"
 
-# The plug-in takes it out again. An SGLang that could not load the plug-in only logs that, and would serve without what
-# it holds in; this flag it does not know, so it ends.
+# A flag that only the plug-in knows, and removes. SGLang merely logs that a plug-in failed to load, and would serve
+# without its protections; because of this unknown flag it exits instead.
 PLUGIN_MARK = "--with-groundserve-plugin"
 _PLUGIN = "groundserve"  # its name among SGLang's entry points
 
-# A plain CPU has neither AMX kernels nor memory to spare: torch's own attention, one thread (replicas share
-# the cores, and more threads than cores make each slower), a KV pool of 16,384 tokens, and no busy loop while
-# idle.
+# A plain CPU has neither AMX kernels nor memory to spare: torch's own attention, one thread (replicas share the cores,
+# and more threads than cores slow down all of them), a KV pool of 16,384 tokens, and no busy loop while idle.
 _CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-overlap-schedule", "--max-total-tokens", "16384", "--sleep-on-idle"),
@@ -36,18 +34,18 @@ _SECRET_FLAG = re.compile(r"--(.*-)?(key|keys|password|passphrase|secret|hf-toke
 
 @dataclass(frozen=True)
 class Command:
-    """argv, and the variables that are set for it on top of the environment."""
+    """argv, and the variables to add to the environment."""
 
     argv: tuple[str, ...]
     environ: Mapping[str, str] = field(repr=False)
 
     def __str__(self) -> str:
-        """The command as a person would type it, with secrets masked."""
+        """The command as one would type it, with secrets masked."""
         return shlex.join(masked(self.argv))
 
 
 def build(
-    settings: Settings,
+    options: Options,
     preset: Preset,
     gpus: Sequence[Gpu],
     *,
@@ -57,17 +55,17 @@ def build(
     has_flashinfer: bool = True,
     detects_parsers: bool = True,
 ) -> Command:
-    """SGLang's command for `preset` on the leased `gpus`; on the CPU when there are none.
+    """SGLang's command for `preset` on the leased `gpus`; without GPUs, on the CPU.
 
-    seed: drawn anew at each start, it is how a balancer tells a restarted replica from the one before. What
-    the user gives comes last, so that it wins. cpu_dtype: what the CPU multiplies fastest; only the models of
-    our own making are small enough to be widened to it. Without FlashInfer, CUDA runs on Triton's and torch's
-    own kernels. detects_parsers: this SGLang finds out by itself how the model writes its tool calls and its thoughts.
+    seed: a new random number for each start, by which the balancer distinguishes a restarted replica from its
+    predecessor. The user's flags come last, so that they win. cpu_dtype: the type that the CPU multiplies fastest; only
+    the embedded models are small enough to be converted to it. Without FlashInfer, CUDA uses Triton's and torch's own
+    kernels. detects_parsers: this SGLang detects by itself how the model writes tool calls and reasoning.
     """
-    folder = str(settings.models_dir / preset.name) if preset.model is None else preset.model
+    folder = str(options.models_dir / preset.name) if preset.model is None else preset.model
     flags = [
         *("--model-path", folder, "--served-model-name", preset.served_name),
-        *("--host", settings.host, "--port", str(settings.port)),
+        *("--host", options.host, "--port", str(options.port)),
         *("--random-seed", str(seed), "--enable-metrics", "--enable-cache-report"),
         PLUGIN_MARK,
         *preset.flags,
@@ -86,49 +84,49 @@ def build(
         flags += ["--tp-size", str(len(gpus))]
     if gpus and not has_flashinfer:
         flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch"]
-    if settings.gpu_share and gpus:
+    if options.gpu_share and gpus:
         flags += _SHARE_FLAGS
-    if settings.api_key_file is not None:
-        flags += ["--api-key", f"{KEY_FILE_MARK}{settings.api_key_file}"]
-    argv = (sys.executable, "-m", "sglang.launch_server", *flags, *settings.sglang_args)
-    return Command(argv, _environ(settings, preset, gpus, environ))
+    if options.api_key_file is not None:
+        flags += ["--api-key", f"{KEY_FILE_MARK}{options.api_key_file}"]
+    argv = (sys.executable, "-m", "sglang.launch_server", *flags, *options.sglang_args)
+    return Command(argv, _environ(options, preset, gpus, environ))
 
 
-def _environ(settings: Settings, preset: Preset, gpus: Sequence[Gpu], environ: Mapping[str, str]) -> dict[str, str]:
+def _environ(options: Options, preset: Preset, gpus: Sequence[Gpu], environ: Mapping[str, str]) -> dict[str, str]:
     defaults = {
-        # A balancer asks /health_generate with 60 s to tell a hung scheduler from a long prefill. SGLang's
-        # own 20 s would call a long prefill unhealthy, and from then on /ready says 503.
+        # The balancer allows /health_generate 60 s, to distinguish a hung scheduler from a long prefill. With SGLang's
+        # own 20 s a long prefill would count as unhealthy, and /ready would be 503 from then on.
         "SGLANG_HEALTH_CHECK_TIMEOUT": "60",
-        # Longer than any balancer keeps an idle connection: the server must not be the one to close it.
+        # Longer than the balancer keeps an idle connection, so that the server is never the one to close it.
         "SGLANG_TIMEOUT_KEEP_ALIVE": "75",
     }
     if not gpus:
         defaults |= {"OMP_NUM_THREADS": "1", "SGLANG_CPU_WORKERS": "1"}
-    made = {name: value for name, value in defaults.items() if name not in environ}
+    variables = {name: value for name, value in defaults.items() if name not in environ}
     if gpus:
-        made |= visible(gpus)
+        variables |= visible(gpus)
         if "SGLANG_USE_CPU_ENGINE" in environ:
-            made["SGLANG_USE_CPU_ENGINE"] = "0"
+            variables["SGLANG_USE_CPU_ENGINE"] = "0"
     else:
-        # SGLang warns of each kernel that a CPU lacks, in each of its processes, at each start; where the surroundings
-        # make an error of a warning, it would not start.
-        made |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore::UserWarning"}
+        # At each start, each of SGLang's processes warns of every kernel that a CPU lacks; where the environment turns
+        # warnings into errors, it would not start.
+        variables |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore::UserWarning"}
     if preset.is_embedded or (preset.model and Path(preset.model).is_absolute()):
-        made["HF_HUB_OFFLINE"] = "1"
-    made |= settings.media.environ()  # read by the plug-in, in each of SGLang's processes
+        variables["HF_HUB_OFFLINE"] = "1"
+    variables |= options.media.environ()  # read by the plug-in, in each of SGLang's processes
     plugins = environ.get("SGLANG_PLUGINS")
     if plugins:
-        made["SGLANG_PLUGINS"] = f"{plugins},{_PLUGIN}"
-    if settings.hf_token:
-        made["HF_TOKEN"] = settings.hf_token
-    return made
+        variables["SGLANG_PLUGINS"] = f"{plugins},{_PLUGIN}"
+    if options.hf_token:
+        variables["HF_TOKEN"] = options.hf_token
+    return variables
 
 
 def visible(gpus: Sequence[Gpu]) -> dict[str, str]:
-    """The variables by which CUDA sees these GPUs and no others.
+    """The variables that make CUDA see these GPUs and no others.
 
-    Indices, not UUIDs: SGLang 0.5.23 reads each as an int for tensor parallelism (custom all-reduce, VMM fabric). An
-    index means nvidia-smi's GPU only in PCI bus order; CUDA's own order is by speed.
+    Indices, not UUIDs: SGLang 0.5.23 parses each as an int for tensor parallelism (custom all-reduce, VMM fabric).
+    Indices match nvidia-smi's only in PCI bus order; CUDA's own order is by speed.
     """
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -137,7 +135,7 @@ def visible(gpus: Sequence[Gpu]) -> dict[str, str]:
 
 
 def masked(argv: Sequence[str]) -> list[str]:
-    """argv with the value of each flag that carries a secret replaced by ***."""
+    """argv, with the values of flags that carry secrets replaced by ***."""
     shown: list[str] = []
     hide_next = False
     for part in argv:

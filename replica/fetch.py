@@ -14,7 +14,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
-from replica.media import DOMAINS, MediaError, Policy, check_content
+from replica.media import DOMAINS, MediaError, MediaPolicy, check_content
 
 
 class Unfetchable(MediaError):
@@ -43,7 +43,7 @@ def fetch(stock: Callable[..., bytes], url: str, *more: Any, **named: Any) -> by
         raise Unfetchable(f"{url[:100]!r} cannot be fetched: {error}") from None
 
 
-def guarded(session: requests.Session, policy: Policy) -> requests.Session:
+def guarded(session: requests.Session, policy: MediaPolicy) -> requests.Session:
     """`session`, restricted to connections that `policy` allows. It ignores passwords in ~/.netrc."""
     if not isinstance(session.get_adapter("http://"), _Adapter):
         session.mount("http://", _Adapter(policy))
@@ -58,7 +58,7 @@ def _auth_from_url(request: requests.PreparedRequest) -> requests.PreparedReques
 
 
 class _Adapter(HTTPAdapter):
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: MediaPolicy) -> None:
         self._policy = policy
         super().__init__()
 
@@ -85,7 +85,7 @@ class _Adapter(HTTPAdapter):
         return super().send(request, stream, timeout, verify, cert, proxies if trusted else None)
 
 
-def _pool(pool: Any, connection: Any, policy: Policy) -> Any:
+def _pool(pool: Any, connection: Any, policy: MediaPolicy) -> Any:
     class Connection(connection):  # type: ignore[misc]
         def _new_conn(self) -> socket.socket:
             name: str = self._dns_host  # type: ignore[has-type]

@@ -1,7 +1,7 @@
-"""Which NVIDIA GPUs this machine has, how full they are and who uses them, as nvidia-smi tells.
+"""The NVIDIA GPUs of this machine, their memory use and their users, as reported by nvidia-smi.
 
-nvidia-smi and not a binding: it comes with every driver and with the NVIDIA container toolkit, and SGLang
-calls it too.
+nvidia-smi rather than a binding: it comes with every driver and with the NVIDIA container toolkit, and SGLang calls it
+as well.
 """
 
 import re
@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# Pretends that many GPUs, for tests of the lease on machines that have none. Nothing but the lease believes
-# in them: with --device auto SGLang still runs on the CPU.
+# Simulates this many GPUs, to test leases on machines without any. Only the lease uses them: with --device auto SGLang
+# still runs on the CPU.
 PRETEND = "REPLICA_PRETEND_GPUS"
 
 
-# What is asked of each GPU, in this order; the last is a field that older drivers do not know.
+# The fields to query of each GPU, in this order, and one more that older drivers do not know.
 _FIELDS = ("index", "uuid", "name", "memory.total", "memory.used", "mig.mode.current")
 _HEALTH = "remapped_rows.failure"
-# Each GPU's own entry of the driver; a lost GPU keeps it.
+# The driver's entry for each GPU; a lost GPU keeps its entry.
 _DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -28,7 +28,7 @@ class GpuError(Exception):
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. index: its place in PCI bus order, which is nvidia-smi's; memory in MiB."""
+    """One GPU. index: its position in PCI bus order, as in nvidia-smi; memory in MiB."""
 
     index: int
     uuid: str
@@ -36,7 +36,7 @@ class Gpu:
     memory_total: int
     memory_used: int
     mig: bool = False
-    # Why it cannot be used, in the driver's words; empty for a GPU that can.
+    # Why it cannot be used, in the driver's words; empty if it can.
     problem: str = ""
 
     @property
@@ -50,7 +50,7 @@ CPU_SEAT = Gpu(0, "cpu-0", "CPU", 0, 0)
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that has memory on a GPU. memory in MiB, 0 where the driver does not say."""
+    """A process that uses memory of a GPU. memory in MiB, 0 if the driver does not say."""
 
     gpu: str
     pid: int
@@ -61,11 +61,11 @@ class GpuProcess:
 def list_gpus(
     environ: Mapping[str, str], warn: Callable[[str], None] | None = None, driver: Path = _DRIVER_GPUS
 ) -> list[Gpu]:
-    """The GPUs that this process may use, in PCI bus order; where it is set, those CUDA_VISIBLE_DEVICES names.
+    """The GPUs that this process may use, in PCI bus order; if CUDA_VISIBLE_DEVICES is set, only those that it names.
 
-    A GPU that has failed is listed with its `problem`, or left out where the driver gives it no number; `warn` gets
-    a line about either, and whatever else nvidia-smi complains of. Raises GpuError when no GPU answers, or when
-    CUDA_VISIBLE_DEVICES names a GPU that is not there.
+    A failed GPU is listed with its `problem`, or left out if the driver gives it no number; `warn` gets a line about
+    either, and about everything else that nvidia-smi complains of. Raises GpuError if no GPU answers, or if
+    CUDA_VISIBLE_DEVICES names a GPU that does not exist.
     """
     pretended = environ.get(PRETEND, "")
     if pretended:
@@ -83,12 +83,12 @@ def list_gpus(
 def _all_gpus(driver: Path) -> tuple[list[Gpu], list[str]]:
     answers = [_ask_for_gpus()]
     if answers[0].failed and not answers[0].gpus:
-        # With one GPU off the bus, nvidia-smi may name that one alone and give up. Asked by bus address, each GPU
-        # answers for itself.
+        # If one GPU has fallen off the bus, nvidia-smi may report only that one and give up. Queried by bus address,
+        # each GPU answers for itself.
         answers += [_ask_for_gpus("-i", bus_id) for bus_id in _bus_ids(driver)]
     found = sorted((gpu for answer in answers for gpu in answer.gpus), key=lambda gpu: gpu.index)
     if answers[0].failed and not found:
-        raise GpuError(f"nvidia-smi failed: {answers[0].said} (mend the NVIDIA driver, or say --device cpu)")
+        raise GpuError(f"nvidia-smi failed: {answers[0].said} (repair the NVIDIA driver, or use --device cpu)")
     complaints = [f"nvidia-smi: {line}" for answer in answers for line in answer.complaints]
     complaints += [f"GPU {gpu.index} is not used: {gpu.problem}" for gpu in found if gpu.problem]
     return found, list(dict.fromkeys(complaints))
@@ -109,7 +109,7 @@ def _bus_ids(driver: Path) -> list[str]:
 
 
 def list_processes() -> list[GpuProcess]:
-    """Who has memory on the machine's GPUs, as far as this process can see (a container sees its own)."""
+    """The processes with memory on the machine's GPUs, as far as visible (a container sees only its own)."""
     processes = []
     for row in _nvidia_smi("compute-apps", ("gpu_uuid", "pid", "used_memory", "process_name")).rows:
         parts = [part.strip() for part in row.split(",", 3)]
@@ -119,9 +119,9 @@ def list_processes() -> list[GpuProcess]:
 
 
 def parse_gpu(row: str) -> Gpu | None:
-    """One line of nvidia-smi's CSV; None for a line that is about no GPU with a number, such as a warning.
+    """One line of nvidia-smi's CSV; None for a line that does not describe a numbered GPU, such as a warning.
 
-    nvidia-smi answers [Unknown Error], [GPU requires reset] and the like in the fields of a GPU that has failed.
+    nvidia-smi puts [Unknown Error], [GPU requires reset] and the like into the fields of a failed GPU.
     """
     index, *fields = (part.strip() for part in row.split(","))
     if not index.isdigit() or len(fields) < len(_FIELDS) - 1:
@@ -135,18 +135,18 @@ def parse_gpu(row: str) -> Gpu | None:
     return Gpu(int(index), uuid, name, _mib(total), _mib(used), mig == "Enabled", problem)
 
 
-# [N/A] and [Not Supported] are answers of healthy GPUs.
+# Healthy GPUs also answer [N/A] and [Not Supported].
 _FAILED = re.compile(r"\[(?!N/A|Not Supported|Insufficient Permissions).*\]", re.IGNORECASE)
 
 
 def _mib(text: str) -> int:
-    # Machines whose GPU shares the system's memory answer [N/A].
+    # A GPU that shares the system's memory answers [N/A].
     return int(text) if text.isdigit() else 0
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """nvidia-smi's lines; `failed` when its exit status says so, and then what it printed in one line."""
+    """nvidia-smi's output lines; `failed`: its exit status is not 0; `said`: its output in one line."""
 
     rows: list[str]
     failed: bool
@@ -180,7 +180,7 @@ def _nvidia_smi(what: str, fields: tuple[str, ...], *which: str) -> _Answer:
 
 
 def _visible(found: list[Gpu], chosen: str | None) -> list[Gpu]:
-    """CUDA's rule for CUDA_VISIBLE_DEVICES (indices, or beginnings of UUIDs), in PCI bus order and strict."""
+    """Applies CUDA_VISIBLE_DEVICES as CUDA does (indices, or beginnings of UUIDs), but strictly, in PCI bus order."""
     if chosen is None:
         return found
     kept = []
@@ -189,6 +189,6 @@ def _visible(found: list[Gpu], chosen: str | None) -> list[Gpu]:
             continue
         fits = [gpu for gpu in found if (gpu.index == int(part) if part.isdigit() else gpu.uuid.startswith(part))]
         if len(fits) != 1:
-            raise GpuError(f"CUDA_VISIBLE_DEVICES={chosen}: {part} is none of this machine's {len(found)} GPUs")
+            raise GpuError(f"CUDA_VISIBLE_DEVICES={chosen}: {part} is not one of this machine's {len(found)} GPUs")
         kept += fits
     return sorted(set(kept), key=lambda gpu: gpu.index)

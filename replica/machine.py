@@ -10,8 +10,8 @@ from pathlib import Path
 
 from replica import gpu
 from replica.memory import available_gib
+from replica.options import Options
 from replica.presets import Preset
-from replica.settings import Settings
 
 _MEMORY_WAIT = 30.0  # seconds to wait for GPU memory that a dead replica still holds after its lease
 
@@ -47,9 +47,9 @@ def check_port(host: str, port: int) -> None:
         ) from None
 
 
-def check_token(preset: Preset, told: Settings, environ: Mapping[str, str]) -> None:
+def check_token(preset: Preset, options: Options, environ: Mapping[str, str]) -> None:
     """A gated model needs a token unless it has been downloaded before."""
-    if not preset.gated or told.hf_token or preset.model is None:
+    if not preset.gated or options.hf_token or preset.model is None:
         return
     home = Path(environ.get("HF_HOME") or Path(environ.get("HOME") or "~", ".cache/huggingface").expanduser())
     cache = Path(environ.get("HF_HUB_CACHE") or home / "hub")

@@ -33,7 +33,7 @@ class MediaError(ValueError):
 
 
 @dataclass(frozen=True)
-class Policy:
+class MediaPolicy:
     """What the operator allows beyond data: URLs and the public web.
 
     domains: if not empty, the only hosts that media are fetched from. local: a folder whose files may be read.
@@ -45,7 +45,7 @@ class Policy:
     private: bool = False
 
     @classmethod
-    def read(cls, environ: Mapping[str, str]) -> "Policy":
+    def read(cls, environ: Mapping[str, str]) -> "MediaPolicy":
         """The policy from its three variables. Raises ValueError that names the variable."""
         folder = environ.get(LOCAL_PATH)
         if folder and not Path(folder).is_dir():

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from replica import fetch
-from replica.media import MediaError, Policy
+from replica.media import MediaError, MediaPolicy
 
 _COMMON = "sglang.srt.utils.common"
 _FIELDS = ("image_data", "video_data", "audio_data")
@@ -17,7 +17,7 @@ def around(environ: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
     Requests are checked as they arrive, before any model's own media code sees them. The common loaders are wrapped as
     well, for code that loads media outside requests. Raises ValueError.
     """
-    policy = Policy.read(environ)
+    policy = MediaPolicy.read(environ)
     load = functools.partial(_load, policy)
     return {
         "sglang.srt.managers.io_struct.GenerateReqInput.__init__": functools.partial(_make, policy),
@@ -32,19 +32,21 @@ def around(environ: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _settle(policy: Policy, asked: Any) -> None:
+def _settle(policy: MediaPolicy, asked: Any) -> None:
     for name in _FIELDS:
         if given := getattr(asked, name, None):
             setattr(asked, name, policy.settle_all(given))
 
 
-def _make(policy: Policy, stock: Callable[..., None], asked: Any, *more: Any, **named: Any) -> None:
+def _make(policy: MediaPolicy, stock: Callable[..., None], asked: Any, *more: Any, **named: Any) -> None:
     """Wraps the request that every OpenAI or Anthropic request becomes: here a stream can still be refused with 400."""
     stock(asked, *more, **named)
     _settle(policy, asked)
 
 
-async def _serve(policy: Policy, stock: Callable[..., Awaitable[Any]], asked: Any, *more: Any, **named: Any) -> Any:
+async def _serve(
+    policy: MediaPolicy, stock: Callable[..., Awaitable[Any]], asked: Any, *more: Any, **named: Any
+) -> Any:
     """Wraps /generate, which builds its request directly from the body and starts a stream before it looks at it."""
     try:
         _settle(policy, asked)
@@ -55,7 +57,7 @@ async def _serve(policy: Policy, stock: Callable[..., Awaitable[Any]], asked: An
     return await stock(asked, *more, **named)
 
 
-def _admit(policy: Policy, stock: Callable[..., Any], manager: Any, asked: Any, *more: Any, **named: Any) -> Any:
+def _admit(policy: MediaPolicy, stock: Callable[..., Any], manager: Any, asked: Any, *more: Any, **named: Any) -> Any:
     """Wraps the entry point of all requests, including embeddings and scores."""
     try:
         _settle(policy, asked)
@@ -71,7 +73,7 @@ async def _refuse(error: MediaError) -> AsyncIterator[Any]:
     raise error
 
 
-def _load(policy: Policy, stock: Callable[..., Any], source: Any, *more: Any, **named: Any) -> Any:
+def _load(policy: MediaPolicy, stock: Callable[..., Any], source: Any, *more: Any, **named: Any) -> Any:
     return stock(policy.settle(source) if isinstance(source, str) else source, *more, **named)
 
 
@@ -85,5 +87,5 @@ def _decode(stock: Callable[..., Any], *more: Any, **named: Any) -> Any:
         raise MediaError(f"Could not decode image: {error}") from error
 
 
-def _session(policy: Policy, stock: Callable[..., Any]) -> Any:
+def _session(policy: MediaPolicy, stock: Callable[..., Any]) -> Any:
     return fetch.guarded(stock(), policy)

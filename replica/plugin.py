@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from replica import scratch
 from replica.command import KEY_FILE_MARK, PLUGIN_MARK
-from replica.settings import SettingsError, read_secret
+from replica.options import OptionsError, read_secret
 
 # 0 switches our attention hook off, and a CPU replica runs SGLang's own (much slower on a cached prefix).
 ATTENTION_HOOK = "REPLICA_CPU_ATTENTION_HOOK"
@@ -45,7 +45,7 @@ def register_hooks() -> None:
     try:
         hooks = {**media_hooks.around(os.environ), **tenant_hooks.around(os.environ)}
         sys.argv[:] = fill_in_key(part for part in sys.argv if part != PLUGIN_MARK)
-    except (ValueError, SettingsError) as error:
+    except (ValueError, OptionsError) as error:
         sys.exit(f"replica: {error}")
     end_forks_with_parent()
     hooks["sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"] = drain

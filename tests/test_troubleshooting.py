@@ -13,9 +13,9 @@ from balancer import errors
 from balancer.errors import ConfigError
 from balancer.relay.listen import listening
 from replica import gpu, lease, machine
+from replica.options import Options
 from replica.placement import Want
 from replica.presets import PRESETS
-from replica.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.search(
@@ -88,7 +88,7 @@ def complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         one.release()
     hear(lambda: lease.take([], Want(1), tmp_path, wait=60, note="no GPU"))
     hear(lambda: machine.check_memory(PRESETS["smollm2-135m"], available=1.0))
-    hear(lambda: machine.check_token(PRESETS["llama-2-7b-chat"], Settings(), {"HF_HOME": str(tmp_path)}))
+    hear(lambda: machine.check_token(PRESETS["llama-2-7b-chat"], Options(), {"HF_HOME": str(tmp_path)}))
     nvidia_smi(tmp_path, "echo Driver/library version mismatch", "exit 18")
     hear(lambda: gpu.list_gpus({}))
     with socket.socket() as taken:

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from replica import models, presets, settings
+from replica import models, presets
+from replica.options import OptionsError, models_dir, token
 from replica.store import archive
 from replica.store.cache import Cache, Manifest
 from replica.store.errors import StoreError
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
             for name in options.models or [environ.get("MODEL") or "llava-v1.6-vicuna-7b"]:
                 _pull(name, options.revision, cache, environ)
         case "list":
-            _list(cache, settings.models_dir(environ))
+            _list(cache, models_dir(environ))
         case "export":
             whole = [_whole(repo, cache) for name in options.models for repo in _parts(name)]
             size = archive.write(whole, cache, options.file)
@@ -34,13 +35,13 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
 def _pull(name: str, revision: str, cache: Cache, environ: Mapping[str, str]) -> None:
     preset = presets.resolve(name)
     if preset.is_embedded:
-        print(f"{preset.name} is here: {models.ensure(preset.name, settings.models_dir(environ))}")
+        print(f"{preset.name} is here: {models.ensure(preset.name, models_dir(environ))}")
         return
     if not preset.hub_parts:
         raise StoreError(f"{name} is a folder of this machine: there is nothing to fetch")
     for repo, with_weights in preset.hub_parts.items():
         version = revision if repo == preset.model else "main"
-        manifest = pull(repo, cache, settings.token(environ), _say, version, with_weights)
+        manifest = pull(repo, cache, token(environ), _say, version, with_weights)
         if manifest is None:
             raise StoreError(
                 f"the hub cannot be asked, and what is here of {repo} did not come by pull: check the network"
@@ -104,7 +105,7 @@ def _say(line: str) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:], os.environ)
-    except (StoreError, presets.ModelError, settings.SettingsError, models.MakingError) as error:
+    except (StoreError, presets.ModelError, OptionsError, models.MakingError) as error:
         sys.exit(f"groundserve: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

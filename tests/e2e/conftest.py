@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from balancer.operate.engines.ports import free_ports
-from replica.settings import models_dir
+from replica.options import models_dir
 from tests.e2e.running import Balancer, Replica
 from tests.support.program import ROOT, Program
 

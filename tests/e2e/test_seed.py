@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from replica import models
-from replica.settings import models_dir
+from replica.options import models_dir
 from tests.e2e.images import PLAIN, WORDS
 from tests.e2e.shell import DOCS, Shell, commands
 from tests.operate.command_line import Groundserve

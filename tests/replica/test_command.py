@@ -8,12 +8,12 @@ import pytest
 
 from replica.command import build, masked
 from replica.gpu import Gpu
-from replica.media import Policy
+from replica.media import MediaPolicy
+from replica.options import Options
 from replica.presets import PRESETS, resolve
-from replica.settings import Settings
 
 GPUS = (Gpu(2, "GPU-c", "NVIDIA L4", 23034, 0), Gpu(3, "GPU-d", "NVIDIA L4", 23034, 0))
-TOLD = Settings(port=8123, models_dir=Path("/models"))
+TOLD = Options(port=8123, models_dir=Path("/models"))
 
 
 def value(argv: tuple[str, ...], flag: str) -> str:
@@ -85,7 +85,7 @@ def test_the_vision_tower_is_named_by_the_path_it_has_now() -> None:
 
 
 def test_what_the_user_gives_comes_last_and_wins() -> None:
-    told = Settings(sglang_args=("--context-length", "2048"))
+    told = Options(sglang_args=("--context-length", "2048"))
     argv = build(told, PRESETS["smollm2-135m"], (), seed=1, environ={}).argv
     assert argv[-2:] == ("--context-length", "2048")
 
@@ -97,7 +97,7 @@ def test_variables_that_are_set_already_are_left_alone() -> None:
 
 
 def test_the_token_goes_into_the_environment_and_the_keys_path_into_argv() -> None:
-    told = Settings(hf_token="hf_secret", api_key_file=Path("/run/secrets/key"))
+    told = Options(hf_token="hf_secret", api_key_file=Path("/run/secrets/key"))
     command = build(told, resolve("a/b"), (), seed=1, environ={})
     assert command.environ["HF_TOKEN"] == "hf_secret"
     assert value(command.argv, "--api-key") == "@file:/run/secrets/key"
@@ -129,7 +129,7 @@ def test_surroundings_that_choose_plug_ins_or_make_errors_of_warnings_change_not
 
 
 def test_what_media_are_allowed_is_told_to_the_plug_in(tmp_path: Path) -> None:
-    told = Settings(media=Policy(frozenset({"b.example", "a.example"}), tmp_path, True))
+    told = Options(media=MediaPolicy(frozenset({"b.example", "a.example"}), tmp_path, True))
     made = build(told, PRESETS["tiny-llava"], (), seed=1, environ={})
     assert made.environ["ALLOWED_MEDIA_DOMAINS"] == "a.example b.example"
     assert made.environ["ALLOWED_LOCAL_MEDIA_PATH"] == str(tmp_path)
@@ -144,7 +144,7 @@ def test_an_sglang_that_did_not_load_the_plug_in_does_not_know_a_flag() -> None:
 
 def test_parsers_are_chosen_by_the_model_where_sglang_can() -> None:
     """For tool calls and reasoning; a person's own choice comes after ours, and so wins."""
-    told = Settings(models_dir=Path("/models"), sglang_args=("--tool-call-parser", "hermes"))
+    told = Options(models_dir=Path("/models"), sglang_args=("--tool-call-parser", "hermes"))
     argv = build(told, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={}).argv
     assert value(argv, "--reasoning-parser") == "auto"
     assert [argv[i + 1] for i, flag in enumerate(argv) if flag == "--tool-call-parser"] == ["auto", "hermes"]
@@ -155,7 +155,7 @@ def test_parsers_are_chosen_by_the_model_where_sglang_can() -> None:
 
 def test_a_replica_that_shares_its_gpu_can_give_its_memory_back_and_keeps_no_core_busy() -> None:
     shares = {"--enable-memory-saver", "--enable-weights-cpu-backup", "--sleep-on-idle"}
-    told = Settings(gpu_share=True)
+    told = Options(gpu_share=True)
     assert shares <= set(build(told, PRESETS["smollm2-135m"], GPUS[:1], seed=1, environ={}).argv)
     assert not shares & set(build(TOLD, PRESETS["smollm2-135m"], GPUS[:1], seed=1, environ={}).argv)
     # A CPU has nothing to save, and sleeps in any case.

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from replica.fetch import Unfetchable, Unreachable, fetch, guarded
-from replica.media import MediaError, Policy
+from replica.media import MediaError, MediaPolicy
 
 
 class Web(ThreadingHTTPServer):
@@ -39,7 +39,7 @@ class _Answers(BaseHTTPRequestHandler):
 
 
 @dataclass(frozen=True)
-class Names(Policy):
+class Names(MediaPolicy):
     """Knows a public host, which is this machine in truth; every other look-up is the real one."""
 
     def addresses(self, host: str, port: int) -> list[str]:
@@ -56,7 +56,7 @@ def web() -> Iterator[Web]:
         thread.join()
 
 
-def get(url: str, policy: Policy) -> str:
+def get(url: str, policy: MediaPolicy) -> str:
     with guarded(requests.Session(), policy) as session:
         return session.get(url, timeout=10).text
 
@@ -71,9 +71,9 @@ def test_connects_to_the_checked_address(web: Web) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "127.1", "0"])
 def test_this_machine_is_not_asked_and_nothing_connects(web: Web, host: str) -> None:
     with pytest.raises(MediaError, match="not on the public Internet"):
-        get(f"http://{host}:{web.server_port}/flush_cache", Policy())
+        get(f"http://{host}:{web.server_port}/flush_cache", MediaPolicy())
     assert web.asked == []
-    assert get(f"http://{host}:{web.server_port}/image", Policy(private=True))
+    assert get(f"http://{host}:{web.server_port}/image", MediaPolicy(private=True))
 
 
 def test_redirect_to_this_machine(web: Web) -> None:
@@ -85,7 +85,7 @@ def test_redirect_to_this_machine(web: Web) -> None:
 
 
 def test_a_redirect_to_a_host_that_was_not_named_is_not_followed(web: Web) -> None:
-    named = Policy(domains=frozenset({"127.0.0.1"}), private=True)
+    named = MediaPolicy(domains=frozenset({"127.0.0.1"}), private=True)
     with pytest.raises(MediaError, match=r"media from 127\.0\.0\.1 only"):
         get(f"http://127.0.0.1:{web.server_port}/to/http://localhost:{web.server_port}/x", named)
     assert len(web.asked) == 1
@@ -96,7 +96,7 @@ def test_a_redirect_to_a_host_that_was_not_named_is_not_followed(web: Web) -> No
     [(Names(), False), (Names(domains=frozenset({"public.test"})), True), (Names(private=True), True)],
 )
 def test_a_proxy_is_asked_only_for_what_the_operator_named(
-    web: Web, monkeypatch: pytest.MonkeyPatch, policy: Policy, through: bool
+    web: Web, monkeypatch: pytest.MonkeyPatch, policy: MediaPolicy, through: bool
 ) -> None:
     with Web() as proxy:
         thread = threading.Thread(target=proxy.serve_forever)
@@ -117,13 +117,13 @@ def test_a_password_comes_from_the_url_and_from_no_file(
     file.write_text("machine 127.0.0.1 login operator password secret\n")
     monkeypatch.setenv("NETRC", str(file))
     url = f"127.0.0.1:{web.server_port}/"
-    assert get(f"http://{url}", Policy(private=True)).endswith(" None")
-    assert get(f"http://me:word@{url}", Policy(private=True)).endswith(" Basic bWU6d29yZA==")
+    assert get(f"http://{url}", MediaPolicy(private=True)).endswith(" None")
+    assert get(f"http://me:word@{url}", MediaPolicy(private=True)).endswith(" Basic bWU6d29yZA==")
 
 
 def test_what_cannot_be_fetched_is_the_clients_mistake(web: Web) -> None:
     def download(url: str, timeout: float) -> bytes:
-        with guarded(requests.Session(), Policy(private=True)) as session:
+        with guarded(requests.Session(), MediaPolicy(private=True)) as session:
             answer = session.get(url, timeout=timeout)
             answer.raise_for_status()
             return answer.content

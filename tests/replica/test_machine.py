@@ -15,8 +15,8 @@ from replica.machine import (
     detects_parsers,
     wait_for_memory,
 )
+from replica.options import Options
 from replica.presets import PRESETS
-from replica.settings import Settings
 
 LLAMA = PRESETS["llama-2-7b-chat"]
 
@@ -40,16 +40,16 @@ def test_gated_model_needs_a_token(tmp_path: Path) -> None:
     """A gated model needs a token unless it has been downloaded before."""
     nobody = {"HF_HOME": str(tmp_path)}
     with pytest.raises(MachineError, match=r"Llama-2-7b-chat-hf is gated: .*HF_TOKEN"):
-        check_token(LLAMA, Settings(), nobody)
-    check_token(LLAMA, Settings(hf_token="hf_x"), nobody)
-    check_token(PRESETS["llava-v1.6-vicuna-7b"], Settings(), nobody)
+        check_token(LLAMA, Options(), nobody)
+    check_token(LLAMA, Options(hf_token="hf_x"), nobody)
+    check_token(PRESETS["llava-v1.6-vicuna-7b"], Options(), nobody)
     (tmp_path / "hub/models--meta-llama--Llama-2-7b-chat-hf/snapshots").mkdir(parents=True)
-    check_token(LLAMA, Settings(), nobody)
+    check_token(LLAMA, Options(), nobody)
 
 
 def test_a_login_of_the_hugging_face_command_counts_as_a_token(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("hf_x")
-    check_token(LLAMA, Settings(), {"HF_HOME": str(tmp_path)})
+    check_token(LLAMA, Options(), {"HF_HOME": str(tmp_path)})
 
 
 def test_too_little_memory_is_refused_with_both_figures() -> None:

@@ -79,7 +79,7 @@ def test_list_gpus_is_json_with_who_holds_them(tmp_path: Path) -> None:
         (["--model", "smollm3"], {}, "replica: unknown model smollm3: did you mean smollm2-135m?"),
         (["--model", "./nowhere"], {}, "replica: there is no folder ./nowhere"),
         (["--model", "smollm2-135m"], {}, "replica: sglang is not installed"),
-        (["--port", "0"], {}, "replica: --port 0: it is a whole number from 1 to 65535"),
+        (["--port", "0"], {}, "replica: --port 0: use a whole number from 1 to 65535"),
         (["--device", "cuda"], {}, "0 NVIDIA GPUs can be leased here, but this replica needs 1"),
         (["--gpus", "2"], {"REPLICA_PRETEND_GPUS": "1"}, "1 NVIDIA GPU can be leased here, but this replica needs 2"),
     ],
@@ -101,7 +101,7 @@ def test_a_broken_driver_stops_the_start(tmp_path: Path) -> None:
     program.chmod(0o755)
     answer = replica("--dry-run", path=tmp_path)
     assert answer.returncode == 1
-    assert "Driver/library version mismatch (mend the NVIDIA driver, or say --device cpu)" in answer.stderr
+    assert "Driver/library version mismatch (repair the NVIDIA driver, or use --device cpu)" in answer.stderr
 
 
 def test_a_port_in_use_and_a_missing_token_stop_the_real_thing() -> None:

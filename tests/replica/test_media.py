@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from replica.media import MediaError, Policy, check_content, is_public
+from replica.media import MediaError, MediaPolicy, check_content, is_public
 
-STRICT = Policy()
+STRICT = MediaPolicy()
 
 
 @pytest.fixture
@@ -51,11 +51,11 @@ def test_all_else_is_refused_and_says_what_the_operator_may_set(source: str, fol
     with pytest.raises(MediaError, match="ALLOWED_LOCAL_MEDIA_PATH"):
         STRICT.settle(source)
     with pytest.raises(MediaError, match="no such file in the folder that the operator allows"):
-        Policy(local=folder).settle(source)
+        MediaPolicy(local=folder).settle(source)
 
 
 def test_a_file_in_the_allowed_folder_is_named_by_its_real_path(folder: Path) -> None:
-    allowed = Policy(local=folder)
+    allowed = MediaPolicy(local=folder)
     wanted = str(folder / "a cat.png")
     assert allowed.settle(wanted) == wanted
     assert allowed.settle(f"file://{folder}/a%20cat.png") == wanted
@@ -68,7 +68,7 @@ def test_a_file_in_the_allowed_folder_is_named_by_its_real_path(folder: Path) ->
 def test_nothing_outside_it_and_no_way_to_tell_what_is_there(folder: Path, name: str) -> None:
     for source in (f"{folder}/{name}", f"file://{folder}/{name}"):
         with pytest.raises(MediaError, match="no such file in the folder"):
-            Policy(local=folder).settle(source)
+            MediaPolicy(local=folder).settle(source)
 
 
 def test_a_long_source_is_shown_only_by_its_beginning() -> None:
@@ -163,11 +163,11 @@ def test_a_host_that_leads_to_this_machine_is_not_asked(host: str) -> None:
 
 
 def test_private_addresses_are_asked_where_the_operator_says_so() -> None:
-    assert Policy(private=True).addresses("127.0.0.1", 80) == ["127.0.0.1"]
+    assert MediaPolicy(private=True).addresses("127.0.0.1", 80) == ["127.0.0.1"]
 
 
 def test_named_hosts_are_the_only_ones() -> None:
-    named = Policy.read({"ALLOWED_MEDIA_DOMAINS": "Images.Example, cdn.example."})
+    named = MediaPolicy.read({"ALLOWED_MEDIA_DOMAINS": "Images.Example, cdn.example."})
     named.check_host("images.example", "u")
     named.check_host("CDN.example.", "u")
     for host in ("example", "x.images.example", "images.example.evil", ""):
@@ -188,9 +188,9 @@ def test_named_hosts_are_the_only_ones() -> None:
 )
 def test_a_setting_that_cannot_be_is_named(environ: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Policy.read(environ)
+        MediaPolicy.read(environ)
 
 
 def test_a_policy_is_handed_on_through_the_environment(tmp_path: Path) -> None:
-    for policy in (STRICT, Policy(frozenset({"a", "b"}), tmp_path.resolve(), True)):
-        assert Policy.read(policy.environ()) == policy
+    for policy in (STRICT, MediaPolicy(frozenset({"a", "b"}), tmp_path.resolve(), True)):
+        assert MediaPolicy.read(policy.environ()) == policy

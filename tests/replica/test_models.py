@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,13 @@ def test_only_embedded_models_are_made() -> None:
         SystemExit, match="llama-2-7b-chat is not an embedded model: there are smollm2-135m, tiny-llava"
     ):
         models.main(["llama-2-7b-chat"])
+
+
+def test_the_image_copies_what_builds_models() -> None:
+    """The CPU image builds its models with what replica.models imports and tiny_llava.py, and no other file."""
+    program = "import replica.models, sys; print(*(name for name in sys.modules if name.startswith('replica')))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {"__init__" if name == "replica" else name.removeprefix("replica.") for name in done.stdout.split()}
+    stage = (ROOT / "docker/replica-cpu.Dockerfile").read_text().partition(" AS models")[2].partition("RUN ")[0]
+    copied = set(re.findall(r"replica/(\w+)\.py", stage))
+    assert copied == imported - {"cpu_imports"} | {"tiny_llava"}

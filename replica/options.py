@@ -1,4 +1,4 @@
-"""Flags and environment to one frozen Settings."""
+"""Reads flags and environment into frozen Options."""
 
 import argparse
 import contextlib
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from replica import sharing
-from replica.media import DOMAINS, LOCAL_PATH, PRIVATE, Policy
+from replica.media import DOMAINS, LOCAL_PATH, PRIVATE, MediaPolicy
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,22 +19,22 @@ environment: MODEL, REPLICA_HOST, REPLICA_PORT, REPLICA_DEVICE, GPUS_PER_REPLICA
                 made it, else /run/lock/groundserve-leases)
   LEASE_WAIT    seconds to wait for a free GPU, or for its turn on a shared one (60)
   GPU_SHARE     yes stands in for --gpu-share
-  GPU_SLICE     seconds that a turn on a shared GPU lasts at least while others wait (2)
+  GPU_SLICE     minimum seconds of a turn on a shared GPU while others wait (2)
   MODELS_DIR    folder of the embedded models (.models of a checkout, else ~/.cache/groundserve/models)
-  HF_TOKEN      Hugging Face token for gated models; or HF_TOKEN_FILE, a file that holds it
-  SGLANG_ARGS   flags for SGLang, before those after --
+  HF_TOKEN      Hugging Face token for gated models; or HF_TOKEN_FILE, a file that contains it
+  SGLANG_ARGS   flags for SGLang, placed before those after --
   ALLOWED_MEDIA_DOMAINS, ALLOWED_LOCAL_MEDIA_PATH, ALLOW_PRIVATE_MEDIA=1   as the flags
-  SGLANG_API_KEY_FILE   file that holds the key which SGLang asks of its clients
+  SGLANG_API_KEY_FILE   file with the API key that SGLang requires of its clients
 """
 
 
-class SettingsError(Exception):
-    """A flag or variable has a value that it cannot have; the message names it."""
+class OptionsError(Exception):
+    """A flag or variable has an invalid value; the message names it."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a replica was told. Times in seconds; model None: LLaVA on a GPU, SmolLM2 on a CPU."""
+class Options:
+    """The options of one replica. Times are in seconds; model None: LLaVA on a GPU, SmolLM2 on a CPU."""
 
     model: str | None = None
     host: str = "127.0.0.1"
@@ -48,17 +48,17 @@ class Settings:
     hf_token: str | None = field(default=None, repr=False)
     api_key_file: Path | None = None
     sglang_args: tuple[str, ...] = ()
-    media: Policy = field(default_factory=Policy)
-    # Share the GPUs with other replicas that do, by turns.
+    media: MediaPolicy = field(default_factory=MediaPolicy)
+    # Take turns on the GPUs with other replicas that share.
     gpu_share: bool = False
     dry_run: bool = False
     list_gpus: bool = False
-    # A command that gets the lease in place of SGLang; empty: SGLang.
+    # A command that runs with the lease instead of SGLang; empty: SGLang.
     command: tuple[str, ...] = ()
 
 
-def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Flags over environment over defaults. Raises SettingsError; an unknown flag ends the program (status 2)."""
+def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Options:
+    """Flags override the environment, which overrides defaults. Raises OptionsError; an unknown flag exits with 2."""
     given = list(arguments)
     more: list[str] = []
     if "--" in given:
@@ -71,19 +71,19 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
     device = pick(flags.device, "REPLICA_DEVICE", "auto")
     if device not in ("auto", "cuda", "cpu"):
-        raise SettingsError(f"REPLICA_DEVICE={device}: it is auto, cuda or cpu")
+        raise OptionsError(f"REPLICA_DEVICE={device}: use auto, cuda or cpu")
     try:
         sglang_args = (*shlex.split(environ.get("SGLANG_ARGS", "")), *([] if flags.exec else more))
     except ValueError as error:
-        raise SettingsError(f"SGLANG_ARGS cannot be split into flags: {error}") from None
+        raise OptionsError(f"SGLANG_ARGS cannot be split into flags: {error}") from None
     if flags.exec and not more:
-        raise SettingsError("--exec runs the command that follows --, and there is none: --exec -- COMMAND")
+        raise OptionsError("--exec runs the command that follows --, and there is none: --exec -- COMMAND")
     if environ.get("SGLANG_PLATFORM"):
-        raise SettingsError(
+        raise OptionsError(
             f"SGLANG_PLATFORM={environ['SGLANG_PLATFORM']} keeps SGLang from loading groundserve's plug-in: unset it"
         )
     try:
-        allowed = Policy.read(
+        allowed = MediaPolicy.read(
             {
                 DOMAINS: pick(flags.allowed_media_domains, DOMAINS, ""),
                 LOCAL_PATH: pick(flags.allowed_local_media_path, LOCAL_PATH, ""),
@@ -91,26 +91,26 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
             }
         )
     except ValueError as error:
-        raise SettingsError(str(error)) from None
+        raise OptionsError(str(error)) from None
     gpu_share = pick("yes" if flags.gpu_share else None, "GPU_SHARE", "no").lower()
     if gpu_share not in ("yes", "no"):
-        raise SettingsError(f"GPU_SHARE={gpu_share}: it is yes or no")
+        raise OptionsError(f"GPU_SHARE={gpu_share}: use yes or no")
     if gpu_share == "yes" and flags.exec:
-        raise SettingsError("--gpu-share is for SGLang alone: what --exec starts cannot give its memory back")
+        raise OptionsError("--gpu-share is for SGLang alone: what --exec starts cannot give its memory back")
     if gpu_share == "yes" and (obstacle := sharing.obstacle(sglang_args)):
-        raise SettingsError(f"--gpu-share does not go with {obstacle}")
+        raise OptionsError(f"--gpu-share does not go with {obstacle}")
     _seconds(environ.get("GPU_SLICE") or "2", "GPU_SLICE")
     key_file = environ.get("SGLANG_API_KEY_FILE")
     if key_file and not read_secret(Path(key_file), "SGLANG_API_KEY_FILE"):
-        raise SettingsError(f"SGLANG_API_KEY_FILE={key_file} is empty: an empty key would let everyone in")
-    return Settings(
+        raise OptionsError(f"SGLANG_API_KEY_FILE={key_file} is empty: an empty key would let everyone in")
+    return Options(
         model=pick(flags.model, "MODEL", "") or None,
-        host=pick(flags.host, "REPLICA_HOST", Settings.host),
-        port=_whole(pick(flags.port, "REPLICA_PORT", str(Settings.port)), "--port", 1, 65535),
+        host=pick(flags.host, "REPLICA_HOST", Options.host),
+        port=_whole(pick(flags.port, "REPLICA_PORT", str(Options.port)), "--port", 1, 65535),
         device=device,
         gpus=_whole(pick(flags.gpus, "GPUS_PER_REPLICA", "1"), "--gpus", 1, 64),
         gpu_kinds=tuple(kind.strip() for kind in pick(flags.gpu_kinds, "GPU_KINDS", "").split(",") if kind.strip()),
-        lease_dir=Path(environ["LEASE_DIR"]) if environ.get("LEASE_DIR") else Settings().lease_dir,
+        lease_dir=Path(environ["LEASE_DIR"]) if environ.get("LEASE_DIR") else Options().lease_dir,
         lease_wait=_seconds(environ.get("LEASE_WAIT") or "60", "LEASE_WAIT"),
         models_dir=models_dir(environ),
         hf_token=token(environ),
@@ -125,17 +125,17 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
 
 def lease_folder(made: Path = Path("/run/lock/groundserve")) -> Path:
-    """The one that root has made for a group, where there is one; it is used even by those who may not write to it.
+    """The folder that root has created for a group, if it exists, even for users who may not write to it.
 
-    Else one that all users share: another for those outside the group would be a second book of the same GPUs.
+    Otherwise one that all users share. A separate folder for users outside the group would lease the same GPUs twice.
     """
     return made if made.is_dir() else shared_folder() / "groundserve-leases"
 
 
 def shared_folder(candidates: Sequence[str] = ("/run/lock", "/tmp")) -> Path:
-    """A folder that all users of the machine write to; not TMPDIR, which is a user's own.
+    """A folder that all users of the machine can write to; not TMPDIR, which may be a user's own.
 
-    /run/lock first: nothing there is cleaned up while the machine runs, and no service gets a private one.
+    /run/lock comes first: nothing cleans it up while the machine runs, and no service has a private one.
     """
     for path in candidates:
         with contextlib.suppress(OSError):
@@ -145,7 +145,7 @@ def shared_folder(candidates: Sequence[str] = ("/run/lock", "/tmp")) -> Path:
 
 
 def models_dir(environ: Mapping[str, str]) -> Path:
-    """Where the embedded models lie: MODELS_DIR, else in the checkout this runs from, else the user's cache."""
+    """The folder of the embedded models: MODELS_DIR, else in the checkout of this code, else the user's cache."""
     if environ.get("MODELS_DIR"):
         return Path(environ["MODELS_DIR"]).expanduser().resolve()
     if (_ROOT / "pyproject.toml").is_file():
@@ -153,7 +153,7 @@ def models_dir(environ: Mapping[str, str]) -> Path:
     try:
         return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundserve/models"
     except RuntimeError:
-        raise SettingsError("this user has no home folder: set HOME, or MODELS_DIR to a folder for models") from None
+        raise OptionsError("this user has no home folder: set HOME, or MODELS_DIR to a folder for models") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,27 +169,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: a GPU if the machine has one")
     parser.add_argument("--gpus", metavar="N", help="GPUs for this replica, as tensor parallel ranks (1)")
     parser.add_argument(
-        "--gpu-kinds", metavar="KINDS", help="lease these where the machine has them: L4,A100-80GB (any)"
+        "--gpu-kinds", metavar="KINDS", help="lease GPUs of these kinds if the machine has any: L4,A100-80GB (any)"
     )
     parser.add_argument(
         "--allowed-media-domains",
         metavar="HOSTS",
-        help="the only hosts that images, videos and sounds are fetched from, separated by commas (all)",
+        help="the only hosts to fetch images, videos and sounds from, separated by commas (all)",
     )
     parser.add_argument(
         "--allowed-local-media-path",
         metavar="FOLDER",
-        help="whose files requests may name as images, videos and sounds (none)",
+        help="a folder whose files requests may use as images, videos and sounds (none)",
     )
     parser.add_argument(
         "--allow-private-media",
         action="store_true",
-        help="fetch them from addresses that are not on the public Internet, too",
+        help="also fetch them from addresses outside the public Internet",
     )
     parser.add_argument(
-        "--gpu-share", action="store_true", help="share the GPUs, by turns, with other replicas that say so"
+        "--gpu-share", action="store_true", help="take turns on the GPUs with other replicas that have this flag"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print lease and command, start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print lease and command, and start nothing")
     parser.add_argument(
         "--exec", action="store_true", help="lease GPUs, then become the command after -- instead of SGLang"
     )
@@ -200,9 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole(text: str, name: str, least: int, most: int) -> int:
-    if not text.isdecimal() or not least <= int(text) <= most:
-        raise SettingsError(f"{name} {text}: it is a whole number from {least} to {most}")
+def _whole(text: str, name: str, minimum: int, maximum: int) -> int:
+    if not text.isdecimal() or not minimum <= int(text) <= maximum:
+        raise OptionsError(f"{name} {text}: use a whole number from {minimum} to {maximum}")
     return int(text)
 
 
@@ -212,27 +212,27 @@ def _seconds(text: str, name: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise SettingsError(f"{name}={text}: it is a number of seconds")
+        raise OptionsError(f"{name}={text}: use a number of seconds")
     return value
 
 
 def token(environ: Mapping[str, str]) -> str | None:
-    """The Hugging Face token that a variable or a file gives. Raises SettingsError."""
+    """The Hugging Face token from a variable or a file. Raises OptionsError."""
     if environ.get("HF_TOKEN"):
         return environ["HF_TOKEN"]
     if environ.get("HF_TOKEN_FILE"):
-        # Compose makes an empty file of a secret that was not given.
+        # Compose mounts an empty file for a secret that is not given.
         return read_secret(Path(environ["HF_TOKEN_FILE"]), "HF_TOKEN_FILE") or None
     return None
 
 
 def read_secret(path: Path, name: str) -> str:
-    """The one word that a secret's file holds; empty when the file is. Raises SettingsError, which names `name`."""
+    """The one word in a secret's file; empty if the file is empty. Raises OptionsError that names `name`."""
     try:
-        # Editors on Windows put a byte order mark first.
+        # Windows editors write a byte order mark first.
         secret = path.read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{name}={path} cannot be read: {getattr(error, 'strerror', 'it is not text')}") from None
+        raise OptionsError(f"{name}={path} cannot be read: {getattr(error, 'strerror', 'it is not text')}") from None
     if len(secret.split()) > 1:
-        raise SettingsError(f"{name}={path}: it should hold one word, the secret")
+        raise OptionsError(f"{name}={path}: the file should contain one word, the secret")
     return secret

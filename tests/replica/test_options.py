@@ -1,12 +1,12 @@
-"""replica/settings.py: flags, environment, defaults, and what is refused."""
+"""replica/options.py: flags, environment, defaults, and what is refused."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from replica.media import Policy
-from replica.settings import Settings, SettingsError, lease_folder, models_dir, read, read_secret, shared_folder
+from replica.media import MediaPolicy
+from replica.options import Options, OptionsError, lease_folder, models_dir, read, read_secret, shared_folder
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
@@ -17,7 +17,7 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
 
 def test_empty_variables_count_as_unset() -> None:
     told = read([], dict.fromkeys(["MODEL", "REPLICA_PORT", "GPUS_PER_REPLICA", "LEASE_WAIT", "LEASE_DIR"], ""))
-    assert told == Settings(models_dir=told.models_dir)
+    assert told == Options(models_dir=told.models_dir)
 
 
 def test_flags_after_two_dashes_go_to_sglang_after_those_of_the_environment() -> None:
@@ -45,7 +45,7 @@ def test_flags_after_two_dashes_go_to_sglang_after_those_of_the_environment() ->
     ],
 )
 def test_a_bad_value_is_refused_by_name(arguments: list[str], environ: dict[str, str], says: str) -> None:
-    with pytest.raises(SettingsError) as refusal:
+    with pytest.raises(OptionsError) as refusal:
         read(arguments, environ)
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -69,7 +69,7 @@ def test_the_token_is_not_in_what_is_printed() -> None:
 def test_a_secret_of_several_words_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("two words\n")
-    with pytest.raises(SettingsError, match="one word"):
+    with pytest.raises(OptionsError, match="one word"):
         read_secret(file, "SGLANG_API_KEY_FILE")
 
 
@@ -80,11 +80,11 @@ def test_models_lie_where_models_dir_says_else_in_the_checkout(tmp_path: Path) -
 
 def test_what_media_are_allowed_comes_from_flags_or_the_environment(tmp_path: Path) -> None:
     flags = ["--allowed-media-domains", "a.example,b.example", "--allowed-local-media-path", str(tmp_path)]
-    wanted = Policy(frozenset({"a.example", "b.example"}), tmp_path.resolve(), True)
+    wanted = MediaPolicy(frozenset({"a.example", "b.example"}), tmp_path.resolve(), True)
     assert read([*flags, "--allow-private-media"], {}).media == wanted
     environ = {"ALLOWED_MEDIA_DOMAINS": "a.example b.example", "ALLOWED_LOCAL_MEDIA_PATH": str(tmp_path)}
     assert read([], {**environ, "ALLOW_PRIVATE_MEDIA": "1"}).media == wanted
-    assert read([], {}).media == Policy()
+    assert read([], {}).media == MediaPolicy()
 
 
 def test_leases_lie_in_the_folder_that_root_has_made_for_all(tmp_path: Path) -> None:
@@ -97,14 +97,14 @@ def test_leases_lie_in_the_folder_that_root_has_made_for_all(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("variables", "flags", "says"),
     [
-        ({"GPU_SHARE": "maybe"}, [], "GPU_SHARE=maybe: it is yes or no"),
-        ({"GPU_SLICE": "-1"}, [], "GPU_SLICE=-1: it is a number of seconds"),
+        ({"GPU_SHARE": "maybe"}, [], "GPU_SHARE=maybe: use yes or no"),
+        ({"GPU_SLICE": "-1"}, [], "GPU_SLICE=-1: use a number of seconds"),
         ({"GPU_SHARE": "yes"}, ["--", "--lora-paths", "a=b"], "--lora-paths: LoRA and a GPU that is shared"),
         ({}, ["--gpu-share", "--exec", "--", "vllm"], "--gpu-share is for SGLang alone"),
     ],
 )
 def test_what_cannot_share_is_refused(variables: dict[str, str], flags: list[str], says: str) -> None:
-    with pytest.raises(SettingsError, match=re.escape(says)):
+    with pytest.raises(OptionsError, match=re.escape(says)):
         read(flags, variables)
 
 
