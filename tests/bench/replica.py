@@ -30,7 +30,6 @@ MODEL_INFO = {"model_path": "bench", "tokenizer_path": "bench", "is_generation":
 SERVER_INFO = {
     **MODEL_INFO,
     "served_model_name": "bench",
-    "random_seed": 1,
     "max_total_num_tokens": 1 << 20,
     "max_running_requests": 4096,
     "tp_size": 1,

@@ -171,7 +171,30 @@ def fleet(count: int, folder: Path, seconds: float) -> list[str]:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """The three tables, by name. Raises Unavailable."""
+    """The tables, by name. Raises Unavailable."""
+    tables: dict[str, str] = {}
+    if options.only != ["fleets"]:
+        measure_relay(options, folder, tables)
+    rows = []
+    for count in options.fleets if "fleets" in options.only else ():
+        rows.append([f"{count:,}", *fleet(count, folder, options.seconds)])
+        print(f"  {count:,} replicas: {', '.join(rows[-1][1:])}", flush=True)
+    if rows:
+        head = [
+            "replicas",
+            "probes, % of a core",
+            "CPU µs: round_robin",
+            "CPU µs: prefix_aware",
+            "scrape, ms",
+            "longest",
+        ]
+        head += ["KiB", "loop lag p50, ms", "p99", "requests/s meanwhile"]
+        tables["fleets"] = markdown(head, rows)
+    return tables
+
+
+def measure_relay(options: argparse.Namespace, folder: Path, tables: dict[str, str]) -> None:
+    """The tables of bodies and of streams. Raises Unavailable."""
     pair = Authority(folder).sign("localhost", "DNS:localhost", "IP:127.0.0.1")
     secure = ("--tls-cert", str(pair.cert), "--tls-key", str(pair.key))
     with contextlib.ExitStack() as stack:
@@ -188,24 +211,20 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, str]:
             if not ours.running.url.startswith("https"):
                 status, answer = fetch(ours.running.url + CHAT_PATH, SMALL_REQUEST)
                 assert status == 200, answer
-        head = ["body", *(f"{name}: {what}" for name in found for what in ("CPU µs", "requests/s"))]
-        tables = {"bodies": markdown(head, bodies(found, options.seconds))}
-        plain = {name: ours for name, ours in found.items() if name != "prefix_aware"}
-        head = [f"{options.streams:,} streams", "CPU µs per event", "events/s", "TTFT p99, ms", "gap p99, ms"]
-        head.append("events per read")
-        tables["streams"] = markdown(head, streams(plain, options.streams, options.seconds))
-    rows = []
-    for count in options.fleets:
-        rows.append([f"{count:,}", *fleet(count, folder, options.seconds)])
-        print(f"  {count:,} replicas: {', '.join(rows[-1][1:])}", flush=True)
-    head = ["replicas", "probes, % of a core", "CPU µs: round_robin", "CPU µs: prefix_aware", "scrape, ms", "longest"]
-    head += ["KiB", "loop lag p50, ms", "p99", "requests/s meanwhile"]
-    tables["fleets"] = markdown(head, rows)
-    return tables
+        if "bodies" in options.only:
+            head = ["body", *(f"{name}: {what}" for name in found for what in ("CPU µs", "requests/s"))]
+            tables["bodies"] = markdown(head, bodies(found, options.seconds))
+        if "streams" in options.only:
+            plain = {name: ours for name, ours in found.items() if name != "prefix_aware"}
+            head = [f"{options.streams:,} streams", "CPU µs per event", "events/s", "TTFT p99, ms", "gap p99, ms"]
+            head.append("events per read")
+            tables["streams"] = markdown(head, streams(plain, options.streams, options.seconds))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.sizes", description=__doc__.split("\n")[0])
+    parts = ("bodies", "streams", "fleets")
+    parser.add_argument("--only", nargs="+", choices=parts, default=[*parts], metavar="PART", help=", ".join(parts))
     parser.add_argument("--seconds", type=float, default=2.0, help="of each load, default %(default)s")
     parser.add_argument("--streams", type=int, default=1000, help="at once, default %(default)s")
     parser.add_argument(
