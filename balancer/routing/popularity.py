@@ -24,13 +24,13 @@ class Popularity:
     def __init__(self) -> None:
         self._uses: dict[int, int] = {}
         self._uses_before: dict[int, int] = {}
-        self._hits: dict[Member, int] = {}  # blocks that were found in its cache
-        self._hits_before: dict[Member, int] = {}
+        self.worth: dict[Member, float] = {}  # how often a block of its cache was used, on the average
+        self._worth_now: dict[Member, float] = {}  # of that, in this period
         self._seen = 0  # blocks of prompt in this period
         self.period = 0.0  # and how many end it
 
-    def note(self, member: Member, blocks: Sequence[int], matched: int, deepest: int) -> bool:
-        """A prompt goes to `member`, which has `matched` blocks of it; the most that any has is `deepest`.
+    def note(self, member: Member, blocks: Sequence[int], matched: int, deepest: int, capacity: int) -> bool:
+        """A prompt goes to `member`, which has `matched` blocks of it in a pool for `capacity`; any has `deepest`.
 
         True when a period is over: call `begin`.
         """
@@ -43,7 +43,9 @@ class Popularity:
             block = blocks[deepest - 1]
             uses[block] = uses.get(block, 0) + 1
         if matched:
-            self._hits[member] = self._hits.get(member, 0) + matched
+            share = matched / capacity
+            self.worth[member] = self.worth.get(member, 0.0) + share
+            self._worth_now[member] = self._worth_now.get(member, 0.0) + share
         self._seen += len(blocks)
         return self._seen > self.period or len(uses) > MOST_COUNTED
 
@@ -52,16 +54,16 @@ class Popularity:
         self.period = TURNOVERS * float(pools)
         if self._seen > self.period or len(self._uses) > MOST_COUNTED:
             self._uses_before, self._uses = self._uses, {}
-            self._hits_before, self._hits = self._hits, {}
+            self.worth, self._worth_now = self._worth_now, {}
             self._seen = 0
 
-    def price(self, member: Member, capacity: int, rarity: float) -> float:
-        """What it costs to copy blocks of this `rarity` to a member whose pool holds so many, from 0 to 1.
+    def price(self, member: Member, rarity: float) -> float:
+        """What it costs to copy blocks of this `rarity` to a member, from 0 to 1.
 
         1 where they are used about as often as what they would push out, and next to nothing where they are used more.
         """
-        hits = self._hits.get(member, 0) + self._hits_before.get(member, 0)
-        return min(1.0, LASTING * rarity * (1 + hits / capacity))
+        price = LASTING * rarity * (1.0 + self.worth.get(member, 0.0))
+        return price if price < 1.0 else 1.0
 
     def rarity(self, blocks: Sequence[int], begin: int, end: int) -> float:
         """The mean of 1 / (1 + uses) over these blocks, of which there is at least one."""
@@ -77,5 +79,5 @@ class Popularity:
         return total / (end - begin)
 
     def forget(self, member: Member) -> None:
-        self._hits.pop(member, None)
-        self._hits_before.pop(member, None)
+        self.worth.pop(member, None)
+        self._worth_now.pop(member, None)

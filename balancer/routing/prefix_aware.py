@@ -66,7 +66,7 @@ class PrefixAware:
             return Choice(best, "room", 0.0)
         depth = depths.get(best, 0)
         coming = self.index.expect(best, blocks, depth)
-        if self.popularity.note(best, blocks, depth, deepest):
+        if self.popularity.note(best, blocks, depth, deepest, self.index.capacity(best)):
             self.popularity.begin(sum(map(self.index.capacity, self.index.occupancy)))
         share = found.get(best, 0)
         reason = "prefix" if share >= LEAST_SHARE * size else "room"
@@ -79,15 +79,15 @@ class PrefixAware:
 
         In a full pool it is `COPY_PRICE`, or less where the blocks are used more than what they would push out.
         """
-        occupied, rarities = self.index.occupancy, dict[int, float]()
+        occupied, popular, rarities = self.index.occupancy.get, self.popularity.price, dict[int, float]()
 
         def price(member: Member) -> float:
-            depth, share = depths.get(member, 0), occupied.get(member, 0.0)
-            if not share:
+            if not (share := occupied(member, 0.0)):
                 return 0.0
+            depth = depths.get(member, 0)
             if (rarity := rarities.get(depth)) is None:
                 rarity = rarities[depth] = self.popularity.rarity(blocks, depth, deepest)
-            return COPY_PRICE * share * self.popularity.price(member, self.index.capacity(member), rarity)
+            return COPY_PRICE * share * popular(member, rarity)
 
         return price
 

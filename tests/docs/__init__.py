@@ -10,4 +10,5 @@ MADE = {
     "docs/pictures/rollout.svg": rollout.picture,
     "docs/pictures/relay.svg": bars.relay,
     "docs/pictures/routing.svg": bars.routing,
+    "docs/pictures/simulated.svg": bars.simulated,
 }

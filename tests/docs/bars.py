@@ -1,4 +1,4 @@
-"""The measured tables of docs/benchmarks.md as bars: what relaying costs, and what routing by prefix brings."""
+"""Tables of docs/benchmarks.md as bars: what relaying costs, and what routing by prefix brings."""
 
 import re
 from collections.abc import Sequence
@@ -63,6 +63,16 @@ def _number(cell: str) -> float:
 def relay() -> str:
     columns = (("CPU µs per request", "CPU µs per small request"), ("CPU µs per event", "CPU µs per streamed event"))
     return bars("What relaying costs", "less is better · make bench", table("CPU µs per event"), columns)
+
+
+def simulated() -> str:
+    columns = (
+        ("new prompt for all", "a new prompt that all share"),
+        ("images", "questions on images"),
+        ("chat", "conversations"),
+    )
+    rows = table("new prompt for all")
+    return bars("Requests a second on eight replicas", "more is better · make simulate", rows, columns)
 
 
 def routing() -> str:

@@ -210,7 +210,7 @@ class Oracle(_Unaware):
             if self._popularity is None or in_blocks[member] == deepest:
                 return self._copy_price * occupied[member]
             rarity = self._popularity.rarity(blocks, in_blocks[member], deepest)
-            return self._copy_price * occupied[member] * self._popularity.price(member, self._pool(member), rarity)
+            return self._copy_price * occupied[member] * self._popularity.price(member, rarity)
 
         depths = {member: tokens_there / TOKENS_PER_BLOCK for member, tokens_there in found.items()}
         costs = routing_cost(members, tokens / TOKENS_PER_BLOCK, depths, relative_loads(members), price)
@@ -219,7 +219,7 @@ class Oracle(_Unaware):
             alike = [member for member in members if costs[member] < costs[best] + ALIKE]
             best = min(alike, key=lambda member: (int(10 * occupied[member]), costs[member], member.turn))
         self._coming.setdefault(best, Counter()).update(blocks)
-        if self._popularity and self._popularity.note(best, blocks, in_blocks[best], deepest):
+        if self._popularity and self._popularity.note(best, blocks, in_blocks[best], deepest, self._pool(best)):
             self._popularity.begin(sum(map(self._pool, members)))
         return Choice(best, "seen", found[best] / tokens, round((tokens - found[best]) / TOKENS_PER_BLOCK))
 

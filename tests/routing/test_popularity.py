@@ -18,7 +18,7 @@ def test_unused_prefix() -> None:
     (one,) = members(1)
     popularity = Popularity()
     assert popularity.rarity(BLOCKS, 0, 40) == 1.0
-    assert popularity.price(one, 100, 1.0) == 1.0
+    assert popularity.price(one, 1.0) == 1.0
 
 
 def test_rarity_follows_use() -> None:
@@ -27,8 +27,8 @@ def test_rarity_follows_use() -> None:
     popularity = Popularity()
     popularity.period = 1e9
     for _ in range(9):
-        popularity.note(one, BLOCKS, 0, 16)
-    popularity.note(one, BLOCKS, 0, 64)
+        popularity.note(one, BLOCKS, 0, 16, 100)
+    popularity.note(one, BLOCKS, 0, 64, 100)
     assert popularity.rarity(BLOCKS, 0, 16) == pytest.approx(1 / 11)
     assert popularity.rarity(BLOCKS, 16, 64) == pytest.approx(1 / 2)
     assert popularity.rarity(BLOCKS, 0, 64) == pytest.approx((16 / 11 + 48 / 2) / 64)
@@ -40,11 +40,11 @@ def test_copies_into_idle_pools_are_cheap() -> None:
     popularity = Popularity()
     popularity.period = 1e9
     for _ in range(50):
-        popularity.note(busy, BLOCKS, 40, 40)
+        popularity.note(busy, BLOCKS, 40, 40, 100)
     rarity = popularity.rarity(BLOCKS, 0, 40)
-    assert popularity.price(idle, 100, rarity) < 0.05
-    assert popularity.price(busy, 100, rarity) > 10 * popularity.price(idle, 100, rarity)
-    assert popularity.price(busy, 10, rarity) == 1.0
+    assert popularity.price(idle, rarity) < 0.05
+    assert popularity.price(busy, rarity) > 10 * popularity.price(idle, rarity)
+    assert popularity.price(busy, 10 * rarity) == 1.0
 
 
 def test_uses_of_long_ago_are_forgotten() -> None:
@@ -53,15 +53,15 @@ def test_uses_of_long_ago_are_forgotten() -> None:
     rarities = []
     for _ in range(3):
         for _ in range(TURNOVERS):
-            if popularity.note(one, BLOCKS, 100, 100):
+            if popularity.note(one, BLOCKS, 100, 100, 100):
                 popularity.begin(pools=100)
         rarities.append(popularity.rarity(BLOCKS, 0, 100))
     for _ in range(3 * TURNOVERS):
-        if popularity.note(one, [-1] * 100, 0, 0):
+        if popularity.note(one, [-1] * 100, 0, 0, 100):
             popularity.begin(pools=100)
     assert rarities[0] < 1
     assert popularity.rarity(BLOCKS, 0, 100) == 1.0
-    assert popularity.price(one, 100, 0.1) == pytest.approx(0.2)
+    assert popularity.price(one, 0.1) == pytest.approx(0.2)
 
 
 def test_counts_are_bounded() -> None:
@@ -69,7 +69,7 @@ def test_counts_are_bounded() -> None:
     (one,) = members(1)
     popularity = Popularity()
     for number in range(3 * MOST_COUNTED):
-        if popularity.note(one, [number], 1, 1):
+        if popularity.note(one, [number], 1, 1, 100):
             popularity.begin(pools=1 << 40)
         assert len(popularity._uses) <= MOST_COUNTED + 1
     assert len(popularity._uses_before) <= MOST_COUNTED + 1
@@ -80,6 +80,6 @@ def test_a_member_that_left_is_forgotten() -> None:
     popularity = Popularity()
     popularity.period = 1e9
     for _ in range(50):
-        popularity.note(one, BLOCKS, 40, 40)
+        popularity.note(one, BLOCKS, 40, 40, 100)
     popularity.forget(one)
-    assert popularity.price(one, 10, 0.1) == pytest.approx(0.2)
+    assert popularity.price(one, 0.1) == pytest.approx(0.2)
