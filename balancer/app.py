@@ -10,7 +10,6 @@ import ssl
 import httpx
 
 from balancer.admin.connection import AdminConnection
-from balancer.admin.feed import Feed
 from balancer.admin.guard import Guard
 from balancer.admin.playground import playground_router
 from balancer.admin.routes import admin_app
@@ -21,14 +20,13 @@ from balancer.fleet.dial import Dialer
 from balancer.fleet.discovery import Resolve, resolve
 from balancer.fleet.lateness import Lateness
 from balancer.observe.access_log import AccessLog
-from balancer.observe.history import History
 from balancer.observe.metrics import BalancerCollector, metrics_router, registry_of
 from balancer.observe.record import Record
 from balancer.observe.tally import Tallies
 from balancer.relay import asgi, listen
 from balancer.relay.auth import Keys
 from balancer.relay.cors import Cors
-from balancer.relay.directory import Destination, Directory
+from balancer.relay.directory import Directory
 from balancer.relay.doors import Doors
 from balancer.relay.file_watch import MOUNT_ITS_FOLDER, FileWatch
 from balancer.relay.own_paths import public_app
@@ -36,7 +34,7 @@ from balancer.relay.proxy import Proxy
 from balancer.relay.request import Network
 from balancer.relay.sweep import Job, Sweep
 from balancer.relay.tls import Certificate, replica_context
-from balancer.service import Service
+from balancer.services import Services
 from balancer.spec.loopback import is_loopback_name
 
 log = logging.getLogger("groundserve")
@@ -70,27 +68,18 @@ class Balancer:
         self.tallies = Tallies()
         self.lateness = Lateness(loop, self.tallies.loop_lag.note)
         self.dialer = Dialer(look_up, self.lateness.within)
-        self.services = [Service(one, loop.time, self.dialer, replica_tls, look_up) for one in (config, *config.others)]
-        self.service = service = self.services[0]  # the one whose settings hold for the endpoint itself
-        for one in self.services:
-            one.fleet.asks_for_models = len(self.services) > 1
-            one.fleet.when_joined.append(self.tallies.member_joined)
-            one.fleet.when_left.append(self.tallies.member_left)
+        self.services = Services(config, loop, self.dialer, replica_tls, look_up, self.tallies)
+        self.service = service = self.services.first
         self.access_log = AccessLog(log_descriptor, config.is_log_json)
-        self.histories = [History(one.fleet, one.admission, self.tallies) for one in self.services]
 
         # The relay, from its clients to the replicas
-        self._client = _client_of_replicas(config.replica_key, replica_tls)
-        self.destinations = [
-            Destination(one.places, one.settings, loop, config.replica_key, replica_tls, self.dialer, one)
-            for one in self.services
-        ]
-        self.destination = self.destinations[0]
+        self._client = _client_of_replicas(replica_tls)
+        self.destination = self.services.destinations[0]
         self.proxy = Proxy(
-            Directory(self.destinations),
+            Directory(self.services.destinations),
             loop,
             _Observer(self.access_log, self.tallies),
-            functools.partial(asgi.answer, public_app(self.services, self._client)),
+            functools.partial(asgi.answer, public_app(self.services.all, self._client)),
             self._cors(),
             self.keys,
             config.admin_key,
@@ -102,31 +91,26 @@ class Balancer:
         self._sockets = [listen.listening(*config.listen), listen.listening(*config.admin)]
         self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # what a client asks for
         self.admin_endpoint = listen.url_of(self._sockets[1])
-        self.feeds = [
-            Feed(one.facts, one.fleet, one.admission, self.tallies, history)
-            for one, history in zip(self.services, self.histories, strict=True)
-        ]
         self._own_client = _client_of(self.certificate.own_context if self.certificate else replica_tls)
-        self.figures = BalancerCollector(self.services, self.tallies, self.keys, self.doors)
+        self.figures = BalancerCollector(self.services.all, self.tallies, self.keys, self.doors)
         self._admin_server = listen.server(self._admin_app(), AdminConnection)
         self._door: listen.Door | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._sweep = Sweep(self._jobs())
+        self.services.jobs |= self._jobs()
+        self._sweep = Sweep(self.services.jobs)
 
     def _admin_app(self) -> Guard:
         config = self.config
-        app = admin_app(self.services, config.admin_key)
+        app = admin_app(self.services.all, config.admin_key, self.services)
         app.include_router(metrics_router(registry_of(self.figures)))
-        add_page(app, self.feeds)
+        add_page(app, self.services.feeds)
         app.include_router(playground_router(listen.reachable(self.endpoint), self._own_client))
         return Guard(app, is_loopback_name(config.admin[0]), config.admin_key is not None)
 
     async def start(self) -> None:
         """Opens both ports and begins to watch the replicas."""
         self.lateness.start()
-        for service in self.services:
-            service.facts.endpoint = self.endpoint
-            service.start()
+        self.services.start(self.endpoint)
         context = self.certificate.context if self.certificate else None
         self._door = await listen.door(self.doors, self._sockets[0], context)
         self._tasks.append(asyncio.ensure_future(self._admin_server.serve(sockets=[self._sockets[1]])))
@@ -142,8 +126,7 @@ class Balancer:
         """
         trusted = _networks(config.settings.trusted_proxies)
         before, self.config = self.config, config
-        for service, renewed in zip(self.services, (config, *config.others), strict=True):
-            service.renew(renewed)
+        self.services.renew(config)
         self.doors.trust(trusted)
         self.proxy.cors = self._cors()
         if (config.tls_cert, config.tls_key) != (before.tls_cert, before.tls_key):
@@ -159,8 +142,7 @@ class Balancer:
         `hurry` set ends the waiting at once.
         """
         settings = self.service.settings
-        for service in self.services:
-            service.facts.is_leaving = True
+        self.services.leave()
         await _wait(hurry, settings.drain_grace)
         if self._door is not None:
             self._door.close()
@@ -175,7 +157,7 @@ class Balancer:
 
     async def stop(self) -> None:
         """Ends every loop and closes every socket."""
-        for feed in self.feeds:
+        for feed in self.services.feeds:
             feed.close()
         self._admin_server.should_exit = True
         if self._door is not None:
@@ -183,9 +165,7 @@ class Balancer:
         sweep = self._tasks.pop()
         sweep.cancel()
         await asyncio.gather(*self._tasks, sweep, return_exceptions=True)
-        for service, destination in zip(self.services, self.destinations, strict=True):
-            await service.stop()
-            destination.pool.close()
+        await self.services.stop()
         await self.dialer.close()
         self.lateness.stop()
         await self._client.aclose()
@@ -199,11 +179,6 @@ class Balancer:
             "the counts": lambda _: self.tallies.count_some(),
             "the service file": lambda _: self._reload(),
         }
-        for service, destination, history in zip(self.services, self.destinations, self.histories, strict=True):
-            name = service.facts.name
-            jobs[f"connections to replicas of {name}"] = destination.pool.sweep
-            jobs[f"requests that wait for {name}"] = functools.partial(_expire, service)
-            jobs[f"the page's history of {name}"] = history.take
         if (keys := self.keys) is not None:
             jobs["API keys"] = lambda _: self._reload_keys(keys)
         if (certificate := self.certificate) is not None:
@@ -229,10 +204,6 @@ class Balancer:
             log.info("%s: taken up", self.config.service_file)
 
 
-def _expire(service: Service, _now: float) -> None:
-    service.admission.expire()
-
-
 class _Observer:
     """Tells of each request what its log line and the figures need."""
 
@@ -246,10 +217,9 @@ class _Observer:
         self._tallies.finished(record)
 
 
-def _client_of_replicas(key: str | None, tls: ssl.SSLContext) -> httpx.AsyncClient:
+def _client_of_replicas(tls: ssl.SSLContext) -> httpx.AsyncClient:
     """For what is asked of replicas on behalf of the balancer's own paths."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.AsyncClient(headers=headers, verify=tls, trust_env=False)
+    return httpx.AsyncClient(verify=tls, trust_env=False)
 
 
 def _client_of(tls: ssl.SSLContext) -> httpx.AsyncClient:

@@ -1,10 +1,11 @@
 """The configuration of one balancer process, resolved once at its start from flags, environment and service file."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from balancer.contract.listing import ReplicaListing
+from balancer.spec.service_file import parse
 from balancer.spec.settings import PolicyName, ReadinessProbe, Settings
 
 
@@ -31,6 +32,26 @@ class Config:
     is_log_json: bool = False
     # Further services behind the same endpoint; what concerns the process as a whole does not count in them.
     others: tuple["Config", ...] = ()
+
+
+def for_service(text: str, name: str, replica_key: str | None, process: Config) -> Config:
+    """The configuration of one more service in a process: as the text of a service file says. Raises ConfigError."""
+    described = parse(text, source=name, name=name)
+    policy = described.service.replica_policy
+    target = policy.target_qps_per_replica if policy else None
+    return replace(
+        process,
+        name=name,
+        policy=described.policy or "round_robin",
+        target_qps=dict(target) if isinstance(target, dict) else {},
+        replicas=(),
+        discover=None,
+        service_file=None,
+        settings=described.settings,
+        readiness=described.readiness_probe or ReadinessProbe(),
+        replica_key=replica_key,
+        others=(),
+    )
 
 
 Reread = Callable[[], Config]

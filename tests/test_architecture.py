@@ -21,7 +21,8 @@ ORDER = [
     {"observe"},
     {"relay"},
     {"admin"},
-    {"operate", "app", "process"},
+    {"operate", "services"},
+    {"app", "process"},
     {"cli", "__main__"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}

@@ -40,6 +40,7 @@ def error_responses(**when: str) -> dict[int | str, dict[str, Any]]:
 
 
 Number = Annotated[int, Path(ge=1)]
+Name = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 FORBIDDEN = error_responses(status_403="the Host names another machine than this one, or a page of another site asks")
 UNCHANGED = error_responses(
     status_401="the admin key is missing or wrong",
@@ -66,7 +67,24 @@ class Administered(Protocol):
         """An engine says which replicas there are. Raises ConfigError."""
 
 
-def admin_app(services: Sequence[Administered], key: str | None) -> FastAPI:
+class Guests(Protocol):
+    """Services that come and go while the process runs."""
+
+    def join(self, name: str, text: str, replica_key: str | None) -> None:
+        """Serves one more, or goes on with it by what its file says now. Raises ConfigError."""
+
+    async def part(self, name: str) -> int:
+        """Takes one off the endpoint; how many requests it still has. Raises ConfigError."""
+
+
+class Guest(BaseModel):
+    """A service that is to be served here too."""
+
+    file: str  # the text of its service file
+    replica_key: str | None = None  # what its replicas ask for
+
+
+def admin_app(services: Sequence[Administered], key: str | None, guests: Guests | None = None) -> FastAPI:
     """The admin port's app. Requests are about the first service unless they name another (`?service=NAME`)."""
     # FastAPI's own pages load scripts from a CDN, so they are empty on a machine without internet access.
     app = FastAPI(title="groundserve admin", docs_url=None, redoc_url=None, responses=FORBIDDEN)
@@ -156,4 +174,20 @@ def admin_app(services: Sequence[Administered], key: str | None) -> FastAPI:
             service.fleet.is_asleep = listing.service.is_asleep
         return JSONResponse(_snapshot(service))
 
+    if guests is not None:
+        add_guests(app, guests, changing)
     return app
+
+
+def add_guests(app: FastAPI, guests: Guests, changing: Sequence[Any]) -> None:
+    """Routes by which a controller has its service served here too, and takes it off again."""
+
+    @app.put("/services/{name}", dependencies=changing, responses=UNCHANGED)
+    async def join(name: Name, guest: Guest) -> dict[str, str]:
+        guests.join(name, guest.file, guest.replica_key)
+        return {"service": name}
+
+    @app.delete("/services/{name}", dependencies=changing, responses=UNCHANGED)
+    async def part(name: Name) -> dict[str, int]:
+        """Its new requests get 404 from now on. Ask again until it has none `in_flight`."""
+        return {"in_flight": await guests.part(name)}

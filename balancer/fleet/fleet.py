@@ -43,7 +43,6 @@ class Fleet:
         self.in_flight = 0  # requests at members, including members that have left
         self.generating = 0  # those of them that generate
         self.turns = 0  # choices so far
-        self.asks_for_models = False  # are replicas asked which models they serve?
         self.models: dict[str, dict[str, Any]] = {}  # what they said, by name; those that left may come back
         self.ready_since: float | None = None  # when a member first became ready
         self._available: list[Member] = []

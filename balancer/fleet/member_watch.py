@@ -132,8 +132,8 @@ class MemberWatch:
         timeout = min(settings.ready_interval, settings.ready_timeout) if is_passing else settings.ready_timeout
         with contextlib.closing(self._connect_to(member)) as connection:
             inspection = await inspect(connection, timeout)
-            if self._fleet.asks_for_models and (models := await read_models(connection, timeout)):
-                self._fleet.models.update({str(model["id"]): model for model in models})
+            models = await read_models(connection, timeout) if inspection.is_whole else ()
+            self._fleet.models.update({str(model["id"]): model for model in models})
         if inspection.identity and member.identity:
             is_another = inspection.identity != member.identity
         else:

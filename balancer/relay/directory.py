@@ -57,8 +57,12 @@ class Directory:
 
     def __init__(self, destinations: Sequence[Destination]) -> None:
         self.first = destinations[0]
-        self.has_several = len(destinations) > 1
-        self._destinations = destinations
+        self._destinations = destinations  # others may be added, and go
+
+    @property
+    def has_several(self) -> bool:
+        """Does the model decide?"""
+        return len(self._destinations) > 1
 
     def find(self, request: Request) -> Destination:
         """The service that it is for. Where there is one, it takes every name; else raises ServeError for others."""

@@ -24,7 +24,7 @@ SECRET_WORDS = ("api_key", "password", "secret", "hf_token", "ssl_key", "authori
 def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAPI:
     """The app behind /health, /ready and /server_info, and /v1/models where there are several services.
 
-    `client` asks the replicas with their own key.
+    `client` asks the replicas, each with its service's key.
     """
     facts = services[0].facts
     app = FastAPI(title="groundserve", docs_url=None, redoc_url=None, openapi_url=None)
@@ -44,12 +44,13 @@ def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAP
     async def server_info() -> Response:
         """A ready replica's configuration. SGLang shows its API key there; here nothing secret passes."""
         until = time.monotonic() + SOON
-        for member in [member for service in services for member in service.fleet.available()]:
+        every = [(service.config.replica_key, member) for service in services for member in service.fleet.available()]
+        for key, member in every:
             if time.monotonic() > until:
                 break
             try:
                 async with asyncio.timeout(PATIENCE):
-                    answer = await client.get(member.url + "/server_info", timeout=None)
+                    answer = await client.get(f"{member.url}/server_info", headers=_bearing(key), timeout=None)
                 info = answer.json() if answer.status_code == 200 else None
             except (httpx.HTTPError, TimeoutError, ValueError):
                 continue
@@ -71,6 +72,10 @@ def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAP
         return _refusal(errors.shutting_down() if facts.is_leaving else errors.no_replica())
 
     return app
+
+
+def _bearing(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def listed(service: Service) -> list[dict[str, Any]]:

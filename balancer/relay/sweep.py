@@ -18,7 +18,7 @@ class Sweep:
     """Does each job by itself: one that fails keeps no other from being done."""
 
     def __init__(self, jobs: Mapping[str, Job]) -> None:
-        """`jobs` are named as the log is to name them."""
+        """`jobs` are named as the log is to name them; some may be added later, and go."""
         self._jobs = jobs
         self._said: dict[str, float] = {}
 
@@ -28,14 +28,16 @@ class Sweep:
             # What has come meanwhile is read before anybody is judged for his silence: after a pause of this process
             # timers come first.
             await asyncio.sleep(0)
-            for name in self._jobs:
+            for name in list(self._jobs):
                 await self.do(name)
 
     async def do(self, name: str) -> None:
         """All pieces of one job, with everybody else's turn in between."""
         now = asyncio.get_running_loop().time()
+        if (job := self._jobs.get(name)) is None:
+            return  # it was taken off meanwhile
         try:
-            while self._jobs[name](now) is True:  # noqa: ASYNC110 - not waiting: letting others have their turn
+            while job(now) is True:  # noqa: ASYNC110 - not waiting: letting others have their turn
                 await asyncio.sleep(0)
         except Exception:
             if now - self._said.get(name, -SAID_AGAIN) >= SAID_AGAIN:

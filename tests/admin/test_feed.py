@@ -197,7 +197,7 @@ def test_viewers_are_let_go_when_the_balancer_ends() -> None:
             feed = events(client, balancer.admin_endpoint)
             await next_state(feed)
             ended = asyncio.ensure_future(_to_the_end(feed))
-            balancer.feeds[0].close()  # the first thing that Balancer.stop does
+            balancer.services.feeds[0].close()  # the first thing that Balancer.stop does
             async with asyncio.timeout(2):
                 await ended
 

@@ -1,0 +1,147 @@
+"""The services of one process: put together, and kept in step with what relay, admin port and sweep know of them."""
+
+import asyncio
+import logging
+import ssl
+
+from balancer.admin.feed import Feed
+from balancer.config import Config, for_service
+from balancer.errors import ConfigError
+from balancer.fleet.dial import Dialer
+from balancer.fleet.discovery import Resolve
+from balancer.observe.history import History
+from balancer.observe.tally import Tallies
+from balancer.relay.directory import Destination
+from balancer.relay.sweep import Job
+from balancer.service import Service
+
+log = logging.getLogger("groundserve")
+
+
+class Services:
+    """Those of the process's own configuration, which stay as long as it runs, and those that join it.
+
+    The lists belong together, item by item; whoever is given one sees each change. `jobs` are the sweep's.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        loop: asyncio.AbstractEventLoop,
+        dialer: Dialer,
+        tls: ssl.SSLContext,
+        look_up: Resolve,
+        tallies: Tallies,
+    ) -> None:
+        self.all: list[Service] = []
+        self.destinations: list[Destination] = []
+        self.histories: list[History] = []
+        self.feeds: list[Feed] = []
+        self.jobs: dict[str, Job] = {}
+        self._config = config
+        self._loop = loop
+        self._dialer = dialer
+        self._tls = tls
+        self._look_up = look_up
+        self._tallies = tallies
+        self._endpoint = ""  # empty until the process serves
+        self._own = [self._add(one) for one in (config, *config.others)]
+        self._leaving: dict[str, tuple[Service, Destination]] = {}  # they finish what they have
+
+    @property
+    def first(self) -> Service:
+        """The one whose settings hold for the endpoint itself."""
+        return self.all[0]
+
+    def start(self, endpoint: str) -> None:
+        """Begins to watch the replicas of all."""
+        self._endpoint = endpoint
+        for service in self.all:
+            self._start(service)
+
+    def renew(self, config: Config) -> None:
+        """Goes by a changed configuration; that of services which joined comes from their controllers."""
+        self._config = config
+        for service, renewed in zip(self._own, (config, *config.others), strict=True):
+            service.renew(renewed)
+
+    def leave(self) -> None:
+        """The process was told to stop."""
+        for service in self.all:
+            service.facts.is_leaving = True
+
+    async def stop(self) -> None:
+        """Watches no replica any more and closes all connections to them."""
+        for service, destination in (*zip(self.all, self.destinations, strict=True), *self._leaving.values()):
+            await service.stop()
+            destination.pool.close()
+
+    # Services that come and go while the process runs
+
+    def join(self, name: str, text: str, replica_key: str | None) -> None:
+        """Serves one more service behind the endpoint, or goes on with it by what its file says now.
+
+        `replica_key` is what its replicas ask for. Raises ConfigError for a file that cannot be used, and for the name
+        of a service that the process was started for.
+        """
+        config = for_service(text, name, replica_key, self._config)
+        for service in self.all:
+            if service.facts.name == name:
+                self._check_joined(service)
+                service.renew(config)
+                return
+        if name in self._leaving:
+            raise ConfigError(f"{name} still finishes what it has: try again in a moment")
+        self._start(self._add(config))
+        log.info("%s is served here too", name)
+
+    async def part(self, name: str) -> int:
+        """Takes a service that joined off the endpoint. How many requests it still has: call it again until none.
+
+        A name that is not served has none. Raises ConfigError for a service that the process was started for.
+        """
+        for index, service in enumerate(self.all):
+            if service.facts.name == name:
+                self._check_joined(service)
+                self._leaving[name] = (service, self.destinations[index])
+                self.feeds[index].close()
+                del self.all[index], self.destinations[index], self.histories[index], self.feeds[index]
+                break
+        if name not in self._leaving:
+            return 0
+        service, destination = self._leaving[name]
+        if requests := service.fleet.in_flight + service.admission.queue_depth:
+            return requests
+        del self._leaving[name]
+        for job in _JOBS:
+            self.jobs.pop(job.format(name), None)
+        await service.stop()
+        destination.pool.close()
+        log.info("%s is not served here any more", name)
+        return 0
+
+    def _check_joined(self, service: Service) -> None:
+        if service in self._own:
+            raise ConfigError(f"{service.facts.name} is what this balancer was started for: it goes with the process")
+
+    def _add(self, config: Config) -> Service:
+        service = Service(config, self._loop.time, self._dialer, self._tls, self._look_up)
+        service.fleet.when_joined.append(self._tallies.member_joined)
+        service.fleet.when_left.append(self._tallies.member_left)
+        key = config.replica_key
+        destination = Destination(service.places, service.settings, self._loop, key, self._tls, self._dialer, service)
+        history = History(service.fleet, service.admission, self._tallies)
+        self.all.append(service)
+        self.destinations.append(destination)
+        self.histories.append(history)
+        self.feeds.append(Feed(service.facts, service.fleet, service.admission, self._tallies, history))
+        steps: tuple[Job, ...] = (destination.pool.sweep, lambda _: service.admission.expire(), history.take)
+        self.jobs |= {job.format(config.name): step for job, step in zip(_JOBS, steps, strict=True)}
+        return service
+
+    def _start(self, service: Service) -> None:
+        service.facts.endpoint = self._endpoint
+        service.start()
+
+
+_JOBS = ("connections to replicas of {}", "requests that wait for {}", "the page's history of {}")
