@@ -143,47 +143,54 @@ FILE = "service: {readiness_probe: /health}\nx-groundserve: {ready_interval: 0.0
 @on_uvloop
 async def test_a_service_joins_and_parts_while_others_serve() -> None:
     """It is taken off for new requests at once, and gone when the ones it has are answered."""
-    async with LabReplica() as first, LabReplica(served_model="org/eyes", token_interval=0.05) as second:
-        async with serving(first, config={"name": "lab"}) as house, httpx.AsyncClient(trust_env=False) as client:
-            admin, chat = house.balancer.admin_endpoint, house.url + CHAT
-            assert (await client.post(chat, json=BODY | {"model": "any"})).status_code == 200  # one service takes any
-            for text in (FILE, FILE + "# the same once more\n"):
-                joined = await client.put(f"{admin}/services/eyes", json={"file": text})
-                assert (joined.status_code, joined.json()) == (200, {"service": "eyes"})
-            listing = {"replicas": [{"id": 1, "name": "eyes-1", "endpoint": second.url}]}
-            assert (await client.put(f"{admin}/replicas?service=eyes", json=listing)).status_code == 200
-            await until(lambda: house.balancer.services.all[1].has_told_models, "eyes says what it serves")
-            assert (await client.post(chat, json=BODY | {"model": "any"})).status_code == 404
-            assert (await client.post(chat, json=BODY | {"model": "lab"})).status_code == 200
-            streaming = BODY | {"model": "org/eyes", "stream": True, "max_tokens": 20}
-            async with client.stream("POST", chat, json=streaming) as stream:
-                assert stream.headers["x-replica-id"] == "eyes-1"
-                parted = await client.delete(f"{admin}/services/eyes")
-                assert parted.json() == {"in_flight": 1}
-                # It is alone again, and takes any name.
-                other = await client.post(chat, json=BODY | {"model": "org/eyes"})
-                assert other.headers["x-replica-id"] == "a"
-                text = "".join([piece async for piece in stream.aiter_text()])
-            assert text.endswith("data: [DONE]\n\n")
-            assert (await client.delete(f"{admin}/services/eyes")).json() == {"in_flight": 0}
-            assert [row["service"]["name"] for row in (await client.get(f"{admin}/services")).json()] == ["lab"]
+    async with (
+        LabReplica() as first,
+        LabReplica(served_model="org/eyes", token_interval=0.05) as second,
+        serving(first, config={"name": "lab"}) as house,
+        httpx.AsyncClient(trust_env=False) as client,
+    ):
+        admin, chat = house.balancer.admin_endpoint, house.url + CHAT
+        assert (await client.post(chat, json=BODY | {"model": "any"})).status_code == 200  # one service takes any
+        for text in (FILE, FILE + "# the same once more\n"):
+            joined = await client.put(f"{admin}/services/eyes", json={"file": text})
+            assert (joined.status_code, joined.json()) == (200, {"service": "eyes"})
+        listing = {"replicas": [{"id": 1, "name": "eyes-1", "endpoint": second.url}]}
+        assert (await client.put(f"{admin}/replicas?service=eyes", json=listing)).status_code == 200
+        await until(lambda: house.balancer.services.all[1].has_told_models, "eyes says what it serves")
+        assert (await client.post(chat, json=BODY | {"model": "any"})).status_code == 404
+        assert (await client.post(chat, json=BODY | {"model": "lab"})).status_code == 200
+        streaming = BODY | {"model": "org/eyes", "stream": True, "max_tokens": 20}
+        async with client.stream("POST", chat, json=streaming) as stream:
+            assert stream.headers["x-replica-id"] == "eyes-1"
+            parted = await client.delete(f"{admin}/services/eyes")
+            assert parted.json() == {"in_flight": 1}
+            # It is alone again, and takes any name.
+            other = await client.post(chat, json=BODY | {"model": "org/eyes"})
+            assert other.headers["x-replica-id"] == "a"
+            text = "".join([piece async for piece in stream.aiter_text()])
+        assert text.endswith("data: [DONE]\n\n")
+        assert (await client.delete(f"{admin}/services/eyes")).json() == {"in_flight": 0}
+        assert [row["service"]["name"] for row in (await client.get(f"{admin}/services")).json()] == ["lab"]
 
 
 @on_uvloop
 async def test_what_cannot_join_or_part_is_told_why() -> None:
-    async with LabReplica() as lab, serving(lab, config={"name": "lab"}) as house:
-        async with httpx.AsyncClient(base_url=house.balancer.admin_endpoint, trust_env=False) as client:
-            for name, file, said in (
-                ("lab", FILE, "lab is what this balancer was started for"),
-                ("eyes", "service: {readiness_probe: /health}\nx-groundserve: {quue_size: 1}\n", "queue_size"),
-                ("eyes", "run: x\n", "no `service:` section"),
-            ):
-                answer = await client.put(f"/services/{name}", json={"file": file})
-                assert (answer.status_code, said in answer.text) == (422, True), answer.text
-            assert (await client.delete("/services/lab")).status_code == 422
-            assert (await client.delete("/services/nobody")).json() == {"in_flight": 0}
-            assert (await client.put("/services/..%2Fx", json={"file": FILE})).status_code in (404, 422)
-            assert len(house.balancer.services.all) == 1
+    async with (
+        LabReplica() as lab,
+        serving(lab, config={"name": "lab"}) as house,
+        httpx.AsyncClient(base_url=house.balancer.admin_endpoint, trust_env=False) as client,
+    ):
+        for name, file, said in (
+            ("lab", FILE, "lab is what this balancer was started for"),
+            ("eyes", "service: {readiness_probe: /health}\nx-groundserve: {quue_size: 1}\n", "queue_size"),
+            ("eyes", "run: x\n", "no `service:` section"),
+        ):
+            answer = await client.put(f"/services/{name}", json={"file": file})
+            assert (answer.status_code, said in answer.text) == (422, True), answer.text
+        assert (await client.delete("/services/lab")).status_code == 422
+        assert (await client.delete("/services/nobody")).json() == {"in_flight": 0}
+        assert (await client.put("/services/..%2Fx", json={"file": FILE})).status_code in (404, 422)
+        assert len(house.balancer.services.all) == 1
 
 
 def test_services_are_named_on_the_command_line() -> None:
