@@ -11,7 +11,8 @@ from tests.bench.sizes import SIZES, lag_buckets, lag_quantile
 
 
 @pytest.mark.parametrize("size", SIZES.values())
-def test_a_request_is_as_large_as_said_and_differs_from_the_others(size: int) -> None:
+def test_size_of_a_request(size: int) -> None:
+    """A request has the requested size and differs from the others."""
     requests = sized_requests(size, seed=1)
     assert {len(body) for body in requests} == {size}
     assert len(set(requests)) == len(requests) >= 8

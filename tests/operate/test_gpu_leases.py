@@ -33,7 +33,8 @@ def test_who_finds_no_gpu_waits_for_one_and_is_not_given_up(one_gpu: Groundserve
     assert second.text.count("waits for a GPU") == 1
 
 
-def test_an_update_without_a_free_gpu_stops_the_old_replica_first(one_gpu: Groundserve) -> None:
+def test_update_without_a_free_gpu(one_gpu: Groundserve) -> None:
+    """An update without a free GPU stops the old replica first."""
     up = one_gpu.up(one_gpu.service("lab", LEASED, replicas=1)).until_up()
     one_gpu("update", "lab", one_gpu.service("lab", f"{LEASED} --tokens 7", replicas=1))
     up.until("lab is at version 2")
@@ -47,7 +48,8 @@ def test_more_replicas_than_gpus_are_up_with_those_that_have_one(one_gpu: Ground
     one_gpu.until("lab", lambda status: sorted(row["status"] for row in status["replicas"]) == wanted)
 
 
-def test_a_script_that_starts_another_server_gets_a_gpu_of_its_own(one_gpu: Groundserve) -> None:
+def test_script_with_another_server(one_gpu: Groundserve) -> None:
+    """A script that starts another server gets a GPU of its own."""
     wants = "resources: {accelerators: pretended}"
     script = LAB.replace("exec ", 'test "$CUDA_VISIBLE_DEVICES" = 0 || exit 9\nexec ')
     first = one_gpu.up(one_gpu.service("first", script, replicas=1, more=wants)).until_up()
@@ -57,7 +59,8 @@ def test_a_script_that_starts_another_server_gets_a_gpu_of_its_own(one_gpu: Grou
     second.until_up()
 
 
-def test_the_gpus_that_a_service_leaves_its_replicas_are_those_that_are_counted(one_gpu: Groundserve) -> None:
+def test_counted_gpus(one_gpu: Groundserve) -> None:
+    """The GPUs that are counted are those that a service leaves to its replicas."""
     one_gpu.environ["REPLICA_PRETEND_GPUS"] = "3"
     wants = "envs: {CUDA_VISIBLE_DEVICES: GPU-pretended-2}"
     said = one_gpu("check", one_gpu.service("lab", "sglang serve --model-path smollm2-135m", replicas=1, more=wants))

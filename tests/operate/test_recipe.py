@@ -60,14 +60,16 @@ def test_a_replica_starts_in_the_folder_that_its_script_goes_to(tmp_path: Path) 
     assert made(away).invocation(1, 1).workdir == Path("/srv")
 
 
-def test_each_replica_has_its_own_port_wherever_the_script_uses_it() -> None:
+def test_port_of_each_replica() -> None:
+    """Each replica has its own port wherever the script uses it."""
     run = "export LOG=log-$GROUNDSERVE_PORT; sglang serve a/b --port $GROUNDSERVE_PORT --x $GROUNDSERVE_PORT"
     command = made(f"service: {{replicas: 2}}\nrun: {run}").invocation(1, 20500)
     assert command.argv[5:] == ("a/b", "--port", "20500", "--", "--x", "20500")
     assert command.envs["LOG"] == "log-20500"
 
 
-def test_sglang_that_is_not_understood_is_run_as_it_is_with_a_warning_that_says_why() -> None:
+def test_scripts_that_are_not_understood() -> None:
+    """A script with SGLang that is not understood runs unchanged, with a warning that says why."""
     run = "sglang serve a/b --port ${GROUNDSERVE_PORT:-8000} 2>&1 | tee log"
     why = "run: it starts SGLang in a way that is not understood: it has a > in it"
     piped = made(f"service: {{replicas: 2}}\nrun: {run}")
@@ -103,7 +105,8 @@ def test_a_script_with_a_port_of_its_own_can_have_one_replica() -> None:
     assert "nothing says where a replica listens" in refusal("service: {}\nrun: serve")
 
 
-def test_the_readiness_probe_is_sglangs_own_where_the_file_is_silent() -> None:
+def test_default_readiness_probe() -> None:
+    """Without a readiness probe in the file, SGLang's own is used."""
     assert made("service: {}\nrun: sglang serve --model-path a/b").readiness_probe.path == "/health"
     assert made("service: {ports: 1}\nrun: serve").readiness_probe.path == "/"
     assert made("service: {ports: 1, readiness_probe: /up}\nrun: serve").readiness_probe.path == "/up"
@@ -124,7 +127,8 @@ def test_no_secret_is_in_a_recipes_repr() -> None:
 SHARES = "service: {}\nx-groundserve: {gpu_share: true}\nrun: "
 
 
-def test_a_service_that_shares_says_so_to_its_replicas_and_gives_them_time_for_a_turn() -> None:
+def test_service_that_shares_gpus() -> None:
+    """A service that shares GPUs tells its replicas so and gives them time for a turn."""
     envs = made(f"{SHARES}sglang serve --model-path a/b --port 8000").envs(1, 8000)
     assert (envs["GPU_SHARE"], envs["LEASE_WAIT"]) == ("yes", "30")
     assert "GPU_SHARE" not in made("service: {}\nrun: sglang serve --model-path a/b --port 8000").envs(1, 8000)

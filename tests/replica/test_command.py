@@ -33,7 +33,8 @@ def test_every_preset_says_model_name_address_seed_and_reports(name: str, gpus: 
     assert "--max-queued-requests" not in argv  # a full streaming request would be a 200 with an error inside
 
 
-def test_a_cpu_replica_runs_on_torchs_own_attention_with_one_thread() -> None:
+def test_cpu_flags() -> None:
+    """A CPU replica runs with torch's own attention and one thread."""
     command = build(TOLD, PRESETS["smollm2-135m"], (), seed=1, environ={})
     assert value(command.argv, "--device") == "cpu"
     assert value(command.argv, "--attention-backend") == "torch_native"
@@ -46,7 +47,8 @@ def test_a_cpu_replica_runs_on_torchs_own_attention_with_one_thread() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_only_models_of_our_own_making_take_the_number_type_that_the_cpu_likes(dtype: str) -> None:
+def test_dtype_of_embedded_models(dtype: str) -> None:
+    """Only the embedded models take the number type that the CPU multiplies fastest."""
     small = build(TOLD, PRESETS["tiny-llava"], (), seed=1, environ={}, cpu_dtype=dtype).argv
     assert value(small, "--dtype") == dtype
     assert "--dtype" not in build(TOLD, PRESETS["llama-2-7b-chat"], (), seed=1, environ={}, cpu_dtype=dtype).argv
@@ -96,7 +98,8 @@ def test_variables_that_are_set_already_are_left_alone() -> None:
     assert not set(environ) & set(made)
 
 
-def test_the_token_goes_into_the_environment_and_the_keys_path_into_argv() -> None:
+def test_token_and_key_file() -> None:
+    """The token goes into the environment, and the path of the key file into argv."""
     told = Options(hf_token="hf_secret", api_key_file=Path("/run/secrets/key"))
     command = build(told, resolve("a/b"), (), seed=1, environ={})
     assert command.environ["HF_TOKEN"] == "hf_secret"
@@ -121,7 +124,8 @@ def test_secrets_are_masked_where_a_command_is_shown(argv: list[str], shown: lis
     assert masked(argv) == shown
 
 
-def test_surroundings_that_choose_plug_ins_or_make_errors_of_warnings_change_nothing() -> None:
+def test_plug_ins_and_warnings_of_the_environment() -> None:
+    """An environment that chooses plug-ins, or turns warnings into errors, changes nothing."""
     environ = {"SGLANG_PLUGINS": "theirs", "PYTHONWARNINGS": "error"}
     made = build(TOLD, PRESETS["smollm2-135m"], (), seed=1, environ=environ).environ
     assert made["SGLANG_PLUGINS"] == "theirs,groundserve"
@@ -138,7 +142,8 @@ def test_what_media_are_allowed_is_told_to_the_plug_in(tmp_path: Path) -> None:
     assert (nothing["ALLOWED_LOCAL_MEDIA_PATH"], nothing["ALLOW_PRIVATE_MEDIA"]) == ("", "0")
 
 
-def test_an_sglang_that_did_not_load_the_plug_in_does_not_know_a_flag() -> None:
+def test_sglang_without_the_plug_in() -> None:
+    """An SGLang that did not load the plug-in does not know one of the flags."""
     assert "--with-groundserve-plugin" in build(TOLD, PRESETS["smollm2-135m"], (), seed=1, environ={}).argv
 
 
@@ -153,7 +158,8 @@ def test_parsers_are_chosen_by_the_model_where_sglang_can() -> None:
     assert "auto" not in build(told, PRESETS["smollm2-135m"], (), seed=1, environ={}).argv
 
 
-def test_a_replica_that_shares_its_gpu_can_give_its_memory_back_and_keeps_no_core_busy() -> None:
+def test_sharing_flags() -> None:
+    """A replica that shares its GPU can give its memory back, and keeps no core busy."""
     shares = {"--enable-memory-saver", "--enable-weights-cpu-backup", "--sleep-on-idle"}
     told = Options(gpu_share=True)
     assert shares <= set(build(told, PRESETS["smollm2-135m"], GPUS[:1], seed=1, environ={}).argv)

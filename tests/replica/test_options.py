@@ -9,7 +9,8 @@ from replica.media import MediaPolicy
 from replica.options import Options, OptionsError, lease_folder, models_dir, read, read_secret, shared_folder
 
 
-def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
+def test_flag_environment_default() -> None:
+    """A flag overrides the environment, which overrides the default."""
     environ = {"MODEL": "tiny-llava", "REPLICA_PORT": "9000", "GPUS_PER_REPLICA": "2"}
     told = read(["--port", "9001"], environ)
     assert (told.model, told.port, told.gpus, told.host) == ("tiny-llava", 9001, 2, "127.0.0.1")
@@ -20,7 +21,8 @@ def test_empty_variables_count_as_unset() -> None:
     assert told == Options(models_dir=told.models_dir)
 
 
-def test_flags_after_two_dashes_go_to_sglang_after_those_of_the_environment() -> None:
+def test_sglang_flags() -> None:
+    """Flags after -- go to SGLang, after those of SGLANG_ARGS."""
     told = read(["--model", "x/y", "--", "--log-level", "debug"], {"SGLANG_ARGS": "--chat-template 'a b' --tp-size 2"})
     assert told.sglang_args == ("--chat-template", "a b", "--tp-size", "2", "--log-level", "debug")
 
@@ -78,7 +80,8 @@ def test_models_lie_where_models_dir_says_else_in_the_checkout(tmp_path: Path) -
     assert models_dir({}) == Path(__file__).resolve().parents[2] / ".models"
 
 
-def test_what_media_are_allowed_comes_from_flags_or_the_environment(tmp_path: Path) -> None:
+def test_allowed_media(tmp_path: Path) -> None:
+    """Allowed media come from flags or the environment."""
     flags = ["--allowed-media-domains", "a.example,b.example", "--allowed-local-media-path", str(tmp_path)]
     wanted = MediaPolicy(frozenset({"a.example", "b.example"}), tmp_path.resolve(), True)
     assert read([*flags, "--allow-private-media"], {}).media == wanted
