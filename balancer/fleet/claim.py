@@ -64,7 +64,7 @@ class Claim(Generic[C]):
         self.trial = trial  # in which it was given by lot
         self._is_generating = is_generating
         self._fleet = fleet
-        self.when_over: Callable[[], None] | None = None  # for whoever wants to know that it is given back
+        self.when_over: Callable[[], None] | None = None  # called when the place is given back
         fleet.turns += 1
         self.number = member.turn = fleet.turns
         fleet.in_flight += 1
@@ -84,7 +84,7 @@ class Claim(Generic[C]):
         if is_computed:
             self.choice.begun()
             if self.member.said_full_to and self._is_generating and self.number > self.member.said_full_at:
-                self.member.said_full_to = 0  # it takes others: that one it would not have
+                self.member.said_full_to = 0  # it accepts other requests, so it is not full
         self._go_on()
 
     def _go_on(self) -> None:

@@ -87,8 +87,8 @@ class Member:
     has_passed: bool = False
     ejected_until: float = 0.0
     full_until: float = 0.0
-    said_full_to: int = 0  # a request by its number; unless it takes others then, the next that hears so makes it full
-    said_full_at: int = 0  # counted in choices, as `turn`
+    said_full_to: int = 0  # number of the last request that it refused as full, if it has accepted none since; 0: none
+    said_full_at: int = 0  # when, counted in choices like `turn`
     in_flight: int = 0
     lingering: int = 0  # requests that failed here a moment ago and still count as load
     generating: int = 0

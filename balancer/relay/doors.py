@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections import Counter, defaultdict
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Protocol
 
 from balancer.errors import ServeError
@@ -14,6 +14,7 @@ from balancer.spec.settings import Settings
 log = logging.getLogger("groundserve")
 
 READ_SIZE = 64 << 10  # bytes of one read
+SPARE = 1 / 64  # part of max_buffered_bytes that is freed at once: finding the largest holder takes a while
 
 
 class Cuttable(Protocol):
@@ -34,6 +35,13 @@ class Connection(Cuttable, Protocol):
     def close_if_idle(self) -> None: ...
 
     def break_off(self, why: str) -> None: ...
+
+    def held(self) -> Iterator[tuple[str | bytes, int]]: ...
+
+    @property
+    def is_reading_body(self) -> bool: ...
+
+    def give_way(self) -> bool: ...
 
 
 class Server(Protocol):
@@ -77,6 +85,39 @@ class Doors:
         self.is_closed = False
         self.incoming = memoryview(bytearray(READ_SIZE))  # each read's bytes, until they are parsed
         self._unflushed: list[Connection] = []
+        self._hog: str | bytes | None = None  # the owner that held most when there was no room a moment ago
+
+    def make_room(self, owner: str | bytes) -> bool:
+        """More than max_buffered_bytes are held: refuses requests of the owner that holds most.
+
+        Returns False if that is `owner`. So one client may use all of the memory, but cannot keep others out.
+        Unfinished bodies go first, then requests without an answer, the largest first.
+        """
+        if owner == self._hog:
+            return False
+        most = self.settings.max_buffered_bytes
+        totals: Counter[str | bytes] = Counter()
+        holders: defaultdict[str | bytes, dict[Connection, int]] = defaultdict(dict)
+        for connection in self.connections:
+            for holder, count in connection.held():
+                totals[holder] += count
+                holders[holder][connection] = holders[holder].get(connection, 0) + count
+        self._hog, _ = totals.most_common(1)[0]
+        if owner == self._hog:
+            return False
+        fair = most / len(totals)
+        enough = most - int(most * SPARE)
+        held = holders[self._hog]
+        for connection in sorted(held, key=lambda each: (each.is_reading_body, held[each]), reverse=True):
+            if self.buffered <= enough or (self.buffered <= most and totals[self._hog] <= fair):
+                break
+            before = self.buffered
+            try:
+                connection.give_way()
+            except Exception:
+                _give_up(connection)
+            totals[self._hog] -= before - self.buffered
+        return self.buffered <= most
 
     def flush_soon(self, connection: Connection) -> None:
         """What was written there is sent at the end of this round of the loop, together with what all others get.
@@ -108,6 +149,7 @@ class Doors:
 
     def sweep(self, now: float) -> None:
         """Ends what took too long; call it a few times a second. `now` is the loop's time in seconds."""
+        self._hog = None
         for connection in list(self.connections):
             try:
                 connection.check_time(now)

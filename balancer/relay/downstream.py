@@ -12,6 +12,9 @@ from balancer.relay.vanished import UNACKNOWLEDGED, expect_life, has_vanished
 
 LINGER = 2.0  # seconds a client has to take its last answer and close, before the connection is cut
 MAX_UNSENT = 64 << 10  # bytes that TLS holds for a slow client before its replica is paused, as plain connections do
+LONGEST_TICK = 1.0  # seconds between two checks; if it was more, this process stood still
+LEAST_RATE = 1 << 10  # bytes a second that a body must average after SLOW_START
+SLOW_START = 30.0  # seconds
 LOOK = 5.0  # seconds between two looks at whether who waits for an answer is still there
 
 
@@ -49,6 +52,7 @@ class ClientConnection(RequestReader):
         self._taken = 0  # bytes of them that had left it at the last look
         self._taken_at = 0.0  # when some last did, or there were none to take; a new client has had no time for it yet
         self._looked_at = 0.0  # whether the client has vanished
+        self._checked_at = 0.0
 
     # What asyncio tells us
 
@@ -189,6 +193,7 @@ class ClientConnection(RequestReader):
             if has_vanished(transport.get_extra_info("socket")):
                 transport.abort()
                 return
+        since_last, self._checked_at = min(now - self._checked_at, LONGEST_TICK), now
         waited, request = now - self._since, self._reading
         if self._is_over:
             if unsent:
@@ -204,13 +209,27 @@ class ClientConnection(RequestReader):
         elif request is not None:
             if request.expects_continue and self._queue:
                 return  # it has not been told to send its body yet
-            if waited > settings.body_timeout:
+            self._body_time += since_last
+            is_slow = self._body_time > SLOW_START + request.body_size / LEAST_RATE
+            if waited > settings.body_timeout or is_slow:
                 self._refuse_now(errors.request_timeout("body", settings.body_timeout))
         elif self._queue or unsent:
             self._since = now
         elif waited > settings.keep_alive_timeout:
             self.flush()
             transport.close()
+
+    def give_way(self) -> bool:
+        """Frees memory: refuses the request being read, or else the one whose answer has not begun. False: neither."""
+        reply, task = self._reply, self._task
+        if self.is_reading_body:
+            self._refuse_now(errors.buffers_full())
+        elif reply is not None and task is not None and not reply.has_begun:
+            reply.refuse(errors.buffers_full())
+            task.cancel()
+        else:
+            return False
+        return True
 
     def close_if_idle(self) -> None:
         """Closes unless a request is being read or answered."""

@@ -132,8 +132,7 @@ class Proxy:
         """Attempts at one replica after the other, until one answers or nothing is left; raises ServeError."""
         places, settings, budget = destination.places, destination.settings, destination.budget
         prompt = Prompt(request.path, request.body)
-        key = request.key.name if request.key else request.client
-        waiter = Waiter(prompt, request.is_generating, [], request.is_waited_for, key, request.received_at)
+        waiter = Waiter(prompt, request.is_generating, [], request.is_waited_for, request.owner, request.received_at)
         sent = 0
         budget.deposit()
         while True:

@@ -23,7 +23,7 @@ HOP_BY_HOP = frozenset(
     b"upgrade http2-settings".split()
 )
 _AUTHORITY_ENDS = re.compile(rb"[/?#]")
-MAX_FORWARDED = 256  # bytes of X-Forwarded-For that are looked at, from its end
+MAX_FORWARDED = 256  # bytes of X-Forwarded-For that are read, from its end
 MAX_DIGITS = 20  # of the largest number that the parser counts to; leading zeros it takes without end
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 # How each request is said to have come here, by its version (RFC 9110 section 7.6.3).
@@ -69,11 +69,16 @@ class Request:
     wants_explanation: bool = False
     model: bytes = b""  # which model it names in a header; most name it in their bodies
     key: Key | None = None
-    client: bytes = b""  # which one it is of, where there are no keys to tell them apart
+    client: bytes = b""  # its IPv4 address or IPv6 /64, packed
     body: list[bytes] = field(default_factory=list)
     body_size: int = 0
     held: int = 0  # bytes of memory that the body takes, as counted for all requests together
     refusal: ServeError | None = None
+
+    @property
+    def owner(self) -> str | bytes:
+        """Who sent it, where several share something: the name of its API key or, without keys, its client."""
+        return self.key.name if self.key else self.client
 
     @property
     def is_generating(self) -> bool:
@@ -134,12 +139,12 @@ def _origin(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bytes:
 
 @lru_cache(maxsize=4096)
 def _origin_said(forwarded_for: bytes) -> bytes:
-    """The client that a trusted proxy speaks of: whoever connected to it comes last."""
+    """The client that a trusted proxy names: the last address is the one that connected to it."""
     address = forwarded_for.rpartition(b",")[2].strip()
     try:
         return _origin(_parsed(address.decode()))
     except ValueError:
-        return address[:64]  # some write no address, but it is still one client's
+        return address[:64]  # not an address, as some proxies write, but it still names one client
 
 
 def read_head(request: Request, headers: Headers, peer: Peer) -> None:

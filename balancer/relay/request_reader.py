@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Iterator
 
 import httptools
 
@@ -40,6 +41,7 @@ class RequestReader(asyncio.BufferedProtocol):
         self._reading: Request | None = None  # its head is whole, its body still coming
         self._is_body_unseen = False  # its head asks for another protocol, and the parser would take the body for that
         self._since = 0.0  # of the current wait: for the rest of a head, of a body, or for the next request
+        self._body_time = 0.0  # seconds in which the body could have arrived
 
         # How much came
         self._morsel_size = 0  # bytes that are parsed now
@@ -186,22 +188,23 @@ class RequestReader(asyncio.BufferedProtocol):
             if self._head_room + self._unfruitful > limit and self._head_size() > limit:
                 raise errors.head_too_large(limit)
             read_head(request, self._headers, self._peer)
-            if self._queue:
-                self._hold_behind_others(request)
             self._is_body_unseen = bool(parser.should_upgrade() and (request.is_chunked or request.length))
             if request.length is not None and request.length > self._settings.max_body_bytes:
                 raise errors.body_too_large(self._settings.max_body_bytes)
             doors.server.check(request)
+            if self._queue:
+                self._hold_behind_others(request)
         except ServeError as error:
             self._refuse_head(request, error)
         else:
+            self._body_time = 0.0
             if request.expects_continue and not self._queue:
                 self.write(CONTINUE)
 
     def _hold_behind_others(self, request: Request) -> None:
         request.held = HEAD_COST + len(request.target) + len(request.fields)
         self._doors.buffered += request.held
-        if self._doors.buffered > self._settings.max_buffered_bytes:
+        if self._doors.buffered > self._settings.max_buffered_bytes and not self._doors.make_room(request.owner):
             raise errors.buffers_full()
 
     def _head_size(self) -> int:
@@ -221,7 +224,7 @@ class RequestReader(asyncio.BufferedProtocol):
         self._doors.buffered += len(data)
         if request.body_size > self._settings.max_body_bytes:
             self._refuse_now(errors.body_too_large(self._settings.max_body_bytes))
-        elif self._doors.buffered > self._settings.max_buffered_bytes:
+        elif self._doors.buffered > self._settings.max_buffered_bytes and not self._doors.make_room(request.owner):
             self._refuse_now(errors.buffers_full())
 
     def on_message_complete(self) -> None:
@@ -258,6 +261,17 @@ class RequestReader(asyncio.BufferedProtocol):
             self._answer_next()
 
     # Forgetting
+
+    def held(self) -> Iterator[tuple[str | bytes, int]]:
+        """The owner of each of its requests, and the bytes held for it."""
+        for request in self._queue:
+            yield request.owner, request.held
+        if self._reading is not None:
+            yield self._reading.owner, self._reading.held
+
+    @property
+    def is_reading_body(self) -> bool:
+        return self._reading is not None and self._reading.refusal is None
 
     def release(self, request: Request) -> None:
         """The request's body is not needed any more: it will not be sent again."""

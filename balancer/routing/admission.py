@@ -17,12 +17,12 @@ from balancer.routing.prompt import Prompt
 from balancer.routing.shares import Shares
 
 MOMENT = 2.0  # seconds that anything waits for a replica that is about to be ready, as where one takes over
-# Who would wait for longer than this part of queue_timeout is told so when he comes: an estimate is not exact, and to
-# wait in vain is worse.
+# A request that would wait for more than this part of queue_timeout is refused at once: the estimate is not exact, and
+# a refusal after a wait is worse.
 IN_TIME = 0.8
-UNKNOWN_WAIT = 5.0  # seconds after which to try again, where nobody knows
-LONGEST_WAIT = 300.0  # the same at most
-JITTER = 0.5  # up to this part of it is added, lest all come back together
+UNKNOWN_WAIT = 5.0  # seconds: Retry-After where the wait cannot be estimated
+LONGEST_WAIT = 300.0  # seconds: the largest wait that Retry-After tells
+JITTER = 0.5  # up to this part of the wait is added to Retry-After, so that clients do not return together
 
 
 @dataclass(slots=True, eq=False)
@@ -30,7 +30,7 @@ class Waiter:
     """A request that wants a place; `tried` are the members that it has been to.
 
     `is_waited_for`: it may wait as long as `start_wait` for a replica that starts; else it waits a moment at most.
-    `key` is whose request it is: each has its turn. `arrived_at` is a loop time in seconds.
+    `key` says whose it is; keys take turns in the queue. `arrived_at` is a loop time in seconds.
     """
 
     prompt: Prompt
@@ -40,10 +40,10 @@ class Waiter:
     key: Hashable = b""
     arrived_at: float = 0.0
     waited: float = 0.0  # seconds, so far
-    held_until: float = 0.0  # all members told it that they are full: it is not to ask them again before
-    rounds: int = 0  # how often it has been to all of them
-    number: int = 0  # of a claim of its own, by which members know it that told it that they are full
-    full_for: float | None = None  # the least time in seconds that they said, in this round
+    held_until: float = 0.0  # every member said that it is full: not to be offered again before (loop time)
+    rounds: int = 0  # how often every member has said so
+    number: int = 0  # of one of its claims: tells it from other requests that members refused as full
+    full_for: float | None = None  # seconds: the shortest time that a member gave, since it was last offered to all
 
 
 @dataclass(slots=True, eq=False)
@@ -57,9 +57,10 @@ Waiters = FairQueue[_Queued]
 
 
 class Admission:
-    """Gives places at members: to each key in its turn, in a key by arrival. It looks again when the fleet made room.
+    """Gives places at members: keys take turns, and the requests of a key go in the order of their arrival.
 
-    `weight` says how large a part of the places a key gets while others want them too; all are equal by default.
+    It looks again whenever the fleet has room. `weight` gives a key's part of the places while others wait; by default
+    all keys are equal.
     """
 
     def __init__(self, fleet: Fleet, policy: Policy, weight: Callable[[Hashable], float] = lambda _: 1.0) -> None:
@@ -90,11 +91,11 @@ class Admission:
         return self._queue.size
 
     def queued_of(self, key: Hashable) -> int:
-        """How many generating requests of that key wait for their first turn."""
+        """How many generating requests of that key wait for their first place."""
         return self._queue.depth(key)
 
     def expected_wait(self) -> float:
-        """Seconds that somebody new would wait for a place, as far as is known."""
+        """Seconds that a generating request of a new key would wait for a place, as far as is known."""
         return self._likely_wait(object()) if self._queue.size else 0.0
 
     def _likely_wait(self, key: Hashable, share: float = 1.0) -> float:
@@ -102,7 +103,7 @@ class Admission:
 
     @property
     def _places(self) -> int:
-        """How many requests are at replicas; while others wait, that is as many as may be."""
+        """Places in use: while requests wait, as many as there are."""
         return max(1, self.fleet.generating)
 
     def must_read(self, prompt: Prompt) -> bool:
@@ -125,9 +126,9 @@ class Admission:
         return self._claim(waiter)
 
     async def claim(self, waiter: Waiter) -> Claim[Choice]:
-        """A place, after a wait if need be; raises ServeError when there is none, or the wait was or would be in vain.
+        """A place, after a wait if need be. Raises ServeError if there is none, or the wait is, or would be, too long.
 
-        Who was at a member before goes ahead of all that were not, by when he arrived.
+        A request that has been at a member already goes ahead of all others, ordered by arrival.
         """
         patience = self._patience(waiter)
         queue = self._queue if waiter.is_generating else self._plain
@@ -155,9 +156,9 @@ class Admission:
             waiter.waited += self.fleet.clock() - now
 
     def may_wait_on(self, waiter: Waiter, seconds: float) -> bool:
-        """All members told the request that they are full, for so long: may it ask them again after that?
+        """Every member has refused the request as full, for that many seconds: may it wait, and be offered again?
 
-        Each time it waits twice as long: what no replica ever takes should not keep them all busy saying so.
+        Each time it waits twice as long, so that a request which no replica accepts does not keep them all busy.
         """
         settings = self.fleet.settings
         wait = seconds * 2**waiter.rounds
@@ -170,8 +171,8 @@ class Admission:
         return True
 
     def assign(self) -> None:
-        """Gives places to those who wait, each in his turn."""
-        if self._plain.size or self._queue.size:  # hardly ever: this is done after each request
+        """Gives places to the requests whose turn it is."""
+        if self._plain.size or self._queue.size:  # rarely so: this is called after every request
             self._give(self._plain)
             self._give(self._queue)
 
@@ -187,13 +188,13 @@ class Admission:
     def _give(self, queue: Waiters) -> None:
         now = self.fleet.clock()
         for again in queue.again():
-            # Earlier attempts narrow its choice, so who comes later may have a better chance.
+            # Earlier attempts narrow its choice, so the next one may have better luck.
             if not again.place.done() and again.waiter.held_until <= now and (claim := self._claim(again.waiter)):
                 again.waiter.held_until = 0.0
                 self._given(queue, again, claim)
         while queued := queue.first():
             if queued.place.done():
-                queue.remove(queued)  # it is leaving by itself
+                queue.remove(queued)  # its client has left
             elif claim := self._claim(queued.waiter):
                 if queue is self._queue:
                     claim.when_over = partial(self._over, queued.waiter.key, now)
@@ -218,7 +219,7 @@ class Admission:
     # Saying no
 
     def _patience(self, waiter: Waiter) -> float:
-        """How long it may wait, in seconds; raises ServeError where there is nothing to wait for."""
+        """How long it may wait, in seconds. Raises ServeError if there is nothing to wait for."""
         settings = self.fleet.settings
         if self.fleet.has_other(waiter.tried):
             return settings.queue_timeout
@@ -227,7 +228,7 @@ class Admission:
         return settings.start_wait if waiter.is_waited_for else min(MOMENT, settings.start_wait)
 
     def _refuse_in_vain(self, key: Hashable, share: float) -> None:
-        """Raises ServeError where it would wait in vain for a place at the replicas that there are."""
+        """Raises ServeError if the wait for a place at the present replicas would be too long."""
         if not self._queue.size or not self.fleet.available():
             return
         timeout, position = self.fleet.settings.queue_timeout, self._queue.position(key, share)
@@ -236,7 +237,7 @@ class Admission:
             raise errors.wait_too_long(wait, timeout, _spread(wait))
 
     def _make_room(self, queue: Waiters, key: Hashable | None, share: float) -> None:
-        """Has somebody who has more of a full queue give up his last place there; raises ServeError if nobody does."""
+        """If the queue is full, refuses the longest line's last request. Raises ServeError if that is this key's."""
         size = self.fleet.settings.queue_size
         if queue.size < size:
             return
@@ -258,5 +259,5 @@ class Admission:
 
 
 def _spread(wait: float) -> int:
-    """When to come back, in whole seconds: after the expected wait (0: nobody knows), and not all at once."""
+    """Retry-After in whole seconds: the expected wait (0: unknown) and some jitter."""
     return max(1, round(min(wait or UNKNOWN_WAIT, LONGEST_WAIT) * random.uniform(1, 1 + JITTER)))

@@ -1,24 +1,26 @@
-"""How long who comes now would wait, judged by how fast places came free while others waited.
+"""How long a new request would wait for a place, measured by how fast requests left the queue.
 
-Counted is the time that passed while somebody waited, times the requests that were at replicas meanwhile, and how many
-of those who waited got a place: what a request costs in places times seconds. So the estimate follows at once when
-replicas come or go. What is long past counts less and less. The clock is passed in, in seconds.
+While any request waits, the time is counted, multiplied by the number of places in use, and so is each place given
+from the queue. Their quotient is what a request costs in places times seconds, so the estimate follows at once when
+replicas are added or lost. Older measurements count less and less. The clock is passed in, in seconds.
 """
 
 import math
 
-FADES = 120.0  # seconds in which what was seen loses two thirds of its weight
-FEW = 4  # places given that say little; where it takes long until there are so many, they are kept for as long
+FADES = 120.0  # seconds after which a measurement has lost two thirds of its weight
+FEW = 4  # places given that prove little; so few are kept while requests wait, however long it takes
 
 
 class ExpectedWait:
+    """The measurement, and the estimates that follow from it."""
+
     def __init__(self, now: float) -> None:
         self._at = now
         self._passed = 0.0  # places times seconds
         self._given = 0.0  # places that somebody who waited got
 
     def passed(self, now: float, places: int) -> None:
-        """Since the last call so many places were in use while somebody waited for one; 0: nobody did."""
+        """Since the last call that many places were in use while requests waited; 0: none waited."""
         seconds, self._at = now - self._at, now
         if not places or self._given > FEW:
             fading = math.exp(-seconds / FADES)
@@ -27,22 +29,22 @@ class ExpectedWait:
         self._passed += seconds * places
 
     def given(self) -> None:
-        """Somebody who waited got a place."""
+        """A request that waited got a place."""
         self._given += 1
 
     def likely(self, position: int, places: int) -> float | None:
-        """Seconds until whoever stands at that position (the first is 1) has a place, if so many are in use.
+        """Seconds until the request at that position in the queue (from 1) has one of that many places.
 
-        None where nothing is known yet.
+        None before anything is known.
         """
         if self._given < 1:
             return None
         return position * self._passed / self._given / places
 
     def least(self, position: int, places: int) -> float:
-        """The same at the least, as if all that are at replicas were just about to end; 0 where little is known yet.
+        """The shortest time that is plausible, in seconds: as if all requests at replicas were about to end.
 
-        They may have begun together: then nothing comes free for long, and all at once after that.
+        Requests that began together end together: until then nothing seems to move. 0 while little is known.
         """
         if self._given < FEW:
             return 0.0

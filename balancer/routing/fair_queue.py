@@ -1,13 +1,13 @@
-"""A queue in which each key has its turn: whoever fills it keeps nobody else waiting, and nobody else out.
+"""A queue with a line for each key: the lines take turns, so that no key can delay or exclude the others.
 
-Keys are served round and round (deficit round robin, with what a key overdrew carried over: surplus round robin).
-`share` is how many requests of a key go in one round, as against other keys; below one, the key sits rounds out. Within
-a key who came first goes first. Ahead of all go those that had their turn before and came to nothing at a replica, by
-when they arrived. Where the queue is full and a key has less in it than another, the other gives up its last place
-(longest queue drop): so one key alone may fill it all.
+Lines are served by surplus round robin: deficit round robin in which a line may overdraw its credit and pays it back
+in later rounds. `share` is the number of entries that a line may send in one round; with less than one it sits out
+rounds. Within a line, entries leave in the order of their arrival. Entries that had a turn before, and failed at a
+replica, go ahead of all lines, ordered by arrival. When the queue is full, the longest line can give up its last entry
+for a key with a shorter one (longest queue drop), so that one key alone may use the whole queue.
 
-Nothing here waits or knows of time. Each step costs the same however many wait, but for two: an entry that comes again
-is sorted in among its like, and `position` adds up the rounds that lie ahead, both at the speed of a list.
+Pure data: nothing here waits or reads a clock. All steps take constant time, except that `push_again` inserts into a
+sorted list, and `position` sums a slice of one.
 """
 
 from bisect import insort
@@ -17,11 +17,11 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
-LEAST_SHARE = 1 / 16  # else a round would be long to skip
+LEAST_SHARE = 1 / 16  # limits how many rounds a line can sit out
 
 
 class _Line(Generic[T]):
-    """One key's entries, first come, and how many of them it may still send in this round."""
+    """One key's entries in the order of their arrival, and how many more it may send in this round."""
 
     __slots__ = ("credit", "entries", "key", "share")
 
@@ -32,41 +32,41 @@ class _Line(Generic[T]):
         self.entries: OrderedDict[T, None] = OrderedDict()
 
     def round_of(self, place: int) -> int:
-        """In which round its entry at that place goes at the earliest; the first place is 1, the first round 0."""
+        """The earliest round in which its entry at that place leaves. Places count from 1, rounds from 0."""
         return int((place - 1) / self.share)
 
     def actual_round_of(self, place: int) -> int:
-        """The same with what it has sent already in this round, or overdrew."""
+        """The same, taking into account what the line has sent in this round already, or has overdrawn."""
         beyond = place - 1 - self.credit
         return 0 if beyond < 0 else int(beyond / self.share) + 1
 
 
 class FairQueue(Generic[T]):
-    """Entries in the order in which they are to be served. An entry is in it once at most."""
+    """Entries in the order in which they are to be served. An entry can be in it only once."""
 
     def __init__(self) -> None:
         self.size = 0  # entries
-        self._lines: OrderedDict[Hashable, _Line[T]] = OrderedDict()  # none is empty; whose turn it is comes first
+        self._lines: OrderedDict[Hashable, _Line[T]] = OrderedDict()  # never empty ones; the first has its turn
         self._line_of: dict[T, _Line[T]] = {}
         self._again: list[tuple[float, int, T]] = []
         self._came_again = 0
-        # By the rounds to come: how many entries go in it, and the lines whose last entry does.
+        # By round: how many entries leave in it, and the lines whose last entry does.
         self._rounds: list[int] = []
         self._ends: list[dict[_Line[T], None]] = []
 
     def __iter__(self) -> Iterator[T]:
-        """All of them, in no particular order; may be changed meanwhile."""
+        """All entries, in no particular order. The queue may be changed while they are gone through."""
         return iter([entry for _, _, entry in self._again] + list(self._line_of))
 
     def depth(self, key: Hashable) -> int:
-        """How many entries that key has, without those that came again."""
+        """How many entries the key's line has."""
         line = self._lines.get(key)
         return len(line.entries) if line else 0
 
     def position(self, key: Hashable, share: float = 1.0) -> int:
-        """How many will have been served, itself among them, when the next entry of that key is; at most so many.
+        """How many entries at most leave until the next entry of that key has, that one included.
 
-        Keys that come later, and have their turn, are not foreseen.
+        Entries of other keys that arrive later are not foreseen.
         """
         line = self._lines.get(key) or _Line(key, share)
         return len(self._again) + sum(self._rounds[: line.actual_round_of(len(line.entries) + 1) + 1]) + 1
@@ -74,7 +74,7 @@ class FairQueue(Generic[T]):
     # In
 
     def push(self, entry: T, key: Hashable, share: float = 1.0) -> None:
-        """At the end of its key's line. A key keeps the share that it came with until its line is empty."""
+        """Adds an entry to the end of its key's line. A line keeps its share until it is empty."""
         line = self._lines.get(key)
         if line is None:
             line = self._lines[key] = _Line(key, share)
@@ -84,7 +84,7 @@ class FairQueue(Generic[T]):
         self._lengthened(line)
 
     def push_again(self, entry: T, arrived: float) -> None:
-        """Ahead of all that had no turn yet, among its like by when it arrived."""
+        """Adds an entry that had a turn before: ahead of all lines, among its like ordered by arrival (seconds)."""
         self.size += 1
         self._came_again += 1
         insort(self._again, (arrived, self._came_again, entry))
@@ -92,11 +92,11 @@ class FairQueue(Generic[T]):
     # Out
 
     def again(self) -> list[T]:
-        """Those that came again, in their order; each may have a reason of its own to wait on."""
+        """The entries that had a turn before, in order. Any of them may be taken."""
         return [entry for _, _, entry in self._again]
 
     def first(self) -> T | None:
-        """Whose turn it is among the others: the same one until it is taken or removed."""
+        """The entry of a line whose turn it is: the same one until it is taken or removed. None if no line has any."""
         while self._lines:
             line = next(iter(self._lines.values()))
             if line.credit > 0:
@@ -106,7 +106,7 @@ class FairQueue(Generic[T]):
         return None
 
     def take(self, entry: T) -> None:
-        """It is served: its key's turn goes on, or ends with it."""
+        """Removes an entry that is served; its line pays for it."""
         line = self._line_of.get(entry)
         self.remove(entry)
         if line is not None and line.entries:
@@ -116,7 +116,7 @@ class FairQueue(Generic[T]):
                 self._lines.move_to_end(line.key)
 
     def remove(self, entry: T) -> None:
-        """It waits no more. Costs nobody a turn; one that is not here is passed over."""
+        """Removes an entry that stopped waiting; its line pays nothing. Ignores one that is not in the queue."""
         line = self._line_of.pop(entry, None)
         if line is None:
             left = [again for again in self._again if again[2] != entry]
@@ -130,9 +130,9 @@ class FairQueue(Generic[T]):
             del self._lines[line.key]
 
     def give_way(self, key: Hashable | None, share: float = 1.0) -> T | None:
-        """Takes out the last entry of whoever has most for its share, if that would go later than another of `key`'s.
+        """Removes and returns the entry that would leave last, if another of `key`'s would leave in an earlier round.
 
-        `key` None: than one that comes again. None where nobody has more.
+        With `key` None, for an entry that had a turn before. Returns None where no line is longer.
         """
         if not self._ends:
             return None
@@ -158,7 +158,7 @@ class FairQueue(Generic[T]):
         self._ends[here][line] = None
 
     def _shortened(self, line: _Line[T]) -> None:
-        """It is about to lose an entry: those behind it move up, so the last place is free."""
+        """The line is about to lose an entry: those behind move up, so it is the last place that goes."""
         length = len(line.entries)
         here = line.round_of(length)
         self._rounds[here] -= 1

@@ -58,7 +58,7 @@ class Places:
         return place
 
     def may_go_on(self, waiter: Waiter) -> bool:
-        """May it claim another place? At a replica that it has not been to, or, if all are full, again at any later."""
+        """May it claim another place: at a replica that it has not tried or, if all are full, at any replica later?"""
         if self._fleet.has_other(waiter.tried):
             return True
         if waiter.full_for is None:

@@ -1,30 +1,30 @@
-"""Which part of a round each key gets: its weight, by what its requests cost.
+"""How many requests of each key leave the queue in one round: the key's weight, divided by what its requests cost.
 
-What is scarce is places at replicas, so a request costs the time for which it keeps one. That is not known before; but
-the requests of one key are alike as a rule, so it is estimated by those before. Only those that had to wait are looked
-at: without a queue there is nothing to share out.
+Places at replicas are what is scarce, so a request costs the time for which it occupies one. That is not known in
+advance, but requests of one key resemble each other, so the last ones give the estimate. Only requests that had to wait
+are measured: without a queue there is nothing to share.
 """
 
 from collections import OrderedDict
 from collections.abc import Hashable
 
-MOST_KEYS = 1024  # that are remembered
-LATEST = 50  # requests that make a mean
-# A key about which little is known counts as having had so many ordinary requests besides.
+MOST_KEYS = 1024  # keys that are remembered: the ones used last
+LATEST = 50  # requests that a mean is made of
+# A key starts as if it had sent that many average requests.
 ORDINARY = 3
-# What a request may cost, in ordinary ones: a mean says little about the next one, and nobody should sit out for long.
+# Limits of the estimated cost, in average requests: a mean says little about the next request.
 LEAST_COST, MOST_COST = 1 / 4, 4.0
 
 
 class Shares:
-    """The measured costs of all keys, the last used ones of them."""
+    """The measured costs of the keys."""
 
     def __init__(self) -> None:
         self._all = _Mean()
         self._keys: OrderedDict[Hashable, _Mean] = OrderedDict()
 
     def of(self, key: Hashable, weight: float = 1.0) -> float:
-        """How many requests of that key go in one round; `weight` for one whose requests are ordinary."""
+        """How many requests of that key leave in one round; a key with average requests gets its weight."""
         mean = self._keys.get(key)
         if mean is None or not self._all.value:
             return weight
@@ -33,7 +33,7 @@ class Shares:
         return weight / min(max(cost, LEAST_COST), MOST_COST)
 
     def note(self, key: Hashable, seconds: float) -> None:
-        """A request of that key kept its place for so long."""
+        """A request of that key occupied its place for that many seconds."""
         self._all.note(seconds)
         mean = self._keys.get(key)
         if mean is None:
@@ -44,7 +44,7 @@ class Shares:
 
 
 class _Mean:
-    """Of the latest values, the older ones the less."""
+    """A mean in which older values count less and less."""
 
     __slots__ = ("count", "value")
 

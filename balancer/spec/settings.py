@@ -53,11 +53,13 @@ class Settings(BaseModel):
     # The relay
     max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body; beyond: 413")
     max_buffered_bytes: int = Field(
-        1 << 30, gt=0, description="request bodies held in memory, all together; beyond: 503"
+        1 << 30, gt=0, description="request bodies held in memory; beyond: 503, for the client that holds most"
     )
     max_head_bytes: int = Field(64 << 10, gt=0, description="largest request head; beyond: 431")
     head_timeout: float = Field(30, gt=0, description="time a request head may take to arrive; beyond: 408")
-    body_timeout: float = Field(30, gt=0, description="silence allowed inside a request body; beyond: 408")
+    body_timeout: float = Field(
+        30, gt=0, description="silence allowed in a request body, which must average 1 KiB/s after 30 s; beyond: 408"
+    )
     keep_alive_timeout: float = Field(75, gt=0, description="time an idle client connection is kept")
     send_timeout: float = Field(
         300, gt=0, description="time a client may read nothing of its answer before it is cut off"

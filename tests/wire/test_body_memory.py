@@ -1,0 +1,200 @@
+"""max_buffered_bytes is shared: one client may hold all of it, and yet keeps no other one out."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from balancer.relay import downstream
+from tests.lab.replica import LabReplica
+from tests.support.client import Client, chat, request
+from tests.support.until import until
+from tests.wire.running import House, on_uvloop, serving
+
+MIB = 1 << 20
+ONE = "127.0.0.2"
+POST = request(body=chat())
+
+
+def unfinished(sent: int = MIB - 1, size: int = MIB, key: str = "") -> bytes:
+    """An upload that lacks its end."""
+    headers = (("Content-Length", str(size)), *((("Authorization", f"Bearer {key}"),) if key else ()))
+    return request("POST", "/v1/files", headers=headers) + b"x" * sent
+
+
+async def uploading(house: House, count: int, source: str = "", key: str = "") -> list[Client]:
+    """So many uploads of a MiB, a byte short of their end."""
+    doors = house.balancer.doors
+    before = doors.buffered
+    clients = [await house.client(source=source) for _ in range(count)]
+    for client in clients:
+        await client.send(unfinished(key=key))
+    await until(lambda: doors.buffered == before + count * (MIB - 1))
+    return clients
+
+
+async def refused(clients: list[Client]) -> list[Client]:
+    """Those of them that are told that there is no room, as far as that came at once."""
+    told = []
+    for client in clients:
+        try:
+            async with asyncio.timeout(0.2):
+                answer = await client.answer()
+        except TimeoutError:
+            continue
+        assert (answer.status, answer.error["code"], answer.header("retry-after")) == (503, "buffers_full", "1")
+        told.append(client)
+    return told
+
+
+@on_uvloop
+async def test_seventeen_slow_uploads_of_one_client_refuse_no_request_of_another() -> None:
+    async with LabReplica() as a, serving(a, max_body_bytes=MIB, max_buffered_bytes=16 * MIB) as house:
+        hogs = await uploading(house, 16)
+        hogs.append(await house.client())
+        await hogs[-1].send(unfinished())
+        for _ in range(20):
+            client = await house.client(source=ONE)
+            await client.send(POST)
+            assert (await client.answer()).status == 200
+            client.leave()
+        large = await house.client(source=ONE)
+        await large.send(request("POST", "/v1/files", b"x" * MIB))
+        assert (await large.answer()).status == 200
+        told = await refused(hogs)
+        assert 1 <= len(told) <= 3, "no more give way than there has to be room for"
+        for hog in hogs:
+            if hog not in told:
+                await hog.send(b"x")
+                assert (await hog.answer()).status == 200
+
+
+@on_uvloop
+async def test_one_client_alone_may_hold_all_there_is_and_the_next_piece_of_his_is_refused() -> None:
+    async with LabReplica() as a, serving(a, max_body_bytes=MIB, max_buffered_bytes=8 * MIB) as house:
+        hogs = await uploading(house, 8)
+        client = await house.client()
+        await client.send(unfinished())
+        assert (await client.answer()).error["code"] == "buffers_full"
+        assert await refused(hogs) == []
+        for hog in hogs:
+            await hog.send(b"x")
+            assert (await hog.answer()).status == 200
+
+
+@on_uvloop
+async def test_bodies_that_wait_for_a_replica_give_way_too() -> None:
+    """They are whole, and their client waits for its turn: it gets an answer, and its connection's end."""
+    async with (
+        LabReplica(token_interval=0.01) as a,
+        serving(a, max_in_flight=1, max_body_bytes=MIB, max_buffered_bytes=8 * MIB) as house,
+    ):
+        holder = await house.client()
+        await holder.send(request(body=chat(stream=True, tokens=100_000)))
+        await until(lambda: house.balancer.service.fleet.generating == 1)
+        body = chat(images="x" * (MIB - 1000))
+        hogs = [await house.client() for _ in range(8)]
+        for hog in hogs:
+            await hog.send(request(body=body))
+        await until(lambda: house.balancer.service.admission.queue_depth == 8)
+        one = await house.client(source=ONE)
+        await one.send(request(body=body))
+        await until(lambda: house.balancer.service.admission.queued_of(b"\x7f\x00\x00\x02") == 1)
+        holder.leave()
+        assert (await one.answer()).status == 200
+        answers = [await hog.answer() for hog in hogs]
+        assert sorted({answer.status for answer in answers}) == [200, 503]
+        assert [answer.is_last for answer in answers] == [answer.status == 503 for answer in answers]
+        assert sum(answer.status == 503 for answer in answers) <= 2
+
+
+@on_uvloop
+async def test_two_clients_that_want_it_all_have_half_of_it_each() -> None:
+    async with LabReplica() as a, serving(a, max_body_bytes=MIB, max_buffered_bytes=12 * MIB) as house:
+        first = await uploading(house, 12)
+        second = []
+        for _ in range(10):
+            client = await house.client(source=ONE)
+            second.append(client)
+            await client.send(unfinished())
+            await asyncio.sleep(0.05)
+        held = 12 - len(await refused(first))
+        others = 10 - len(await refused(second))
+        assert 5 <= held <= 7
+        assert 5 <= others <= 7
+
+
+@on_uvloop
+async def test_with_keys_each_key_has_its_share_wherever_it_comes_from(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("secret-hog\nsecret-one\n")
+    limits = {"max_body_bytes": MIB, "max_buffered_bytes": 8 * MIB}
+    async with LabReplica() as a, serving(a, config={"api_keys": keys}, **limits) as house:
+        hogs = await uploading(house, 4, "127.0.0.3", "secret-hog") + await uploading(house, 4, "", "secret-hog")
+        client = await house.client(source="127.0.0.4")
+        await client.send(unfinished(key="secret-hog"))
+        assert (await client.answer()).error["code"] == "buffers_full"
+        one = await house.client()
+        body = b"x" * MIB
+        await one.send(request("POST", "/v1/files", body, headers=(("Authorization", "Bearer secret-one"),)))
+        assert (await one.answer()).status == 200
+        assert 1 <= len(await refused(hogs)) <= 2
+
+
+@on_uvloop
+async def test_pieces_that_are_refused_cost_no_look_at_all_connections() -> None:
+    """Else who holds all could stop the loop by sending on."""
+    async with LabReplica() as a, serving(a, max_body_bytes=MIB, max_buffered_bytes=8 * MIB) as house:
+        await uploading(house, 8)
+        idle = [await house.client() for _ in range(300)]
+        await until(lambda: len(house.balancer.doors.connections) == 308)
+        doors = house.balancer.doors
+        assert not doors.make_room(b"\x7f\x00\x00\x01")
+        began = time.perf_counter()
+        for _ in range(10_000):
+            assert not doors.make_room(b"\x7f\x00\x00\x01")
+        assert time.perf_counter() - began < 0.5
+        assert len(idle) == 300
+
+
+@pytest.mark.parametrize(("every", "piece", "status"), [(0.05, 1, 408), (0.05, 2000, 200)], ids=["slow", "steady"])
+@on_uvloop
+async def test_a_body_that_would_take_years_is_408(
+    every: float, piece: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silence alone does not tell: a byte every 29 seconds is none."""
+    monkeypatch.setattr(downstream, "SLOW_START", 0.5)
+    async with LabReplica() as a, serving(a, body_timeout=2) as house:
+        client = await house.client()
+        await client.send(request("POST", "/v1/files", headers=(("Content-Length", str(40 * piece)),)))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+
+        async def drip() -> None:
+            for _ in range(40):
+                await client.send(b"x" * piece)
+                await asyncio.sleep(every)
+
+        dripping = asyncio.ensure_future(drip())
+        answer = await client.answer()
+        assert answer.status == status
+        if status == 408:
+            assert answer.error["code"] == "request_timeout"
+            assert loop.time() - began < 1.9, "before it was ever silent for long"
+        dripping.cancel()
+
+
+@on_uvloop
+async def test_the_time_in_which_we_read_nothing_is_not_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a long answer of its connection a body waits for us to say that it may come."""
+    monkeypatch.setattr(downstream, "SLOW_START", 0.3)
+    async with LabReplica(head_delay=1.5) as a, serving(a) as house:
+        a.next(1, head_delay=1.5)
+        client = await house.client()
+        fields = (("Content-Length", "5"), ("Expect", "100-continue"))
+        await client.send(POST + request("POST", "/v1/files", headers=fields))
+        assert (await client.answer()).status == 200
+        await client.until(b"100 Continue\r\n\r\n")
+        await client.send(b"hello")
+        assert (await client.answer()).body == b"hello"
