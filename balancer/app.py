@@ -94,7 +94,7 @@ class Balancer:
         self._own_client = _client_of(self.certificate.own_context if self.certificate else replica_tls)
         self.figures = BalancerCollector(self.services.all, self.tallies, self.keys, self.doors)
         self._admin_server = listen.server(self._admin_app(), AdminConnection)
-        self._door: listen.Door | None = None
+        self._listener: listen.Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.services.jobs |= self._jobs()
         self._sweep = Sweep(self.services.jobs)
@@ -112,7 +112,7 @@ class Balancer:
         self.lateness.start()
         self.services.start(self.endpoint)
         context = self.certificate.context if self.certificate else None
-        self._door = await listen.door(self.doors, self._sockets[0], context)
+        self._listener = await listen.accept(self.doors, self._sockets[0], context)
         self._tasks.append(asyncio.ensure_future(self._admin_server.serve(sockets=[self._sockets[1]])))
         self._tasks.append(asyncio.ensure_future(self._sweep.run()))
         while not self._admin_server.started:  # noqa: ASYNC110 - uvicorn has no event for it
@@ -144,8 +144,8 @@ class Balancer:
         settings = self.service.settings
         self.services.leave()
         await _wait(hurry, settings.drain_grace)
-        if self._door is not None:
-            self._door.close()
+        if self._listener is not None:
+            self._listener.close()
         await _wait(hurry, settings.drain_timeout and LAST_CALL)
         self.doors.close()
         deadline = self.loop.time() + settings.drain_timeout
@@ -160,8 +160,8 @@ class Balancer:
         for feed in self.services.feeds:
             feed.close()
         self._admin_server.should_exit = True
-        if self._door is not None:
-            self._door.close()
+        if self._listener is not None:
+            self._listener.close()
         sweep = self._tasks.pop()
         sweep.cancel()
         await asyncio.gather(*self._tasks, sweep, return_exceptions=True)

@@ -13,12 +13,12 @@ import uvicorn
 from balancer.errors import ConfigError
 from balancer.relay.doors import Doors
 from balancer.relay.downstream import ClientConnection
-from balancer.relay.tls_door import TlsDoor
+from balancer.relay.tls_listener import TlsListener
 from balancer.relay.vanished import expect_life
 
 BACKLOG = 4096
 
-Door = asyncio.Server | TlsDoor
+Listener = asyncio.Server | TlsListener
 
 
 class Server(uvicorn.Server):
@@ -46,11 +46,11 @@ def server(app: Any, http: Any) -> Server:
     return Server(config)
 
 
-async def door(doors: Doors, listener: socket.socket, context: ssl.SSLContext | None) -> Door:
+async def accept(doors: Doors, listener: socket.socket, context: ssl.SSLContext | None) -> Listener:
     """Accepts the endpoint's clients, through TLS where there is a `context`, until it is closed."""
     if context is None:
         return await doors.loop.create_server(lambda: ClientConnection(doors), sock=listener, backlog=BACKLOG)
-    return TlsDoor(doors, listener, context)
+    return TlsListener(doors, listener, context)
 
 
 def listening(host: str, port: int) -> socket.socket:

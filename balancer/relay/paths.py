@@ -7,7 +7,7 @@ from functools import lru_cache
 from urllib.parse import quote, unquote_to_bytes
 
 
-class Kind(enum.Enum):
+class PathKind(enum.Enum):
     """What a path is to the balancer."""
 
     GENERATING = "generating"  # a POST there makes tokens: it counts against a member's limit
@@ -42,12 +42,12 @@ def normalise(raw: bytes) -> str:
     return posixpath.normpath("/" + path.lstrip("/"))
 
 
-def kind_of(raw: bytes) -> tuple[str, Kind, bytes]:
+def kind_of(raw: bytes) -> tuple[str, PathKind, bytes]:
     """The normalised form of a raw path (no query), what it is, and how it is sent on; what is not known is ADMIN."""
     return _remembered(raw) if len(raw) <= 128 else _kind_of(raw)
 
 
-def _kind_of(raw: bytes) -> tuple[str, Kind, bytes]:
+def _kind_of(raw: bytes) -> tuple[str, PathKind, bytes]:
     path = normalise(raw)
     return *_sorted(path), _sent(raw, path)
 
@@ -65,16 +65,16 @@ def _decoded(found: re.Match[bytes]) -> bytes:
     return bytes((byte,)) if byte in _UNRESERVED else found[0]
 
 
-def _sorted(path: str) -> tuple[str, Kind]:
+def _sorted(path: str) -> tuple[str, PathKind]:
     if not path.isprintable():
-        return path, Kind.ADMIN  # a replica's router may take /v1/loads%0A for /v1/loads
+        return path, PathKind.ADMIN  # a replica's router may take /v1/loads%0A for /v1/loads
     if path in OWN:
-        return path, Kind.OWN
+        return path, PathKind.OWN
     if path in PLAIN or path.startswith("/v1/models/"):
-        return path, Kind.PLAIN
+        return path, PathKind.PLAIN
     if path in GENERATING or (path.startswith("/v1/") and not NOT_SERVED.fullmatch(path)):
-        return path, Kind.GENERATING
-    return path, Kind.ADMIN
+        return path, PathKind.GENERATING
+    return path, PathKind.ADMIN
 
 
 _remembered = lru_cache(maxsize=1024)(_kind_of)

@@ -18,7 +18,7 @@ from balancer.relay.cors import Cors
 from balancer.relay.directory import Destination, Directory
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import final_error, may_repeat
-from balancer.relay.paths import MODELS, Kind
+from balancer.relay.paths import MODELS, PathKind
 from balancer.relay.places import Place
 from balancer.relay.reply import Reply
 from balancer.relay.request import Request
@@ -66,13 +66,13 @@ class Proxy:
         if request.asks_for_method and self.cors.is_preflight(request):
             return
         self.cors.check(request)
-        if request.kind is Kind.ADMIN:
+        if request.kind is PathKind.ADMIN:
             is_admin = any(bears(credential, self._admin_key) for credential in request.credentials)
             if not is_admin or not self._directory.first.settings.admin_paths:
                 raise errors.not_found(request.path)
             request.authorization = b""
             return
-        if request.kind is Kind.OWN and request.method not in OWN_METHODS:
+        if request.kind is PathKind.OWN and request.method not in OWN_METHODS:
             raise errors.method_not_allowed(request.method.decode("latin-1"), "GET, HEAD")
         if self._keys is not None and request.path not in OPEN_PATHS:
             request.key = self._keys.admit(*request.credentials)
@@ -102,7 +102,7 @@ class Proxy:
             if request.asks_for_method and self.cors.is_preflight(request):
                 reply.extra_fields += self.cors.preflight(request)
                 reply.whole(204, (), b"")
-            elif request.kind is Kind.OWN or (request.path == MODELS and self._directory.has_several):
+            elif request.kind is PathKind.OWN or (request.path == MODELS and self._directory.has_several):
                 await self._answer_own(request, reply)
             else:
                 destination = self._directory.find(request)

@@ -13,7 +13,7 @@ from balancer.errors import ServeError
 from balancer.fleet.address import ReplicaAddress
 from balancer.relay.auth import Key, bearer_token
 from balancer.relay.hosts import is_host
-from balancer.relay.paths import WAITED_FOR, Kind, kind_of
+from balancer.relay.paths import WAITED_FOR, PathKind, kind_of
 
 Headers = list[tuple[bytes, bytes]]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -53,7 +53,7 @@ class Request:
     received_at: float
     id: bytes = b""
     path: str = "/"
-    kind: Kind = Kind.ADMIN
+    kind: PathKind = PathKind.ADMIN
     host: bytes = b""
     fields: bytes = b""
     credentials: tuple[bytes, ...] = ()  # all that it bears, each as an Authorization field's value
@@ -82,7 +82,7 @@ class Request:
 
     @property
     def is_generating(self) -> bool:
-        return self.kind is Kind.GENERATING and self.method == b"POST"
+        return self.kind is PathKind.GENERATING and self.method == b"POST"
 
     @property
     def is_waited_for(self) -> bool:

@@ -8,20 +8,20 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 
-from balancer.relay.paths import Kind, kind_of, normalise
+from balancer.relay.paths import PathKind, kind_of, normalise
 
 # What SGLang serves that everybody may use; every other route of its is its operator's.
 FOR_EVERYBODY = {
-    Kind.GENERATING: {
+    PathKind.GENERATING: {
         "/generate", "/classify", "/encode", "/v1/audio/transcriptions", "/v1/chat/completions", "/v1/classify",
         "/v1/completions", "/v1/decisions", "/v1/embeddings", "/v1/messages", "/v1/realtime", "/v1/rerank",
         "/v1/responses", "/v1/score", "/v1/systemone",
     },
-    Kind.PLAIN: {
+    PathKind.PLAIN: {
         "/detokenize", "/get_model_info", "/model_info", "/tokenize", "/v1/detokenize", "/v1/messages/count_tokens",
         "/v1/models", "/v1/models/{model:path}", "/v1/tokenize",
     },
-    Kind.OWN: {"/health", "/ready", "/server_info", "/get_server_info"},
+    PathKind.OWN: {"/health", "/ready", "/server_info", "/get_server_info"},
 }  # fmt: skip
 
 
@@ -87,4 +87,4 @@ def test_what_is_sent_decodes_to_what_was_decided_on(seed: int) -> None:
 
 @pytest.mark.parametrize("raw", [b"/v1/loads%0A", b"/v1/responses/resp_1/cancel%0a", b"/v1/models%00", b"/v1/x%7f"])
 def test_a_path_with_a_control_character_is_not_served(raw: bytes) -> None:
-    assert kind_of(raw)[1] is Kind.ADMIN
+    assert kind_of(raw)[1] is PathKind.ADMIN

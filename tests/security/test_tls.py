@@ -16,7 +16,7 @@ from balancer.__main__ import config_from, parse
 from balancer.contract.listing import ReplicaListing
 from balancer.contract.words import Status
 from balancer.errors import ConfigError
-from balancer.relay import tls_door
+from balancer.relay import tls_listener
 from balancer.relay.downstream import LINGER, MAX_UNSENT, ClientConnection
 from balancer.relay.tls import Certificate, replica_context
 from tests.lab.replica import LabReplica
@@ -203,7 +203,7 @@ async def test_who_speaks_no_tls_is_cut_off_without_fuss(data: bytes, authority:
 
 @on_uvloop
 async def test_a_handshake_has_little_time(authority: Authority, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls_door, "HANDSHAKE_TIMEOUT", 0.3)
+    monkeypatch.setattr(tls_listener, "HANDSHAKE_TIMEOUT", 0.3)
     async with LabReplica() as lab, secured(pair, lab) as house:
         parts = urlsplit(house.url)
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)

@@ -19,7 +19,7 @@ _AT_ONCE = 256  # connections accepted before others of the loop get their turn
 _PAUSE = 1.0  # seconds without accepting, once the system has no descriptors left
 
 
-class TlsDoor:
+class TlsListener:
     """An open port."""
 
     def __init__(self, doors: Doors, listener: socket.socket, context: ssl.SSLContext) -> None:
