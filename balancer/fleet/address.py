@@ -1,4 +1,4 @@
-"""Where a replica is, and what it is called: all that the relay needs to know of one."""
+"""Where a replica is and what it is called: all that the relay needs to know about it."""
 
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplicaAddress:
-    """One life of a replica. What answers there after a restart has an address of its own, though all fields are equal.
+    """The address of one life of a replica. After a restart there is another object, even if all its fields are equal.
 
-    `authority` is what a Host field says.
+    `authority` is the value of the Host field.
     """
 
     name: str

@@ -10,7 +10,7 @@ from balancer.spec.settings import Settings
 
 
 class Chosen(Protocol):
-    """What a policy says: a member, what that has to compute now, and whatever else it wants to be reminded of."""
+    """A policy's choice: a member, how many blocks it has to compute, and what it is to be told later."""
 
     @property
     def member(self) -> Member: ...
@@ -29,7 +29,7 @@ C = TypeVar("C", bound=Chosen)
 
 
 class Giver(Protocol):
-    """Whoever gives the places, and gets them back: the fleet."""
+    """What a claim needs of the fleet."""
 
     settings: Settings
     outliers: Outliers
@@ -61,7 +61,7 @@ class Claim(Generic[C]):
     def __init__(self, fleet: "Giver", choice: C, is_generating: bool, trial: Trial | None = None) -> None:
         self.choice = choice
         self.member = member = choice.member
-        self.trial = trial  # in which it was given by lot
+        self.trial = trial  # in which the place was given by lot
         self._is_generating = is_generating
         self._fleet = fleet
         self.when_over: Callable[[], None] | None = None  # called when the place is given back
@@ -80,7 +80,7 @@ class Claim(Generic[C]):
         member.computing += self._computing
 
     def begun(self, is_computed: bool = True) -> None:
-        """The member has begun to answer, so what waits here may follow; if well, it has computed the prompt."""
+        """The member has begun to answer, so the next may be sent; `is_computed`: it has computed the prompt."""
         if is_computed:
             self.choice.begun()
             if self.member.said_full_to and self._is_generating and self.number > self.member.said_full_at:

@@ -250,7 +250,7 @@ class Fleet:
             self.room_made()
 
     def answered(self, place: Claim[C], is_well: bool) -> None:
-        """It answered; not `is_well`: so that the request may be to blame, or the member."""
+        """It answered. If not `is_well`, either the request or the member may be to blame."""
         member = place.member
         if not is_well:
             self._count_failure(member)
