@@ -71,7 +71,14 @@ def nvidia_smi(folder: Path, *lines: str) -> None:
 def complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """What this project's programs say where something is wrong."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    heard = [errors.no_replica().message]
+    refusals = (
+        errors.no_replica(),
+        errors.wait_too_long(75, 60, 90),
+        errors.queue_full(1024, 5),
+        errors.queue_timeout(60, 5),
+        errors.buffers_full(),
+    )
+    heard = [refusal.message for refusal in refusals]
 
     def hear(program: Callable[[], object]) -> None:
         with pytest.raises((gpu.GpuError, lease.LeaseError, machine.MachineError, ConfigError)) as refusal:

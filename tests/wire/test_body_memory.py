@@ -49,7 +49,8 @@ async def refused(clients: list[Client]) -> list[Client]:
 
 
 @on_uvloop
-async def test_seventeen_slow_uploads_of_one_client_refuse_no_request_of_another() -> None:
+async def test_slow_uploads_harm_no_other() -> None:
+    """Slow uploads of one client that fill the memory refuse no request of another."""
     async with LabReplica() as a, serving(a, max_body_bytes=MIB, max_buffered_bytes=16 * MIB) as house:
         hogs = await uploading(house, 16)
         hogs.append(await house.client())
@@ -71,7 +72,8 @@ async def test_seventeen_slow_uploads_of_one_client_refuse_no_request_of_another
 
 
 @on_uvloop
-async def test_one_client_alone_may_hold_all_there_is_and_the_next_piece_of_his_is_refused() -> None:
+async def test_one_client_alone() -> None:
+    """One client may use all of the memory; its next request is refused."""
     async with LabReplica() as a, serving(a, max_body_bytes=MIB, max_buffered_bytes=8 * MIB) as house:
         hogs = await uploading(house, 8)
         client = await house.client()
@@ -84,7 +86,7 @@ async def test_one_client_alone_may_hold_all_there_is_and_the_next_piece_of_his_
 
 
 @on_uvloop
-async def test_bodies_that_wait_for_a_replica_give_way_too() -> None:
+async def test_waiting_bodies_give_way() -> None:
     """They are whole, and their client waits for its turn: it gets an answer, and its connection's end."""
     async with (
         LabReplica(token_interval=0.01) as a,
@@ -110,7 +112,8 @@ async def test_bodies_that_wait_for_a_replica_give_way_too() -> None:
 
 
 @on_uvloop
-async def test_two_clients_that_want_it_all_have_half_of_it_each() -> None:
+async def test_two_halves() -> None:
+    """Two clients that both want all of it get half each."""
     async with LabReplica() as a, serving(a, max_body_bytes=MIB, max_buffered_bytes=12 * MIB) as house:
         first = await uploading(house, 12)
         second = []
@@ -126,7 +129,8 @@ async def test_two_clients_that_want_it_all_have_half_of_it_each() -> None:
 
 
 @on_uvloop
-async def test_with_keys_each_key_has_its_share_wherever_it_comes_from(tmp_path: Path) -> None:
+async def test_shares_of_keys(tmp_path: Path) -> None:
+    """With API keys each key has its share, from whatever address."""
     keys = tmp_path / "keys"
     keys.write_text("secret-hog\nsecret-one\n")
     limits = {"max_body_bytes": MIB, "max_buffered_bytes": 8 * MIB}
@@ -143,8 +147,8 @@ async def test_with_keys_each_key_has_its_share_wherever_it_comes_from(tmp_path:
 
 
 @on_uvloop
-async def test_pieces_that_are_refused_cost_no_look_at_all_connections() -> None:
-    """Else who holds all could stop the loop by sending on."""
+async def test_refusals_are_cheap() -> None:
+    """Refusing the largest holder again and again does not go over all connections each time."""
     async with LabReplica() as a, serving(a, max_body_bytes=MIB, max_buffered_bytes=8 * MIB) as house:
         await uploading(house, 8)
         idle = [await house.client() for _ in range(300)]
@@ -160,10 +164,8 @@ async def test_pieces_that_are_refused_cost_no_look_at_all_connections() -> None
 
 @pytest.mark.parametrize(("every", "piece", "status"), [(0.05, 1, 408), (0.05, 2000, 200)], ids=["slow", "steady"])
 @on_uvloop
-async def test_a_body_that_would_take_years_is_408(
-    every: float, piece: int, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Silence alone does not tell: a byte every 29 seconds is none."""
+async def test_slow_bodies(every: float, piece: int, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that never falls silent but is far too slow is refused with 408."""
     monkeypatch.setattr(downstream, "SLOW_START", 0.5)
     async with LabReplica() as a, serving(a, body_timeout=2) as house:
         client = await house.client()
@@ -186,7 +188,7 @@ async def test_a_body_that_would_take_years_is_408(
 
 
 @on_uvloop
-async def test_the_time_in_which_we_read_nothing_is_not_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_reading_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a long answer of its connection a body waits for us to say that it may come."""
     monkeypatch.setattr(downstream, "SLOW_START", 0.3)
     async with LabReplica(head_delay=1.5) as a, serving(a) as house:
