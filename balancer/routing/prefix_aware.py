@@ -144,6 +144,8 @@ def routing_cost(
     """
     mean = max(LEAST_MEAN, sum(loads.values()) / len(loads))
     deepest = max(found.values(), default=0)
+    if not deepest:  # nobody has any of it: the usual case in which all members are compared
+        return {member: size + member.computing + loads[member] * loads[member] / mean for member in members}
     costs = {}
     for member in members:
         load, depth = loads[member], found.get(member, 0)
