@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from balancer.config import Config
 from balancer.contract.listing import ReplicaListing
 from balancer.errors import ConfigError
 from balancer.inherited import settle
+from balancer.relay.listen import handed_over
 from balancer.spec import service_file, text_file
 from balancer.spec.loopback import is_loopback_name
 from balancer.spec.settings import PolicyName, ReadinessProbe, Settings
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="groundserve: %(levelname)s: %(message)s")
     logging.getLogger("groundserve").setLevel(logging.INFO)
     try:
+        _take_over_addresses(options)
         uvloop.run(process.run(config_from(options), reread=lambda: config_from(options, patience=0)))
     except ConfigError as error:
         print(f"groundserve: {error}", file=sys.stderr)
@@ -78,6 +81,9 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
     config = Config(
         listen=listen,
         admin=admin,
+        listen_fd=options.listen_fd,
+        admin_fd=options.admin_fd,
+        accept_when_ready=options.accept_when_ready,
         policy=options.policy or (described.policy if described else None) or "round_robin",
         target_qps=_target_qps(described),
         replicas=replicas,
@@ -157,6 +163,15 @@ def _parser() -> argparse.ArgumentParser:
 
     flag("--listen", "127.0.0.1:30001", metavar="HOST:PORT", help="the endpoint (default: %(default)s)")
     flag("--admin", "127.0.0.1:30002", metavar="HOST:PORT", help="status and drain (default: %(default)s)")
+    flag("--listen-fd", type=int, metavar="N", help="a descriptor of a socket that listens, in place of --listen")
+    flag("--admin-fd", type=int, metavar="N", help="the same in place of --admin")
+    flag(
+        "--accept-when-ready",
+        "0",
+        type=_seconds,
+        metavar="SECONDS",
+        help="let clients wait until a replica is ready, for so long at most (default: %(default)s)",
+    )
     flag("--policy", choices=get_args(PolicyName), help="which replica gets a request (default: round_robin)")
     flag(
         "--replica",
@@ -185,6 +200,24 @@ def _parser() -> argparse.ArgumentParser:
     flag("--replica-ca", metavar="FILE", help="certificates, PEM, that https replicas are checked by")
     flag("--log-format", "text", choices=("text", "json"), help="of the line a request (default: %(default)s)")
     return parser
+
+
+def _take_over_addresses(options: argparse.Namespace) -> None:
+    """Where the sockets listen that our starter handed to us; raises ConfigError."""
+    for name in ("listen", "admin"):
+        descriptor = getattr(options, f"{name}_fd")
+        if descriptor is not None:
+            listener = handed_over(descriptor, f"--{name}-fd")
+            host, port = listener.getsockname()[:2]
+            listener.detach()
+            setattr(options, name, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError
+    return seconds
 
 
 def _target_qps(described: service_file.Spec | None) -> dict[str, float]:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import ipaddress
 import logging
+import socket
 import ssl
 
 import httpx
@@ -40,6 +41,9 @@ from balancer.spec.loopback import is_loopback_name
 log = logging.getLogger("groundserve")
 
 LAST_CALL = 0.1  # seconds from the port's closing to the end of idle connections: requests may be on their way
+# Where another process goes on accepting, clients do not notice that this one leaves, and none is to find it out by a
+# request that came to nothing because we were slow to read it.
+LAST_CALL_OF_SHARED = 1.0
 
 
 class Balancer:
@@ -88,7 +92,10 @@ class Balancer:
         self.doors = Doors(service.settings, loop, self.proxy, service.facts, trusted)
 
         # The ports
-        self._sockets = [listen.listening(*config.listen), listen.listening(*config.admin)]
+        self._sockets = [
+            _listener(config.listen, config.listen_fd, "--listen-fd"),
+            _listener(config.admin, config.admin_fd, "--admin-fd"),
+        ]
         self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # what a client asks for
         self.admin_endpoint = listen.url_of(self._sockets[1])
         self._own_client = _client_of(self.certificate.own_context if self.certificate else replica_tls)
@@ -107,16 +114,36 @@ class Balancer:
         app.include_router(playground_router(listen.reachable(self.endpoint), self._own_client))
         return Guard(app, is_loopback_name(config.admin[0]), config.admin_key is not None)
 
-    async def start(self) -> None:
-        """Opens both ports and begins to watch the replicas."""
+    async def start(self, leaving: asyncio.Event | None = None) -> None:
+        """Opens both ports and begins to watch the replicas.
+
+        Where clients have to wait until a replica is ready, `leaving` set ends the waiting.
+        """
         self.lateness.start()
         self.services.start(self.endpoint)
-        context = self.certificate.context if self.certificate else None
-        self._listener = await listen.accept(self.doors, self._sockets[0], context)
         self._tasks.append(asyncio.ensure_future(self._admin_server.serve(sockets=[self._sockets[1]])))
         self._tasks.append(asyncio.ensure_future(self._sweep.run()))
         while not self._admin_server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
+        await self._until_ready(leaving or asyncio.Event())
+        context = self.certificate.context if self.certificate else None
+        self._listener = await listen.accept(self.doors, self._sockets[0], context)
+
+    async def _until_ready(self, leaving: asyncio.Event) -> None:
+        deadline = self.loop.time() + self.config.accept_when_ready
+        while self.loop.time() < deadline and not leaving.is_set():
+            if any(service.fleet.available() for service in self.services.all):
+                return
+            await _wait(leaving, 0.02)
+
+    def release_ports(self) -> None:
+        """Accepts nobody any more on either port: another process does, which shares our sockets."""
+        if self._listener is not None:
+            self._listener.close()
+        for server in self._admin_server.servers:
+            server.close()
+        for connection in list(self._admin_server.server_state.connections):
+            connection.shutdown()  # once it has answered what it was asked
 
     def renew(self, config: Config) -> None:
         """Goes by another policy, other numbers, another readiness probe from now on, while requests go on.
@@ -146,7 +173,8 @@ class Balancer:
         await _wait(hurry, settings.drain_grace)
         if self._listener is not None:
             self._listener.close()
-        await _wait(hurry, settings.drain_timeout and LAST_CALL)
+        last_call = LAST_CALL if self.config.listen_fd is None else LAST_CALL_OF_SHARED
+        await _wait(hurry, settings.drain_timeout and last_call)
         self.doors.close()
         deadline = self.loop.time() + settings.drain_timeout
         while self.doors.connections and self.loop.time() < deadline and not hurry.is_set():
@@ -215,6 +243,10 @@ class _Observer:
     def finished(self, record: Record) -> None:
         self._log.finished(record)
         self._tallies.finished(record)
+
+
+def _listener(address: tuple[str, int], descriptor: int | None, flag: str) -> socket.socket:
+    return listen.listening(*address) if descriptor is None else listen.handed_over(descriptor, flag)
 
 
 def _client_of_replicas(tls: ssl.SSLContext) -> httpx.AsyncClient:

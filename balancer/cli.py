@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("down: give the NAMEs of services, or --all")
         if options.replica_id is not None and len(options.names) != 1:
             parser.error("down: --replica-id wants the NAME of one service")
+        if options.balancer and (len(options.names) != 1 or options.replica_id is not None):
+            parser.error("down: --balancer wants the NAME of one service and nothing else")
     try:
         return _run(options)
     except ConfigError as failure:
@@ -63,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
         case "logs":
             return show.logs(options.name, options.ids, options.of, options.follow, options.tail)
         case _:
-            return change.down(options.names, options.replica_id)
+            return change.down(options.names, options.replica_id, options.balancer)
 
 
 def _source(options: argparse.Namespace) -> change.Source:
@@ -151,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     down.add_argument("names", nargs="*", metavar="NAME", help="which services; * and ? match")
     down.add_argument("-a", "--all", action="store_true", help="all services")
     down.add_argument("--replica-id", type=_count, metavar="N", help="replace this one replica instead")
+    down.add_argument("--balancer", action="store_true", help="replace the balancer instead, by the installed version")
     down.add_argument(
         "-p", "--purge", action="store_true", help="accepted as by sky serve; failed services go down without it"
     )

@@ -15,6 +15,10 @@ class Config:
 
     listen: tuple[str, int] = ("127.0.0.1", 30001)
     admin: tuple[str, int] = ("127.0.0.1", 30002)
+    # Descriptors of sockets that our starter listens on, there; None: we open them.
+    listen_fd: int | None = None
+    admin_fd: int | None = None
+    accept_when_ready: float = 0  # seconds for which clients wait, unaccepted, until a replica is ready
     policy: PolicyName = "round_robin"
     target_qps: Mapping[str, float] = field(default_factory=dict)  # by GPU type, for instance_aware_least_load
     replicas: tuple[ReplicaListing, ...] = ()

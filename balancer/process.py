@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import signal
 import stat
 import sys
 
@@ -17,6 +18,10 @@ from balancer.relay import listen
 async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None = None) -> None:
     """Serves until SIGTERM, SIGINT or SIGHUP, then drains; a second signal ends at once.
 
+    Where our starter handed its sockets to us, it is a supervisor: SIGTERM once more changes nothing, because a service
+    manager sends it to every process of a group, we get it from the supervisor too, and that can kill us when it is in
+    a hurry. And SIGUSR1 says that another process takes over: both ports are released before we drain.
+
     `look_up` resolves replicas' names; `reread` is asked for the configuration anew when the service file changed.
     """
     listen.raise_file_limit()
@@ -24,13 +29,22 @@ async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None 
     loop = asyncio.get_running_loop()
     leaving, hurry = asyncio.Event(), asyncio.Event()
 
-    def signalled() -> None:
-        (hurry if leaving.is_set() else leaving).set()
+    is_supervised = config.listen_fd is not None
+    balancer = Balancer(config, loop, look_up=look_up, reread=reread)
+
+    def signalled(number: signal.Signals) -> None:
+        is_repeated = leaving.is_set() and not (is_supervised and number == signal.SIGTERM)
+        (hurry if is_repeated else leaving).set()
+
+    def taken_over() -> None:
+        balancer.release_ports()
+        leaving.set()
 
     for number in ending():
-        loop.add_signal_handler(number, signalled)
-    balancer = Balancer(config, loop, look_up=look_up, reread=reread)
-    await balancer.start()
+        loop.add_signal_handler(number, signalled, number)
+    if is_supervised:
+        loop.add_signal_handler(signal.SIGUSR1, taken_over)
+    await balancer.start(leaving)
     # What is here now stays; and requests leave no cycles, so the collector may look seldom: it took a twentieth of
     # the time per request.
     gc.freeze()

@@ -11,6 +11,7 @@ import pytest
 
 from balancer import errors
 from balancer.errors import ConfigError
+from balancer.operate.engines.addresses import AddressFlags, open_listeners
 from balancer.relay.listen import listening
 from replica import gpu, lease, machine
 from replica.options import Options
@@ -102,6 +103,7 @@ def complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         hear(lambda: listening("127.0.0.1", taken.getsockname()[1]))
+        hear(lambda: open_listeners(AddressFlags(f"127.0.0.1:{taken.getsockname()[1]}")))
     nvidia_smi(tmp_path, 'case "$1" in *apps*) echo GPU-a, 7, 9000, x ;; *) echo 0, GPU-a, L4, 9999, 9000, N/A ;; esac')
     machine.wait_for_memory(gpu.list_gpus({}), 8, environ={}, clock=soon(), pause=lambda _: None)
     heard.append(capsys.readouterr().err)

@@ -75,6 +75,24 @@ def listening(host: str, port: int) -> socket.socket:
     return listener
 
 
+def handed_over(descriptor: int, flag: str) -> socket.socket:
+    """The socket that our starter listens on and hands to us; raises ConfigError where the descriptor is none such.
+
+    It stays open in the starter: what connects while none of us accepts waits there, and nobody is refused.
+    """
+    try:
+        listener = socket.socket(fileno=descriptor)
+    except (OSError, ValueError):
+        raise ConfigError(f"{flag} {descriptor}: no socket was handed over by that number") from None
+    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listener.detach()
+        raise ConfigError(f"{flag} {descriptor}: the socket that was handed over does not listen")
+    listener.set_inheritable(False)
+    listener.setblocking(False)
+    expect_life(listener)
+    return listener
+
+
 def url_of(listener: socket.socket, is_tls: bool = False) -> str:
     """What a client asks for."""
     host, port = listener.getsockname()[:2]

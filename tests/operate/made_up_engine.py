@@ -15,7 +15,7 @@ from pathlib import Path
 
 from balancer import cli
 from balancer.contract.listing import ReplicaListing
-from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_addresses
+from balancer.operate.engines.addresses import Addresses, AddressFlags, Listeners, open_listeners
 from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.engines.choose import ENGINES
 from balancer.operate.engines.engine import Ended, Survivor
@@ -36,7 +36,7 @@ class MadeUpEngine:
         self.changed = asyncio.Event()
         self._folder = folder
         self._file = folder.path / "made-up.json"
-        self._addresses: Addresses | None = None
+        self._ports: tuple[Addresses, Listeners] | None = None
 
     def suits(self, recipe: Recipe) -> bool:
         return False
@@ -54,12 +54,12 @@ class MadeUpEngine:
         self._file.unlink(missing_ok=True)
 
     def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None) -> Addresses:
-        self._addresses = choose_addresses(flags)
-        return self._addresses
+        self._ports = open_listeners(flags)
+        return self._ports[0]
 
     def balancer(self, recipe: Recipe) -> BalancerHandle:
-        assert self._addresses is not None
-        return LocalBalancer(self._folder, self._addresses, recipe, None, self.changed.set)
+        assert self._ports is not None
+        return LocalBalancer(self._folder, *self._ports, recipe, None, self.changed.set)
 
     async def found(self) -> tuple[Survivor, ...]:
         return ()

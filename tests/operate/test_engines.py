@@ -15,7 +15,7 @@ import pytest
 from balancer.contract.listing import Listing
 from balancer.errors import ConfigError
 from balancer.operate.engines import choose
-from balancer.operate.engines.addresses import AddressFlags
+from balancer.operate.engines.addresses import Addresses, AddressFlags
 from balancer.operate.engines.engine import CannotStart, Engine
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state.service_folder import ServiceFolder
@@ -91,14 +91,14 @@ def test_every_engine_has_a_case_here() -> None:
     assert CASES.keys() == choose.ENGINES.keys()
 
 
-def with_engine(case: Case, work: Callable[[], Awaitable[None]]) -> None:
+def with_engine(case: Case, work: Callable[[Addresses], Awaitable[None]]) -> None:
     """The engine prepared, in an event loop; whatever it still runs is ended in the end."""
 
     async def run() -> None:
-        case.engine.prepare(case.service, ANY_PORTS, None)
+        addresses = case.engine.prepare(case.service, ANY_PORTS, None)
         assert await case.engine.found() == ()
         try:
-            await work()
+            await work(addresses)
         finally:
             await asyncio.gather(*(case.engine.stop(id, 0) for id in case.engine.running()))
             await case.engine.close()
@@ -114,16 +114,18 @@ def test_it_fits_a_service_and_says_what_it_is_called(case: Case) -> None:
 
 
 def test_it_prepares_addresses_of_two_free_ports(case: Case) -> None:
-    addresses = case.engine.prepare(case.service, ANY_PORTS, None)
-    ports = {int(address.rpartition(":")[2]) for address in (addresses.listen, addresses.admin)}
-    assert len(ports) == 2
-    assert 0 not in ports
+    async def work(addresses: Addresses) -> None:
+        ports = {int(address.rpartition(":")[2]) for address in (addresses.listen, addresses.admin)}
+        assert len(ports) == 2
+        assert 0 not in ports
+
+    with_engine(case, work)
 
 
 def test_replicas_start_run_and_stop(case: Case) -> None:
     engine = case.engine
 
-    async def work() -> None:
+    async def work(_: Addresses) -> None:
         for id in (1, 2):
             await engine.start(id, case.service)
         assert engine.running().keys() == {1, 2}
@@ -148,7 +150,7 @@ def test_replicas_start_run_and_stop(case: Case) -> None:
 def test_a_death_is_told_once_with_its_reason(case: Case) -> None:
     engine = case.engine
 
-    async def work() -> None:
+    async def work(_: Addresses) -> None:
         await engine.start(1, case.service)
         await asyncio.to_thread(wait_until, lambda: is_there(case, 1))
         case.kill(1)
@@ -171,7 +173,7 @@ def is_there(case: Case, id: int) -> bool:
 
 
 def test_what_cannot_be_started_says_why_in_one_line(case: Case) -> None:
-    async def work() -> None:
+    async def work(_: Addresses) -> None:
         with pytest.raises(CannotStart) as raised:
             await case.engine.start(1, case.broken)
         assert str(raised.value).count("\n") == 0
@@ -183,9 +185,8 @@ def test_what_cannot_be_started_says_why_in_one_line(case: Case) -> None:
 
 def test_balancer_of_an_engine(case: Case) -> None:
     """An engine's balancer is at the prepared addresses and goes when told."""
-    addresses = case.engine.prepare(case.service, ANY_PORTS, None)
 
-    async def work() -> None:
+    async def work(addresses: Addresses) -> None:
         balancer = case.engine.balancer(case.service)
         assert balancer.endpoint == f"http://{addresses.listen}"
         assert balancer.key_file.read_text()
@@ -193,9 +194,8 @@ def test_balancer_of_an_engine(case: Case) -> None:
         assert await balancer.tell(Listing(())) is None
         await balancer.keep_up()
         await balancer.stop(asyncio.Event())
-        await case.engine.close()
 
-    asyncio.run(work())
+    with_engine(case, work)
 
 
 def test_next_controller_finds_what_is_left(case: Case) -> None:
@@ -203,12 +203,14 @@ def test_next_controller_finds_what_is_left(case: Case) -> None:
     engine, service = case.engine, case.service
     following = choose.ENGINES[engine.name](case.folder)
 
-    async def work() -> None:
+    async def work(_: Addresses) -> None:
         await engine.start(3, service)
         following.prepare(service, ANY_PORTS, None)
         found = [(one.id, one.listing.version, one.digest) for one in await following.found()]
         assert found == ([(3, 1, service.digest)] if engine.outlives_controller else [])
         assert list(following.running()) == [id for id, _, _ in found]
+        await asyncio.gather(*(following.stop(id, 0) for id in following.running()))
+        await following.close()
 
     with_engine(case, work)
 

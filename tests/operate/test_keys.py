@@ -10,7 +10,8 @@ import pytest
 
 from balancer.contract.listing import Listing, ReplicaListing
 from balancer.errors import ConfigError
-from balancer.operate.engines.addresses import Addresses, AddressFlags
+from balancer.operate.engines.addresses import Addresses, AddressFlags, open_listeners
+from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.engines.local.balancer_handle import LocalBalancer
 from balancer.operate.engines.local.engine import LocalEngine
 from balancer.operate.recipe.recipe import Recipe, recipe
@@ -73,7 +74,6 @@ def test_a_key_of_ones_own_is_used_as_it_is(groundserve: Groundserve, tmp_path: 
 
 
 def test_another_services_balancer_takes_no_orders_from_us(groundserve: Groundserve, tmp_path: Path) -> None:
-    """Two that start at once may choose one port; the balancer that got it belongs to one of them."""
     groundserve.up(groundserve.service("one", replicas=1)).until_up()
     admin = admin_of(groundserve).removeprefix("http://")
     folder = ServiceFolder(tmp_path / "state/groundserve", "two")
@@ -81,9 +81,11 @@ def test_another_services_balancer_takes_no_orders_from_us(groundserve: Groundse
 
     async def asked() -> tuple[bool, bool]:
         ours = made("exec serve --port $GROUNDSERVE_PORT")
-        balancer = LocalBalancer(folder, Addresses("127.0.0.1:9", admin), ours, None, lambda: None)
-        answer = await balancer.tell(EVIL)
-        was_drained = await balancer.drain(1)
+        _, listeners = open_listeners(ANY)
+        addresses = Addresses("127.0.0.1:9", admin)
+        balancer = LocalBalancer(folder, addresses, listeners, ours, None, lambda: None)
+        answer = await BalancerHandle.tell(balancer, EVIL)
+        was_drained = await BalancerHandle.drain(balancer, 1)
         await balancer.stop(asyncio.Event())
         return answer is not None or balancer.has_answered, was_drained
 
@@ -173,6 +175,8 @@ def test_sglang_gets_a_key_of_the_services_own(tmp_path: Path) -> None:
     script = LocalEngine(folder)
     script.prepare(made("exec serve --port $GROUNDSERVE_PORT"), ANY)
     assert script.fields == {}
+    for prepared in (engine, script):
+        asyncio.run(prepared.close())
 
 
 def test_scripts_that_are_no_sglang_work_without(groundserve: Groundserve, tmp_path: Path) -> None:

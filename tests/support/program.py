@@ -26,6 +26,7 @@ def _die_with_the_test() -> None:
 class Program:
     """One program, running from the start. Its standard error goes to the same file as its standard output, unless
     `errors` says a file of its own; without a `log` both are temporary. `environ` is added to the test's own variables.
+    `pass_fds` are descriptors that it inherits.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Program:
         log: Path | None = None,
         has_own_errors: bool = False,
         environ: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.name = name or " ".join(arguments[:2])
         self._folder = None if log else tempfile.mkdtemp(prefix="program-")
@@ -42,6 +44,7 @@ class Program:
         self.errors = self.log.with_name(f"{self.log.name}.errors") if has_own_errors else self.log
         self._arguments = arguments
         self._environ = {**os.environ, **(environ or {})}
+        self._pass_fds = pass_fds
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -54,6 +57,7 @@ class Program:
                 cwd=ROOT,
                 env=self._environ,
                 preexec_fn=_die_with_the_test,
+                pass_fds=self._pass_fds,
             )
 
     def restart(self) -> None:
@@ -141,11 +145,18 @@ class BalancerProgram(Program):
     """`python -m balancer` on free ports, in front of replicas at these URLs."""
 
     def __init__(
-        self, replicas: Sequence[str], *flags: str, log: Path | None = None, has_own_errors: bool = False
+        self,
+        replicas: Sequence[str],
+        *flags: str,
+        log: Path | None = None,
+        has_own_errors: bool = False,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         listed = [word for url in replicas for word in ("--replica", url)]
         ports = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
-        super().__init__("-m", "balancer", *ports, *flags, *listed, log=log, has_own_errors=has_own_errors)
+        super().__init__(
+            "-m", "balancer", *ports, *flags, *listed, log=log, has_own_errors=has_own_errors, pass_fds=pass_fds
+        )
 
     @property
     def url(self) -> str:

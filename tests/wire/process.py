@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from tests.support.client import Client
 from tests.support.program import BalancerProgram
@@ -13,9 +13,9 @@ from tests.wire.running import SOON
 class BalancerProcess(BalancerProgram):
     """The process, and the clients that end with it."""
 
-    def __init__(self, replicas: tuple[str, ...], *flags: str) -> None:
+    def __init__(self, replicas: tuple[str, ...], *flags: str, pass_fds: Sequence[int] = ()) -> None:
         self.clients: list[Client] = []
-        super().__init__(replicas, *flags, has_own_errors=True)
+        super().__init__(replicas, *flags, has_own_errors=True, pass_fds=pass_fds)
 
     @property
     def printed(self) -> bytes:
@@ -50,11 +50,11 @@ class BalancerProcess(BalancerProgram):
 
 @contextlib.asynccontextmanager
 async def running(
-    *replicas: str, arguments: tuple[str, ...] = (), **settings: object
+    *replicas: str, arguments: tuple[str, ...] = (), pass_fds: Sequence[int] = (), **settings: object
 ) -> AsyncIterator[BalancerProcess]:
     """`python -m balancer` in front of these URLs, once one of them can be served; killed at the end if need be."""
     options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    with BalancerProcess(replicas, "--log-format", "json", *arguments, *options) as balancer:
+    with BalancerProcess(replicas, "--log-format", "json", *arguments, *options, pass_fds=pass_fds) as balancer:
         try:
             await until(balancer.is_listening, "the balancer listens", SOON * 4)
             await balancer.says(200)

@@ -120,8 +120,12 @@ def update(name: str, source: Source, mode: str) -> int:
     return 0
 
 
-def down(names: Sequence[str], replica_id: int | None) -> int:
-    """All services where no names are given."""
+def down(names: Sequence[str], replica_id: int | None, is_balancer: bool = False) -> int:
+    """All services where no names are given; or only one replica, or the balancer, of the first."""
+    if is_balancer:
+        _ask(names[0], {"do": "replace balancer"})
+        print(f"{names[0]}: its balancer finishes what it has and ends; another takes its place")
+        return 0
     if replica_id is not None:
         _ask(names[0], {"do": "replace", "id": replica_id})
         print(f"{names[0]}: replica {replica_id} finishes what it has and ends; another takes its place")

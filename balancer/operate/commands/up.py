@@ -164,6 +164,9 @@ class _Up:
             case {"do": "replace", "id": int(id)}:
                 self._controller.replace_replica(id)
                 return None
+            case {"do": "replace balancer"}:
+                await self._controller.replace_balancer()
+                return None
             case {"do": "update"}:
                 return await self._update(request, say)
             case {"do": "down"}:

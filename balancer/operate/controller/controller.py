@@ -96,6 +96,10 @@ class Controller:
         self._condemned.add(id)
         self._wake.set()
 
+    async def replace_balancer(self) -> None:
+        """Has another process take the balancer's place; the one that runs finishes its answers."""
+        await self._balancer.replace()
+
     async def update(self, recipe: Recipe, mode: Mode) -> UpdateResult:
         """Wants this version from now on. Returns once all replicas have it, or it failed and the old one is back.
 

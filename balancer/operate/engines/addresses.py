@@ -1,9 +1,11 @@
 """Where a service's balancer listens and who may come in: as the flags of `groundserve up` say, else what is free."""
 
+import contextlib
+import socket
 from dataclasses import dataclass
 
 from balancer.errors import ConfigError
-from balancer.operate.engines.ports import free_ports, is_free
+from balancer.operate.engines.ports import free_ports, is_free, listen_on, user_of
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.service_folder import DetachedRecord
 from balancer.spec.loopback import is_loopback_name
@@ -23,6 +25,10 @@ class AddressFlags:
     api_keys: str | None = None
     admin_key: str | None = None
 
+    def resolved(self, listen: str, admin: str) -> "Addresses":
+        """Those two, with what the flags say on who may come in."""
+        return Addresses(listen, admin, self.is_open, self.api_keys, self.admin_key)
+
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
@@ -41,27 +47,68 @@ class Addresses:
         return f"{'http' if recipe.spec.tls is None else 'https'}://{self.listen}"
 
 
-def choose_addresses(flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
-    """What was asked for; else where the record says that the service serves; else the first free pair from 30001 on.
+class Listeners:
+    """The sockets that a balancer's two ports are, open until `close`, whichever process accepts on them."""
+
+    def __init__(self, endpoint: socket.socket, admin: socket.socket) -> None:
+        self.endpoint = endpoint
+        self.admin = admin
+
+    def close(self) -> None:
+        self.endpoint.close()
+        self.admin.close()
+
+
+def open_listeners(flags: AddressFlags) -> tuple[Addresses, Listeners]:
+    """What was asked for, else the first free pair from 30001 on; from here on nobody else can have these ports.
 
     Raises ConfigError when a port that was asked for is taken, or an address wants a word on who may come in.
     """
-    check_admin(flags)
-    access = (flags.is_open, flags.api_keys, flags.admin_key)
+    _check_admin(flags)
+    with contextlib.ExitStack() as unused:
+
+        def opened(flag: str, address: str) -> socket.socket:
+            listener = listen_on(*_checked(flag, address))
+            if listener is None:
+                raise _in_use(flag, address)
+            return unused.enter_context(listener)
+
+        endpoint = opened("--listen", flags.listen) if flags.listen is not None else None
+        admin = opened("--admin", flags.admin) if flags.admin is not None else None
+        for port in range(_FIRST_PORT, _LAST_PORT, 2):
+            first = endpoint or listen_on("127.0.0.1", port)
+            second = admin or listen_on("127.0.0.1", port + 1)
+            if first is not None and second is not None:
+                unused.pop_all()
+                listen = _address_of(first, flags.listen)
+                return flags.resolved(listen, _address_of(second, flags.admin)), Listeners(first, second)
+            for listener in {first, second} - {endpoint, admin, None}:
+                assert listener is not None
+                listener.close()
+    raise ConfigError(f"no two ports are free between {_FIRST_PORT} and {_LAST_PORT}: give --listen and --admin")
+
+
+def choose_addresses(flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
+    """For a balancer that opens its ports itself, later: what was asked for, else where the record says that the
+    service serves, else the first free pair from 30001 on.
+
+    Raises ConfigError when a port that was asked for is taken, or an address wants a word on who may come in.
+    """
+    _check_admin(flags)
     if record is not None and flags.listen in (None, record.listen) and flags.admin in (None, record.admin):
-        return Addresses(record.listen, record.admin, *access)  # taken, by the service itself
+        return flags.resolved(record.listen, record.admin)  # taken, by the service itself
     listen, admin = (
-        None if address is None else _usable(flag, address)
+        None if address is None else _free(flag, address)
         for flag, address in (("--listen", flags.listen), ("--admin", flags.admin))
     )
     for port in range(_FIRST_PORT, _LAST_PORT, 2):
-        pair = Addresses(listen or f"127.0.0.1:{port}", admin or f"127.0.0.1:{port + 1}", *access)
-        if (listen and admin) or all(is_free(*split(address)) for address in (pair.listen, pair.admin)):
+        pair = flags.resolved(listen or f"127.0.0.1:{port}", admin or f"127.0.0.1:{port + 1}")
+        if (listen and admin) or all(is_free(*_split(address)) for address in (pair.listen, pair.admin)):
             return pair
     raise ConfigError(f"no two ports are free between {_FIRST_PORT} and {_LAST_PORT}: give --listen and --admin")
 
 
-def check_admin(flags: AddressFlags) -> None:
+def _check_admin(flags: AddressFlags) -> None:
     """Raises ConfigError where everyone who reaches the admin port could look, and nobody said that they may."""
     if flags.admin is not None and not flags.is_open and flags.admin_key is None and not is_loopback_name(flags.admin):
         raise ConfigError(
@@ -70,18 +117,36 @@ def check_admin(flags: AddressFlags) -> None:
         )
 
 
-def split(address: str) -> tuple[str, int]:
+def _split(address: str) -> tuple[str, int]:
     """Host and port; port -1 where there is none."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port) if port.isdecimal() else -1
 
 
-def _usable(flag: str, address: str) -> str:
-    host, port = split(address)
+def _checked(flag: str, address: str) -> tuple[str, int]:
+    host, port = _split(address)
     if not host or not 0 <= port < 65536:
         raise ConfigError(f"{flag} {address}: write HOST:PORT, as in 127.0.0.1:30001")
+    return host, port
+
+
+def _address_of(listener: socket.socket, wanted: str | None) -> str:
+    """HOST:PORT, the host as it was written."""
+    host = wanted.rpartition(":")[0] if wanted is not None else "127.0.0.1"
+    return f"{host}:{listener.getsockname()[1]}"
+
+
+def _free(flag: str, address: str) -> str:
+    host, port = _checked(flag, address)
     if port == 0:
         return f"{address.rpartition(':')[0]}:{free_ports(1)[0]}"
     if not is_free(host, port):
-        raise ConfigError(f"{flag} {address}: the port is in use: stop what listens there, or give another one")
+        raise _in_use(flag, address)
     return address
+
+
+def _in_use(flag: str, address: str) -> ConfigError:
+    return ConfigError(
+        f"{flag} {address}: the port is in use{user_of(_split(address)[1])}: stop what listens there, or give another "
+        "one"
+    )

@@ -24,9 +24,9 @@ class BalancerHandle(ABC):
         """
         self.key_file = key_file
         self.has_answered = False
-        self._client = httpx.AsyncClient(
-            base_url=f"http://{admin}", headers=bearing(key), trust_env=False, timeout=_TIMEOUT
-        )
+        self._admin = admin
+        self._key = key
+        self._client = self._new_client()
 
     @property
     @abstractmethod
@@ -50,6 +50,10 @@ class BalancerHandle(ABC):
     async def stop(self, hurry: asyncio.Event) -> None:
         """Returns when it is gone: once every answer in flight is finished, or at once when `hurry` is set."""
 
+    @abstractmethod
+    async def replace(self) -> None:
+        """Has another process take its place, with the code that is installed now; this one finishes its answers."""
+
     async def tell(self, listing: Listing) -> Snapshot | None:
         """Hands over the whole list of replicas; what the balancer makes of it, or None while it does not answer."""
         try:
@@ -60,6 +64,12 @@ class BalancerHandle(ABC):
             return None
         self.has_answered = True
         return snapshot
+
+    def _new_client(self) -> httpx.AsyncClient:
+        """One with no connection to a process that is not asked any more."""
+        return httpx.AsyncClient(
+            base_url=f"http://{self._admin}", headers=bearing(self._key), trust_env=False, timeout=_TIMEOUT
+        )
 
     async def drain(self, id: int) -> bool:
         """Whether the balancer took note of it."""

@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from balancer.operate.engines.engine import CannotStart
@@ -23,10 +23,13 @@ class Child:
         self._watch = asyncio.create_task(self._wait(on_end))
 
     @classmethod
-    async def start(cls, invocation: Invocation, log: Path, on_end: Callable[[], None]) -> "Child":
+    async def start(
+        cls, invocation: Invocation, log: Path, on_end: Callable[[], None], pass_fds: Sequence[int] = ()
+    ) -> "Child":
         """Starts it, its output appended to `log`, which the leash keeps from growing for ever.
 
-        `log` is an absolute path; `on_end` is called when it ended. Raises CannotStart.
+        `log` is an absolute path; `on_end` is called when it ended. It inherits the descriptors `pass_fds`, by the
+        same numbers. Raises CannotStart.
         """
         leash = (sys.executable, "-I", "-S", _LEASH, str(os.getpid()), f"--log={log}")
         try:
@@ -41,6 +44,7 @@ class Child:
                     env={**os.environ, **invocation.envs},
                     # Ctrl-C at our terminal is ours to act on, in order.
                     start_new_session=True,
+                    pass_fds=pass_fds,
                 )
         except OSError as failure:
             raise CannotStart(f"{failure.filename or log}: {failure.strerror}") from None
@@ -51,9 +55,9 @@ class Child:
         code = self._process.returncode
         return code if code is None or code >= 0 else 128 - code
 
-    async def stop(self, grace: float | None) -> None:
-        """Returns when it is gone with all that it started: SIGTERM, and after `grace` seconds, if any, SIGKILL."""
-        self.signal(signal.SIGTERM)
+    async def stop(self, grace: float | None, number: signal.Signals = signal.SIGTERM) -> None:
+        """Returns when it is gone with all that it started: asked first, killed after `grace` seconds, if any."""
+        self.signal(number)
         try:
             await asyncio.wait_for(asyncio.shield(self._watch), grace)
         except TimeoutError:

@@ -3,7 +3,7 @@
 What tini is for a container, for a process on this host. The leash adopts every process that the command
 leaves behind, and the kernel tells it when its parent dies, however that dies.
 
-SIGTERM and SIGINT go to the command alone, as `docker stop` does it; if it ends by that, what it left
+SIGTERM, SIGINT and SIGUSR1 go to the command alone, as `docker stop` does it; if it ends by that, what it left
 behind gets SIGTERM too. SIGHUP, also sent by the kernel when the parent dies, kills everything at once. When
 the command ends by itself, whatever it left behind is killed. The exit code is the command's, or 128 + the
 signal that ended it.
@@ -37,7 +37,8 @@ PIPE_BYTES = 256 << 10  # so that a burst need not wait for us
 # Seconds for the pipe's end once all that we started is gone. A stranger who was handed its other side may keep it.
 LAST_WORDS = 5.0
 
-_OURS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
+_FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+_OURS = {*_FORWARDED, signal.SIGHUP, signal.SIGCHLD}
 
 
 def main(arguments: list[str]) -> int:
@@ -52,12 +53,13 @@ def main(arguments: list[str]) -> int:
     _prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
     if os.getppid() != parent:
         return 128 + signal.SIGHUP
+    handed_over = _open_descriptors()
     if log is None:
-        return _hold(_start(command, ignored - {signal.SIGCHLD}))
+        return _hold(_start(command, ignored - {signal.SIGCHLD}, handed_over))
     reading, writing = os.pipe()
     with contextlib.suppress(OSError):  # all pipes of a user may take so much and no more
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    pid = _start(command, ignored - {signal.SIGCHLD}, writing)
+    pid = _start(command, ignored - {signal.SIGCHLD}, handed_over, writing)
     os.close(writing)
     keeping = threading.Thread(target=_keep, args=(reading, RotatedLog(log)), daemon=True)
     keeping.start()
@@ -71,10 +73,23 @@ def _keep(reading: int, log: RotatedLog) -> None:
         log.write(data)
 
 
-def _start(command: list[str], ignored: set[signal.Signals], out: int | None = None) -> int:
+def _open_descriptors() -> list[int]:
+    """Those that we were started with, besides the three that everyone has."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are all that is wanted
+        with contextlib.suppress(OSError):  # it was the one that listed them
+            os.fstat(int(name))
+            found.append(int(name))
+    return [descriptor for descriptor in found if descriptor > 2]
+
+
+def _start(command: list[str], ignored: set[signal.Signals], handed_over: list[int], out: int | None = None) -> int:
+    """Starts the command, which alone keeps what was handed over: a port must not stay open because of its leash."""
     leash = os.getpid()
     pid = os.fork()
     if pid:
+        for descriptor in handed_over:
+            os.close(descriptor)
         return pid
     if out is not None:
         os.dup2(out, 1)
@@ -104,9 +119,9 @@ def _hold(pid: int) -> int:
         if received == signal.SIGHUP:
             _kill_all()
             return 128 + signal.SIGKILL if code is None else code
-        if received in (signal.SIGTERM, signal.SIGINT):
+        if received in _FORWARDED:
             was_asked = True
-            _send(received, [pid] if code is None else _descendants())
+            _send(received if code is None else signal.SIGTERM, [pid] if code is None else _descendants())
         ended, code_now = _reap(pid)
         if ended:
             code = code_now

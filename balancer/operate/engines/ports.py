@@ -1,14 +1,23 @@
-"""Free ports on this machine's loopback."""
+"""Ports of this machine: which are free, who has the others, and sockets that listen on them."""
 
+import contextlib
+import errno
+import pwd
 import random
 import socket
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from balancer.errors import ConfigError
 
 # Below the range that Linux gives to outgoing connections (32768 and up): nothing can slip onto a port in
 # the minutes between its choice and the moment when a loaded model listens on it.
 REPLICA_PORTS = range(20100, 22000)
+
+# Connections that may wait to be accepted, as the balancer has it too: all that come while it is started again.
+_BACKLOG = 4096
+_LISTEN = "0A"  # the state of a socket that listens, in /proc/net/tcp
 
 
 def free_ports(count: int, among: Iterable[int] | None = None) -> list[int]:
@@ -32,19 +41,80 @@ def free_ports(count: int, among: Iterable[int] | None = None) -> list[int]:
 
 
 def is_free(host: str, port: int) -> bool:
-    """Could a server listen there now? Raises ConfigError when the host is none of this machine's addresses."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as failure:
-        raise ConfigError(f"cannot listen on {host}: {failure.strerror}") from None
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Could a server listen there now? Raises ConfigError where nobody here ever can."""
+    probe = _bound(host, port)
+    if probe is not None:
+        probe.close()
+    return probe is not None
+
+
+def listen_on(host: str, port: int) -> socket.socket | None:
+    """A socket that listens there, port 0 being any free one; None where another one does already.
+
+    Raises ConfigError where nobody here ever can.
+    """
+    listener = _bound(host, port)
+    if listener is not None:
         try:
-            probe.bind(address)
-        except PermissionError:
+            # Two may be bound to one port. Only one of them can listen, and from then on it has the port.
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            return None
+    return listener
+
+
+def user_of(port: int) -> str:
+    """Who listens on a port of this machine, for a person: " by process 123 (nginx)", or " by user www"."""
+    for inode, user in _listening(port):
+        for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):  # it ended meanwhile, or is none of ours to look at
+                if descriptor.readlink() == Path(f"socket:[{inode}]"):
+                    process = descriptor.parts[2]
+                    return f" by process {process} ({_command(process)})"
+        with contextlib.suppress(KeyError):
+            return f" by user {pwd.getpwuid(user).pw_name}"
+    return ""
+
+
+def _listening(port: int) -> Iterator[tuple[str, int]]:
+    """Inode and user id of each socket that listens on that port."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                # proc(5): sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...
+                _, local, _, state, _, _, _, user, _, inode, *_ = line.split()
+                if state == _LISTEN and int(local.rpartition(":")[2], 16) == port:
+                    yield inode, int(user)
+
+
+def _command(process: str) -> str:
+    """What a process was started as, without the interpreter in front and in as many words as tell it."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")
+        if shown := " ".join(Path(word).name if at == 0 else word for at, word in enumerate(words) if word):
+            return textwrap.shorten(shown, 80, placeholder=" ...")
+    return "a program"
+
+
+def _bound(host: str, port: int) -> socket.socket | None:
+    """None where another socket is in the way."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as failure:
+        raise ConfigError(f"cannot listen on {host}: {getattr(failure, 'strerror', failure)}") from None
+    bound = socket.socket(family, kind, protocol)
+    # Else connections that ended lately would be in the way.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as failure:
+        bound.close()
+        if isinstance(failure, PermissionError):
             raise ConfigError(f"cannot listen on {host}:{port}: ports below 1024 need root") from None
-        except OSError as failure:
-            if failure.errno == 99:
-                raise ConfigError(f"cannot listen on {host}: it is no address of this machine") from None
-            return False
-    return True
+        if failure.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(f"cannot listen on {host}: it is no address of this machine") from None
+        return None
+    return bound

@@ -96,6 +96,10 @@ class ComposeBalancer(BalancerHandle):
         if has_moved:
             await self._up()
 
+    async def replace(self) -> None:
+        """The container is made anew; its port is closed meanwhile, because it is Docker's."""
+        await self._up("--force-recreate")
+
     async def tell(self, listing: Listing) -> Snapshot | None:
         snapshot = await super().tell(listing)
         if snapshot is not None:
@@ -116,12 +120,12 @@ class ComposeBalancer(BalancerHandle):
             await asyncio.gather(self._following, return_exceptions=True)
         await self._client.aclose()
 
-    async def _up(self) -> None:
+    async def _up(self, *flags: str) -> None:
         """Starts the container where there is none, and another where it was made of other settings."""
         self._folder.write_service_file(service_file_for(self._recipe))
         overlay = self._folder.path / "balancer.json"
         write_whole(overlay, json.dumps({"services": {"balancer": self._overlay()}}))
-        await self._project.compose("up", "-d", "--no-deps", "balancer", overlays=[overlay])
+        await self._project.compose("up", "-d", "--no-deps", *flags, "balancer", overlays=[overlay])
         if self._following is None or self._following.done():
             self._following = asyncio.create_task(self._follow())
 

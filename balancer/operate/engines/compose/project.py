@@ -171,7 +171,12 @@ async def _run(command: Sequence[str], environ: Mapping[str, str]) -> str:
         )
     except OSError as failure:
         raise CannotStart(f"{command[0]}: {failure.strerror}") from None
-    out, error = await process.communicate()
+    try:
+        out, error = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
     if process.returncode != 0:
         raise CannotStart(_last_line(error.decode(errors="replace")))
     return out.decode(errors="replace")

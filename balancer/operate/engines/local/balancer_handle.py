@@ -1,13 +1,16 @@
 """The local engine's balancer: a child process of `groundserve up`, started again if it dies."""
 
 import asyncio
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
 from balancer.contract.listing import Listing
 from balancer.contract.status import Snapshot
-from balancer.operate.engines.addresses import Addresses
+from balancer.contract.words import ServiceStatus
+from balancer.operate.engines.addresses import Addresses, Listeners
 from balancer.operate.engines.balancer_handle import BalancerHandle, service_file_for
 from balancer.operate.engines.child import Child, tail
 from balancer.operate.engines.engine import CannotStart
@@ -15,29 +18,48 @@ from balancer.operate.recipe.recipe import Invocation, Recipe, python, with_pack
 from balancer.operate.state import keys
 from balancer.operate.state.service_folder import ServiceFolder
 
+T = TypeVar("T")
+
+# Seconds before the second start in a row, doubled for each one after that.
 _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 10.0
+# Seconds after its start before a process is spoken to. It needs longer to start, and the one before it has let go of
+# the port by then.
+_FIRST_WORDS = 0.2
+# Seconds for which a process that replaces another keeps clients waiting until it knows a replica that is ready.
+_UNTIL_READY = 10.0
 
 
 class LocalBalancer(BalancerHandle):
-    """`on_change` is called when the process ended; `replica_key` is the file with the key that replicas ask for."""
+    """Its ports are `listeners`, which stay open from one process to the next: whoever connects in between waits there.
+
+    `on_change` is called when the process ended; `replica_key` is the file with the key that replicas ask for.
+    """
 
     def __init__(
         self,
         folder: ServiceFolder,
-        where: Addresses,
+        addresses: Addresses,
+        listeners: Listeners,
         recipe: Recipe,
         replica_key: Path | None,
         on_change: Callable[[], None],
     ) -> None:
-        file = Path(where.admin_key).absolute() if where.admin_key else folder.admin_key_file
-        super().__init__(where.admin, file, keys.given(file, "--admin-key") if where.admin_key else keys.drawn(file))
+        given = addresses.admin_key
+        file = Path(given).absolute() if given else folder.admin_key_file
+        super().__init__(addresses.admin, file, keys.given(file, "--admin-key") if given else keys.drawn(file))
         self._replica_key = replica_key
         self._folder = folder
-        self._where = where
+        self._addresses = addresses
+        self._listeners = listeners
         self._recipe = recipe
         self._on_change = on_change
         self._child: Child | None = None
+        self._started = 0.0
+        self._introduction: asyncio.Task[None] | None = None
+        self._answers = False  # the process that runs now
+        self._is_outdated = False  # it is to make room for another
+        self._has_ready_replica = False
         self._leaving: set[asyncio.Task[None]] = set()
         self._left_in_hurry = asyncio.Event()
         self._failures = 0
@@ -45,14 +67,14 @@ class LocalBalancer(BalancerHandle):
 
     @property
     def endpoint(self) -> str:
-        return self._where.endpoint(self._recipe)
+        return self._addresses.endpoint(self._recipe)
 
     @property
     def is_leaving(self) -> bool:
         return bool(self._leaving)
 
     async def keep_up(self) -> None:
-        """Starts the process when none runs and its back-off is over.
+        """Starts the process when none runs and its back-off is over; the first time in a row there is none.
 
         Raises CannotStart when it ended before it ever answered: then it will not do better another time.
         """
@@ -60,30 +82,101 @@ class LocalBalancer(BalancerHandle):
             self._child = None
             if not self.has_answered:
                 raise CannotStart(f"the balancer cannot start: {self._last_words()}")
-            self._start_at = time.monotonic() + min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2.0 ** min(self._failures, 8))
+            backoff = _FIRST_BACKOFF * 2.0 ** min(self._failures, 8) if self._failures else 0.0
+            self._start_at = time.monotonic() + min(_LONGEST_BACKOFF, backoff)
             self._failures += 1
-        if self._child is None and time.monotonic() >= self._start_at:
-            self._child = await Child.start(self._invocation(), self._folder.balancer_log, self._on_change)
+        if self._child is None:
+            if time.monotonic() >= self._start_at:
+                await self._start()
+        elif self._is_outdated:
+            await self._hand_over()
+
+    async def _start(self) -> None:
+        await self._forget_process()
+        self._is_outdated = False
+        listeners = (self._listeners.endpoint.fileno(), self._listeners.admin.fileno())
+        log = self._folder.balancer_log
+        self._child = await Child.start(self._invocation(), log, self._on_change, listeners)
+        self._started = time.monotonic()
 
     async def renew(self, recipe: Recipe) -> None:
         is_same_process = recipe.spec.tls == self._recipe.spec.tls
         self._recipe = recipe
         self._folder.write_service_file(service_file_for(recipe))
-        if is_same_process or self._child is None:
-            return
+        if not is_same_process:
+            await self.replace()
+
+    async def replace(self) -> None:
+        """Done by `keep_up`, which alone starts processes."""
+        self._is_outdated = True
+        self._on_change()
+
+    async def _hand_over(self) -> None:
+        """The next process has the ports from here on; clients that come before it accepts wait for it."""
+        assert self._child is not None
         leaving, self._child = self._child, None
-        task = asyncio.create_task(self._leave(leaving, self._left_in_hurry))
+        task = asyncio.create_task(self._leave(leaving, self._left_in_hurry, signal.SIGUSR1))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
-        await self.keep_up()
+        await self._start()
 
     async def tell(self, listing: Listing) -> Snapshot | None:
-        snapshot = await super().tell(listing)
-        if snapshot is not None:
-            self._failures = 0
+        """A process that is still starting is told in the background: its port is open already, and nobody answers."""
+        if not self._answers:
+            self._introduce(listing)
+            return None
+        snapshot = await self._unless_it_ends(super().tell(listing))
+        if snapshot is None:
+            return None
+        if _is_leaving(snapshot, listing):
+            await self.replace()  # somebody ended that process, and it is not to take the service with it
+            return None
+        self._failures = 0
+        self._has_ready_replica = snapshot.service.ready > 0
         return snapshot
 
+    async def drain(self, id: int) -> bool:
+        return self._answers and bool(await self._unless_it_ends(super().drain(id)))
+
+    def _introduce(self, listing: Listing) -> None:
+        is_there = self._child is not None and time.monotonic() > self._started + _FIRST_WORDS
+        if not is_there or (self._introduction is not None and not self._introduction.done()):
+            return
+
+        async def introduce() -> None:
+            snapshot = await BalancerHandle.tell(self, listing)
+            if snapshot is not None and not _is_leaving(snapshot, listing):
+                self._answers = True
+                self._on_change()
+
+        self._introduction = asyncio.create_task(introduce())
+
+    async def _forget_process(self) -> None:
+        """None of what was between us and a process is for the next one."""
+        self._answers = False
+        if self._introduction is not None:
+            self._introduction.cancel()
+            await asyncio.gather(self._introduction, return_exceptions=True)
+            self._introduction = None
+        await self._client.aclose()
+        self._client = self._new_client()
+
+    async def _unless_it_ends(self, asking: Coroutine[Any, Any, T]) -> T | None:
+        """What it answers; None when its process ends first. The port stays open, so nothing else would tell."""
+        if self._child is None:
+            asking.close()
+            return None
+        answer, end = asyncio.create_task(asking), asyncio.create_task(self._child.ended())
+        try:
+            await asyncio.wait((answer, end), return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else None
+        finally:
+            answer.cancel()
+            end.cancel()
+            await asyncio.gather(answer, end, return_exceptions=True)
+
     async def stop(self, hurry: asyncio.Event) -> None:
+        self._listeners.close()  # once the process closes them, too, nobody is let in any more
         child, self._child = self._child, None
         if child is not None:
             await self._leave(child, hurry)
@@ -91,11 +184,12 @@ class LocalBalancer(BalancerHandle):
         hurrying.add_done_callback(lambda _: self._left_in_hurry.set() if hurry.is_set() else None)
         await asyncio.gather(*self._leaving)
         hurrying.cancel()
+        await self._forget_process()
         await self._client.aclose()
 
     @staticmethod
-    async def _leave(child: Child, hurry: asyncio.Event) -> None:
-        stopping = asyncio.create_task(child.stop(grace=None))
+    async def _leave(child: Child, hurry: asyncio.Event, how: signal.Signals = signal.SIGTERM) -> None:
+        stopping = asyncio.create_task(child.stop(None, how))
         hurrying = asyncio.create_task(hurry.wait())
         await asyncio.wait((stopping, hurrying), return_when=asyncio.FIRST_COMPLETED)
         hurrying.cancel()
@@ -104,8 +198,11 @@ class LocalBalancer(BalancerHandle):
         await stopping
 
     def _invocation(self) -> Invocation:
-        where = self._where
-        flags = ["--listen", where.listen, "--admin", where.admin]
+        where, listeners = self._addresses, self._listeners
+        flags = ["--listen", where.listen, "--listen-fd", str(listeners.endpoint.fileno())]
+        flags += ["--admin", where.admin, "--admin-fd", str(listeners.admin.fileno())]
+        if self._has_ready_replica:
+            flags += ["--accept-when-ready", f"{_UNTIL_READY:g}"]
         if where.is_open:
             flags.append("--open")
         if where.api_keys is not None:
@@ -121,3 +218,9 @@ class LocalBalancer(BalancerHandle):
 
     def _last_words(self) -> str:
         return next(iter(tail(self._folder.balancer_log, 1)), "it printed nothing")
+
+
+def _is_leaving(snapshot: Snapshot, listing: Listing) -> bool:
+    """Does the process end, though it was not told that the service does?"""
+    is_told = listing.service is not None and listing.service.status == ServiceStatus.SHUTTING_DOWN
+    return snapshot.service.status is ServiceStatus.SHUTTING_DOWN and not is_told

@@ -11,7 +11,7 @@ from balancer.contract.listing import ReplicaListing
 from balancer.contract.words import State
 from balancer.errors import ConfigError
 from balancer.operate.engines import capacity
-from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_addresses
+from balancer.operate.engines.addresses import Addresses, AddressFlags, Listeners, open_listeners
 from balancer.operate.engines.child import Child, tail
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
 from balancer.operate.engines.fetching import Fetching
@@ -40,7 +40,7 @@ class LocalEngine:
         self.changed = asyncio.Event()
         # The file with the key that replicas ask for, where they are SGLang's.
         self._key_file: Path | None = None
-        self._addresses: Addresses | None = None
+        self._ports_of_balancer: tuple[Addresses, Listeners] | None = None
         self._folder = folder
         self._replicas: dict[int, _Replica] = {}
         self._ports: dict[int, int] = {}
@@ -65,13 +65,13 @@ class LocalEngine:
         """Nothing is left: children do not outlive their controller."""
 
     def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
-        self._addresses = choose_addresses(flags)
         self._key_file = keys.for_replicas(recipe, self._folder.replica_key_file)
-        return self._addresses
+        self._ports_of_balancer = open_listeners(flags)
+        return self._ports_of_balancer[0]
 
     def balancer(self, recipe: Recipe) -> LocalBalancer:
-        assert self._addresses is not None, "prepare comes first"
-        return LocalBalancer(self._folder, self._addresses, recipe, self._key_file, self.changed.set)
+        assert self._ports_of_balancer is not None, "prepare comes first"
+        return LocalBalancer(self._folder, *self._ports_of_balancer, recipe, self._key_file, self.changed.set)
 
     @property
     def fields(self) -> Mapping[str, str]:
@@ -126,7 +126,9 @@ class LocalEngine:
         return tuple(unasked)
 
     async def close(self) -> None:
-        """Nothing is left."""
+        """The ports, if no balancer closed them."""
+        if self._ports_of_balancer is not None:
+            self._ports_of_balancer[1].close()
 
     def _port(self, id: int, fixed: int | None) -> int:
         if fixed is not None:

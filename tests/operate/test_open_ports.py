@@ -1,0 +1,128 @@
+"""A port that never closes: whatever happens to the balancer, a new connection waits for the next one; and one service
+never has another's port. With real processes.
+"""
+
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.operate.command_line import LAB, Groundserve
+from tests.operate.newcomers import newcomers
+from tests.operate.streaming import CHAT, streaming
+from tests.support.until import wait_until
+
+CROWD = {"max_connections_per_client": 10_000}
+
+
+def up(groundserve: Groundserve, run: str = LAB) -> str:
+    """The endpoint of a service that is up."""
+    groundserve.up(groundserve.service("lab", run, **CROWD)).until_up()
+    return groundserve("status", "--endpoint").strip()
+
+
+def balancers(groundserve: Groundserve) -> list[int]:
+    return [pid for pid, line in groundserve.processes().items() if "-m balancer " in line and "leash" not in line]
+
+
+def state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_balancer_loses_only_what_it_had_accepted(groundserve: Groundserve, number: signal.Signals) -> None:
+    endpoint = up(groundserve)
+    (balancer,) = balancers(groundserve)
+    with newcomers(endpoint) as seen:
+        os.kill(balancer, signal.SIGSTOP)
+        wait_until(lambda: state(balancer) == "T")
+        stopped = time.monotonic()  # whoever comes from here on is not accepted by this process
+        wait_until(lambda: sum(one.is_connected for one in seen.since(stopped)) > 50)
+        assert all(one.outcome == "" for one in seen.since(stopped))
+        os.kill(balancer, number)
+        os.kill(balancer, signal.SIGCONT)
+        wait_until(lambda: state(balancer) in ("", "Z"))
+        seen.until_more_are_answered()
+    assert seen.outcomes(stopped).keys() == {"200"}
+    assert seen.outcomes().keys() <= {"200", "ConnectionResetError", "closed b''"}, "nobody was refused"
+    assert balancer not in balancers(groundserve)
+
+
+def test_a_balancer_that_somebody_ends_is_followed_by_another_and_loses_nobody(groundserve: Groundserve) -> None:
+    endpoint = up(groundserve)
+    (balancer,) = balancers(groundserve)
+    with newcomers(endpoint) as seen:
+        os.kill(balancer, signal.SIGTERM)
+        wait_until(lambda: balancer not in groundserve.processes())
+        seen.until_more_are_answered()
+    assert seen.outcomes().keys() == {"200"}
+    assert len(balancers(groundserve)) == 1
+
+
+def test_a_takeover_loses_nobody_and_the_old_balancer_finishes_its_streams(groundserve: Groundserve) -> None:
+    endpoint = up(groundserve, f"{LAB} --token-interval 0.05")
+    (old,) = balancers(groundserve)
+    long = {**CHAT, "max_tokens": 200}
+    with httpx.Client(timeout=60) as client, client.stream("POST", f"{endpoint}/v1/chat/completions", json=long) as one:
+        lines = one.iter_lines()
+        next(lines)
+        with newcomers(endpoint) as seen:
+            assert "another takes its place" in groundserve("down", "lab", "--balancer")
+            (new,) = wait_until(lambda: [pid for pid in balancers(groundserve) if pid != old])
+            seen.until_more_are_answered()
+            assert old in balancers(groundserve), "its stream is not over"
+            wait_until(lambda: groundserve.status("lab")["service"]["ready"] == 2)
+        assert seen.outcomes().keys() == {"200"}
+        assert "data: [DONE]" in list(lines)
+    wait_until(lambda: balancers(groundserve) == [new])
+    assert groundserve.status("lab")["service"]["status"] == "READY"
+    with streaming(endpoint) as streams:
+        pass
+    assert streams.failed == []
+
+
+def test_once_a_service_goes_down_nobody_is_let_in(groundserve: Groundserve) -> None:
+    endpoint = up(groundserve)
+    port = int(endpoint.rpartition(":")[2])
+    assert groundserve("down", "lab") == "lab is down\n"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def test_services_that_start_at_once_have_a_port_each(groundserve: Groundserve) -> None:
+    """Nobody says which: all three want the first pair that is free."""
+    files = {name: groundserve.service(name, replicas=1) for name in ("one", "two", "three")}
+    threads = [threading.Thread(target=groundserve, args=("up", "-d", file)) for file in files.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    endpoints = {name: groundserve("status", "--endpoint", name).strip() for name in files}
+    assert len(set(endpoints.values())) == 3
+    for name, endpoint in endpoints.items():
+        answer = httpx.post(f"{endpoint}/v1/chat/completions", json={**CHAT, "stream": False})
+        assert answer.headers["x-replica-id"] == f"{name}-1"
+    assert groundserve("down", "--all").count("is down") == 3
+
+
+def test_who_has_a_port_is_said(groundserve: Groundserve) -> None:
+    endpoint = up(groundserve)
+    address = endpoint.removeprefix("http://")
+    said = groundserve("up", groundserve.service("other"), "--listen", address, code=1)
+    who = re.fullmatch(
+        rf"groundserve: --listen {address}: the port is in use by process (\d+) \((.*)\): stop what listens there, or "
+        r"give another one\n",
+        said,
+    )
+    assert who is not None
+    assert "balancer.cli up" in who[2] or "-m balancer" in who[2]
+    assert int(who[1]) in groundserve.processes()
