@@ -103,7 +103,10 @@ class Admission:
 
     @property
     def _places(self) -> int:
-        """Places in use: while requests wait, as many as there are."""
+        """How many requests the members take at once: while others wait, as many as they have of them."""
+        most = self.fleet.settings.max_pending
+        if most is not None:  # a place is free again once its answer has begun
+            return max(1, most * len(self.fleet.available()))
         return max(1, self.fleet.generating)
 
     def must_read(self, prompt: Prompt) -> bool:

@@ -341,6 +341,32 @@ async def test_no_refusal_without_knowledge() -> None:
 
 
 @play
+async def test_max_pending() -> None:
+    """With max_pending a place is free again once the answer has begun, however many answers are in flight."""
+    door = Door(limit=256, max_pending=1, queue_timeout=20)
+    answering: list[str] = []
+    for second in range(60):
+        for number in range(2):
+            await door.come(f"hog {second}.{number}")
+        (name,) = (name for name in door.there if name not in answering)
+        claim = door.got[name]
+        assert isinstance(claim, Claim)
+        claim.begun()
+        answering.append(name)
+        await door.passes(1)
+    assert door.fleet.generating > 50
+    assert door.code("hog 59.1") == "queue_full"
+    while len(door.there) > 5:
+        await door.leave(door.there[0])
+    assert 12 <= door.admission.queue_depth <= 20
+    assert 1.5 < door.admission.expected_wait() < 3, "behind one other, and each takes a second"
+    await door.come("one 1")
+    assert door.code("one 1") is None
+    for task in door.tasks.values():
+        task.cancel()
+
+
+@play
 async def test_no_refusal_while_a_replica_starts() -> None:
     """While a replica starts, nobody is refused because of the expected wait."""
     door = Door(queue_timeout=20)
