@@ -203,6 +203,19 @@ def lost() -> ServeError:
     return ServeError(502, "replica_lost", message)
 
 
+def lost_twice() -> ServeError:
+    message = "Two replicas went away before they answered: it is not sent to a third. See the replicas' logs."
+    return ServeError(502, "replica_lost", message)
+
+
+def kills_replicas(seconds: float) -> ServeError:
+    message = (
+        f"Two replicas died while they had this very request. It is refused for {seconds:g} s, so that no third one "
+        "dies of it. Change the request, or see the replicas' logs."
+    )
+    return ServeError(422, "kills_replicas", message)
+
+
 def bad_answer() -> ServeError:
     message = "The replica's answer was not valid HTTP. The request may have been processed; see the replica's log."
     return ServeError(502, "replica_bad_answer", message)

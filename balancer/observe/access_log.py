@@ -89,6 +89,7 @@ def _json_line(at: float, record: Record) -> bytes:
         "member": record.member or None,
         "attempts": record.attempts,
         "retries": ",".join(record.retries) or None,
+        "not_continued": record.not_continued or None,
         "queued": round(record.queued, 6),
         "ttft": None if record.first_byte is None else round(record.first_byte, 6),
         "duration": round(record.duration, 6),
@@ -121,6 +122,8 @@ def _text_line(at: float, record: Record) -> bytes:
     words.append(f"attempts={record.attempts}")
     if record.retries:
         words.append(f"retries={','.join(record.retries)}")
+    if record.not_continued:
+        words.append(f"not_continued={_our_word(record.not_continued)}")
     words.append(f"queued={record.queued:.6f}")
     if record.first_byte is not None:
         words.append(f"ttft={record.first_byte:.6f}")

@@ -131,6 +131,13 @@ class BalancerCollector(Collector):
         yield _by_label(
             "retries", "Failed attempts that were repeated, by how they failed.", "reason", self._tallies.retries
         )
+        yield _single("continued", "Streams that broke and went on at another replica.", self._tallies.continued)
+        yield _by_label(
+            "not_continued",
+            "Streams that broke and could not go on elsewhere, by why.",
+            "reason",
+            self._tallies.not_continued,
+        )
         yield _single("received_bytes", "Bytes of request bodies.", self._tallies.bytes_in)
         yield _single("sent_bytes", "Bytes of response bodies.", self._tallies.bytes_out)
 
@@ -217,7 +224,11 @@ class BalancerCollector(Collector):
     def _here(self) -> Iterator[Family]:
         for name, said, value in (
             ("client_connections", "Open client connections.", len(self._clients.connections)),
-            ("buffered_bytes", "Bytes of request bodies held.", self._clients.buffered),
+            (
+                "buffered_bytes",
+                "Bytes held of requests, and of answers that may have to continue elsewhere.",
+                self._clients.buffered,
+            ),
         ):
             yield GaugeMetricFamily(f"groundserve_{name}", said, value=value)
         lag = HistogramMetricFamily(

@@ -35,6 +35,8 @@ class Record:
     error: str = ""
     replica_status: int = 0  # the replica's own, of the last attempt that was answered; `status` is the client's
     full_for: int | None = None  # seconds for which the last replica said it would be full
+    is_continued: bool = False  # its answer broke, and another replica continued it
+    not_continued: str = ""  # why no other replica could, for an answer that broke
     texts: int = 1  # prompts that the token counts add up, as far as the answer tells
 
 

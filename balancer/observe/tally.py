@@ -112,6 +112,8 @@ class Tallies:
         self.keys: defaultdict[str, KeyTally] = defaultdict(KeyTally)
         self.errors: defaultdict[str, int] = defaultdict(int)
         self.retries: defaultdict[str, int] = defaultdict(int)
+        self.continued = 0  # answers that broke, and that another replica went on with
+        self.not_continued: defaultdict[str, int] = defaultdict(int)  # why others could not go on
         self.queue_wait = Histogram(WAIT)
         self.loop_lag = Histogram(LAG)
         self.bytes_in = 0
@@ -147,6 +149,9 @@ class Tallies:
             self.errors[record.error] += 1
         for reason in record.retries:
             self.retries[reason] += 1
+        self.continued += record.is_continued
+        if record.not_continued:
+            self.not_continued[record.not_continued] += 1
         if record.connect is not None:
             tally.connect.note(record.connect)
         if record.key:

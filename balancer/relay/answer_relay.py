@@ -4,6 +4,8 @@ import re
 
 from balancer.fleet.address import ReplicaAddress
 from balancer.observe.record import Record, RequestObserver, Spans
+from balancer.relay.continuation.delivered import CUMULATIVE
+from balancer.relay.continuation.keeper import Keeper
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import SAFE_METHODS
 from balancer.relay.places import Place
@@ -11,16 +13,32 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 from balancer.relay.unavailable import Unavailable, retry_after
 
+COUNTED_AT_ONCE = 4 << 10  # bytes of a stream that are counted before they are kept: not each event one by one
 FULL_FOR = 1  # seconds for which a replica counts as full that does not say for how long
 
 
 class AnswerRelay:
     """Takes one attempt's answer, piece by piece as it comes, and gives it to the client; `record` notes what it told.
 
-    A 503 may only mean that the replica is full: that is held back until it is known.
+    A 503 may only mean that the replica is full: that is held back until it is known. Of a stream at most `most_kept`
+    bytes are kept, in case that it has to go on elsewhere.
     """
 
-    __slots__ = ("_client", "_held", "_inter_token", "_last_at", "_observer", "_place", "_record", "_reply", "_request")
+    __slots__ = (
+        "_client",
+        "_counted",
+        "_held",
+        "_inter_token",
+        "_last_at",
+        "_most_kept",
+        "_observer",
+        "_place",
+        "_record",
+        "_reply",
+        "_request",
+        "has_begun",
+        "kept",
+    )
 
     def __init__(
         self,
@@ -30,6 +48,7 @@ class AnswerRelay:
         record: Record,
         client: ClientConnection,
         observer: RequestObserver,
+        most_kept: int = 0,
     ) -> None:
         self._place = place
         self._request = request
@@ -37,6 +56,10 @@ class AnswerRelay:
         self._record = record
         self._client = client
         self._observer = observer
+        self._most_kept = most_kept
+        self._counted = 0  # bytes of what is kept that are counted with the request's
+        self.has_begun = False  # the client got its head at least
+        self.kept: Keeper | None = None  # what the client got of a stream that can go on elsewhere
         self._inter_token: Spans | None = None
         self._held: Unavailable | None = None
         self._last_at = 0.0
@@ -70,7 +93,12 @@ class AnswerRelay:
         if 300 <= status < 400:
             headers = _relative_redirects(headers, self._place.replica)
         self._reply.begin(status, headers, length, own)
-        self._client.release(self._request)  # the replica has it; long answers need not keep large prompts in memory
+        self.has_begun = True
+        if self._reply.is_event_stream and self._most_kept and self._client.hold(self._request, 0):
+            self.kept = Keeper(self._most_kept, self._request.path in CUMULATIVE)
+        else:
+            # The replica has it; long answers need not keep large prompts in memory.
+            self._client.release(self._request)
         if self._reply.is_event_stream:
             self._inter_token = self._observer.inter_token(self._place.replica.name)
 
@@ -94,7 +122,23 @@ class AnswerRelay:
         elif self._inter_token is not None:
             self._inter_token.note(now - self._last_at)
         self._last_at = now
-        self._reply.body(data)
+        if self.kept is not None:
+            data = self._keep(self.kept, data)
+        if data:
+            self._reply.body(data)
+
+    def _keep(self, kept: Keeper, data: bytes) -> bytes:
+        """What the client gets now."""
+        data = kept.take(data)
+        if kept.size > self._counted:
+            more = kept.size - self._counted + COUNTED_AT_ONCE
+            self._counted += more
+            if not self._client.hold(self._request, more):
+                data += kept.give_up()
+        if kept.is_over:
+            self.kept = None
+            self._client.release(self._request)
+        return data
 
     def on_end(self, seconds: float) -> bool:
         record = self._record
@@ -103,6 +147,8 @@ class AnswerRelay:
                 record.full_for = FULL_FOR
                 return False
             self._let_go(self._held)
+        if self.kept is not None and self.kept.held:
+            self._reply.body(self.kept.give_up())
         counts = self._reply.tail.counts()
         record.prompt_tokens, record.completion_tokens = counts.prompt, counts.completion
         record.cached_tokens, record.texts = counts.cached, counts.texts

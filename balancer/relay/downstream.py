@@ -6,10 +6,11 @@ from typing import Protocol
 from balancer import errors
 from balancer.relay.doors import Doors
 from balancer.relay.reply import Reply
-from balancer.relay.request import Peer
+from balancer.relay.request import Peer, Request
 from balancer.relay.request_reader import CONTINUE, RequestReader
 from balancer.relay.vanished import UNACKNOWLEDGED, expect_life, has_vanished
 
+HELD_SHARE = 0.5  # of the memory for bodies: more is not kept of those that a replica has, but left to new ones
 LINGER = 2.0  # seconds a client has to take its last answer and close, before the connection is cut
 MAX_UNSENT = 64 << 10  # bytes that TLS holds for a slow client before its replica is paused, as plain connections do
 LONGEST_TICK = 1.0  # seconds between two checks; if it was more, this process stood still
@@ -170,6 +171,14 @@ class ClientConnection(RequestReader):
             self._doors.soon(self, self._answer_next)
         elif self._reading is not None and self._reading.expects_continue and self._reading.refusal is None:
             self.write(CONTINUE)
+
+    def hold(self, request: Request, count: int) -> bool:
+        """So many bytes more are kept with the request's body; False where there is not enough room for that."""
+        if not self._queue or self._queue[0] is not request:
+            return False  # it is over
+        request.held += count
+        self._doors.buffered += count
+        return self._doors.buffered <= self._settings.max_buffered_bytes * HELD_SHARE
 
     # Closing
 

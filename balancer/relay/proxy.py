@@ -14,14 +14,20 @@ from balancer.observe.record import Record, RequestObserver
 from balancer.relay.answer_relay import FULL_FOR, AnswerRelay
 from balancer.relay.auth import OPEN_PATHS, Keys, bears
 from balancer.relay.comments import STREAMING, Comments
+from balancer.relay.continuation.continued_relay import ContinuedRelay
+from balancer.relay.continuation.delivered import CONTINUED, CannotContinue
+from balancer.relay.continuation.going_on import GoingOn, Unasked
 from balancer.relay.cors import Cors
+from balancer.relay.deaths import REFUSED as REFUSED_FOR
+from balancer.relay.deaths import digest_of
 from balancer.relay.directory import Destination, Directory
 from balancer.relay.downstream import ClientConnection
-from balancer.relay.failover import final_error, may_repeat
+from balancer.relay.failover import PERHAPS_TAKEN, UNTAKEN, final_error, may_continue, may_repeat, only_generates
 from balancer.relay.paths import MODELS, PathKind
 from balancer.relay.places import Place
 from balancer.relay.reply import Reply
 from balancer.relay.request import Request
+from balancer.relay.upstream import Receiver
 from balancer.routing.admission import Waiter
 from balancer.routing.prompt import Prompt
 
@@ -32,6 +38,7 @@ SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE
 OWN_METHODS = (b"GET", b"HEAD")
 RACE = "race"  # among the reasons of retries: the same request on a new connection to the same replica
 UNSENT = (Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN)
+COUNTING = 10.0  # seconds that another replica has to count the tokens that a client got
 
 MAX_PATH = 1024  # characters that are remembered of a path: a head's worth, 20,000 times, is more than a GB
 
@@ -130,32 +137,117 @@ class Proxy:
         self, destination: Destination, request: Request, reply: Reply, client: ClientConnection, record: Record
     ) -> None:
         """Attempts at one replica after the other, until one answers or nothing is left; raises ServeError."""
-        places, settings, budget = destination.places, destination.settings, destination.budget
+        places, settings = destination.places, destination.settings
         prompt = Prompt(request.path, request.body)
         waiter = Waiter(prompt, request.is_generating, [], request.is_waited_for, request.owner, request.received_at)
-        sent = 0
-        budget.deposit()
+        deaths = 0
+        most_kept = settings.max_continued_bytes if settings.continue_broken and _may_go_on(request) else 0
+        going: GoingOn | None = None
+        self._refuse_killer(destination, request)
+        destination.budget.deposit()
         while True:
             place = await places.claim(waiter)
             record.member, record.reason, record.matched = place.replica.name, place.reason, place.matched
             record.attempts += 1
             record.queued += place.waited
-            relay = AnswerRelay(place, request, reply, record, client, self.observer)
+            relay = AnswerRelay(place, request, reply, record, client, self.observer, most_kept)
             outcome = None
             try:
-                outcome = await self._attempt(destination, place, request, client, relay, record)
+                if going is None:
+                    outcome = await self._attempt(destination, place, request, client, relay, record)
+                else:
+                    outcome = await self._go_on(going, destination, place, request, reply, client, record)
             finally:
                 place.end(outcome, record)
             if outcome is Outcome.ANSWERED:
+                if deaths:
+                    self._acquit(destination, request)
                 return
-            sent += outcome not in UNSENT
-            error = final_error(outcome, settings, record.full_for or FULL_FOR)
+            if outcome not in UNTAKEN:
+                deaths += 1
+                self._note_death(destination, place, request, outcome)
+            if going is None or outcome not in UNTAKEN:  # else it is still the first one that the client is told of
+                error = final_error(outcome, settings, record.full_for or FULL_FOR, deaths)
+            if going is None and relay.has_begun:
+                going = self._going_on(destination, relay, request, record, error)
+                if going.ending is not None:
+                    reply.body(going.ending)
+                    reply.end()
+                    return
             if not places.may_go_on(waiter):
                 raise error
-            if not may_repeat(outcome, request.method, sent, settings, budget, self._loop.time()):
+            if going is not None:
+                if not may_continue(outcome, deaths, settings):
+                    raise error
+            elif not self._may_repeat(outcome, deaths, destination, request):
                 raise error
             record.retries += (outcome.value,)
             record.replica_status, record.full_for = 0, None
+
+    def _may_repeat(self, outcome: Outcome, deaths: int, destination: Destination, request: Request) -> bool:
+        is_harmless = outcome in PERHAPS_TAKEN and request.is_generating and only_generates(request.path, request.body)
+        settings, budget, now = destination.settings, destination.budget, self._loop.time()
+        return may_repeat(outcome, request.method, is_harmless, deaths, settings, budget, now)
+
+    # Of replicas that die
+
+    def _refuse_killer(self, destination: Destination, request: Request) -> None:
+        deaths = destination.deaths
+        if deaths and request.is_generating and deaths.kills(digest_of(request.path, request.body), self._loop.time()):
+            raise errors.kills_replicas(REFUSED_FOR)
+
+    def _note_death(self, destination: Destination, place: Place, request: Request, outcome: Outcome) -> None:
+        if outcome in (Outcome.LOST, Outcome.BROKEN) and request.is_generating and request.body:
+            digest = digest_of(request.path, request.body)
+            destination.deaths.note(place.replica, digest, self._loop.time())
+
+    def _acquit(self, destination: Destination, request: Request) -> None:
+        if request.body:
+            destination.deaths.acquit(digest_of(request.path, request.body))
+
+    # Of answers that break
+
+    def _going_on(
+        self, destination: Destination, relay: AnswerRelay, request: Request, record: Record, error: ServeError
+    ) -> GoingOn:
+        """What is to be made of an answer that broke; raises `error` for one that cannot go on elsewhere."""
+        if relay.kept is None:
+            raise error
+        try:
+            return GoingOn(request, relay.kept.pieces, destination.templates)
+        except CannotContinue as refusal:
+            record.not_continued = refusal.reason
+            raise error from None
+
+    async def _go_on(
+        self,
+        going: GoingOn,
+        destination: Destination,
+        place: Place,
+        request: Request,
+        reply: Reply,
+        client: ClientConnection,
+        record: Record,
+    ) -> Outcome:
+        """One attempt to go on with an answer at another replica; raises ServeError where that one's does not fit."""
+
+        async def exchange(asked: Request, receiver: Receiver) -> Outcome:
+            return await self._attempt(destination, place, asked, client, receiver, record)
+
+        try:
+            async with asyncio.timeout(COUNTING):
+                asked, translation = await going.follow_up(place.replica, exchange)
+        except TimeoutError:
+            return Outcome.SILENT
+        except Unasked as unasked:
+            return unasked.outcome
+        except CannotContinue as refusal:
+            raise _refused(record, refusal) from None
+        relay = ContinuedRelay(place, reply, record, translation, destination.settings.max_continued_bytes)
+        outcome = await exchange(asked, relay)
+        if relay.refusal is not None:
+            raise _refused(record, relay.refusal)
+        return outcome
 
     async def _attempt(
         self,
@@ -163,7 +255,7 @@ class Proxy:
         place: Place,
         request: Request,
         client: ClientConnection,
-        relay: AnswerRelay,
+        relay: Receiver,
         record: Record,
     ) -> Outcome:
         """One attempt at one replica: on an idle connection if there is one, else on a new one.
@@ -216,3 +308,13 @@ class Proxy:
         if reply.error is not None:
             record.error = reply.error.code
         self.observer.finished(record)
+
+
+def _may_go_on(request: Request) -> bool:
+    """Is it in a format whose streams can go on elsewhere? (Whether this one can is looked at when it breaks.)"""
+    return request.path in CONTINUED and request.method == b"POST"
+
+
+def _refused(record: Record, refusal: CannotContinue) -> ServeError:
+    record.not_continued = refusal.reason
+    return errors.stream_broken(f"the replica went away, and no other one could go on with it ({refusal.reason}).")

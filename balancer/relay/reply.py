@@ -164,7 +164,9 @@ class Reply:
         return True
 
     def body(self, data: bytes) -> None:
-        """Passes on a piece of the body as it came."""
+        """Passes on a piece of the body as it came; of nothing, nothing."""
+        if not data:
+            return  # it would be the last chunk
         self.bytes_sent += len(data)
         tail = self.tail
         tail.pieces.append(data)

@@ -21,6 +21,10 @@ LARGEST_HEAD = 64 << 10  # bytes of a replica's fields, and of all else that com
 COPIED = 16 << 10  # bytes of a body that are sooner copied behind the head than sent beside it
 
 
+class Unwanted(Exception):
+    """Raised by a receiver amid a body: no more of this answer is wanted, and its connection ends."""
+
+
 class Receiver(Protocol):
     """Whoever takes a replica's answer as it comes."""
 
@@ -156,7 +160,7 @@ class ReplicaConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade:
             self.finish(Outcome.BROKEN if self.has_head else Outcome.MANGLED)
         except httptools.HttpParserError as error:
-            if isinstance(error.__context__, Exception):
+            if isinstance(error.__context__, Exception) and not isinstance(error.__context__, Unwanted):
                 raise  # ours, not the replica's
             self._give_up()
         if self._unfruitful > LARGEST_HEAD:

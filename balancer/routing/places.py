@@ -7,12 +7,13 @@ from balancer.errors import ServeError
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Member
+from balancer.fleet.member import Member, Verdict
 from balancer.fleet.outcome import BROKEN_STATUSES, DOUBTFUL, FAILURES, Outcome
 from balancer.routing.admission import Admission, Waiter
 from balancer.routing.policies import Choice
 from balancer.routing.prompt import Prompt
 
+STALE = 0.05  # seconds for which what a replica sent before it died may still be read
 TURNED_AWAY = ("queue_full", "queue_timeout")  # more replicas would have taken it; and so for a last one that is busy
 
 
@@ -66,6 +67,16 @@ class Places:
         may = self._admission.may_wait_on(waiter, waiter.full_for)
         self._admission.turned_away_total += waiter.is_generating and not may
         return may
+
+    def lives(self, replica: ReplicaAddress, since: float) -> bool:
+        """Has it given a sign of life since then (loop time, seconds)? Then it did not die."""
+        member = next((m for m in self._fleet.members.values() if m.address is replica), None)
+        if member is None:
+            return False
+        if max(member.last_byte_at, member.alive_at) > since + STALE:
+            return True
+        is_asked = self._fleet.clock() > since + STALE + 2 * self._fleet.settings.ready_interval
+        return is_asked and member.ready.verdict is Verdict.PASSING
 
     async def read(self, prompt: Prompt) -> None:
         """Reads a heavy prompt when it is its turn."""

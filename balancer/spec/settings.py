@@ -82,7 +82,15 @@ class Settings(BaseModel):
     upstream_keep_alive: float = Field(
         4, gt=0, description="how long an idle connection to a replica is kept; less than SGLang's own 5 s"
     )
-    retry_sent: bool = Field(False, description="send a POST again when a replica died before its first byte")
+    retry_sent: Literal["never", "once"] = Field(
+        "once", description="how often a generating POST is sent again when its replica died before its first byte"
+    )
+    continue_broken: bool = Field(
+        True, description="continue a streamed answer at another replica when its own breaks amid it"
+    )
+    max_continued_bytes: int = Field(
+        1 << 20, gt=0, description="bytes of a streamed answer that are kept for that; beyond: it breaks"
+    )
     admin_paths: bool = Field(False, description="relay SGLang's admin paths to holders of the admin key")
     trusted_proxies: tuple[str, ...] = Field(
         (), description="addresses or networks of proxies whose X-Forwarded-* fields are kept"

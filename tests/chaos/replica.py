@@ -67,6 +67,7 @@ async def _serve(host: str, port: int, journal: str, pipe: Connection, knobs: di
     replica = LabReplica(host=host, port=port, **knobs)
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     replica.seen = Journal(file, f"{host}:{port}")
+    replica.die = lambda: os.kill(os.getpid(), signal.SIGKILL)
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     commands: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()

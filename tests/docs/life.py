@@ -3,7 +3,7 @@
 from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.outcome import Outcome
-from balancer.relay.failover import PERHAPS_TAKEN, UNTAKEN, final_error
+from balancer.relay.failover import BROKEN_OFF, PERHAPS_TAKEN, UNTAKEN, final_error
 from balancer.spec.settings import Settings
 from tests.docs.svg import Picture
 
@@ -60,7 +60,9 @@ STAGES: tuple[tuple[str, str, tuple[ServeError | Outcome, ...]], ...] = (
 
 def goes_on(outcome: Outcome) -> str:
     """Who of those it happens to may go to another replica."""
-    return "goes elsewhere" if outcome in UNTAKEN else "GET and HEAD go elsewhere" if outcome in PERHAPS_TAKEN else ""
+    if outcome in BROKEN_OFF:
+        return "a stream continues elsewhere"
+    return "goes elsewhere" if outcome in UNTAKEN else "goes elsewhere once" if outcome in PERHAPS_TAKEN else ""
 
 
 def picture() -> str:
@@ -72,8 +74,8 @@ def picture() -> str:
         TOP + STEP * len(STAGES) + 26,
         "The life of a request",
         "From its head to the end of its answer. A request that no replica has seen goes to another replica; one that "
-        "a replica may have seen is not sent again, unless it is a GET or HEAD. A broken stream ends with an error "
-        "event.",
+        "a replica may have seen is sent once more if that does no harm, and a broken stream continues at another one. "
+        "Where neither can be, the client gets an error, or an error event.",
     )
     p.text(22, 38, "The life of a request", "h")
     for number, (name, says, ends) in enumerate(STAGES):
@@ -94,8 +96,8 @@ def picture() -> str:
             p.text(LEFT + WIDE + 232, y, goes_on(end), "s a")
             error = final_error(end, SETTINGS, 1)
             is_begun = end in BEGUN
-            words = f"error event {error.code}, no [DONE]" if is_begun else f"{error.status} {error.code}"
-            p.text(LEFT + WIDE + (232 if is_begun else 430), y, words, "c r")
+            words = f"error event {error.code}" if is_begun else f"{error.status} {error.code}"
+            p.text(LEFT + WIDE + 430, y, words, "c r")
     waiting, connecting, sending = (TOP + STEP * n + HIGH / 2 for n in (2, 4, 5))
     p.arrow(((LEFT, sending), (84, sending), (84, waiting), (LEFT, waiting)), "path")
     p.arrow(((LEFT, connecting), (84, connecting), (84, waiting), (LEFT, waiting)), "path")

@@ -22,7 +22,7 @@ class Generation:
     """What one generation makes, and is known by in every chunk."""
 
     asked: Asked
-    words: Sequence[str]  # one a token
+    words: Sequence[str]  # one a token; what goes on with a text goes on where that ends
     rid: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -47,10 +47,10 @@ class Usage:
         return {**self.as_json(), "completion_tokens_details": None}
 
 
-def words(count: int) -> list[str]:
+def words(count: int, begin: int = 0) -> list[str]:
     """The text of `count` tokens: four bytes each, as tests/lab/prompts.py reads text, so that an answer which a
     conversation sends back is the tokens that were made."""
-    return [WORDS[position % len(WORDS)] for position in range(count)]
+    return [WORDS[position % len(WORDS)] for position in range(begin, begin + count)]
 
 
 def error(status: int, message: str, kind: str) -> bytes:

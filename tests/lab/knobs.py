@@ -49,6 +49,8 @@ class Knobs:
     hang_after: int = 1  # tokens sent before (after_tokens)
     race: Literal["", "reset", "close"] = ""  # ends a reused connection exactly when its next request arrives
 
+    poison: str = ""  # a request with this in its body ends the replica, as one does that makes a GPU fail
+
     # Faults on every path.
     black_hole: bool = False  # new connections are accepted and never read
     keep_alive: float = 5.0  # an idle connection is closed after this long (SGLang: 5)

@@ -60,7 +60,7 @@ class LiveModel:
         """Start a generation. Raises QueueFull, or BadRequest for a prompt that cannot be served."""
         prompt = prompt_tokens(asked, self.model.settings.image_tokens)
         try:
-            return self._submit(Request(prompt, asked.tokens, "".join(words(asked.tokens)).encode()))
+            return self._submit(Request(prompt, asked.tokens, "".join(words(asked.tokens, asked.begin)).encode()))
         except TooLong as error:
             raise BadRequest(str(error)) from None
 

@@ -4,8 +4,12 @@ import asyncio
 from typing import Protocol
 
 from tests.lab.answers import Usage
-from tests.lab.asked import Asked
+from tests.lab.asked import Asked, BadRequest
 from tests.lab.knobs import Knobs
+from tests.lab.prompts import prompt_tokens
+from tests.lab.radix import TOKEN
+
+IMAGE_TOKENS = 576
 
 
 class Pace(Protocol):
@@ -31,7 +35,7 @@ class PlainPace:
     cached_tokens = 0
 
     def __init__(self, knobs: Knobs, asked: Asked) -> None:
-        self.prompt_tokens = max(1, asked.body_length // 4)
+        self.prompt_tokens = _count(asked)
         self._knobs = knobs
 
     async def token(self, position: int) -> None:
@@ -41,6 +45,14 @@ class PlainPace:
 
     def abort(self) -> bool:
         return True
+
+
+def _count(asked: Asked) -> int:
+    """Tokens of the prompt, in a plain replica also of one that no model would take."""
+    try:
+        return len(prompt_tokens(asked, IMAGE_TOKENS)) // TOKEN
+    except BadRequest:
+        return max(1, asked.body_length // TOKEN)
 
 
 def usage(pace: Pace, completion_tokens: int) -> Usage:

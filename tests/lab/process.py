@@ -89,6 +89,7 @@ async def serve(flags: argparse.Namespace) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     replica = build(flags)
+    replica.die = lambda: os.kill(os.getpid(), signal.SIGKILL)
     control = await replica.open_control()
     print(f"control {control}", flush=True)
     await asyncio.sleep(flags.start_delay)

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from tests.lab.asked import Asked, BadRequest
+from tests.lab.asked import Asked, BadRequest, is_continued
 from tests.lab.radix import TOKEN
 
 SYSTEM = "You are a helpful AI assistant."
@@ -24,11 +24,29 @@ def image_tokens(image: str, count: int) -> bytes:
     return hashlib.sha256(image.encode()).digest()[:TOKEN] * count
 
 
+def tokenized(body: bytes) -> bytes | None:
+    """What /tokenize answers for a text or for messages; None where it is asked for neither."""
+    try:
+        asked = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(asked, dict):
+        return None
+    if isinstance(asked.get("prompt"), str):
+        tokens = text_tokens(asked["prompt"])
+    elif asked.get("messages"):
+        tokens = b"".join(_chat(asked, 1, is_continued("chat", asked)))
+    else:
+        return None
+    ids = [token for (token,) in struct.iter_unpack(">I", tokens)]
+    return orjson.dumps({"tokens": ids, "count": len(ids), "max_model_len": 4096})
+
+
 def prompt_tokens(asked: Asked, tokens_per_image: int) -> bytes:
     """The whole prompt. Raises BadRequest when there is none."""
     body = asked.body
     if asked.kind in ("chat", "messages"):
-        prompt = b"".join(_chat(body, tokens_per_image))
+        prompt = b"".join(_chat(body, tokens_per_image, is_continued(asked.kind, body)))
     elif asked.kind == "completion":
         prompt = _flat(body.get("prompt"))
     else:
@@ -41,7 +59,7 @@ def prompt_tokens(asked: Asked, tokens_per_image: int) -> bytes:
     return prompt
 
 
-def _chat(body: dict[str, Any], tokens_per_image: int) -> Iterator[bytes]:
+def _chat(body: dict[str, Any], tokens_per_image: int, is_continued: bool) -> Iterator[bytes]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise BadRequest("Messages cannot be empty.")
@@ -49,7 +67,7 @@ def _chat(body: dict[str, Any], tokens_per_image: int) -> Iterator[bytes]:
         yield text_tokens(orjson.dumps(body["tools"]).decode())
     if messages[0].get("role") != "system":
         yield text_tokens(f"<|system|>{body.get('system', SYSTEM)}<|end|>")
-    for message in messages:
+    for message in messages[:-1] if is_continued else messages:
         yield text_tokens(f"<|{message.get('role')}|>")
         content = message.get("content")
         parts: list[dict[str, Any]] = content if isinstance(content, list) else [{"text": content or ""}]
@@ -60,6 +78,8 @@ def _chat(body: dict[str, Any], tokens_per_image: int) -> Iterator[bytes]:
                 yield text_tokens(str(part.get("text", "")))
         yield text_tokens("<|end|>")
     yield text_tokens("<|assistant|>")
+    if is_continued:
+        yield text_tokens(messages[-1]["content"])
 
 
 def _flat(told: Any) -> bytes:

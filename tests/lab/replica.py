@@ -11,9 +11,10 @@
 
 `LabReplica(model=ModelSettings(...))` takes its timing, caching and limits from tests/lab/model.py (faithful mode).
 
-/v1/chat/completions, /v1/completions, /generate and /v1/messages generate; /health, /health_generate, /ready,
-/server_info, /v1/loads, /model_info, /v1/models and /metrics inform; every other path echoes: 200, any method, with
-the request's own body and content type (or as the knobs say).
+/v1/chat/completions, /v1/completions, /generate and /v1/messages generate, /tokenize counts; /health,
+/health_generate, /ready, /server_info, /v1/loads, /model_info, /v1/models and /metrics inform; every other path
+echoes: 200, any method, with the request's own body and content type (or as the knobs say). Its model goes on where
+a text, or an answer that is to be continued, ends: after " t07" comes " t08".
 
 `python -m tests.lab.replica` is the same as a process of its own, for kill -9, SIGSTOP and SIGTERM
 (tests/lab/spawn.py), turned over HTTP: `POST /lab/knobs` ({"status": 503}; {"next": 2, "status": 503} for the
@@ -36,7 +37,7 @@ from tests.lab.live import LiveModel
 from tests.lab.model import ModelSettings
 from tests.lab.pace import PlainPace
 from tests.lab.seen import Seen
-from tests.lab.serving import serve, silence
+from tests.lab.serving import TOKENIZING, serve, silence
 
 PROBES = ("/ready", "/health", "/health_generate")
 OPEN_TO_ALL = ("/ready", "/health", "/metrics")  # without SGLang's key
@@ -62,6 +63,7 @@ class LabReplica:
         self.port = port
         self.random_seed = 0
         self.exiting = False  # SIGTERM was received: /ready and /health say 503
+        self.die = self.fall  # what poison does
         self._warming = False
         self._next: deque[Knobs] = deque()
         self._connections: set[Connection] = set()
@@ -126,6 +128,10 @@ class LabReplica:
         if self.live is not None and "stuck" in changes:
             self.live.stick(self.knobs.stuck)
 
+    @property
+    def is_listening(self) -> bool:
+        return self._server is not None
+
     def refuse(self) -> None:
         """Stop listening: connects are refused, the port stays bound, open connections live on."""
         if self._server is not None:
@@ -139,8 +145,17 @@ class LabReplica:
             self._server = await loop.create_server(self._connection, sock=self._bound(), backlog=1024)
 
     def next(self, count: int = 1, **changes: Any) -> None:
-        """Other knobs for the next `count` requests on serving paths; calls queue up. Raises BadKnob."""
+        """Other knobs for the next `count` requests on serving paths but /tokenize; calls queue up. Raises BadKnob."""
         self._next.extend([self.knobs.change(**changes)] * count)
+
+    def forget_next(self) -> None:
+        """Nothing is left of what `next` was told."""
+        self._next.clear()
+
+    def fall(self) -> None:
+        """As if it were killed: nothing listens, and what is open is reset."""
+        self.refuse()
+        self.drop_connections()
 
     def drop_connections(self) -> None:
         """Reset every open connection, as a replica that is killed does."""
@@ -171,10 +186,10 @@ class LabReplica:
             await exchange.read_body()
             await self._inform(exchange, path)
         else:
-            knobs = self._next.popleft() if self._next else self.knobs
+            knobs = self._next.popleft() if self._next and path not in TOKENIZING else self.knobs
             self.seen.requests.append(exchange.record)
             self.seen.changed()
-            await serve(exchange, knobs, self.seen, PlainPace if self.live is None else self.live.pace)
+            await serve(exchange, knobs, self.seen, PlainPace if self.live is None else self.live.pace, self.die)
 
     def _may_enter(self, exchange: Exchange, path: str) -> bool:
         if not self.knobs.api_key or path.startswith(OPEN_TO_ALL):

@@ -10,6 +10,7 @@ from tests.lab.exchange import Exchange, standard_headers
 from tests.lab.knobs import Knobs
 from tests.lab.model import QueueFull
 from tests.lab.pace import Pace, usage
+from tests.lab.prompts import tokenized
 from tests.lab.seen import Seen
 
 GENERATING: dict[str, Kind] = {
@@ -18,6 +19,7 @@ GENERATING: dict[str, Kind] = {
     "/generate": "generate",
     "/v1/messages": "messages",
 }
+TOKENIZING = ("/tokenize", "/v1/tokenize")
 PIECE = bytes(65536)
 
 PaceFor = Callable[[Knobs, Asked], Pace]
@@ -113,8 +115,10 @@ class Sender:
         await self.exchange.finish()
 
 
-async def serve(exchange: Exchange, knobs: Knobs, seen: Seen, pace_for: PaceFor) -> None:
-    """Answer one request on a serving path."""
+async def serve(
+    exchange: Exchange, knobs: Knobs, seen: Seen, pace_for: PaceFor, die: Callable[[], None] = lambda: None
+) -> None:
+    """Answer one request on a serving path; one that is poison to the replica makes it `die`."""
     path = exchange.head.target.partition("?")[0]
     if knobs.race and exchange.connection.served:
         exchange.connection.end("raced")
@@ -124,6 +128,9 @@ async def serve(exchange: Exchange, knobs: Knobs, seen: Seen, pace_for: PaceFor)
         exchange.connection.stop_reading()
     elif not knobs.early:
         await exchange.read_body()
+    if knobs.poison and knobs.poison.encode() in exchange.body:
+        die()
+        await silence()
     sender = Sender(exchange, knobs)
     kind = GENERATING.get(path) if exchange.head.method in ("POST", "PUT") else None
     if knobs.raw is not None:
@@ -137,6 +144,8 @@ async def serve(exchange: Exchange, knobs: Knobs, seen: Seen, pace_for: PaceFor)
         await _huge(sender, round(knobs.body_mib * (1 << 20)))
     elif knobs.body is not None:
         await sender.whole(knobs.status or 200, "text/plain", knobs.body.encode())
+    elif path in TOKENIZING and not knobs.early and (counted := tokenized(exchange.body)) is not None:
+        await sender.whole(200, "application/json", counted)
     elif kind is not None and not knobs.early:
         await _generate(sender, kind, seen, pace_for)
     else:
@@ -169,7 +178,7 @@ async def _generate(sender: Sender, kind: Kind, seen: Seen, pace_for: PaceFor) -
     exchange, knobs = sender.exchange, sender.knobs
     try:
         asked = Asked.read(kind, exchange.body, knobs)
-        generation = answers.Generation(asked, words=answers.words(asked.tokens))
+        generation = answers.Generation(asked, words=answers.words(asked.tokens, asked.begin))
         pace = pace_for(knobs, asked)
     except BadRequest as error:
         await sender.whole(400, "application/json", answers.bad_request(kind, str(error)))

@@ -61,6 +61,12 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Series:
                 replica.next(1, cut="after_tokens")
             with pytest.raises(httpx.RemoteProtocolError):
                 await client.post(CHAT, json=stream())
+            for replica in (one, two):
+                replica.next(1, cut="after_tokens")
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.post(CHAT, json=stream() | {"seed": 1})
+            one.forget_next()
+            two.forget_next()
             for replica, status in ((one, 503), (two, 503), (one, 500), (two, 500)):
                 replica.next(1, status=status)
             for _ in range(2):

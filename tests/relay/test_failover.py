@@ -3,10 +3,10 @@
 import pytest
 
 from balancer.fleet.outcome import DOUBTFUL, FAILURES, Outcome
-from balancer.relay.failover import MAX_SENT, RetryBudget, final_error, may_repeat
+from balancer.relay.failover import MAX_DEATHS, RetryBudget, final_error, may_continue, may_repeat, only_generates
 from balancer.spec.settings import Settings
 
-PLAIN, RETRYING = Settings(), Settings(retry_sent=True)
+PLAIN, NEVER = Settings(), Settings(retry_sent="never", continue_broken=False)
 
 
 class Budget(RetryBudget):
@@ -22,45 +22,84 @@ class Budget(RetryBudget):
         return self.is_full
 
 
-#    outcome             method   retry_sent  repeat  costs the budget
+#    outcome             method   generates  settings  repeats  costs the budget
 ROWS = [
-    (Outcome.REFUSED, b"POST", PLAIN, True, False),
-    (Outcome.REFUSED, b"GET", PLAIN, True, False),
-    (Outcome.UNREACHED, b"POST", PLAIN, True, False),
-    (Outcome.BUSY, b"POST", PLAIN, True, False),
-    (Outcome.LOST, b"GET", PLAIN, True, True),
-    (Outcome.LOST, b"HEAD", PLAIN, True, True),
-    (Outcome.LOST, b"POST", PLAIN, False, False),
-    (Outcome.LOST, b"OPTIONS", PLAIN, False, False),
-    (Outcome.LOST, b"DELETE", PLAIN, False, False),
-    (Outcome.LOST, b"POST", RETRYING, True, True),
-    (Outcome.SILENT, b"GET", RETRYING, False, False),
-    (Outcome.MANGLED, b"GET", RETRYING, False, False),
-    (Outcome.BROKEN, b"GET", RETRYING, False, False),
-    (Outcome.STALLED, b"GET", RETRYING, False, False),
+    (Outcome.REFUSED, b"POST", False, NEVER, True, False),
+    (Outcome.REFUSED, b"GET", False, PLAIN, True, False),
+    (Outcome.UNREACHED, b"POST", False, NEVER, True, False),
+    (Outcome.BUSY, b"POST", False, NEVER, True, False),
+    (Outcome.LOST, b"GET", False, NEVER, True, True),
+    (Outcome.LOST, b"HEAD", False, PLAIN, True, True),
+    (Outcome.LOST, b"POST", True, PLAIN, True, False),
+    (Outcome.LOST, b"POST", True, NEVER, False, False),
+    (Outcome.LOST, b"POST", False, PLAIN, False, False),
+    (Outcome.LOST, b"OPTIONS", False, PLAIN, False, False),
+    (Outcome.LOST, b"DELETE", False, PLAIN, False, False),
+    (Outcome.SILENT, b"POST", True, PLAIN, False, False),
+    (Outcome.SILENT, b"GET", False, PLAIN, False, False),
+    (Outcome.MANGLED, b"GET", False, PLAIN, False, False),
+    (Outcome.BROKEN, b"GET", False, PLAIN, False, False),
+    (Outcome.STALLED, b"GET", False, PLAIN, False, False),
 ]
 
 
-@pytest.mark.parametrize(("outcome", "method", "settings", "repeats", "costs"), ROWS)
+@pytest.mark.parametrize(("outcome", "method", "generates", "settings", "repeats", "costs"), ROWS)
 def test_what_may_be_repeated_and_what_that_costs(
-    outcome: Outcome, method: bytes, settings: Settings, repeats: bool, costs: bool
+    outcome: Outcome, method: bytes, generates: bool, settings: Settings, repeats: bool, costs: bool
 ) -> None:
     budget = Budget(is_full=True)
-    assert may_repeat(outcome, method, 1, settings, budget, 0.0) is repeats
+    assert may_repeat(outcome, method, generates, 1, settings, budget, 0.0) is repeats
     assert budget.asked == costs
 
 
 @pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.UNREACHED, Outcome.BUSY])
 def test_unaccepted_requests_move_on(outcome: Outcome) -> None:
     """A request that no replica has accepted moves on any number of times without using the retry budget."""
-    assert may_repeat(outcome, b"POST", MAX_SENT + 5, PLAIN, Budget(is_full=False), 0.0)
+    assert may_repeat(outcome, b"POST", False, MAX_DEATHS + 5, NEVER, Budget(is_full=False), 0.0)
 
 
 def test_sent_requests_have_a_budget() -> None:
-    """A request that was sent is repeated at no more than three members, and only within the retry budget."""
-    assert may_repeat(Outcome.LOST, b"GET", 2, PLAIN, Budget(is_full=True), 0.0)
-    assert not may_repeat(Outcome.LOST, b"GET", 3, PLAIN, Budget(is_full=True), 0.0)
-    assert not may_repeat(Outcome.LOST, b"GET", 1, PLAIN, Budget(is_full=False), 0.0)
+    """A request that was sent goes to no more than two replicas, and a GET only within the retry budget."""
+    assert may_repeat(Outcome.LOST, b"GET", False, 1, PLAIN, Budget(is_full=True), 0.0)
+    assert not may_repeat(Outcome.LOST, b"GET", False, 2, PLAIN, Budget(is_full=True), 0.0)
+    assert not may_repeat(Outcome.LOST, b"GET", False, 1, PLAIN, Budget(is_full=False), 0.0)
+    assert not may_repeat(Outcome.LOST, b"POST", True, 2, PLAIN, Budget(is_full=True), 0.0)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK])
+def test_broken_answers_continue_once(outcome: Outcome) -> None:
+    """An answer that broke continues at one other replica; resending and continuing are counted together."""
+    assert may_continue(outcome, 1, PLAIN)
+    assert not may_continue(outcome, 2, PLAIN)
+    assert not may_continue(outcome, 1, NEVER)
+
+
+def test_unaccepted_continuations_move_on() -> None:
+    """A replica that does not accept a continuation leaves it to another one; one that died is the second death."""
+    assert may_continue(Outcome.REFUSED, 1, PLAIN)
+    assert may_continue(Outcome.BUSY, 1, PLAIN)
+    assert not may_continue(Outcome.LOST, 2, PLAIN)
+    assert not may_continue(Outcome.SILENT, 2, PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "generates"),
+    [
+        ("/v1/chat/completions", b"{}", True),
+        ("/generate", b"no JSON", True),
+        ("/v1/embeddings", b"{}", True),
+        ("/v1/files", b"{}", False),
+        ("/v1/responses", b"{}", False),
+        ("/v1/responses", b'{"store":true}', False),
+        ("/v1/responses", b'{"store":false}', True),
+        ("/v1/responses", b'{"store":false,"tools":[{"type":"function"}]}', True),
+        ("/v1/responses", b'{"store":false,"tools":[{"type":"web_search_preview"}]}', False),
+        ("/v1/responses", b"no JSON", False),
+    ],
+)
+def test_only_generates(path: str, body: bytes, generates: bool) -> None:
+    """Which POSTs have no effect but their cost: not those that are stored, or use tools of the server."""
+    assert only_generates(path, [body[:5], body[5:]]) is generates
 
 
 def test_every_outcome_has_a_verdict() -> None:
@@ -103,6 +142,12 @@ def test_what_the_client_is_told(outcome: Outcome, status: int, code: str) -> No
 )
 def test_what_counts_against_a_member(outcome: Outcome, counts: bool) -> None:
     assert (outcome in FAILURES) is counts
+
+
+def test_two_deaths_are_told_as_two() -> None:
+    assert "Two replicas" in final_error(Outcome.LOST, PLAIN, 1, deaths=2).message
+    assert "two replicas" in final_error(Outcome.BROKEN, PLAIN, 1, deaths=2).message
+    assert "Two replicas" not in final_error(Outcome.LOST, PLAIN, 1, deaths=1).message
 
 
 # The budget: a fifth of the traffic, three a second at least

@@ -1,0 +1,42 @@
+"""Server-sent events as SGLang writes them: told apart, read, and written the same way."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+DONE = b"[DONE]"
+ENDS = (b"\n\n", b"\r\n\r\n")
+
+
+def end_of_last(data: bytes) -> int:
+    """Where the last whole event in it ends; 0 where none does."""
+    if data.endswith(ENDS):
+        return len(data)
+    ends = [(at, len(end)) for end in ENDS if (at := data.rfind(end)) >= 0]
+    return sum(max(ends)) if ends else 0
+
+
+def data_of(events: bytes) -> Iterator[bytes]:
+    """The data of each whole event; of comments there is none."""
+    for event in events.replace(b"\r\n", b"\n").split(b"\n\n"):
+        lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+        if lines:
+            yield b"\n".join(lines)
+
+
+def parsed(data: bytes) -> dict[str, Any]:
+    """The JSON object that an event holds; raises ValueError where it holds none."""
+    said = orjson.loads(data)
+    if not isinstance(said, dict):
+        raise ValueError("an event that is no JSON object")
+    return said
+
+
+def written(said: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(said) + b"\n\n"
+
+
+def written_with_name(said: dict[str, Any]) -> bytes:
+    """As Anthropic's clients know events: with their type as their name."""
+    return b"event: %b\n" % str(said["type"]).encode() + written(said)

@@ -1,0 +1,198 @@
+"""The request by which another replica goes on with an answer, made from the client's own and what it got so far."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from balancer.relay.continuation.anthropic import as_chat
+from balancer.relay.continuation.delivered import CannotContinue, Delivered
+from balancer.relay.continuation.stops import stop_strings
+from balancer.routing.body import MAX_NANOSECONDS, PER_BYTE, nanoseconds
+
+CHAT = "/v1/chat/completions"
+# SGLang's defaults where a request says nothing.
+COMPLETION_TOKENS, GENERATE_TOKENS = 16, 128
+# Fields by which the tokens to come depend on more than the text before them, or events say more than text.
+DEPENDING = {
+    "tools": "tools",
+    "functions": "tools",
+    "json_schema": "guided output",
+    "regex": "guided output",
+    "ebnf": "guided output",
+    "structural_tag": "guided output",
+    "logprobs": "logprobs",
+    "top_logprobs": "logprobs",
+    "return_logprob": "logprobs",
+    "echo": "echo",
+    "suffix": "suffix",
+    "min_tokens": "min_tokens",
+    "min_new_tokens": "min_tokens",
+    "frequency_penalty": "penalties",
+    "presence_penalty": "penalties",
+    "stop_regex": "stop_regex",
+    "custom_logit_processor": "custom sampling",
+    "custom_params": "custom sampling",
+    "watermark": "custom sampling",
+    "session_id": "session",
+    "session_params": "session",
+    "input_ids": "token ids",
+    "input_embeds": "token ids",
+    "audio_data": "audio",
+    "audio": "audio",
+    "video_data": "video",
+}
+PARTS = ("text", "image_url")
+
+
+@dataclass(frozen=True, slots=True)
+class FollowUp:
+    """What to send, and where. `is_muted`: the client has all of the text, and only how it ended is asked for."""
+
+    path: str
+    body: bytes
+    stops: tuple[str, ...]
+    keeps_stop: bool
+    tokens: int  # that the client got
+    most: int | None  # tokens that it wanted at most
+    is_muted: bool
+
+
+def read_request(pieces: list[bytes]) -> dict[str, Any]:
+    """The client's request; raises CannotContinue where it is none, or would keep everybody waiting."""
+    raw = b"".join(pieces)
+    if nanoseconds(raw) - len(raw) * PER_BYTE > MAX_NANOSECONDS:  # images are long, and cheap
+        raise CannotContinue("body")
+    try:
+        request = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise CannotContinue("body") from None
+    if not isinstance(request, dict):
+        raise CannotContinue("body")
+    return request
+
+
+def follow_up(path: str, request: dict[str, Any], so_far: Delivered, tokens: int) -> FollowUp:
+    """`tokens` is how many of them the client got. Raises CannotContinue for what cannot go on elsewhere."""
+    try:
+        check(path, request, so_far)
+        wish = _WISHES[path](request, so_far)
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise CannotContinue("format") from None
+    holder = wish.get("sampling_params", wish)
+    limits = [name for name in ("max_completion_tokens", "max_tokens", "max_new_tokens") if holder.get(name)]
+    most = holder[limits[0]] if limits else None
+    if most is not None and type(most) is not int:
+        raise CannotContinue("format")
+    has_all = so_far.finish is not None or (so_far.blocks > 0 and not so_far.is_block_open)
+    is_muted = has_all or (most is not None and tokens >= most)
+    if is_muted and not limits:
+        limits = ["max_new_tokens" if path == "/generate" else "max_tokens"]
+    for name in limits:
+        holder[name] = 1 if is_muted else holder[name] - tokens
+    wish.pop("rid", None)  # it may be known there
+    keeps_stop = bool(holder.get("no_stop_trim"))
+    where = CHAT if path == "/v1/messages" else path
+    body = orjson.dumps(wish)
+    return FollowUp(where, body, stop_strings(holder.get("stop")), keeps_stop, tokens, most, is_muted)
+
+
+def ending(path: str, request: dict[str, Any], so_far: Delivered) -> bytes | None:
+    """What the client lacks of an answer whose text is whole; None where another replica has to be asked for it."""
+    if so_far.is_done:
+        return b""
+    if so_far.finish is None:
+        return None
+    if path == "/v1/messages":
+        return b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    options = request.get("stream_options")
+    if path != "/generate" and isinstance(options, dict) and options.get("include_usage"):
+        return None
+    return b"data: [DONE]\n\n"
+
+
+def check(path: str, request: dict[str, Any], so_far: Delivered) -> None:
+    """Raises CannotContinue where the rest of the answer depends on more than the text so far."""
+    sampling = request.get("sampling_params") or {}
+    if not isinstance(sampling, dict):
+        raise CannotContinue("several answers")
+    asked = request | sampling
+    if _is_beyond(asked.get("n"), 1) or _is_beyond(asked.get("best_of"), 1):
+        raise CannotContinue("several answers")
+    if so_far.is_empty and path != "/v1/messages":
+        return  # it is made anew, from its beginning
+    for name, reason in DEPENDING.items():
+        value = asked.get(name)
+        if value and not (reason == "tools" and asked.get("tool_choice") == "none"):
+            raise CannotContinue(reason)
+    if path == "/v1/completions" and asked.get("logprobs") is not None:
+        raise CannotContinue("logprobs")
+    if any(value for name, value in request.items() if name.startswith("return_")):
+        raise CannotContinue("extras")
+    form = asked.get("response_format")
+    if form and form["type"] != "text":
+        raise CannotContinue("guided output")
+    if asked.get("repetition_penalty") not in (None, 1):
+        raise CannotContinue("penalties")
+    seed = asked.get("seed") if asked.get("seed") is not None else asked.get("sampling_seed")
+    if seed is not None and asked.get("temperature") != 0:
+        raise CannotContinue("seed")
+
+
+def _is_beyond(value: Any, most: int) -> bool:
+    return value is not None and value != most
+
+
+def _chat(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
+    messages = list(request["messages"])
+    if so_far.is_empty:
+        return dict(request)
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and any(part["type"] not in PARTS for part in content):
+            raise CannotContinue("audio")
+    text = so_far.text
+    if messages[-1]["role"] == "assistant":
+        # Without that word SGLang takes an assistant's last message for a user's.
+        if not request.get("continue_final_message") or not isinstance(messages[-1]["content"], str):
+            raise CannotContinue("format")
+        text = messages.pop()["content"] + text
+    messages.append({"role": "assistant", "content": text})
+    return request | {"messages": messages, "continue_final_message": True}
+
+
+def _completion(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
+    if not isinstance(request["prompt"], str) and not so_far.is_empty:
+        raise CannotContinue("token ids" if _holds_ids(request["prompt"]) else "several answers")
+    wish = dict(request)
+    if so_far.text:
+        wish["prompt"] += so_far.text
+    wish.setdefault("max_tokens", COMPLETION_TOKENS)
+    return wish
+
+
+def _generate(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
+    wish = dict(request)
+    if not so_far.is_empty:
+        if not isinstance(request.get("text"), str):
+            raise CannotContinue("several answers" if request.get("text") else "token ids")
+        wish["text"] += so_far.text
+    sampling = dict(request.get("sampling_params") or {})
+    sampling.setdefault("max_new_tokens", GENERATE_TOKENS)
+    return wish | {"sampling_params": sampling}
+
+
+def _messages(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
+    return _chat(as_chat(request), so_far)
+
+
+def _holds_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], str)
+
+
+_WISHES = {
+    CHAT: _chat,
+    "/v1/completions": _completion,
+    "/generate": _generate,
+    "/v1/messages": _messages,
+}

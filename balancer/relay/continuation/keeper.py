@@ -1,0 +1,54 @@
+"""What a client got of a stream is kept, in case that its replica breaks; and it always gets whole events."""
+
+from balancer.relay.continuation.events import ENDS, end_of_last
+
+
+class Keeper:
+    """References to the pieces that were passed on, at most `most` bytes, and the begin of an event held back.
+
+    Nothing is read here. `is_cumulative`: each event says all that those before it said, so the last piece is enough.
+    """
+
+    __slots__ = ("_is_cumulative", "_most", "held", "is_over", "pieces", "size")
+
+    def __init__(self, most: int, is_cumulative: bool) -> None:
+        self.pieces: list[bytes] = []
+        self.size = 0  # bytes that are kept, `held` among them
+        self.held = b""
+        self.is_over = False  # it was too much: all is passed on as it comes, and nothing is kept
+        self._most = most
+        self._is_cumulative = is_cumulative
+
+    def take(self, data: bytes) -> bytes:
+        """A piece as it came; what of it, and of what was held back, the client gets now."""
+        if self.held or not data.endswith(ENDS):
+            data = self._whole(data)
+            if not data or self.is_over:
+                return data
+        if self._is_cumulative:
+            self.pieces = [data]
+            self.size = len(data) + len(self.held)
+        else:
+            self.pieces.append(data)
+            self.size += len(data)
+        if self.size > self._most:
+            data += self.give_up()
+        return data
+
+    def _whole(self, data: bytes) -> bytes:
+        """What stands before the begin of an event that is not whole yet, which is held back."""
+        data = self.held + data
+        end = end_of_last(data)
+        self.size += len(data) - end - len(self.held)
+        data, self.held = data[:end], data[end:]
+        if self.size > self._most:
+            data += self.give_up()
+        return data
+
+    def give_up(self) -> bytes:
+        """Keeps nothing from now on; what was held back, for the client."""
+        held, self.held = self.held, b""
+        self.is_over = True
+        self.pieces = []
+        self.size = 0
+        return held

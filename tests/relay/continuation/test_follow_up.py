@@ -1,0 +1,79 @@
+"""What another replica is asked for."""
+
+import orjson
+
+from balancer.relay.continuation.delivered import Delivered
+from balancer.relay.continuation.follow_up import ending, follow_up
+from tests.relay.continuation.answering import MESSAGES, request_for
+
+CHAT, TEXT, OWN = "/v1/chat/completions", "/v1/completions", "/generate"
+SO_FAR = Delivered(text=" t00 t01", has_opened=True, is_block_open=True, blocks=1, names={"id": "x"})
+
+
+def test_a_chat_goes_on_with_its_last_message() -> None:
+    request = request_for(CHAT, 8) | {"rid": "mine", "max_completion_tokens": 8}
+    wish = orjson.loads(follow_up(CHAT, request, SO_FAR, 2).body)
+    assert wish["messages"] == [*MESSAGES, {"role": "assistant", "content": " t00 t01"}]
+    assert wish["continue_final_message"] is True
+    assert (wish["max_tokens"], wish["max_completion_tokens"]) == (6, 6)
+    assert "rid" not in wish
+
+
+def test_an_answer_that_went_on_with_a_clients_own_text_goes_on_with_both() -> None:
+    begun = [*MESSAGES, {"role": "assistant", "content": "So:"}]
+    request = request_for(CHAT, 8) | {"messages": begun, "continue_final_message": True}
+    wish = orjson.loads(follow_up(CHAT, request, SO_FAR, 2).body)
+    assert wish["messages"] == [*MESSAGES, {"role": "assistant", "content": "So: t00 t01"}]
+
+
+def test_a_chat_without_a_limit_stays_without() -> None:
+    request = request_for(CHAT, 8)
+    del request["max_tokens"]
+    assert "max_tokens" not in orjson.loads(follow_up(CHAT, request, SO_FAR, 2).body)
+
+
+def test_where_nothing_is_said_sglangs_own_limits_hold() -> None:
+    text = {"model": "lab", "prompt": "go", "stream": True}
+    assert orjson.loads(follow_up(TEXT, text, SO_FAR, 2).body)["max_tokens"] == 16 - 2
+    own = {"text": "go", "stream": True}
+    so_far = Delivered(text=" t00 t01", completion_tokens=2)
+    wish = orjson.loads(follow_up(OWN, own, so_far, 2).body)
+    assert wish == own | {"text": "go t00 t01", "sampling_params": {"max_new_tokens": 128 - 2}}
+
+
+def test_messages_go_on_as_a_chat() -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": "QUJD"}
+    content = [{"type": "text", "text": "What is it?"}, {"type": "image", "source": source}]
+    request = request_for("/v1/messages", 8) | {"stop_sequences": ["END"], "temperature": 0, "top_k": 1}
+    request["messages"] = [{"role": "user", "content": content}]
+    follow = follow_up("/v1/messages", request, SO_FAR, 2)
+    assert (follow.path, follow.stops) == (CHAT, ("END",))
+    wish = orjson.loads(follow.body)
+    assert wish["messages"] == [
+        {"role": "system", "content": "Count."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "What is it?"},
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}},
+            ],
+        },
+        {"role": "assistant", "content": " t00 t01"},
+    ]
+    assert (wish["temperature"], wish["top_k"], wish["stop"], wish["max_tokens"]) == (0, 1, ["END"], 6)
+    assert wish["stream_options"]["include_usage"] is True
+
+
+def test_of_an_answer_that_has_all_its_tokens_only_the_end_is_asked_for() -> None:
+    follow = follow_up(TEXT, request_for(TEXT, 2), SO_FAR, 2)
+    assert follow.is_muted
+    assert orjson.loads(follow.body)["max_tokens"] == 1
+
+
+def test_what_only_its_last_event_lacks_needs_no_replica() -> None:
+    finished = Delivered(text=" t00", finish="length")
+    assert ending(CHAT, request_for(CHAT, 1), finished) is None, "its usage is to be told"
+    assert ending(CHAT, {"messages": MESSAGES}, finished) == b"data: [DONE]\n\n"
+    assert ending(OWN, request_for(OWN, 1), finished) == b"data: [DONE]\n\n"
+    assert ending("/v1/messages", {}, finished) == b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    assert ending(TEXT, request_for(TEXT, 1), Delivered(text=" t00", is_done=True)) == b""

@@ -1,0 +1,291 @@
+"""Streams that break and continue at another replica; requests during which replicas die."""
+
+import asyncio
+import signal
+from typing import Any
+
+import orjson
+import pytest
+
+from balancer.contract.listing import ReplicaListing
+from balancer.relay.continuation.delivered import CONTINUED
+from balancer.relay.deaths import digest_of
+from tests.lab.replica import LabReplica
+from tests.lab.spawn import spawn_replica
+from tests.relay.continuation.answering import plain, request_for
+from tests.support.client import Answer, request
+from tests.support.until import until
+from tests.wire.running import House, each, on_uvloop, serving
+
+PATHS = sorted(CONTINUED)
+TOKENS = 6
+
+
+def asked(path: str, **more: Any) -> bytes:
+    return request(path=path, body=orjson.dumps(request_for(path, TOKENS) | more))
+
+
+async def undisturbed(house: House, path: str) -> list[Any]:
+    """What the client gets where nothing breaks."""
+    answer = await house.ask(asked(path))
+    assert answer.is_whole
+    return plain(answer.body)
+
+
+def prefer(house: House, *names: str) -> None:
+    """Turns go by when each member was last chosen: these come next, in this order."""
+    for turn, name in enumerate(names):
+        house.member(name).turn = turn - 1000
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "reset": {"cut": "after_tokens", "cut_after": 3},
+    "closed": {"cut": "after_tokens", "cut_after": 3, "cut_by": "close"},
+    "amid an event": {"cut": "mid_event", "cut_after": 3},
+    "amid a chunk": {"cut": "mid_chunk", "cut_after": 3},
+    "in small pieces": {"cut": "after_tokens", "cut_after": 3, "split": 7},
+    "before the first event": {"cut": "after_head"},
+    "before the head": {"cut": "before_head"},
+    "after the last token": {"cut": "after_tokens", "cut_after": TOKENS},
+    "stalled": {"hang": "after_tokens", "hang_after": 3, "service_status": "hang"},
+}
+
+
+@pytest.mark.parametrize("fault", **each(FAULTS))
+@pytest.mark.parametrize("path", PATHS)
+@on_uvloop
+async def test_streams_continue(path: str, fault: dict[str, Any]) -> None:
+    """In each format, wherever and however its replica breaks, the client gets the answer that it would have got."""
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, idle_timeout=0.4) as house:
+        whole = await undisturbed(house, path)
+        prefer(house, "a", "b")
+        a.set(**fault)
+        answer = await house.ask(asked(path))
+        assert (answer.status, answer.is_whole) == (200, True)
+        assert plain(answer.body) == whole
+        assert b": waiting" not in answer.body
+        await house.at_rest()
+        line = house.log()[-1]
+        assert "error" not in line
+        assert house.balancer.doors.buffered == 0
+        if path == "/generate" and fault == FAULTS["after the last token"]:  # only [DONE] was missing
+            assert (line["attempts"], line["member"], line["status"]) == (1, "a", 200)
+            return
+        assert (line["attempts"], line["member"], line["status"]) == (2, "b", 200)
+        if fault != FAULTS["before the head"]:
+            assert answer.header("x-replica-id") == "a"
+            assert answer.body.count(b": continued on b\n\n") == 1
+            await until(lambda: house.balancer.tallies.continued == 1)
+
+
+@on_uvloop
+async def test_explained() -> None:
+    """A client that wants to know why its request went where it did is told so of the second replica, too."""
+    async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
+        prefer(house, "a", "b")
+        a.set(cut="after_tokens")
+        path = "/v1/completions"
+        data = request(path=path, body=orjson.dumps(request_for(path, 3)), headers=(("X-Route-Explain", "1"),))
+        assert b": continued on b (in turn; attempts=2; queued=0.000)\n\n" in (await house.ask(data)).body
+
+
+async def flowing(house: House, count: int) -> None:
+    """Waits until that many answers have begun to come."""
+    await until(lambda: sum(connection.has_begun for connection in house.balancer.destination.pool.busy) == count)
+
+
+def told_broken(answer: Answer) -> None:
+    assert not answer.is_whole
+    assert b"[DONE]" not in answer.body
+    assert b'"stream_broken"' in answer.body
+
+
+@on_uvloop
+async def test_two_deaths_end_a_stream() -> None:
+    """A stream that breaks at the second replica as well ends with an error event, and no third one is asked."""
+    cut = {"cut": "after_tokens", "cut_after": 2}
+    async with LabReplica(**cut) as a, LabReplica(**cut) as b, LabReplica() as c, serving(a, b, c) as house:
+        prefer(house, "a", "b", "c")
+        answer = await house.ask(asked("/v1/chat/completions"))
+        told_broken(answer)
+        assert b"two replicas went away" in answer.body
+        assert b"t03" in answer.body, "what came of both is delivered"
+        assert len(c.seen.requests) == 0
+
+
+@on_uvloop
+async def test_resending_counts() -> None:
+    """A request that was sent again because its first replica died does not continue when the second one breaks."""
+    async with LabReplica(cut="before_head") as a, LabReplica() as b, LabReplica() as c, serving(a, b, c) as house:
+        prefer(house, "a", "b", "c")
+        b.set(cut="after_tokens", cut_after=2)
+        told_broken(await house.ask(asked("/v1/chat/completions")))
+        assert len(c.seen.requests) == 0
+
+
+@on_uvloop
+async def test_next_one_asked() -> None:
+    """A replica that refuses the connection, or is full, leaves the rest of the stream to the next one."""
+    async with LabReplica() as a, LabReplica() as b, LabReplica() as c, LabReplica() as d, serving(a, b, c, d) as house:
+        whole = await undisturbed(house, "/generate")
+        prefer(house, "a", "b", "c", "d")
+        a.set(cut="after_tokens", cut_after=3)
+        b.refuse()
+        c.set(status=503, retry_after="1")
+        answer = await house.ask(asked("/generate"))
+        assert answer.is_whole
+        assert plain(answer.body) == whole
+        assert answer.body.count(b": continued on ") == answer.body.count(b": continued on d\n\n") == 1
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "what it asks for": ({"logprobs": True}, "logprobs"),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "look"}}]}, "tools"),
+}
+
+
+@pytest.mark.parametrize("case", **each(REFUSED))
+@on_uvloop
+async def test_not_continued(case: tuple[dict[str, Any], str]) -> None:
+    """A stream that depends on more than its text ends with an error event, and log and metrics say why."""
+    more, reason = case
+    async with LabReplica(cut="after_tokens", cut_after=2) as a, LabReplica() as b, serving(a, b) as house:
+        told_broken(await house.ask(asked("/v1/chat/completions", **more)))
+        assert len(b.seen.requests) == 0
+        await house.at_rest()
+        assert house.log()[-1]["not_continued"] == reason
+        await until(lambda: house.balancer.tallies.not_continued == {reason: 1})
+
+
+@on_uvloop
+async def test_status_refused() -> None:
+    """A second replica that answers with an error leaves the stream broken, and says so."""
+    async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
+        prefer(house, "a", "b")
+        a.set(cut="after_tokens", cut_after=2)
+        b.next(1, status=400)
+        answer = await house.ask(asked("/v1/completions"))
+        told_broken(answer)
+        assert b"status 400" in answer.body
+
+
+@on_uvloop
+async def test_turned_off() -> None:
+    """Where the service wants no continuation, a stream that breaks ends with an error event."""
+    async with (
+        LabReplica(cut="after_tokens", cut_after=2) as a,
+        LabReplica() as b,
+        serving(a, b, continue_broken=False) as house,
+    ):
+        prefer(house, "a", "b")
+        told_broken(await house.ask(asked("/v1/completions")))
+        assert len(b.seen.requests) == 0
+
+
+@on_uvloop
+async def test_too_long() -> None:
+    """Of a stream beyond max_continued_bytes nothing is kept, neither the text nor the request's body."""
+    async with (
+        LabReplica(cut="after_tokens", cut_after=5, token_interval=0.05) as a,
+        LabReplica() as b,
+        serving(a, b, max_continued_bytes=700) as house,
+    ):
+        prefer(house, "a", "b")
+        client = await house.client()
+        await client.send(asked("/v1/completions"))
+        await client.until(b"t00")
+        assert house.balancer.doors.buffered > 0, "what is kept is counted"
+        await client.until(b"t03")
+        assert house.balancer.doors.buffered == 0
+        assert b'"stream_broken"' in await client.rest()
+
+
+@on_uvloop
+async def test_killed_process() -> None:
+    """kill -9 of one of two replicas amid forty streams in all formats: each client gets its whole answer."""
+    async with spawn_replica(token_interval=0.02) as a, spawn_replica(token_interval=0.02) as b:
+        listed = (ReplicaListing("a", a.url), ReplicaListing("b", b.url))
+        async with serving(ready=2, config={"replicas": listed}) as house:
+            whole = {path: await undisturbed(house, path) for path in PATHS}
+            asking = [asyncio.ensure_future(house.ask(asked(path))) for path in PATHS * 10]
+            await flowing(house, 40)
+            a.send_signal(signal.SIGKILL)
+            for path, answer in zip(PATHS * 10, await asyncio.gather(*asking), strict=True):
+                assert answer.is_whole
+                assert plain(answer.body) == whole[path]
+            await house.at_rest()
+            assert house.balancer.doors.buffered == 0
+            await until(lambda: house.balancer.tallies.continued == 20)
+            assert not house.balancer.tallies.errors
+
+
+# Requests that kill replicas
+
+
+def poison(text: str = "poison") -> bytes:
+    return request(path="/generate", body=orjson.dumps({"text": text, "stream": True}))
+
+
+@on_uvloop
+async def test_poison() -> None:
+    """A request that kills each replica that gets it takes two of three with it, and is refused from then on."""
+    deadly = {"poison": "poison"}
+    async with (
+        LabReplica(**deadly) as a,
+        LabReplica(**deadly) as b,
+        LabReplica(**deadly) as c,
+        serving(a, b, c, ready_interval=0.2) as house,
+    ):
+        answer = await house.ask(poison())
+        assert (answer.status, answer.error["code"]) == (502, "replica_lost")
+        for _ in range(3):
+            answer = await house.ask(poison())
+            assert (answer.status, answer.error["code"]) == (422, "kills_replicas")
+        assert (await house.ask(poison("harmless"))).is_whole
+        assert sum(bool(replica.seen.requests) for replica in (a, b, c)) >= 2
+        assert [m.name for m in house.balancer.service.fleet.available()] != []
+        assert sum(replica.is_listening for replica in (a, b, c)) == 1
+
+
+@on_uvloop
+async def test_poison_cleared() -> None:
+    """A request that was cut off at two replicas which live on is not taken for one that kills them."""
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, ready_interval=0.05) as house:
+        for replica in (a, b):
+            replica.next(1, cut="before_head")
+        assert (await house.ask(poison())).status == 502
+        await until(lambda: not house.balancer.destination.deaths.kills(digest_of_poison(), now()))
+        assert (await house.ask(poison())).is_whole
+
+
+@on_uvloop
+async def test_innocents() -> None:
+    """Streams that lose two replicas, one after the other, are broken, and none of them is refused after that."""
+    slow = {"token_interval": 0.02}
+    async with (
+        LabReplica(**slow) as a,
+        LabReplica(**slow) as b,
+        LabReplica() as c,
+        serving(a, b, c, ready_interval=0.2) as house,
+    ):
+        bodies = [asked("/generate", text=f"number {number}") for number in range(8)]
+        house.balancer.service.fleet.drain(house.member("c"))
+        asking = [asyncio.ensure_future(house.ask(body)) for body in bodies]
+        await flowing(house, len(bodies))
+        a.fall()
+        await until(lambda: house.member("b").in_flight == len(bodies))
+        await flowing(house, len(bodies))
+        b.fall()
+        for answer in await asyncio.gather(*asking):
+            told_broken(answer)
+        house.balancer.service.fleet.undrain(house.member("c"))
+        for body in bodies:
+            assert (await house.ask(body)).is_whole
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def digest_of_poison() -> bytes:
+    return digest_of("/generate", [poison().partition(b"\r\n\r\n")[2]])
