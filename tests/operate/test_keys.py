@@ -38,7 +38,8 @@ def admin_of(groundserve: Groundserve) -> str:
 # The admin port's
 
 
-def test_only_whoever_may_read_the_services_folder_changes_anything_at_its_admin_port(groundserve: Groundserve) -> None:
+def test_admin_port_needs_the_services_folder(groundserve: Groundserve) -> None:
+    """Only users who can read the service's folder can change anything at its admin port."""
     groundserve.up(groundserve.service("lab", replicas=1)).until_up()
     admin = admin_of(groundserve)
     assert httpx.put(f"{admin}/replicas", json=EVIL.to_json()).status_code == 401

@@ -57,7 +57,8 @@ def test_a_killed_balancer_loses_only_what_it_had_accepted(groundserve: Groundse
     assert balancer not in balancers(groundserve)
 
 
-def test_a_balancer_that_somebody_ends_is_followed_by_another_and_loses_nobody(groundserve: Groundserve) -> None:
+def test_ended_balancer_is_replaced(groundserve: Groundserve) -> None:
+    """A balancer that somebody ends is replaced by another one, and no client is lost."""
     endpoint = up(groundserve)
     (balancer,) = balancers(groundserve)
     with newcomers(endpoint) as seen:
@@ -68,7 +69,8 @@ def test_a_balancer_that_somebody_ends_is_followed_by_another_and_loses_nobody(g
     assert len(balancers(groundserve)) == 1
 
 
-def test_a_takeover_loses_nobody_and_the_old_balancer_finishes_its_streams(groundserve: Groundserve) -> None:
+def test_takeover(groundserve: Groundserve) -> None:
+    """A takeover loses no client, and the old balancer finishes its streams."""
     endpoint = up(groundserve, f"{LAB} --token-interval 0.05")
     (old,) = balancers(groundserve)
     long = {**CHAT, "max_tokens": 200}

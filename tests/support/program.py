@@ -24,9 +24,11 @@ def _die_with_the_test() -> None:
 
 
 class Program:
-    """One program, running from the start. Its standard error goes to the same file as its standard output, unless
-    `errors` says a file of its own; without a `log` both are temporary. `environ` is added to the test's own variables.
-    `pass_fds` are descriptors that it inherits.
+    """A program that runs from the start.
+
+    Its standard output and standard error go to the file `log`, or to a temporary one; with `has_own_errors`, standard
+    error has a file of its own beside it. `environ` is added to the test's own variables. It inherits the descriptors
+    in `pass_fds`.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Program:
             )
 
     def restart(self) -> None:
-        """The same program again, once it has ended; its output is added."""
+        """Starts the program again after it has ended; its output is appended."""
         assert self.process.poll() is not None
         self.process = self._start()
 
@@ -69,20 +71,20 @@ class Program:
 
     @property
     def text(self) -> str:
-        """All of its standard output so far, and its standard error where both go to one file."""
+        """Its standard output so far, with its standard error if both go to one file."""
         return self.log.read_text(errors="replace")
 
     def lines(self) -> list[str]:
-        """The lines that are whole, of both files, without their line ends."""
-        text = self.text + (self.errors.read_text(errors="replace") if self.errors != self.log else "")
-        return text[: text.rfind("\n") + 1].splitlines()
+        """All complete lines, those of standard error last if it has a file of its own; without their line ends."""
+        texts = [file.read_text(errors="replace") for file in dict.fromkeys((self.log, self.errors))]
+        return [line for text in texts for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def said(self, start: str) -> str:
-        """What follows `start` on the first line that begins so; empty while there is none."""
+        """The rest of the first line that begins with `start`; empty while there is none."""
         return next((line.removeprefix(start) for line in self.lines() if line.startswith(start)), "")
 
     def until(self, text: str, within: float = 60.0) -> str:
-        """The first line that has this text, once there is one."""
+        """Waits for a line with this text; the first one."""
 
         def look() -> list[str]:
             return [line for line in self.lines() if text in line]

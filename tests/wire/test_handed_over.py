@@ -65,7 +65,8 @@ async def test_sigterm_again_is_no_hurry_and_sigint_is() -> None:
 
 
 @on_uvloop
-async def test_taken_over_it_accepts_on_neither_port_and_finishes_its_streams() -> None:
+async def test_old_balancer_after_a_takeover() -> None:
+    """After a takeover, the old balancer accepts on neither port and finishes its streams."""
     async with LabReplica(token_interval=0.02) as a, supervised(a.url, drain_timeout=60) as (old, endpoint, admin):
         client = await old.client()
         await client.send(STREAM)
@@ -97,7 +98,8 @@ def listeners_of(balancer: BalancerProcess) -> list[str]:
 
 
 @on_uvloop
-async def test_clients_wait_for_a_replica_that_is_ready_and_not_for_ever() -> None:
+async def test_clients_wait_for_a_replica() -> None:
+    """Clients wait for a replica that is ready, but not for ever."""
     async with LabReplica() as a:
         a.set(ready=503, health=503)
         flags = ("--accept-when-ready", "60")
