@@ -80,6 +80,7 @@ class Feed:
         snapshot = take_snapshot(self._facts, self._fleet, self._admission)
         state = snapshot.to_json()
         state["service"]["phase"] = snapshot.service.status.phase
+        state["service"]["expected_wait_seconds"] = round(self._admission.expected_wait(), 1)
         for replica, row in zip(snapshot.replicas, state["replicas"], strict=True):
             member = self._fleet.members[replica.id]
             history = self._history.replicas.get(member.id)

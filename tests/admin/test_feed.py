@@ -247,6 +247,26 @@ def test_browser_that_leaves(hang: str) -> None:
     run(main())
 
 
+def test_expected_wait() -> None:
+    """The feed tells how long a new request would wait, while others do."""
+
+    async def main() -> None:
+        lab = LabReplica(head_delay=0.2)
+        async with lab, serving(lab, settings={"max_in_flight": 1}) as balancer, client_of(balancer) as client:
+            asked = [asyncio.ensure_future(client.post(CHAT, json=chat())) for _ in range(20)]
+            seen = []
+            async for name, event in events(client, balancer.admin_endpoint):
+                if name == "state":
+                    seen.append((event["service"]["queue_depth"], event["service"]["expected_wait_seconds"]))
+                    if seen[-1][0] == 0 and len(seen) > 2:
+                        break
+            await asyncio.gather(*asked)
+            assert any(depth and 0 < wait < 10 for depth, wait in seen)
+            assert seen[-1] == (0, 0)
+
+    run(main())
+
+
 def test_a_browser_that_leaves_leaves_the_queue() -> None:
     async def main() -> None:
         lab = LabReplica(hang="before_head")

@@ -31,6 +31,10 @@ const REPLICA_SPARKS = [
   ["Cached", "cached_share", share, 1],
 ];
 
+function waiting({ queue_depth: depth, expected_wait_seconds: wait }) {
+  return wait ? `${number(depth)}, a new one about ${seconds(wait)}` : number(depth);
+}
+
 function showService(service) {
   say($("service-name"), service.name);
   document.title = `${service.name}: ${service.status.toLowerCase().replaceAll("_", " ")}`;
@@ -39,7 +43,7 @@ function showService(service) {
     ["Endpoint", service.endpoint],
     ["Replicas ready", `${service.ready} of ${service.total}`],
     ["In flight", number(service.in_flight)],
-    ["Waiting", number(service.queue_depth)],
+    ["Waiting", waiting(service)],
     ["Policy", service.policy],
     ["Version", service.version],
     ["Up", span(service.uptime_seconds)],
