@@ -59,7 +59,8 @@ def test_imports_go_only_to_the_left(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "balancer" / "relay").glob("*.py")), ids=lambda path: path.name)
 def test_the_relay_knows_the_replicas_through_its_places_alone(path: Path) -> None:
     """Its own paths (health, server_info) tell of the service itself."""
-    behind = {f"balancer.fleet.{name}" for name in ("fleet", "member", "claim", "outliers")} | {"balancer.service"}
+    behind = {f"balancer.fleet.{name}" for name in ("fleet", "member", "claim", "outliers")}
+    behind |= {"balancer.routing.admission.Admission", "balancer.routing.policies", "balancer.service"}
     assert path.name == "own_paths.py" or not behind & set(imported(path))
 
 

@@ -1,6 +1,7 @@
 """Connects to replicas, by the last known addresses of their names."""
 
 import asyncio
+import errno
 import ipaddress
 import ssl
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from balancer.fleet.lateness import Within
 FRESH = 1.0
 # Seconds for which a name server is waited for while older addresses are known.
 PATIENCE = 0.1
+# Errors of connect() that come from a shortage on our side and say nothing about the replica.
+OUR_OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 

@@ -6,7 +6,6 @@ process that ends.
 """
 
 import asyncio
-import errno
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,10 @@ from typing import cast
 
 import httptools
 
-from balancer.fleet.dial import Dialer, Unresolved
+from balancer.fleet.dial import OUR_OWN_LIMITS, Dialer, Unresolved
 from balancer.fleet.member import Member
 
 MAX_RESPONSE = 1 << 20  # bytes of a body
-# Errors of connect() that come from a shortage on our side and say nothing about the replica.
-OUR_OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
 
 class NoResponse(Exception):

@@ -41,21 +41,19 @@ class Cors:
         """
         if self._is_for_all:
             return
-        if self._is_loopback and not request.is_from_proxy and self._is_foreign(request.host):
+        host = request.host
+        if self._is_loopback and is_public_name(host) and not request.is_from_proxy and host.lower() not in self._names:
             # A page of another site can have its own name point at this machine, and would be of this origin then.
-            raise errors.foreign_host(request.host.decode("latin-1"))
+            raise errors.foreign_host(host.decode("latin-1"))
         if not request.origin and not request.fetch_site:
             return
         if request.credentials or (request.method in READING and not request.asks_for_method):
             return
         if request.fetch_site in OWN_SITE or self._allowed(request) is not None:
             return
-        if not request.fetch_site and request.origin.partition(b"://")[2].lower() == request.host.lower():
+        if not request.fetch_site and request.origin.partition(b"://")[2].lower() == host.lower():
             return
         raise errors.foreign_page(request.origin.decode("latin-1"))
-
-    def _is_foreign(self, host: bytes) -> bool:
-        return is_public_name(host) and host.lower() not in self._names
 
     def is_preflight(self, request: Request) -> bool:
         """A browser asks whether it may send the real request; no key comes with that."""

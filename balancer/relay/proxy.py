@@ -7,9 +7,8 @@ from typing import Any
 
 from balancer import errors
 from balancer.errors import ServeError
-from balancer.fleet.dial import Unresolved
+from balancer.fleet.dial import OUR_OWN_LIMITS, Unresolved
 from balancer.fleet.outcome import Outcome
-from balancer.fleet.probe_connection import OUR_OWN_LIMITS
 from balancer.observe.record import Record, RequestObserver
 from balancer.relay.answer_relay import FULL_FOR, AnswerRelay
 from balancer.relay.auth import OPEN_PATHS, Keys, bears

@@ -148,7 +148,10 @@ def _origin_said(forwarded_for: bytes) -> bytes:
 
 
 def read_head(request: Request, headers: Headers, peer: Peer) -> None:
-    """Checks a request's head and sorts its header fields; raises ServeError for what is not relayed."""
+    """Checks a request's head and sorts its header fields; raises ServeError for what is not relayed.
+
+    Each field is kept, noted or dropped; what does not fit together is refused; the lines of our own are added.
+    """
     kept: list[bytes] = []
     dropped: set[bytes] = set()
     hosts = 0

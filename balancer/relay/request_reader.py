@@ -202,10 +202,13 @@ class RequestReader(asyncio.BufferedProtocol):
                 self.write(CONTINUE)
 
     def _hold_behind_others(self, request: Request) -> None:
-        request.held = HEAD_COST + len(request.target) + len(request.fields)
-        self._doors.buffered += request.held
+        self._count_head(request)
         if self._doors.buffered > self._settings.max_buffered_bytes and not self._doors.make_room(request.owner):
             raise errors.buffers_full()
+
+    def _count_head(self, request: Request) -> None:
+        request.held = HEAD_COST + len(request.target) + len(request.fields)
+        self._doors.buffered += request.held
 
     def _head_size(self) -> int:
         return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
@@ -246,6 +249,8 @@ class RequestReader(asyncio.BufferedProtocol):
             self._refuse_now(error)
         else:
             request.refusal = error
+            if self._queue and not request.held:
+                self._count_head(request)  # it waits for its answer as others do
 
     def _refuse_now(self, error: ServeError) -> None:
         """Refuses what is being read, and listens no more: where it ends is unknown or not worth waiting for."""

@@ -231,6 +231,29 @@ async def test_what_is_read_ahead_is_bounded() -> None:
 
 
 @in_house
+async def test_a_connection_says_in_which_state_it_is(house: House) -> None:
+    """As it shows in a log or a failed test."""
+    client = await house.client()
+    await until(lambda: house.balancer.doors.connections)
+    (connection,) = house.balancer.doors.connections
+
+    async def now(state: str) -> None:
+        await until(lambda: repr(connection) == f"<ClientConnection of 127.0.0.1: {state}>", f"{state}: {connection}")
+
+    await now("idle")
+    await client.send(b"POST /v1/completions HTTP/1.1\r\nHost: wire.test\r\n")
+    await now("reading a head")
+    await client.send(b"Content-Length: 2\r\n\r\n{")
+    await now("reading a body")
+    house.replicas[0].set(head_delay=0.2)
+    await client.send(b"}" + request("GET", "/v1/models", headers=(("Connection", "close"),)))
+    await now("deaf, 2 to answer")
+    await client.answer()
+    await client.answer("GET")
+    await now("over, deaf")
+
+
+@in_house
 async def test_read_ahead_is_bounded(house: House) -> None:
     """Read-ahead is bounded for requests without bodies as well.
 
