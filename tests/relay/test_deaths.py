@@ -25,7 +25,8 @@ def all_dead(*_: object) -> bool:
     return False
 
 
-def test_one_that_was_there_twice_with_few_others_is_refused_for_a_minute() -> None:
+def test_two_deaths_refuse_a_request() -> None:
+    """A request that was at two replicas as they died, with few others, is refused for a minute."""
     deaths = Deaths(all_dead)
     died(deaths, 0, KILLER, *others(FEW - 2))
     assert not deaths

@@ -139,7 +139,8 @@ async def relaying(*replicas: ReplicaAddress, **settings: float) -> AsyncIterato
 
 
 @on_uvloop
-async def test_a_request_is_relayed_to_the_place_that_was_given_and_the_place_is_told() -> None:
+async def test_request_is_relayed_to_its_place() -> None:
+    """A request is relayed to the place that was given, and the place learns what happened."""
     async with LabReplica() as replica, relaying(at(replica)) as relay:
         client = await relay.client()
         await client.send(request(body=chat(stream=True, tokens=3)))
@@ -182,7 +183,8 @@ async def test_a_place_is_given_back_when_its_client_leaves() -> None:
 
 
 @on_uvloop
-async def test_a_silent_answer_is_asked_about_through_its_place_and_the_bytes_that_came_are_told_meanwhile() -> None:
+async def test_silent_answer() -> None:
+    """A silent answer is checked through its place, which is told of the bytes that came meanwhile."""
     async with LabReplica(token_interval=0.6) as replica, relaying(at(replica), idle_timeout=0.5) as relay:
         loop = asyncio.get_running_loop()
         client = await relay.client()

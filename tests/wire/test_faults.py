@@ -52,7 +52,8 @@ async def test_a_refused_connection_sends_any_method_to_another_member(method: s
 
 
 @on_uvloop
-async def test_each_member_that_refuses_is_tried_once_and_the_client_gets_502() -> None:
+async def test_all_members_refuse() -> None:
+    """Each member that refuses is tried once, and the client gets a 502."""
     async with LabReplica() as a, LabReplica() as b, LabReplica() as c, serving(a, b, c, ready_interval=60) as house:
         for replica in (a, b, c):
             replica.refuse()
@@ -86,7 +87,8 @@ async def test_refused_connections_and_503s_cost_no_retry_budget() -> None:
 
 
 @on_uvloop
-async def test_a_connection_that_times_out_sends_any_method_to_another_member() -> None:
+async def test_connection_times_out() -> None:
+    """If a connection times out, a request of any method goes to another member."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b, ready_interval=60, connect_timeout=0.3) as house:
         with deaf(a):
             answer = await house.ask(POST)
@@ -137,7 +139,8 @@ async def test_nothing_available_is_503_within_50_ms() -> None:
 
 @pytest.mark.parametrize("how", ["reset", "close"])
 @on_uvloop
-async def test_a_keep_alive_race_is_a_fresh_connection_to_the_same_member_within_one_attempt(how: str) -> None:
+async def test_keep_alive_race(how: str) -> None:
+    """A keep-alive race leads to a new connection to the same member within one attempt."""
     async with LabReplica() as a, LabReplica(ready=503) as b, serving(a, b, ready=1) as house:
         assert (await house.ask(POST)).status == 200
         a.set(race=how)
@@ -170,7 +173,8 @@ async def test_after_a_race_the_fresh_connection_is_not_repeated() -> None:
 
 
 @on_uvloop
-async def test_a_reused_connection_that_closes_later_than_a_round_trip_is_no_race() -> None:
+async def test_late_close_is_no_race() -> None:
+    """A reused connection that closes later than a round trip is no keep-alive race."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b, retry_sent="never") as house:
         assert (await house.ask(POST)).status == (await house.ask(POST)).status == 200
         a.set(head_delay=0.1, cut="before_head")
@@ -181,10 +185,11 @@ async def test_a_reused_connection_that_closes_later_than_a_round_trip_is_no_rac
 
 @pytest.mark.parametrize(("method", "status", "seen_by_b"), [("POST", 502, 0), ("GET", 200, 1)])
 @on_uvloop
-async def test_a_post_that_was_sent_is_not_sent_elsewhere_when_the_fresh_connection_is_refused(
-    method: str, status: int, seen_by_b: int
-) -> None:
-    """As after kill -9: nobody knows whether the replica had begun."""
+async def test_post_after_a_race_and_a_refusal(method: str, status: int, seen_by_b: int) -> None:
+    """A POST that was sent goes nowhere else if the new connection is refused.
+
+    As after kill -9: nobody knows whether the replica had begun.
+    """
     async with LabReplica() as a, LabReplica() as b, serving(a, b, **NEVER) as house:
         house.member("b").turn = 99
         assert (await house.ask(POST)).status == 200
@@ -200,8 +205,11 @@ async def test_a_post_that_was_sent_is_not_sent_elsewhere_when_the_fresh_connect
 
 
 @on_uvloop
-async def test_a_post_that_was_sent_is_not_sent_elsewhere_when_the_fresh_connection_is_closed_at_once() -> None:
-    """As a port of Docker's does when its container dies: it takes connections, and has nobody to give them to."""
+async def test_post_after_a_race_and_a_close() -> None:
+    """A POST that was sent goes nowhere else if the new connection is closed at once.
+
+    As a port of Docker's does when its container dies: it takes connections, and has nobody to give them to.
+    """
     for _ in range(5):  # nearly always it is closed before anything could be sent on it
         async with LabReplica() as a, LabReplica() as b, serving(a, b, **NEVER) as house:
             house.member("b").turn = 99
@@ -219,9 +227,8 @@ async def test_a_post_that_was_sent_is_not_sent_elsewhere_when_the_fresh_connect
 
 @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("HEAD", ""), ("POST", CHAT), ("POST", "/generate")])
 @in_house
-async def test_a_reset_after_sending_moves_what_only_generates_or_only_asks(
-    house: House, method: str, path: str
-) -> None:
+async def test_reset_moves_harmless_requests(house: House, method: str, path: str) -> None:
+    """A reset after sending moves requests that only generate or only ask."""
     house.replicas[0].set(cut="before_head")
     answer = await house.ask(request(path=path, body=chat()) if path else SENT_ON[method], method)
     assert answer.status == 200
@@ -241,7 +248,8 @@ STAYS = {
 
 @pytest.mark.parametrize("case", **each(STAYS))
 @on_uvloop
-async def test_a_reset_after_sending_does_not_move_what_it_might_do_twice(case: tuple[dict[str, str], bytes]) -> None:
+async def test_reset_moves_nothing_else(case: tuple[dict[str, str], bytes]) -> None:
+    """A reset after sending does not move requests whose effects could happen twice."""
     settings, data = case
     async with LabReplica(cut="before_head") as a, LabReplica() as b, serving(a, b, **settings) as house:
         answer = await house.ask(data)
@@ -296,7 +304,8 @@ HANGS = {
 
 @pytest.mark.parametrize("hang", **each(HANGS))
 @on_uvloop
-async def test_no_head_within_first_byte_timeout_is_504_and_the_exchange_is_closed(hang: dict[str, object]) -> None:
+async def test_first_byte_timeout(hang: dict[str, object]) -> None:
+    """Without a head within first_byte_timeout the client gets a 504, and the exchange is closed."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b, first_byte_timeout=0.3, ready_interval=60) as house:
         a.set(**hang)
         answer = await house.ask(request(body=chat(padding="x" * 10_000_000)))
@@ -316,7 +325,8 @@ async def test_no_head_within_first_byte_timeout_is_504_and_the_exchange_is_clos
 
 @pytest.mark.parametrize("method", ["POST", "GET"])
 @in_house
-async def test_a_busy_replica_sends_the_request_to_another_member_and_counts_as_full(house: House, method: str) -> None:
+async def test_busy_replica(house: House, method: str) -> None:
+    """A busy replica's request goes to another member, and the replica counts as full."""
     house.replicas[0].set(status=503, retry_after="7")
     for _ in range(2):
         answer = await house.ask(SENT_ON[method], method)
@@ -348,7 +358,8 @@ async def test_all_busy_is_503_with_retry_after_where_nobody_may_wait(said: str,
 
 
 @on_uvloop
-async def test_who_is_told_by_all_that_they_are_full_waits_as_who_comes_later_does() -> None:
+async def test_all_replicas_are_full() -> None:
+    """A request that all replicas refuse as full waits like requests that come later."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
         for replica in (a, b):
             replica.next(2, status=503)
@@ -366,7 +377,8 @@ async def test_who_is_told_by_all_that_they_are_full_waits_as_who_comes_later_do
 
 
 @on_uvloop
-async def test_a_request_that_no_replica_takes_is_offered_less_and_less_often_and_harms_nobody() -> None:
+async def test_request_that_no_replica_takes() -> None:
+    """A request that no replica takes is offered less and less often, and holds up no other."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b, queue_timeout=4) as house:
         for replica in (a, b):
             replica.set(status=503)
@@ -433,7 +445,8 @@ async def test_a_503_that_says_full_goes_elsewhere(house: House, path: str) -> N
 
 @pytest.mark.parametrize("status", [400, 401, 404, 408, 413, 422, 429, 499, 500, 501, 502, 504, 599])
 @in_house
-async def test_other_errors_of_a_replica_pass_unchanged_and_are_not_repeated(house: House, status: int) -> None:
+async def test_other_errors_pass_unchanged(house: House, status: int) -> None:
+    """A replica's other errors pass unchanged, and their requests are not repeated."""
     knobs = {"status": status, "body": '{"odd": "body"}', "retry_after": "11"}
     # The lab names each status by http.HTTPStatus, which does not know these.
     if status in (499, 599):
@@ -495,7 +508,8 @@ MANGLED = {
 
 @pytest.mark.parametrize("raw", **each(MANGLED))
 @in_house
-async def test_an_answer_that_is_no_http_is_502_and_its_connection_is_dropped(house: House, raw: str) -> None:
+async def test_answer_that_is_no_http(house: House, raw: str) -> None:
+    """An answer that is not HTTP becomes a 502, and its connection is dropped."""
     house.replicas[0].set(raw=raw)
     failures = house.member("a").failures_total
     answer = await house.ask(POST)
@@ -527,9 +541,9 @@ def impatient_house() -> Iterator[House]:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("fault", **each(FAULTS))
-def test_no_fault_makes_a_post_generate_three_times_or_reach_a_member_twice(
-    impatient_house: House, fault: dict[str, object], stream: bool
-) -> None:
+def test_no_fault_repeats_too_often(impatient_house: House, fault: dict[str, object], stream: bool) -> None:
+    """No fault makes a POST generate three times, or generate twice at one member."""
+
     @in_house
     async def met(house: House) -> None:
         for _ in range(2 if "race" in fault else 0):  # there must be a kept connection to race for

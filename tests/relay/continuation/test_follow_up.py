@@ -19,7 +19,8 @@ def test_a_chat_goes_on_with_its_last_message() -> None:
     assert "rid" not in wish
 
 
-def test_an_answer_that_went_on_with_a_clients_own_text_goes_on_with_both() -> None:
+def test_continuing_a_clients_own_prefix() -> None:
+    """An answer that began with the client's own text is continued with both texts."""
     begun = [*MESSAGES, {"role": "assistant", "content": "So:"}]
     request = request_for(CHAT, 8) | {"messages": begun, "continue_final_message": True}
     wish = orjson.loads(follow_up(CHAT, request, SO_FAR, 2).body)
@@ -64,7 +65,8 @@ def test_messages_go_on_as_a_chat() -> None:
     assert wish["stream_options"]["include_usage"] is True
 
 
-def test_of_an_answer_that_has_all_its_tokens_only_the_end_is_asked_for() -> None:
+def test_answer_with_all_its_tokens() -> None:
+    """For an answer that has all its tokens, only the end is asked for."""
     follow = follow_up(TEXT, request_for(TEXT, 2), SO_FAR, 2)
     assert follow.is_muted
     assert orjson.loads(follow.body)["max_tokens"] == 1

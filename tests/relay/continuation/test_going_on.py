@@ -72,7 +72,8 @@ def test_every_event_has_the_names_of_the_first_answer(path: str) -> None:
     assert path != "/v1/chat/completions" or all("role" not in c["delta"] for said in told for c in said["choices"])
 
 
-def test_what_came_with_line_ends_of_the_other_kind_is_read_and_kept_alike() -> None:
+def test_other_line_ends() -> None:
+    """Events with other line ends are read and kept in the same way."""
     path = "/v1/chat/completions"
     stream = b"".join(events(path, orjson.dumps(request_for(path, 3)))).replace(b"\n", b"\r\n")
     got, pieces = kept(path, stream[:-30], 7)
@@ -80,7 +81,8 @@ def test_what_came_with_line_ends_of_the_other_kind_is_read_and_kept_alike() -> 
     assert delivered(path, pieces).text == " t00 t01 t02"
 
 
-def test_characters_of_several_bytes_are_whole_whatever_the_pieces() -> None:
+def test_characters_of_several_bytes() -> None:
+    """Characters of several bytes stay whole, however the stream is split."""
     path = "/v1/completions"
     said = {"id": "x", "choices": [{"index": 0, "text": "日本 🎏", "finish_reason": None}]}
     stream = b"data: " + orjson.dumps(said) + b"\n\n"

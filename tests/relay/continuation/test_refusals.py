@@ -75,7 +75,8 @@ def test_what_depends_on_its_text_alone_goes_on(path: str, more: dict[str, Any])
 
 
 @pytest.mark.parametrize("more", [more for path, more, _ in ROWS if path == CHAT and "n" not in more])
-def test_an_answer_of_which_nothing_was_delivered_is_asked_for_as_it_was(more: dict[str, Any]) -> None:
+def test_undelivered_answer(more: dict[str, Any]) -> None:
+    """An answer of which nothing was delivered is requested again unchanged."""
     request = request_for(CHAT, 8) | more
     follow = follow_up(CHAT, request, Delivered(has_opened=True), 0)
     assert orjson.loads(follow.body) == request
@@ -105,7 +106,8 @@ def test_an_error_of_the_replicas_own_is_the_answers_end() -> None:
     assert refusal.value.reason == "error"
 
 
-def test_events_of_which_each_says_only_what_is_new_cannot_be_prefixed() -> None:
+def test_incremental_events() -> None:
+    """Events that each contain only new text cannot be continued with a prefix."""
     meta = {"id": "x", "finish_reason": None, "prompt_tokens": 3, "completion_tokens": 2}
     event = b"data: " + orjson.dumps({"text": "b", "output_ids": [2], "meta_info": meta}) + b"\n\n"
     with pytest.raises(CannotContinue) as refusal:
@@ -114,7 +116,8 @@ def test_events_of_which_each_says_only_what_is_new_cannot_be_prefixed() -> None
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"messages":' + b"[{}," * 400_000])
-def test_a_body_that_is_no_request_or_would_stop_the_loop_is_not_read(body: bytes) -> None:
+def test_unreadable_bodies(body: bytes) -> None:
+    """A body that is not a request, or would stop the event loop, is not read."""
     with pytest.raises(CannotContinue) as refusal:
         read_request([body])
     assert refusal.value.reason == "body"
