@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("down: --replica-id wants the NAME of one service")
         if options.balancer and (len(options.names) != 1 or options.replica_id is not None):
             parser.error("down: --balancer wants the NAME of one service and nothing else")
+    if options.command == "check" and options.service_name and len(options.service) > 1:
+        parser.error("check: -n names one service, and there are several files")
     try:
         return _run(options)
     except ConfigError as failure:
@@ -44,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
             flags = AddressFlags(options.listen, options.admin, options.open, options.api_keys, options.admin_key)
             return change.up(_source(options), flags, options.on, is_detached=options.detach)
         case "check":
-            return change.check(_source(options))
+            return change.check([_source(options, path) for path in options.service])
         case "status":
             if options.admin_key:
                 return show.admin_keys(options.names)
@@ -68,7 +70,8 @@ def _run(options: argparse.Namespace) -> int:
             return change.down(options.names, options.replica_id, options.balancer)
 
 
-def _source(options: argparse.Namespace) -> change.Source:
+def _source(options: argparse.Namespace, one: str | None = None) -> change.Source:
+    """The file that was given, or one of several."""
     envs: dict[str, str] = {}
     for path in options.env_file:
         envs |= variables.of_file("--env-file", path)
@@ -77,7 +80,7 @@ def _source(options: argparse.Namespace) -> change.Source:
     for path in options.secret_file:
         secrets |= variables.of_file("--secret-file", path)
     secrets |= dict(variables.pair(text, "--secret") for text in options.secret)
-    return change.Source(options.service, getattr(options, "service_name", None), envs, secrets)
+    return change.Source(one or options.service, getattr(options, "service_name", None), envs, secrets)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,8 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     take_in = command("import", "take in the models of such a file")
     take_in.add_argument("file", metavar="FILE.tar")
 
-    check = command("check", "say what a service file would do here, and start nothing")
-    _add_source(check)
+    check = command(
+        "check", "say what a service file would do here, or how several would share a GPU, and start nothing"
+    )
+    _add_source(check, several=True)
     _add_name(check)
     return parser
 
@@ -182,8 +187,9 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--service-name", metavar="NAME", help="default: the file's `name`, else its stem")
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("service", metavar="SERVICE.yaml", help="a SkyServe service file")
+def _add_source(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    count = "+" if several else None
+    parser.add_argument("service", metavar="SERVICE.yaml", nargs=count, help="a SkyServe service file")
     parser.add_argument("--env", action="append", default=[], metavar="K=V", help="set one of the file's envs")
     parser.add_argument(
         "--env-file", action="append", default=[], type=Path, metavar="FILE", help="a file of K=V lines"

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from replica import command, gpu, lease, machine, models, placement, presets, sharing, surroundings
 from replica.kinds import is_of_kind
@@ -19,6 +20,7 @@ from replica.options import Options, OptionsError, read
 from replica.store.cache import Cache
 from replica.store.errors import StoreError
 from replica.store.pull import pull
+from replica.weights import WeighError, weigh
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -26,6 +28,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     options = read(arguments, environ)
     if options.list_gpus:
         print(describe_gpus(options, environ))
+        return
+    if options.weigh:
+        print(describe_weights(options, environ))
         return
     gpus = [] if options.device == "cpu" else gpu.list_gpus(environ, warn)
     pretended = bool(environ.get(gpu.PRETEND))
@@ -159,6 +164,23 @@ def describe_gpus(options: Options, environ: Mapping[str, str]) -> str:
         for one in gpus
     ]
     return "[" + ",".join(f"\n {json.dumps(row)}" for row in rows) + "\n]" if rows else "[]"
+
+
+def describe_weights(options: Options, environ: Mapping[str, str]) -> str:
+    """A JSON object: bytes of weights in all, and of KV cache a token; nulls and a `problem` where nobody knows."""
+    preset = presets.resolve(options.model or "smollm2-135m")
+    if preset.is_embedded:
+        folder = options.models_dir / preset.name
+    else:
+        named = preset.model or ""
+        snapshots = Cache.of(environ).of_repo(named) / "snapshots"
+        kept = sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime)
+        folder = Path(named) if Path(named).is_absolute() or not kept else kept[-1]
+    try:
+        found = weigh(folder, options.sglang_args)
+    except WeighError as error:
+        return json.dumps({"weights": None, "kv_per_token": None, "problem": str(error)})
+    return json.dumps({"weights": found.size, "kv_per_token": found.kv or None})
 
 
 def _gib(options: Options) -> float:

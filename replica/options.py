@@ -53,6 +53,7 @@ class Options:
     gpu_share: bool = False
     dry_run: bool = False
     list_gpus: bool = False
+    weigh: bool = False
     # A command that runs with the lease instead of SGLang; empty: SGLang.
     command: tuple[str, ...] = ()
 
@@ -120,6 +121,7 @@ def read(arguments: Sequence[str], environ: Mapping[str, str]) -> Options:
         gpu_share=gpu_share == "yes",
         dry_run=flags.dry_run,
         list_gpus=flags.list_gpus,
+        weigh=flags.weigh,
         command=tuple(more) if flags.exec else (),
     )
 
@@ -195,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--list-gpus", action="store_true", help="print the machine's GPUs and who leases them, as JSON"
+    )
+    parser.add_argument(
+        "--weigh", action="store_true", help="print how much memory the model's weights and cache take, as JSON"
     )
     parser.usage = "%(prog)s [flags] [-- SGLANG_FLAGS...]\n       %(prog)s [flags] --exec -- COMMAND..."
     return parser

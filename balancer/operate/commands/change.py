@@ -13,6 +13,7 @@ from balancer.operate.commands import up as service_up
 from balancer.operate.commands.detach import detached
 from balancer.operate.commands.progress import Lines
 from balancer.operate.commands.show import check_host, no_such_service, snapshot_of, up_folders, warn
+from balancer.operate.engines import shared_memory
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, choose_engine, take_down_detached
 from balancer.operate.engines.engine import Engine
@@ -80,7 +81,15 @@ def up(source: Source, flags: AddressFlags, on: str, is_detached: bool) -> int:
         return work(service_up.on_terminal(folder), lambda: None)
 
 
-def check(source: Source) -> int:
+def check(sources: Sequence[Source]) -> int:
+    recipes = [_checked(source) for source in sources]
+    for line in shared_memory.described(recipes):
+        print(line)
+    return 0
+
+
+def _checked(source: Source) -> Recipe:
+    """The recipe of a file, after saying what it would do here."""
     recipe, engine = fitted(source)
     spec = recipe.spec
     most = "as many as fit" if spec.max_replicas is None else str(spec.max_replicas)
@@ -97,7 +106,7 @@ def check(source: Source) -> int:
         print(f"run: SGLang serves {recipe.launch.model}" + "".join(f" {flag}" for flag in masked(recipe.launch.flags)))
         for line in engine.placement(recipe):
             print(line)
-    return 0
+    return recipe
 
 
 def scale(name: str, replicas: int) -> int:

@@ -81,6 +81,15 @@ def check_model(recipe: Recipe) -> None:
         _replica("--device", "cpu", "--dry-run", *flags, envs=share)
 
 
+def weight(recipe: Recipe) -> tuple[int | None, int]:
+    """Bytes of the model's weights, None where they are not here to be weighed, and of KV cache a token, or 0."""
+    assert recipe.launch is not None
+    model = recipe.arguments(0)[1]
+    theirs = {name: recipe.spec.envs[name] for name in ("HF_HOME", "HF_HUB_CACHE") if name in recipe.spec.envs}
+    said = json.loads(_replica("--weigh", "--model", model, "--", *recipe.launch.flags, envs=theirs))
+    return said["weights"], said["kv_per_token"] or 0
+
+
 def seats(there: tuple[Gpu, ...]) -> list[tuple[Gpu, ...]]:
     """The groups of GPUs that replicas may lease, in the order in which they are given; held ones among them."""
     groups: dict[int, list[Gpu]] = {}

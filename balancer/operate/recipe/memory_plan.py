@@ -1,0 +1,86 @@
+"""How much of a GPU each of the services that share it may have, so that all fit; pure.
+
+While one has its turn, all others' weights are there, too. What is left of the card is the KV cache of the one whose
+turn it is; so it is the same for all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# GiB that a replica's process takes on each GPU beside weights and KV cache, asleep as well as awake; measured 1.7.
+CONTEXT = 2.0
+# GiB to compute in, for the one whose turn it is; and what a card's driver keeps for itself.
+WORK = 2.0
+_DRIVER = 0.6
+# A KV cache of fewer GiB serves nobody.
+LEAST_POOL = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a service wants of each GPU: GiB of weights, None where nobody knows; kv: bytes a token takes, or 0."""
+
+    name: str
+    weights: float | None
+    kv: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What it gets: GiB of KV cache, and the card's share for --mem-fraction-static. `problem`: it does not fit."""
+
+    name: str
+    weights: float | None
+    pool: float = 0.0
+    fraction: float = 0.0
+    tokens: int = 0
+    problem: str = ""
+
+
+def plan(card: float, shares: Sequence[Share]) -> list[Row]:
+    """For services that share a GPU of `card` GiB, in their order: who comes first has its place first."""
+    usable = card - _DRIVER - WORK
+    there: list[Share] = []
+    rows: dict[str, Row] = {}
+    for share in shares:
+        if share.weights is None:
+            said = "nobody knows how large its weights are until they are here: groundserve pull fetches them"
+            rows[share.name] = Row(share.name, None, problem=said)
+            continue
+        left = usable - _resident([*there, share])
+        if left >= LEAST_POOL:
+            there.append(share)
+            continue
+        takes = share.weights + CONTEXT + LEAST_POOL
+        beside = f" beside {', '.join(other.name for other in there)}" if there else ""
+        said = f"it takes {takes:.1f} GiB at the least, and {usable - _resident(there):.1f} GiB are left{beside}"
+        rows[share.name] = Row(share.name, share.weights, problem=said)
+    pool = usable - _resident(there)
+    for share in there:
+        assert share.weights is not None
+        tokens = int(pool * 2**30 / share.kv) if share.kv else 0
+        # Rounded down: what is promised to one is another's.
+        fraction = int((share.weights + pool) / card * 1000) / 1000
+        rows[share.name] = Row(share.name, share.weights, pool, fraction, tokens)
+    return [rows[share.name] for share in shares]
+
+
+def _resident(shares: Sequence[Share]) -> float:
+    return sum((share.weights or 0.0) + CONTEXT for share in shares)
+
+
+def shown(card: str, rows: Sequence[Row]) -> list[str]:
+    """The plan as a table, and a line for each that does not fit."""
+    lines = [f"{card}, shared by turns:"]
+    head = ("SERVICE", "WEIGHTS", "KV CACHE", "--mem-fraction-static")
+    cells = [head]
+    for row in rows:
+        weights = "?" if row.weights is None else f"{row.weights:.1f} GiB"
+        if row.problem:
+            cells.append((row.name, weights, "-", "does not fit"))
+        else:
+            tokens = f" ({row.tokens:,} tokens)" if row.tokens else ""
+            cells.append((row.name, weights, f"{row.pool:.1f} GiB{tokens}", f"{row.fraction:.3f}"))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return [*lines, *(f"  {line}" for line in table), *(f"{row.name}: {row.problem}" for row in rows if row.problem)]

@@ -1,0 +1,109 @@
+"""How much of a GPU a model's weights take, and a token of KV cache: from the files' own headers, without loading them.
+
+A safetensors file begins with the length of its header in eight bytes, and then the header: JSON, which says the type
+and the shape of each tensor. https://huggingface.co/docs/safetensors describes it.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_LONGEST_HEADER = 100 << 20  # bytes, as safetensors itself has it
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_WIDE = {"F64", "F32"}
+_HALF = {"F16", "BF16"}
+# Quantisations that SGLang does while it loads, and the bytes that a number of a matrix then takes.
+_QUANTISED = {"fp8": 1, "w8a8_fp8": 1, "w8a8_int8": 1, "mxfp8": 1}
+
+
+class WeighError(Exception):
+    """A model's weights cannot be weighed; the message says why."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes in all; kv: bytes of KV cache for each token, 0 where the config does not say."""
+
+    size: int
+    kv: int
+
+
+def weigh(folder: Path, flags: Sequence[str] = ()) -> Weights:
+    """What SGLang with these flags holds of the model in a folder. Raises WeighError."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeighError(f"{folder} has no safetensors files, whose headers say how large the weights are")
+    given = _given(flags)
+    config = _config(folder)
+    keeps_wide = given.get("--dtype") in ("float32", "float")
+    quantised = None if "quantization_config" in config else _QUANTISED.get(given.get("--quantization", ""))
+    size = sum(
+        math.prod(shape) * _held(kind, len(shape), keeps_wide, quantised)
+        for file in files
+        for kind, shape in tensors(file)
+    )
+    each = 1 if "fp8" in given.get("--kv-cache-dtype", "") else 4 if keeps_wide else 2
+    return Weights(math.ceil(size), each * _numbers_a_token(config))
+
+
+def tensors(file: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor in a safetensors file. Raises WeighError."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 0 < length <= _LONGEST_HEADER:
+                raise WeighError(f"{file} is no safetensors file")
+            header = json.loads(opened.read(length))
+        return [
+            (str(said["dtype"]), tuple(int(size) for size in said["shape"]))
+            for name, said in header.items()
+            if name != "__metadata__"
+        ]
+    except OSError as error:
+        raise WeighError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise WeighError(f"{file} is no safetensors file") from None
+
+
+def _held(kind: str, dimensions: int, keeps_wide: bool, quantised: int | None) -> float:
+    """Bytes that one number takes once it is loaded: wide ones are halved, unless they are asked for."""
+    stored = _BYTES.get(kind, 1)
+    if kind in _WIDE and not keeps_wide:
+        stored = 2
+    if quantised and dimensions >= 2 and (kind in _HALF or kind in _WIDE):
+        return quantised
+    return stored
+
+
+def _numbers_a_token(config: Mapping[str, Any]) -> int:
+    """Numbers in the KV cache for one token, over all layers; 0 where the config does not say."""
+    text = config.get("text_config")
+    of = {**config, **text} if isinstance(text, dict) else config
+    try:
+        layers, heads = int(of["num_hidden_layers"]), int(of["num_attention_heads"])
+        if rank := of.get("kv_lora_rank"):
+            return layers * (int(rank) + int(of["qk_rope_head_dim"]))
+        head = int(of.get("head_dim") or int(of["hidden_size"]) // heads)
+        return 2 * layers * int(of.get("num_key_value_heads") or heads) * head
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return 0
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _given(flags: Sequence[str]) -> dict[str, str]:
+    """The flags with their values, the last of each."""
+    found = {}
+    for at, flag in enumerate(flags):
+        name, has_value, value = flag.partition("=")
+        found[name] = value if has_value else "".join(flags[at + 1 : at + 2])
+    return found

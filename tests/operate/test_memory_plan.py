@@ -1,0 +1,90 @@
+"""balancer/operate/recipe/memory_plan.py, and `groundserve check` with several files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer.operate.recipe.memory_plan import CONTEXT, LEAST_POOL, WORK, Share, plan, shown
+from tests.operate.command_line import Groundserve
+
+SEVEN = 13.5  # GiB of a 7B model in bfloat16
+
+
+def test_three_on_a_card() -> None:
+    """Three 7B models on 80 GiB: each has what the others' weights and contexts leave."""
+    rows = plan(80, [Share(name, SEVEN, 512 << 10) for name in ("a", "b", "c")])
+    assert [(round(row.pool, 1), row.fraction) for row in rows] == [(30.9, 0.555)] * 3
+    assert rows[0].tokens == int(rows[0].pool * 2048)
+
+
+def test_too_many() -> None:
+    """Who comes after the card is full does not fit, with the numbers; the others are not made smaller for it."""
+    rows = plan(80, [Share("a", 40), Share("b", 30), Share("c", 10), Share("small", 1.0)])
+    assert [bool(row.problem) for row in rows] == [False, False, True, True]
+    assert rows[2].problem == "it takes 13.0 GiB at the least, and 3.4 GiB are left beside a, b"
+    assert rows[0].pool == rows[1].pool
+
+
+def test_larger_than_the_card() -> None:
+    """One that is larger than the card is told so alone."""
+    assert plan(24, [Share("big", 30)])[0].problem == "it takes 33.0 GiB at the least, and 21.4 GiB are left"
+
+
+def test_unknown_weights() -> None:
+    """One whose weights are not here is told how they come here, and takes no room from the others."""
+    rows = plan(80, [Share("a", None), Share("b", SEVEN)])
+    assert "groundserve pull" in rows[0].problem
+    assert rows[1].pool > 60
+
+
+@given(st.integers(8, 192), st.lists(st.floats(0.1, 150), min_size=1, max_size=8))
+def test_all_that_fits_fits_at_any_time(card: int, weights: list[float]) -> None:
+    """Whoever has its turn: all weights and contexts, its pool, and room to compute are less than the card."""
+    rows = plan(card, [Share(str(number), size) for number, size in enumerate(weights)])
+    there = [row for row in rows if not row.problem]
+    resident = sum(CONTEXT + (row.weights or 0) for row in there)
+    for row in there:
+        assert row.pool >= LEAST_POOL
+        assert resident + row.pool + WORK <= card
+        assert row.fraction * card <= (row.weights or 0) + row.pool
+
+
+def test_shown() -> None:
+    """A table, and a line for each that does not fit."""
+    assert shown("GPU 0", plan(80, [Share("llava", SEVEN, 1 << 20), Share("huge", 90)])) == [
+        "GPU 0, shared by turns:",
+        "  SERVICE  WEIGHTS   KV CACHE                  --mem-fraction-static",
+        "  llava    13.5 GiB  61.9 GiB (63,385 tokens)  0.942",
+        "  huge     90.0 GiB  -                         does not fit",
+        "huge: it takes 93.0 GiB at the least, and 61.9 GiB are left beside llava",
+    ]
+
+
+@pytest.fixture
+def one_gpu(groundserve: Groundserve, tmp_path: Path) -> Groundserve:
+    groundserve.environ |= {"REPLICA_PRETEND_GPUS": "1", "LEASE_DIR": str(tmp_path / "leases")}
+    return groundserve
+
+
+def test_check_of_several_files(one_gpu: Groundserve, tmp_path: Path) -> None:
+    """The plan is a table; a file that asks for more is warned of."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [10, 1 << 30], "data_offsets": [0, 0]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (folder / "config.json").write_text("{}")
+    runs = {
+        "a": f"sglang serve --model-path {folder} --mem-fraction-static 0.9",
+        "b": f"sglang serve --model-path {folder}",
+    }
+    files = [one_gpu.service(name, run, replicas=1, gpu_share=True) for name, run in runs.items()]
+    said = one_gpu("check", *files)
+    assert "GPU 0 (pretended GPU, 80 GiB), shared by turns:" in said
+    # 80 - 0.6 - 2 of the card, less 2 x (20 + 2) GiB.
+    assert "  a        20.0 GiB  33.4 GiB  0.667\n  b        20.0 GiB  33.4 GiB  0.667\n" in said
+    assert "a: --mem-fraction-static 0.9 in its file is more than the others leave it" in said
+    assert "shared by turns" not in one_gpu("check", one_gpu.service("c", runs["b"], replicas=1))
+    assert "check: -n names one service" in one_gpu("check", "-n", "x", *files, code=2)
