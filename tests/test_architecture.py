@@ -115,3 +115,15 @@ def test_the_architecture_page_names_every_file() -> None:
         if path.name != "__init__.py" and path.name not in page
     ]
     assert missing == []
+
+
+def test_names_of_tests_are_short() -> None:
+    """A test's name has at most 60 characters; its docstring has room for the sentence."""
+    names = [
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    ]
+    assert len(names) > 1000
+    assert [name for name in names if len(name) > 60] == []
