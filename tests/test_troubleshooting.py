@@ -36,6 +36,9 @@ BY_OTHERS = {
 }
 # Said in situations that a test cannot wait for or has no network for, so read where it stands in the code.
 IN_CODE = {
+    "it is not this replica's turn yet (...)": "replica.lease",
+    "a replica that shares its GPU has to say how much of it is its own ...": "replica.sharing",
+    "it cannot wake: ...": "replica.tenant",
     "nvidia-smi does not answer within 60 s": "replica.gpu",
     "Not enough memory. Please try to increase --mem-fraction-static.": "sglang.srt.model_executor.pool_configurator",
     "scheduler died during initialization (exit code: -9).": "sglang.srt.entrypoints.engine",
