@@ -331,7 +331,8 @@ class Tenant:
         self.problem = ""
         self.swaps.last_doze = self._clock() - began
         self.swaps.total += self.swaps.last_doze
-        self._turn.give_up()
+        if self.wanted is not State.ASLEEP:  # else the next one would find the weights still there
+            self._turn.give_up()
         self._enter(State.DOZING)
         self._is_pausing = False
 
@@ -341,6 +342,7 @@ class Tenant:
             await self._engine.release(WEIGHTS)
         self._note_freed(self._weights, before)
         self._released = (*LIGHT, *WEIGHTS)
+        self._turn.give_up()
         self._enter(State.ASLEEP)
 
     def _free(self) -> dict[str, int]:

@@ -180,7 +180,16 @@ def test_sleep(stage: Stage) -> None:
 
     async def life() -> None:
         tenant.wanted = State.ASLEEP
+        released, turns_at = engine.release, []
+
+        async def release(what: Sequence[str]) -> None:
+            turns_at.append(stage.turns[0].is_mine)
+            await released(what)
+
+        engine.release = release  # type: ignore[method-assign]
         await tenant.step()
+        assert turns_at == [True, True]  # whoever is next finds all of the memory
+        assert not stage.turns[0].is_mine
         assert tenant.state is State.ASLEEP
         assert stage.gpu.free == before + engine.POOL + engine.WEIGHT
         tenant.wanted = State.AWAKE
