@@ -18,7 +18,7 @@ STREAMING = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses
 class Comments:
     """Writes one each `every` seconds until the stream's first byte or `stop`; the first one sends the head, too.
 
-    `read` reads a heavy prompt when it is its turn.
+    `read` reads a heavy prompt when it is its owner's turn.
     """
 
     __slots__ = ("_every", "_loop", "_read", "_reply", "_request", "_timer")
@@ -29,7 +29,7 @@ class Comments:
         every: float,
         request: Request,
         reply: Reply,
-        read: Callable[[Prompt], Coroutine[Any, Any, None]],
+        read: Callable[[Prompt, str | bytes], Coroutine[Any, Any, None]],
     ) -> None:
         self._loop = loop
         self._every = every
@@ -53,7 +53,7 @@ class Comments:
             self._begin(prompt)
 
     async def _begin_when_read(self, prompt: Prompt) -> None:
-        await self._read(prompt)
+        await self._read(prompt, self._request.owner)
         self._begin(prompt)
 
     def _begin(self, prompt: Prompt) -> None:

@@ -4,7 +4,7 @@ The fleet of this process stands behind it today (balancer/routing/places.py). T
 writes nothing down about a replica, so that another process can stand there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from balancer.fleet.address import ReplicaAddress
@@ -47,4 +47,4 @@ class Places(Protocol):
 
     def may_go_on(self, waiter: Waiter) -> bool: ...
 
-    async def read(self, prompt: Prompt) -> None: ...
+    async def read(self, prompt: Prompt, key: Hashable) -> None: ...

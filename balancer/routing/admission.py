@@ -12,6 +12,7 @@ from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
 from balancer.routing.expected_wait import ExpectedWait
 from balancer.routing.fair_queue import FairQueue
+from balancer.routing.one_at_a_time import OneAtATime
 from balancer.routing.policies import Choice, Policy
 from balancer.routing.prompt import Prompt
 from balancer.routing.shares import Shares
@@ -74,7 +75,7 @@ class Admission:
         self._plain = Waiters()  # others: they need a replica, and no room there
         self._shares = Shares()
         self._wait = ExpectedWait(fleet.clock())
-        self._reading = asyncio.Lock()
+        self._reading = OneAtATime()
         fleet.when_room.append(self.assign)
         fleet.when_left.append(lambda member: self.policy.forget(member))
 
@@ -113,12 +114,12 @@ class Admission:
         """Should the prompt be read before a place is asked for? The policy goes by it, and it is heavy."""
         return self.policy.reads_prompts and prompt.is_heavy
 
-    async def read(self, prompt: Prompt) -> None:
-        """Reads a heavy prompt in its turn.
+    async def read(self, prompt: Prompt, key: Hashable = b"") -> None:
+        """Reads a heavy prompt when it is its key's turn.
 
         One at a time, and all else in between: else those that come together would stop the loop for all of them.
         """
-        async with self._reading:
+        async with self._reading.of(key):
             prompt.read()
             await asyncio.sleep(0)
 

@@ -1,6 +1,6 @@
 """Places at replicas as the relay asks for them; what it learns there goes back to fleet, queue and policy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from balancer.errors import ServeError
@@ -45,7 +45,7 @@ class Places:
         if not (waiter.tried or waiter.rounds):
             admission.arrived_total += waiter.is_generating
             if admission.must_read(waiter.prompt):
-                await admission.read(waiter.prompt)
+                await admission.read(waiter.prompt, waiter.key)
         if (claim := admission.claim_now(waiter)) is not None:
             return Place(self._fleet, admission, waiter, claim)
         asked_at = self._fleet.clock()
@@ -78,9 +78,9 @@ class Places:
         is_asked = self._fleet.clock() > since + STALE + 2 * self._fleet.settings.ready_interval
         return is_asked and member.ready.verdict is Verdict.PASSING
 
-    async def read(self, prompt: Prompt) -> None:
-        """Reads a heavy prompt when it is its turn."""
-        await self._admission.read(prompt)
+    async def read(self, prompt: Prompt, key: Hashable) -> None:
+        """Reads a heavy prompt when it is its key's turn."""
+        await self._admission.read(prompt, key)
 
     def _left(self, member: Member) -> None:
         for hook in self.when_left:

@@ -79,7 +79,7 @@ class FewPlaces:
     def may_go_on(self, waiter: Waiter) -> bool:
         return bool(self._left)
 
-    async def read(self, prompt: Prompt) -> None:
+    async def read(self, prompt: Prompt, key: object) -> None:
         prompt.read()
 
 
