@@ -30,7 +30,7 @@ def status(port: int, path: str) -> bytes:
 
 if __name__ == "__main__":
     try:
-        path = "/alive" if os.environ.get("GPU_SHARE") == "yes" else sys.argv[2]
+        path = "/alive" if os.environ.get("GPU_SHARE", "").lower() == "yes" else sys.argv[2]
         answer = status(int(sys.argv[1]), path)
     except OSError as error:
         sys.exit(f"no answer on port {sys.argv[1]}: {error}")
