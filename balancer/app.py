@@ -93,8 +93,8 @@ class Balancer:
 
         # The ports
         self._sockets = [
-            _listener(config.listen, config.listen_fd, "--listen-fd"),
-            _listener(config.admin, config.admin_fd, "--admin-fd"),
+            _socket(config.listen, config.listen_fd, "--listen-fd"),
+            _socket(config.admin, config.admin_fd, "--admin-fd"),
         ]
         self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # what a client asks for
         self.admin_endpoint = listen.url_of(self._sockets[1])
@@ -245,7 +245,7 @@ class _Observer:
         self._tallies.finished(record)
 
 
-def _listener(address: tuple[str, int], descriptor: int | None, flag: str) -> socket.socket:
+def _socket(address: tuple[str, int], descriptor: int | None, flag: str) -> socket.socket:
     return listen.listening(*address) if descriptor is None else listen.handed_over(descriptor, flag)
 
 

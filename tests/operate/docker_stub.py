@@ -60,6 +60,8 @@ def compose(words: list[str]) -> None:
         files += [value] if flag == "-f" else []
     match words:
         case ["up", *flags, service]:
+            for one in containers(project, service) if "--force-recreate" in flags else []:
+                remove(one)
             scale = [flag.partition("=")[2] for flag in flags if "=" in flag]
             for _ in range(int(scale[0] if scale else 1) - len(containers(project, service))):
                 run(project, service, files)

@@ -100,6 +100,21 @@ def test_once_a_service_goes_down_nobody_is_let_in(groundserve: Groundserve) -> 
         socket.create_connection(("127.0.0.1", port), timeout=10)
 
 
+def test_sigterm_to_every_process_at_once_finishes_the_streams(groundserve: Groundserve) -> None:
+    """As systemd ends a unit: to the controller, which ends the others in order, and to all the others as well."""
+    service = groundserve.service("lab", f"{LAB} --token-interval 0.03", replicas=1)
+    controller = groundserve.up(service).until_up()
+    endpoint = groundserve("status", "--endpoint").strip()
+    long = {**CHAT, "max_tokens": 60}
+    with httpx.Client(timeout=60) as client, client.stream("POST", f"{endpoint}/v1/chat/completions", json=long) as one:
+        lines = one.iter_lines()
+        next(lines)
+        for pid in groundserve.processes():
+            os.kill(pid, signal.SIGTERM)
+        assert "data: [DONE]" in list(lines)
+    assert controller.wait() == 0
+
+
 def test_services_that_start_at_once_have_a_port_each(groundserve: Groundserve) -> None:
     """Nobody says which: all three want the first pair that is free."""
     files = {name: groundserve.service(name, replicas=1) for name in ("one", "two", "three")}

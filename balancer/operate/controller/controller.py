@@ -112,7 +112,7 @@ class Controller:
             for replica in self.replicas.values():
                 if replica.version == before.version:
                     self._keep(replace(replica, version=recipe.version))
-            await self._balancer.renew(recipe)
+            await self._renew_balancer(recipe)
             self._wake.set()
             return UpdateResult(recipe.version)
         result: asyncio.Future[UpdateResult] = asyncio.get_running_loop().create_future()
@@ -225,7 +225,7 @@ class Controller:
             self._say(f"{self.name} stays at version {self.wanted.serving.version}: {result.failure}")
         else:
             self._say(f"{self.name} is at version {result.version}")
-            await self._balancer.renew(self.wanted.serving)
+            await self._renew_balancer(self.wanted.serving)
         for waiting in self._updates:
             waiting.set_result(result)
         self._updates.clear()
@@ -247,6 +247,12 @@ class Controller:
         for replica, is_ready in zip(asked, answers, strict=True):
             status = Status.READY if is_ready else Status.STARTING
             self._keep(plan.observed(replica, status, 0, self._clock(), coming.spec.operation))
+
+    async def _renew_balancer(self, recipe: Recipe) -> None:
+        await self._balancer.renew(recipe)
+        # With a certificate it is another one, and the process that knows it may need a moment to start.
+        service = replace(self.snapshot.service, endpoint=self._balancer.endpoint)
+        self.snapshot = replace(self.snapshot, service=service)
 
     async def _tell(self) -> None:
         """Sends the list to the balancer, and takes from its answer how each replica is."""

@@ -90,6 +90,7 @@ class Report:
             version=",".join(str(version) for version in sorted({row.version for row in rows}))
             or str(wanted.newest.version),
             total=len(rows),
+            endpoint=self._endpoint(),  # a balancer that is about to be replaced may know another
         )
         return Snapshot(service, tuple(sorted(rows, key=lambda row: row.id)))
 
