@@ -8,10 +8,12 @@ BIN := .venv/bin
 
 # For make up: the model (smollm2 answers questions, tiny-llava names colours in images), and the number of replicas.
 MODEL ?= smollm2
+# Several, behind one endpoint: make up MODELS="smollm2 tiny-llava" REPLICAS=1
+MODELS ?= $(MODEL)
 REPLICAS ?= 2
-SERVICE = $(patsubst smollm2-135m,smollm2,$(MODEL))
+SERVICES = $(patsubst smollm2-135m,smollm2,$(MODELS))
 # Built once, here and not by the replicas, so that its progress can be seen.
-EMBEDDED = $(filter smollm2-135m tiny-llava,$(patsubst smollm2,smollm2-135m,$(MODEL)))
+EMBEDDED = $(filter smollm2-135m tiny-llava,$(patsubst smollm2,smollm2-135m,$(MODELS)))
 
 help: ## show this list
 	@echo "Settings: MODEL=$(MODEL) REPLICAS=$(REPLICAS) PYTHON=$(PYTHON) TESTS=$(TESTS)"
@@ -21,10 +23,10 @@ install: ## create .venv from the lock files if it is missing or out of date
 	@test -n "$(PYTHON)" || { echo "make install: no Python found: install Python 3.11, or set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) .ci/install.py
 
-up: install ## serve MODEL with REPLICAS replicas on http://localhost:30001, on this machine, without Docker
-	@test -f services/$(SERVICE).yaml || { echo "make up: no service for MODEL=$(MODEL); there are: $$(cd services && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 1; }
+up: install ## serve MODEL (or MODELS, behind one endpoint) with REPLICAS replicas on http://localhost:30001, on this machine, without Docker
+	@for service in $(SERVICES); do test -f services/$$service.yaml || { echo "make up: no service for $$service; there are: $$(cd services && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 1; }; done
 	@$(if $(EMBEDDED),$(BIN)/python -m replica.models $(EMBEDDED))
-	@$(BIN)/groundserve up services/$(SERVICE).yaml --env REPLICAS=$(REPLICAS)
+	@$(BIN)/groundserve up $(SERVICES:%=services/%.yaml) --env REPLICAS=$(REPLICAS)
 
 down: ## stop what make up started, and all other services that groundserve runs here
 	@if [ -x $(BIN)/groundserve ]; then $(BIN)/groundserve down --all; else echo "nothing is installed, so nothing is running"; fi

@@ -27,6 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("down: --balancer wants the NAME of one service and nothing else")
     if options.command == "check" and options.service_name and len(options.service) > 1:
         parser.error("check: -n names one service, and there are several files")
+    if options.command == "up":
+        own = [options.listen, options.admin, options.api_keys, options.open]
+        if options.join and any(own):
+            parser.error("up: --join takes the endpoint of another service as it is")
+        if options.service_name and len(options.service) > 1:
+            parser.error("up: --service-name is for one service; give each file a `name:`")
     try:
         return _run(options)
     except ConfigError as failure:
@@ -43,8 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "up":
-            flags = AddressFlags(options.listen, options.admin, options.open, options.api_keys, options.admin_key)
-            return change.up(_source(options), flags, options.on, is_detached=options.detach)
+            flags = AddressFlags(
+                options.listen, options.admin, options.open, options.api_keys, options.admin_key, options.join
+            )
+            sources = [_source(options, path) for path in options.service]
+            if len(sources) > 1:
+                return change.up_together(sources, flags, options.on, is_detached=options.detach)
+            return change.up(sources[0], flags, options.on, is_detached=options.detach)
         case "check":
             return change.check([_source(options, path) for path in options.service])
         case "status":
@@ -100,8 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         return parser
 
     up = command("up", "start a service and stay in the foreground as its controller")
-    _add_source(up)
+    _add_source(up, several=True)
     _add_name(up)
+    up.add_argument("--join", metavar="NAME", help="share the endpoint of this service, which is up")
     up.add_argument(
         "-d", "--detach", action="store_true", help="return once it is up, and keep running in the background"
     )

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,9 @@ class Groundserve:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def up(self, *arguments: str | Path) -> "Up":
+    def up(self, *arguments: str | Path, ports: Sequence[str] = ANY_PORT) -> "Up":
         """`groundserve up` in the foreground, still starting."""
-        self._ups.append(Up(self, [*map(str, arguments), *ANY_PORT]))
+        self._ups.append(Up(self, [*map(str, arguments), *ports]))
         return self._ups[-1]
 
     def status(self, name: str) -> dict[str, Any]:

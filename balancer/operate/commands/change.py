@@ -4,11 +4,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from balancer.errors import ConfigError
-from balancer.inherited import tell
+from balancer.inherited import ending, tell
 from balancer.operate.commands import up as service_up
 from balancer.operate.commands.detach import detached
 from balancer.operate.commands.progress import Lines
@@ -79,6 +79,35 @@ def up(source: Source, flags: AddressFlags, on: str, is_detached: bool) -> int:
         if is_detached:
             return detached(lambda came_up: work(Lines(sys.stdout), came_up), folder.controller_log)
         return work(service_up.on_terminal(folder), lambda: None)
+
+
+def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_detached: bool) -> int:
+    """Brings several services up behind the endpoint of the first, one after the other.
+
+    In the foreground it then waits to be told to stop, and takes them down.
+    """
+    names = [load(s.path, name=s.name, envs=s.envs, secrets=s.secrets).name for s in sources]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"two services are called {min(twice)}: give one of the files another `name:`")
+    started: list[str] = []
+    try:
+        for name, source in zip(names, sources, strict=True):
+            code = up(source, replace(flags, join=names[0]) if started else flags, on, is_detached=True)
+            if code:
+                return code
+            started.append(name)
+        if is_detached:
+            return 0
+        print(f"{', '.join(names)} share one endpoint; Ctrl-C takes them down", flush=True)
+        for number in ending():
+            signal.signal(number, signal.default_int_handler)
+        signal.pause()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if not is_detached and started:
+            down(list(reversed(started)), None)
+    return 0
 
 
 def check(sources: Sequence[Source]) -> int:

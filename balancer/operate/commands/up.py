@@ -140,8 +140,9 @@ class _Up:
             # Its own certificate may be one that nobody here knows.
             async with httpx.AsyncClient(trust_env=False, timeout=5, verify=False) as client:
                 answer = await client.get(f"{self._balancer.endpoint}/v1/models")
-                model = answer.json()["data"][0]["id"]
-        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+            name = self._recipe.spec.name
+            model = next(one["id"] for one in answer.json()["data"] if one.get("service", name) == name)
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
             return f"curl {self._balancer.endpoint}{self._recipe.readiness_probe.path}"
         # Asked "What is ...?", the smallest model's first two choices tie in bfloat16, and the hardware decides.
         question = {"role": "user", "content": "Name the capital of France."}
@@ -156,6 +157,9 @@ class _Up:
         match request:
             case {"do": "status"}:
                 return self._controller.snapshot.to_json()
+            case {"do": "balancer"}:
+                where = self._balancer
+                return {"endpoint": where.endpoint, "admin": where.admin, "key_file": str(where.key_file)}
             case {"do": "admin key"}:
                 return str(self._balancer.key_file)
             case {"do": "scale", "replicas": int(target)}:

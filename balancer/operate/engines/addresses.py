@@ -24,6 +24,7 @@ class AddressFlags:
     is_open: bool = False
     api_keys: str | None = None
     admin_key: str | None = None
+    join: str | None = None  # the name of a service whose endpoint is to be this one's, too
 
     def resolved(self, listen: str, admin: str) -> "Addresses":
         """Those two, with what the flags say on who may come in."""

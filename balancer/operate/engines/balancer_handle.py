@@ -18,14 +18,17 @@ _TIMEOUT = 5.0
 class BalancerHandle(ABC):
     """One balancer at a fixed endpoint, known by what it answers to the list of replicas."""
 
-    def __init__(self, admin: str, key_file: Path, key: str) -> None:
+    _limits = httpx.Limits()  # of connections to it
+
+    def __init__(self, admin: str, key_file: Path, key: str, about: str | None = None) -> None:
         """`admin` is the admin port's HOST:PORT; its key lies in `key_file`, so that no other balancer listens to us
-        should it ever have that port.
+        should it ever have that port. `about` names the service that is meant, where the balancer has several.
         """
+        self.admin = admin
         self.key_file = key_file
         self.has_answered = False
-        self._admin = admin
         self._key = key
+        self._about = {"service": about} if about is not None else {}
         self._client = self._new_client()
 
     @property
@@ -57,7 +60,7 @@ class BalancerHandle(ABC):
     async def tell(self, listing: Listing) -> Snapshot | None:
         """Hands over the whole list of replicas; what the balancer makes of it, or None while it does not answer."""
         try:
-            answer = await self._client.put("/replicas", json=listing.to_json())
+            answer = await self._client.put("/replicas", params=self._about, json=listing.to_json())
             answer.raise_for_status()
             snapshot = Snapshot.from_json(answer.json())
         except (httpx.HTTPError, ValueError):
@@ -68,13 +71,17 @@ class BalancerHandle(ABC):
     def _new_client(self) -> httpx.AsyncClient:
         """One with no connection to a process that is not asked any more."""
         return httpx.AsyncClient(
-            base_url=f"http://{self._admin}", headers=bearing(self._key), trust_env=False, timeout=_TIMEOUT
+            base_url=f"http://{self.admin}",
+            headers=bearing(self._key),
+            trust_env=False,
+            timeout=_TIMEOUT,
+            limits=self._limits,
         )
 
     async def drain(self, id: int) -> bool:
         """Whether the balancer took note of it."""
         try:
-            return (await self._client.post(f"/replicas/{id}/drain")).is_success
+            return (await self._client.post(f"/replicas/{id}/drain", params=self._about)).is_success
         except httpx.HTTPError:
             return False
 

@@ -81,6 +81,11 @@ class ComposeEngine:
         project.take_down(self._folder.name)
 
     def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
+        if flags.join is not None:
+            raise ConfigError(
+                f"--join {flags.join}: containers of another service's network cannot be reached: use --on local, or "
+                "docker/compose.two-models.yaml"
+            )
         self._addresses = choose_addresses(flags, record)
         self._prepared = project_of(recipe, self._folder, self._addresses)
         self._prepared.build_what_is_missing()

@@ -12,10 +12,12 @@ from balancer.contract.words import State
 from balancer.errors import ConfigError
 from balancer.operate.engines import capacity
 from balancer.operate.engines.addresses import Addresses, AddressFlags, Listeners, open_listeners
+from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.engines.child import Child, tail
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
 from balancer.operate.engines.fetching import Fetching
 from balancer.operate.engines.local.balancer_handle import LocalBalancer
+from balancer.operate.engines.local.joined import Host, JoinedBalancer
 from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state import keys
@@ -41,6 +43,7 @@ class LocalEngine:
         # The file with the key that replicas ask for, where they are SGLang's.
         self._key_file: Path | None = None
         self._ports_of_balancer: tuple[Addresses, Listeners] | None = None
+        self._host: Host | None = None  # the service whose balancer serves this one, too
         self._folder = folder
         self._replicas: dict[int, _Replica] = {}
         self._ports: dict[int, int] = {}
@@ -66,10 +69,15 @@ class LocalEngine:
 
     def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
         self._key_file = keys.for_replicas(recipe, self._folder.replica_key_file)
+        if flags.join is not None:
+            self._host = Host.find(ServiceFolder(self._folder.path.parent, flags.join))
+            return Addresses(self._host.endpoint.partition("//")[2], self._host.admin)
         self._ports_of_balancer = open_listeners(flags)
         return self._ports_of_balancer[0]
 
-    def balancer(self, recipe: Recipe) -> LocalBalancer:
+    def balancer(self, recipe: Recipe) -> BalancerHandle:
+        if self._host is not None:
+            return JoinedBalancer(self._host, self._folder, recipe, self._key_file, print)
         assert self._ports_of_balancer is not None, "prepare comes first"
         return LocalBalancer(self._folder, *self._ports_of_balancer, recipe, self._key_file, self.changed.set)
 

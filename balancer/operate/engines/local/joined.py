@@ -1,0 +1,124 @@
+"""A balancer that another service runs, and that serves this one too: behind one endpoint, by the model's name."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from balancer.contract.listing import Listing
+from balancer.contract.status import Snapshot
+from balancer.errors import ConfigError
+from balancer.operate.engines.balancer_handle import BalancerHandle, service_file_for
+from balancer.operate.recipe.recipe import Recipe
+from balancer.operate.state import control_socket, keys
+from balancer.operate.state.service_folder import ServiceFolder
+
+_SILENCE = 5.0  # seconds without an answer, after which the host is asked where its balancer is now
+_LOOK = 0.1  # seconds between two looks at whether the last answers have ended
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A service that is up, and where its balancer is: the endpoint as a URL, HOST:PORT, the admin key's file."""
+
+    name: str
+    endpoint: str
+    admin: str
+    key_file: Path
+
+    @classmethod
+    def find(cls, folder: ServiceFolder) -> "Host":
+        """Asks its controller; raises ConfigError where it is not up."""
+        try:
+            told = control_socket.ask(folder.socket, {"do": "balancer"})
+        except control_socket.NotUp:
+            raise ConfigError(f"--join {folder.name}: no service {folder.name} is up here: bring it up first") from None
+        return cls(folder.name, str(told["endpoint"]), str(told["admin"]), Path(told["key_file"]))
+
+
+class JoinedBalancer(BalancerHandle):
+    """`replica_key` is the file with the key that replicas ask for; `say` gets lines for a person."""
+
+    # A new connection each time: one that is kept would lead to a process that another has replaced meanwhile.
+    _limits = httpx.Limits(max_keepalive_connections=0)
+
+    def __init__(
+        self, host: Host, folder: ServiceFolder, recipe: Recipe, replica_key: Path | None, say: Callable[[str], None]
+    ) -> None:
+        super().__init__(host.admin, host.key_file, keys.given(host.key_file, "--join"), about=recipe.spec.name)
+        self._host = host
+        self._folder = folder
+        self._recipe = recipe
+        self._replica_key = replica_key
+        self._say = say
+        self._has_joined = False
+        self._answered_at = time.monotonic()
+
+    @property
+    def endpoint(self) -> str:
+        return self._host.endpoint
+
+    @property
+    def is_leaving(self) -> bool:
+        return False
+
+    async def keep_up(self) -> None:
+        """Nothing to start. Where the host has been silent for a while, it may have come up elsewhere."""
+        if time.monotonic() - self._answered_at < _SILENCE:
+            return
+        self._answered_at = time.monotonic()
+        try:
+            host = await asyncio.to_thread(Host.find, ServiceFolder(self._folder.path.parent, self._host.name))
+            key = keys.given(host.key_file, "--join")
+        except ConfigError:
+            if self.has_answered:
+                self._say(f"{self._host.name} is not up: {self._recipe.spec.name} has no endpoint until it is")
+            self.has_answered = self._has_joined = False
+            return
+        self._host, self._has_joined = host, False
+        before, self.admin, self._key = self._client, host.admin, key
+        self._client = self._new_client()
+        await before.aclose()
+
+    async def renew(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._has_joined = False
+
+    async def replace(self) -> None:
+        name = self._host.name
+        raise ConfigError(f"{self._recipe.spec.name} has the balancer of {name}: groundserve down {name} --balancer")
+
+    async def tell(self, listing: Listing) -> Snapshot | None:
+        if not self._has_joined and not await self._join():
+            return None
+        snapshot = await super().tell(listing)
+        if snapshot is not None:
+            self._answered_at = time.monotonic()
+        self._has_joined = snapshot is not None  # a balancer that was started anew does not know of us
+        return snapshot
+
+    async def _join(self) -> bool:
+        key = keys.given(self._replica_key, keys.KEY_FILE) if self._replica_key is not None else None
+        body = {"file": service_file_for(self._recipe), "replica_key": key}
+        try:
+            answer = await self._client.put(f"/services/{self._recipe.spec.name}", json=body)
+        except httpx.HTTPError:
+            return False
+        if answer.is_success:
+            return True
+        self._say(f"{self._host.name} does not take {self._recipe.spec.name}: {answer.text[:300]}")
+        return False
+
+    async def stop(self, hurry: asyncio.Event) -> None:
+        while not hurry.is_set():
+            try:
+                answer = await self._client.delete(f"/services/{self._recipe.spec.name}")
+                if not answer.is_success or not answer.json()["in_flight"]:
+                    break
+            except (httpx.HTTPError, ValueError, LookupError):
+                break
+            await asyncio.sleep(_LOOK)
+        await self._client.aclose()
