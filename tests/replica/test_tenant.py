@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -524,3 +525,82 @@ def test_alive_says_so_in_every_state_but_broken(stage: Stage) -> None:
         assert await ask(around, "/alive") == (503, {"state": "BROKEN"})
 
     run(asked())
+
+
+class Life:
+    """One replica after another at one place, which is killed and starts again; what it is asked stays with it."""
+
+    def __init__(self, stage: Stage, note: str) -> None:
+        self.stage = stage
+        self.note = note
+        self.waits_since: float | None = None
+        self.longest = 0.0
+        self.tenant: Tenant | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.turn = Turn.join(self.stage.directory, ["GPU-a"], self.note, self.stage.clock())
+        self.waits_since = None
+
+    def kill(self) -> None:
+        """Its memory is free with it; what it was asked is lost with it, too."""
+        if self.tenant is not None:
+            held = {"kv_cache", "weights"} - self.engine.released
+            self.stage.gpu.free += self.engine._size(sorted(held))
+        self.turn.leave()
+        self.tenant = None
+        self._start()
+
+    async def step(self) -> None:
+        clock = self.stage.clock
+        if self.tenant is None:
+            if self.turn.take(clock()):
+                self.engine = FakeEngine(self.stage.gpu)
+                assert self.stage.gpu.free >= 0
+                self.tenant = Tenant(self.turn, self.engine, Limits(), clock, clock)
+            return
+        await self.tenant.step()
+        if self.tenant.state is State.AWAKE:
+            if self.waits_since is not None:
+                self.longest = max(self.longest, clock() - self.waits_since)
+            self.waits_since = None
+        elif self.engine.held and self.waits_since is None:
+            self.waits_since = clock()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_three_tenants_in_chaos(stage: Stage, seed: int) -> None:
+    """Whatever is asked, killed or ordered: one is awake at the most, its memory is there, and nobody starves."""
+    chance = random.Random(seed)
+    stage.gpu.free = 3 * FakeEngine.WEIGHT + FakeEngine.POOL  # not a byte more than one turn takes
+
+    async def live() -> list[Life]:
+        lives = [Life(stage, name) for name in ("a", "b", "c")]
+        for _ in range(400):
+            stage.later(0.1)
+            for life in lives:
+                if life.tenant is not None:
+                    if chance.random() < 0.05:
+                        life.engine.held += chance.randint(1, 5)
+                    if life.tenant.state is State.AWAKE and life.engine.held and chance.random() < 0.3:
+                        life.engine.held -= 1
+                    if chance.random() < 0.01:
+                        life.tenant.heard("a balancer that orders nothing and soon is gone")
+                if chance.random() < 0.002:
+                    life.kill()
+                await life.step()
+                up = [one.note for one in lives if one.tenant is not None and one.tenant.is_up]
+                assert len(up) <= 1, up
+                assert sum(one.turn.is_mine for one in lives) <= 1
+                assert stage.gpu.free >= 0
+        return lives
+
+    lives = asyncio.run(live())
+    assert sum(life.tenant.swaps.wakes for life in lives if life.tenant is not None) >= 2
+    for life in lives:
+        if life.waits_since is not None:
+            life.longest = max(life.longest, stage.clock() - life.waits_since)
+        # Two others' slices, and the five seconds in which nobody knows that the balancer has gone, of each.
+        assert life.longest <= 2 * (2.0 + 0.5) + 3 * 5.0, life.note
+        assert life.tenant is None or not life.engine.is_dead
+        life.turn.leave()
