@@ -168,18 +168,21 @@ async def test_what_is_neither_head_nor_body_has_an_end(house: House, endless: b
     assert house.replicas[0].seen.requests == []
 
 
-@in_house
-async def test_a_body_is_held_until_its_answer_begins_and_no_longer(house: House) -> None:
-    """A stream may take minutes; its prompt, with images in it, is not needed again."""
-    house.replicas[0].set(head_delay=0.2, token_interval=0.01)
-    client = await house.client()
-    await client.send(request(body=chat(tokens=100_000, stream=True, images="x" * (MIB - 1000))))
-    await house.replicas[0].seen.until(lambda seen: seen.generations_started == 1)
-    assert house.balancer.doors.buffered > MIB - 1000, "it might have to be sent to another"
-    await client.until(b"t00")
-    assert house.balancer.doors.buffered == 0
-    client.leave()
-    assert (await house.logged(1))[0]["bytes_in"] > MIB - 1000
+@pytest.mark.parametrize("goes_on", [False, True], ids=["once answered", "while the stream may go on elsewhere"])
+@on_uvloop
+async def test_a_body_is_held_until_it_is_not_needed(goes_on: bool) -> None:
+    """A stream may take minutes; its prompt, images and all, is needed only where another replica may go on with it."""
+    async with LabReplica(head_delay=0.2, token_interval=0.01) as a, serving(a, continue_broken=goes_on) as house:
+        client = await house.client()
+        await client.send(request(body=chat(tokens=100_000, stream=True, images="x" * (MIB - 1000))))
+        await a.seen.until(lambda seen: seen.generations_started == 1)
+        assert house.balancer.doors.buffered > MIB - 1000, "it might have to be sent to another"
+        await client.until(b"t00")
+        assert (house.balancer.doors.buffered > MIB - 1000) is goes_on
+        assert (house.balancer.doors.buffered == 0) is not goes_on
+        client.leave()
+        assert (await house.logged(1))[0]["bytes_in"] > MIB - 1000
+        await until(lambda: house.balancer.doors.buffered == 0)
 
 
 # Expect: 100-continue
