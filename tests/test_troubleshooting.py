@@ -81,6 +81,8 @@ def complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         errors.queue_full(1024, 5),
         errors.queue_timeout(60, 5),
         errors.buffers_full(),
+        errors.lost_twice(),
+        errors.kills_replicas(60),
     )
     heard = [refusal.message for refusal in refusals]
 

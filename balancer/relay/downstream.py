@@ -174,8 +174,8 @@ class ClientConnection(RequestReader):
 
     def hold(self, request: Request, count: int) -> bool:
         """So many bytes more are kept with the request's body; False where there is not enough room for that."""
-        if not self._queue or self._queue[0] is not request:
-            return False  # it is over
+        if not self._queue or self._queue[0] is not request or not request.body:
+            return False  # it is over, or its body was given up
         request.held += count
         self._doors.buffered += count
         return self._doors.buffered <= self._settings.max_buffered_bytes * HELD_SHARE
@@ -229,13 +229,17 @@ class ClientConnection(RequestReader):
             transport.close()
 
     def give_way(self) -> bool:
-        """Frees memory: refuses the request being read, or else the one whose answer has not begun. False: neither."""
+        """Frees memory: refuses the request being read, or the one whose answer has not begun, or forgets what is kept
+        of one whose answer flows. False: there is nothing to free.
+        """
         reply, task = self._reply, self._task
         if self.is_reading_body:
             self._refuse_now(errors.buffers_full())
         elif reply is not None and task is not None and not reply.has_begun:
             reply.refuse(errors.buffers_full())
             task.cancel()
+        elif self._queue and self._queue[0].body:
+            self.release(self._queue[0])  # its answer flows; should it break, it cannot continue elsewhere
         else:
             return False
         return True

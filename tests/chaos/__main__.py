@@ -82,6 +82,7 @@ def _print(way: str, report: Report) -> None:
     print("  faults: " + ", ".join(f"{name} {count}" for name, count in sorted(report.steps.items())))
     print("  answers: " + ", ".join(f"{end} {count}" for end, count in sorted(report.ends.items())))
     print(f"  attempts beyond the first: {report.attempts}; sent again after the keep-alive race: {report.sent_again}")
+    print(f"  answers that a second replica continued, or made: {report.elsewhere}")
     print(f"  left behind: nothing beyond {report.descriptors} descriptors and {report.tasks or 'uncounted'} tasks")
     print("  seconds                                     times   median      max")
     for name, took in sorted(report.measured.items()):

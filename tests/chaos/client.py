@@ -5,7 +5,7 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from tests.support.client import BadAnswer, Client, Ended, request
 
@@ -26,6 +26,7 @@ class Wish:
     body: bytes = b""
     stream: bool = False
     leaves_after: int | None = None
+    text: str | None = None  # of a whole answer, where it is known
 
 
 @dataclass(slots=True)
@@ -47,11 +48,15 @@ class Got:
 
     @property
     def code(self) -> str:
-        """The code of an error answer, or the empty string."""
+        """The code of an error answer or of a broken stream's error event, or the empty string."""
         try:
-            return str(json.loads(self.body)["error"]["code"])
+            error = json.loads(self.body.rstrip().rpartition(b"data: ")[2])["error"]
         except (ValueError, KeyError, TypeError):
             return ""
+        if self.end == "broken" and "code" not in error:  # Anthropic's errors have none
+            is_slow = "first_byte_timeout" in error["message"]
+            return "first_byte_timeout" if is_slow else "stream_broken"
+        return str(error.get("code", ""))
 
     def __str__(self) -> str:
         wish = self.wish
@@ -126,7 +131,7 @@ def ended_early(got: Got) -> tuple[End, str]:
     if not got.wish.stream or got.status != 200:
         return "cut", ""
     if is_finished(got):
-        return "broken", "after its last event"
+        return "ugly", "after its last event"
     relayed, _, last = got.body.removesuffix(b"\n\n").rpartition(b"\n\n")
     if got.body.endswith(b"\n\n"):
         error = last.removeprefix(b"event: error\n").removeprefix(b"data: ")
@@ -139,4 +144,24 @@ def ended_early(got: Got) -> tuple[End, str]:
         return "broken", str(message)
     if not got.body:
         return "ugly", "broke off before its first event without a word"
-    return "broken", f"amid an event, after {len(relayed)} bytes"
+    return "ugly", f"amid an event, after {len(relayed)} bytes"
+
+
+def text_of(got: Got) -> str:
+    """The text of a whole answer, streamed or not."""
+    if not got.wish.stream:
+        return _text(json.loads(got.body))
+    events = [event.rpartition("data: ")[2] for event in got.body.decode().split("\n\n") if "data: {" in event]
+    texts = [_text(json.loads(event)) for event in events]
+    return texts[-1] if got.wish.path == "/generate" else "".join(texts)
+
+
+def _text(said: dict[str, Any]) -> str:
+    """What an answer or an event of any format says."""
+    if choices := said.get("choices"):
+        spoken = choices[0].get("message") or choices[0].get("delta") or choices[0]
+        return spoken.get("content") or spoken.get("text") or ""
+    if isinstance(content := said.get("content"), list):
+        return "".join(block["text"] for block in content)
+    delta = said.get("delta")
+    return str(delta.get("text", "") if isinstance(delta, dict) else said.get("text", ""))

@@ -6,6 +6,8 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from tests.chaos.client import Wish
+from tests.chaos.load import GENERATING, body_for
 from tests.chaos.replica import DRAIN_GRACE
 from tests.chaos.stage import Violation
 from tests.chaos.watcher import GONE, LOOK, SLACK, Watcher
@@ -37,6 +39,7 @@ class Faults(Watcher):
             "drain": (5, self.drain),
             "shrink and grow": (5 if not self.stage.is_dns else 3, self.shrink_and_grow),
             "names fail": (4 if self.stage.is_dns else 0, self.names_fail),
+            "poison": (3, self.poison),
             "all refuse": (2, self.all_refuse),
             "all killed": (2, self.all_killed),
         }
@@ -231,6 +234,33 @@ class Faults(Watcher):
         for replica in self.stage.replicas:
             await self.never(replica, (*GONE, None), 0.4, "the name server fails, and it does not")
         await self.stage.list_replicas(self.stage.replicas)
+
+    # Requests that kill
+
+    async def poison(self) -> None:
+        """A request that kills each replica that gets it has two of them at the most, however often it is sent."""
+        text = f"deadly {time.monotonic_ns()}"
+        replicas = self.stage.replicas
+        await self.load.pause()
+        async with self.fault("poison", *replicas):
+            for replica in replicas:
+                await replica.tell("set", poison=text)
+            stream = self.chance.random() < 0.5
+            path = self.chance.choice(GENERATING)
+            for number in range(4):
+                body = body_for(path, text, 8, stream)
+                await self.load.ask(Wish(f"poison-{time.monotonic_ns()}-{number}", "POST", path, body, stream))
+            dead = [replica for replica in replicas if not replica.is_alive()]
+            if len(dead) > 2:
+                raise Violation(f"{len(dead)} replicas died of one request")
+            for replica in dead:
+                self.judge.killed[replica.address].append(time.monotonic())
+                await replica.ended()
+                await replica.start()
+            for replica in replicas:
+                await replica.tell("set", poison="")
+        self.load.runs.set()
+        await self.all_ready()
 
     # All of them
 

@@ -4,10 +4,12 @@ import asyncio
 import json
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.chaos.client import Got, Wish, ask
+from tests.lab.answers import words
 
-GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/messages")
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/generate")
 THINK = (0.01, 0.08)  # seconds between two requests of a client
 
 
@@ -68,8 +70,19 @@ def wish(chance: random.Random, id: str) -> Wish:
     path = chance.choice(GENERATING)
     stream = chance.random() < 0.65
     tokens = chance.choice([1, 3, 8, 8, 20, 40])
-    body = {"model": "lab", "stream": stream, "max_tokens": tokens, "messages": [{"role": "user", "content": "go"}]}
-    if path == "/v1/completions":
-        body |= {"prompt": "go"}
     leaves_after = chance.choice([1, 400]) if stream and tokens >= 8 and chance.random() < 0.1 else None
-    return Wish(id, "POST", path, json.dumps(body).encode(), stream, leaves_after)
+    return Wish(
+        id, "POST", path, body_for(path, f"go {id}", tokens, stream), stream, leaves_after, "".join(words(tokens))
+    )
+
+
+def body_for(path: str, prompt: str, tokens: int, stream: bool) -> bytes:
+    """A request for that many tokens. No two are alike: one that came twice when replicas died might be refused."""
+    body: dict[str, Any] = {"model": "lab", "stream": stream}
+    if path == "/generate":
+        body |= {"text": prompt, "sampling_params": {"max_new_tokens": tokens}}
+    elif path == "/v1/completions":
+        body |= {"prompt": prompt, "max_tokens": tokens}
+    else:
+        body |= {"messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
+    return json.dumps(body).encode()

@@ -49,7 +49,7 @@ class Journal(Seen):
             if request.outcome != "open":
                 del self.followed[number]
                 self.used.add(request.connection)
-                self._write("ended", request, outcome=request.outcome)
+                self._write("ended", request, outcome=request.outcome, generated=request.generated)
 
     def _write(self, what: str, request: SeenRequest, **more: Any) -> None:
         line = {"what": what, "id": request.id, "address": self.address, "at": time.monotonic(), **more}
@@ -137,6 +137,14 @@ class Replica:
         assert self.pipe is not None
         if not await asyncio.to_thread(self.pipe.poll, 20) or self.pipe.recv() != word:
             raise RuntimeError(f"the replica at {self.address} does not say {word!r}")
+
+    def is_alive(self) -> bool:
+        """As the kernel has it: the server that forked it takes a while to hear of its end."""
+        try:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return state not in "ZX"
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.process.pid, number)

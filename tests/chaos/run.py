@@ -30,6 +30,7 @@ class Report:
     steps: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     measured: dict[str, list[float]] = field(default_factory=dict)
     sent_again: int = 0
+    elsewhere: int = 0
     attempts: int = 0
     descriptors: int = 0
     tasks: int = 0
@@ -64,7 +65,7 @@ async def play(seed: int, steps: int, is_dns: bool, tell: Callable[[int, str, in
         finally:
             await load.stop()
     report.ends, report.measured, report.sent_again = dict(judge.counts), dict(faults.measured), judge.sent_again
-    report.attempts = judge.attempts
+    report.attempts, report.elsewhere = judge.attempts, judge.elsewhere
     report.seconds = time.monotonic() - began
     return report
 

@@ -70,13 +70,13 @@ def test_a_whole_answer_generated_once_is_well(court: Court) -> None:
     ("journal", "said"),
     [
         ([], "no replica generated it"),
-        ([{}, {"at": 10.5, "address": "b:1"}], "generated twice"),
-        ([{"reused": True}, {"at": 10.5, "address": "b:1"}], "generated twice"),
+        ([{}, {"what": "ended", "outcome": "answered", "at": 10.3}, {"at": 10.5, "address": "b:1"}], "generated twice"),
+        ([{}, {"at": 10.2, "address": "b:1"}, {"at": 10.5, "address": "c:1"}], "generated twice"),
         ([{}, {"what": "ended", "at": 10.1}, {"at": 10.2}], "generated twice"),
         ([{"reused": True}, {"what": "ended", "at": 10.4}, {"at": 10.5}], "generated twice"),
         ([{"reused": True}, {"at": 10.2}], "generated twice"),
     ],
-    ids=["not", "elsewhere", "elsewhere after reuse", "no reuse", "no race", "never ended"],
+    ids=["not", "elsewhere after a whole answer", "three times", "no reuse", "no race", "never ended"],
 )
 def test_generations_are_counted(court: Court, journal: list[dict[str, Any]], said: str) -> None:
     court.log({"id": "r"})
@@ -99,12 +99,12 @@ LOST = {"status": 502, "code": "replica_lost"}
 @pytest.mark.parametrize(
     ("fault", "is_explained"),
     [
-        (Fault("kill", {"replica-1"}, 10.5, 10.6), True),
-        (Fault("kill", {"replica-1"}, 9.0, 9.95), True),
-        (Fault("kill", {"replica-1"}, 9.0, 9.5), False),
-        (Fault("kill", {"replica-1"}, 11.1, 12.0), False),
-        (Fault("kill", {"replica-2"}, 10.5, 10.6), False),
-        (Fault("stop", {"replica-1"}, 10.5, 10.6), False),
+        (Fault("swap", {"replica-1"}, 10.5, 10.6), True),
+        (Fault("swap", {"replica-1"}, 9.0, 9.95), True),
+        (Fault("swap", {"replica-1"}, 9.0, 9.5), False),
+        (Fault("swap", {"replica-1"}, 11.1, 12.0), False),
+        (Fault("swap", {"replica-2"}, 10.5, 10.6), False),
+        (Fault("kill", {"replica-1"}, 10.5, 10.6), False),
     ],
     ids=["amid it", "just before", "long before", "after", "of another", "of another kind"],
 )
@@ -124,6 +124,8 @@ def test_only_a_fault_of_its_time_and_replica_explains_a_failure(
     ("end", "status", "code"),
     [
         ("ugly", 200, ""),
+        ("broken", 200, "stream_broken"),
+        ("whole", 502, "replica_lost"),
         ("hung", 0, ""),
         ("no door", 0, ""),
         ("whole", 500, "internal_error"),
@@ -139,11 +141,23 @@ def test_some_ends_are_never_explained_by_one_replicas_fault(court: Court, end: 
         court.says(got(end, status, code))
 
 
-def test_a_get_that_was_lost_has_to_be_tried_elsewhere(court: Court) -> None:
-    court.log({"status": 502})
-    court.judge.faults.append(Fault("kill", {"replica-1"}, 10.0, 11.0))
-    with pytest.raises(Violation, match="not tried elsewhere"):
-        court.says(got(**LOST, method="GET"))
+def test_one_move_is_counted(court: Court) -> None:
+    """An answer that a second replica made the rest of counts, and is nothing else."""
+    court.log({"id": "r"})
+    court.journal({}, {"at": 10.5, "address": "b:1"})
+    court.says(got())
+    assert court.judge.elsewhere == 1
+
+
+def test_text_is_compared(court: Court) -> None:
+    """An answer that lacks a token, or has one twice, is a fault."""
+    court.log({"id": "r"})
+    court.journal({})
+    one = got()
+    one.wish = Wish("r", "POST", "/v1/completions", text=" t00 t01")
+    one.body = b'{"choices": [{"text": " t00 t00 t01"}]}'
+    with pytest.raises(Violation, match="not the answer"):
+        court.says(one)
 
 
 def test_each_request_has_one_line_in_the_log(court: Court) -> None:
@@ -172,7 +186,7 @@ ANTHROPIC = b'event: error\ndata: {"type": "error", "error": {"message": "the re
         ("/v1/completions", EVENT + ERROR, "broken"),
         ("/v1/completions", ERROR, "broken"),
         ("/v1/messages", EVENT + ANTHROPIC, "broken"),
-        ("/v1/completions", EVENT + b'data: {"cho', "broken"),
+        ("/v1/completions", EVENT + b'data: {"cho', "ugly"),
         ("/v1/completions", EVENT, "ugly"),
         ("/v1/completions", b"", "ugly"),
         ("/v1/messages", EVENT + ERROR, "ugly"),

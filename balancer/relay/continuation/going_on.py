@@ -40,6 +40,8 @@ class GoingOn:
     def __init__(self, request: Request, pieces: list[bytes], templates: Templates) -> None:
         self._request = request
         self._templates = templates
+        if not request.body:
+            raise CannotContinue("body")  # it had to make room for others
         self._is_untouched = not pieces  # the client got a head at most, so it is simply asked for again
         self.ending: bytes | None = None  # all that the client lacks, where no other replica need be asked
         if self._is_untouched:
