@@ -20,8 +20,8 @@ FOLDER = Path(os.environ.get("DOCKER_STUB", "/nowhere"))
 PROJECT, SERVICE = "com.docker.compose.project", "com.docker.compose.service"
 
 
-def containers(project: str, service: str = "") -> list[dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+def containers(project: str, service: str = "", folder: Path = FOLDER) -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [one for one in found if one["labels"][PROJECT] == project and service in ("", one["labels"][SERVICE])]
 
 

@@ -16,6 +16,7 @@ from balancer.contract.listing import Listing
 from balancer.errors import ConfigError
 from balancer.operate.engines import choose
 from balancer.operate.engines.addresses import Addresses, AddressFlags
+from balancer.operate.engines.compose import project
 from balancer.operate.engines.engine import CannotStart, Engine
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state.service_folder import ServiceFolder
@@ -193,9 +194,32 @@ def test_balancer_of_an_engine(case: Case) -> None:
         assert not balancer.has_answered
         assert await balancer.tell(Listing(())) is None
         await balancer.keep_up()
+        first = balancers(case)
+        await balancer.replace()
+        await balancer.keep_up()
+        await asyncio.to_thread(wait_until, lambda: balancers(case) - first)
         await balancer.stop(asyncio.Event())
+        assert not balancers(case)
 
     with_engine(case, work)
+
+
+def balancers(case: Case) -> set[str]:
+    """Who is the balancer now, and before: its processes, or its containers that run."""
+    if case.engine.name == "compose":
+        name = project.name_of(case.folder.name)
+        found = docker_stub.containers(name, "balancer", Path(os.environ["DOCKER_STUB"]))
+        return {one["id"] for one in found if docker_stub.is_alive(one)}
+    mark = f"--service\0{case.folder.path}/".encode()
+    found = (path for path in Path("/proc").glob("[0-9]*/cmdline"))
+    return {path.parent.name for path in found if mark in read(path) and b"leash" not in read(path)}
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # the process ended
 
 
 def test_next_controller_finds_what_is_left(case: Case) -> None:

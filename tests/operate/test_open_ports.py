@@ -92,6 +92,27 @@ def test_takeover(groundserve: Groundserve) -> None:
     assert streams.failed == []
 
 
+def test_a_start_that_fails_is_tried_again_while_clients_wait(groundserve: Groundserve) -> None:
+    """What a process needs may be missing for a moment: here its log cannot be opened."""
+    endpoint = up(groundserve)
+    log = groundserve.folder / "state/groundserve/lab/balancer.log"
+    (balancer,) = balancers(groundserve)
+    log.rename(log.with_name("aside"))
+    log.mkdir()
+    os.kill(balancer, signal.SIGKILL)
+    wait_until(lambda: balancer not in groundserve.processes())
+    answers: list[int] = []
+    waiting = threading.Thread(
+        target=lambda: answers.append(httpx.get(f"{endpoint}/v1/models", timeout=60).status_code)
+    )
+    waiting.start()
+    time.sleep(1.5)  # it is tried in vain meanwhile
+    assert (answers, balancers(groundserve)) == ([], [])
+    log.rmdir()
+    waiting.join()
+    assert answers == [200]
+
+
 def test_once_a_service_goes_down_nobody_is_let_in(groundserve: Groundserve) -> None:
     endpoint = up(groundserve)
     port = int(endpoint.rpartition(":")[2])

@@ -17,6 +17,7 @@ from balancer.operate.engines.engine import CannotStart
 from balancer.operate.recipe.recipe import Invocation, Recipe, python, with_packages
 from balancer.operate.state import keys
 from balancer.operate.state.service_folder import ServiceFolder
+from balancer.operate.state.state_file import BrokenState
 
 T = TypeVar("T")
 
@@ -82,9 +83,7 @@ class LocalBalancer(BalancerHandle):
             self._child = None
             if not self.has_answered:
                 raise CannotStart(f"the balancer cannot start: {self._last_words()}")
-            backoff = _FIRST_BACKOFF * 2.0 ** min(self._failures, 8) if self._failures else 0.0
-            self._start_at = time.monotonic() + min(_LONGEST_BACKOFF, backoff)
-            self._failures += 1
+            self._back_off()
         if self._child is None:
             if time.monotonic() >= self._start_at:
                 await self._start()
@@ -96,8 +95,18 @@ class LocalBalancer(BalancerHandle):
         self._is_outdated = False
         listeners = (self._listeners.endpoint.fileno(), self._listeners.admin.fileno())
         log = self._folder.balancer_log
-        self._child = await Child.start(self._invocation(), log, self._on_change, listeners)
+        try:
+            self._child = await Child.start(self._invocation(), log, self._on_change, listeners)
+        except (CannotStart, BrokenState):
+            if not self.has_answered:
+                raise
+            self._back_off()  # the machine lacks something for the moment: clients wait, and the service stays
         self._started = time.monotonic()
+
+    def _back_off(self) -> None:
+        backoff = _FIRST_BACKOFF * 2.0 ** min(self._failures, 8) if self._failures else 0.0
+        self._start_at = time.monotonic() + min(_LONGEST_BACKOFF, backoff)
+        self._failures += 1
 
     async def renew(self, recipe: Recipe) -> None:
         is_same_process = recipe.spec.tls == self._recipe.spec.tls
