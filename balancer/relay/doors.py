@@ -88,9 +88,9 @@ class Doors:
         self._hog: str | bytes | None = None  # the owner that held most when there was no room a moment ago
 
     def make_room(self, owner: str | bytes) -> bool:
-        """More than max_buffered_bytes are held: refuses requests of the owner that holds most.
+        """More than max_buffered_bytes are held: refuses requests of those who hold more than `owner`, the most first.
 
-        Returns False if that is `owner`. So one client may use all of the memory, but cannot keep others out.
+        Returns False if that is not enough. So one client may use all of the memory, but cannot keep others out.
         Unfinished bodies go first, then requests without an answer, the largest first.
         """
         if owner == self._hog:
@@ -102,21 +102,27 @@ class Doors:
             for holder, count in connection.held():
                 totals[holder] += count
                 holders[holder][connection] = holders[holder].get(connection, 0) + count
-        self._hog, _ = totals.most_common(1)[0]
-        if owner == self._hog:
-            return False
         fair = most / len(totals)
         enough = most - int(most * SPARE)
-        held = holders[self._hog]
-        for connection in sorted(held, key=lambda each: (each.is_reading_body, held[each]), reverse=True):
-            if self.buffered <= enough or (self.buffered <= most and totals[self._hog] <= fair):
+        largest = [holder for holder, _ in totals.most_common()]
+        self._hog = largest[0]
+        if owner == self._hog:
+            return False
+        for holder in largest:
+            if holder == owner:
                 break
-            before = self.buffered
-            try:
-                connection.give_way()
-            except Exception:
-                _give_up(connection)
-            totals[self._hog] -= before - self.buffered
+            held = holders[holder]
+            for connection in sorted(held, key=lambda each: (each.is_reading_body, held[each]), reverse=True):
+                if self.buffered <= enough or (self.buffered <= most and totals[holder] <= fair):
+                    return True
+                before = self.buffered
+                try:
+                    connection.give_way()
+                except Exception:
+                    _give_up(connection)
+                totals[holder] -= before - self.buffered
+            if self.buffered <= most:
+                break
         return self.buffered <= most
 
     def flush_soon(self, connection: Connection) -> None:
