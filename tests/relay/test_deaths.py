@@ -36,21 +36,24 @@ def test_two_deaths_refuse_a_request() -> None:
     assert not deaths.kills(KILLER, 10 + REFUSED)
 
 
-def test_two_kills_do_not_condemn_forty_innocents() -> None:
+def test_innocents() -> None:
+    """Two kills do not condemn forty requests that were there at both."""
     deaths = Deaths(all_dead)
     died(deaths, 0, *others(40))
     died(deaths, 1, *others(40))
     assert not any(deaths.kills(request, 2) for request in others(40))
 
 
-def test_forty_that_are_alike_are_forty() -> None:
+def test_alike() -> None:
+    """Forty requests that are alike are forty."""
     deaths = Deaths(all_dead)
     died(deaths, 0, *[KILLER] * 40)
     died(deaths, 1, *[KILLER] * 40)
     assert not deaths.kills(KILLER, 2)
 
 
-def test_of_many_at_each_death_the_one_in_common_is_found() -> None:
+def test_in_common() -> None:
+    """Of many at each death the one in common is found."""
     deaths = Deaths(all_dead)
     died(deaths, 0, KILLER, *others(40)[:20])
     died(deaths, 1, KILLER, *others(40)[20:])
@@ -58,14 +61,16 @@ def test_of_many_at_each_death_the_one_in_common_is_found() -> None:
     assert not deaths.kills(others(1)[0], 2)
 
 
-def test_one_death_condemns_nobody() -> None:
+def test_one_death() -> None:
+    """One death condemns nobody, however often it is noted."""
     deaths = Deaths(all_dead)
     victim = died(deaths, 0, KILLER)
     deaths.note(victim, KILLER, 0.1)
     assert not deaths.kills(KILLER, 1)
 
 
-def test_what_ended_well_elsewhere_is_acquitted() -> None:
+def test_acquitted() -> None:
+    """A request that came to its end elsewhere is acquitted."""
     deaths = Deaths(all_dead)
     died(deaths, 0, KILLER)
     deaths.acquit(KILLER)
@@ -73,7 +78,8 @@ def test_what_ended_well_elsewhere_is_acquitted() -> None:
     assert not deaths.kills(KILLER, 2)
 
 
-def test_a_replica_that_lives_after_all_did_not_die() -> None:
+def test_alive() -> None:
+    """A replica that lives after all did not die."""
     alive: set[ReplicaAddress] = set()
     deaths = Deaths(lambda one, _: one in alive)
     first = died(deaths, 0, KILLER)
@@ -83,7 +89,8 @@ def test_a_replica_that_lives_after_all_did_not_die() -> None:
     assert not deaths.kills(KILLER, 2)
 
 
-def test_deaths_are_forgotten_and_none_takes_much_memory() -> None:
+def test_bounded() -> None:
+    """Deaths are forgotten, and none takes much memory."""
     deaths = Deaths(all_dead)
     died(deaths, 0, KILLER)
     died(deaths, REMEMBERED + 1, KILLER, *others(MOST + 9))
@@ -92,6 +99,7 @@ def test_deaths_are_forgotten_and_none_takes_much_memory() -> None:
     assert not deaths, "one is left"
 
 
-def test_a_request_is_known_by_path_and_body_whatever_its_pieces() -> None:
+def test_digest() -> None:
+    """A request is known by its path and body, whatever the pieces."""
     assert digest_of("/generate", [b"poi", b"son"]) == KILLER
     assert digest_of("/encode", [b"poison"]) != KILLER

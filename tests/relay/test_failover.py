@@ -144,7 +144,8 @@ def test_what_counts_against_a_member(outcome: Outcome, counts: bool) -> None:
     assert (outcome in FAILURES) is counts
 
 
-def test_two_deaths_are_told_as_two() -> None:
+def test_two_deaths() -> None:
+    """A client is told that two replicas died."""
     assert "Two replicas" in final_error(Outcome.LOST, PLAIN, 1, deaths=2).message
     assert "two replicas" in final_error(Outcome.BROKEN, PLAIN, 1, deaths=2).message
     assert "Two replicas" not in final_error(Outcome.LOST, PLAIN, 1, deaths=1).message

@@ -130,7 +130,8 @@ AMID = {
 
 @pytest.mark.parametrize("fault", **each(AMID))
 @in_house
-async def test_of_an_event_that_breaks_off_its_client_gets_nothing(house: House, fault: dict[str, object]) -> None:
+async def test_whole_events(house: House, fault: dict[str, object]) -> None:
+    """Of an event that breaks off the client gets nothing, and is told as elsewhere."""
     house.replicas[0].set(**fault)
     answer = await house.ask(STREAM)
     told(answer)

@@ -260,7 +260,8 @@ async def test_reset_moves_nothing_else(case: tuple[dict[str, str], bytes]) -> N
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @on_uvloop
-async def test_a_sent_request_goes_to_two_members_at_most(method: str) -> None:
+async def test_two_deaths(method: str) -> None:
+    """A request that was sent goes to two members at most."""
     cut = {"cut": "before_head"}
     async with LabReplica(**cut) as a, LabReplica(**cut) as b, LabReplica() as c, serving(a, b, c) as house:
         answer = await house.ask(SENT_ON[method], method)

@@ -10,7 +10,8 @@ CHAT, TEXT, OWN = "/v1/chat/completions", "/v1/completions", "/generate"
 SO_FAR = Delivered(text=" t00 t01", has_opened=True, is_block_open=True, blocks=1, names={"id": "x"})
 
 
-def test_a_chat_goes_on_with_its_last_message() -> None:
+def test_chat() -> None:
+    """A chat continues its last message, with what is left of its tokens."""
     request = request_for(CHAT, 8) | {"rid": "mine", "max_completion_tokens": 8}
     wish = orjson.loads(follow_up(CHAT, request, SO_FAR, 2).body)
     assert wish["messages"] == [*MESSAGES, {"role": "assistant", "content": " t00 t01"}]
@@ -27,13 +28,15 @@ def test_continuing_a_clients_own_prefix() -> None:
     assert wish["messages"] == [*MESSAGES, {"role": "assistant", "content": "So: t00 t01"}]
 
 
-def test_a_chat_without_a_limit_stays_without() -> None:
+def test_no_limit() -> None:
+    """A chat without a limit stays without one."""
     request = request_for(CHAT, 8)
     del request["max_tokens"]
     assert "max_tokens" not in orjson.loads(follow_up(CHAT, request, SO_FAR, 2).body)
 
 
-def test_where_nothing_is_said_sglangs_own_limits_hold() -> None:
+def test_default_limits() -> None:
+    """Where the client says nothing, SGLang's own limits hold."""
     text = {"model": "lab", "prompt": "go", "stream": True}
     assert orjson.loads(follow_up(TEXT, text, SO_FAR, 2).body)["max_tokens"] == 16 - 2
     own = {"text": "go", "stream": True}
@@ -42,7 +45,8 @@ def test_where_nothing_is_said_sglangs_own_limits_hold() -> None:
     assert wish == own | {"text": "go t00 t01", "sampling_params": {"max_new_tokens": 128 - 2}}
 
 
-def test_messages_go_on_as_a_chat() -> None:
+def test_messages() -> None:
+    """A request for /v1/messages is continued as a chat."""
     source = {"type": "base64", "media_type": "image/png", "data": "QUJD"}
     content = [{"type": "text", "text": "What is it?"}, {"type": "image", "source": source}]
     request = request_for("/v1/messages", 8) | {"stop_sequences": ["END"], "temperature": 0, "top_k": 1}
@@ -72,7 +76,8 @@ def test_answer_with_all_its_tokens() -> None:
     assert orjson.loads(follow.body)["max_tokens"] == 1
 
 
-def test_what_only_its_last_event_lacks_needs_no_replica() -> None:
+def test_ending() -> None:
+    """An answer that only lacks its last events gets them here."""
     finished = Delivered(text=" t00", finish="length")
     assert ending(CHAT, request_for(CHAT, 1), finished) is None, "its usage is to be told"
     assert ending(CHAT, {"messages": MESSAGES}, finished) == b"data: [DONE]\n\n"

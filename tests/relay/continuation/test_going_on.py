@@ -39,7 +39,8 @@ def gone_on(path: str, request: dict[str, Any], so_far: Delivered, size: int) ->
 
 
 @given(paths, st.integers(1, 12), st.data())
-def test_a_stream_cut_anywhere_is_the_whole_one(path: str, tokens: int, data: st.DataObject) -> None:
+def test_cut_anywhere(path: str, tokens: int, data: st.DataObject) -> None:
+    """Wherever a stream is cut, and in whatever pieces it comes, first and second part are the whole one."""
     request = request_for(path, tokens)
     whole = b"".join(events(path, orjson.dumps(request)))
     cut = data.draw(st.integers(0, len(whole)))
@@ -58,7 +59,8 @@ def test_a_stream_cut_anywhere_is_the_whole_one(path: str, tokens: int, data: st
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_event_has_the_names_of_the_first_answer(path: str) -> None:
+def test_names(path: str) -> None:
+    """Every event has the id of the first answer, and no second beginning."""
     request = request_for(path, 4)
     first = b"".join(list(events(path, orjson.dumps(request)))[:3])
     so_far = delivered(path, [first])
@@ -95,14 +97,16 @@ def test_characters_of_several_bytes() -> None:
 # What is kept
 
 
-def test_a_piece_is_kept_as_it_came_and_not_copied() -> None:
+def test_kept_by_reference() -> None:
+    """A piece is kept as it came, and not copied."""
     keeper = Keeper(100, is_cumulative=False)
     piece = b"data: 1\n\n"
     assert keeper.take(piece) is piece
     assert keeper.pieces[0] is piece
 
 
-def test_the_begin_of_an_event_waits_for_its_end() -> None:
+def test_held_back() -> None:
+    """The beginning of an event waits for its end."""
     keeper = Keeper(100, is_cumulative=False)
     assert keeper.take(b"data: 1\n\nda") == b"data: 1\n\n"
     assert keeper.take(b"ta: 2\n") == b""
@@ -111,7 +115,8 @@ def test_the_begin_of_an_event_waits_for_its_end() -> None:
 
 
 @given(st.lists(st.sampled_from([b"data: 1", b"\n", b"\n\n", b"\r\n\r\n", b"\r"]), max_size=30), st.integers(1, 90))
-def test_nothing_is_lost_and_nothing_comes_twice_whatever_comes(parts: list[bytes], most: int) -> None:
+def test_all_passed_on(parts: list[bytes], most: int) -> None:
+    """Nothing is lost and nothing comes twice, whatever comes; what is kept is counted."""
     keeper, got = Keeper(most, is_cumulative=False), b""
     for part in parts:
         got += part if keeper.is_over else keeper.take(part)
@@ -120,14 +125,16 @@ def test_nothing_is_lost_and_nothing_comes_twice_whatever_comes(parts: list[byte
     assert got + keeper.held == b"".join(parts)
 
 
-def test_of_more_than_is_kept_nothing_is_kept() -> None:
+def test_too_much() -> None:
+    """Of a stream beyond the limit nothing is kept."""
     keeper = Keeper(20, is_cumulative=False)
     keeper.take(b"data: 1\n\n")
     assert keeper.take(b"data: 2\n\ndata: 3") == b"data: 2\n\ndata: 3"
     assert (keeper.is_over, keeper.pieces, keeper.size) == (True, [], 0)
 
 
-def test_of_events_that_say_all_each_time_the_last_is_kept() -> None:
+def test_cumulative() -> None:
+    """Of events that say everything each time the last one is kept."""
     keeper = Keeper(20, is_cumulative=True)
     for number in range(100):
         keeper.take(b"data: %d\n\n" % number)

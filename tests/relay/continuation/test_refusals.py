@@ -53,7 +53,8 @@ ROWS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("path", "more", "reason"), ROWS)
-def test_what_depends_on_more_than_its_text_is_told_as_broken(path: str, more: dict[str, Any], reason: str) -> None:
+def test_refused(path: str, more: dict[str, Any], reason: str) -> None:
+    """A stream that depends on more than its text does not continue, and each reason has its name."""
     with pytest.raises(CannotContinue) as refusal:
         follow_up(path, request_for(path, 8) | more, SO_FAR, 1)
     assert refusal.value.reason == reason
@@ -70,7 +71,8 @@ GOES_ON: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("path", "more"), GOES_ON)
-def test_what_depends_on_its_text_alone_goes_on(path: str, more: dict[str, Any]) -> None:
+def test_not_refused(path: str, more: dict[str, Any]) -> None:
+    """A stream that depends on its text alone continues, whatever it says of what it does not want."""
     assert not follow_up(path, request_for(path, 8) | more, SO_FAR, 1).is_muted
 
 
@@ -86,7 +88,8 @@ def test_undelivered_answer(more: dict[str, Any]) -> None:
     ("delta", "reason"),
     [({"tool_calls": [{}]}, "tools"), ({"reasoning_content": "hm"}, "reasoning"), ({"content": 7}, "unreadable")],
 )
-def test_what_was_delivered_may_say_so_itself(delta: dict[str, Any], reason: str) -> None:
+def test_delivered_refuses(delta: dict[str, Any], reason: str) -> None:
+    """What was delivered may show that the stream cannot continue."""
     event = b"data: " + orjson.dumps({"id": "x", "choices": [{"index": 0, "delta": delta}]}) + b"\n\n"
     with pytest.raises(CannotContinue) as refusal:
         delivered(CHAT, [event])
@@ -94,13 +97,15 @@ def test_what_was_delivered_may_say_so_itself(delta: dict[str, Any], reason: str
 
 
 @pytest.mark.parametrize("event", [b"data: {\n\n", b"data: 7\n\n", b"data: {}\n\n"])
-def test_events_that_are_none_of_the_formats_are_unreadable(event: bytes) -> None:
+def test_unreadable(event: bytes) -> None:
+    """Events in none of the formats are refused."""
     with pytest.raises(CannotContinue) as refusal:
         delivered(CHAT, [event])
     assert refusal.value.reason == "unreadable"
 
 
-def test_an_error_of_the_replicas_own_is_the_answers_end() -> None:
+def test_error_delivered() -> None:
+    """After an error event of the replica's own nothing continues."""
     with pytest.raises(CannotContinue) as refusal:
         delivered(CHAT, [b'data: {"error": {"message": "no"}}\n\n'])
     assert refusal.value.reason == "error"
@@ -123,7 +128,8 @@ def test_unreadable_bodies(body: bytes) -> None:
     assert refusal.value.reason == "body"
 
 
-def test_reasoning_after_text_is_no_continuation_of_it() -> None:
+def test_reasoning_after_text() -> None:
+    """Reasoning after text is no continuation of it."""
     follow = follow_up(CHAT, request_for(CHAT, 8), SO_FAR, 1)
     said = {"id": "y", "choices": [{"index": 0, "delta": {"reasoning_content": "hm"}, "finish_reason": None}]}
     with pytest.raises(CannotContinue) as refusal:
