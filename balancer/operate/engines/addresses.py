@@ -1,4 +1,4 @@
-"""Where a service's balancer listens and who may come in: as the flags of `groundserve up` say, else what is free."""
+"""Where a service's balancer listens and who may use it: what the flags of `groundserve up` say, else free ports."""
 
 import contextlib
 import socket
@@ -17,7 +17,7 @@ _LAST_PORT = 30999
 
 @dataclass(frozen=True, slots=True)
 class AddressFlags:
-    """What a person asked for: HOST:PORT each, port 0 being any free one, and None what suits us."""
+    """What the user asked for: HOST:PORT each; port 0 means any free port, None leaves the choice to us."""
 
     listen: str | None = None
     admin: str | None = None
@@ -27,13 +27,13 @@ class AddressFlags:
     join: str | None = None  # the name of a service whose endpoint is to be this one's, too
 
     def resolved(self, listen: str, admin: str) -> "Addresses":
-        """Those two, with what the flags say on who may come in."""
+        """These two addresses, with what the flags say about who may use them."""
         return Addresses(listen, admin, self.is_open, self.api_keys, self.admin_key)
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the balancer listens, HOST:PORT each, and who may come in: all, or whoever has a key of that file.
+    """Where the balancer listens, HOST:PORT each, and who may use it: everyone, or holders of a key in that file.
 
     `admin_key` is the file with the key for changes on the admin port; None: one of the service's own.
     """
@@ -49,7 +49,7 @@ class Addresses:
 
 
 class Listeners:
-    """The sockets that a balancer's two ports are, open until `close`, whichever process accepts on them."""
+    """The listening sockets of a balancer's two ports, open until `close`, whichever process accepts on them."""
 
     def __init__(self, endpoint: socket.socket, admin: socket.socket) -> None:
         self.endpoint = endpoint
@@ -61,9 +61,9 @@ class Listeners:
 
 
 def open_listeners(flags: AddressFlags) -> tuple[Addresses, Listeners]:
-    """What was asked for, else the first free pair from 30001 on; from here on nobody else can have these ports.
+    """Opens the ports that were asked for, else the first free pair from 30001 on. From now on they are ours.
 
-    Raises ConfigError when a port that was asked for is taken, or an address wants a word on who may come in.
+    Raises ConfigError if a requested port is taken, or if an address beyond loopback comes without a key or --open.
     """
     _check_admin(flags)
     with contextlib.ExitStack() as unused:
@@ -90,10 +90,10 @@ def open_listeners(flags: AddressFlags) -> tuple[Addresses, Listeners]:
 
 
 def choose_addresses(flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
-    """For a balancer that opens its ports itself, later: what was asked for, else where the record says that the
-    service serves, else the first free pair from 30001 on.
+    """For a balancer that opens its ports itself, later: what was asked for, else the addresses in the record, else the
+    first free pair from 30001 on.
 
-    Raises ConfigError when a port that was asked for is taken, or an address wants a word on who may come in.
+    Raises ConfigError if a requested port is taken, or if an address beyond loopback comes without a key or --open.
     """
     _check_admin(flags)
     if record is not None and flags.listen in (None, record.listen) and flags.admin in (None, record.admin):
@@ -110,7 +110,7 @@ def choose_addresses(flags: AddressFlags, record: DetachedRecord | None = None) 
 
 
 def _check_admin(flags: AddressFlags) -> None:
-    """Raises ConfigError where everyone who reaches the admin port could look, and nobody said that they may."""
+    """Raises ConfigError if the admin port would be readable beyond loopback without a key or --open."""
     if flags.admin is not None and not flags.is_open and flags.admin_key is None and not is_loopback_name(flags.admin):
         raise ConfigError(
             f"--admin {flags.admin} is not loopback: give --admin-key FILE, or say --open to let everyone who reaches "
@@ -119,7 +119,7 @@ def _check_admin(flags: AddressFlags) -> None:
 
 
 def _split(address: str) -> tuple[str, int]:
-    """Host and port; port -1 where there is none."""
+    """Host and port; port -1 if there is none."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port) if port.isdecimal() else -1
 
@@ -132,7 +132,7 @@ def _checked(flag: str, address: str) -> tuple[str, int]:
 
 
 def _address_of(listener: socket.socket, wanted: str | None) -> str:
-    """HOST:PORT, the host as it was written."""
+    """HOST:PORT, with the host as the user wrote it."""
     host = wanted.rpartition(":")[0] if wanted is not None else "127.0.0.1"
     return f"{host}:{listener.getsockname()[1]}"
 

@@ -1,4 +1,4 @@
-"""The balancer in front of a service's replicas, as the controller needs it: kept up, told of the replicas, asked."""
+"""The balancer in front of a service's replicas, as the controller uses it."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -39,15 +39,15 @@ class BalancerHandle(ABC):
     @property
     @abstractmethod
     def is_leaving(self) -> bool:
-        """Does an earlier process still finish the answers that it began? It alone knows which replicas they need."""
+        """Is a replaced process still finishing its answers? Only that process knows which replicas they need."""
 
     @abstractmethod
     async def keep_up(self) -> None:
-        """Starts it where it does not run; raises CannotStart when it never will."""
+        """Starts it if it is not running; raises CannotStart if it never will."""
 
     @abstractmethod
     async def renew(self, recipe: Recipe) -> None:
-        """Has it do as this recipe says: policy, limits and probe while requests go on; a certificate's place anew."""
+        """Applies this recipe: policy, limits and probe at once; another certificate by another process."""
 
     @abstractmethod
     async def stop(self, hurry: asyncio.Event) -> None:
@@ -69,7 +69,7 @@ class BalancerHandle(ABC):
         return snapshot
 
     def _new_client(self) -> httpx.AsyncClient:
-        """One with no connection to a process that is not asked any more."""
+        """A client without connections to an earlier process."""
         return httpx.AsyncClient(
             base_url=f"http://{self.admin}",
             headers=bearing(self._key),
@@ -87,6 +87,6 @@ class BalancerHandle(ABC):
 
 
 def service_file_for(recipe: Recipe) -> str:
-    """What the balancer of this recipe is given as its service file."""
+    """The service file that the balancer of this recipe is started with."""
     # There is no other load balancer in front that has to notice first that this one leaves.
     return recipe.spec.for_balancer(recipe.readiness_probe, {"drain_grace": 0})

@@ -1,4 +1,4 @@
-"""One child process with a log, on a leash: asked to end, made to end, and gone when we are gone."""
+"""One child process with a log, on a leash: it is stopped or killed, and never outlives us."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ class Child:
         return code if code is None or code >= 0 else 128 - code
 
     async def stop(self, grace: float | None, number: signal.Signals = signal.SIGTERM) -> None:
-        """Returns when it is gone with all that it started: asked first, killed after `grace` seconds, if any."""
+        """Returns when it and all that it started are gone: signalled, and killed after `grace` seconds, if given."""
         self.signal(number)
         try:
             await asyncio.wait_for(asyncio.shield(self._watch), grace)

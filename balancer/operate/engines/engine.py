@@ -1,4 +1,4 @@
-"""What an engine is asked: whether it can run a service, and to run it. When to start or stop what, others decide."""
+"""The interface of an engine: whether it can run a service, and how it runs one. The controller decides what runs."""
 
 import asyncio
 import os
@@ -51,7 +51,7 @@ _HOPELESS = {2, 78, 126, 127}
 
 
 class Engine(Protocol):
-    """One way to run a service: its replicas, and the balancer in front of them. An object is for one service.
+    """One way to run a service: its replicas and the balancer in front of them. Each object is for one service.
 
     `suits`, `fit`, `placement` and `take_down` may be called at any time, in any process. `prepare` comes before all
     that follows it here, and `found` before the first `start`.
@@ -65,16 +65,16 @@ class Engine(Protocol):
     changed: asyncio.Event
 
     def suits(self, recipe: Recipe) -> bool:
-        """Would it do for this service on this machine, so that nobody need name it? Starts nothing."""
+        """May --on auto choose it for this service on this machine? Starts nothing."""
 
     def fit(self, recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
-        """The recipe with what one replica gets here and how many there can be, and all there is to warn of.
+        """The recipe, completed with what one replica gets here and how many fit; and warnings.
 
-        `running` replicas of the service run already. Raises ConfigError when it cannot run here.
+        `running` replicas of the service are running already. Raises ConfigError if the service cannot run here.
         """
 
     def placement(self, recipe: Recipe) -> list[str]:
-        """For a person: a line for each GPU that says which replica would get it. `recipe` has been fitted."""
+        """For people: a line for each GPU, saying which replica would get it. `recipe` is a fitted one."""
 
     def take_down(self) -> None:
         """Ends and removes all that is left of a service whose controller is gone; raises ConfigError."""
@@ -90,7 +90,7 @@ class Engine(Protocol):
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """The headers by which its replicas let us in."""
+        """The headers that its replicas require of us."""
 
     async def found(self) -> tuple[Survivor, ...]:
         """Takes over what an earlier controller left running."""

@@ -74,7 +74,7 @@ def _keep(reading: int, log: RotatedLog) -> None:
 
 
 def _open_descriptors() -> list[int]:
-    """Those that we were started with, besides the three that everyone has."""
+    """The descriptors that we were started with, besides the three standard ones."""
     found = []
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are all that is wanted
         with contextlib.suppress(OSError):  # it was the one that listed them
@@ -84,7 +84,7 @@ def _open_descriptors() -> list[int]:
 
 
 def _start(command: list[str], ignored: set[signal.Signals], handed_over: list[int], out: int | None = None) -> int:
-    """Starts the command, which alone keeps what was handed over: a port must not stay open because of its leash."""
+    """Starts the command, which alone keeps the inherited descriptors: no port may stay open because of a leash."""
     leash = os.getpid()
     pid = os.fork()
     if pid:

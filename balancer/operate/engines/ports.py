@@ -1,4 +1,4 @@
-"""Ports of this machine: which are free, who has the others, and sockets that listen on them."""
+"""Ports of this machine: which are free, which process has the others, and sockets that listen on them."""
 
 import contextlib
 import errno
@@ -41,7 +41,7 @@ def free_ports(count: int, among: Iterable[int] | None = None) -> list[int]:
 
 
 def is_free(host: str, port: int) -> bool:
-    """Could a server listen there now? Raises ConfigError where nobody here ever can."""
+    """Could a server listen there now? Raises ConfigError if the address can never be listened on here."""
     probe = _bound(host, port)
     if probe is not None:
         probe.close()
@@ -49,9 +49,9 @@ def is_free(host: str, port: int) -> bool:
 
 
 def listen_on(host: str, port: int) -> socket.socket | None:
-    """A socket that listens there, port 0 being any free one; None where another one does already.
+    """A socket that listens there; port 0 means any free port. None if another socket listens there already.
 
-    Raises ConfigError where nobody here ever can.
+    Raises ConfigError if the address can never be listened on here.
     """
     listener = _bound(host, port)
     if listener is not None:
@@ -65,7 +65,7 @@ def listen_on(host: str, port: int) -> socket.socket | None:
 
 
 def user_of(port: int) -> str:
-    """Who listens on a port of this machine, for a person: " by process 123 (nginx)", or " by user www"."""
+    """Who listens on a port of this machine, as words for a message: " by process 123 (nginx)" or " by user www"."""
     for inode, user in _listening(port):
         for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
             with contextlib.suppress(OSError):  # it ended meanwhile, or is none of ours to look at
@@ -89,7 +89,7 @@ def _listening(port: int) -> Iterator[tuple[str, int]]:
 
 
 def _command(process: str) -> str:
-    """What a process was started as, without the interpreter in front and in as many words as tell it."""
+    """The command line of a process, shortened, with only the name of the program."""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")
         if shown := " ".join(Path(word).name if at == 0 else word for at, word in enumerate(words) if word):
@@ -98,7 +98,7 @@ def _command(process: str) -> str:
 
 
 def _bound(host: str, port: int) -> socket.socket | None:
-    """None where another socket is in the way."""
+    """A socket bound to that address; None if another socket is in the way."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -65,9 +65,10 @@ async def serving(path: Path, answer: Answer) -> AsyncIterator[None]:
 
 
 def ask(path: Path, request: Mapping[str, Any], say: Say | None = None, timeout: float | None = 10) -> Any:
-    """What the controller answers. Raises NotUp, and ConfigError with the controller's own words.
+    """Sends a request to the controller and returns its answer.
 
-    `say` gets what it says meanwhile; `timeout` is how long it may say nothing, in seconds.
+    `say` is called with each progress line; `timeout` is the longest silence allowed, in seconds. Raises NotUp, and
+    ConfigError with the controller's own message.
     """
     try:
         with _short(path) as short, socket.socket(socket.AF_UNIX) as connection:
@@ -95,7 +96,7 @@ def ask(path: Path, request: Mapping[str, Any], say: Say | None = None, timeout:
 
 @contextlib.contextmanager
 def _short(path: Path) -> Iterator[str]:
-    """The same socket by a path that always fits: an address may have 107 bytes only."""
+    """The same socket by a short path: the address of a unix socket is limited to 107 bytes."""
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{folder}/{path.name}"

@@ -1,4 +1,4 @@
-"""The process that runs a service, known so well that no other one is ever taken for it."""
+"""The process that runs a service, identified so that no other process is ever mistaken for it."""
 
 import contextlib
 import json
@@ -14,8 +14,8 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process id means one process only beside its host and when that process started: the folder may lie on a
-    disk that several hosts share, and a process id is given again.
+    """A process id identifies a process only together with its host and start time: several hosts may share the disk
+    that the folder is on, and process ids are reused.
     """
 
     pid: int
@@ -28,13 +28,13 @@ class Holder:
 
     @classmethod
     def ours(cls) -> Self:
-        """This very process, from now on."""
+        """This process, as the holder from now on."""
         pid = os.getpid()
         return cls(pid, _started(pid) or 0, _boot(), socket.gethostname(), time.time())
 
     @classmethod
     def from_text(cls, text: str) -> Self | None:
-        """None where the text is not one that `to_text` made."""
+        """None if the text was not written by `to_text`."""
         try:
             said = json.loads(text)
             return cls(int(said["pid"]), int(said["started"]), str(said["boot"]), said["host"], float(said["since"]))
@@ -46,11 +46,11 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Does it live where we can see it: on this host, and in no container that hides it?"""
+        """Is it alive and visible from here: on this host, and not hidden in a container?"""
         return self.boot == _boot() and self.started == _started(self.pid)
 
     def signal(self, number: signal.Signals) -> None:
-        """Reaches it or nobody. Raises PermissionError for another user's."""
+        """Signals this process and never another one. Raises PermissionError if it belongs to another user."""
         with contextlib.suppress(ProcessLookupError):
             # From here on the descriptor means one process, whoever gets its number.
             descriptor = os.pidfd_open(self.pid)

@@ -1,7 +1,7 @@
 """The keys of a local service: who may tell its balancer of replicas, and who may ask its replicas.
 
-Without them anybody on the machine could do both, because loopback is everyone's. A key is drawn once for each service
-and lies in its folder, which is its owner's alone; others are told where it is, never what it is.
+Without them any user of the machine could do both, because everybody can connect to loopback. A key is generated once
+for each service and kept in its folder, which only the owner can read; output names the file, never the key.
 """
 
 import os
@@ -24,7 +24,7 @@ _OWN = re.compile(r"--(admin-)?api-key(=.*)?|--config(=.*)?", re.DOTALL)
 
 
 def drawn(path: Path, mode: int = 0o600) -> str:
-    """The key in this file, which is made where there is none; raises BrokenState."""
+    """The key in this file, generated if there is none; raises BrokenState."""
     key = (read_whole(path) or "").strip()
     if key and not usable(key):
         raise broken(path, "it holds no key")
@@ -40,7 +40,7 @@ def drawn(path: Path, mode: int = 0o600) -> str:
 
 
 def given(path: Path, flag: str) -> str:
-    """The key in a file that somebody else keeps; raises ConfigError."""
+    """The key in a file that the user provides; raises ConfigError."""
     key = text_file.read(path, f"{flag} {path}", "a file with a key").strip()
     if not usable(key):
         raise ConfigError(f"{flag} {path}: one line with a key is wanted there")
@@ -48,7 +48,7 @@ def given(path: Path, flag: str) -> str:
 
 
 def bearing(key: str) -> dict[str, str]:
-    """The header of whoever has this key."""
+    """The header that presents this key."""
     return {"Authorization": f"Bearer {key}"}
 
 
@@ -57,7 +57,7 @@ def usable(key: str) -> bool:
 
 
 def brings_its_own(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> bool:
-    """Does the service file say itself who may ask the replicas?"""
+    """Does the service file configure API keys for its replicas itself?"""
     assert recipe.launch is not None
     more = {**environ, **recipe.envs(0, 0)}.get("SGLANG_ARGS", "")
     return any(_OWN.fullmatch(flag) for flag in (*recipe.launch.flags, *more.split()))

@@ -33,7 +33,7 @@ class DetachedRecord:
 
 
 class ServiceFolder:
-    """Where one service keeps its files. They stay after it went down; only the lock says that it is up."""
+    """The files of one service. They stay after it has gone down; only the lock says whether it is up."""
 
     def __init__(self, root: Path, name: str) -> None:
         self.name = name
@@ -72,7 +72,7 @@ class ServiceFolder:
         return lock
 
     def sign(self, lock: TextIO) -> None:
-        """Leaves word in the lock of who we are, for `down` to use when nothing else works."""
+        """Writes into the lock file who we are, so that `down` can end us when nothing else works."""
         lock.truncate(0)
         lock.write(Holder.ours().to_text())
         lock.flush()
@@ -82,7 +82,7 @@ class ServiceFolder:
         return self._signed() if self.is_up() else None
 
     def is_up(self) -> bool:
-        """Does a `groundserve up` hold the lock now? Raises BrokenState where nobody can tell."""
+        """Does a `groundserve up` hold the lock now? Raises BrokenState if that cannot be determined."""
         try:
             with self._lock_file.open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -96,12 +96,12 @@ class ServiceFolder:
 
     @property
     def is_detached(self) -> bool:
-        """Does the service serve on without its controller? Raises BrokenState."""
+        """Is the service still serving although its controller is gone? Raises BrokenState."""
         return os.path.lexists(self._detached_file) and not self.is_up()
 
     @property
     def detached_record(self) -> DetachedRecord | None:
-        """Of a service that serves on without its controller; None where none does. Raises BrokenState."""
+        """The record of a service whose controller is gone; None if there is nothing left of it. Raises BrokenState."""
         text = read_whole(self._detached_file) if self.is_detached else None
         if text is None:
             return None
@@ -115,18 +115,18 @@ class ServiceFolder:
         return DetachedRecord(*values)
 
     def write_detached_record(self, record: DetachedRecord) -> None:
-        """From now on the service would outlive its controller. Raises BrokenState."""
+        """Call it before anything is started that outlives the controller. Raises BrokenState."""
         write_whole(self._detached_file, json.dumps(asdict(record)))
 
     def remove_detached_record(self) -> None:
-        """Nothing of the service is left. Raises BrokenState."""
+        """Call it when nothing of the service is running any more. Raises BrokenState."""
         try:
             self._detached_file.unlink(missing_ok=True)
         except OSError as failure:
             raise broken(self._detached_file, failure.strerror) from None
 
     def write_service_file(self, text: str) -> Path:
-        """Makes the file anew, whole at any moment, for a balancer that looks at it again and again.
+        """Replaces the file atomically, because a running balancer rereads it.
 
         A readiness probe's headers may hold a key. Other users are kept from it by our own folder's mode; inside a
         container that is given only the inner folder, its user can read it. Raises BrokenState.
@@ -144,7 +144,7 @@ class ServiceFolder:
         return self.path / f"replica-{id}.log"
 
     def replica_logs(self) -> list[Path]:
-        """Of all replicas that there were, in order of their numbers."""
+        """The logs of all replicas, past ones included, in order of their numbers."""
         return [log for _, log in sorted(self._numbered_logs())]
 
     def trim_replica_logs(self, there: set[int]) -> None:
@@ -175,7 +175,7 @@ class ServiceFolder:
 
 
 def state_root(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder with one folder a service."""
+    """The folder that holds a folder for each service."""
     base = environ.get("XDG_STATE_HOME") or ""
     # The specification: a path that is not absolute is to be ignored.
     home = Path(base) if base.startswith("/") else Path("~/.local/state").expanduser()
@@ -183,7 +183,7 @@ def state_root(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def folders(root: Path) -> list[ServiceFolder]:
-    """All services that ever were, in order of their names; raises BrokenState where nobody can tell."""
+    """Every service that has ever run, in order of name; raises BrokenState if that cannot be determined."""
     try:
         names = sorted(path.name for path in root.iterdir() if path.is_dir() and not _has_none(path / "lock"))
     except FileNotFoundError:
@@ -194,7 +194,7 @@ def folders(root: Path) -> list[ServiceFolder]:
 
 
 def _has_none(path: Path) -> bool:
-    """Is it certain that there is no such file?"""
+    """Does the file certainly not exist?"""
     try:
         path.lstat()
     except PermissionError:
@@ -205,7 +205,7 @@ def _has_none(path: Path) -> bool:
 
 
 def _lock(lock: TextIO) -> None:
-    """Raises AlreadyUp when it is held for longer than by somebody who looks."""
+    """Raises AlreadyUp if it is held for longer than a mere look takes."""
     give_up = time.monotonic() + _CLAIMING
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Small files of a service's state: whole at any moment, and a clear line for one that cannot be used."""
+"""Small files of a service's state: written atomically, with a clear message for one that cannot be used."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ class BrokenState(ConfigError):
 
 
 def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
-    """Puts the file in its place at once, old or new but never half, be it that power fails. Raises BrokenState."""
+    """Writes the file atomically: even after a power failure it is the old one or the new one. Raises BrokenState."""
     fresh = path.with_name(f"{path.name}.new")
     try:
         _write(fresh, path, text, mode)
@@ -40,7 +40,7 @@ def _write(fresh: Path, path: Path, text: str, mode: int) -> None:
 
 
 def read_whole(path: Path) -> str | None:
-    """What the file holds, None where there is none; raises BrokenState."""
+    """The content of the file, None if there is no file; raises BrokenState."""
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:

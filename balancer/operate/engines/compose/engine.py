@@ -171,7 +171,7 @@ class ComposeEngine:
         self._replicas[id] = _Replica(container, following, started, fetching)
 
     async def _follow(self, id: int, container: Container) -> None:
-        """Until the container ended; then nothing is left of it but its log."""
+        """Follows the log until the container ends, then removes the container."""
         log = self._folder.replica_log(id)
         over = await self._project.follow(container.id, log)
         replica = self._replicas.pop(id)
@@ -213,5 +213,5 @@ def replica_overlay(id: int, recipe: Recipe) -> dict[str, Any]:
 
 
 def _literal(text: str) -> str:
-    """Compose fills variables in wherever there is a single dollar."""
+    """Escapes dollars, which Compose would expand as variables."""
     return text.replace("$", "$$")

@@ -75,9 +75,9 @@ class LocalBalancer(BalancerHandle):
         return bool(self._leaving)
 
     async def keep_up(self) -> None:
-        """Starts the process when none runs and its back-off is over; the first time in a row there is none.
+        """Starts the process if none is running and the back-off is over; the first restart in a row is immediate.
 
-        Raises CannotStart when it ended before it ever answered: then it will not do better another time.
+        Raises CannotStart if it ended before it ever answered: another try would end in the same way.
         """
         if self._child is not None and self._child.code is not None:
             self._child = None
@@ -161,7 +161,7 @@ class LocalBalancer(BalancerHandle):
         self._introduction = asyncio.create_task(introduce())
 
     async def _forget_process(self) -> None:
-        """None of what was between us and a process is for the next one."""
+        """Drops the connections and the pending request to a process that has ended or is being replaced."""
         self._answers = False
         if self._introduction is not None:
             self._introduction.cancel()
@@ -171,7 +171,7 @@ class LocalBalancer(BalancerHandle):
         self._client = self._new_client()
 
     async def _unless_it_ends(self, asking: Coroutine[Any, Any, T]) -> T | None:
-        """What it answers; None when its process ends first. The port stays open, so nothing else would tell."""
+        """Its answer; None if its process ends first. As the port stays open, no connection error would tell."""
         if self._child is None:
             asking.close()
             return None
@@ -230,6 +230,6 @@ class LocalBalancer(BalancerHandle):
 
 
 def _is_leaving(snapshot: Snapshot, listing: Listing) -> bool:
-    """Does the process end, though it was not told that the service does?"""
+    """Is the process shutting down although the service is not?"""
     is_told = listing.service is not None and listing.service.status == ServiceStatus.SHUTTING_DOWN
     return snapshot.service.status is ServiceStatus.SHUTTING_DOWN and not is_told

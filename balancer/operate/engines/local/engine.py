@@ -50,7 +50,7 @@ class LocalEngine:
         self._stopping: set[int] = set()
 
     def suits(self, recipe: Recipe) -> bool:
-        """Where `run:` starts SGLang, that has to be installed."""
+        """If `run:` starts SGLang, SGLang has to be installed."""
         return recipe.launch is None or importlib.util.find_spec("sglang") is not None
 
     def fit(self, recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
@@ -134,7 +134,7 @@ class LocalEngine:
         return tuple(unasked)
 
     async def close(self) -> None:
-        """The ports, if no balancer closed them."""
+        """Closes the ports, if no balancer did."""
         if self._ports_of_balancer is not None:
             self._ports_of_balancer[1].close()
 
