@@ -142,6 +142,7 @@ class Proxy:
         deaths = 0
         most_kept = settings.max_continued_bytes if settings.continue_broken and _may_go_on(request) else 0
         going: GoingOn | None = None
+        digest = b""  # by which the request is known where replicas died, once one has
         self._refuse_killer(destination, request)
         destination.budget.deposit()
         while True:
@@ -159,17 +160,18 @@ class Proxy:
             finally:
                 place.end(outcome, record)
             if outcome is Outcome.ANSWERED:
-                if deaths:
-                    self._acquit(destination, request)
+                if digest:
+                    destination.deaths.acquit(digest)
                 return
             if outcome not in UNTAKEN:
                 deaths += 1
-                self._note_death(destination, place, request, outcome)
+                digest = self._note_death(destination, place, request, outcome)
             if going is None or outcome not in UNTAKEN:  # else it is still the first one that the client is told of
                 error = final_error(outcome, settings, record.full_for or FULL_FOR, deaths)
             if going is None and relay.has_begun:
                 going = self._going_on(destination, relay, request, record, error)
                 if going.ending is not None:
+                    destination.deaths.acquit(digest)
                     reply.body(going.ending)
                     reply.end()
                     return
@@ -195,14 +197,13 @@ class Proxy:
         if deaths and request.is_generating and deaths.kills(digest_of(request.path, request.body), self._loop.time()):
             raise errors.kills_replicas(REFUSED_FOR)
 
-    def _note_death(self, destination: Destination, place: Place, request: Request, outcome: Outcome) -> None:
-        if outcome in (Outcome.LOST, Outcome.BROKEN) and request.is_generating and request.body:
-            digest = digest_of(request.path, request.body)
-            destination.deaths.note(place.replica, digest, self._loop.time())
-
-    def _acquit(self, destination: Destination, request: Request) -> None:
-        if request.body:
-            destination.deaths.acquit(digest_of(request.path, request.body))
+    def _note_death(self, destination: Destination, place: Place, request: Request, outcome: Outcome) -> bytes:
+        """Returns the request's digest, or nothing for one that says nothing of why its replica went away."""
+        if outcome not in (Outcome.LOST, Outcome.BROKEN) or not request.is_generating or not request.body:
+            return b""
+        digest = digest_of(request.path, request.body)
+        destination.deaths.note(place.replica, digest, self._loop.time())
+        return digest
 
     # Of answers that break
 

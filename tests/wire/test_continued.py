@@ -259,6 +259,26 @@ async def test_poison_cleared() -> None:
 
 
 @on_uvloop
+async def test_acquitted() -> None:
+    """A request that was there when two replicas died, and came to its end each time, is not refused."""
+    slow = {"token_interval": 0.02}
+    async with (
+        LabReplica(**slow) as a,
+        LabReplica(**slow) as b,
+        LabReplica() as c,
+        serving(a, b, c, ready_interval=0.2) as house,
+    ):
+        for name, replica in (("a", a), ("b", b)):
+            prefer(house, name, "c")
+            asking = asyncio.ensure_future(house.ask(asked("/generate")))
+            await flowing(house, 1)
+            replica.fall()
+            assert (await asking).is_whole
+        assert [line["attempts"] for line in await house.logged(2)] == [2, 2]
+        assert (await house.ask(asked("/generate"))).status == 200
+
+
+@on_uvloop
 async def test_innocents() -> None:
     """Streams that lose two replicas, one after the other, are broken, and none of them is refused after that."""
     slow = {"token_interval": 0.02}

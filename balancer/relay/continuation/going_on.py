@@ -54,7 +54,7 @@ class GoingOn:
             follow_up(request.path, self._wish, self._so_far, 0)
 
     async def follow_up(self, replica: ReplicaAddress, exchange: Exchange) -> tuple[Request, Translation | None]:
-        """What to send to that member, and how to take its answer; raises CannotContinue, or Unasked."""
+        """What to send to that replica, and how to take its answer; raises CannotContinue, or Unasked."""
         if self._is_untouched:
             return self._request, None
         request, so_far = self._request, self._so_far
