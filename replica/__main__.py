@@ -19,7 +19,6 @@ from replica.kinds import is_of_kind
 from replica.options import Options, OptionsError, read
 from replica.store.cache import Cache
 from replica.store.errors import StoreError
-from replica.store.pull import pull
 from replica.weights import WeighError, weigh
 
 
@@ -102,6 +101,8 @@ def fetch(preset: presets.Preset, options: Options, environ: Mapping[str, str]) 
     has_client = importlib.util.find_spec("huggingface_hub") is not None  # SGLang's own requirement
     if elsewhere or not has_client or is_on(environ, "HF_HUB_OFFLINE") or is_on(environ, "SGLANG_USE_MODELSCOPE"):
         return
+    from replica.store.pull import pull  # what it needs comes with SGLang alone
+
     cache = Cache.of(environ)
     if not cache.is_writable:
         return

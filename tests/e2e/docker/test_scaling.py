@@ -128,7 +128,7 @@ def test_a_stopped_replica_ends_its_ten_second_stream_first(lab: Project) -> Non
     assert exit_code == 0
 
 
-def test_kill_9_costs_only_what_was_on_that_replica(lab: Project) -> None:
+def test_kill_9_costs_nothing(lab: Project) -> None:
     async def kill() -> tuple[Traffic, str, list[Outcome]]:
         async with traffic(lab.url(), CLIENTS, tokens=TOKENS) as seen:
             await seen.more(CLIENTS)
@@ -139,11 +139,8 @@ def test_kill_9_costs_only_what_was_on_that_replica(lab: Project) -> None:
         return seen, victim.member, [one for one in seen.outcomes if one.asked < killed]
 
     seen, member, asked_before = asyncio.run(kill())
-    assert seen.lost, "the replica had streams on it"
-    assert all(one in asked_before for one in seen.lost), "no request that came later was lost"
-    for one in seen.lost:
-        assert one.status == 502 or (one.status == 200 and one.member == member), one
-        assert one.error, "a client is told"
+    assert any(one.member == member for one in asked_before), "the replica had streams on it"
+    assert seen.lost == []
 
 
 def test_paused_replica(lab: Project) -> None:

@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from tests.e2e.docker.conftest import LAB_FILES
-from tests.e2e.docker.project import Project, until
+from tests.e2e.docker.project import Project
+from tests.support.until import wait_until
 
 pytestmark = pytest.mark.docker
 
@@ -30,13 +31,13 @@ def test_requests_go_by_their_model(two: Project) -> None:
             data = client.get("/v1/models").json()["data"]
             return {entry["id"] for entry in data if entry["status"] == "READY"}
 
-        assert until(lambda: listed() >= {"lab/lab", "lab/other"} and listed(), "both are ready") == {
-            "lab/lab", "first", "lab/other", "other",
+        assert wait_until(listed, "both are ready", fits=lambda ids: ids >= {"lab", "lab/other"}) == {
+            "lab", "first", "lab/other", "other",
         }  # fmt: skip
         members = {
             model: client.post("/v1/chat/completions", json=BODY | {"model": model}).headers["x-replica-id"]
-            for model in ("lab/lab", "first", "lab/other", "other")
+            for model in ("lab", "first", "lab/other", "other")
         }
-        assert members["lab/lab"] == members["first"] == two.containers("replica")[0].member
+        assert members["lab"] == members["first"] == two.containers("replica")[0].member
         assert members["lab/other"] == members["other"] == two.containers("replica-2")[0].member
         assert client.post("/v1/chat/completions", json=BODY | {"model": "none"}).status_code == 404

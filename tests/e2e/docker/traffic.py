@@ -42,7 +42,7 @@ async def ask(client: httpx.AsyncClient, outcome: Outcome, tokens: int) -> Outco
                     outcome.is_done = True
                 elif line.startswith("data: "):
                     _note(outcome, json.loads(line.removeprefix("data: ")))
-                elif line:
+                elif line and not line.startswith(":"):  # that would be a comment
                     outcome.error = line
     except httpx.HTTPError as error:
         outcome.error = f"{type(error).__name__}: {error}"
