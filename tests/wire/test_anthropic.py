@@ -87,7 +87,8 @@ ENDS = {
 async def test_what_goes_wrong_later_has_anthropics_shape_too(row: tuple[dict[str, object], int, str, str]) -> None:
     knobs, status, expected, retry_after = row
     is_there = "ready" not in knobs
-    async with LabReplica(**knobs) as a, serving(a, ready=is_there, start_wait=0, first_byte_timeout=0.5) as house:
+    settings = {"start_wait": 0, "first_byte_timeout": 0.5, "queue_timeout": 5}  # too short to wait out the 7 seconds
+    async with LabReplica(**knobs) as a, serving(a, ready=is_there, **settings) as house:
         answer = await house.ask(request(path=MESSAGES, body=chat()))
         assert (answer.status, kind(answer), answer.header("retry-after")) == (status, expected, retry_after)
 

@@ -115,7 +115,7 @@ async def test_what_goes_wrong_later_comes_as_an_event(row: tuple[dict[str, Any]
     knobs, kind, code = row
     async with (
         LabReplica(head_delay=0.3, **knobs) as a,
-        serving(a, keep_alive_comments=0.1, first_byte_timeout=0.6) as house,
+        serving(a, keep_alive_comments=0.1, first_byte_timeout=0.6, queue_timeout=1) as house,
     ):
         error = told(await house.ask(request(path=path, body=BODY)))
         assert error["message"]
