@@ -233,7 +233,7 @@ async def test_it_has_room_for_64_viewers_and_says_so_to_the_next() -> None:
         assert (await clients[64].answer("GET")).status == 503
         for client in clients:
             client.leave()
-        await until(lambda: not house.balancer.feed.is_full)
+        await until(lambda: not house.balancer.services.feeds[0].is_full)
 
 
 # What the start refuses
