@@ -22,6 +22,7 @@ class ClosedLoop:
         self.requests = itertools.cycle([chat_post(url, body, key) for body in bodies])
         self.seconds: list[float] = []  # of each answer
         self.errors: Counter[str] = Counter()
+        self.heard = asyncio.Event()  # since the phase that counts began: an answer, or anything that went wrong at all
         self.stopping = False
         self.idle = asyncio.Event()  # stopped, and all connections are closed
         self.in_flight = 0  # connections that are open or being opened
@@ -33,7 +34,9 @@ class ClosedLoop:
             self.connect()
         await asyncio.sleep(warmup)
         before = len(self.seconds)
-        measured = await phase.run()
+        if not self.errors:
+            self.heard.clear()
+        measured = await phase.run(self.heard)
         counted = self.seconds[before : len(self.seconds)]
         self.stopping = True
         if self.in_flight:
@@ -59,10 +62,14 @@ class ClosedLoop:
                 lambda: Worker(self), *self.address, ssl=self.tls
             )
         except OSError as error:
-            self.errors[f"connect: {error}"] += 1
+            self.wrong(f"connect: {error}")
             self.leave()
         else:
             worker.send()
+
+    def wrong(self, reason: str) -> None:
+        self.errors[reason] += 1
+        self.heard.set()
 
     def lost(self) -> None:
         """A connection is closed; another takes its place, as nginx asks after each thousandth request."""
@@ -97,15 +104,16 @@ class Worker(Exchange):
         body, self.body = self.body, b""
         if status == 200 and body == self.expected:
             self.loop.seconds.append(time.monotonic() - self.sent_at)
+            self.loop.heard.set()
         else:
-            self.loop.errors[f"status {status}, body {body[:80]!r}"] += 1
+            self.loop.wrong(f"status {status}, body {body[:80]!r}")
         if keep_alive and not self.loop.stopping:
             self.send()
         else:
             self.transport.close()
 
     def failed(self, reason: str) -> None:
-        self.loop.errors[reason] += 1
+        self.loop.wrong(reason)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

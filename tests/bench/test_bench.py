@@ -7,6 +7,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from xml.etree import ElementTree
@@ -50,12 +51,13 @@ def program(text: str) -> Iterator[subprocess.Popen]:
 
 
 @contextmanager
-def server_that_says(answer: bytes) -> Iterator[str]:
-    """A server that answers whatever comes with the same bytes and closes."""
+def server_that_says(answer: bytes, after: float = 0.0) -> Iterator[str]:
+    """A server that answers whatever comes, so many seconds later, with the same bytes and closes."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             self.request.recv(65536)
+            time.sleep(after)
             self.request.sendall(answer)
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
@@ -157,6 +159,16 @@ def test_a_wrong_answer_is_an_error_not_a_fast_one(mode: str, answer: bytes, com
         result = generate(mode, url, count=1, seconds=0.05, warmup=0.05)
     assert complaint in next(iter(result["errors"]))
     assert not result.get("count")
+
+
+def test_a_phase_goes_on_until_something_is_answered() -> None:
+    body = messages.small_answer()
+    answer = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    with server_that_says(answer, after=0.5) as url:
+        result = generate("requests", url, count=1, seconds=0.05, warmup=0.05)
+    assert result["errors"] == {}
+    assert result["count"] == 1
+    assert result["end"] - result["start"] > 0.3
 
 
 def test_nobody_there_is_an_error() -> None:
