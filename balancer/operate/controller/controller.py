@@ -59,6 +59,7 @@ class Controller:
         self._updates: list[asyncio.Future[UpdateResult]] = []
         self._is_closing = False
         self._hurry = asyncio.Event()
+        self._telling = asyncio.Lock()  # an older list must not arrive after a newer one
         self._stopping: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -113,6 +114,8 @@ class Controller:
                 if replica.version == before.version:
                     self._keep(replace(replica, version=recipe.version))
             await self._renew_balancer(recipe)
+            if not self._is_closing:
+                await self._tell()  # whoever asks for the status after this must not see the version before
             self._wake.set()
             return UpdateResult(recipe.version)
         result: asyncio.Future[UpdateResult] = asyncio.get_running_loop().create_future()
@@ -256,30 +259,31 @@ class Controller:
 
     async def _tell(self) -> None:
         """Sends the list to the balancer, and takes from its answer how each replica is."""
-        if self._is_closing:
-            status, reason = ServiceStatus.SHUTTING_DOWN, ""
-        elif plan.is_hopeless(self.replicas.values(), self.wanted.target):
-            status, reason = ServiceStatus.FAILED, next((r.reason for r in self.replicas.values() if r.reason), "")
-        else:
-            status, reason = None, ""
-        now = self._clock()
-        self._report.note(self._engine.running(), self.replicas.keys())
-        snapshot = await self._balancer.tell(
-            self._report.listing(self.replicas.values(), self.wanted, now, status, reason)
-        )
-        if snapshot is None:
-            if not self._balancer.has_answered:
-                self.snapshot = self._report.alone(self.replicas.values(), self.wanted, now)
-                self._show(self.snapshot)
-            return
-        self._traffic.note(snapshot)
-        for row in snapshot.replicas:
-            replica = self.replicas.get(row.id)
-            if replica is not None and replica.stage in (Stage.RUNNING, Stage.DRAINING):
-                operation = self.wanted.recipes[replica.version].spec.operation
-                self._keep(plan.observed(replica, row.status, row.in_flight, now, operation))
-        self.snapshot = self._report.shown(snapshot, self.replicas.values(), self.wanted, now)
-        self._show(self.snapshot)
+        async with self._telling:
+            if self._is_closing:
+                status, reason = ServiceStatus.SHUTTING_DOWN, ""
+            elif plan.is_hopeless(self.replicas.values(), self.wanted.target):
+                status, reason = ServiceStatus.FAILED, next((r.reason for r in self.replicas.values() if r.reason), "")
+            else:
+                status, reason = None, ""
+            now = self._clock()
+            self._report.note(self._engine.running(), self.replicas.keys())
+            snapshot = await self._balancer.tell(
+                self._report.listing(self.replicas.values(), self.wanted, now, status, reason)
+            )
+            if snapshot is None:
+                if not self._balancer.has_answered:
+                    self.snapshot = self._report.alone(self.replicas.values(), self.wanted, now)
+                    self._show(self.snapshot)
+                return
+            self._traffic.note(snapshot)
+            for row in snapshot.replicas:
+                replica = self.replicas.get(row.id)
+                if replica is not None and replica.stage in (Stage.RUNNING, Stage.DRAINING):
+                    operation = self.wanted.recipes[replica.version].spec.operation
+                    self._keep(plan.observed(replica, row.status, row.in_flight, now, operation))
+            self.snapshot = self._report.shown(snapshot, self.replicas.values(), self.wanted, now)
+            self._show(self.snapshot)
 
     async def _end(self) -> None:
         """The balancer goes first, so that no answer is cut off; then the replicas, which have nothing left to do."""
