@@ -1,7 +1,6 @@
 """What controller and balancer tell each other about replicas: checked strictly, and each fact defined once."""
 
 import json
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from balancer.contract.listing import Listing, ReplicaListing, ServiceListing
 from balancer.contract.status import ReplicaRow
 from balancer.contract.words import Phase, ServiceStatus, State, Status
 from balancer.errors import ConfigError
-from tests.support.program import ROOT, Program
-from tests.support.until import wait_until
+from tests.contract.altered import Altered
 
 REPLICA = ReplicaListing(
     "r1", "http://127.0.0.1:8001", id=1, version=2, launched_seconds=3.5, infra="local", resources="1x L4", reason="so"
@@ -121,63 +119,15 @@ def test_row() -> None:
 
 # A fact that nobody has thought of yet
 
-EDITS = {
-    "contract/listing.py": ('    resources: str = "-"', '    node: str = "-"'),
-    "operate/commands/table.py": (
-        '    _Column("RESOURCES", lambda replica: replica.resources),',
-        '    _Column("NODE", lambda replica: replica.node),',
-    ),
-}
-CONTROLLER = """
-import json
-from balancer.contract.listing import ReplicaListing
-from balancer.operate.controller.plan import Replica, Stage
-from balancer.operate.controller.report import Report
-from balancer.operate.controller.wanted import Wanted
-from balancer.operate.recipe.recipe import recipe
-from balancer.spec.service_file import parse
-
-wanted = Wanted(recipe(parse("service: {replicas: 1}\\nrun: serve --port $GROUNDSERVE_PORT", source="x.yaml")))
-report = Report("x", lambda: "http://127.0.0.1:1", "local")
-report.note({1: ReplicaListing("x-1", "http://127.0.0.1:9", id=1, node="gpu-2")}, {1})
-print(json.dumps(report.listing([Replica(1, 1, Stage.RUNNING)], wanted, 0.0).to_json()))
-"""
-
-
-class Altered:
-    """The project with one line more in each of two files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        shutil.copytree(ROOT / "balancer", folder / "balancer", ignore=shutil.ignore_patterns("__pycache__"))
-        for name, (after, line) in EDITS.items():
-            path = folder / "balancer" / name
-            before, found, rest = path.read_text().partition(after)
-            assert found, f"{name} has no line {after!r} any more"
-            end_of_line, _, rest = rest.partition("\n")
-            path.write_text(f"{before}{after}{end_of_line}\n{line}\n{rest}")
-
-    def program(self, code: str, *arguments: str, **environ: str) -> Program:
-        here = f"import sys; sys.path.insert(0, {str(self.folder)!r})\n"
-        return Program("-c", here + code, *arguments, environ=environ)
-
-    def printed(self, code: str, *arguments: str, **environ: str) -> str:
-        with self.program(code, *arguments, **environ) as program:
-            assert program.wait() == 0, program.tail()
-            return program.text
-
 
 def test_new_fact(tmp_path: Path) -> None:
     """A new fact is one line in the type and one in the table. It passes from the engine through controller and fleet
     to GET /status, the tables and the page's feed.
     """
     altered = Altered(tmp_path)
-    listing = json.loads(altered.printed(CONTROLLER))
+    listing = altered.told()
     assert listing["replicas"][0]["node"] == "gpu-2"
-    ports = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
-    main = "import runpy; runpy.run_module('balancer', run_name='__main__', alter_sys=True)"
-    with altered.program(main, *ports) as balancer:
-        admin = wait_until(lambda: balancer.check_alive() and balancer.said("admin on "), balancer.tail)
+    with altered.balancer() as admin:
         assert httpx.put(f"{admin}/replicas", json=listing, trust_env=False).status_code == 200
         assert httpx.get(f"{admin}/status", trust_env=False).json()["replicas"][0]["node"] == "gpu-2"
         with httpx.stream("GET", f"{admin}/feed", trust_env=False) as feed:

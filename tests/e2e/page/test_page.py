@@ -11,9 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from balancer.app import Balancer
+from tests.contract.altered import Altered
 from tests.e2e.page.browser import Browser, browser
 from tests.e2e.page.pictures import keep, png
 from tests.lab.knobs import Knobs
@@ -68,6 +70,19 @@ def test_it_shows_the_service_and_its_replicas(tmp_path: Path) -> None:
             assert await tab.run("return document.title") == "colours: ready"
 
     run(main())
+
+
+def test_it_shows_a_new_fact_by_one_line_more(tmp_path: Path) -> None:
+    altered = Altered(tmp_path)
+
+    async def main(admin: str) -> None:
+        async with browser(tmp_path / "profile") as tab:
+            await tab.open(f"{admin}/")
+            await tab.until("document.querySelector('.card .about')?.innerText.includes('gpu-2')")
+
+    with altered.balancer() as admin:
+        httpx.put(f"{admin}/replicas", json=altered.told(), trust_env=False).raise_for_status()
+        run(main(admin))
 
 
 def test_requests_with_one_id_are_a_row_each(tmp_path: Path) -> None:
