@@ -13,7 +13,8 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 from balancer.relay.unavailable import Unavailable, retry_after
 
-COUNTED_AT_ONCE = 4 << 10  # bytes of a stream that are counted before they are kept: not each event one by one
+COUNTED_AT_ONCE = 16 << 10  # bytes of a stream that are counted before they are kept: not each event one by one
+EVENT_END = b"\n\n"  # as SGLang ends its events
 FULL_FOR = 1  # seconds for which a replica counts as full that does not say for how long
 
 
@@ -122,16 +123,22 @@ class AnswerRelay:
         elif self._inter_token is not None:
             self._inter_token.note(now - self._last_at)
         self._last_at = now
-        if self.kept is not None:
-            data = self._keep(self.kept, data)
-        if data:
-            self._reply.body(data)
+        if (kept := self.kept) is not None:
+            size = kept.size + len(data)
+            if size > self._counted or kept.held or kept.is_cumulative or data[-2:] != EVENT_END:
+                data = self._keep(kept, data)
+                if not data:
+                    return
+            else:  # as nearly every event: Keeper.take written out, because this runs for each of them
+                kept.pieces.append(data)
+                kept.size = size
+        self._reply.body(data)
 
     def _keep(self, kept: Keeper, data: bytes) -> bytes:
         """What the client gets now."""
         data = kept.take(data)
         if kept.size > self._counted:
-            more = kept.size - self._counted + COUNTED_AT_ONCE
+            more = min(kept.size + COUNTED_AT_ONCE, self._most_kept) - self._counted
             self._counted += more
             if not self._client.hold(self._request, more):
                 data += kept.give_up()

@@ -9,7 +9,7 @@ class Keeper:
     Nothing is read here. `is_cumulative`: each event says all that those before it said, so the last piece is enough.
     """
 
-    __slots__ = ("_is_cumulative", "_most", "held", "is_over", "pieces", "size")
+    __slots__ = ("_most", "held", "is_cumulative", "is_over", "pieces", "size")
 
     def __init__(self, most: int, is_cumulative: bool) -> None:
         self.pieces: list[bytes] = []
@@ -17,7 +17,7 @@ class Keeper:
         self.held = b""
         self.is_over = False  # it was too much: all is passed on as it comes, and nothing is kept
         self._most = most
-        self._is_cumulative = is_cumulative
+        self.is_cumulative = is_cumulative
 
     def take(self, data: bytes) -> bytes:
         """A piece as it came; what of it, and of what was held back, the client gets now."""
@@ -25,7 +25,7 @@ class Keeper:
             data = self._whole(data)
             if not data or self.is_over:
                 return data
-        if self._is_cumulative:
+        if self.is_cumulative:
             self.pieces = [data]
             self.size = len(data) + len(self.held)
         else:
