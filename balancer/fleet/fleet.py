@@ -43,7 +43,7 @@ class Fleet:
         self.in_flight = 0  # requests at members, including members that have left
         self.generating = 0  # those of them that generate
         self.turns = 0  # choices so far
-        self.models: dict[str, dict[str, Any]] = {}  # what they said, by name; those that left may come back
+        self.models: dict[str, dict[str, Any]] = {}  # as the members list them, by name; while there are none, the last
         self.ready_since: float | None = None  # when a member first became ready
         self._available: list[Member] = []
         self._available_until = 0.0
@@ -92,6 +92,7 @@ class Fleet:
         for member in self.members.values():
             if member not in stayed:
                 self._tell(self.when_joined, member)
+        self._collect_models()
         self.changed()
 
     def restarted(self, member: Member) -> None:
@@ -107,6 +108,15 @@ class Fleet:
         self._tell(self.when_left, member)
         self._tell(self.when_joined, fresh)
         self.changed()
+
+    def note_models(self, member: Member, models: Sequence[dict[str, Any]]) -> None:
+        """The member lists these models, in OpenAI's form, each with an `id`."""
+        member.models = tuple(models)
+        self._collect_models()
+
+    def _collect_models(self) -> None:
+        listed = {str(model["id"]): model for member in self.members.values() for model in member.models}
+        self.models = listed or self.models
 
     def _next_id(self, taken: Collection[int]) -> int:
         number = self._last_id + 1

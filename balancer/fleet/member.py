@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from balancer.contract.listing import ReplicaListing
 from balancer.contract.words import State, Status
@@ -100,6 +101,7 @@ class Member:
     capacity_tokens: int | None = None
     ranks: int = 1  # data-parallel ones; each has its share of the KV pool and of the requests
     identity: str | None = None
+    models: tuple[dict[str, Any], ...] = ()  # that it serves, in OpenAI's form
     last_byte_at: float = 0.0
     alive_at: float = 0.0  # when it last answered, asked while its streams were silent, that it is working
     busy_since: float = 0.0

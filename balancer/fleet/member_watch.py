@@ -133,7 +133,6 @@ class MemberWatch:
         with contextlib.closing(self._connect_to(member)) as connection:
             inspection = await inspect(connection, timeout)
             models = await read_models(connection, timeout) if inspection.is_whole else ()
-            self._fleet.models.update({str(model["id"]): model for model in models})
         if inspection.identity and member.identity:
             is_another = inspection.identity != member.identity
         else:
@@ -141,6 +140,8 @@ class MemberWatch:
         if is_another:
             self._fleet.restarted(member)
             return True
+        if models:
+            self._fleet.note_models(member, models)
         if inspection.is_whole:  # otherwise it is inspected again after the next /ready
             self._inspected, self._was_refused = breaks, False
             member.ranks = inspection.ranks

@@ -84,6 +84,17 @@ async def test_models_lists_all_with_their_states() -> None:
 
 
 @on_uvloop
+async def test_a_model_that_was_replaced_by_another_is_gone() -> None:
+    async with two() as (house, _, _, client), LabReplica(served_model="org/new") as new:
+        admin = house.balancer.admin_endpoint
+        listing = {"replicas": [{"id": 2, "name": "eyes-2", "endpoint": new.url}]}
+        assert (await client.put(f"{admin}/replicas?service=eyes", json=listing)).status_code == 200
+        await until(lambda: "org/new" in house.balancer.services.all[1].names(), "the new one is known")
+        assert (await client.post(CHAT, json=BODY | {"model": "org/new"})).status_code == 200
+        assert (await client.post(CHAT, json=BODY | {"model": "org/eyes"})).status_code == 404
+
+
+@on_uvloop
 async def test_one_models_queue_never_holds_up_another() -> None:
     async with two() as (house, _, second, client):
         await second.stop()
