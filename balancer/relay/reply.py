@@ -1,4 +1,4 @@
-"""What one client gets for one request: an answer relayed as it comes, one of our own errors, or a broken stream."""
+"""The reply to one request: an answer relayed as it arrives, one of our own errors, or a stream that is broken off."""
 
 from collections.abc import Iterable
 from email.utils import formatdate
@@ -15,10 +15,10 @@ from balancer.relay.usage import Tail
 
 Headers = list[tuple[bytes, bytes]]
 
-# Bytes of a piece of a body that may wait for what else is written in this round of the event loop. More is sent at
-# once: a client that does not take it must hold back its replica before the next piece is read.
+# A piece of a body of at most this many bytes waits until the end of this round of the event loop, to be sent together
+# with other writes. A larger one is sent at once, so that a slow client pauses its replica before the next read.
 SMALL = 16 << 10
-# A replica's word on which pages may read it is none: SGLang's is that all may. That is for `cors_origins` to say.
+# A replica's CORS fields are dropped: SGLang lets every page read its answers, but here `cors_origins` decides.
 _CORS = frozenset(
     b"access-control-allow-origin access-control-allow-credentials access-control-allow-methods "
     b"access-control-allow-headers access-control-expose-headers access-control-max-age "
@@ -47,17 +47,17 @@ class Wire(Protocol):
     """The client's connection, as far as a reply needs it."""
 
     def write(self, data: bytes) -> None:
-        """To be sent soon: whatever is written in one round of the event loop goes together."""
+        """Sends soon, together with everything else written in this round of the event loop."""
 
     def send(self, data: bytes) -> None:
-        """To be sent now, behind what was written before."""
+        """Sends now, after anything written before."""
 
     def answered(self, keep: bool) -> None:
-        """The reply is whole; `keep` tells whether the connection can carry another."""
+        """The reply has ended; `keep` says whether the connection can carry another."""
 
 
 class Reply:
-    """The answer to one request, written to the client's connection in the framing that this client understands."""
+    """Writes the answer to one request to the client's connection, in framing that this client understands."""
 
     __slots__ = (
         "_keeps_alive",
@@ -76,10 +76,10 @@ class Reply:
 
     def __init__(self, request: Request, wire: Wire, keeps_alive: bool) -> None:
         self.request = request
-        self.extra_fields = b""  # header lines for any answer, for pages of other sites
+        self.extra_fields = b""  # CORS header lines, added to any answer
         self.status = 0
         self.bytes_sent = 0
-        self.error: ServeError | None = None  # the one of ours with which it was answered or broken off
+        self.error: ServeError | None = None  # our error with which it was answered or broken off
         self.is_chunked = False
         self.is_early = False  # the head of a stream was sent before a replica answered
         self.is_event_stream = False
@@ -93,7 +93,7 @@ class Reply:
         return self.status != 0
 
     def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None, own: bytes = b"") -> None:
-        """Writes the head: a replica's fields less what concerned only its connection, `own` fields, the framing."""
+        """Writes the head: the replica's fields without `NOT_PASSED_ON`, the `own` lines, and the framing."""
         if self.is_early:
             self._go_on(status, headers)
             return
@@ -115,9 +115,9 @@ class Reply:
                 dropped.update(token.strip().lower() for token in value.split(b","))
         self.tail.begin(self.is_event_stream)
         if self.is_event_stream and not is_unbuffered:
-            own += b"X-Accel-Buffering: no\r\n"  # nginx and its kin else collect a stream before they pass it on
+            own += b"X-Accel-Buffering: no\r\n"  # otherwise nginx and similar proxies buffer a stream
         if is_encoded or length is not None:
-            self.is_event_stream = False  # an event of ours would be read as something else, or as the end
+            self.is_event_stream = False  # an event of ours would corrupt the encoding or exceed the length
         if dropped:
             lines = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
         lines.append(b"X-Request-Id: %b\r\n%b%b" % (request.id, own, self.extra_fields))
@@ -141,12 +141,14 @@ class Reply:
         self._wire.write(b"".join(lines))
 
     def begin_early(self) -> None:
-        """Writes the head of a stream of events that nobody has begun to answer yet."""
+        """Writes the head of an event stream before any replica has begun to answer."""
         self.begin(200, [(b"Content-Type", b"text/event-stream; charset=utf-8"), (b"Cache-Control", b"no-cache")], None)
         self.is_early = True
 
     def _go_on(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """The head of the answer whose own was sent early: it is not needed, or says that this is no stream at all."""
+        """Takes the replica's head after ours was sent early: drops it, or turns an answer that is no event stream into
+        an error event.
+        """
         self.is_early = False
         if not fits(status, headers):
             self._wire = Misfit(self._wire, self.request, status, self.is_chunked, self._failed)
@@ -156,7 +158,9 @@ class Reply:
         self.error = self.error or error
 
     def comment(self) -> bool:
-        """Writes a comment line, for who reads or counts bytes; False where no stream is, or is any more, to begin."""
+        """Writes an SSE comment as a sign of life. Returns False if the answer is no event stream, has a body, or is
+        over.
+        """
         if self.is_over or self.bytes_sent or not self.is_event_stream:
             return False
         line = b": waiting\n\n"
@@ -164,9 +168,9 @@ class Reply:
         return True
 
     def body(self, data: bytes) -> None:
-        """Passes on a piece of the body as it came; of nothing, nothing."""
+        """Passes on a piece of the body as it came."""
         if not data:
-            return  # it would be the last chunk
+            return  # an empty chunk would end the body
         self.bytes_sent += len(data)
         tail = self.tail
         tail.pieces.append(data)
@@ -179,14 +183,14 @@ class Reply:
             self._wire.write(piece)
 
     def end(self) -> None:
-        """The answer is whole."""
+        """Ends a complete answer."""
         if self.is_chunked:
             self._wire.write(b"0\r\n\r\n")
         self.is_over = True
         self._wire.answered(self._keeps_alive)
 
     def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-        """An answer of the balancer's own."""
+        """Sends a complete answer of the balancer's own."""
         self.begin(status, headers, len(body), _date(int(time())))
         if body and self.request.method != b"HEAD":
             self.body(body)
@@ -194,14 +198,14 @@ class Reply:
         self.end()
 
     def refuse(self, error: ServeError) -> None:
-        """Answers with one of our errors; where an answer has begun already, that one is broken off."""
+        """Answers with one of our errors, or breaks off an answer that has already begun."""
         if self.is_over:
             return
         if self.has_begun:
             self.break_off(error)
             return
         request = self.request
-        if request.path == "/":  # refused before its target was looked at
+        if request.path == "/":  # refused before its target was read
             request.path = kind_of(request.target.partition(b"?")[0])[0]
         self.error = error
         headers = [(b"Content-Type", b"application/json")]
@@ -215,9 +219,9 @@ class Reply:
         self.whole(error.status, headers, error.body_at(request.path, request.id))
 
     def break_off(self, error: ServeError) -> None:
-        """Ends an answer that is not whole, so that no client takes it for whole: no [DONE], no last chunk.
+        """Ends an incomplete answer in a way that no client takes for complete: no [DONE], no last chunk.
 
-        A stream of events that stands between two events gets one more, which says why.
+        If the last event of an event stream is complete, one more event says why.
         """
         if self.is_over:
             return

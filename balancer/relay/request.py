@@ -1,4 +1,4 @@
-"""One request as the client sent it, checked, and as it is passed on."""
+"""One request: checked as the client sent it, and rewritten for a replica."""
 
 import ipaddress
 import itertools
@@ -23,12 +23,12 @@ HOP_BY_HOP = frozenset(
     b"upgrade http2-settings".split()
 )
 _AUTHORITY_ENDS = re.compile(rb"[/?#]")
-MAX_FORWARDED = 256  # bytes of X-Forwarded-For that are read, from its end
-MAX_DIGITS = 20  # of the largest number that the parser counts to; leading zeros it takes without end
+MAX_FORWARDED = 256  # only this many bytes at the end of X-Forwarded-For are read
+MAX_DIGITS = 20  # of the parser's largest Content-Length; it would accept any number of leading zeros
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
-# How each request is said to have come here, by its version (RFC 9110 section 7.6.3).
+# The Via field for a request, by its HTTP version (RFC 9110 section 7.6.3).
 VIA = {"1.0": b"1.0 groundserve", "1.1": b"1.1 groundserve"}
-# What is said of who asks, and how, beside X-Forwarded-For, -Proto and -Host: kept from trusted proxies alone.
+# Fields that describe the original client besides X-Forwarded-For, -Proto and -Host: kept only from trusted proxies.
 HEARSAY = frozenset(
     b"forwarded x-real-ip x-client-ip x-cluster-client-ip true-client-ip cf-connecting-ip x-forwarded x-forwarded-by "
     b"x-forwarded-port x-forwarded-prefix x-forwarded-scheme x-forwarded-server x-forwarded-ssl front-end-https "
@@ -39,13 +39,13 @@ _count = itertools.count(1)
 
 
 def new_request_id() -> bytes:
-    """Unique in this process by a counter, elsewhere by the process's random start."""
+    """A counter makes it unique in this process, a random prefix drawn at start makes it unique elsewhere."""
     return b"%b-%x" % (_START, next(_count))
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What the relay needs of a request. `fields` are the header lines to pass on, each with its line end."""
+    """What the relay needs to know about a request. `fields` are the header lines to pass on, with their line ends."""
 
     method: bytes
     target: bytes
@@ -56,28 +56,28 @@ class Request:
     kind: PathKind = PathKind.ADMIN
     host: bytes = b""
     fields: bytes = b""
-    credentials: tuple[bytes, ...] = ()  # all that it bears, each as an Authorization field's value
-    authorization: bytes = b""  # the one that a replica gets, if it gets its client's
+    credentials: tuple[bytes, ...] = ()  # all that it carries, each as the value of an Authorization field
+    authorization: bytes = b""  # the one that is passed on, where the replica has no key of its own
     origin: bytes = b""
-    fetch_site: bytes = b""  # where the browser says that the page is which asks
-    asks_for_method: bool = False  # as a browser does before it sends another site's request
-    is_from_proxy: bool = False  # a trusted one
+    fetch_site: bytes = b""  # Sec-Fetch-Site: how the browser relates the page that sent it to this site
+    asks_for_method: bool = False  # has Access-Control-Request-Method, as a CORS preflight does
+    is_from_proxy: bool = False  # from a trusted proxy
     length: int | None = None
     is_chunked: bool = False
     expects_continue: bool = False
     keeps_alive: bool = True
     wants_explanation: bool = False
-    model: bytes = b""  # which model it names in a header; most name it in their bodies
+    model: bytes = b""  # as named by the X-Model field; most requests name it in the body
     key: Key | None = None
     client: bytes = b""  # its IPv4 address or IPv6 /64, packed
     body: list[bytes] = field(default_factory=list)
     body_size: int = 0
-    held: int = 0  # bytes of memory that the body takes, as counted for all requests together
+    held: int = 0  # bytes that it adds to the total of buffered bytes over all requests
     refusal: ServeError | None = None
 
     @property
     def owner(self) -> str | bytes:
-        """Who sent it, where several share something: the name of its API key or, without keys, its client."""
+        """The sender for fair sharing: the name of its API key or, without keys, its client."""
         return self.key.name if self.key else self.client
 
     @property
@@ -90,7 +90,7 @@ class Request:
         return self.path in WAITED_FOR and self.method == b"POST"
 
     def head_for(self, replica: ReplicaAddress, api_key: bytes | None) -> bytes:
-        """The request's head as that replica gets it; the body follows as it came."""
+        """The request's head for this replica; the body follows unchanged."""
         authorization = b"Bearer " + api_key if api_key is not None else self.authorization
         return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n" % (
             self.method,
@@ -104,14 +104,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end of a client's connection."""
+    """The other end of a client's connection."""
 
     address: bytes
     is_trusted: bool
     scheme: bytes
-    # What counts as one client: an IPv4 address, or the /64 that one household has.
+    # What counts as one client: an IPv4 address, or an IPv6 /64, which is what one household has.
     origin: bytes = b""
-    # The lines that tell a replica who asked, and how: the same for all requests of a connection.
+    # X-Forwarded-For and -Proto lines for the replica: the same for all requests of a connection.
     forwarded: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -134,23 +134,23 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _origin(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bytes:
-    return address.packed[:8]  # all of an IPv4 address
+    return address.packed[:8]  # an IPv4 address has only four bytes
 
 
 @lru_cache(maxsize=4096)
 def _origin_said(forwarded_for: bytes) -> bytes:
-    """The client that a trusted proxy names: the last address is the one that connected to it."""
+    """The client that a trusted proxy names: the last address is the one that connected to the proxy."""
     address = forwarded_for.rpartition(b",")[2].strip()
     try:
         return _origin(_parsed(address.decode()))
     except ValueError:
-        return address[:64]  # not an address, as some proxies write, but it still names one client
+        return address[:64]  # some proxies write something else, which still identifies one client
 
 
 def read_head(request: Request, headers: Headers, peer: Peer) -> None:
-    """Checks a request's head and sorts its header fields; raises ServeError for what is not relayed.
+    """Checks a request's head and decides which header fields are passed on, with lines of our own added.
 
-    Each field is kept, noted or dropped; what does not fit together is refused; the lines of our own are added.
+    Raises ServeError for a head that is malformed, contradictory or not supported.
     """
     kept: list[bytes] = []
     dropped: set[bytes] = set()
@@ -172,7 +172,7 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
                 raise errors.bad_request("A Content-Length of so many digits is none.")
             request.length = int(value)
         elif action == "encoding":
-            encoding += value.strip().lower()  # two fields are a list, and so not 'chunked' alone
+            encoding += value.strip().lower()  # two fields form a list, which is more than 'chunked' alone
         elif action == "connection":
             dropped.update(token.strip().lower() for token in value.split(b","))
         elif action == "forwarded" and peer.is_trusted:
@@ -184,13 +184,13 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
         elif action == "authorization":
             authorizations += (value,)
         elif action == "api-key":
-            # Anthropic's clients on /v1/messages; SGLang looks for a bearer token only.
+            # Anthropic's clients send this on /v1/messages; SGLang only accepts a bearer token.
             api_keys += (b"Bearer " + value,)
         elif action == "origin":
             request.origin = b"%b, %b" % (request.origin, value) if request.origin else value
             kept.append(b"%b: %b\r\n" % (name, value))
         elif action == "expect":
-            # Who speaks HTTP/1.0 does not know interim answers, whatever else it says.
+            # HTTP/1.0 has no interim answers, whatever the client asks for.
             request.expects_continue = value.strip().lower() == b"100-continue" and request.version == "1.1"
         elif action == "fetch-site":
             request.fetch_site = value.strip()
@@ -221,7 +221,7 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
     said = forwarded.get(b"x-forwarded-for")
     request.client = _origin_said(said[-MAX_FORWARDED:]) if said else peer.origin
     if dropped and not dropped <= _ACTIONS.keys():
-        # Only names that would have been passed on matter; Connection cannot hide what the balancer itself needs.
+        # Connection only removes fields that would be passed on; it cannot hide those that the balancer itself reads.
         kept = [line for line in kept if line.partition(b":")[0].lower() not in dropped]
     _read_target(request)
     kept.append(_forwarded(request, forwarded, peer))
@@ -231,7 +231,7 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
 def _read_target(request: Request) -> None:
     target = request.target
     if request.method == b"CONNECT":
-        return  # it names no path, and is refused for what it is
+        return  # its target is not a path; the method is refused later
     if not target.startswith(b"/") and target != b"*":
         scheme, found, rest = target.partition(b"://")
         if not found or scheme.lower() not in (b"http", b"https"):
@@ -241,7 +241,7 @@ def _read_target(request: Request) -> None:
         if not is_host(request.host):
             raise errors.bad_request("The request target names no host.")
     if b"#" in target:
-        raise errors.bad_request("A request target has no fragment.")  # some servers would cut it off, some not
+        raise errors.bad_request("A request target has no fragment.")  # some servers cut it off, others do not
     path, mark, query = target.partition(b"?")
     request.path, request.kind, sent = kind_of(path)
     if sent != request.target:
@@ -249,7 +249,7 @@ def _read_target(request: Request) -> None:
 
 
 def _forwarded(request: Request, known: dict[bytes, bytes], peer: Peer) -> bytes:
-    """Which request it is, who asked, and how, for the replica's log; a trusted proxy's word on that is kept."""
+    """The request's id, Via and X-Forwarded-* lines, for the replica's log; what a trusted proxy sent is kept."""
     if not known:
         ours, host = peer.forwarded, request.host
     else:

@@ -1,4 +1,4 @@
-"""The reading half of a client's connection: from bytes to whole requests, and no more of them than may wait."""
+"""The reading half of a client's connection: turns bytes into whole requests, and limits how many are read ahead."""
 
 import asyncio
 from collections import deque
@@ -12,19 +12,19 @@ from balancer.relay.doors import Doors
 from balancer.relay.request import Headers, Peer, Request, new_request_id, read_head
 
 MAX_PIPELINED = 32  # requests read ahead on one connection
-MAX_READ_AHEAD = 1 << 20  # bytes that they take
+MAX_READ_AHEAD = 1 << 20  # bytes of memory for requests read ahead on one connection
 MORSEL = 4 << 10  # bytes parsed at once: some 150 of the smallest heads
-HEAD_COST = 1 << 10  # bytes of memory that a request takes beside what it says
-LEAST_PIECE = 1 << 10  # bytes of a piece of a body before the next one begins: each costs memory, and time to send
-MAX_SWALLOWED = 64 << 10  # of a refused request's body, to keep the connection usable
+HEAD_COST = 1 << 10  # bytes of memory that a request takes in addition to its contents
+LEAST_PIECE = 1 << 10  # smaller pieces of a body are merged: each piece costs memory, and time to send
+MAX_SWALLOWED = 64 << 10  # a refused request's body up to this size is read, to keep the connection usable
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class RequestReader(asyncio.BufferedProtocol):
-    """Puts each whole request into `_queue`, refused ones too; what is done with it is the other half's business.
+    """Puts each whole request into `_queue`, refused ones too; the subclass answers them.
 
-    Three cases end the reading for good (`_is_deaf`): a request that says it is the last, a refusal where the request's
-    own end is unknown or far, and the end of the connection.
+    Three cases end the reading for good (`_is_deaf`): a request that says it is the last, a refusal of a request whose
+    end is unknown or far away, and the end of the connection.
     """
 
     def __init__(self, doors: Doors) -> None:
@@ -38,37 +38,37 @@ class RequestReader(asyncio.BufferedProtocol):
         self._url = b""
         self._headers: Headers = []
         self._is_in_head = False
-        self._reading: Request | None = None  # its head is whole, its body still coming
-        self._is_body_unseen = False  # its head asks for another protocol, and the parser would take the body for that
-        self._since = 0.0  # of the current wait: for the rest of a head, of a body, or for the next request
+        self._reading: Request | None = None  # its head is complete, its body still arriving
+        self._is_body_unseen = False  # its head asks for an upgrade, so the parser does not read the body as one
+        self._since = 0.0  # start of the current wait: for the rest of a head or body, or for the next request
         self._body_time = 0.0  # seconds in which the body could have arrived
 
-        # How much came
-        self._morsel_size = 0  # bytes that are parsed now
-        self._head_room = 0  # bytes of the morsel in which the head began: its share of them is at most that
-        self._unfruitful = 0  # bytes that came since, or since the last morsel that brought some of a body
-        self._completed = 0  # requests read whole
+        # How much arrived
+        self._morsel_size = 0  # bytes being parsed now
+        self._head_room = 0  # size of the morsel in which the head began: at most this many bytes of it are the head's
+        self._unfruitful = 0  # bytes parsed after that morsel, or after the last one that contained part of a body
+        self._completed = 0  # requests read completely
 
         # What waits
         self._queue: deque[Request] = deque()  # the first one is being answered
-        self._unparsed = b""  # what was read when enough was read ahead
-        self._is_full = False  # enough is read, so reading is paused
+        self._unparsed = b""  # bytes read, but not parsed because enough was read ahead
+        self._is_full = False  # enough is read ahead, so reading is paused
         self._reads_on_soon = False
 
         # The end
-        self._is_deaf = False  # nothing more of what this client sends is listened to
-        self._is_over = False  # all is written that ever will be
+        self._is_deaf = False  # whatever else this client sends is ignored
+        self._is_over = False  # nothing more will be written
 
     def write(self, data: bytes) -> None:
-        """Sends to the client soon."""
+        """Sends `data` to the client soon."""
         raise NotImplementedError
 
     def _answer_next(self) -> None:
-        """There is a request to be answered, and none before it."""
+        """Answers the first request of `_queue`; called when no other is being answered."""
         raise NotImplementedError
 
     def abort(self) -> None:
-        """Ends the connection now, whatever is under way on it."""
+        """Ends the connection now, even in the middle of a request or answer."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -79,12 +79,12 @@ class RequestReader(asyncio.BufferedProtocol):
 
     def buffer_updated(self, count: int) -> None:
         if self._unparsed:
-            self._keep_unparsed(self._doors.incoming[:count])  # TLS may have had more when reading was paused
+            self._keep_unparsed(self._doors.incoming[:count])  # TLS may still deliver bytes after reading was paused
         elif not self._is_deaf:
             self._parse(self._doors.incoming[:count])
 
     def _parse(self, data: memoryview) -> None:
-        """Parses one morsel, or one request with its body; a read may bring thousands, and others wait meanwhile."""
+        """Parses one morsel, or one request with its body: one read may bring thousands, and other clients wait."""
         if self._reading is not None:
             self._since = self._doors.loop.time()
         completed = self._completed
@@ -107,7 +107,7 @@ class RequestReader(asyncio.BufferedProtocol):
         request = self._reading
         if request is None or request.length is None or request.refusal is not None:
             return MORSEL
-        return max(MORSEL, request.length - request.body_size)  # a body is no more than one request, however long
+        return max(MORSEL, request.length - request.body_size)  # however long, a body belongs to one request
 
     def _parse_morsel(self, data: memoryview) -> None:
         self._morsel_size = len(data)
@@ -117,14 +117,14 @@ class RequestReader(asyncio.BufferedProtocol):
                 self._parser.feed_data(data)
                 break
             except httptools.HttpParserUpgrade as upgrade:
-                # Nothing is upgraded here: what follows this head is its body, or the next request.
+                # We never upgrade: what follows this head is its body, or the next request.
                 self._parser = self._new_parser()
                 data = data[upgrade.args[0] :]
                 if self._is_body_unseen and self._reading is not None:
                     self._parser.feed_data(_head_before_the_body_of(self._reading))
             except httptools.HttpParserError as error:
                 if isinstance(error.__context__, Exception):
-                    raise  # ours, not the client's
+                    raise  # an error in our callbacks, not in what the client sent
                 self._refuse_now(errors.bad_request(f"Malformed request ({str(error).rstrip('.').lower()})."))
         if self._unfruitful > self._settings.max_head_bytes and (self._is_in_head or self._reading is not None):
             self._refuse_now(errors.head_too_large(self._settings.max_head_bytes))
@@ -143,7 +143,7 @@ class RequestReader(asyncio.BufferedProtocol):
             self._doors.soon(self, self._read_on)
 
     def _read_on(self) -> None:
-        """Parses what was read already, then reads; unless enough waits to be answered."""
+        """Parses what was already read, then resumes reading, unless enough requests still wait for an answer."""
         self._reads_on_soon = False
         if self._is_over or self._parser is None or self._has_read_enough() or self._transport.is_closing():  # type: ignore[union-attr]
             return
@@ -154,11 +154,11 @@ class RequestReader(asyncio.BufferedProtocol):
         if not self._is_full:
             self._transport.resume_reading()  # type: ignore[union-attr]
 
-    # What the parser tells us
+    # Callbacks of the parser
 
     def on_message_begin(self) -> None:
         if self._is_body_unseen:
-            return  # it is a head of our own
+            return  # this head is from `_head_before_the_body_of`
         self._is_in_head = True
         self._since = self._doors.loop.time()
         self._head_room, self._unfruitful = self._morsel_size, 0
@@ -169,7 +169,7 @@ class RequestReader(asyncio.BufferedProtocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_in_head:  # else it is a trailer, and those are dropped
+        if self._is_in_head:  # otherwise it is a trailer, which is dropped
             self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -243,17 +243,17 @@ class RequestReader(asyncio.BufferedProtocol):
     # Refusing
 
     def _refuse_head(self, request: Request, error: ServeError) -> None:
-        """Refuses at the head; a short body is swallowed, so that the connection stays usable."""
+        """Refuses a request after its head; a short body is still read, so that the connection stays usable."""
         is_short = not request.is_chunked and (request.length or 0) <= MAX_SWALLOWED
         if error.closes or not is_short or request.expects_continue:
             self._refuse_now(error)
         else:
             request.refusal = error
             if self._queue and not request.held:
-                self._count_head(request)  # it waits for its answer as others do
+                self._count_head(request)  # it waits in the queue like any other
 
     def _refuse_now(self, error: ServeError) -> None:
-        """Refuses what is being read, and listens no more: where it ends is unknown or not worth waiting for."""
+        """Refuses what is being read and stops reading: where it ends is unknown, or not worth waiting for."""
         if self._is_deaf:
             return
         request = self._reading or Request(b"-", b"", "1.1", self._doors.loop.time())
@@ -265,10 +265,10 @@ class RequestReader(asyncio.BufferedProtocol):
         if len(self._queue) == 1:
             self._answer_next()
 
-    # Forgetting
+    # Memory
 
     def held(self) -> Iterator[tuple[str | bytes, int]]:
-        """The owner of each of its requests, and the bytes held for it."""
+        """The owner of each request on this connection, and the bytes held for that request."""
         for request in self._queue:
             yield request.owner, request.held
         if self._reading is not None:
@@ -279,13 +279,13 @@ class RequestReader(asyncio.BufferedProtocol):
         return self._reading is not None and self._reading.refusal is None
 
     def release(self, request: Request) -> None:
-        """The request's body is not needed any more: it will not be sent again."""
+        """Frees the request's body, which will not be sent again."""
         self._doors.buffered -= request.held
         request.held = 0
         request.body.clear()
 
     def _drop_requests(self) -> None:
-        """Nothing more will be answered here."""
+        """Frees all requests: nothing more will be answered here."""
         for request in self._queue:
             self.release(request)
         self._queue.clear()
@@ -297,12 +297,12 @@ class RequestReader(asyncio.BufferedProtocol):
 
     def _new_parser(self) -> httptools.HttpRequestParser:
         parser = httptools.HttpRequestParser(self)
-        # What follows a request that said `Connection: close` is ignored; without this it would be an error.
+        # Without this, bytes after a request with `Connection: close` are an error; we ignore them.
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
         return parser
 
 
 def _head_before_the_body_of(request: Request) -> bytes:
-    """What makes a new parser read the body of that request, whose head another one has read."""
+    """A head that makes a new parser read the body of `request`, whose real head another parser has read."""
     framing = b"Transfer-Encoding: chunked" if request.is_chunked else b"Content-Length: %d" % (request.length or 0)
     return b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing

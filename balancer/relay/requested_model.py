@@ -1,4 +1,4 @@
-"""Which model a request asks for, found without parsing the whole of its body."""
+"""Finds which model a request asks for without parsing the whole body."""
 
 import re
 
@@ -13,7 +13,7 @@ _FORM_FIELD = re.compile(rb'\bname="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^
 
 
 def requested_model(request: Request) -> str:
-    """The name in the header X-Model, in the path, in a JSON body or in a form; empty if there is none."""
+    """The name in the X-Model header, in the path, in a JSON body or in a form; empty if there is none."""
     if request.model:
         return request.model.decode("latin-1")
     if request.path.startswith("/v1/models/"):
@@ -26,7 +26,7 @@ def requested_model(request: Request) -> str:
 
 
 def model_in_json(body: bytes) -> str:
-    """The string under the key "model" of a JSON object, not of an object inside it. Empty if there is none."""
+    """The string under the key "model" of the outermost JSON object; empty if there is none."""
     depth = 0
     for token in _TOKEN.finditer(body):
         first = token[0][:1]

@@ -1,4 +1,4 @@
-"""TLS: the endpoint's certificate, renewed without a restart, and whom https replicas are trusted by."""
+"""TLS: the endpoint's certificate, renewed without a restart, and how https replicas' certificates are checked."""
 
 import logging
 import ssl
@@ -10,14 +10,14 @@ from balancer.relay.file_watch import MOUNT_ITS_FOLDER, FileWatch
 
 log = logging.getLogger("groundserve")
 
-# For TLS 1.2, Mozilla's "intermediate" set less finite-field Diffie-Hellman; TLS 1.3 has good ones only.
+# For TLS 1.2: Mozilla's "intermediate" set without finite-field Diffie-Hellman. All those of TLS 1.3 are good.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
 class Certificate:
-    """The endpoint's certificate chain and private key, PEM files both. Raises ConfigError when they do not fit.
+    """The endpoint's certificate chain and private key, both PEM files. Raises ConfigError if they cannot be used.
 
-    `own_context` is for asking this very endpoint from inside: by the certificate itself, whatever name it is for.
+    `own_context` is for requests from this process to its own endpoint: it trusts the certificate itself, for any name.
     """
 
     def __init__(self, chain: Path, key: Path) -> None:
@@ -30,14 +30,14 @@ class Certificate:
         self.own_context.load_verify_locations(chain)
 
     def reload(self) -> None:
-        """Takes up a renewed certificate for connections to come; a pair that does not fit leaves the old one."""
+        """Uses a renewed certificate for new connections; keeps the old one if the new pair cannot be used."""
         if not self._watch.has_changed():
             return
         if self._watch.is_cut_off:
             log.warning("--tls-cert %s or --tls-key %s: %s", self._chain, self._key, MOUNT_ITS_FOLDER)
             return
         try:
-            self._loaded()  # tried on a context of its own: a half-loaded pair would break every handshake
+            self._loaded()  # tried on a separate context: a half-loaded pair would break every handshake
             self.context.load_cert_chain(self._chain, self._key, _no_password)
             self.own_context.load_verify_locations(self._chain)
         except (ConfigError, OSError) as error:
@@ -62,7 +62,7 @@ class Certificate:
 
 
 def replica_context(authorities: Path | None) -> ssl.SSLContext:
-    """How https replicas are checked: by the certificates in `authorities` (PEM), or by the machine's own."""
+    """Checks https replicas against the CA certificates in `authorities` (PEM), or against the machine's own."""
     try:
         return ssl.create_default_context(cafile=authorities)
     except ssl.SSLError:

@@ -1,7 +1,7 @@
-"""Accepts the endpoint's clients through TLS: of each only so many handshakes at once as it may have connections.
+"""Accepts the endpoint's TLS clients, with a limit on handshakes in progress per client.
 
-asyncio's own server accepts whoever comes, and tells of nobody before the handshake is done: until then each would
-hold a descriptor and its part of memory, counted by none.
+asyncio's own server accepts every connection and reports it only after its handshake. Until then each connection holds
+a descriptor and some memory that no limit counts.
 """
 
 import asyncio
@@ -14,13 +14,15 @@ from balancer.relay.doors import Doors
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.request import Peer
 
-HANDSHAKE_TIMEOUT = 10.0  # seconds that a client has for it
-_AT_ONCE = 256  # connections accepted before others of the loop get their turn
+HANDSHAKE_TIMEOUT = 10.0  # seconds
+_AT_ONCE = 256  # connections accepted before the loop's other callbacks run
 _PAUSE = 1.0  # seconds without accepting, once the system has no descriptors left
 
 
 class TlsListener:
-    """An open port."""
+    """An open TLS port. A client may have at most `max_connections_per_client` handshakes in progress, unless it is a
+    trusted proxy.
+    """
 
     def __init__(self, doors: Doors, listener: socket.socket, context: ssl.SSLContext) -> None:
         self._doors = doors
@@ -31,7 +33,7 @@ class TlsListener:
         self._open()
 
     def close(self) -> None:
-        """Nobody is accepted from now on; handshakes under way go on."""
+        """Stops accepting; handshakes in progress continue."""
         if self._listener.fileno() >= 0:
             self._doors.loop.remove_reader(self._listener)
             self._listener.close()
@@ -62,14 +64,14 @@ class TlsListener:
 
     async def _shake_hands(self, accepted: socket.socket, origin: bytes) -> None:
         try:
-            # Who speaks no TLS, breaks it off or takes too long is gone, and that is all.
+            # A client that does not speak TLS, breaks the handshake off or takes too long is simply disconnected.
             with contextlib.suppress(OSError, ssl.SSLError):
                 await self._doors.loop.connect_accepted_socket(
                     lambda: ClientConnection(self._doors),
                     accepted,
                     ssl=self._context,
                     ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
-                    # At its end TLS waits that long for a client to take what was sent.
+                    # How long TLS waits at the end for the client to take what was sent.
                     ssl_shutdown_timeout=self._doors.settings.send_timeout,
                 )
         finally:

@@ -1,19 +1,20 @@
-"""A replica's 503: does it say that it is full, so that the request may go elsewhere, or is it an answer?
+"""Does a replica's 503 mean that it is full, so that the request may go to another replica, or is it the answer?
 
-SGLang says 503 too of a request that it ran for too long, or gave up for another one: that was generated already.
+SGLang also answers 503 when it stops a request that ran too long, or drops one in favour of another. Those requests had
+begun to generate.
 """
 
 from balancer.errors import is_anthropic
 from balancer.relay.request import Headers
 
-LARGEST = 64 << 10  # bytes of such an answer that are held back to read them
-SOON = 5.0  # seconds within which a replica says that it is full; what takes longer was worked on
+LARGEST = 64 << 10  # bytes of such an answer that are held back until it is understood
+SOON = 5.0  # a full replica answers within this many seconds; a 503 that takes longer comes from a request it worked on
 QUEUE_FULL = b"queue is full"
-OVERLOADED = b'"overloaded_error"'  # all that Anthropic's clients are told of a full queue, and of more
+OVERLOADED = b'"overloaded_error"'  # the Anthropic format says only this for a full queue, and for other cases
 
 
 class Unavailable:
-    """A 503 without Retry-After, held back until its body is whole or too long."""
+    """A 503 without Retry-After, held back until its body is complete or too long."""
 
     __slots__ = ("_size", "headers", "length", "pieces")
 
@@ -24,19 +25,19 @@ class Unavailable:
         self._size = 0
 
     def holds(self, data: bytes) -> bool:
-        """Takes a piece of the body; False once there is too much of it."""
+        """Keeps a piece of the body; returns False once the body is longer than `LARGEST`."""
         self.pieces.append(data)
         self._size += len(data)
         return self._size <= LARGEST
 
     def says_full(self, path: str, seconds: float) -> bool:
-        """`seconds` is how long the whole answer took."""
+        """Does the answer mean that the replica is full? `seconds` is how long the whole answer took."""
         body = b"".join(self.pieces)
         return seconds < SOON and (QUEUE_FULL in body or (is_anthropic(path) and OVERLOADED in body))
 
 
 def retry_after(headers: Headers) -> int | None:
-    """A 503's Retry-After in whole seconds, from 1 to 60 (1 for a date, which nobody sends), or None."""
+    """A 503's Retry-After in whole seconds, limited to 1 to 60 (1 for a date, which no replica sends), or None."""
     for name, value in headers:
         if name.lower() == b"retry-after":
             return min(max(int(value), 1), 60) if value.isdigit() and len(value) < 10 else 1

@@ -1,4 +1,4 @@
-"""Our HTTP/1.1 side towards the replicas: one connection, and the exchange that goes on on it."""
+"""HTTP/1.1 client for the replicas: one connection, and the exchange in progress on it."""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,33 +13,33 @@ from balancer.relay.vanished import expect_life
 
 Headers = list[tuple[bytes, bytes]]
 
-# A reused connection that closes within a round trip after a request was sent on it was closing already, and nobody
-# read that request. It takes as long as making the connection did, and in seconds no less and no more than these.
+# If a reused connection closes within one round trip after a request was sent on it, the replica was already closing it
+# and did not read the request. The round trip is the time that connecting took, within these bounds, in seconds.
 LEAST_ROUND_TRIP = 0.05
 MOST_ROUND_TRIP = 0.5
-LARGEST_HEAD = 64 << 10  # bytes of a replica's fields, and of all else that comes without any of a body
-COPIED = 16 << 10  # bytes of a body that are sooner copied behind the head than sent beside it
+LARGEST_HEAD = 64 << 10  # bytes of header fields, or of anything else that arrives without any part of a body
+COPIED = 16 << 10  # up to this many bytes, copying a body behind the head is cheaper than sending them separately
 
 
 class Unwanted(Exception):
-    """Raised by a receiver amid a body: no more of this answer is wanted, and its connection ends."""
+    """Raised by a receiver during a body: the rest of this answer is not wanted, so its connection is closed."""
 
 
 class Receiver(Protocol):
-    """Whoever takes a replica's answer as it comes."""
+    """Takes a replica's answer piece by piece as it arrives."""
 
     def on_head(self, status: int, headers: Headers, length: int | None) -> bool:
-        """The head, with the body's length in bytes or None. False: the rest is not wanted."""
+        """Takes the head, with the body's length in bytes or None. Returns False if the rest is not wanted."""
 
     def on_body(self, data: bytes, now: float) -> None:
-        """A piece of the body, and when it was read (loop time, seconds)."""
+        """Takes a piece of the body, and when it was read (loop time, seconds)."""
 
     def on_end(self, seconds: float) -> bool:
-        """It is whole, so long after the request was sent. False: it says that the replica is full."""
+        """Ends the answer, `seconds` after the request was sent. Returns False if it says that the replica is full."""
 
 
 class Owner(Protocol):
-    """Whose connections these are: the pool."""
+    """The pool that the connections belong to."""
 
     loop: asyncio.AbstractEventLoop
     busy: "set[ReplicaConnection]"
@@ -48,7 +48,7 @@ class Owner(Protocol):
 
 
 class ReplicaConnection(asyncio.Protocol):
-    """One TCP connection to a replica; it carries one exchange at a time, for the request that has `place`."""
+    """One TCP connection to a replica. It carries one exchange at a time, for the request that holds `place`."""
 
     def __init__(self, pool: Owner, replica: ReplicaAddress) -> None:
         self.replica = replica
@@ -56,16 +56,16 @@ class ReplicaConnection(asyncio.Protocol):
         self.sent_at = self.last_byte_at = self.idle_since = 0.0
         self.connected_in = 0.0  # seconds
         self.is_paused = False
-        self.has_answered = False  # any byte of an answer to the current request
+        self.has_answered = False  # any byte of an answer to the current request has arrived
         self.has_head = False
-        self.has_begun = False  # the body, too
+        self.has_begun = False  # part of the body has arrived, too
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._receiver: Receiver | None = None
         self._outcome: asyncio.Future[Outcome] | None = None
         self._headers: Headers = []
-        self._unfruitful = 0  # bytes that came since, or since the last read that brought some of a body
+        self._unfruitful = 0  # bytes received since the request was sent, or since the last read with part of a body
         self._is_interim = False
         self._has_no_body = False
         self._ends_with_connection = False
@@ -76,7 +76,7 @@ class ReplicaConnection(asyncio.Protocol):
     ) -> Outcome:
         """Sends one request, whose body is in pieces, and feeds its answer to `receiver`.
 
-        Cancelled or broken, it closes the connection: that is how SGLang learns to abort.
+        If the exchange is cancelled or fails, it closes the connection, which makes SGLang abort the request.
         """
         if self._transport is None or self._transport.is_closing():
             return Outcome.REFUSED
@@ -104,13 +104,13 @@ class ReplicaConnection(asyncio.Protocol):
                 self._transport.abort()
 
     def finish(self, outcome: Outcome) -> None:
-        """Ends the exchange, if one is going on; whatever comes after is not part of its answer."""
+        """Ends the exchange, if there is one; later bytes are not part of its answer."""
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_result(outcome)
             self._receiver = None
 
     def tell_when_heard(self) -> None:
-        """Tells whoever keeps an eye on the replica when its last bytes came, not at each of them."""
+        """Reports when the replica's last bytes arrived. Called now and then rather than for every read."""
         if self.place is not None and self.has_answered:
             self.place.heard(self.last_byte_at)
 
@@ -122,7 +122,7 @@ class ReplicaConnection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def was_closing(self) -> bool:
-        """Asked just when it was lost: did its end cross with the request that was sent on it?"""
+        """Was the replica already closing the connection when the request was sent? Ask as soon as it is lost."""
         round_trip = min(max(self.connected_in, LEAST_ROUND_TRIP), MOST_ROUND_TRIP)
         return self._pool.loop.time() - self.sent_at < round_trip
 
@@ -131,7 +131,7 @@ class ReplicaConnection(asyncio.Protocol):
             self._transport.abort()
 
     def pause(self) -> None:
-        """The client is slow: read no more for now."""
+        """Stops reading for now, because the client is slow."""
         if not self.is_paused and self.is_open():
             self.is_paused = True
             self._transport.pause_reading()  # type: ignore[union-attr]
@@ -142,7 +142,7 @@ class ReplicaConnection(asyncio.Protocol):
         self.is_paused = False
         self.last_byte_at = self._pool.loop.time()
 
-    # What asyncio tells us
+    # Callbacks of asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
@@ -150,7 +150,7 @@ class ReplicaConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._receiver is None or self._parser is None:
-            self.close()  # bytes that nobody asked for: the connection is out of step
+            self.close()  # bytes that belong to no request: the connection is out of step
             return
         self.last_byte_at = self._pool.loop.time()
         self.has_answered = True
@@ -161,21 +161,21 @@ class ReplicaConnection(asyncio.Protocol):
             self.finish(Outcome.BROKEN if self.has_head else Outcome.MANGLED)
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, Exception) and not isinstance(error.__context__, Unwanted):
-                raise  # ours, not the replica's
+                raise  # an error in our callbacks, not in what the replica sent
             self._give_up()
         if self._unfruitful > LARGEST_HEAD:
-            self._give_up()  # a head, interim answers, trailers or a chunk's extensions without end
+            self._give_up()  # an endless head, or endless interim answers, trailers or chunk extensions
 
     def _give_up(self) -> None:
-        """What came is no HTTP, or more of it than anybody means."""
+        """Ends the exchange: what arrived is not HTTP, too long, or not wanted."""
         self._can_be_kept = False
         self.finish(Outcome.BROKEN if self.has_head else Outcome.MANGLED)
 
     def eof_received(self) -> None:
-        """The replica said all it will say; asyncio closes the connection."""
+        """The replica will send nothing more; asyncio closes the connection."""
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._parser = None  # it holds this connection, which holds it
+        self._parser = None  # breaks the reference cycle with the parser
         self._can_be_kept = False
         if self._receiver is not None and self.has_head and self._ends_with_connection and error is None:
             self._finish_whole(self._receiver)
@@ -184,12 +184,12 @@ class ReplicaConnection(asyncio.Protocol):
         else:
             self.finish(Outcome.MANGLED if self.has_answered else Outcome.LOST)
 
-    # What the parser tells us
+    # Callbacks of the parser
 
     def on_message_begin(self) -> None:
-        self._headers = []  # there may be trailers of the one before
+        self._headers = []  # it may contain trailers of the previous message
         if self._receiver is None:
-            self._can_be_kept = False  # it says more than it was asked
+            self._can_be_kept = False  # an answer without a request
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name, value))
@@ -204,7 +204,7 @@ class ReplicaConnection(asyncio.Protocol):
         if self._unfruitful > LARGEST_HEAD and sum(len(n) + len(v) + 4 for n, v in headers) > LARGEST_HEAD:
             self._give_up()
             return
-        if status < 100:  # none that there is, and unlike an interim answer it may have a body
+        if status < 100:  # no valid status, and unlike an interim answer it may have a body
             self._can_be_kept = False
             self.finish(Outcome.MANGLED)
             return
@@ -222,7 +222,7 @@ class ReplicaConnection(asyncio.Protocol):
         if not self._receiver.on_head(status, headers, length):
             self.finish(Outcome.BUSY)
         elif self._has_no_body:
-            # The parser would wait for the body that the head announces; this connection ends here.
+            # The parser would wait for the body that the head announces, so this connection is not used again.
             self._finish_whole(self._receiver)
 
     def on_body(self, data: bytes) -> None:

@@ -1,6 +1,7 @@
-"""Token counts of an answer, read from where they stand in it: a text that quotes such figures cannot pass for them.
+"""Token counts of an answer, read only from the fields that hold them: generated text that quotes such fields does not
+count.
 
-An answer is looked at when it is over, and a long one now and then before that, to forget what is not needed.
+An answer is parsed when it is over. Before that, a long one is trimmed now and then to what is still needed.
 """
 
 import re
@@ -10,14 +11,14 @@ from typing import Any
 
 import orjson
 
-# Bytes of an answer that are kept to look for the counts, and the largest event or list that is parsed for them.
+# Bytes of an answer that are kept to look for the counts; also the largest event or list that is parsed for them.
 LARGEST = 1 << 20
-KEPT_EVENTS = 4  # the last ones of a stream: behind the one with the counts come a stop, a [DONE], a comment
-SOON = 64 << 10  # bytes after which it is time to forget some
-FEW = 16  # pieces, likewise
-MOST = 10**15  # tokens that anybody believes
-# SGLang's own paths tell of each text of a batch apart. No name of a field there is a user's or a model's choice, and
-# in a text each quote has a backslash before it: what looks like a field is one.
+KEPT_EVENTS = 4  # at the end of a stream: after the event with the counts come a stop, a [DONE], a comment
+SOON = 64 << 10  # trim after at least this many more bytes,
+FEW = 16  # or after at least this many more pieces
+MOST = 10**15  # a token count this large is not believed
+# SGLang's own paths report each text of a batch separately. No field name there is chosen by a user or a model, and
+# quotes within a text are escaped, so whatever looks like a field is one.
 NATIVE = frozenset(("/generate", "/encode"))
 _FIELD = re.compile(rb'"(prompt|completion|cached)_tokens":\s*(\d{1,15})(?=[,}\s])')
 _LONGEST_FIELD = 64
@@ -27,7 +28,7 @@ _TRIES = 8
 
 @dataclass(slots=True)
 class Counts:
-    """Tokens of one answer; None is unknown. `texts` is how many prompts these are the sums of, as far as told."""
+    """Tokens of one answer; None is unknown. `texts` is over how many prompts they are summed, as far as known."""
 
     prompt: int | None = None
     completion: int | None = None
@@ -36,9 +37,10 @@ class Counts:
 
 
 class Tail:
-    """What is kept of an answer's body while it is relayed. Whoever adds to `pieces` calls `trim` when it `is_due`.
+    """The part of an answer's body that is kept while it is relayed. After adding to `pieces`, call `trim` if there are
+    more than `most` of them or the body is longer than `until` bytes.
 
-    Of a stream that is the last events, each whole, of another answer its end; never much more than `LARGEST` bytes.
+    Of an event stream it keeps the last whole events, of another answer its end; never much more than `LARGEST` bytes.
     """
 
     __slots__ = ("_finals", "_has_dropped", "_is_stream", "_native", "_opening", "_path", "most", "pieces", "until")
@@ -50,15 +52,15 @@ class Tail:
         self._path = path
         self._is_stream = False
         self._has_dropped = False
-        self._opening = b""  # the first event, where Anthropic's streams tell of the prompt
-        self._finals: dict[Any, Counts] | None = None  # of a native stream's texts that are finished
-        self._native: Counts | None = None  # of another native answer so far
+        self._opening = b""  # the first event, in which Anthropic's streams report the prompt
+        self._finals: dict[Any, Counts] | None = None  # counts of the finished texts of a native stream
+        self._native: Counts | None = None  # counts so far of a native answer that is no stream
 
     def begin(self, is_stream: bool) -> None:
         self._is_stream = is_stream
 
     def trim(self, size: int) -> None:
-        """Forgets what cannot matter; `size` is how long the body is so far, in bytes."""
+        """Drops what cannot matter any more; `size` is the body's length so far, in bytes."""
         if self._is_stream:
             kept = self._trim_events(b"".join(self.pieces))
         elif self._path in NATIVE:
@@ -96,12 +98,12 @@ class Tail:
         return kept
 
     def is_at_boundary(self) -> bool:
-        """Did what was sent so far end with a whole event?"""
+        """Does what was sent so far end with a complete event?"""
         end = b"".join(self.pieces[-4:])[-4:]
         return not end or end.endswith(b"\n\n") or end == b"\r\n\r\n"
 
     def counts(self) -> Counts:
-        """What the whole answer told; the tail is of no use after that."""
+        """The counts of the whole answer. Call it once: it empties the tail."""
         body = b"".join(self.pieces)
         self.pieces = []
         if self._is_stream and self._path in NATIVE:
@@ -115,7 +117,7 @@ class Tail:
         return _of_whole(body, self._has_dropped)
 
     def _count_native(self, body: bytes) -> int:
-        """Adds up the fields of a body or a part of it; where the last one ended."""
+        """Adds up the fields of a body or part of one; returns where the last field ended."""
         native = self._native = self._native or Counts(texts=0)
         end = 0
         for field in _FIELD.finditer(body):
@@ -131,7 +133,7 @@ class Tail:
         return end
 
     def _note_finals(self, events: bytes) -> None:
-        """Keeps the counts of each text's last event: in a stream of several they end one by one."""
+        """Keeps the counts of each text's last event: in a stream of several texts they end one by one."""
         finals = self._finals = self._finals or {}
         for event in _events(events):
             if _UNFINISHED.search(event):
@@ -142,7 +144,7 @@ class Tail:
 
 
 def _last_events(body: bytes) -> int:
-    """Where the last `KEPT_EVENTS` whole events begin, and whatever follows them; 0 where there are no more."""
+    """Where the last `KEPT_EVENTS` whole events and whatever follows them begin; 0 if there are no events before."""
     for mark in (b"\n\n", b"\r\n\r\n"):
         at = len(body)
         for _ in range(KEPT_EVENTS + 1):
@@ -168,8 +170,8 @@ def _events(body: bytes) -> Iterator[bytes]:
 
 
 def _of_events(body: bytes, is_told_twice: bool) -> Counts:
-    """The counts of a stream's last event that has any; of Anthropic's what only its first one tells, too."""
-    if b'_tokens"' not in body:  # in a text it has a backslash before the quote
+    """The counts of a stream's last event that has any; for Anthropic's streams also those that only its first has."""
+    if b'_tokens"' not in body:  # quotes within a text are escaped
         return Counts()
     found: dict[str, Any] = {}
     for data in reversed(list(_events(body))):
@@ -183,10 +185,11 @@ def _of_events(body: bytes, is_told_twice: bool) -> Counts:
 
 
 def _of_whole(body: bytes, is_cut: bool) -> Counts:
-    """The counts of an answer that is no stream, or of its end: `usage` of the outermost object, or of a list each.
+    """The counts of an answer that is no stream, or of its end: from `usage` or `meta_info` of the outermost object, or
+    the sums of a list's `meta_info`.
 
-    What begins at a field of the outermost object is an object of its own once a brace stands before it. Of one that
-    is further in, too many braces would be left.
+    `{` followed by the rest of the body from a field on is valid JSON if the field belongs to the outermost object; if
+    it belongs to a nested one, there are too many closing braces.
     """
     end = len(body)
     for _ in range(_TRIES if is_cut else 1):
@@ -196,7 +199,7 @@ def _of_whole(body: bytes, is_cut: bool) -> Counts:
         said = _parsed(b"{" + body[end:]) if body[end - 1 : end] != b"\\" else None
         if isinstance(said, dict) and isinstance(usage := said.get("usage"), dict):
             return _of_usage(usage)
-    if is_cut or b'_tokens"' not in body:  # in a text it has a backslash before the quote
+    if is_cut or b'_tokens"' not in body:  # quotes within a text are escaped
         return Counts()
     said = _parsed(body)
     if isinstance(said, dict):
@@ -215,7 +218,7 @@ def _parsed(data: bytes) -> Any:
 
 
 def _of_usage(usage: dict[str, Any]) -> Counts:
-    """The counts of a `usage` object of OpenAI's or Anthropic's, or of SGLang's own `meta_info`."""
+    """The counts of a `usage` object in OpenAI's or Anthropic's format, or of SGLang's own `meta_info`."""
     if "prompt_tokens" in usage or "completion_tokens" in usage:
         details = usage.get("prompt_tokens_details")
         cached = _figure(details if isinstance(details, dict) else usage, "cached_tokens")
@@ -223,7 +226,7 @@ def _of_usage(usage: dict[str, Any]) -> Counts:
     prompt, read = _figure(usage, "input_tokens"), _figure(usage, "cache_read_input_tokens")
     details = usage.get("input_tokens_details")
     cached = _figure(details, "cached_tokens") if isinstance(details, dict) else read
-    if prompt is not None:  # in Anthropic's format the cached ones are apart, in OpenAI's some of these
+    if prompt is not None:  # Anthropic's format counts cached tokens separately, OpenAI's includes them here
         prompt += (read or 0) + (_figure(usage, "cache_creation_input_tokens") or 0)
     return Counts(prompt, _figure(usage, "output_tokens"), cached)
 

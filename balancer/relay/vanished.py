@@ -1,17 +1,17 @@
-"""Hosts that vanish: one that lost its power or its network never says that it closes, so the kernel has to ask."""
+"""Hosts that vanish: one that loses power or network never closes its connections, so the kernel has to probe them."""
 
 import socket
 import struct
 from typing import Protocol
 
-IDLE, BETWEEN, TRIES = 15, 5, 3  # seconds of silence before the first question, between two; questions
-UNACKNOWLEDGED = 30.0  # seconds that what was sent may go without the other system's word on it
-_TIMEOUTS = 6  # retransmissions in a row: the last of them 12 s after the first try at least
+IDLE, BETWEEN, TRIES = 15, 5, 3  # keepalive: seconds of silence before the first probe, seconds between two, probes
+UNACKNOWLEDGED = 30.0  # seconds for which sent bytes may stay unacknowledged
+_TIMEOUTS = 6  # retransmissions in a row: the last comes at least 12 s after the first try
 _INFO = struct.Struct("=2xB53xI")  # tcp_info of linux/tcp.h: tcpi_retransmits, and tcpi_last_ack_recv in milliseconds
 
 
 class Socket(Protocol):
-    """A socket, or what uvloop shows of one."""
+    """A socket, or uvloop's stand-in for one."""
 
     def setsockopt(self, level: int, name: int, value: int, /) -> None: ...
 
@@ -19,10 +19,10 @@ class Socket(Protocol):
 
 
 def expect_life(sock: Socket, unacknowledged: float = UNACKNOWLEDGED) -> None:
-    """Has the kernel end a connection whose other host is gone; set on a listener, those it accepts have it too.
+    """Has the kernel end a connection whose other host is gone; set on a listener, it holds for those it accepts.
 
-    Idle, that takes 30 s. With bytes under way it takes `unacknowledged` seconds, and so it does where the other side
-    lives, but takes none of them all that time.
+    An idle connection ends after 30 s. With unacknowledged bytes it ends after `unacknowledged` seconds, even if the
+    other host is alive but accepts none of them in that time.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE)
@@ -32,9 +32,9 @@ def expect_life(sock: Socket, unacknowledged: float = UNACKNOWLEDGED) -> None:
 
 
 def has_vanished(sock: Socket) -> bool:
-    """Has the other system said nothing for 30 s, though it was sent the same bytes again and again?
+    """Has the other host acknowledged nothing for 30 s, although the same bytes were sent again and again?
 
-    One whose program is slow to read acknowledges what comes, and says that it has no room.
+    A host whose program is slow to read still sends acknowledgements, with a window of zero.
     """
     retransmits, last_heard = _INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size))
     return bool(retransmits >= _TIMEOUTS and last_heard > UNACKNOWLEDGED * 1000)
