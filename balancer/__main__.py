@@ -26,7 +26,7 @@ from balancer.spec.tree import value_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serves until told to stop; 0 after a clean end, 1 when it cannot start, 2 for wrong usage."""
+    """Serves until told to stop. Returns 0 after a clean end and 1 if it cannot start; exits with 2 for wrong usage."""
     settle()
     options = parse(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="groundserve: %(levelname)s: %(message)s")
@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags, with their environment twins filled in."""
+    """The flags; a flag that is not given takes its value from its environment variable."""
     return _parser().parse_args(arguments)
 
 
 def config_from(options: argparse.Namespace, patience: float = text_file.PATIENCE) -> Config:
     """The process's configuration; raises ConfigError with one line.
 
-    `patience`: seconds to wait for what a pipe brings, which a process that serves has not got.
+    `patience` is for how many seconds to wait for a pipe's contents; a process that is serving cannot wait.
     """
     described = service_file.load(options.service, patience=patience) if options.service else None
     values: dict[str, Any] = described.settings.model_dump(exclude_unset=True) if described else {}
@@ -111,9 +111,9 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
 def _sources(
     urls: Sequence[str], discovered: Sequence[str]
 ) -> dict[str, tuple[tuple[ReplicaListing, ...], str | None]]:
-    """Where the replicas of each service are: by its name, which is empty where there is one service without a name.
+    """Each service's replicas and discovery source, by the service's name; a single service may have an empty name.
 
-    Raises ConfigError.
+    Raises ConfigError if the flags contradict each other.
     """
     replicas: dict[str, list[str]] = {}
     for url in urls:
@@ -138,7 +138,7 @@ def _sources(
 
 
 def _named(text: str) -> tuple[str, str]:
-    """NAME=ADDRESS in two; the name is empty where there is none."""
+    """Splits NAME=ADDRESS; the name is empty if there is none."""
     found = re.fullmatch(r"([A-Za-z0-9][\w.-]{0,62})=(.+)", text, re.ASCII)
     return (found[1], found[2]) if found else ("", text)
 
@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _take_over_addresses(options: argparse.Namespace) -> None:
-    """Where the sockets listen that our starter handed to us; raises ConfigError."""
+    """Sets --listen and --admin to the addresses of the sockets that our parent handed to us; raises ConfigError."""
     for name in ("listen", "admin"):
         descriptor = getattr(options, f"{name}_fd")
         if descriptor is not None:

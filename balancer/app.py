@@ -1,4 +1,4 @@
-"""The composition root: builds all parts of one balancer process, starts them, and ends them in the right order."""
+"""The composition root: builds all parts of one balancer process, starts them, and stops them in the right order."""
 
 import asyncio
 import contextlib
@@ -40,16 +40,16 @@ from balancer.spec.loopback import is_loopback_name
 
 log = logging.getLogger("groundserve")
 
-LAST_CALL = 0.1  # seconds from the port's closing to the end of idle connections: requests may be on their way
-# Where another process goes on accepting, clients do not notice that this one leaves, and none is to find it out by a
-# request that came to nothing because we were slow to read it.
+LAST_CALL = 0.1  # seconds between closing the port and closing idle connections: requests may be on their way
+# The same if another process accepts on the port. Clients then do not notice that this one is leaving, so it waits
+# longer, in order not to lose a request because it was slow to read it.
 LAST_CALL_OF_SHARED = 1.0
 
 
 class Balancer:
     """One balancer in one event loop. `start` opens both ports, `leave` drains, `stop` ends everything.
 
-    `look_up` is how names of replicas are resolved, `reread` what the configuration is by now.
+    `look_up` resolves the names of replicas; `reread` returns the configuration as it is now.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Balancer:
         self.certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         replica_tls = replica_context(config.replica_ca)
 
-        # The services, and who counts what happens there
+        # The services, and the counts of what happens there
         self.tallies = Tallies()
         self.lateness = Lateness(loop, self.tallies.loop_lag.note)
         self.dialer = Dialer(look_up, self.lateness.within)
@@ -96,7 +96,7 @@ class Balancer:
             _socket(config.listen, config.listen_fd, "--listen-fd"),
             _socket(config.admin, config.admin_fd, "--admin-fd"),
         ]
-        self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # what a client asks for
+        self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # the URL for clients
         self.admin_endpoint = listen.url_of(self._sockets[1])
         self._own_client = _client_of(self.certificate.own_context if self.certificate else replica_tls)
         self.figures = BalancerCollector(self.services.all, self.tallies, self.keys, self.doors)
@@ -117,7 +117,8 @@ class Balancer:
     async def start(self, leaving: asyncio.Event | None = None) -> None:
         """Opens both ports and begins to watch the replicas.
 
-        Where clients have to wait until a replica is ready, `leaving` set ends the waiting.
+        With `accept_when_ready`, clients are accepted only when a replica is ready, the time is over, or `leaving` is
+        set.
         """
         self.lateness.start()
         self.services.start(self.endpoint)
@@ -137,19 +138,19 @@ class Balancer:
             await _wait(leaving, 0.02)
 
     def release_ports(self) -> None:
-        """Accepts nobody any more on either port: another process does, which shares our sockets."""
+        """Stops accepting on both ports: another process, which shares our sockets, takes over."""
         if self._listener is not None:
             self._listener.close()
         for server in self._admin_server.servers:
             server.close()
         for connection in list(self._admin_server.server_state.connections):
-            connection.shutdown()  # once it has answered what it was asked
+            connection.shutdown()  # takes effect after the current answer
 
     def renew(self, config: Config) -> None:
-        """Goes by another policy, other numbers, another readiness probe from now on, while requests go on.
+        """Applies a new policy, new settings and a new readiness probe while requests continue.
 
-        What a process is started with stays: addresses, the list of replicas, files of keys and certificates.
-        Raises ConfigError, and changes nothing, where the new configuration cannot be used.
+        Addresses, the list of replicas, and the files of keys and certificates stay as they were at the start. Raises
+        ConfigError, and changes nothing, if the new configuration cannot be used.
         """
         trusted = _networks(config.settings.trusted_proxies)
         before, self.config = self.config, config
@@ -164,9 +165,10 @@ class Balancer:
         return Cors(config.settings.cors_origins, self.keys is not None, is_loopback_name(config.listen[0]))
 
     async def leave(self, hurry: asyncio.Event) -> None:
-        """Drains: not ready any more, port still open; then port closed, answers in flight finish; the rest break.
+        """Drains in three steps: reports not ready with the port still open (`drain_grace`); closes the port and lets
+        answers in flight finish (`drain_timeout`); breaks off the rest.
 
-        `hurry` set ends the waiting at once.
+        Setting `hurry` ends the waiting at once.
         """
         settings = self.service.settings
         self.services.leave()
@@ -218,7 +220,7 @@ class Balancer:
             self.tallies.keep_keys({key.name for key in keys})
 
     def _reload(self) -> None:
-        """Takes up a service file that changed; a mistake in it leaves all as it was."""
+        """Applies a changed service file; if it has a mistake, nothing changes."""
         if self._service_watch is None or self._reread is None or not self._service_watch.has_changed():
             return
         if self._service_watch.is_cut_off:
@@ -233,7 +235,7 @@ class Balancer:
 
 
 class _Observer:
-    """Tells of each request what its log line and the figures need."""
+    """Passes the record of each finished request to the access log and the metrics."""
 
     def __init__(self, log: AccessLog, tallies: Tallies) -> None:
         self.inter_token = tallies.inter_token
@@ -250,12 +252,12 @@ def _socket(address: tuple[str, int], descriptor: int | None, flag: str) -> sock
 
 
 def _client_of_replicas(tls: ssl.SSLContext) -> httpx.AsyncClient:
-    """For what is asked of replicas on behalf of the balancer's own paths."""
+    """A client for the requests to replicas that the balancer's own paths need."""
     return httpx.AsyncClient(verify=tls, trust_env=False)
 
 
 def _client_of(tls: ssl.SSLContext) -> httpx.AsyncClient:
-    """For what the playground asks of this balancer's own endpoint: answers may take as long as they like."""
+    """A client for the playground's requests to this balancer's own endpoint: answers may take any time."""
     limits = httpx.Limits(max_keepalive_connections=0)
     return httpx.AsyncClient(verify=tls, trust_env=False, timeout=httpx.Timeout(None, connect=5), limits=limits)
 

@@ -1,4 +1,4 @@
-"""The configuration of one balancer process, resolved once at its start from flags, environment and service file."""
+"""The configuration of one balancer process, from flags, environment and service file."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,14 +11,14 @@ from balancer.spec.settings import PolicyName, ReadinessProbe, Settings
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Addresses are (host, port); port 0 takes a free one."""
+    """Addresses are (host, port); port 0 means any free port."""
 
     listen: tuple[str, int] = ("127.0.0.1", 30001)
     admin: tuple[str, int] = ("127.0.0.1", 30002)
-    # Descriptors of sockets that our starter listens on, there; None: we open them.
+    # Descriptors of listening sockets that our parent hands to us; None: we open them ourselves.
     listen_fd: int | None = None
     admin_fd: int | None = None
-    accept_when_ready: float = 0  # seconds for which clients wait, unaccepted, until a replica is ready
+    accept_when_ready: float = 0  # max. seconds for which clients wait, unaccepted, until a replica is ready
     policy: PolicyName = "round_robin"
     target_qps: Mapping[str, float] = field(default_factory=dict)  # by GPU type, for instance_aware_least_load
     replicas: tuple[ReplicaListing, ...] = ()
@@ -34,12 +34,12 @@ class Config:
     tls_key: Path | None = None
     replica_ca: Path | None = None  # CA certificates for https replicas; None: the machine's own
     is_log_json: bool = False
-    # Further services behind the same endpoint; what concerns the process as a whole does not count in them.
+    # Further services behind the same endpoint; their fields that concern the whole process are ignored.
     others: tuple["Config", ...] = ()
 
 
 def for_service(text: str, name: str, replica_key: str | None, process: Config) -> Config:
-    """The configuration of one more service in a process: as the text of a service file says. Raises ConfigError."""
+    """The configuration of one more service in `process`, from the text of its service file. Raises ConfigError."""
     described = parse(text, source=name, name=name)
     policy = described.service.replica_policy
     target = policy.target_qps_per_replica if policy else None

@@ -1,4 +1,4 @@
-"""The life of one balancer process: what it says at its start, its signals, and how it leaves."""
+"""The life of one balancer process: what it prints at its start, its signals, and how it stops."""
 
 import asyncio
 import contextlib
@@ -18,11 +18,11 @@ from balancer.relay import listen
 async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None = None) -> None:
     """Serves until SIGTERM, SIGINT or SIGHUP, then drains; a second signal ends at once.
 
-    Where our starter handed its sockets to us, it is a supervisor: SIGTERM once more changes nothing, because a service
-    manager sends it to every process of a group, we get it from the supervisor too, and that can kill us when it is in
-    a hurry. And SIGUSR1 says that another process takes over: both ports are released before we drain.
+    If the parent handed its sockets to us, it is a supervisor. A second SIGTERM is then ignored: a service manager
+    sends SIGTERM to every process of a group, and the supervisor sends it to us as well; it can kill us if it is in a
+    hurry. SIGUSR1 says that another process takes over: both ports are released before we drain.
 
-    `look_up` resolves replicas' names; `reread` is asked for the configuration anew when the service file changed.
+    `look_up` resolves replicas' names; `reread` returns the configuration again after the service file has changed.
     """
     listen.raise_file_limit()
     wait_for_no_reader()
@@ -45,8 +45,8 @@ async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None 
     if is_supervised:
         loop.add_signal_handler(signal.SIGUSR1, taken_over)
     await balancer.start(leaving)
-    # What is here now stays; and requests leave no cycles, so the collector may look seldom: it took a twentieth of
-    # the time per request.
+    # All objects that exist now stay, and requests leave no reference cycles, so the garbage collector may run rarely:
+    # it took a twentieth of the time per request.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     tell(sys.stderr, f"listening on {balancer.endpoint}\nadmin on {balancer.admin_endpoint}")
@@ -56,12 +56,12 @@ async def run(config: Config, look_up: Resolve = resolve, reread: Reread | None 
 
 
 def wait_for_no_reader() -> None:
-    """Makes writing to a terminal or a pipe that nobody reads (Ctrl-S, a connection that hangs) fail instead of wait.
+    """Makes writes to a terminal or pipe that nobody reads (Ctrl-S, a hanging connection) fail instead of block.
 
-    Each is opened anew, since how the inherited one waits is the shell's business too.
+    Each is reopened, because setting O_NONBLOCK on the inherited descriptor would affect the shell too.
     """
     for descriptor in (1, 2):
-        with contextlib.suppress(OSError):  # closed, or another user's: it stays as it is
+        with contextlib.suppress(OSError):  # closed, or it belongs to another user: leave it as it is
             if os.isatty(descriptor) or stat.S_ISFIFO(os.fstat(descriptor).st_mode):
                 fresh = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
                 os.dup2(fresh, descriptor)

@@ -1,4 +1,4 @@
-"""One service: its replicas and what keeps an eye on them, who waits for a place there, and by which rules."""
+"""One service: its replicas, their probes, the requests that wait for a place there, and the routing policy."""
 
 import ssl
 from collections.abc import Collection, Sequence
@@ -18,33 +18,33 @@ from balancer.routing.prefix_aware import PrefixAware
 
 @dataclass(slots=True)
 class ServiceFacts:
-    """What the balancer was told of the service."""
+    """What the balancer was told about the service."""
 
     name: str = "groundserve"
     version: str = "1"
     endpoint: str = ""
-    # The controller's word where it has one (FAILED, SHUTTING_DOWN, CONTROLLER_INIT), and its reason.
+    # The status that the controller set, if any (FAILED, SHUTTING_DOWN, CONTROLLER_INIT), and its reason.
     status: str = ""
     reason: str = ""
-    is_leaving: bool = False  # the balancer was told to stop: every answer says that it is its connection's last
+    is_leaving: bool = False  # the balancer was told to stop: every answer closes its connection
 
     def take(self, service: ServiceListing) -> None:
-        """The controller's word from now on."""
+        """Takes over what the controller says about the service."""
         self.name = service.name or self.name
         self.version = str(service.version or self.version)
         self.endpoint = service.endpoint or self.endpoint
         self.status, self.reason = service.status, service.reason
 
     def forget(self) -> None:
-        """The controller is gone, and its word with it."""
+        """Drops the controller's status and reason, because the controller is gone."""
         self.status = self.reason = ""
 
 
 class Service:
-    """The parts of one service, put together. `start` begins to watch its replicas, `stop` ends that.
+    """The parts of one service. `start` begins to watch its replicas, `stop` ends that.
 
-    `clock` is the loop's time in seconds, `dialer` connects to replicas, `tls` is how https ones are checked, `look_up`
-    how names of replicas are resolved.
+    `clock` is the loop's time in seconds, `dialer` connects to replicas, `tls` checks https replicas, `look_up`
+    resolves the name that replicas are discovered by.
     """
 
     def __init__(
@@ -67,36 +67,36 @@ class Service:
             self.discovery.when_controller_gone.append(self.facts.forget)
 
     def start(self) -> None:
-        """Takes up the configured replicas and begins to watch them, and for others."""
+        """Adds the configured replicas, begins to watch them, and starts discovery."""
         self.fleet.reconcile(self.config.replicas)
         self.prober.start()
         if self.discovery is not None:
             self.discovery.start()
 
     def names(self) -> Collection[str]:
-        """What requests may call it: its own name, its aliases, and the models that its replicas have told of."""
+        """The names that requests may use for it: its own, its aliases, and the models that its replicas list."""
         return {self.facts.name, *self.settings.aliases, *self.fleet.models}
 
     @property
     def has_told_models(self) -> bool:
-        """Has any of its replicas said yet which models it serves?"""
+        """Has any of its replicas listed its models yet?"""
         return bool(self.fleet.models)
 
     async def stop(self) -> None:
-        """Watches no more."""
+        """Stops watching the replicas."""
         if self.discovery is not None:
             await self.discovery.stop()
         await self.prober.stop()
 
     def list_replicas(self, listing: Sequence[ReplicaListing]) -> None:
-        """An engine says which replicas there are; raises ConfigError as `Fleet.reconcile` does."""
+        """Takes an engine's list of the replicas; raises ConfigError as `Fleet.reconcile` does."""
         if self.discovery is not None:
             self.discovery.reconcile(listing)
         else:
             self.fleet.reconcile(listing)
 
     def renew(self, config: Config) -> None:
-        """Goes by another policy, other numbers, another probe and name from now on, while requests go on."""
+        """Applies a new policy, new settings, a new readiness probe and name while requests continue."""
         before, self.config = self.config, config
         self.settings.renew(config.settings)
         self.fleet.renew(config.readiness)

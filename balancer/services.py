@@ -1,4 +1,4 @@
-"""The services of one process: put together, and kept in step with what relay, admin port and sweep know of them."""
+"""The services of one process, kept in step with what the relay, the admin port and the sweep know about them."""
 
 import asyncio
 import logging
@@ -19,9 +19,10 @@ log = logging.getLogger("groundserve")
 
 
 class Services:
-    """Those of the process's own configuration, which stay as long as it runs, and those that join it.
+    """The services of the process's own configuration, which stay as long as it runs, and those that join it.
 
-    The lists belong together, item by item; whoever is given one sees each change. `jobs` are the sweep's.
+    The lists belong together, item by item, and are changed in place, so other parts may keep them. `jobs` are the
+    sweep's.
     """
 
     def __init__(
@@ -46,32 +47,32 @@ class Services:
         self._tallies = tallies
         self._endpoint = ""  # empty until the process serves
         self._own = [self._add(one) for one in (config, *config.others)]
-        self._leaving: dict[str, tuple[Service, Destination]] = {}  # they finish what they have
+        self._leaving: dict[str, tuple[Service, Destination]] = {}  # finishing their requests
 
     @property
     def first(self) -> Service:
-        """The one whose settings hold for the endpoint itself."""
+        """The service whose settings apply to the endpoint itself."""
         return self.all[0]
 
     def start(self, endpoint: str) -> None:
-        """Begins to watch the replicas of all."""
+        """Begins to watch the replicas of all services."""
         self._endpoint = endpoint
         for service in self.all:
             self._start(service)
 
     def renew(self, config: Config) -> None:
-        """Goes by a changed configuration; that of services which joined comes from their controllers."""
+        """Applies a changed configuration to the process's own services; controllers send that of the others."""
         self._config = config
         for service, renewed in zip(self._own, (config, *config.others), strict=True):
             service.renew(renewed)
 
     def leave(self) -> None:
-        """The process was told to stop."""
+        """Notes that the process was told to stop."""
         for service in self.all:
             service.facts.is_leaving = True
 
     async def stop(self) -> None:
-        """Watches no replica any more and closes all connections to them."""
+        """Stops watching replicas and closes the idle connections to them."""
         for service, destination in (*zip(self.all, self.destinations, strict=True), *self._leaving.values()):
             await service.stop()
             destination.pool.close()
@@ -79,10 +80,10 @@ class Services:
     # Services that come and go while the process runs
 
     def join(self, name: str, text: str, replica_key: str | None) -> None:
-        """Serves one more service behind the endpoint, or goes on with it by what its file says now.
+        """Serves one more service behind the endpoint, or applies its changed file if it is already served.
 
-        `replica_key` is what its replicas ask for. Raises ConfigError for a file that cannot be used, and for the name
-        of a service that the process was started for.
+        `text` is its service file, `replica_key` its replicas' API key. Raises ConfigError for a file that cannot be
+        used, for a service that is still leaving, and for one that the process was started for.
         """
         config = for_service(text, name, replica_key, self._config)
         for service in self.all:
@@ -96,9 +97,9 @@ class Services:
         log.info("%s is served here too", name)
 
     async def part(self, name: str) -> int:
-        """Takes a service that joined off the endpoint. How many requests it still has: call it again until none.
+        """Takes a service that joined off the endpoint. Returns how many requests it still has: call again until 0.
 
-        A name that is not served has none. Raises ConfigError for a service that the process was started for.
+        Returns 0 for a name that is not served. Raises ConfigError for a service that the process was started for.
         """
         for index, service in enumerate(self.all):
             if service.facts.name == name:
