@@ -48,7 +48,7 @@ def _family(member: Member) -> int:
 
 
 def _is_same(first: Member, other: Member) -> bool:
-    """Does the same identity mean the same process? Many may have one seed; none also take equally long to start."""
+    """Does the same identity mean the same process? Replicas may share a seed, but do not also start equally fast."""
     if first.url == other.url:
         return False  # one address under two names is deliberate
     if " " in (first.identity or ""):

@@ -1,4 +1,4 @@
-"""A place at one member, which a request holds while it is there."""
+"""A place at one member, which a request holds while the member works on it."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -10,7 +10,7 @@ from balancer.spec.settings import Settings
 
 
 class Chosen(Protocol):
-    """A policy's choice: a member, how many blocks it has to compute, and what it is to be told later."""
+    """A policy's choice: a member, how many blocks it has to compute, and hooks for what happens later."""
 
     @property
     def member(self) -> Member: ...
@@ -61,7 +61,7 @@ class Claim(Generic[C]):
     def __init__(self, fleet: "Giver", choice: C, is_generating: bool, trial: Trial | None = None) -> None:
         self.choice = choice
         self.member = member = choice.member
-        self.trial = trial  # in which the place was given by lot
+        self.trial = trial  # the trial for which the member was chosen at random, if any
         self._is_generating = is_generating
         self._fleet = fleet
         self.when_over: Callable[[], None] | None = None  # called when the place is given back

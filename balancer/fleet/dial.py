@@ -1,4 +1,4 @@
-"""Connects to replicas, by the last known addresses of their names."""
+"""Connects to replicas at the last known addresses of their names."""
 
 import asyncio
 import errno
@@ -10,9 +10,9 @@ from typing import Protocol, TypeVar
 from balancer.fleet.discovery import Resolve, resolve
 from balancer.fleet.lateness import Within
 
-# Seconds for which a name's addresses are used unasked.
+# Seconds for which a name's addresses are used without looking them up again.
 FRESH = 1.0
-# Seconds for which a name server is waited for while older addresses are known.
+# Seconds to wait for a name server while older addresses are known.
 PATIENCE = 0.1
 # Errors of connect() that come from a shortage on our side and say nothing about the replica.
 OUR_OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
@@ -21,11 +21,11 @@ P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 
 class Unresolved(Exception):
-    """Nobody says where the replica is; the message says why."""
+    """The replica's name could not be resolved; the message says why."""
 
 
 class Located(Protocol):
-    """A replica, as far as connecting to it goes."""
+    """What connecting to a replica needs to know."""
 
     @property
     def host(self) -> str: ...
@@ -35,10 +35,10 @@ class Located(Protocol):
 
 
 class Dialer:
-    """Opens connections to replicas and remembers where their names led.
+    """Opens connections to replicas and remembers the addresses of their names.
 
-    A name server that fails or is slow says nothing of a replica: addresses stand until it gives others, and its time
-    is not the connection's. `within` limits a wait, in seconds.
+    A name server that fails or is slow says nothing about a replica: known addresses stay valid until it returns
+    others, and its time does not count towards connecting. `within` limits a wait, in seconds.
     """
 
     def __init__(self, look_up: Resolve = resolve, within: Within = asyncio.timeout) -> None:
@@ -46,7 +46,7 @@ class Dialer:
         self._names = _Names(look_up)
 
     async def addresses(self, replica: Located) -> Sequence[str]:
-        """Where to find it; raises Unresolved when its name was never resolved and cannot be."""
+        """The replica's addresses; raises Unresolved if its name has never been resolved and cannot be now."""
         return (replica.host,) if _is_address(replica.host) else await self._names.addresses(replica.host, replica.port)
 
     async def connect(
@@ -57,9 +57,9 @@ class Dialer:
         tls: ssl.SSLContext | None,
         seconds: float,
     ) -> P:
-        """A connection to the first of these that takes one, within so many seconds, all together.
+        """Connects to the first of `addresses` that accepts; `seconds` are divided equally among them.
 
-        Raises TimeoutError when one of them did not answer, else the OSError of the last one.
+        If none does, raises TimeoutError if one of them did not answer, else the OSError of the last one.
         """
         loop = asyncio.get_running_loop()
         name = replica.host if tls is not None else None
@@ -76,7 +76,7 @@ class Dialer:
         raise next((error for error in troubles if isinstance(error, TimeoutError)), troubles[-1])
 
     async def close(self) -> None:
-        """Ends what it asks of name servers."""
+        """Cancels the look-ups in progress."""
         await self._names.close()
 
 
@@ -105,7 +105,7 @@ class _Names:
         return self._known[name]
 
     async def _ask(self, name: str, port: int) -> str:
-        """Takes up what a name server says; why it said nothing, else."""
+        """Looks the name up and keeps its addresses. Returns why there are none, empty if there are."""
         try:
             found = await self._look_up(name, port)
         except OSError as error:
@@ -120,7 +120,7 @@ class _Names:
             del self._asking[name]
 
     def good(self, name: str, address: str) -> None:
-        """That one answered: it is tried first from now on."""
+        """Notes that `address` accepted a connection: it is tried first from now on."""
         known = self._known.get(name)
         if known and known[0] != address and address in known:
             known.sort(key=lambda other: other != address)

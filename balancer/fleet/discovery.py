@@ -61,7 +61,7 @@ class DnsDiscovery:
         self._fleet = fleet
         self._resolve = resolve
         self._answered_at = fleet.clock()
-        self._listings: dict[str, ReplicaListing] = {}  # by the controller, by endpoint
+        self._listings: dict[str, ReplicaListing] = {}  # as the controller last sent them, by endpoint
         self._listings_until = float("-inf")
         self.when_controller_gone: list[Callable[[], None]] = []
         self._is_failing = False
@@ -120,7 +120,7 @@ class DnsDiscovery:
             self._fleet.reconcile([m.listing for m in running if not m.is_failing_for(GRACE, now)])
 
     def _end_controllers_list(self) -> None:
-        """If there was one. Nobody starts a replica now."""
+        """Drops the controller's list, if there was one. Without a controller, requests do not start replicas."""
         if self._listings_until == float("-inf"):
             return
         self._listings_until = float("-inf")

@@ -1,25 +1,26 @@
-"""Passive outlier detection for one member: what it did lately, and how long it is out when that was bad."""
+"""Passive outlier detection for one member: its recent outcomes, and how long an ejection lasts."""
 
 from collections import deque
 
 CONSECUTIVE = 5
 WINDOW = 20
 WINDOW_FAILURES = 10
-# Answers, good and doubtful, that are remembered, and for how long, in seconds.
+# How many answers, good or doubtful, are remembered, and for how many seconds.
 LATELY = 10
 LATELY_SECONDS = 30.0
-# An acquitted member is not suspected again for this many seconds times its acquittals in a row, up to the second.
+# An acquitted member is not suspected again for TRUST seconds times its acquittals since the last ejection, at most
+# MOST_TRUST seconds.
 TRUST = 5.0
 MOST_TRUST = 60.0
 
 
 class Outlier:
-    """Counts outcomes of one member; the clock is passed in, in seconds.
+    """Counts the outcomes of one member; times are passed in, in seconds.
 
-    Five failures in a row, or half of the last twenty, are enough: those that no request can be blamed for. Answers
-    that the request may be to blame for are remembered for comparison (balancer/fleet/outliers.py). The n-th ejection
-    lasts n times the base, at most `longest`; a member that stayed in for `longest` starts at one again (as Envoy's
-    outlier detection counts).
+    Five failures in a row, or ten among the last twenty outcomes, call for an ejection. Only failures that no request
+    can be blamed for count here; doubtful answers are remembered for comparison (balancer/fleet/outliers.py). The n-th
+    ejection lasts n times `base`, at most `longest`; after `longest` without one, n starts at one again (as in Envoy's
+    outlier detection).
     """
 
     def __init__(self, base: float, longest: float) -> None:
@@ -35,7 +36,7 @@ class Outlier:
         self._back_at = 0.0
 
     def answered(self, now: float, is_well: bool) -> None:
-        """Counts an answer; a doubtful one is neither a success nor surely a failure."""
+        """Counts an answer; a doubtful one (not `is_well`) is neither a success nor certainly a failure."""
         self._lately.append((now, is_well))
         if is_well:
             self._in_a_row = 0
@@ -50,12 +51,12 @@ class Outlier:
         )
 
     def lately(self, now: float) -> tuple[int, int]:
-        """How many of its last answers were doubtful, and how many there were."""
+        """How many of its recent answers were doubtful, and how many there were."""
         answers = [is_well for at, is_well in self._lately if now - at < LATELY_SECONDS]
         return answers.count(False), len(answers)
 
     def acquit(self, now: float) -> None:
-        """What it answered badly was not its fault: it is not suspected again for a while."""
+        """Clears it of its doubtful answers: it is not suspected again for a while."""
         self._acquittals += 1
         self.trusted_until = now + min(TRUST * self._acquittals, MOST_TRUST)
         self._lately.clear()

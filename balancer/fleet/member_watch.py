@@ -65,7 +65,7 @@ class MemberWatch:
         self._service_connection = connect_to(member)
         self._queue_connection = connect_to(member)
         self._life_connection = connect_to(member)
-        self._inspected: int | None = None  # the ready connection's breaks when we last knew which process answers
+        self._inspected: int | None = None  # the ready connection's `breaks` when we last knew which process answers
         loops = (self._watch_ready(), self._watch_service(), self._watch_queue(), self._watch_life())
         self.tasks = [asyncio.ensure_future(loop) for loop in loops]
 

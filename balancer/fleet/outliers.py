@@ -1,10 +1,10 @@
-"""Who is ejected: a member that fails by itself, or answers far worse than another does.
+"""Which members are ejected: those that fail by their own fault, and those that answer far worse than another.
 
-A replica says 500 to an image that cannot be fetched, and to everything when its GPU is lost; it breaks one stream or
-all. Only the others tell which it is: an outlier is who differs (as in Envoy's success-rate detection). But a policy
-that sends like prompts to one replica sends all bad ones there, and a client's bad requests may fall into step with
-the turns. So bad answers only make a member suspected; then places are given by lot for a while, and the outcomes of
-those alone decide.
+A replica answers 500 to an image that cannot be fetched, and to every request once its GPU is lost; it breaks one
+stream or all of them. Only a comparison with the other members tells the two apart: an outlier is one that differs (as
+in Envoy's success-rate detection). But a policy that sends similar prompts to one replica sends all bad ones there, and
+a client's bad requests may coincide with one replica's turns in a round robin. So bad answers only make a member a
+suspect. Then replicas are chosen at random for a while, and only the outcomes of those requests decide.
 """
 
 import math
@@ -14,39 +14,40 @@ from dataclasses import dataclass, field
 
 from balancer.fleet.member import Member
 
-# Doubtful ones among the last answers of a member that make it suspected.
+# A member is suspected if at least this many of its last answers were doubtful.
 SUSPICIOUS = 5
-# How much larger its share of them must be than that of the others to be suspected, and than another's to be ejected.
+# To be suspected, its share of doubtful answers must be larger than that of all others by LARGER; to be ejected, larger
+# than that of one other by FAR_LARGER.
 LARGER, FAR_LARGER = 0.3, 0.5
-# Standard deviations between two shares that chance does not make.
+# A difference between two shares of this many standard deviations is not chance.
 SURE = 4.0
-# Places given by lot for each member, and seconds for which their outcomes are waited for.
+# A trial has this many random choices per member, and waits for this many seconds for their outcomes.
 DEALT = 16
 PATIENCE = 60.0
 
 
 @dataclass(slots=True, eq=False)
 class Trial:
-    """Places given by lot, and how their requests ended; by member (doubtful answers, all answers)."""
+    """A period of random choices, and how those requests ended."""
 
     suspect: Member
     until: float
-    left: int  # places still to be given
-    open: int = 0  # given, and not over yet
-    scores: dict[Member, tuple[int, int]] = field(default_factory=dict)
+    left: int  # random choices still to be made
+    open: int = 0  # chosen at random, and not over yet
+    scores: dict[Member, tuple[int, int]] = field(default_factory=dict)  # (doubtful answers, all answers)
 
     def note(self, member: Member, is_well: bool) -> None:
         bad, count = self.scores.get(member, (0, 0))
         self.scores[member] = bad + (not is_well), count + 1
 
     def is_proved(self) -> bool:
-        """Does the suspect answer far worse than another?"""
+        """Does the suspect answer far worse than another member?"""
         own = self.scores.get(self.suspect, (0, 0))
         return any(_is_far_worse(own, score) for member, score in self.scores.items() if member is not self.suspect)
 
 
 def _is_far_worse(own: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Two shares of failures compared, by the usual test for proportions."""
+    """Compares two shares of (bad, all) answers, by the usual test for two proportions."""
     (bad, count), (other_bad, other_count) = own, other
     if not count or not other_count:
         return False
@@ -58,7 +59,7 @@ def _is_far_worse(own: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 class Outliers:
-    """Judges the members by how their requests end; `members` tells who they are, `clock` the time in seconds."""
+    """Judges the members by how their requests end. `members` returns them, `clock` the time in seconds."""
 
     def __init__(self, clock: Callable[[], float], members: Callable[[], Collection[Member]]) -> None:
         self._clock = clock
@@ -66,7 +67,10 @@ class Outliers:
         self._trial: Trial | None = None
 
     def deal(self, candidates: Sequence[Member]) -> tuple[Sequence[Member], Trial | None]:
-        """Who may be chosen: while a member is on trial, one of those with room by lot; and in which trial."""
+        """The candidates that the policy may choose from, and the trial that the choice counts in, if any.
+
+        During a trial that is one candidate, picked at random.
+        """
         trial = self._trial
         if trial is None or not trial.left or trial.suspect not in candidates:
             return candidates, None
@@ -75,13 +79,13 @@ class Outliers:
         return (random.choice(candidates),), trial
 
     def given_back(self, trial: Trial) -> None:
-        """A place that was given by lot is free again, its request judged or not."""
+        """Notes that a request of the trial is over, judged or not; ends the trial after the last one."""
         trial.open -= 1
         if trial is self._trial and (not (trial.left or trial.open) or self._clock() > trial.until):
             self._acquit(trial)
 
     def answered(self, member: Member, is_well: bool, trial: Trial | None) -> bool:
-        """A request at a member ended well, or so that it or the member was bad; True: it is ejected."""
+        """Notes how a request ended: well, or badly by its own or the member's fault. True if a suspect is ejected."""
         now = self._clock()
         if member.ejected_until > now:
             return False
@@ -96,7 +100,7 @@ class Outliers:
         return False
 
     def failed(self, member: Member) -> bool:
-        """It failed a request by itself; True: it is ejected."""
+        """Notes a failure that is the member's own fault. True if it is ejected."""
         now = self._clock()
         return member.ejected_until <= now and member.outlier.failed() and self._eject(member, now)
 
@@ -117,7 +121,7 @@ class Outliers:
         trial.suspect.outlier.acquit(self._clock())
 
     def _may_eject(self, member: Member, now: float) -> bool:
-        """Never the last that is available, never more than half of the members."""
+        """The last available member is never ejected, and never more than half of all members."""
         members = self._members()
         ejected = sum(other.ejected_until > now for other in members)
         others = any(other is not member and other.is_available(now) for other in members)
