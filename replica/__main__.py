@@ -168,7 +168,7 @@ def describe_gpus(options: Options, environ: Mapping[str, str]) -> str:
 
 
 def describe_weights(options: Options, environ: Mapping[str, str]) -> str:
-    """A JSON object: bytes of weights in all, and of KV cache a token; nulls and a `problem` where nobody knows."""
+    """A JSON object: bytes of weights in total, and of KV cache per token; nulls and a `problem` if unknown."""
     preset = presets.resolve(options.model or "smollm2-135m")
     if preset.is_embedded:
         folder = options.models_dir / preset.name

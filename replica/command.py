@@ -27,7 +27,7 @@ _CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-overlap-schedule", "--max-total-tokens", "16384", "--sleep-on-idle"),
 )
-# Memory that can be given back, and no core kept busy meanwhile.
+# Makes memory releasable, and keeps no core busy while it is released.
 _SHARE_FLAGS = ("--enable-memory-saver", "--enable-weights-cpu-backup", "--sleep-on-idle")
 _SECRET_FLAG = re.compile(r"--(.*-)?(key|keys|password|passphrase|secret|hf-token|auth-token)$")
 

@@ -44,7 +44,7 @@ class Gpu:
         return self.memory_total - self.memory_used
 
 
-# What replicas on the CPU share, where they share, so that one of them serves at a time.
+# Takes the place of a GPU for replicas on the CPU that share, so that one of them serves at a time.
 CPU_SEAT = Gpu(0, "cpu-0", "CPU", 0, 0)
 
 

@@ -1,11 +1,11 @@
 """The GPU lease: one flock per GPU in a directory that all replicas of a host share.
 
-A replica that shares its GPUs holds the lock with others that do, so that nobody else gets them; replica/turn.py says
-whose turn it is among those.
+Replicas that share a GPU hold its lock as a shared one, which keeps all others out; replica/turn.py decides whose turn
+it is among them.
 
-The descriptors stay open over exec, so the kernel frees a GPU when SGLang's main process dies, however it dies: its
-children close what they inherit, or end with it (replica/plugin.py). Compose gives each replica of a service the same
-devices, all of them; this is what makes one replica use one GPU.
+The descriptors stay open across exec, so the kernel frees a GPU when SGLang's main process dies, however it dies: its
+children close the descriptors that they inherit, or end with it (replica/plugin.py). Compose gives every replica of a
+service all of the machine's GPUs; the lease is what makes each replica use its own.
 """
 
 import errno
@@ -24,31 +24,31 @@ from replica.gpu import Gpu
 from replica.placement import Want
 from replica.turn import TooManyTenantsError, Turn
 
-_POLL = 0.2  # seconds between two looks for a free group
+_POLL = 0.2  # seconds between two searches for a free group
 _TURN_POLL = 0.05  # seconds between two tries for the turn
-# Seconds for which leases are tried at least: whoever only asks who holds one (`holder`) has it, too, for microseconds.
+# Minimum seconds for which `take` tries: `holder`, which only asks who has a lease, locks it itself for microseconds.
 _GLANCE = 0.1
-# A lease that was over so soon, in seconds, was probably a start that failed; for how long its GPU is then taken only
-# where there is no other.
+# A lease that ended within this many seconds was probably a failed start; its GPU then ranks behind others for
+# _FAILURE_STANDS seconds.
 _FAILED_WITHIN = 120.0
 _FAILURE_STANDS = 3600.0
 
 
 class LeaseError(Exception):
-    """There is no lease to be had; the message says why, who holds the GPUs, and what to do."""
+    """No lease can be taken; the message says why, who holds the GPUs, and what to do."""
 
 
 class AllHeldError(LeaseError):
-    """Others hold all GPUs that would do: another try may find one free."""
+    """Other replicas hold every suitable GPU; a later try may find one free."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """GPUs that are this process's own while it, or what it becomes by exec, holds the descriptors."""
+    """GPUs leased to this process, also after exec, for as long as it keeps the descriptors open."""
 
     gpus: tuple[Gpu, ...]
     descriptors: tuple[int, ...]
-    # Where the GPUs are shared: this one's part in the turns; it has the turn.
+    # For shared GPUs: this replica's part in the turns; it has the turn.
     turn: Turn | None = None
 
     def release(self) -> None:
@@ -73,11 +73,13 @@ def take(
     """Leases `want.count` of `gpus`: an aligned group (0-1, 2-3, ... for two), all of it or nothing.
 
     Aligned, because neighbours share the fastest links; all or nothing, because two replicas that each hold half of
-    what both need would wait for each other for ever. Of the groups that are free, the one with enough free memory is
-    taken first, then the one on which no replica failed to start lately. Where the machine has GPUs of the kinds that
-    are wanted, only those are taken. Waits up to `wait` seconds. `note` tells others who holds it. Raises LeaseError.
+    what both need would wait for each other for ever. Among the free groups, those with enough free memory come first,
+    then those on which no replica failed to start recently (placement.best_first). If the machine has GPUs of the
+    wanted kinds, only those are leased. Waits up to `wait` seconds. `note` tells others who holds the lease. Raises
+    LeaseError.
 
-    is_shared: with others that share, the GPUs with the fewest of them first; and it waits for its turn there.
+    is_shared: share the GPUs with other replicas that share; those with the fewest tenants come first. Also waits for
+    its turn there.
     """
     if not placement.groups(gpus, want):
         raise LeaseError(_too_many(gpus, want))
@@ -120,7 +122,7 @@ def _first_turn(
     pause: Callable[[float], None],
     now: Callable[[], float],
 ) -> Turn:
-    """Loading takes the GPU's memory as serving does, so a start waits for its turn, until `give_up` by the clock."""
+    """Waits for the turn, as loading takes the GPU's memory just as serving does. `give_up`: a time of `clock`."""
     try:
         mine = Turn.join(directory, [gpu.uuid for gpu in group], note, now())
         while not mine.take(now()):
@@ -143,7 +145,7 @@ def _others(gpu: Gpu, mine: Turn) -> list[str]:
 
 
 def _failed_at(said: Mapping[str, Any], now: float) -> float:
-    """When a replica last failed to start on a GPU, by what the last holder of its lease wrote; 0: not lately."""
+    """When a replica last failed to start on a GPU, according to its lease file; 0 if not recently."""
     if 0 <= now - _time(said, "started_at") < _FAILED_WITHIN:
         return _time(said, "started_at")
     failed_at = _time(said, "failed_at")
@@ -160,15 +162,15 @@ def _state(gpu: Gpu, directory: Path) -> str:
 
 
 def best_first(gpus: Sequence[Gpu], want: Want, directory: Path, now: float) -> list[list[Gpu]]:
-    """The groups that may be leased, held ones included, in the order in which `take` tries them at that time."""
+    """The groups that may be leased, including held ones, in the order in which `take` tries them without sharing."""
     failures = {gpu: _failed_at(lock_file.read_at(_path(gpu, directory)), now) for gpu in gpus}
     return placement.best_first(placement.groups(gpus, want), want, failures)
 
 
 def holder(gpu: Gpu, directory: Path, *, is_shared: bool = False) -> str | None:
-    """Who holds the lease of a GPU, in words; None when it is free.
+    """Who holds the lease of a GPU, in words; None if it is free.
 
-    is_shared: for one who would share it, so that those who share it are not in the way.
+    is_shared: asked for a replica that would share it, so replicas that share it do not count.
     """
     path = _path(gpu, directory)
     try:
@@ -193,7 +195,7 @@ def holder(gpu: Gpu, directory: Path, *, is_shared: bool = False) -> str | None:
 
 
 def sharers(gpu: Gpu, directory: Path) -> list[str]:
-    """Who shares a GPU, in words: the note of each and its state."""
+    """The replicas that share a GPU: the note and state of each."""
     return [
         f"{one.note}{f' ({one.state.lower()})' if one.state else ''}" for one in turn.neighbours(directory, gpu.uuid)
     ]
@@ -255,7 +257,7 @@ def _gpus(count: int) -> str:
 
 
 def _of_kind(gpus: Sequence[Gpu], want: Want) -> str:
-    """Empty where the kind that was asked for is not here, so that any may be leased."""
+    """Names the wanted kinds; empty if the machine has none of them, because then any GPU may be leased."""
     is_here = any(want.is_met_by(gpu) for gpu in gpus)
     return f" of kind {' or '.join(want.kinds)}" if want.kinds and is_here else ""
 

@@ -1,6 +1,6 @@
-"""Files that processes of one machine lock and write a line into, in a folder that others may write to as well.
+"""Lock files, which may hold one line of JSON, in a folder that all processes of a machine may write to.
 
-A lock is a flock on an inheritable descriptor: it outlives exec, and the kernel frees it when its process is gone.
+A lock is a flock on an inheritable descriptor: it survives exec, and the kernel releases it when its process ends.
 """
 
 import errno
@@ -11,13 +11,13 @@ import stat
 from pathlib import Path
 from typing import Any
 
-LONGEST = 4096  # bytes that are read of what a holder wrote
+LONGEST = 4096  # bytes of a file that are read
 
 
 def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
-    """Opens a plain file of its own; raises OSError for anything that somebody else may have put in its place.
+    """Opens a regular file that has no other name. Raises OSError for anything else.
 
-    The folder may be open to all users of the machine, so a link in it could make us write to a file of ours.
+    The folder may be open to all users of the machine, so a link in it could make us overwrite a file of our own.
     """
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     found = os.fstat(descriptor)
@@ -28,24 +28,24 @@ def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
 
 
 def open_or_make(path: Path) -> int:
-    """For reading and writing; a new file is for all who may write to its folder. Raises OSError."""
+    """Opens a file for reading and writing. All who may write to the folder may write to a new file. Raises OSError."""
     try:
         # Without O_CREAT first: with it the kernel may refuse another user's file in a sticky folder.
         return open_plain(path, os.O_RDWR)
     except FileNotFoundError:
         descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
-        # The umask would shut other users out; a folder that is a group's keeps its files to the group.
+        # The umask would shut other users out. In a group's folder only the group gets access.
         is_open = path.parent.stat().st_mode & stat.S_IWOTH
         os.fchmod(descriptor, 0o666 if is_open else 0o660)
         return descriptor
 
 
 def lock(path: Path, *, is_shared: bool = False) -> int | None:
-    """An inheritable descriptor that holds the file's lock, or None while others have it. Raises OSError."""
+    """An inheritable descriptor with the file's lock; None if another has it or the file is gone. Raises OSError."""
     descriptor = open_or_make(path)
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        # Someone may have removed the file in between: a lock on a file without a name keeps nobody out.
+        # Someone may have removed the file in between: a lock on a deleted file keeps nobody out.
         if is_at(descriptor, path):
             os.set_inheritable(descriptor, True)
             return descriptor
@@ -56,7 +56,7 @@ def lock(path: Path, *, is_shared: bool = False) -> int | None:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Is this the file that has that name now?"""
+    """Is the open file still the one at `path`?"""
     try:
         there, mine = path.lstat(), os.fstat(descriptor)
     except OSError:
@@ -65,7 +65,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def is_locked(descriptor: int, *, is_shared: bool = False) -> bool:
-    """Does another process hold its lock? `is_shared`: a shared lock is none. Holds it itself for microseconds."""
+    """Does another process hold the lock? Takes it for microseconds. `is_shared`: only an exclusive lock counts."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -75,9 +75,9 @@ def is_locked(descriptor: int, *, is_shared: bool = False) -> bool:
 
 
 def write(descriptor: int, said: dict[str, Any]) -> None:
-    """Puts one line of JSON into the file, in place of what was there; whoever reads meanwhile finds one or the other.
+    """Replaces the file's content by one line of JSON; a concurrent reader gets either the old or the new content.
 
-    Padded, because a file that is cut first is empty for a moment.
+    The line is padded to the old length: a file that is truncated first is empty for a moment.
     """
     line = f"{json.dumps(said)}\n".encode()
     size = os.fstat(descriptor).st_size
@@ -85,7 +85,7 @@ def write(descriptor: int, said: dict[str, Any]) -> None:
 
 
 def read(descriptor: int) -> dict[str, Any]:
-    """What was written last; empty where nothing was, or it is not ours."""
+    """The object written last; empty if there is none, or the content is something else."""
     try:
         said = json.loads(os.pread(descriptor, LONGEST, 0))
     except (OSError, ValueError, RecursionError):
@@ -94,7 +94,7 @@ def read(descriptor: int) -> dict[str, Any]:
 
 
 def read_at(path: Path) -> dict[str, Any]:
-    """As read, by name; empty where there is no such file, or it cannot be opened."""
+    """Like `read`, by path; empty also if there is no such file, or it cannot be opened."""
     try:
         descriptor = open_plain(path, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""How much memory of a GPU is free, from the driver's own library: nvidia-smi takes too long to ask amid a swap."""
+"""The free memory of a GPU, from the driver's own library: nvidia-smi takes too long to call during a swap."""
 
 import ctypes
 from functools import cache
@@ -10,7 +10,7 @@ class _Memory(ctypes.Structure):
 
 
 def free_memory(uuid: str) -> int | None:
-    """Bytes; None where there is no such GPU or no driver that tells."""
+    """In bytes; None if there is no such GPU, or no driver to ask."""
     library = _library()
     device = ctypes.c_void_p()
     memory = _Memory()

@@ -1,6 +1,7 @@
-"""Our plug-in to SGLang, on its own entry points: a drain that loses nothing, what a plain CPU lacks, media held in.
+"""Our plug-in for SGLang: a drain that loses no request, what a plain CPU lacks, restrictions on media.
 
-Imported in each of SGLang's processes, before torch: what is heavy is imported where it is used.
+SGLang imports it through its entry points in each of its processes, before torch: heavy modules are imported only where
+they are used.
 """
 
 import asyncio
@@ -21,25 +22,25 @@ from replica import scratch
 from replica.command import KEY_FILE_MARK, PLUGIN_MARK
 from replica.options import OptionsError, read_secret
 
-# 0 switches our attention hook off, and a CPU replica runs SGLang's own (much slower on a cached prefix).
+# 0 switches our attention hook off; a CPU replica then uses SGLang's own attention, much slower on a cached prefix.
 ATTENTION_HOOK = "REPLICA_CPU_ATTENTION_HOOK"
 
-DRAIN_GRACE = 5.0  # seconds that a replica goes on as ever after its /ready turned 503
-_HUNG = 60.0  # seconds without a token after which an unhealthy server is believed to be hung
+DRAIN_GRACE = 5.0  # seconds that a replica serves as usual after its /ready has turned 503
+_HUNG = 60.0  # seconds without a token after which an unhealthy server is considered hung
 _TICK = 0.1
 
-_kept: list[object] = []  # a torch.library.Library undoes its definitions when it is collected
+_kept: list[object] = []  # a torch.library.Library undoes its definitions when it is garbage-collected
 
 
 def activate() -> None:
-    """SGLang's platform entry point: fills a CPU's gaps, and selects no platform, so that SGLang goes on to its own."""
+    """SGLang's platform entry point: supplies what a CPU lacks. Selects no platform, so SGLang detects its own."""
     if _on_cpu():
         provide_sgl_kernel()
         declare_torchvision_ops()
 
 
 def register_hooks() -> None:
-    """SGLang's plug-in entry point. Ends the process when a hook does not take hold, which SGLang would only log."""
+    """SGLang's plug-in entry point. Ends the process if a hook cannot be installed, which SGLang would only log."""
     from replica import media_hooks, tenant_hooks
 
     try:
@@ -61,9 +62,9 @@ def register_hooks() -> None:
 
 
 def hook(hooks: Mapping[str, Callable[..., Any]]) -> None:
-    """Puts each hook around the function of that name, now, and ends the process when one is not there.
+    """Wraps each named function in its hook, at once; ends the process if a function does not exist.
 
-    A replica without them would read its own files for a stranger, print its keys, or cut answers when it stops.
+    A replica without its hooks would let clients read its files, log its keys, or cut off answers when it stops.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -90,11 +91,11 @@ def _on_cpu() -> bool:
 
 
 def end_forks_with_parent() -> None:
-    """Makes each process that this one forks end, within a second, when this one is gone.
+    """Makes each process that this one forks exit within a second after this one has ended.
 
-    SGLang forks workers for images at the first request that has some, and nothing ends them when the main process is
-    killed: they would keep its port open and its GPU lease locked for ever. Its other children see to it themselves.
-    A thread that looks, because the kernel's own way (PR_SET_PDEATHSIG) ends a child with the thread that forked it.
+    SGLang forks workers for images at the first request with images, and nothing ends them when the main process is
+    killed: they would keep its port open and its GPU lease locked for ever. Its other children exit by themselves.
+    A thread polls for this, because the kernel's way (PR_SET_PDEATHSIG) ends a child with the thread that forked it.
     """
     parent = 0
 
@@ -108,14 +109,14 @@ def end_forks_with_parent() -> None:
         os._exit(1)
 
     def start() -> None:
-        # Given along, because who forks in its turn remembers itself.
+        # Passed as an argument: a child that forks in turn overwrites its own `parent`.
         threading.Thread(target=watch, args=(parent,), name="ends with its parent", daemon=True).start()
 
     os.register_at_fork(before=remember, after_in_child=start)
 
 
 def fill_in_key(argv: Iterable[str]) -> list[str]:
-    """argv with `@file:PATH` after --api-key replaced by what the file holds."""
+    """argv with `@file:PATH` after --api-key replaced by the file's content."""
     given = list(argv)
     return [
         read_secret(Path(part.removeprefix(KEY_FILE_MARK)), "SGLANG_API_KEY_FILE")
@@ -126,7 +127,7 @@ def fill_in_key(argv: Iterable[str]) -> list[str]:
 
 
 def mask_keys(stock: Callable[..., dict[str, Any]], *more: Any) -> dict[str, Any]:
-    """Around SGLang's listing of its arguments for the log, which shows its keys in clear."""
+    """Wraps SGLang's listing of its arguments for the log, which would show its keys in clear text."""
     return {
         name: "***" if value and re.search(r"(api_key|password)$", name) else value
         for name, value in stock(*more).items()
@@ -134,19 +135,19 @@ def mask_keys(stock: Callable[..., dict[str, Any]], *more: Any) -> dict[str, Any
 
 
 def remember_shared_memory(stock: Callable[[str], str], name: str) -> str:
-    """Around the naming of a file in shared memory that SGLang never removes: it goes with this start's own folder."""
+    """Wraps the naming of a shared memory file, which SGLang never removes: it goes with the scratch folder."""
     path = stock(name)
     folder = Path(os.environ.get("TMPDIR", "/"))
     if folder.name.startswith(scratch.PREFIX):
-        with contextlib.suppress(OSError):  # it stands there from the process that named it first
+        with contextlib.suppress(OSError):  # another process has named the file before, and made the link
             (folder / f"{scratch.ELSEWHERE}{Path(path).name}").symlink_to(path)
     return path
 
 
 class Server(Protocol):
-    """What the drain needs of SGLang's TokenizerManager."""
+    """The part of SGLang's TokenizerManager that the drain uses."""
 
-    gracefully_exit: bool  # set by SIGTERM; /ready says 503 from then on
+    gracefully_exit: bool  # set by SIGTERM; /ready answers 503 from then on
     server_status: Any
     rid_to_state: dict[str, Any]  # requests in flight
     last_receive_tstamp: float  # when a token last came, seconds since the epoch
@@ -158,12 +159,12 @@ async def drain(
     grace: float = DRAIN_GRACE,
     hung: float = _HUNG,
 ) -> None:
-    """Around TokenizerManager.sigterm_watchdog, which ends the server after SIGTERM.
+    """Wraps TokenizerManager.sigterm_watchdog, which ends the server after SIGTERM.
 
-    The stock one looks every 5 s and ends an idle server at that look, be it a moment after SIGTERM: whoever
-    has not yet seen /ready turn is reset. And after a failed /health it ends at once, whatever is in flight.
-    Here the server serves for `grace` seconds more, then until nothing is in flight, then the stock one ends
-    it. A server that failed its /health and has not made a token for `hung` seconds has no more to give.
+    The stock watchdog checks every 5 s and ends an idle server at that check, even a moment after SIGTERM, which resets
+    clients that have not yet seen /ready change. After a failed /health it ends the server at once, whatever is in
+    flight. Here the server goes on for `grace` seconds, then until nothing is in flight, and then the stock watchdog
+    ends it. A server that failed its /health is not waited for once it has made no token for `hung` seconds.
     """
     while not server.gracefully_exit:  # noqa: ASYNC110 - SGLang has a flag, not an event
         await asyncio.sleep(_TICK)
@@ -176,16 +177,15 @@ async def drain(
                 break
             await asyncio.sleep(_TICK)
         else:
-            await asyncio.sleep(_TICK)  # the stock one blocks the loop: let the last answers out first
-            server.server_status = status.Up  # all was answered: the stock one need not hurry
+            await asyncio.sleep(_TICK)  # the stock watchdog blocks the event loop: send the last answers first
+            server.server_status = status.Up  # all is answered: no need for the stock watchdog to exit early
     await stock(server)
 
 
 def provide_sgl_kernel() -> None:
-    """A stand-in for sgl_kernel, which has no CPU wheel and is imported unguarded.
+    """Installs a stand-in for sgl_kernel, which has no CPU wheel but is always imported.
 
-    What SGLang imports of it on a CPU belongs to speculative decoding and KV moves, which a plain CPU does
-    not do.
+    SGLang on a CPU imports only its functions for speculative decoding and KV moves, which a plain CPU does not do.
     """
     if importlib.util.find_spec("sgl_kernel") is not None:
         return
@@ -206,9 +206,9 @@ def provide_sgl_kernel() -> None:
 
 
 def declare_torchvision_ops() -> None:
-    """Declares two operators that a CUDA-linked torchvision wants beside a CPU torch.
+    """Declares two operators that a torchvision built for CUDA needs beside a torch built for CPUs.
 
-    Its compiled operators cannot load there, which it tolerates, but it registers fake kernels for these two.
+    Its compiled operators cannot be loaded there. It tolerates that, but still registers fake kernels for these two.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or _kept:
@@ -229,12 +229,12 @@ def declare_torchvision_ops() -> None:
 
 
 def encode_as_projected(stock: Callable[[Any, Any], Any], model: Any, pixel_values: Any) -> Any:
-    """Around LlavaBaseForCausalLM.encode_images: the vision tower computes in the projector's number type.
+    """Wraps LlavaBaseForCausalLM.encode_images: the vision tower computes in the projector's dtype.
 
-    SGLang reads a tower and its pixels as float16 whatever --dtype says, and then fails at the projector.
+    SGLang loads a tower and its pixels as float16 whatever --dtype says, and then fails at the projector.
     """
     dtype = next(model.multi_modal_projector.parameters()).dtype
-    model.vision_tower.to(dtype)  # changes nothing from the second time on
+    model.vision_tower.to(dtype)  # does nothing from the second call on
     return stock(model, pixel_values.to(dtype))
 
 
@@ -257,11 +257,11 @@ def extend_new_rows(
     is_cross_attn: bool = False,
     sliding_window_size: int | None = None,
 ) -> Any:
-    """Around TorchNativeAttnBackend._run_sdpa_forward_extend: attention of the new tokens' rows only.
+    """Wraps TorchNativeAttnBackend._run_sdpa_forward_extend: computes attention for the new tokens' rows only.
 
-    The stock one attends from prefix and new tokens alike and throws the prefix's rows away, so that a cached
-    prefix saves the MLPs but not the quadratic part. query, output: [new tokens, heads, head size]; k_cache,
-    v_cache: [slots, KV heads, head size]. Anything but plain causal self-attention is left to the stock one.
+    The stock function also computes the prefix's rows and throws them away, so a cached prefix saves the MLPs but not
+    the quadratic part. query, output: [new tokens, heads, head size]; k_cache, v_cache: [slots, KV heads, head size].
+    Anything but plain causal self-attention is left to the stock function.
     """
     windowed = sliding_window_size is not None and sliding_window_size > -1
     if encoder_lens is not None or is_cross_attn or windowed or not causal:

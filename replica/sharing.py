@@ -1,15 +1,15 @@
-"""What sharing a GPU asks of SGLang's flags; pure."""
+"""Checks and adapts SGLang's flags for a replica that shares its GPUs. Pure."""
 
 from collections.abc import Sequence
 
 FRACTION = "--mem-fraction-static"
 _GIB = 1024  # MiB
-# What SGLang's process takes of a GPU before it looks at how much is free, in MiB.
+# MiB that SGLang's process takes of a GPU before it measures how much is free.
 _CONTEXT = 512
-# The most of what is free that SGLang may take for weights and KV cache; the rest is for one pass through the model.
+# Maximum share of the free memory that SGLang may take for weights and KV cache; a forward pass needs the rest.
 _MOST = 0.97
 
-# Parts of SGLang whose memory, or whose processes, a doze has not been tried with.
+# Features of SGLang with memory or processes of their own, with which dozing has not been tried.
 _UNTRIED = {
     "LoRA": ("--enable-lora", "--lora-paths"),
     "a cache in host memory": ("--enable-hierarchical-cache", "--enable-lmcache", "--hicache-storage-backend"),
@@ -29,7 +29,7 @@ class ShareError(Exception):
 
 
 def obstacle(flags: Sequence[str]) -> str:
-    """Why a replica with these flags of SGLang cannot share its GPUs; empty where it can."""
+    """Why a replica with these flags of SGLang cannot share its GPUs; empty if it can."""
     given = [flag.partition("=")[0] for flag in flags]
     for what, names in _UNTRIED.items():
         for name in names:
@@ -39,10 +39,10 @@ def obstacle(flags: Sequence[str]) -> str:
 
 
 def with_share(flags: Sequence[str], total: int, free: int) -> list[str]:
-    """The flags with --mem-fraction-static as SGLang means it: of what is free when it starts, not of the card.
+    """The flags, with --mem-fraction-static converted from a share of the card to one of the memory that is free now.
 
-    `total`, `free`: of the smallest of its GPUs, in MiB. Raises ShareError where that share of the card is not said or
-    not free.
+    SGLang means the latter by it. `total`, `free`: the minimum over its GPUs, in MiB. Raises ShareError if the flag
+    gives no valid share of the card, or that share is not free.
     """
     said = _value(flags, FRACTION)
     try:
@@ -66,7 +66,7 @@ def with_share(flags: Sequence[str], total: int, free: int) -> list[str]:
 
 
 def share_gib(flags: Sequence[str], total: int) -> float:
-    """What such a replica takes of a card of so many MiB for weights and KV cache, in GiB; 0 where it is not said."""
+    """GiB that these flags grant weights and KV cache on a card of `total` MiB; 0 if they do not say."""
     try:
         return float(_value(flags, FRACTION) or "0") * total / _GIB
     except ValueError:
@@ -74,7 +74,7 @@ def share_gib(flags: Sequence[str], total: int) -> float:
 
 
 def _value(flags: Sequence[str], name: str) -> str | None:
-    """The last one, which is the one that counts; None where there is none."""
+    """The flag's value, None if it is not given; if it is given several times, the last one counts."""
     found = None
     for at, flag in enumerate(flags):
         before, has_value, value = flag.partition("=")

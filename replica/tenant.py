@@ -1,13 +1,14 @@
-"""A replica that shares its GPUs: awake, dozing or asleep, and how it goes from one to another.
+"""A replica that shares its GPUs: its states, and how it changes from one to another.
 
-    STARTING   loads its model; it has the turn
-    AWAKE      serves; it has the turn
-    DOZING     its KV cache and graphs are given back, its weights are on the GPU; requests wait
-    ASLEEP     its weights are in the host's memory, too
-    BROKEN     it could not be told whether its memory was given back, and ends
+    STARTING   loads its model; has the turn
+    AWAKE      serves; has the turn
+    DOZING     has released its KV cache and CUDA graphs; its weights stay on the GPU; requests wait
+    ASLEEP     has also moved its weights to the host's memory
+    BROKEN     may or may not have released its memory, and ends
 
-To doze is always to pause, which takes running answers back into the queue, and then to release; to wake is always to
-resume and then to go on. SGLang's scheduler dies of a release while something runs, and of a request after one.
+A doze always pauses first, which puts running requests back into the queue, and then releases memory; a wake always
+resumes memory first and then continues. SGLang's scheduler crashes if memory is released while a request runs, or if a
+request reaches it after a release.
 """
 
 import asyncio
@@ -24,15 +25,15 @@ from replica.turn import Turn
 
 logger = logging.getLogger(__name__)
 
-# What a dozing replica gives back; one that is asleep gives WEIGHTS back as well.
+# What a dozing replica releases; one that is asleep has released WEIGHTS as well.
 LIGHT = ("kv_cache", "cuda_graph")
 WEIGHTS = ("weights",)
 
-# Seconds after which a balancer that said nothing gives no orders any more: the tenant takes turns by itself.
+# Once a balancer has been silent for this many seconds, the tenant takes turns by itself.
 HEARD_FOR = 5.0
-_LOOK = 0.1  # seconds between two looks at who waits, and for what
+_LOOK = 0.1  # seconds between two checks of what to do next
 _TURN_POLL = 0.01  # seconds between two tries for the turn
-_RETRY = 1.0  # seconds after a wake for which there was no memory
+_RETRY = 1.0  # seconds until the next try after a wake that lacked memory
 
 
 class State(StrEnum):
@@ -44,18 +45,18 @@ class State(StrEnum):
 
 
 class Engine(Protocol):
-    """SGLang's server, as far as a tenant needs it. What fails raises."""
+    """What a tenant needs of SGLang's server. A call that fails raises an exception."""
 
     def has_started(self) -> bool: ...
 
     def is_leaving(self) -> bool:
-        """Was it told to end, and answers what it still has?"""
+        """Is it shutting down, and only answering the requests that it still has?"""
 
     def requests(self) -> int:
-        """How many it has, the waiting ones among them."""
+        """The number of its requests, including waiting ones."""
 
     async def pause(self) -> bool:
-        """Takes running answers back into the queue; False where something still ran after that."""
+        """Puts running requests back into the queue; False if something still ran after that."""
 
     async def release(self, what: Sequence[str]) -> None: ...
 
@@ -64,7 +65,7 @@ class Engine(Protocol):
     async def go_on(self) -> None: ...
 
     def free_memory(self, gpu: str) -> int | None:
-        """Bytes; None where nobody knows, as on a CPU."""
+        """In bytes; None if unknown, as on a CPU."""
 
     def die(self) -> None:
         """Ends every process of this server at once."""
@@ -72,8 +73,8 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """Times in seconds. gpu_slice: a turn's least length while others wait. give_back, take_back: the longest that a
-    doze and a wake may take; sleep: moving the weights, on top. memory: the longest wait for others' memory."""
+    """Times in seconds. gpu_slice: minimum length of a busy turn while others wait. give_back, take_back: maximum time
+    for a doze and for a wake; sleep: added to either if weights are moved. memory: maximum wait for others' memory."""
 
     gpu_slice: float = 2.0
     give_back: float = 5.0
@@ -84,7 +85,7 @@ class Limits:
 
 @dataclass
 class Swaps:
-    """How often it woke, and how long the last and all changes took, in seconds."""
+    """The number of wakes, and how long the last wake, the last doze and all of them took, in seconds."""
 
     wakes: int = 0
     last_wake: float = 0.0
@@ -97,7 +98,7 @@ class Swaps:
 
 @dataclass
 class Balancer:
-    """Who orders the turns, and when it was last heard."""
+    """The balancer that orders the turns, and when it was last heard from."""
 
     name: str = ""
     heard: float = field(default=-HEARD_FOR)
@@ -107,7 +108,7 @@ class Balancer:
 
 
 class Tenant:
-    """This replica among those that share its GPUs; all of it on one event loop."""
+    """This replica as one of those that share its GPUs. All of it runs on one event loop."""
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class Tenant:
         self._is_pausing = False
         self._since = clock()
         self._released: tuple[str, ...] = ()
-        # Bytes on each GPU that a doze gave back and a wake takes, and the same of the weights.
+        # Bytes on each GPU that a doze frees and a wake takes, and the same for the weights.
         self._pool: dict[str, int] = {}
         self._weights: dict[str, int] = {}
         self._retry_at = 0.0
@@ -149,17 +150,17 @@ class Tenant:
 
     @property
     def is_ordered(self) -> bool:
-        """Does a balancer say when it wakes and dozes? Else it sees to its turns by itself."""
+        """Does a balancer decide when it wakes and dozes? If not, it takes turns by itself."""
         return self._balancer.is_heard(self._clock())
 
     def heard(self, balancer: str) -> None:
-        """A balancer that calls itself that has asked or ordered something."""
+        """Notes that the balancer of this name has asked or ordered something."""
         self._balancer = Balancer(balancer, self._clock())
 
     async def order(self, wanted: State, within: float) -> bool:
-        """Wakes, dozes or sleeps; False where that did not come about within so many seconds.
+        """Wakes, dozes or sleeps; False if that did not happen within so many seconds.
 
-        A wake that was not its turn in time is taken back: it no longer waits.
+        A wake that did not get the turn in time is cancelled: the replica no longer waits for it.
         """
         give_up = self._clock() + within
         self._wish(wanted)
@@ -175,7 +176,7 @@ class Tenant:
         return True
 
     def to_json(self) -> dict[str, Any]:
-        """What GET /lease tells; times in seconds."""
+        """The body of GET /lease; times in seconds."""
         wall = self._now()
         return {
             "state": self.state,
@@ -202,7 +203,7 @@ class Tenant:
         }
 
     async def live(self) -> None:
-        """Goes where it is wanted, for as long as the server lives."""
+        """Brings the replica into the wanted state, for as long as the server lives."""
         while self.state is not State.BROKEN:
             self._wished.clear()
             try:
@@ -243,13 +244,13 @@ class Tenant:
         self._moved = asyncio.Event()
 
     def _decide(self) -> None:
-        """What it sees to by itself, beside what a balancer orders."""
+        """Decides what the replica wants by itself, apart from a balancer's orders."""
         has_requests = self._engine.requests() > 0
         if self.state is State.AWAKE:
             if self.wanted is State.AWAKE and self._is_over(has_requests):
                 self._wish(State.DOZING, is_own=True)
         elif self.wanted is not State.AWAKE:
-            # One that was told to end answers what it has: nobody orders its turns any more.
+            # While it shuts down it still answers its requests, but no balancer orders its turns any more.
             if has_requests and (not self.is_ordered or self._engine.is_leaving()):
                 self._wish(State.AWAKE, is_own=True)
         elif self._is_own_wish and not has_requests:
@@ -257,7 +258,10 @@ class Tenant:
             self._turn.stop_waiting(self._now())
 
     def _is_over(self, has_requests: bool) -> bool:
-        """Is its turn over, for somebody that its balancer knows nothing of? One that is idle keeps it for nobody."""
+        """Should it yield its turn? At once if it is idle and takes turns by itself, else after a slice.
+
+        Only if another tenant waits, and not for one whose turns the same balancer orders.
+        """
         wall, is_ordered = self._now(), self.is_ordered
         spent = self._clock() - self._since >= self._limits.gpu_slice
         if not spent and (has_requests or is_ordered):
@@ -290,9 +294,9 @@ class Tenant:
         self._enter(State.AWAKE)
 
     async def _lacking(self) -> str:
-        """Waits until its GPUs have the memory that a wake takes; what is missing after that, in words.
+        """Waits until its GPUs have the memory that a wake takes; returns what is missing then, in words.
 
-        The one who had the turn may have been killed: its lock was free at once, its memory is some seconds later.
+        The tenant that had the turn may have been killed: its lock is free at once, its memory some seconds later.
         """
         need = {gpu: self._pool.get(gpu, 0) for gpu in self._turn.gpus}
         if WEIGHTS[0] in self._released:
@@ -324,14 +328,14 @@ class Tenant:
             self.problem = "it cannot doze: SGLang still had something running after the pause"
             logger.warning("%s", self.problem)
             self._wish(State.AWAKE)
-            self._since = self._clock()  # the next try is a slice away
+            self._since = self._clock()  # it tries again after a slice
             return
         self._note_freed(self._pool, before)
         self._released = LIGHT
         self.problem = ""
         self.swaps.last_doze = self._clock() - began
         self.swaps.total += self.swaps.last_doze
-        if self.wanted is not State.ASLEEP:  # else the next one would find the weights still there
+        if self.wanted is not State.ASLEEP:  # else the next tenant would find the weights still there
             self._turn.give_up()
         self._enter(State.DOZING)
         self._is_pausing = False
@@ -349,16 +353,16 @@ class Tenant:
         return {gpu: free for gpu in self._turn.gpus if (free := self._engine.free_memory(gpu)) is not None}
 
     def _note_freed(self, sizes: dict[str, int], before: dict[str, int]) -> None:
-        """The least that was ever freed: what another frees at the same moment would be counted as ours."""
+        """Keeps the minimum ever freed: a figure may include what another tenant freed at the same moment."""
         for gpu, free in self._free().items():
             if gpu in before and (freed := free - before[gpu]) > 0:
                 sizes[gpu] = min(freed, sizes.get(gpu, freed))
 
     @contextlib.asynccontextmanager
     async def _within(self, seconds: float, what: str) -> AsyncIterator[None]:
-        """Ends the whole server when that fails or takes longer: nobody can say what memory it has then.
+        """Ends the whole server if the block fails or takes longer: it is unknown then which memory it holds.
 
-        By a thread, so that a stuck event loop does not keep the turn for ever.
+        A thread does so, so that a stuck event loop cannot keep the turn for ever.
         """
 
         def end(why: str) -> None:

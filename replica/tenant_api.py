@@ -1,12 +1,12 @@
-"""What a replica that shares its GPUs answers by itself, in front of SGLang's own routes, and what it keeps from them.
+"""The routes that a replica that shares its GPUs adds in front of SGLang's own, and those of SGLang that it closes.
 
     GET  /lease                        its state, its GPUs, who else is there and who waits, times of its swaps
-    POST /lease/wake, doze, sleep      does that, and answers with the same; ?within=SECONDS (10) is the longest wait
+    POST /lease/wake, doze, sleep      does that and answers the same; ?within=SECONDS (10) is the maximum wait
     GET  /alive                        200 in every state but BROKEN, without a key
 
-All but the last ask for the replica's key, where it has one. A balancer gives its name in the header X-Balancer; for as
-long as one is heard, turns are its to order. SGLang's own routes to its memory and its pause are closed: a request
-to a replica that gave its memory back kills it.
+All but /alive require the replica's key, if it has one. A balancer sends its name in the header X-Balancer, and orders
+the turns for as long as it is heard from. SGLang's own routes for memory and pausing are closed: after a release,
+a request that reaches SGLang's scheduler kills it.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ BALANCER = b"x-balancer"
 _ORDERS = {"/lease/wake": State.AWAKE, "/lease/doze": State.DOZING, "/lease/sleep": State.ASLEEP}
 _CLOSED = ("/release_memory_occupation", "/resume_memory_occupation", "/pause_generation", "/continue_generation")
 _HEALTH = ("/health", "/health_generate")
-# What does no harm to a replica that gave its memory back. Requests to generate wait in SGLang's tokenizer until it
-# is awake; the others here touch neither KV cache nor weights. Everything else is refused until then.
+# Routes that are safe while memory is released. Requests to generate wait in SGLang's tokenizer until the replica is
+# awake; the others here use neither KV cache nor weights. All other routes are refused until then.
 _HARMLESS = (
     *("/generate", "/encode", "/classify", "/v1", "/api", "/invocations", "/vertex_generate", "/tokenize"),
     *("/detokenize", "/abort_request", "/parse_function_call", "/separate_reasoning", "/freeze_gc", "/ping"),
@@ -37,7 +37,7 @@ _HARMLESS = (
 
 
 class Alive:
-    """Around all of SGLang's app, its question for a key included: /alive, and the life of the tenant."""
+    """Wraps SGLang's whole app, including its check of the key: answers /alive, and runs the tenant."""
 
     def __init__(self, app: App, tenant: Tenant) -> None:
         self._app = app
@@ -55,7 +55,7 @@ class Alive:
 
 
 class Gate:
-    """Behind the question for a key: the orders, and what is not let through while the replica is not awake."""
+    """Behind the check of the key: takes orders, and refuses what must not reach a replica that is not awake."""
 
     def __init__(self, app: App, tenant: Tenant) -> None:
         self._app = app
@@ -76,7 +76,7 @@ class Gate:
         elif path in _HEALTH:
             await _answer(send, 200, {"state": tenant.state})
         elif path == "/ready":
-            # By itself it wakes for a request; where a balancer orders, it is that one's to wake it first.
+            # Without a balancer it wakes for a request; a balancer has to wake it first.
             await _answer(send, 503 if tenant.is_ordered else 200, {"state": tenant.state})
         elif not path or any(path == one or path.startswith(f"{one}/") for one in _HARMLESS):
             await self._app(scope, receive, send)

@@ -1,7 +1,7 @@
-"""Puts a tenant into SGLang: what pauses and releases it, what answers in front of its routes, two gaps mended.
+"""Installs a tenant in SGLang: pause and release, our routes in front of SGLang's, and fixes for two gaps.
 
-In the main process the tenant itself; in the schedulers only what keeps a release from killing them. Read against
-SGLang 0.5.23: managers/scheduler.py and managers/scheduler_components/weight_updater.py.
+The tenant itself runs in the main process; the schedulers only get what keeps a release from killing them. Checked
+against SGLang 0.5.23: managers/scheduler.py and managers/scheduler_components/weight_updater.py.
 """
 
 import multiprocessing
@@ -17,16 +17,16 @@ from replica.tenant_api import Alive, Gate
 from replica.turn import HELD, Turn
 
 GPU_SLICE = "GPU_SLICE"
-# A pass over a long prompt, which a pause waits for, takes many seconds on a CPU and less than one on a GPU.
+# Seconds. A pause waits for the current forward pass: with a long prompt many seconds on a CPU, under one on a GPU.
 _ON_CPU = 60.0
-_GRAMMARS = 3.0  # seconds that grammars may take until they are compiled, once generation is paused
-_HEALTH_CHECK = "HEALTH_CHECK"  # how the names of SGLang's own requests begin
+_GRAMMARS = 3.0  # seconds to wait for grammars to be compiled once generation is paused
+_HEALTH_CHECK = "HEALTH_CHECK"  # how the ids of SGLang's own requests begin
 
 _kept: list[Tenant] = []
 
 
 def around(environ: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
-    """The hooks of a replica that shares; none for any other."""
+    """The hooks of a replica that shares its GPUs; empty for any other."""
     if HELD not in environ:
         return {}
     hooks: dict[str, Callable[..., Any]] = {
@@ -41,7 +41,7 @@ def around(environ: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
 
 
 def serve_as_tenant(stock: Callable[..., Any], server_args: Any, manager: Any, *more: Any, **named: Any) -> Any:
-    """Around the start of SGLang's HTTP server, in the process that holds the locks."""
+    """Wraps the start of SGLang's HTTP server, in the process that holds the locks."""
     from sglang.srt.entrypoints import http_server
 
     on_cpu = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
@@ -49,7 +49,7 @@ def serve_as_tenant(stock: Callable[..., Any], server_args: Any, manager: Any, *
     limits = Limits(gpu_slice=float(os.environ.get(GPU_SLICE) or Limits.gpu_slice), **slow)
     tenant = Tenant(Turn.inherit(os.environ), Server(manager), limits)
     _kept.append(tenant)
-    # SGLang puts its question for a key around what is there by now; /alive has to stand before that.
+    # SGLang will wrap its check of the key around the middleware added so far; /alive has to come before that check.
     http_server.app.add_middleware(Gate, tenant=tenant)
     build = http_server.app.build_middleware_stack
     http_server.app.build_middleware_stack = lambda: Alive(build(), tenant)
@@ -75,7 +75,7 @@ class Server:
         from sglang.srt.managers.io_struct import PauseGenerationReqInput
 
         await self._manager.pause_generation(PauseGenerationReqInput(mode="retract"))
-        # It refuses while anything runs, where a release would kill the scheduler.
+        # A flush is refused while anything runs; a release would kill the scheduler then.
         return bool((await self._manager.flush_cache()).success)
 
     async def release(self, what: Sequence[str]) -> None:
@@ -92,7 +92,7 @@ class Server:
         from sglang.srt.managers.io_struct import ContinueGenerationReqInput
 
         await self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
-        # A health check that a doze came upon has failed for no fault of the server's.
+        # A health check that a doze interrupted has failed through no fault of the server.
         status = type(self._manager.server_status)
         if self._manager.server_status is status.UnHealthy:
             self._manager.server_status = status.Up
@@ -103,34 +103,34 @@ class Server:
     def die(self) -> None:
         from sglang.srt.utils import kill_process_tree
 
-        # Those first that have the memory: the turn is free as soon as this process is gone.
+        # First the processes that hold the memory: the turn is free as soon as this process ends.
         kill_process_tree(os.getpid(), include_parent=False)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def rest_while_paused(stock: Callable[[Any], None], scheduler: Any) -> None:
-    """Around what a scheduler does in each round while it is paused: SGLang's would keep a core busy with it."""
+    """Wraps what a paused scheduler does in each iteration, which by itself would keep a core busy."""
     stock(scheduler)
     if scheduler.idle_sleeper is not None:
-        scheduler.idle_sleeper.maybe_sleep()  # until a message comes, a second at the most
+        scheduler.idle_sleeper.maybe_sleep()  # until a message arrives, at most a second
 
 
 def settle_before_flush(stock: Callable[..., bool], scheduler: Any, *more: Any, **named: Any) -> bool:
-    """Around Scheduler.flush_cache, which a tenant calls to learn whether all is still."""
+    """Wraps Scheduler.flush_cache, which a tenant calls to learn whether anything still runs."""
     _settle(scheduler)
     return stock(scheduler, *more, **named)
 
 
 def settle_before_release(stock: Callable[[Any, Any], Any], updater: Any, request: Any) -> Any:
-    """Around the release itself: between that flush and this another request may have come."""
+    """Wraps the release itself: another request may have arrived since that flush."""
     _settle(updater.scheduler)
     return stock(updater, request)
 
 
 def _settle(scheduler: Any) -> None:
-    """Brings requests whose grammar is being compiled into the queue: SGLang takes them for running ones.
+    """Moves requests whose grammar is being compiled into the queue: SGLang counts them as running.
 
-    They come to that by themselves only while it is not paused.
+    SGLang does so by itself only while it is not paused.
     """
     if scheduler is None or not scheduler._engine_paused:
         return

@@ -1,13 +1,13 @@
 """Whose turn it is on GPUs that several replicas share, and who waits: one lock for the turn, a file for each tenant.
 
-A tenant keeps its weights on the GPU for life; its KV cache is there only while it has the turn. Each GPU has
+A tenant's weights stay on the GPU unless it is asleep; its KV cache is there only while it has the turn. Each GPU has
 
-    UUID.lock        residence, shared by its tenants, exclusive to a replica that shares with nobody (replica/lease.py)
-    UUID.turn        the turn: exclusive, held while awake or starting
-    UUID.tenant-N    one tenant's own: exclusive for life, says who it is, in which state, and since when it waits
+    UUID.lock        the lease: shared by its tenants, exclusive for a replica that does not share (replica/lease.py)
+    UUID.turn        the turn: exclusive, held while starting or awake
+    UUID.tenant-N    one tenant's own, locked as long as it lives: who it is, its state, and since when it waits
 
-What a tenant's file says is information; only locks keep anybody out. It counts while the file is locked, so that
-nothing is left of a tenant that was killed.
+Only locks keep others out; the content of a tenant's file is information. It counts only while the file is locked, so
+that a killed tenant leaves nothing behind.
 """
 
 import fcntl
@@ -23,14 +23,14 @@ from typing import Any, Self
 
 from replica import lock_file
 
-# How a replica that shares is told, over exec, what it holds.
+# The variable that tells a replica that shares, after exec, which locks it holds.
 HELD = "REPLICA_TURN"
-MOST_TENANTS = 16  # of one GPU
-# Seconds after which a tenant that waits, and has not said so again, is passed over: it was stopped, or hangs.
+MOST_TENANTS = 16  # per GPU
+# A waiting tenant that has not renewed its file for this many seconds is passed over: it was stopped, or hangs.
 _SILENT = 2.0
 _SAY_AGAIN = 0.5
 _LONGEST_NOTE = 300
-_AHEAD = 1.0  # earlier than anybody can have begun to wait, in seconds since the epoch
+_AHEAD = 1.0  # before anybody can have begun to wait, in seconds since the epoch
 
 
 class TooManyTenantsError(Exception):
@@ -39,10 +39,10 @@ class TooManyTenantsError(Exception):
 
 @dataclass(frozen=True)
 class Neighbour:
-    """Another replica that lives on a GPU of ours. Times in seconds since the epoch.
+    """Another tenant of one of our GPUs. Times in seconds since the epoch.
 
-    `by`: the balancer that orders its turns, as it calls itself; empty: none does. waiting_since: 0 while it does not
-    wait for its turn.
+    by: the name of the balancer that orders its turns; empty: none. waiting_since: 0 while it does not wait for its
+    turn.
     """
 
     gpu: str
@@ -59,15 +59,15 @@ class Neighbour:
 
 
 class Turn:
-    """One tenant's part in the turns of its GPUs, all of which it gets at once or not at all."""
+    """One tenant's part in the turns on its GPUs. It gets the turn on all of them at once or on none."""
 
     def __init__(self, directory: Path, gpus: Sequence[str], turns: Sequence[int], own: Mapping[str, int], note: str):
-        # In the order of their UUIDs: two that want the same pair must not each take one half.
+        # In the order of their UUIDs: two tenants that want the same pair must not each take one half.
         self.gpus = tuple(sorted(gpus))
         self.is_mine = True
         self._directory = directory
         self._turns = dict(zip(self.gpus, turns, strict=True))
-        self._own = dict(own)  # its file by the name's end: "UUID.tenant-3"
+        self._own = dict(own)  # descriptors of its own files by name: "UUID.tenant-3"
         self._said: dict[str, Any] = {
             "note": note[:_LONGEST_NOTE],
             "pid": os.getpid(),
@@ -80,7 +80,7 @@ class Turn:
 
     @classmethod
     def join(cls, directory: Path, gpus: Sequence[str], note: str, now: float) -> Self:
-        """A tenant of these GPUs, whose turn it is not yet. Raises OSError and TooManyTenantsError."""
+        """A new tenant of these GPUs, which does not have the turn yet. Raises OSError and TooManyTenantsError."""
         own: dict[str, int] = {}
         turns: list[int] = []
         try:
@@ -100,7 +100,7 @@ class Turn:
 
     @classmethod
     def inherit(cls, environ: Mapping[str, str]) -> Self:
-        """What this process was before exec has joined, and took the turn."""
+        """The tenant that this process was before exec, which has joined and taken the turn."""
         held = json.loads(environ[HELD])
         return cls(Path(held["directory"]), held["gpus"], held["turns"], held["own"], held["note"])
 
@@ -123,7 +123,7 @@ class Turn:
         return float(self._said["waiting_since"])
 
     def say(self, now: float, **changed: str | float) -> None:
-        """Writes who this is into its own files. A full disk keeps it from being read, and does no other harm."""
+        """Updates its own files. On a full disk others read outdated content; no lock depends on it."""
         self._said |= changed
         self._said["said_at"] = now
         since = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
@@ -134,9 +134,9 @@ class Turn:
                 lock_file.write(self._own[name], self._said)
 
     def take(self, now: float, by: str = "", *, is_ahead: bool = False) -> bool:
-        """Takes the turn, or waits for it from now on: those who have waited longer go first. Raises OSError.
+        """Takes the turn, or waits for it from now on: tenants that have waited longer go first. Raises OSError.
 
-        is_ahead: as if it had waited longer than anybody.
+        is_ahead: it waits as if it had waited longer than any other.
         """
         if self.is_mine:
             return True
@@ -174,18 +174,18 @@ class Turn:
         self.is_mine = False
 
     def leave(self) -> None:
-        """Closes all; the turn and its place are free."""
+        """Closes all descriptors, which frees the turn and its place."""
         for descriptor in (*self._turns.values(), *self._own.values()):
             os.close(descriptor)
         self._turns, self._own, self.is_mine = {}, {}, False
 
     def others(self) -> list[Neighbour]:
-        """The other tenants of its GPUs; one that shares two with us is there twice."""
+        """The other tenants of its GPUs; one that shares two with us is listed twice."""
         return [one for gpu in self.gpus for one in neighbours(self._directory, gpu, set(self._own))]
 
 
 def neighbours(directory: Path, gpu: str, leave_out: set[str] | None = None) -> list[Neighbour]:
-    """Those who share a GPU now, by what their files say; of one that has only just come, not even a note."""
+    """The tenants of a GPU now, according to their files; one that has just joined may not have written its own."""
     found = []
     for name in _places(gpu):
         if leave_out and name in leave_out:
@@ -232,7 +232,7 @@ def _free_place(directory: Path, gpu: str) -> tuple[str, int]:
 
 
 def _in_place(descriptor: int, path: Path) -> int:
-    """The same lock, on a new file where somebody has removed the one there was."""
+    """A descriptor with the same lock, on a new file if somebody has removed the old one."""
     if lock_file.is_at(descriptor, path):
         return descriptor
     again = lock_file.lock(path)

@@ -1,7 +1,7 @@
-"""How much of a GPU a model's weights take, and a token of KV cache: from the files' own headers, without loading them.
+"""The GPU memory that a model's weights take, and a token of KV cache: from the files' headers, without loading them.
 
-A safetensors file begins with the length of its header in eight bytes, and then the header: JSON, which says the type
-and the shape of each tensor. https://huggingface.co/docs/safetensors describes it.
+A safetensors file begins with the length of its header in eight bytes, followed by the header: JSON with the type and
+the shape of each tensor. https://huggingface.co/docs/safetensors describes it.
 """
 
 import json
@@ -11,28 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_LONGEST_HEADER = 100 << 20  # bytes, as safetensors itself has it
+_LONGEST_HEADER = 100 << 20  # bytes; safetensors' own limit
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _WIDE = {"F64", "F32"}
 _HALF = {"F16", "BF16"}
-# Quantisations that SGLang does while it loads, and the bytes that a number of a matrix then takes.
+# Quantisations that SGLang applies while it loads, and the bytes that each number of a matrix then takes.
 _QUANTISED = {"fp8": 1, "w8a8_fp8": 1, "w8a8_int8": 1, "mxfp8": 1}
 
 
 class WeighError(Exception):
-    """A model's weights cannot be weighed; the message says why."""
+    """The size of a model's weights cannot be found out; the message says why."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes in all; kv: bytes of KV cache for each token, 0 where the config does not say."""
+    """size: bytes in total; kv: bytes of KV cache per token, 0 if the config does not say."""
 
     size: int
     kv: int
 
 
 def weigh(folder: Path, flags: Sequence[str] = ()) -> Weights:
-    """What SGLang with these flags holds of the model in a folder. Raises WeighError."""
+    """The memory that SGLang with these flags takes for the model in `folder`. Raises WeighError."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise WeighError(f"{folder} has no safetensors files, whose headers say how large the weights are")
@@ -69,7 +69,7 @@ def tensors(file: Path) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _held(kind: str, dimensions: int, keeps_wide: bool, quantised: int | None) -> float:
-    """Bytes that one number takes once it is loaded: wide ones are halved, unless they are asked for."""
+    """Bytes that one number takes once loaded: wide types take 2 unless --dtype is float32; quantised ones less."""
     stored = _BYTES.get(kind, 1)
     if kind in _WIDE and not keeps_wide:
         stored = 2
@@ -79,7 +79,7 @@ def _held(kind: str, dimensions: int, keeps_wide: bool, quantised: int | None) -
 
 
 def _numbers_a_token(config: Mapping[str, Any]) -> int:
-    """Numbers in the KV cache for one token, over all layers; 0 where the config does not say."""
+    """Numbers in the KV cache per token, over all layers; 0 if the config does not say."""
     text = config.get("text_config")
     of = {**config, **text} if isinstance(text, dict) else config
     try:
@@ -101,7 +101,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _given(flags: Sequence[str]) -> dict[str, str]:
-    """The flags with their values, the last of each."""
+    """The flags and their values; if one is repeated, its last value."""
     found = {}
     for at, flag in enumerate(flags):
         name, has_value, value = flag.partition("=")

@@ -145,7 +145,7 @@ class Cache:
         return sorted(name.replace("--", "/", 1) for name in names)
 
     def bytes_of(self, repo: str) -> int:
-        """The disk space that it takes, with partly fetched files, in bytes."""
+        """The disk space that it takes, including partly fetched files, in bytes."""
         return sum(path.stat().st_size for path in (self.of_repo(repo) / "blobs").glob("*") if path.is_file())
 
 
