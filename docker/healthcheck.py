@@ -2,8 +2,8 @@
 
     python3 -I -S healthcheck.py PORT PATH
 
-A replica that shares its GPU (GPU_SHARE=yes) is asked /alive instead: while others have their turn it may be not ready
-and yet well.
+For a replica that shares its GPU (GPU_SHARE=yes) it requests /alive instead: such a replica may be not ready, and yet
+healthy, while others have their turn.
 
 It runs every few seconds in every container, so it imports almost nothing: most of its cost is starting Python.
 """
