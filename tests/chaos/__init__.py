@@ -1,5 +1,5 @@
-"""Chaos: a real balancer process before lab replicas that are killed, stopped, cut and confused, under steady load.
+"""Chaos tests: a balancer process under steady load, before lab replicas that are killed, stopped, cut and confused.
 
-`python -m tests.chaos --steps 1000 --seed 7` plays that many seeded faults and looks, after each, whether every promise
-of the balancer held: from what the clients got, from what the replicas saw, and from what the balancer says.
+`python -m tests.chaos --steps 1000 --seed 7` plays that many seeded faults. After each it checks that every promise of
+the balancer held, by what the clients got, what the replicas saw, and what the balancer reports.
 """

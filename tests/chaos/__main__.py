@@ -1,4 +1,4 @@
-"""python -m tests.chaos: many seeded steps, then how long the balancer takes to notice things with default settings."""
+"""python -m tests.chaos: many seeded steps, then how soon the balancer notices faults with default settings."""
 
 import argparse
 import asyncio
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 async def _play(seed: int, shares: dict[str, int]) -> dict[str, Report]:
-    """Runs side by side, one for each way of discovery; the first violation ends them all."""
+    """One run per way of discovery, in parallel; the first violation ends them all."""
 
     async def one(way: str, steps: int) -> Report:
         try:
@@ -59,7 +59,7 @@ async def _play(seed: int, shares: dict[str, int]) -> dict[str, Report]:
 
 
 class Teller:
-    """Shows how far a run is: one line that is written anew on a terminal, now and then a line elsewhere."""
+    """Shows the progress of a run: on a terminal one line that is overwritten, elsewhere a line every 50 steps."""
 
     def __init__(self, way: str, steps: int) -> None:
         self.way = way
@@ -90,7 +90,7 @@ def _print(way: str, report: Report) -> None:
 
 
 async def _noticing() -> list[tuple[str, float, float]]:
-    """What was measured, how long it took, and what it may take."""
+    """Rows of what was measured, how long it took, and its limit; times in seconds."""
     async with stage(2, False, has_defaults=True) as here:
         judge, load = Judge(here), Load(here.port, "", 0)
         load.runs.set()

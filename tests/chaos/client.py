@@ -1,4 +1,4 @@
-"""One request as a client sees it, byte for byte: what came, and how it ended."""
+"""One request as a client sees it, byte for byte: what it received, and how the answer ended."""
 
 import asyncio
 import contextlib
@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 from tests.support.client import BadAnswer, Client, Ended, request
 
-# How it ended. whole: an answer complete in its framing. broken: a stream that ended early and said so as promised.
-# ugly: an answer that ended early in any other way. left: the client went away. hung: nothing for LONGEST. no door:
-# the balancer took no connection, or closed it without an answer.
+# How an answer ended. whole: complete in its framing. broken: a stream that ended early, with the promised error event.
+# cut: an answer that is no stream and ended early. ugly: a stream that ended early in any other way. left: the client
+# went away. hung: nothing came for LONGEST. no door: the balancer refused the connection, or closed it unanswered.
 End = Literal["whole", "broken", "cut", "ugly", "left", "hung", "no door"]
 LONGEST = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What to send. `leaves_after`: the client goes away after so many bytes of the answer's body."""
+    """The request to send. `leaves_after`: the client goes away after that many bytes of the answer's body."""
 
     id: str
     method: str
@@ -26,12 +26,12 @@ class Wish:
     body: bytes = b""
     stream: bool = False
     leaves_after: int | None = None
-    text: str | None = None  # of a whole answer, where it is known
+    text: str | None = None  # expected of a whole answer, if known
 
 
 @dataclass(slots=True)
 class Got:
-    """What came of a wish. Times are CLOCK_MONOTONIC."""
+    """The result of a wish. Times are CLOCK_MONOTONIC."""
 
     wish: Wish
     began: float
@@ -83,7 +83,7 @@ async def _exchange(port: int, got: Got) -> None:
     client = await Client.open(f"http://127.0.0.1:{port}")
     try:
         fields = (("X-Request-Id", wish.id), *((("Content-Type", "application/json"),) if wish.body else ()))
-        with contextlib.suppress(ConnectionError):  # the answer, if there is one, has come before
+        with contextlib.suppress(ConnectionError):  # an answer, if there is one, has already arrived
             await client.send(request(wish.method, wish.path, wish.body or None, fields, host="localhost"))
         try:
             await _read(client, got)
@@ -127,7 +127,7 @@ def is_finished(got: Got) -> bool:
 
 
 def ended_early(got: Got) -> tuple[End, str]:
-    """Does an answer that is not whole end as promised? At an event boundary with an error event, else bare."""
+    """How an answer ended that is not whole. A stream must end at an event boundary, with an error event."""
     if not got.wish.stream or got.status != 200:
         return "cut", ""
     if is_finished(got):
@@ -157,7 +157,7 @@ def text_of(got: Got) -> str:
 
 
 def _text(said: dict[str, Any]) -> str:
-    """What an answer or an event of any format says."""
+    """The text of an answer or event of any format."""
     if choices := said.get("choices"):
         spoken = choices[0].get("message") or choices[0].get("delta") or choices[0]
         return spoken.get("content") or spoken.get("text") or ""

@@ -1,4 +1,4 @@
-"""The faults: each disturbs some replicas for a moment, looks what the balancer makes of it, and undoes it."""
+"""The faults. Each disturbs some replicas for a moment, checks how the balancer reacts, and ends the disturbance."""
 
 import asyncio
 import signal
@@ -45,7 +45,7 @@ class Faults(Watcher):
         }
 
     async def one(self) -> str:
-        """Plays one of them; its name."""
+        """Plays a random fault and returns its name."""
         faults = self.all()
         self.playing = self.chance.choices(list(faults), [weight for weight, _ in faults.values()])[0]
         await faults[self.playing][1]()
@@ -64,7 +64,7 @@ class Faults(Watcher):
         await self.until(victim, ("READY",), self.recovery(), "listening to ready")
 
     async def kill_and_restart_at_once(self) -> None:
-        """Another process at the address before anybody may have noticed that the first is gone."""
+        """Starts another process at the address before anybody can have noticed that the first is gone."""
         victim = self.victim()
         async with self.fault("kill", victim):
             killed = time.monotonic()
@@ -120,7 +120,7 @@ class Faults(Watcher):
         await self.until(victim, ("READY",), self.recovery() + self.timeout, "hole to ready")
 
     async def refuse(self) -> None:
-        """Nothing listens any more, and what is open lives on: nobody notices but by connecting."""
+        """Nothing listens any more, but open connections go on: only a new connection reveals it."""
         victim = self.victim()
         await victim.tell("refuse")
         for number in range(3):
@@ -142,11 +142,11 @@ class Faults(Watcher):
             await victim.tell("set", cut=self.chance.choice(where), cut_by=by, cut_after=after)
             await self.hold()
             await victim.tell("set", cut="")
-            await self.load.pause()  # an answer that began under the fault goes on under it
+            await self.load.pause()  # an answer that began during the fault keeps the fault
             self.load.runs.set()
 
     async def race(self) -> None:
-        """A reused connection ends exactly when its next request comes: that request goes out again, and well."""
+        """A reused connection ends exactly when its next request arrives: that request must be resent and succeed."""
         victim = self.victim()
         await victim.tell("set", race=self.chance.choice(["reset", "close"]))
         await self.hold()
@@ -162,7 +162,7 @@ class Faults(Watcher):
         await victim.tell("set", head_delay=0.0, ready_delay=0.0, health_delay=0.0)
 
     async def long_prefill(self) -> None:
-        """Not a byte for longer than any probe's time-out, and what waits for the scheduler hangs."""
+        """No byte for longer than any probe's timeout, while requests that wait for the scheduler hang."""
         victim = self.victim()
         await victim.tell("set", first_token_delay=0.7, service_status="hang")
         await self.never(victim, GONE, 0.8, "a long prefill takes no member out")
@@ -188,7 +188,7 @@ class Faults(Watcher):
             self.load.runs.set()
 
     async def errors(self) -> None:
-        """500s are passed on as they are, and eject whoever answers so where others do not."""
+        """500s are passed on unchanged, and eject a replica if others do not answer so."""
         victim = self.victim()
         async with self.fault("errors", victim):
             await victim.tell("set", status=500)
@@ -238,7 +238,7 @@ class Faults(Watcher):
     # Requests that kill
 
     async def poison(self) -> None:
-        """A request that kills each replica that gets it has two of them at the most, however often it is sent."""
+        """A request that kills each replica that gets it kills at most two, however often it is sent."""
         text = f"deadly {time.monotonic_ns()}"
         replicas = self.stage.replicas
         await self.load.pause()

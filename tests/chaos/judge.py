@@ -1,4 +1,5 @@
-"""Whether what happened was promised: each request's end against the faults of its time, each generation counted."""
+"""Judges what happened by what was promised: how each request ended, given the faults at that time, and what was
+generated how often."""
 
 import asyncio
 import itertools
@@ -12,28 +13,28 @@ from tests.chaos.client import Got, text_of
 from tests.chaos.replica import Replica
 from tests.chaos.stage import Stage, Violation
 
-# A reused connection that closes within a round trip after a request was sent was closing already: the balancer sends
-# that request again, to the same member. Seconds, and a little for the machine.
+# If a reused connection closes within a round trip after a request was sent, it was already closing: the balancer sends
+# the request again to the same member. Seconds, with some slack for the machine.
 RACE = 0.05 + 0.2
 # How long a fault may still show in requests that began after its end; seconds.
 ECHO = 0.1
 
-# Which faults may explain an answer that is not whole. One replica's fault breaks no stream and loses no request:
-# another one continues the stream and gets the request. Only two of them at once do.
+# The faults that may explain how an answer ended. A fault of one replica breaks no stream and loses no request, because
+# another replica continues the stream or gets the request. Only faults of two at once do.
 CUTS = {"kill", "cut", "swap", "all gone", "poison"}
 STALLS = {"stop", "hole", "hang"}
 OF_TWO = {"swap", "all gone", "poison"}
 MAY_END: dict[tuple[str, int, str], set[str]] = {
     ("broken", 200, "stream_broken"): OF_TWO,
     ("broken", 200, "replica_lost"): OF_TWO,
-    ("broken", 200, "first_byte_timeout"): STALLS,  # who gave no sign of an answer for so long is not asked elsewhere
-    ("cut", 200, ""): CUTS | STALLS,  # an answer that is no stream, amid its body
+    ("broken", 200, "first_byte_timeout"): STALLS,  # after such a silence no other replica is asked
+    ("cut", 200, ""): CUTS | STALLS,  # in the body of an answer that is no stream
     ("whole", 502, "replica_lost"): OF_TWO,
     ("whole", 502, "replica_bad_answer"): CUTS,
     ("whole", 504, "first_byte_timeout"): STALLS,
     ("whole", 500, ""): {"errors"},
     ("whole", 422, "kills_replicas"): {"poison"},
-    # Only where nobody else is there.
+    # Only if there is no other replica.
     ("whole", 502, "replica_unreachable"): {"all gone"},
     ("whole", 503, "no_replica_ready"): {"all gone"},
 }
@@ -63,14 +64,14 @@ class Judge:
     ended: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # id, address
     whole: set[tuple[str, str]] = field(default_factory=set)  # id, address of generations that were answered whole
     killed: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # times, by address
-    sent_again: int = 0  # requests, by the keep-alive race
-    elsewhere: int = 0  # requests of which a second replica made the rest, or all of it
+    sent_again: int = 0  # requests, because of the keep-alive race
+    elsewhere: int = 0  # requests that a second replica finished, or answered in full
     attempts: int = 0  # beyond each request's first
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _read: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     async def until_logged(self, gots: list[Got]) -> None:
-        """The balancer writes its log a few times a second."""
+        """Waits until the balancer has logged them: it writes its log a few times a second."""
         until = time.monotonic() + 5.0
         self._read_log()
         while any(got.wish.id not in self.logged for got in gots) and time.monotonic() < until:
@@ -78,7 +79,7 @@ class Judge:
             self._read_log()
 
     def judge(self, gots: list[Got]) -> None:
-        """Raises Violation for the first that was not promised. Call it while nothing is in flight."""
+        """Raises Violation for the first answer that breaks a promise. Call it while nothing is in flight."""
         self._read_log()
         self._read_journal()
         for got in gots:
@@ -87,7 +88,7 @@ class Judge:
                 raise Violation(f"the balancer's log has no line for {got}")
             self._judge_end(got, entry)
             self._judge_generations(got)
-        for got in gots:  # they are settled, and the run is long
+        for got in gots:  # they are done with, and the run is long
             del self.logged[got.wish.id]
             for made in self.generated.pop(got.wish.id, ()):
                 self.whole.discard((got.wish.id, made["address"]))
@@ -131,7 +132,7 @@ class Judge:
         self.elsewhere += moves
 
     def generated_at(self, replica: Replica, since: float) -> list[dict[str, Any]]:
-        """What that replica began to generate since then."""
+        """The generations that this replica has begun since then."""
         self._read_journal()
         entries = [entry for made in self.generated.values() for entry in made]
         return [entry for entry in entries if entry["address"] == replica.address and entry["at"] > since]

@@ -1,4 +1,4 @@
-"""Steady load: some clients that ask one thing after the other, streamed or not, and sometimes leave."""
+"""Steady load: clients that send one request after the other, streamed or not, and sometimes leave early."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ THINK = (0.01, 0.08)  # seconds between two requests of a client
 
 @dataclass(slots=True)
 class Load:
-    """`got` is what came so far. While `runs` is unset, clients finish what they have and wait."""
+    """`got`: the results so far. While `runs` is unset, clients finish their current request and wait."""
 
     port: int
     seed: str
@@ -32,7 +32,7 @@ class Load:
         self._tasks = [asyncio.ensure_future(self._client(number)) for number in range(self.clients)]
 
     async def pause(self) -> None:
-        """Returns when nothing is in flight any more."""
+        """Pauses the clients; returns when nothing is in flight any more."""
         self.runs.clear()
         await self._idle.wait()
 
@@ -42,7 +42,7 @@ class Load:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def ask(self, wish: Wish) -> Got:
-        """One request more than the clients', judged with theirs."""
+        """Sends one request on top of the clients', and has it judged with theirs."""
         self.busy += 1
         self._idle.clear()
         got = await ask(self.port, wish)
@@ -63,7 +63,7 @@ class Load:
 
 
 def wish(chance: random.Random, id: str) -> Wish:
-    """Any of the things that clients ask."""
+    """A random request of a client."""
     kind = chance.random()
     if kind < 0.12:
         return Wish(id, chance.choice(["GET", "HEAD"]), "/v1/whatever")
@@ -77,7 +77,8 @@ def wish(chance: random.Random, id: str) -> Wish:
 
 
 def body_for(path: str, prompt: str, tokens: int, stream: bool) -> bytes:
-    """A request for that many tokens. No two are alike: one that came twice when replicas died might be refused."""
+    """The body of a request for that many tokens. Prompts must differ: a request might be refused if an equal one was
+    there when replicas died."""
     body: dict[str, Any] = {"model": "lab", "stream": stream}
     if path == "/generate":
         body |= {"text": prompt, "sampling_params": {"max_new_tokens": tokens}}

@@ -1,8 +1,8 @@
-"""A balancer that discovers its replicas by names which a file resolves, in the place of a name server.
+"""A balancer that discovers its replicas by DNS names, which a file resolves instead of a name server.
 
 `python -m tests.chaos.names CONFIG`, a JSON file: {"names": FILE, "discover": "dns://...", "settings": {...},
 "readiness": {...}}. FILE holds {"addresses": [...]} or {"error": "nxdomain" | "servfail" | "timeout"} and may change
-at any time. On SIGUSR1 it writes FILE.tasks: how many tasks live in its event loop.
+at any time. On SIGUSR1 it writes the number of tasks in its event loop to FILE.tasks.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A lab replica in a process of its own that notes each generation in a file, which outlives its kill."""
+"""A lab replica in a process of its own, which logs each generation to a file that survives the process."""
 
 import asyncio
 import ctypes
@@ -16,14 +16,14 @@ from tests.lab.process import PR_SET_PDEATHSIG, until_exit
 from tests.lab.replica import LabReplica
 from tests.lab.seen import Seen, SeenRequest
 
-# Forked from one process that has everything imported: a restart takes milliseconds.
+# Forked from one process that has imported everything, so that a restart takes milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.chaos.replica"])
 DRAIN_GRACE = 0.5
 
 
 class Journal(Seen):
-    """What the replica sees, written down as it happens: a line for each generation and for each request's end.
+    """What the replica sees, logged as it happens: a line for each generation and for each request's end.
 
     Times are CLOCK_MONOTONIC, which all processes of a machine share.
     """
@@ -32,7 +32,7 @@ class Journal(Seen):
         super().__init__()
         self.file = file
         self.address = address
-        self.unread = 0  # requests[unread:] are not followed yet
+        self.unread = 0  # index of the first request that is not followed yet
         self.followed: dict[int, SeenRequest] = {}
         self.generating: set[int] = set()
         self.used: set[int] = set()  # connections that carried a request before
@@ -57,8 +57,8 @@ class Journal(Seen):
 
 
 def run(host: str, port: int, journal: str, pipe: Connection, knobs: dict[str, Any]) -> None:
-    """The process's whole life."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a run that dies leaves no replica behind
+    """The main function of the replica's process."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a run that is killed leaves no replica behind
     asyncio.run(_serve(host, port, journal, pipe, knobs))
 
 
@@ -81,7 +81,7 @@ async def _serve(host: str, port: int, journal: str, pipe: Connection, knobs: di
                 case "set", changes:
                     replica.set(**changes)
                 case "refuse", _:
-                    # asyncio forgets a connection that it accepted, and had not set up yet, when the listener closes.
+                    # When the listener closes, asyncio forgets connections that it has accepted but not set up yet.
                     await asyncio.sleep(0)
                     replica.refuse()
                 case "accept", _:
@@ -128,7 +128,7 @@ class Replica:
         await self._hear("listening")
 
     async def tell(self, command: str, **changes: Any) -> None:
-        """Returns when it is so: set, refuse, accept, drop."""
+        """Sends a command (set, refuse, accept, drop); returns when it has taken effect."""
         assert self.pipe is not None
         self.pipe.send((command, changes))
         await self._hear("done")
@@ -139,7 +139,7 @@ class Replica:
             raise RuntimeError(f"the replica at {self.address} does not say {word!r}")
 
     def is_alive(self) -> bool:
-        """As the kernel has it: the server that forked it takes a while to hear of its end."""
+        """Asks the kernel: the fork server takes a while to learn of the process's end."""
         try:
             state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):

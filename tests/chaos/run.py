@@ -1,4 +1,4 @@
-"""One run of chaos: steps of faults under load, everything looked at after each, leaks counted now and then."""
+"""One chaos run: faults under load, with all invariants checked after each, and leaks every LEAKS_EVERY steps."""
 
 import asyncio
 import random
@@ -14,15 +14,15 @@ from tests.chaos.stage import Stage, Violation, stage
 
 REPLICAS = 4
 CLIENTS = 5
-# Steps between two counts of what is left behind.
+# Steps between two checks for leaks.
 LEAKS_EVERY = 20
-# What has to be gone after nothing happened for a while is gone within this; seconds.
+# Seconds within which idle descriptors and tasks must be gone.
 SETTLED = 5.0
 
 
 @dataclass(slots=True)
 class Report:
-    """What a run saw: requests by how they ended, faults by name, seconds by what was measured."""
+    """The results of a run: requests by how they ended, faults by name, seconds by what was measured."""
 
     requests: int = 0
     seconds: float = 0.0
@@ -37,7 +37,7 @@ class Report:
 
 
 async def play(seed: int, steps: int, is_dns: bool, tell: Callable[[int, str, int], None]) -> Report:
-    """Plays that many steps; raises Violation with all that is known of it. `tell` hears of each step."""
+    """Plays that many steps; raises Violation that names the step and its fault. Calls `tell` after each step."""
     began, report = time.monotonic(), Report()
     chance = random.Random(f"{seed} {'dns' if is_dns else 'list'}")
     async with stage(REPLICAS, is_dns) as here:
@@ -71,7 +71,7 @@ async def play(seed: int, steps: int, is_dns: bool, tell: Callable[[int, str, in
 
 
 async def look(here: Stage, judge: Judge, load: Load, report: Report) -> None:
-    """The invariants after a step, with nothing in flight; raises Violation."""
+    """Checks the invariants after a step, with nothing in flight; raises Violation."""
     await load.pause()
     gots, load.got = load.got, []
     report.requests += len(gots)
@@ -88,7 +88,7 @@ async def look(here: Stage, judge: Judge, load: Load, report: Report) -> None:
 
 
 async def settled(here: Stage) -> tuple[int, int]:
-    """Descriptors and tasks of the balancer once idle connections had their time."""
+    """The balancer's numbers of descriptors and tasks once idle connections have timed out."""
     await asyncio.sleep(2 * here.settings["upstream_keep_alive"])
     return here.descriptors(), await here.tasks() if here.is_dns else 0
 

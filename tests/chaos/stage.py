@@ -1,4 +1,4 @@
-"""What a run of chaos plays on: some replicas, a balancer process before them, and what it says of them."""
+"""The setting of a chaos run: some replicas, a balancer process in front of them, and what it reports about them."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from tests.chaos.replica import Replica
 from tests.support.program import Program
 from tests.support.until import until
 
-# Everything that waits in a balancer, made short, so that a fault takes a second and not a minute; seconds.
+# The balancer's timeouts and intervals in seconds, so short that a fault takes a second instead of a minute.
 SETTINGS: dict[str, Any] = {
     "ready_interval": 0.1,
     "ready_timeout": 0.4,
@@ -31,18 +31,18 @@ SETTINGS: dict[str, Any] = {
     "drain_grace": 0.1,
     "drain_timeout": 5.0,
     "start_wait": 10.0,
-    "max_in_flight": 3,  # so that requests wait when replicas are missing
+    "max_in_flight": 3,  # low, so that requests wait when replicas are missing
 }
 READINESS: dict[str, Any] = {"endpoint_probe_interval_seconds": 0.3, "timeout_seconds": 0.5}
 
 
 class Violation(AssertionError):
-    """A promise that did not hold."""
+    """A promise of the balancer was broken."""
 
 
 @dataclass(slots=True)
 class Stage:
-    """`is_dns`: the balancer finds the replicas by a name; else by --replica and `PUT /replicas`."""
+    """`is_dns`: the balancer finds the replicas by a DNS name, otherwise by --replica and `PUT /replicas`."""
 
     folder: Path
     replicas: list[Replica]
@@ -94,13 +94,13 @@ class Stage:
 
     @property
     def complaints(self) -> list[str]:
-        """What the balancer said on standard error, but for where it listens and for names that are not answered."""
+        """The balancer's lines on standard error, except for those on where it listens and on unresolved names."""
         assert self.program is not None
         expected = re.compile(r"(listening|admin) on |.*WARNING: DNS ")
         return [line for line in self.program.errors.read_text().splitlines() if not expected.match(line)]
 
     async def stop(self) -> None:
-        """Ends the balancer as an operator would; raises Violation when it does not end cleanly."""
+        """Stops the balancer as an operator would; raises Violation if it does not end cleanly."""
         assert self.program is not None
         if self.program.process.poll() is None:
             self.program.signal(signal.SIGTERM)
@@ -111,7 +111,7 @@ class Stage:
         if code:
             raise Violation(f"the balancer ended with {code}: {self.complaints[-5:]}")
 
-    # What it says
+    # What it reports
 
     async def status(self) -> dict[str, Any]:
         got = await ask(self.admin_port, Wish("", "GET", "/status"))
@@ -125,7 +125,7 @@ class Stage:
         return {row["name"]: row["status"] for row in (await self.status())["replicas"]}
 
     async def probes_of(self, replica: Replica) -> str:
-        """How the replica's probes went, by /metrics: for whoever has to find out why one is not ready."""
+        """The results of the replica's probes from /metrics, to find out why it is not ready."""
         lines = (await ask(self.admin_port, Wish("", "GET", "/metrics"))).body.decode().splitlines()
         label = f'replica="{self.name_of(replica)}"'
         return "; ".join(line for line in lines if line.startswith("groundserve_probes_total") and label in line)
@@ -140,7 +140,7 @@ class Stage:
         return next(int(row["id"]) for row in rows if row["name"] == self.name_of(replica))
 
     async def list_replicas(self, replicas: list[Replica]) -> None:
-        """Makes these the service's replicas, in the way that this balancer learns of them."""
+        """Makes these the service's replicas, by this balancer's way of discovery."""
         if self.is_dns:
             self.answer_names(addresses=[replica.host for replica in replicas])
             return
@@ -159,7 +159,7 @@ class Stage:
         return self.program.descriptors
 
     async def tasks(self) -> int:
-        """How many tasks live in its loop; only where `is_dns`, for only that balancer tells."""
+        """The number of tasks in its event loop; only with `is_dns`, because only that balancer writes it."""
         assert self.program is not None
         told = self.folder / "names.tasks"
         told.unlink(missing_ok=True)
@@ -169,15 +169,15 @@ class Stage:
 
 
 def free_port(hosts: list[str]) -> int:
-    """A port that is free at all of these addresses."""
+    """A port that is free on all of these addresses."""
     return free_ports(1, [port for port in REPLICA_PORTS if all(is_free(host, port) for host in hosts)])[0]
 
 
 @contextlib.asynccontextmanager
 async def stage(count: int, is_dns: bool, has_defaults: bool = False) -> AsyncIterator[Stage]:
-    """A balancer before `count` replicas, at addresses of their own; all ended when the block is.
+    """A balancer in front of `count` replicas, each at its own address; all are stopped at the end of the block.
 
-    `has_defaults`: its settings are those that it has by itself, not the short ones.
+    `has_defaults`: the balancer's default settings instead of the short ones.
     """
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name)

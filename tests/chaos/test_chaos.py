@@ -1,4 +1,4 @@
-"""A short form of `python -m tests.chaos`, and that its judge does not let pass what it is there to find."""
+"""A short form of `python -m tests.chaos`, and tests that its judge finds broken promises."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ def test_every_promise_holds_under_seeded_faults(way: str, seed: int) -> None:
 
 
 class Court:
-    """A judge over a log and a journal that the test writes."""
+    """A judge with a log and a journal that the test writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -142,7 +142,7 @@ def test_some_ends_are_never_explained_by_one_replicas_fault(court: Court, end: 
 
 
 def test_one_move_is_counted(court: Court) -> None:
-    """An answer that a second replica made the rest of counts, and is nothing else."""
+    """An answer that a second replica finished is counted, and is no violation."""
     court.log({"id": "r"})
     court.journal({}, {"at": 10.5, "address": "b:1"})
     court.says(got())
@@ -150,7 +150,7 @@ def test_one_move_is_counted(court: Court) -> None:
 
 
 def test_text_is_compared(court: Court) -> None:
-    """An answer that lacks a token, or has one twice, is a fault."""
+    """An answer that lacks a token, or has one twice, is a violation."""
     court.log({"id": "r"})
     court.journal({})
     one = got()

@@ -1,4 +1,4 @@
-"""Looks what the balancer makes of a fault, and how long that takes it."""
+"""Observes how the balancer reacts to a fault, and how long that takes."""
 
 import asyncio
 import contextlib
@@ -17,15 +17,15 @@ from tests.chaos.load import Load
 from tests.chaos.replica import Replica
 from tests.chaos.stage import Stage, Violation
 
-LOOK = 0.03  # seconds between two looks at the balancer's status
-# What a shared machine may take for itself, on top of any bound; seconds.
+LOOK = 0.03  # seconds between two checks of the balancer's status
+# Seconds added to every limit, because other programs may delay a shared machine.
 SLACK = 3.0
 GONE = ("NOT_READY", "STARTING", "EJECTED", None)
 
 
 @dataclass(slots=True)
 class Watcher:
-    """`measured` is what each thing took, in seconds, by its name."""
+    """`measured`: how long each thing took, in seconds, by its name."""
 
     stage: Stage
     load: Load
@@ -41,16 +41,16 @@ class Watcher:
 
     @property
     def detection(self) -> float:
-        """How soon the balancer has to notice a replica that answers nothing; seconds."""
+        """Seconds within which the balancer must notice a replica that answers nothing."""
         return 2 * (self.interval + self.timeout)
 
     @property
     def news(self) -> float:
-        """How long a change of the list may take to be known; seconds."""
+        """Seconds within which the balancer must learn of a change of the list."""
         return 1.6 if self.stage.is_dns else 0.5
 
     def recovery(self) -> float:
-        """Two probes of ours, and one of the service's."""
+        """The time of two of our probes and one of the service's."""
         return 2 * self.interval + 0.3
 
     def victim(self) -> Replica:
@@ -58,7 +58,7 @@ class Watcher:
 
     @contextlib.asynccontextmanager
     async def fault(self, kind: str, *victims: Replica) -> AsyncIterator[Fault]:
-        """What goes wrong at these replicas in the block is this fault's doing."""
+        """Attributes what goes wrong at these replicas during the block to this fault."""
         fault = Fault(kind, {self.stage.name_of(victim) for victim in victims})
         self.judge.faults.append(fault)
         yield fault
@@ -68,7 +68,7 @@ class Watcher:
         await asyncio.sleep(self.chance.uniform(least, most))
 
     async def until(self, replica: Replica, wanted: tuple[str | None, ...], within: float, what: str) -> float:
-        """Seconds until the balancer says one of these of the replica (None: does not know it)."""
+        """Seconds until the balancer gives the replica one of these statuses (None: it does not know the replica)."""
         began = time.monotonic()
         said: str | None = "?"
         while time.monotonic() - began < within + SLACK:
@@ -109,7 +109,7 @@ class Watcher:
         replica.signal(signal.SIGKILL)
 
     async def born(self, replica: Replica) -> float:
-        """When, for the balancer, this replica's life began at the earliest; CLOCK_MONOTONIC."""
+        """The earliest time at which, for the balancer, this replica began; CLOCK_MONOTONIC."""
         asked = time.monotonic()
         rows = (await self.stage.status())["replicas"]
         return max(asked - row["launched_seconds"] for row in rows if row["name"] == self.stage.name_of(replica))
