@@ -1,12 +1,12 @@
-"""Requests and answers mutated at random, by seed: whatever comes, the balancer stays right.
+"""Requests and answers mutated at random, by seed: the balancer must handle any of them correctly.
 
     python -m tests.wire.fuzz --seconds 60 [--seed 1]
 
-Of mutated requests: every connection gets whole HTTP answers and then its end; the replica saw exactly the requests
-that were answered in its name, each well-formed and in the form that was decided on; nothing is left in flight, held or
-complained of; no page of a site that nobody named may read anything. Of the same said over and over by who never reads:
-little is held for it, and it is cut. Of mutated answers: one request gets one answer at most, valid HTTP, and the next
-request is served as if nothing had been.
+Mutated requests: every connection gets whole HTTP answers and is then closed; the replica sees exactly the requests
+that were answered in its name, each well-formed and with the path that was decided on; nothing stays in flight or
+buffered, and nothing is complained of; no page of an unlisted site may read an answer. The same requests, repeated by
+clients that never read: the balancer buffers little for them, and closes the connection. Mutated answers: each request
+gets at most one answer, valid HTTP, and the next request is served as usual.
 """
 
 import argparse
@@ -31,16 +31,16 @@ from tests.wire.running import House, serving
 
 AT_ONCE = 200  # connections with mutated requests
 IN_TURN = 10  # mutated answers
-# Clients that do not come to an end are ended soon, and so are replicas.
+# Clients and replicas that do not finish are soon timed out.
 WITH_CLIENTS = {"head_timeout": 0.2, "body_timeout": 0.2, "keep_alive_timeout": 0.2}
-# Who takes nothing is cut by send_timeout, and not for being slow to send, too.
+# A client that reads nothing must be cut by send_timeout, not for being slow to send.
 WITH_UNREAD = {"head_timeout": 20.0, "body_timeout": 20.0, "keep_alive_timeout": 20.0, "send_timeout": 0.5}
-UNREAD = 8  # connections that send as much as is taken, and never read
-MOST_HELD = 1 << 20  # bytes, for each of them
+UNREAD = 8  # connections that send as much as is accepted, and never read
+MOST_HELD = 1 << 20  # bytes buffered per connection
 WITH_REPLICAS = {"first_byte_timeout": 0.1, "idle_timeout": 0.1, "ejection_time": 0.001}
 CHUNKED = (("Transfer-Encoding", "chunked"),)
 
-# No HEAD among them: whose answer an answer is would not be known any more.
+# Without HEAD: answers could no longer be matched to their requests.
 REQUESTS = [
     request(body=chat()),
     request(body=chat(stream=True)),
@@ -90,12 +90,12 @@ TOKENS = [
 
 
 class Fault(AssertionError):
-    """The balancer was wrong about some bytes."""
+    """The balancer handled some bytes wrongly."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Bytes, and where they are cut into separate writes."""
+    """Bytes to send, and where they are cut into separate writes."""
 
     data: bytes
     cuts: tuple[int, ...] = ()
@@ -108,7 +108,7 @@ class Case:
 
 
 def mutated(random_: random.Random, seeds: list[bytes]) -> Case:
-    """One to three of the seeds, one behind the other, damaged in up to four places, in up to four pieces."""
+    """One to three of the seeds in a row, damaged in up to four places and cut into up to four pieces."""
     data = bytearray(b"".join(random_.choices(seeds, k=random_.choice((1, 1, 2, 3)))))
     for _ in range(random_.choice((0, 1, 1, 2, 4))):
         at = random_.randrange(len(data) + 1)
@@ -130,13 +130,13 @@ def mutated(random_: random.Random, seeds: list[bytes]) -> Case:
 
 
 async def talk(client: Client, case: Case) -> list[Answer]:
-    """Says it, and listens to the end. Raises Fault for anything but whole HTTP answers."""
+    """Sends the case, and reads to the end. Raises Fault for anything but whole HTTP answers."""
     try:
         for piece in case.pieces():
             await client.send(piece)
             await asyncio.sleep(0)
     except ConnectionError:
-        pass  # refused before it had said all
+        pass  # refused before everything was sent
     answers: list[Answer] = []
     try:
         while True:
@@ -152,7 +152,7 @@ async def talk(client: Client, case: Case) -> list[Answer]:
 
 
 async def requests(house: House, cases: list[Case]) -> None:
-    """Plays mutated requests side by side. Raises Fault."""
+    """Sends mutated requests in parallel. Raises Fault."""
     (replica,) = house.replicas
     house.renew()
     seen = len(replica.seen.probes)
@@ -175,7 +175,7 @@ async def requests(house: House, cases: list[Case]) -> None:
 
 
 def check_passed_on(seen: SeenRequest) -> None:
-    """Raises Fault for a request that reached the replica in a form of its own, or with what it should not have."""
+    """Raises Fault if a request reached the replica with another path than was decided on, or with wrong fields."""
     path = seen.target.partition("?")[0].encode("latin-1")
     if path != kind_of(path)[2]:
         raise Fault(f"decided on as {kind_of(path)[2]!r}, sent as {path!r}")
@@ -191,7 +191,7 @@ def check_passed_on(seen: SeenRequest) -> None:
 
 
 async def unread(house: House, cases: list[Case]) -> None:
-    """Has each said over and over by a client that never reads. Raises Fault."""
+    """Has each case sent over and over by a client that never reads. Raises Fault."""
     house.renew()
     doors = house.balancer.doors
     clients = [await house.client(receive_buffer=4096) for _ in cases]
@@ -213,7 +213,7 @@ async def unread(house: House, cases: list[Case]) -> None:
 
 
 async def say_on(client: Client, case: Case) -> None:
-    """Until the connection ends, or nobody listens any more and it says no more: then it leaves."""
+    """Sends the case until the connection ends or 4 s have passed; then leaves."""
     data = case.data or b"x"
     with contextlib.suppress(ConnectionError, TimeoutError):
         async with asyncio.timeout(4):
@@ -224,7 +224,7 @@ async def say_on(client: Client, case: Case) -> None:
 
 
 async def answers(house: House, cases: list[Case]) -> None:
-    """Has the replica say mutated answers, one after the other. Raises Fault."""
+    """Has the replica send mutated answers, one after the other. Raises Fault."""
     (replica,) = house.replicas
     for case in cases:
         house.renew()
@@ -252,7 +252,7 @@ Play = Callable[[House, list[Case]], Awaitable[None]]
 
 
 async def fuzz(house: House, play: Play, seeds: Iterable[int]) -> int:
-    """A round of cases for each seed; how many. Raises Fault that tells how to repeat it."""
+    """Plays a round of cases per seed and returns the number of cases. Raises Fault that says how to repeat it."""
     corpus, count = {requests: (REQUESTS, AT_ONCE), unread: (REQUESTS, UNREAD), answers: (ANSWERS, IN_TURN)}[play]
     played = 0
     for seed in seeds:
@@ -267,7 +267,7 @@ async def fuzz(house: House, play: Play, seeds: Iterable[int]) -> int:
 
 
 async def culprit(house: House, play: Play, cases: list[Case]) -> str:
-    """The case that does it alone, if one does."""
+    """The case that causes the fault on its own, if one does."""
     for case in cases:
         try:
             await play(house, [case])

@@ -11,7 +11,7 @@ from tests.wire.running import SOON
 
 
 class BalancerProcess(BalancerProgram):
-    """The process, and the clients that end with it."""
+    """The process, and the clients that are closed with it."""
 
     def __init__(self, replicas: tuple[str, ...], *flags: str, pass_fds: Sequence[int] = ()) -> None:
         self.clients: list[Client] = []
@@ -19,12 +19,12 @@ class BalancerProcess(BalancerProgram):
 
     @property
     def printed(self) -> bytes:
-        """What is on its standard output: the access log."""
+        """Its standard output: the access log."""
         return self.log.read_bytes()
 
     @property
     def complained(self) -> bytes:
-        """What is on its standard error after the two lines that say where it listens."""
+        """Its standard error after the two lines that say where it listens."""
         return b"".join(self.errors.read_bytes().splitlines(keepends=True)[2:])
 
     async def client(self, receive_buffer: int = 0) -> Client:
@@ -34,7 +34,7 @@ class BalancerProcess(BalancerProgram):
         return client
 
     async def says(self, status: int) -> None:
-        """Waits until /ready answers so."""
+        """Waits until /ready answers with this status."""
         async with asyncio.timeout(SOON * 4):
             while True:
                 client = await self.client()
@@ -44,7 +44,7 @@ class BalancerProcess(BalancerProgram):
                 await asyncio.sleep(0.02)
 
     async def end(self) -> int:
-        """Waits for its end; the exit status."""
+        """Waits for its end and returns the exit status."""
         return await self.ended(SOON * 2)
 
 
@@ -52,7 +52,7 @@ class BalancerProcess(BalancerProgram):
 async def running(
     *replicas: str, arguments: tuple[str, ...] = (), pass_fds: Sequence[int] = (), **settings: object
 ) -> AsyncIterator[BalancerProcess]:
-    """`python -m balancer` in front of these URLs, once one of them can be served; killed at the end if need be."""
+    """`python -m balancer` in front of these URLs, once it is ready; killed at the end if it still runs."""
     options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     with BalancerProcess(replicas, "--log-format", "json", *arguments, *options, pass_fds=pass_fds) as balancer:
         try:

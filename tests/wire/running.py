@@ -1,4 +1,4 @@
-"""A balancer in a test's own loop, watched: whatever it leaves behind fails the test."""
+"""A balancer in the test's own event loop; a test fails if the balancer leaves anything behind."""
 
 import asyncio
 import contextlib
@@ -28,11 +28,11 @@ from tests.support.client import Answer, Client
 from tests.support.until import until
 
 DEADLINE = 60.0  # seconds for one test
-SOON = 5.0  # for what should be there already
+SOON = 5.0  # seconds for what should be there already
 
 
 def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Makes a plain test of a coroutine: on uvloop, as in production, and within DEADLINE."""
+    """Makes a coroutine a plain test, which runs on uvloop, as in production, and within DEADLINE."""
 
     @functools.wraps(test)
     def run(*arguments: Any, **named: Any) -> None:
@@ -47,7 +47,7 @@ def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 
 
 def in_house(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """The same for a test of a module's `house`, which is as new before each test and checked after it."""
+    """The same for a test of a module's `house`, which is reset before each test and checked after it."""
 
     @functools.wraps(test)
     def run(house: "House", **named: Any) -> None:
@@ -84,7 +84,7 @@ class House:
         return client
 
     async def ask(self, data: bytes, method: str = "POST") -> Answer:
-        """Sends on a connection of its own; the answer."""
+        """Sends on a new connection and returns the answer."""
         client = await self.client()
         await client.send(data)
         answer = await client.answer(method)
@@ -104,17 +104,17 @@ class House:
                 return self._log
 
     def log(self) -> list[dict[str, Any]]:
-        """Its lines, of JSON."""
+        """The parsed lines of the access log."""
         return [orjson.loads(line) for line in self.log_text().splitlines()]
 
     async def logged(self, count: int = 1) -> list[dict[str, Any]]:
-        """The log once it has `count` lines."""
+        """Waits until the log has `count` lines and returns it."""
         await until(lambda: len(self.log()) >= count, f"{count} log lines")
         assert len(self.log()) == count, self.log()
         return self.log()
 
     def is_at_rest(self) -> bool:
-        """Nothing in flight, nothing queued, nothing held."""
+        """Is nothing in flight, nothing queued, and no upstream connection in use?"""
         balancer = self.balancer
         in_flight = [member.in_flight for member in balancer.service.fleet.members.values()]
         generating = [member.generating for member in balancer.service.fleet.members.values()]
@@ -123,17 +123,17 @@ class House:
         )
 
     async def at_rest(self) -> None:
-        """Waits for that."""
+        """Waits until it is at rest."""
         balancer = self.balancer
         await until(self.is_at_rest, f"{balancer.destination.pool} queue={balancer.service.admission.queue_depth}")
 
     async def ready(self, count: int) -> None:
-        """Waits until so many members may be given requests."""
+        """Waits until exactly `count` members may get requests."""
         fleet = self.balancer.service.fleet
         await until(lambda: sum(m.is_available(fleet.clock()) for m in fleet.members.values()) == count, "ready", 10)
 
     def renew(self) -> None:
-        """Forgets what earlier tests did."""
+        """Resets what earlier tests changed."""
         self.log()
         self._log = b""
         for replica in self.replicas:
@@ -150,7 +150,7 @@ class House:
         self.balancer.service.fleet.changed()
 
     async def emptied(self) -> None:
-        """What must be true when all clients have gone, whatever happened before."""
+        """Checks what must be true once all clients have gone, whatever happened before."""
         for client in self.clients:
             client.leave()
         self.clients.clear()
@@ -175,7 +175,7 @@ async def serving(
     look_up: Resolve = resolve,
     **settings: Any,
 ) -> AsyncIterator[House]:
-    """A balancer in front of these replicas (members a, b, ...), once `ready` of them (all) are."""
+    """A balancer in front of these replicas (members a, b, ...), once `ready` of them (default: all) are ready."""
     loop = asyncio.get_running_loop()
     complaints: list[str] = []
     loop.set_exception_handler(lambda _, context: complaints.append(repr(context)))
@@ -229,7 +229,7 @@ def kept(*knobs: dict[str, Any], **settings: Any) -> Iterator[House]:
 
 @contextlib.contextmanager
 def deaf(replica: LabReplica) -> Iterator[None]:
-    """Connects to the replica get no answer: what listens there now has a full queue, and never accepts."""
+    """Connections to the replica time out: its address has a listener with a full backlog that never accepts."""
     replica.refuse()
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
@@ -245,7 +245,7 @@ def deaf(replica: LabReplica) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hanging_up(replica: LabReplica) -> Iterator[None]:
-    """Connects to the replica are taken and closed at once, as a proxy does whose server is gone."""
+    """Connections to the replica are accepted and closed at once, as by a proxy whose server is gone."""
     replica.refuse()
 
     def hang_up(listener: socket.socket) -> None:
@@ -257,7 +257,7 @@ def hanging_up(replica: LabReplica) -> Iterator[None]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((replica.host, replica.port))
         listener.listen()
-        thread = threading.Thread(target=hang_up, args=(listener,))  # so that it is as quick as a process
+        thread = threading.Thread(target=hang_up, args=(listener,))  # a thread, to be as quick as a process
         thread.start()
         try:
             yield
@@ -267,12 +267,12 @@ def hanging_up(replica: LabReplica) -> Iterator[None]:
 
 
 def each(table: dict[str, Any]) -> dict[str, Any]:
-    """A table of named rows as parametrize wants it."""
+    """A table of named rows, as arguments for parametrize."""
     return {"argvalues": list(table.values()), "ids": list(table)}
 
 
 class _Listener(logging.Handler):
-    """Warnings and worse, from anybody: in a test nobody should have cause for one."""
+    """Collects warnings and errors of all loggers: tests expect none."""
 
     def __init__(self, complaints: list[str]) -> None:
         super().__init__(logging.WARNING)
@@ -283,10 +283,10 @@ class _Listener(logging.Handler):
 
 
 def _connections() -> set[str]:
-    """The kernel's numbers of this process's TCP sockets."""
+    """The inode numbers of this process's TCP sockets."""
     ours = set()
     for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the one that listed them
+        with contextlib.suppress(FileNotFoundError):  # the descriptor that listed them
             ours.add(str(entry.readlink()).removeprefix("socket:[").removesuffix("]"))
     lines = Path("/proc/net/tcp").read_text().splitlines() + Path("/proc/net/tcp6").read_text().splitlines()
     return ours & {line.split()[9] for line in lines}

@@ -1,4 +1,4 @@
-"""The bounded wait in front of full replicas: who waits, who is told no, and what they are told."""
+"""The bounded queue in front of full replicas: which requests wait, which are refused, and with what answer."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ MODELS = request("GET", "/v1/models/lab")
 
 
 async def waiting(house: House, count: int, first: int = 0) -> list[Client]:
-    """So many clients more, each with a request that waits behind those before it."""
+    """That many new clients, each with a request that waits behind the earlier ones."""
     clients = []
     for number in range(first, first + count):
         client = await house.client()
@@ -27,7 +27,7 @@ async def waiting(house: House, count: int, first: int = 0) -> list[Client]:
 
 
 async def occupied(house: House, count: int = 1) -> list[Client]:
-    """So many requests that keep their places."""
+    """That many requests that keep their places."""
     clients = [await house.client() for _ in range(count)]
     for client in clients:
         await client.send(request(body=chat(stream=True, tokens=100_000)))
@@ -204,9 +204,9 @@ async def test_uncounted_requests_pass_a_full_queue(method: str) -> None:
 
 @on_uvloop
 async def test_free_place_is_taken_at_once() -> None:
-    """A free place is not waited for behind a request that has just got its own.
+    """A request does not wait for a free place behind one that has just got its own.
 
-    Two places are given back, and one waits: the other place is for whoever comes in that very turn of the loop.
+    Two places are given back while one request waits: a request in the same loop iteration gets the other place.
     """
     async with LabReplica() as a, serving(a, max_in_flight=2) as house:
         admission = house.balancer.service.admission
@@ -233,7 +233,7 @@ async def test_a_place_given_in_the_moment_of_leaving_is_given_on() -> None:
         first, second = (asyncio.ensure_future(admission.claim(waiter)) for _ in range(2))
         await asyncio.sleep(0)
         assert held is not None
-        held.__exit__(None, None, None)  # the place is the first one's now, who does not know it yet
+        held.__exit__(None, None, None)  # the place now belongs to the first request, which does not know it yet
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
@@ -244,7 +244,7 @@ async def test_a_place_given_in_the_moment_of_leaving_is_given_on() -> None:
 async def test_unreadable_prompt_holds_up_no_queue() -> None:
     """A prompt that cannot be understood holds up no queue.
 
-    The place that it gets is given by somebody else's request, or by the loop that looks after all.
+    It gets its place from another client's request, or from the loop that serves everybody.
     """
     absurd = b'{"messages":[],"tools":' + b"[" * 300 + b"]" * 300 + b"}"
     prefix_aware = {"policy": "prefix_aware"}
@@ -318,7 +318,7 @@ async def test_leaving_before_the_first_token() -> None:
         assert house.member("a").pending == 0
 
 
-# What came through the door, for whoever decides how many replicas there should be
+# Counts of arrivals, for autoscaling
 
 
 @on_uvloop

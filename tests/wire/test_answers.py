@@ -1,4 +1,4 @@
-"""A replica's answers, in every framing, on their way to clients of both versions; nothing of one reaches another."""
+"""A replica's answers, in every framing of HTTP/1.1 and HTTP/1.0, passed to clients; no part of one reaches another."""
 
 import asyncio
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ REDIRECTS = {
 @pytest.mark.parametrize("row", **each(REDIRECTS))
 @in_house
 async def test_redirects_stay_at_the_endpoint(house: House, row: tuple[str, str]) -> None:
-    """A redirect leads to the endpoint, and not past it to a replica."""
+    """A redirect leads to the endpoint, not to a replica directly."""
     a = house.replicas[0]
     said, told = (place.format(here=a.url.removeprefix("http://")) for place in row)
     a.set(raw=f"HTTP/1.1 307 Temporary Redirect\r\nlocation: {said}\r\ncontent-length: 0\r\n\r\n")
@@ -135,7 +135,7 @@ async def test_hop_by_hop_fields(house: House) -> None:
     assert answer.header("x-request-id") != "forged"
 
 
-# Nothing of one answer in another
+# No part of one answer in another
 
 BEHIND = {
     "a second answer": "HTTP/1.1 200 OK\r\nX-Stolen: 1\r\nContent-Length: 6\r\n\r\nstolen",
@@ -198,12 +198,12 @@ async def test_an_answer_that_comes_before_the_body_was_taken(early: str) -> Non
         assert (await house.ask(POST)).status == 200
 
 
-# A replica that is slow to say what it says
+# A replica that sends its answer slowly
 
 
 @on_uvloop
 async def test_bytes_are_passed_on_as_they_come() -> None:
-    """Neither head nor event waits for what follows it."""
+    """The head and each event are passed on without waiting for what follows."""
     async with LabReplica(first_token_delay=0.2, token_interval=0.2) as a, serving(a) as house:
         loop = asyncio.get_running_loop()
         client = await house.client()

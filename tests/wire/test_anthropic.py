@@ -1,4 +1,4 @@
-"""What Anthropic's clients get from the balancer itself under /v1/messages: errors as they know them, and their id."""
+"""What the balancer itself answers to Anthropic's clients under /v1/messages: errors in their format, and the id."""
 
 from collections.abc import Iterator
 from hashlib import sha256
@@ -24,7 +24,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 
 def kind(answer: Answer) -> str:
-    """The type of an error in Anthropic's shape."""
+    """The type of an error in Anthropic's format."""
     body = orjson.loads(answer.body)
     assert answer.header("content-type") == "application/json"
     assert answer.header("request-id") == answer.header("x-request-id") == body["request_id"]

@@ -1,4 +1,4 @@
-"""Request bodies: relayed byte for byte in either framing, refused by size, and asked for when the client waits."""
+"""Request bodies: relayed byte for byte in either framing, refused by size, and 100-continue."""
 
 import asyncio
 import hashlib
@@ -136,7 +136,7 @@ async def test_bodies_over_the_common_limit(house: House) -> None:
 async def test_body_in_tiny_chunks(house: House) -> None:
     """A body in tiny chunks takes little more memory than its size.
 
-    And millions of pieces are not given to the connection to the replica, which uvloop answers by closing it.
+    Nor are millions of pieces written to the connection to the replica, which uvloop would close.
     """
     client = await house.client()
     count = MIB // 4
@@ -171,7 +171,7 @@ async def test_what_is_neither_head_nor_body_has_an_end(house: House, endless: b
 @pytest.mark.parametrize("goes_on", [False, True], ids=["once answered", "while the stream may go on elsewhere"])
 @on_uvloop
 async def test_a_body_is_held_until_it_is_not_needed(goes_on: bool) -> None:
-    """A stream may take minutes; its prompt, images and all, is needed only where another replica may go on with it."""
+    """A stream may take minutes; its body, with images, is needed only if another replica may continue it."""
     async with LabReplica(head_delay=0.2, token_interval=0.01) as a, serving(a, continue_broken=goes_on) as house:
         client = await house.client()
         await client.send(request(body=chat(tokens=100_000, stream=True, images="x" * (MIB - 1000))))
@@ -191,7 +191,7 @@ EXPECT = ("Expect", "100-continue")
 
 
 async def is_silent(client: Client) -> bool:
-    """Did nothing come in the time in which something would have?"""
+    """Did nothing arrive in the time in which an answer would have?"""
     try:
         async with asyncio.timeout(0.1):
             await client.more()

@@ -1,4 +1,4 @@
-"""max_buffered_bytes is shared: one client may hold all of it, and yet keeps no other one out."""
+"""max_buffered_bytes is shared: one client may use all of it, but keeps no other client out."""
 
 import asyncio
 import time
@@ -18,13 +18,13 @@ POST = request(body=chat())
 
 
 def unfinished(sent: int = MIB - 1, size: int = MIB, key: str = "") -> bytes:
-    """An upload that lacks its end."""
+    """An upload of `size` bytes of which only `sent` are sent."""
     headers = (("Content-Length", str(size)), *((("Authorization", f"Bearer {key}"),) if key else ()))
     return request("POST", "/v1/files", headers=headers) + b"x" * sent
 
 
 async def uploading(house: House, count: int, source: str = "", key: str = "") -> list[Client]:
-    """So many uploads of a MiB, a byte short of their end."""
+    """That many uploads of a MiB, each a byte short of its end."""
     doors = house.balancer.doors
     before = doors.buffered
     clients = [await house.client(source=source) for _ in range(count)]
@@ -35,7 +35,7 @@ async def uploading(house: House, count: int, source: str = "", key: str = "") -
 
 
 async def refused(clients: list[Client]) -> list[Client]:
-    """Those of them that are told that there is no room, as far as that came at once."""
+    """Those of the clients that have already been refused for lack of room."""
     told = []
     for client in clients:
         try:
@@ -87,7 +87,7 @@ async def test_one_client_alone() -> None:
 
 @on_uvloop
 async def test_waiting_bodies_give_way() -> None:
-    """They are whole, and their client waits for its turn: it gets an answer, and its connection's end."""
+    """Whole bodies that wait for a turn make room, too: they get a 503, and their connection is closed."""
     async with (
         LabReplica(token_interval=0.01) as a,
         serving(a, max_in_flight=1, max_body_bytes=MIB, max_buffered_bytes=8 * MIB) as house,
@@ -113,7 +113,7 @@ async def test_waiting_bodies_give_way() -> None:
 
 @on_uvloop
 async def test_two_halves() -> None:
-    """Two clients that both want all of it get half each."""
+    """Two clients that both want all of the memory get half each."""
     async with LabReplica() as a, serving(a, max_body_bytes=MIB, max_buffered_bytes=12 * MIB) as house:
         first = await uploading(house, 12)
         second = []
@@ -130,7 +130,7 @@ async def test_two_halves() -> None:
 
 @on_uvloop
 async def test_shares_of_keys(tmp_path: Path) -> None:
-    """With API keys each key has its share, from whatever address."""
+    """With API keys each key has its share, whatever addresses it is used from."""
     keys = tmp_path / "keys"
     keys.write_text("secret-hog\nsecret-one\n")
     limits = {"max_body_bytes": MIB, "max_buffered_bytes": 8 * MIB}
@@ -148,7 +148,7 @@ async def test_shares_of_keys(tmp_path: Path) -> None:
 
 @on_uvloop
 async def test_refusals_are_cheap() -> None:
-    """Refusing the largest holder again and again does not go over all connections each time."""
+    """Refusing the largest holder repeatedly does not scan all connections each time."""
     async with LabReplica() as a, serving(a, max_body_bytes=MIB, max_buffered_bytes=8 * MIB) as house:
         await uploading(house, 8)
         idle = [await house.client() for _ in range(300)]
@@ -189,7 +189,7 @@ async def test_slow_bodies(every: float, piece: int, status: int, monkeypatch: p
 
 @on_uvloop
 async def test_only_reading_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a long answer of its connection a body waits for us to say that it may come."""
+    """A body that waits behind a long answer for 100 Continue is not timed during that wait."""
     monkeypatch.setattr(downstream, "SLOW_START", 0.3)
     async with LabReplica(head_delay=1.5) as a, serving(a) as house:
         a.next(1, head_delay=1.5)

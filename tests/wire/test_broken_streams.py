@@ -1,4 +1,4 @@
-"""Answers that break off: no client may take one for whole, and who reads events is told why."""
+"""Answers that break off: no client may take one for whole, and clients of streams are told why."""
 
 import asyncio
 import gzip
@@ -23,7 +23,7 @@ def house() -> Iterator[House]:
 
 
 def told(answer: Answer) -> dict[str, Any]:
-    """The error of the event with which the stream ends."""
+    """The error in the event that ends the stream."""
     assert not answer.is_whole
     assert b"[DONE]" not in answer.body
     event = answer.body.replace(b"\r\n", b"\n").split(b"\n\n")[-2]
@@ -68,7 +68,7 @@ async def test_stream_breaks_between_events(house: House, fault: dict[str, objec
 async def test_slow_first_event() -> None:
     """A stream's first event is waited for as long as a head.
 
-    SGLang sends the head of /generate at once, then come its queue and the prefill.
+    SGLang sends the head of /generate at once, before the request is queued and prefilled.
     """
     stream = request(path="/generate", body=chat(stream=True, tokens=5))
     async with LabReplica() as a, serving(a, idle_timeout=0.2, first_byte_timeout=1.0) as house:
@@ -92,7 +92,7 @@ async def test_silent_stream_of_a_live_replica() -> None:
         silent = await house.client()
         await silent.send(request(body=chat(stream=True, tokens=2)))
         await silent.until(b"t00")
-        a.set(token_interval=0.1)  # others of its streams flow: that says nothing of this one
+        a.set(token_interval=0.1)  # its other streams flow, which says nothing about this one
         flowing = await house.client()
         await flowing.send(request(body=chat(stream=True, tokens=1000)))
         assert (await silent.until(b"[DONE]")).count(b"data:") > 1
@@ -131,7 +131,7 @@ AMID = {
 @pytest.mark.parametrize("fault", **each(AMID))
 @in_house
 async def test_whole_events(house: House, fault: dict[str, object]) -> None:
-    """Of an event that breaks off the client gets nothing, and is told as elsewhere."""
+    """The client gets no part of an event that breaks off, and the usual error event."""
     house.replicas[0].set(**fault)
     answer = await house.ask(STREAM)
     told(answer)
@@ -148,7 +148,7 @@ ENCODED = {
 @pytest.mark.parametrize("fields", **each(ENCODED))
 @in_house
 async def test_an_encoded_stream_gets_no_plain_event(house: House, fields: str) -> None:
-    data = gzip.compress(b"data: 1\n\n") + b"\n\n"  # bytes that look like an event's end
+    data = gzip.compress(b"data: 1\n\n") + b"\n\n"  # the last bytes look like an event's end
     head = f"HTTP/1.1 200 OK\r\n{fields}Transfer-Encoding: chunked\r\n\r\n{len(data):x}\r\n"
     house.replicas[0].set(raw=head + data.decode("latin-1") + "\r\n", raw_then="reset")
     answer = await house.ask(STREAM)
@@ -158,7 +158,7 @@ async def test_an_encoded_stream_gets_no_plain_event(house: House, fields: str) 
 @pytest.mark.parametrize("behind", ["", "data: 2\n\n"])
 @in_house
 async def test_a_stream_of_announced_length_is_not_filled_up(house: House, behind: str) -> None:
-    """An event of ours in place of the missing bytes would make it look whole."""
+    """An error event in place of the missing bytes would make the answer look whole."""
     events = "data: 1\n\n" + behind
     fields = f"Content-Type: text/event-stream\r\nContent-Length: {len(events) + 14}\r\n"
     house.replicas[0].set(raw=f"HTTP/1.1 200 OK\r\n{fields}\r\n{events}", raw_then="close")

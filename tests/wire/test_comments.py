@@ -1,4 +1,4 @@
-"""`keep_alive_comments`: signs of life for a client whose stream has not begun, and what an early head costs."""
+"""`keep_alive_comments`: comments for a client whose stream has not begun, and what an early head costs."""
 
 import asyncio
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def house() -> Iterator[House]:
 
 
 def behind_comments(answer: Answer, least: int = 1) -> bytes:
-    """The body behind its comments, all of which come first."""
+    """The body after its comments, all of which come first."""
     events = answer.body
     while events.startswith(LINE):
         events = events.removeprefix(LINE)
@@ -85,7 +85,7 @@ async def test_an_http_1_0_client_gets_them_too(house: House) -> None:
 
 
 def told(answer: Answer) -> dict[str, Any]:
-    """The one event behind the comments: an error, in a stream that is not whole."""
+    """The one event after the comments: an error, in a stream that is not whole."""
     assert (answer.status, answer.is_whole) == (200, False)
     lines = behind_comments(answer).rstrip(b"\n").split(b"\n")
     body: dict[str, Any] = orjson.loads(lines[-1].removeprefix(b"data: "))

@@ -144,7 +144,7 @@ MIXED = {
 @pytest.mark.parametrize("one", **each(MIXED))
 @in_house
 async def test_thousands_of_pipelined_requests_are_answered(house: House, one: bytes) -> None:
-    """More than the stack is deep, in one read."""
+    """More requests in one read than the recursion limit."""
     count = 1500
     client = await house.client()
     sending = asyncio.ensure_future(client.send(POST + one * count))
@@ -159,14 +159,14 @@ async def test_thousands_of_pipelined_requests_are_answered(house: House, one: b
 async def test_large_pipelined_head(house: House) -> None:
     """A pipelined head that is larger than one read is not refused as too large.
 
-    What counts is each head's own size, not how much came with it.
+    What counts is each head's own size, not how much arrived with it.
     """
     client = await house.client()
     count = 2500
     half = get("/nowhere", ("X-Filler", "x" * 100))
     data = half * count
     cut = len(data) - len(half) // 2
-    await client.send(POST[:-1])  # so that all that follows is read while this one waits
+    await client.send(POST[:-1])  # so that everything after it is read while this request waits
     await client.send(POST[-1:] + data[:cut])
     assert (await client.answer()).status == 200
     await asyncio.sleep(0.05)
@@ -180,7 +180,7 @@ async def test_large_pipelined_head(house: House) -> None:
 async def test_half_closed_client(house: House, count: int) -> None:
     """An answer that was ready reaches a client that has closed its sending side.
 
-    The last request and the client's end of the connection are read in one go.
+    The last request and the client's EOF arrive in one read.
     """
     client = await house.client()
     client.sock.send(get("/flush_cache") * count)
@@ -225,14 +225,14 @@ async def test_what_is_read_ahead_is_bounded() -> None:
         await a.seen.until(lambda seen: seen.generations_started == 1)
         sending = asyncio.ensure_future(client.send(request(path="/v1/files", body=b"x" * 500_000) * 100))
         await until(lambda: house.balancer.doors.buffered > 1 << 20)
-        await asyncio.sleep(0.1)  # what could come would have come
+        await asyncio.sleep(0.1)  # whatever could arrive would have arrived
         assert house.balancer.doors.buffered < 2 << 20
         sending.cancel()
 
 
 @in_house
 async def test_a_connection_says_in_which_state_it_is(house: House) -> None:
-    """As it shows in a log or a failed test."""
+    """The state as it appears in a log or a failed test."""
     client = await house.client()
     await until(lambda: house.balancer.doors.connections)
     (connection,) = house.balancer.doors.connections
@@ -257,7 +257,7 @@ async def test_a_connection_says_in_which_state_it_is(house: House) -> None:
 async def test_read_ahead_is_bounded(house: House) -> None:
     """Read-ahead is bounded for requests without bodies as well.
 
-    However many a read brings: of the smallest ones a morsel holds some 150.
+    This holds however many one read brings: a morsel holds some 150 of the smallest.
     """
     client = await house.client()
     count = 50_000
@@ -300,7 +300,7 @@ async def test_what_is_read_behind_a_slow_answer_is_counted_and_little(one: byte
 
 @on_uvloop
 async def test_waiting_heads_are_counted() -> None:
-    """Waiting heads count towards the common limit, and a connection's first one passes."""
+    """Waiting heads count towards the common limit; a connection's first one always passes."""
     async with LabReplica(hang="before_head") as a, serving(a, max_buffered_bytes=300_000) as house:
         clients = [await house.client() for _ in range(7)]
         for client in clients:
@@ -323,15 +323,15 @@ async def test_a_body_that_is_not_read_for_our_own_sake_is_not_late() -> None:
         assert answers == [200] * 5
 
 
-# The answer before it is still on its way
+# While the previous answer is still on its way
 
 
 @pytest.mark.parametrize("less", [0, 20, 40, 60, 80, 120, 160], ids=lambda less: f"{less} KiB less")
 @in_house
 async def test_slow_end_of_an_answer(house: House, less: int) -> None:
-    """An answer whose end a slow client does not take holds up no other.
+    """An answer whose end a slow client does not read holds up no other.
 
-    Neither the next one on its connection, nor another client's on the same upstream connection.
+    Neither the next answer on its connection, nor another client's on the same upstream connection.
     """
     a = house.replicas[0]
     a.next(1, body_mib=64.0)
@@ -339,12 +339,12 @@ async def test_slow_end_of_an_answer(house: House, less: int) -> None:
     await probing.send(request("GET", "/v1/big"))
     await until(lambda: any(upstream.is_paused for upstream in house.balancer.destination.pool.busy), "held back")
     probing.leave("reset")
-    size = (await house.logged(1))[0]["bytes_out"] - less * 1024  # so that it is held back with the last bytes read
+    size = (await house.logged(1))[0]["bytes_out"] - less * 1024  # so that its last bytes are held back
     a.next(1, body_mib=size / (1 << 20))
     client = await house.client(receive_buffer=4096)
     await client.send(request("GET", "/v1/big") + MODELS + POST)
     await a.seen.until(lambda seen: len(seen.requests) > 1 and seen.requests[1].status)
-    await asyncio.sleep(0.02)  # held back, or wholly read: no event tells which
+    await asyncio.sleep(0.02)  # paused, or read to the end: no event says which
     assert (await house.ask(MODELS, "GET")).status == 200
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     assert len((await client.answer()).body) == size
@@ -355,7 +355,7 @@ async def test_slow_end_of_an_answer(house: House, less: int) -> None:
 @pytest.mark.parametrize("how", ["Connection: close", "HTTP/1.0"])
 @on_uvloop
 async def test_a_last_answer_comes_whole_to_a_client_that_sends_on(how: str) -> None:
-    """Closed at once, the kernel would answer what is sent with a reset, and throw away what is not read yet."""
+    """If it were closed at once, the kernel would answer new data with a reset, and discard what is not read yet."""
     async with LabReplica(body_mib=8) as a, serving(a) as house:
         client = await house.client(receive_buffer=65536)
         await client.send(get(version="1.0") if how == "HTTP/1.0" else get("/v1/models/lab", ("Connection", "close")))

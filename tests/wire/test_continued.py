@@ -26,14 +26,14 @@ def asked(path: str, **more: Any) -> bytes:
 
 
 async def undisturbed(house: House, path: str) -> list[Any]:
-    """What the client gets where nothing breaks."""
+    """What the client gets if nothing breaks."""
     answer = await house.ask(asked(path))
     assert answer.is_whole
     return plain(answer.body)
 
 
 def prefer(house: House, *names: str) -> None:
-    """Turns go by when each member was last chosen: these come next, in this order."""
+    """Makes these members come next, in this order: turns go by when each member was last chosen."""
     for turn, name in enumerate(names):
         house.member(name).turn = turn - 1000
 
@@ -55,7 +55,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("path", PATHS)
 @on_uvloop
 async def test_streams_continue(path: str, fault: dict[str, Any]) -> None:
-    """In each format, wherever and however its replica breaks, the client gets the answer that it would have got."""
+    """In each format, wherever and however its replica breaks, the client gets the same answer as without a fault."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b, idle_timeout=0.4) as house:
         whole = await undisturbed(house, path)
         prefer(house, "a", "b")
@@ -68,7 +68,7 @@ async def test_streams_continue(path: str, fault: dict[str, Any]) -> None:
         line = house.log()[-1]
         assert "error" not in line
         assert house.balancer.doors.buffered == 0
-        if path == "/generate" and fault == FAULTS["after the last token"]:  # only [DONE] was missing
+        if path == "/generate" and fault == FAULTS["after the last token"]:  # only [DONE] is missing
             assert (line["attempts"], line["member"], line["status"]) == (1, "a", 200)
             return
         assert (line["attempts"], line["member"], line["status"]) == (2, "b", 200)
@@ -80,7 +80,7 @@ async def test_streams_continue(path: str, fault: dict[str, Any]) -> None:
 
 @on_uvloop
 async def test_explained() -> None:
-    """A client that wants to know why its request went where it did is told so of the second replica, too."""
+    """X-Route-Explain also explains the choice of the second replica."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
         prefer(house, "a", "b")
         a.set(cut="after_tokens")
@@ -90,7 +90,7 @@ async def test_explained() -> None:
 
 
 async def flowing(house: House, count: int) -> None:
-    """Waits until that many answers have begun to come."""
+    """Waits until that many answers have begun."""
     await until(lambda: sum(connection.has_begun for connection in house.balancer.destination.pool.busy) == count)
 
 
@@ -125,7 +125,7 @@ async def test_resending_counts() -> None:
 
 @on_uvloop
 async def test_next_one_asked() -> None:
-    """A replica that refuses the connection, or is full, leaves the rest of the stream to the next one."""
+    """If a replica refuses the connection, or is full, the next one continues the stream."""
     async with LabReplica() as a, LabReplica() as b, LabReplica() as c, LabReplica() as d, serving(a, b, c, d) as house:
         whole = await undisturbed(house, "/generate")
         prefer(house, "a", "b", "c", "d")
@@ -159,7 +159,7 @@ async def test_not_continued(case: tuple[dict[str, Any], str]) -> None:
 
 @on_uvloop
 async def test_status_refused() -> None:
-    """A second replica that answers with an error leaves the stream broken, and says so."""
+    """If the second replica answers with an error, the stream ends broken, with an error event."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
         prefer(house, "a", "b")
         a.set(cut="after_tokens", cut_after=2)
@@ -171,7 +171,7 @@ async def test_status_refused() -> None:
 
 @on_uvloop
 async def test_turned_off() -> None:
-    """Where the service wants no continuation, a stream that breaks ends with an error event."""
+    """If the service has turned continuation off, a stream that breaks ends with an error event."""
     async with (
         LabReplica(cut="after_tokens", cut_after=2) as a,
         LabReplica() as b,
@@ -184,7 +184,7 @@ async def test_turned_off() -> None:
 
 @on_uvloop
 async def test_too_long() -> None:
-    """Of a stream beyond max_continued_bytes nothing is kept, neither the text nor the request's body."""
+    """For a stream beyond max_continued_bytes, neither its text nor the request's body is kept."""
     async with (
         LabReplica(cut="after_tokens", cut_after=5, token_interval=0.05) as a,
         LabReplica() as b,
@@ -202,7 +202,7 @@ async def test_too_long() -> None:
 
 @on_uvloop
 async def test_killed_process() -> None:
-    """kill -9 of one of two replicas amid forty streams in all formats: each client gets its whole answer."""
+    """kill -9 of one of two replicas during forty streams in all formats: each client gets its whole answer."""
     async with spawn_replica(token_interval=0.02) as a, spawn_replica(token_interval=0.02) as b:
         listed = (ReplicaListing("a", a.url), ReplicaListing("b", b.url))
         async with serving(ready=2, config={"replicas": listed}) as house:
@@ -228,7 +228,7 @@ def poison(text: str = "poison") -> bytes:
 
 @on_uvloop
 async def test_poison() -> None:
-    """A request that kills each replica that gets it takes two of three with it, and is refused from then on."""
+    """A request that kills each replica that gets it kills two of three, and is refused from then on."""
     deadly = {"poison": "poison"}
     async with (
         LabReplica(**deadly) as a,
@@ -249,7 +249,7 @@ async def test_poison() -> None:
 
 @on_uvloop
 async def test_poison_cleared() -> None:
-    """A request that was cut off at two replicas which live on is not taken for one that kills them."""
+    """A request that broke off at two replicas that are still alive is not taken for one that kills them."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b, ready_interval=0.05) as house:
         for replica in (a, b):
             replica.next(1, cut="before_head")
@@ -260,7 +260,7 @@ async def test_poison_cleared() -> None:
 
 @on_uvloop
 async def test_acquitted() -> None:
-    """A request that was there when two replicas died, and came to its end each time, is not refused."""
+    """A request that was in flight when two replicas died, but finished each time, is not refused."""
     slow = {"token_interval": 0.02}
     async with (
         LabReplica(**slow) as a,

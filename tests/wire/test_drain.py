@@ -1,4 +1,4 @@
-"""How a balancer leaves: nothing that was begun is lost, and nobody is surprised."""
+"""How a balancer drains: it loses no request that has begun, and closes no connection unannounced."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ READY = request("GET", "/ready")
 
 @contextlib.asynccontextmanager
 async def leaving(house: House):  # type: ignore[no-untyped-def]
-    """The balancer was told to leave."""
+    """The block runs while the balancer drains."""
     hurry = asyncio.Event()
     task = asyncio.ensure_future(house.balancer.leave(hurry))
     await asyncio.sleep(0)
@@ -56,7 +56,7 @@ async def test_drain_begins() -> None:
 
 @on_uvloop
 async def test_a_connection_is_not_closed_before_an_answer_said_so() -> None:
-    """An answer that began before promised its client that the connection stays."""
+    """An answer that began before the drain promised its client that the connection stays open."""
     async with LabReplica(token_interval=0.01) as a, serving(a, drain_grace=30) as house:
         client = await house.client()
         await client.send(LONG)
@@ -70,7 +70,7 @@ async def test_a_connection_is_not_closed_before_an_answer_said_so() -> None:
             assert await client.is_ended()
 
 
-# After it
+# After drain_grace
 
 
 @on_uvloop
@@ -98,7 +98,7 @@ async def test_port_closes() -> None:
 
 @on_uvloop
 async def test_request_amid_closing() -> None:
-    """A request that was on its way when the port closed is answered."""
+    """A request that was arriving when the port closed is answered."""
     async with LabReplica() as a, serving(a, drain_timeout=30) as house:
         fresh = await house.client()
         async with leaving(house) as task:
@@ -114,7 +114,7 @@ async def test_request_amid_closing() -> None:
 
 @on_uvloop
 async def test_client_accepted_amid_closing() -> None:
-    """A client that is accepted in the moment of closing is let go at once."""
+    """A client that is accepted at the moment of closing is disconnected at once."""
     async with LabReplica() as a, serving(a) as house:
         house.balancer.doors.close()
         late = await house.client()
@@ -150,7 +150,7 @@ async def test_drain_timeout() -> None:
 
 @on_uvloop
 async def test_bytes_amid_breaking_off() -> None:
-    """Bytes that arrive in the moment in which a stream is broken off are dropped."""
+    """Bytes that arrive at the moment in which a stream is broken off are dropped."""
     async with LabReplica(token_interval=0.01) as a, serving(a) as house:
         client = await house.client()
         await client.send(request(body=chat(stream=True, tokens=100_000)))
@@ -168,7 +168,7 @@ async def test_bytes_amid_breaking_off() -> None:
 
 @on_uvloop
 async def test_sigterm_under_dense_traffic_loses_no_request() -> None:
-    """Clients that keep their connections, in closed loops; each that is told to go opens a new one while it can."""
+    """Clients in closed loops keep their connections; on "Connection: close" a client opens a new one while it can."""
     async with LabReplica(head_delay=0.005) as a, running(a.url, drain_grace=1, drain_timeout=10) as balancer:
         is_over = asyncio.Event()
         outcomes: list[int] = []
@@ -191,7 +191,7 @@ async def test_sigterm_under_dense_traffic_loses_no_request() -> None:
             balancer.signal(signal.SIGTERM)
             seen = len(a.seen.requests)
             await a.seen.until(lambda now: len(now.requests) > seen + 100)
-            is_over.set()  # whoever looks at /ready sends elsewhere long before the port closes
+            is_over.set()  # a client that checks /ready goes elsewhere long before the port closes
         assert await balancer.end() == 0
         assert set(outcomes) == {200}
         assert balancer.complained == b""

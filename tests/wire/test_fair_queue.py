@@ -1,4 +1,4 @@
-"""Many clients before few places, on real sockets: one connection waits for a turn; who cannot wait is told so."""
+"""Many clients for few places, on real sockets: a connection waits for one turn; hopeless requests are refused."""
 
 import asyncio
 from hashlib import sha256
@@ -20,7 +20,7 @@ def named(name: str, **headers: str) -> bytes:
 
 
 async def waiting(house: House, count: int, data: bytes = b"", source: str = HOG) -> list[Client]:
-    """So many clients with a request each, all of which wait."""
+    """That many clients with a request each, all of which wait."""
     depth = house.balancer.service.admission.queue_depth
     clients = []
     for number in range(count):
@@ -32,7 +32,7 @@ async def waiting(house: House, count: int, data: bytes = b"", source: str = HOG
 
 
 async def held(house: House, **headers: str) -> Client:
-    """Who has the one place until he leaves."""
+    """A client that occupies the only place until it leaves."""
     holder = await house.client()
     body = chat(stream=True, tokens=100_000)
     await holder.send(request(body=body, headers=(("X-Request-Id", "holder"), *headers.items())))
@@ -41,7 +41,7 @@ async def held(house: House, **headers: str) -> Client:
 
 
 def served(replica: LabReplica) -> list[str]:
-    """Whose requests it got, in order, without the holder's."""
+    """The ids of the requests that it got, in order, without the holder's."""
     return [seen.id for seen in replica.seen.requests if seen.id != "holder"]
 
 
@@ -61,9 +61,9 @@ async def test_one_connection_is_served_after_a_turn_of_two_hundred() -> None:
 
 @on_uvloop
 async def test_one_client_beside_a_busy_one() -> None:
-    """One connection that asks again and again waits for one turn each time.
+    """One connection that repeats its request waits for one turn each time.
 
-    While two hundred others of one client ask again, too, as soon as they are answered.
+    Meanwhile two hundred connections of another client also repeat theirs as soon as they are answered.
     """
     async with LabReplica(head_delay=0.005) as a, serving(a, max_in_flight=2) as house:
         is_over = False
@@ -140,7 +140,7 @@ async def test_steady_overload() -> None:
                 answer = await client.answer()
                 told.append((answer, loop.time() - began))
                 if answer.status != 200:
-                    await asyncio.sleep(0.5)  # or nobody else has a chance
+                    await asyncio.sleep(0.5)  # so that others have a chance
 
         await asyncio.gather(*[ask_on(await house.client()) for _ in range(60)])
         refused = [(answer.error["code"], seconds) for answer, seconds in told[120:] if answer.status == 429]

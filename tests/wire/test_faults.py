@@ -1,4 +1,4 @@
-"""What a request may meet: every outcome of an attempt, what the client gets, and what the replicas see."""
+"""Every outcome of an attempt: what the client gets, and what the replicas see."""
 
 import asyncio
 import resource
@@ -106,7 +106,7 @@ async def test_a_shortage_of_sockets_is_503_and_nobodys_fault() -> None:
         await client.send(POST[:20])
         await until(lambda: house.balancer.doors.connections)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # nothing new can be opened
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # no new descriptor can be opened
         try:
             await client.send(POST[20:])
             answer = await client.answer()
@@ -188,7 +188,7 @@ async def test_late_close_is_no_race() -> None:
 async def test_post_after_a_race_and_a_refusal(method: str, status: int, seen_by_b: int) -> None:
     """A POST that was sent goes nowhere else if the new connection is refused.
 
-    As after kill -9: nobody knows whether the replica had begun.
+    This is what kill -9 looks like: it is unknown whether the replica had begun.
     """
     async with LabReplica() as a, LabReplica() as b, serving(a, b, **NEVER) as house:
         house.member("b").turn = 99
@@ -208,7 +208,7 @@ async def test_post_after_a_race_and_a_refusal(method: str, status: int, seen_by
 async def test_post_after_a_race_and_a_close() -> None:
     """A POST that was sent goes nowhere else if the new connection is closed at once.
 
-    As a port of Docker's does when its container dies: it takes connections, and has nobody to give them to.
+    A published port of Docker's does so when its container has died: it accepts connections, then closes them.
     """
     for _ in range(5):  # nearly always it is closed before anything could be sent on it
         async with LabReplica() as a, LabReplica() as b, serving(a, b, **NEVER) as house:
@@ -222,13 +222,13 @@ async def test_post_after_a_race_and_a_close() -> None:
             assert numbers(a, b) == [2, 0]
 
 
-# Sent, and no answer
+# Sent, but not answered
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("HEAD", ""), ("POST", CHAT), ("POST", "/generate")])
 @in_house
 async def test_reset_moves_harmless_requests(house: House, method: str, path: str) -> None:
-    """A reset after sending moves requests that only generate or only ask."""
+    """After a reset, requests that only generate or only read go to another member."""
     house.replicas[0].set(cut="before_head")
     answer = await house.ask(request(path=path, body=chat()) if path else SENT_ON[method], method)
     assert answer.status == 200
@@ -249,7 +249,7 @@ STAYS = {
 @pytest.mark.parametrize("case", **each(STAYS))
 @on_uvloop
 async def test_reset_moves_nothing_else(case: tuple[dict[str, str], bytes]) -> None:
-    """A reset after sending does not move requests whose effects could happen twice."""
+    """After a reset, requests whose effects could happen twice go nowhere else."""
     settings, data = case
     async with LabReplica(cut="before_head") as a, LabReplica() as b, serving(a, b, **settings) as house:
         answer = await house.ask(data)
@@ -312,7 +312,7 @@ async def test_first_byte_timeout(hang: dict[str, object]) -> None:
         answer = await house.ask(request(body=chat(padding="x" * 10_000_000)))
         assert (answer.status, answer.error["code"]) == (504, "first_byte_timeout")
         assert numbers(a, b) == [1, 0]
-        if not hang.get("early"):  # it does not read, so it does not notice
+        if not hang.get("early"):  # the lab does not read then, and so does not notice
             await a.seen.until(lambda seen: seen.last.outcome == "client_left")
         a.drop_connections()
         await a.seen.until(lambda seen: seen.generations_started == seen.generations_aborted)
@@ -327,7 +327,7 @@ async def test_first_byte_timeout(hang: dict[str, object]) -> None:
 @pytest.mark.parametrize("method", ["POST", "GET"])
 @in_house
 async def test_busy_replica(house: House, method: str) -> None:
-    """A busy replica's request goes to another member, and the replica counts as full."""
+    """A request that a busy replica refuses goes to another member, and the replica counts as full."""
     house.replicas[0].set(status=503, retry_after="7")
     for _ in range(2):
         answer = await house.ask(SENT_ON[method], method)
@@ -360,7 +360,7 @@ async def test_all_busy_is_503_with_retry_after_where_nobody_may_wait(said: str,
 
 @on_uvloop
 async def test_all_replicas_are_full() -> None:
-    """A request that all replicas refuse as full waits like requests that come later."""
+    """A request that all replicas refuse as full waits like those that arrive later."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
         for replica in (a, b):
             replica.next(2, status=503)
@@ -379,7 +379,7 @@ async def test_all_replicas_are_full() -> None:
 
 @on_uvloop
 async def test_request_that_no_replica_takes() -> None:
-    """A request that no replica takes is offered less and less often, and holds up no other."""
+    """A request that no replica accepts is retried less and less often, and holds up no other."""
     async with LabReplica() as a, LabReplica() as b, serving(a, b, queue_timeout=4) as house:
         for replica in (a, b):
             replica.set(status=503)
@@ -401,7 +401,7 @@ async def test_request_that_no_replica_takes() -> None:
         )
 
 
-# Answers that are the replica's own
+# Errors of the replica's own
 
 
 SAID_503 = {
@@ -426,7 +426,7 @@ async def test_a_503_that_does_not_say_full_is_an_answer(house: House, row: tupl
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @in_house
 async def test_what_only_asks_goes_elsewhere_from_any_503(house: House, method: str) -> None:
-    """Of a HEAD the words are not to be had; and nothing is generated twice."""
+    """An answer to HEAD has no body that could say why; and a read generates nothing twice."""
     house.replicas[0].set(status=503, body="Request running timeout reached.")
     answer = await house.ask(request(method, "/v1/whatever"), method)
     assert (answer.status, answer.header("x-replica-id")) == (200, "b")
@@ -449,7 +449,7 @@ async def test_a_503_that_says_full_goes_elsewhere(house: House, path: str) -> N
 async def test_other_errors_pass_unchanged(house: House, status: int) -> None:
     """A replica's other errors pass unchanged, and their requests are not repeated."""
     knobs = {"status": status, "body": '{"odd": "body"}', "retry_after": "11"}
-    # The lab names each status by http.HTTPStatus, which does not know these.
+    # The lab takes reason phrases from http.HTTPStatus, which lacks these.
     if status in (499, 599):
         knobs = {"raw": f'HTTP/1.1 {status} Odd\r\nretry-after: 11\r\ncontent-length: 15\r\n\r\n{{"odd": "body"}}'}
     house.replicas[0].set(**knobs)
@@ -510,7 +510,7 @@ MANGLED = {
 @pytest.mark.parametrize("raw", **each(MANGLED))
 @in_house
 async def test_answer_that_is_no_http(house: House, raw: str) -> None:
-    """An answer that is not HTTP becomes a 502, and its connection is dropped."""
+    """An answer that is not HTTP becomes a 502, and its connection is closed."""
     house.replicas[0].set(raw=raw)
     failures = house.member("a").failures_total
     answer = await house.ask(POST)
@@ -521,7 +521,7 @@ async def test_answer_that_is_no_http(house: House, raw: str) -> None:
     assert house.member("a").failures_total - failures == 1
 
 
-# Whatever happens
+# For every fault
 
 FAULTS = {
     **{
@@ -547,12 +547,12 @@ def test_no_fault_repeats_too_often(impatient_house: House, fault: dict[str, obj
 
     @in_house
     async def met(house: House) -> None:
-        for _ in range(2 if "race" in fault else 0):  # there must be a kept connection to race for
+        for _ in range(2 if "race" in fault else 0):  # a race needs kept connections
             await house.ask(POST)
         warm = sum(replica.seen.generations_started for replica in house.replicas)
         for replica in house.replicas:
             replica.set(**fault)
-        body = chat(stream=stream, padding=str(fault))  # two deaths of the same request would have it refused
+        body = chat(stream=stream, padding=str(fault))  # the same request would be refused after two deaths
         answer = await house.ask(request(body=body, headers=(("X-Request-Id", "once"),)))
         await house.at_rest()
         assert sum(replica.seen.generations_started for replica in house.replicas) - warm <= 2

@@ -103,7 +103,7 @@ async def test_connection_cannot_take_away_what_the_balancer_sets(house: House) 
     assert seen.id
 
 
-# Who asked
+# The client's address
 
 FORWARDED = (
     ("X-Forwarded-For", "203.0.113.7"), ("X-Forwarded-For", "198.51.100.2"), ("X-Forwarded-Proto", "https"),
@@ -238,7 +238,7 @@ async def test_made_request_ids_differ_and_errors_carry_them_too(house: House) -
     assert len({answer.header("x-request-id") for answer in answers}) == 15
 
 
-# What answers tell
+# What answers reveal
 
 
 @in_house

@@ -1,4 +1,4 @@
-"""Mutated requests and answers, the same ones in every run; `make fuzz` goes on with others."""
+"""Mutated requests and answers, the same ones in every run; `make fuzz` plays others."""
 
 import asyncio
 from collections.abc import Iterator
@@ -81,4 +81,4 @@ async def test_an_answer_cut_at_any_offset_is_the_same(house: House, data: bytes
         assert (answer.status, answer.body) == expected, cut
         house.balancer.destination.pool.forget(
             house.member("a").address
-        )  # the lab says nothing more on that connection
+        )  # the lab sends nothing more on that connection

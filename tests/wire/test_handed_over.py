@@ -1,4 +1,4 @@
-"""A balancer whose sockets are its starter's: it accepts on them, lets go of them, and others accept after it."""
+"""A balancer with inherited sockets: it accepts on them, then stops, and another balancer accepts on them."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ STREAM = request(body=chat(stream=True, tokens=60))
 async def supervised(
     *replicas: str, arguments: tuple[str, ...] = (), **settings: object
 ) -> AsyncIterator[tuple[BalancerProcess, socket.socket, socket.socket]]:
-    """A balancer, and the sockets that a test listens on for it."""
+    """A balancer, and the listening sockets that the test hands over to it."""
     with socket.create_server(("127.0.0.1", 0)) as endpoint, socket.create_server(("127.0.0.1", 0)) as admin:
         descriptors = (endpoint.fileno(), admin.fileno())
         flags = ("--listen-fd", str(descriptors[0]), "--admin-fd", str(descriptors[1]), *arguments)
@@ -48,7 +48,7 @@ async def test_it_serves_on_both_sockets_and_says_where_they_are() -> None:
 
 @on_uvloop
 async def test_sigterm_again_is_no_hurry_and_sigint_is() -> None:
-    """systemd sends SIGTERM to each process of a unit, and the supervisor among them sends it on."""
+    """A balancer gets SIGTERM twice: systemd sends it to each process of a unit, and the supervisor passes it on."""
     async with LabReplica(token_interval=0.02) as a, supervised(a.url, drain_grace=0, drain_timeout=60) as (one, _, _):
         client, endless = await one.client(), await one.client()
         await client.send(STREAM)
@@ -74,7 +74,7 @@ async def test_old_balancer_after_a_takeover() -> None:
         assert len(listeners_of(old)) == 2
         old.signal(signal.SIGUSR1)
         await until(lambda: not listeners_of(old), "both are closed")
-        early = await Client.open(url_of(endpoint))  # nobody accepts: it waits
+        early = await Client.open(url_of(endpoint))  # nobody accepts it yet
         await early.send(request(body=chat()))
         asking = await Client.open(url_of(admin))
         await asking.send(b"GET /status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -90,7 +90,7 @@ async def test_old_balancer_after_a_takeover() -> None:
 
 
 def listeners_of(balancer: BalancerProcess) -> list[str]:
-    """The sockets that the process has open and that listen."""
+    """The listening sockets that the process has open."""
     table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     listening = {f"socket:[{row[9]}]" for row in table if row[3] == "0A"}
     names = (str(link.readlink()) for link in Path(f"/proc/{balancer.process.pid}/fd").iterdir())
@@ -99,7 +99,7 @@ def listeners_of(balancer: BalancerProcess) -> list[str]:
 
 @on_uvloop
 async def test_clients_wait_for_a_replica() -> None:
-    """Clients wait for a replica that is ready, but not for ever."""
+    """Clients wait for a replica to become ready, but not for ever."""
     async with LabReplica() as a:
         a.set(ready=503, health=503)
         flags = ("--accept-when-ready", "60")
@@ -108,7 +108,7 @@ async def test_clients_wait_for_a_replica() -> None:
             with BalancerProgram([a.url], *flags, pass_fds=[endpoint.fileno()]):
                 early = await Client.open(url_of(endpoint))
                 await early.send(request("GET", "/v1/models"))
-                await a.seen.until(lambda seen: len(seen.probes) > 2)  # it is probed, and not ready
+                await a.seen.until(lambda seen: len(seen.probes) > 2)  # it has been probed and is not ready
                 with pytest.raises(TimeoutError):
                     await asyncio.wait_for(early.more(), 0.2)
                 a.set(ready=200, health=200)

@@ -1,4 +1,4 @@
-"""Bodies that are dear to read for routing, many at once: others are answered in between."""
+"""Many bodies at once that are expensive to parse for routing: other requests are answered in between."""
 
 import asyncio
 from pathlib import Path
@@ -21,7 +21,7 @@ def filled(unit: bytes, size: int) -> bytes:
 
 
 def just_read(unit: bytes) -> bytes:
-    """So large that it is read, and hardly larger."""
+    """The largest body of such units, roughly, that is still parsed."""
     size = MAX_PARSED
     while nanoseconds(raw := filled(unit, size)) > MAX_NANOSECONDS:
         size = size * 9 // 10
@@ -29,12 +29,12 @@ def just_read(unit: bytes) -> bytes:
 
 
 def worked(balancer: BalancerProcess) -> float:
-    """Seconds of CPU time that its loop has had, so that what else runs on this machine is not counted."""
+    """Seconds of CPU time of its event loop, which excludes other programs on this machine."""
     return int(Path(f"/proc/{balancer.process.pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 async def longest_wait(balancer: BalancerProcess, over: asyncio.Future[object]) -> float:
-    """What it did at most before it gave another client its own answer, again and again until `over`."""
+    """The maximum CPU time between a request of another client and its answer, repeated until `over`."""
     client = await balancer.client()
     longest = 0.0
     while not over.done():
@@ -47,7 +47,7 @@ async def longest_wait(balancer: BalancerProcess, over: asyncio.Future[object]) 
 
 
 async def thirty_at_once(balancer: BalancerProcess, body: bytes) -> float:
-    """How long thirty such bodies held up another client at most; seconds of the balancer's CPU time."""
+    """How long thirty such bodies hold up another client at most, in seconds of the balancer's CPU time."""
     clients = [await balancer.client() for _ in range(30)]
 
     async def ask(number: int) -> int:
@@ -61,7 +61,7 @@ async def thirty_at_once(balancer: BalancerProcess, body: bytes) -> float:
 
 
 async def best_of(times: int, balancer: BalancerProcess, body: bytes) -> float:
-    """The shortest of these waits: the other client is in this process, which may itself wait for a processor."""
+    """The minimum of these waits: the other client is in this process, which may itself wait for a CPU."""
     waited = await thirty_at_once(balancer, body)
     while waited >= HELD_UP and (times := times - 1):
         waited = min(waited, await thirty_at_once(balancer, body))
@@ -80,7 +80,7 @@ async def best_of(times: int, balancer: BalancerProcess, body: bytes) -> float:
 )
 @on_uvloop
 async def test_thirty_at_once_hold_up_nobody_for_long(body: bytes) -> None:
-    """Together they take a second or more; others wait for one or two of them."""
+    """Together the bodies take a second or more; others wait for only one or two of them."""
     async with spawn_replica(status=400) as replica, running(replica.url, arguments=POLICY) as balancer:
         assert await best_of(3, balancer, body) < HELD_UP
 
@@ -89,7 +89,7 @@ async def test_thirty_at_once_hold_up_nobody_for_long(body: bytes) -> None:
 async def test_thirty_first_comments_at_once() -> None:
     """Thirty requests that wait for their first comment together hold up nobody for long.
 
-    Whether they want a stream is found out only then, whatever the policy.
+    With any policy, the balancer finds out only then whether they want a stream.
     """
     body = just_read(b'{"content":"a"}')
     async with (

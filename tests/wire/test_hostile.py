@@ -1,4 +1,4 @@
-"""Bytes that are no request, or two at once: refused, the connection closed, and no replica ever sees them."""
+"""Bytes that are no request, or that could be read as two: refused and disconnected; no replica ever sees them."""
 
 import asyncio
 from collections.abc import Iterator
@@ -172,7 +172,7 @@ async def test_a_request_hidden_in_another_stays_a_part_of_it(house: House, data
 
 @in_house
 async def test_content_length_that_connection_names_is_not_dropped(house: House) -> None:
-    """Else its body would be the next request."""
+    """If it were dropped, the body would be read as the next request."""
     fields = (("Connection", "content-length, host, transfer-encoding, x-request-id"), ("Content-Length", "41"))
     client = await house.client()
     await client.send(request(path="/v1/files", headers=fields) + SMUGGLED + POST)
@@ -184,7 +184,7 @@ async def test_content_length_that_connection_names_is_not_dropped(house: House)
 @pytest.mark.parametrize("cut", range(1, 7))
 @in_house
 async def test_a_body_behind_upgrade_is_the_requests_however_it_comes(house: House, cut: int) -> None:
-    """Its first bytes come with the head, later, or one by one; and the next request asks for an upgrade as well."""
+    """Its first bytes arrive with the head, later, or one by one; the next request asks for an upgrade as well."""
     head_of_it, body = request(path="/v1/files", headers=(*UPGRADE, ("Transfer-Encoding", "chunked"))), chunks(b"hello")
     client = await house.client()
     for piece in (head_of_it + body[:cut], body[cut : cut + 1], body[cut + 1 :] + head_of_it + body):

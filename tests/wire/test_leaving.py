@@ -1,4 +1,4 @@
-"""A client that leaves, in each phase: the replica is told within 100 ms, and nobody is blamed."""
+"""A client that leaves, in each phase: the replica learns of it within 100 ms, and no replica is blamed."""
 
 import asyncio
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def house() -> Iterator[House]:
 
 
 async def leaves_no_trace(house: House, began: float) -> None:
-    """The replica saw its client leave within 100 ms of `began`; one line says 499; the member is as good as before."""
+    """The replica saw its client leave within 100 ms of `began`; one line says 499; the member has no failure."""
     await house.replicas[0].seen.until(lambda seen: seen.last.outcome == "client_left")
     assert asyncio.get_running_loop().time() - began < 0.1
     await house.at_rest()
@@ -63,7 +63,7 @@ async def test_during_a_stream(house: House, how: str) -> None:
 @HOW
 @in_house
 async def test_while_it_took_nothing_of_a_large_answer(house: House, how: str) -> None:
-    """The bytes that it never took must not stand between its leaving and our noticing."""
+    """The bytes that it never read must not keep us from noticing that it has left."""
     house.replicas[0].set(body_mib=64)
     client = await house.client(receive_buffer=4096)
     await client.send(POST)
@@ -162,7 +162,7 @@ async def test_many_that_leave_at_once_leave_nothing_behind() -> None:
 
 @on_uvloop
 async def test_bytes_that_come_in_the_very_moment_of_its_leaving() -> None:
-    """Between its connection's end and its request's, the replica's bytes go nowhere."""
+    """After its connection has ended and before its request has, the replica's bytes are dropped."""
     async with LabReplica(token_interval=0.01) as a, serving(a) as house:
         client = await house.client()
         await client.send(STREAM)
@@ -170,7 +170,7 @@ async def test_bytes_that_come_in_the_very_moment_of_its_leaving() -> None:
         (connection,) = house.balancer.doors.connections
         (upstream,) = house.balancer.destination.pool.busy
         connection.eof_received()
-        await asyncio.sleep(0)  # the connection is lost, and its request is only about to be cancelled
+        await asyncio.sleep(0)  # the connection is lost, and its request about to be cancelled
         upstream.data_received(b"a\r\ndata: {}\n\n\r\n")
         await a.seen.until(lambda seen: seen.last.outcome == "client_left")
         await house.at_rest()

@@ -1,4 +1,4 @@
-"""The access log: one line a request, all there is to know about it, and nothing that is nobody's business."""
+"""The access log: one line per request with all that matters about it, and nothing private."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ async def test_a_line_tells_all_of_a_request(house: House) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @in_house
 async def test_tokens_are_counted_in_anthropics_format_too(house: House, stream: bool) -> None:
-    """Its streams tell of the prompt in their first event, and of the answer in the last but one."""
+    """Its streams count the prompt's tokens in their first event, and the answer's in the last but one."""
     body = chat(300, stream, stream_options={"include_usage": True})
     await house.ask(request(path="/v1/messages", body=body))
     await house.ask(request(body=body))
@@ -69,7 +69,7 @@ async def test_the_tokens_of_all_texts_of_a_batch_are_counted(house: House) -> N
 @pytest.mark.parametrize("path", ["/" + "x" * 60_000, "/v1/" + "x" * 60_000])
 @in_house
 async def test_a_long_path_is_cut(house: House, path: str) -> None:
-    """Lines wait for a slow reader in memory."""
+    """Lines that wait for a slow reader take memory."""
     await house.ask(request("GET", path), "GET")
     (line,) = await house.logged(1)
     assert line["path"] == path[:1024]
@@ -134,7 +134,7 @@ async def test_no_key_of_the_service_is_logged() -> None:
             assert key not in text
 
 
-# Nobody writes into the log by what he asks for
+# A request cannot inject lines into the log
 
 INJECTED = {
     "line ends": ("/v1/a%0d%0afake=1", '"/v1/a\\r\\nfake=1"'),
@@ -210,14 +210,14 @@ def record(number: int) -> Record:
 
 
 def test_slow_reader_of_the_log() -> None:
-    """A slow reader of the log holds nobody up and is told how much it missed."""
+    """A slow reader of the log holds up nothing, and is told how much it missed."""
     reader, writer = os.pipe()
     try:
         log = AccessLog(writer, is_json=True, wall_clock=lambda: 0.0)
         for number in range(MAX_WAITING + 5):
             log.finished(record(number))
         received = b""
-        log.flush()  # returns although nobody reads
+        log.flush()  # returns although nobody reads the log
         os.set_blocking(reader, False)
         while True:
             try:
@@ -250,7 +250,7 @@ def test_a_reader_that_is_gone_ends_nothing() -> None:
 @pytest.mark.parametrize("kind", ["terminal", "pipe"])
 @on_uvloop
 async def test_output_that_nobody_takes_stops_nothing(kind: str, tmp_path: Path) -> None:
-    """As Ctrl-S does, or a connection that hangs: not the log, not a warning, not the end."""
+    """After Ctrl-S, or when a connection hangs, neither log lines nor warnings block the balancer or its exit."""
     reader, writer = os.openpty() if kind == "terminal" else os.pipe()
     os.set_blocking(reader, False)
     service = tmp_path / "service.yaml"
@@ -267,11 +267,11 @@ async def test_output_that_nobody_takes_stops_nothing(kind: str, tmp_path: Path)
             await asyncio.sleep(0.01)
         client = await Client.open(said.partition(b"listening on ")[2].split()[0].decode())
         for number in range(3):
-            service.write_text(f"nonsense {number}")  # each is worth a warning
+            service.write_text(f"nonsense {number}")  # each causes a warning
             for _ in range(500):  # a terminal holds less than 64 KiB
                 await client.send(request("GET", "/nowhere"))
                 assert (await client.answer("GET")).status == 404
-            await asyncio.sleep(0.5)  # two looks at the file
+            await asyncio.sleep(0.5)  # two checks of the file
         client.leave()
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 20) == 0

@@ -1,4 +1,4 @@
-"""What open connections and slow clients cost, measured on a process of its own."""
+"""The memory that open connections and slow clients cost, measured on a separate process."""
 
 import asyncio
 import resource
@@ -17,7 +17,7 @@ EACH = 40 << 10
 
 @pytest.fixture(autouse=True)
 def many_descriptors() -> Iterator[None]:
-    """The lab and the clients are in this process: three sockets a stream."""
+    """Raises the limit: the lab and the clients are in this process and use three sockets per stream."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield
@@ -25,7 +25,7 @@ def many_descriptors() -> Iterator[None]:
 
 
 async def settled(balancer: BalancerProcess) -> int:
-    """Its memory, once that has stopped growing."""
+    """Its memory, once it has stopped growing."""
     last = 0
     while (now := balancer.memory) > last:
         last = now
@@ -60,11 +60,11 @@ async def test_unread_answer_of_256_mib() -> None:
 async def test_4000_idle_streams() -> None:
     """4,000 idle streams cost less than 40 KiB each, and their memory is given back.
 
-    As many as this machine's hard limit of descriptors allows, if that is fewer.
+    Fewer if this machine's hard limit on descriptors is lower.
     """
     streams = min(4000, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500) // 300 * 100)
     assert streams >= 1000, "too few descriptors to measure anything: raise the hard limit (ulimit -Hn)"
-    # Ten connections more than streams: those that asked whether it is ready linger.
+    # More connections than streams: those that asked whether it is ready linger.
     limits = {"max_connections_per_client": streams + 110, "max_in_flight": streams + 100, "idle_timeout": 600}
     async with LabReplica(hang="after_tokens", hang_after=1) as a, running(a.url, **limits) as balancer:
         stream = request(body=chat(stream=True))

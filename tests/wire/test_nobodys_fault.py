@@ -1,4 +1,4 @@
-"""What goes wrong on our own side speaks against no replica: a loop that stood still, a name server's troubles."""
+"""Trouble on our own side counts against no replica: a stalled event loop, a failing name server."""
 
 import asyncio
 import signal
@@ -28,7 +28,7 @@ async def rows(url: str) -> list[dict[str, Any]]:
 
 @on_uvloop
 async def test_a_balancer_that_was_stopped_for_a_while_blames_nobody() -> None:
-    """All its timers are due when it goes on, and all that came meanwhile waits in its sockets."""
+    """When it continues, all its timers are due, and everything that arrived meanwhile waits in its sockets."""
     patience = {"connect_timeout": 0.5, "ready_timeout": 0.5, "ready_interval": 0.05, "first_byte_timeout": 1}
     patience |= {"upstream_keep_alive": 0.01, "idle_timeout": 1}
     async with LabReplica() as a, LabReplica() as b, running(a.url, b.url, **patience) as balancer:
@@ -57,7 +57,7 @@ async def test_one_heavy_callback_makes_no_connect_time_out() -> None:
 
 
 class NameServer:
-    """Says where the replicas are until it has trouble."""
+    """Resolves the replicas' name until it fails."""
 
     def __init__(self) -> None:
         self.has_trouble = False
@@ -85,7 +85,7 @@ async def test_a_name_server_in_trouble_takes_no_replica_out(trouble: str) -> No
                 await asyncio.sleep(0.6)
                 assert (await house.ask(POST)).status == 200
             for replica in (a, b):
-                replica.drop_connections()  # so that the probes need new ones
+                replica.drop_connections()  # so that the probes need new connections
             await asyncio.sleep(0.3)
             assert (await house.ask(POST)).status == 200
             await all_ready(house)

@@ -1,4 +1,4 @@
-"""A replica that goes wrong while another is well is out within ten seconds; a fault that all share ejects nobody."""
+"""A replica that fails while another is healthy is ejected within ten seconds; a fault of all ejects none."""
 
 import asyncio
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def ejections(house: House) -> list[int]:
 
 
 async def ask_until(house: House, claim: Callable[[], object], seconds: float) -> None:
-    """Eight clients stream one answer after the other until the claim holds, at most that long."""
+    """Eight clients stream one answer after the other until `claim` holds, for at most `seconds`."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
 

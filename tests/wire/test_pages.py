@@ -1,4 +1,4 @@
-"""Web pages: those of named origins may use the endpoint, those of others neither read nor use it."""
+"""Web pages: those of listed origins may use the endpoint, all others may neither read nor use it."""
 
 import itertools
 from pathlib import Path
@@ -52,13 +52,13 @@ async def test_cors_fields() -> None:
         ):
             answer = await house.ask(data)
             assert answer.status == status
-            if status != 431:  # nothing of that head was read
+            if status != 431:  # no field of that head was read
                 assert answer.header("access-control-allow-origin") == "https://app.test", status
                 exposed = (answer.header("access-control-expose-headers") or "").split(", ")
                 assert {"X-Request-Id", "Retry-After", "X-Replica-Id", "X-Route-Reason"} <= {*exposed}
 
 
-# Pages of sites that nobody named
+# Pages of origins that are not listed
 
 EVIL = ("Origin", "https://evil.example")
 OPEN_TO_ALL = (
@@ -86,7 +86,7 @@ async def test_nothing_that_a_replica_says_lets_a_page_read(origins: tuple[str, 
 
 
 USING = {
-    # fields, may it
+    # fields, whether it may
     "no page": ((), True),
     "a page of another site": ((EVIL,), False),
     "one without an origin": ((("Origin", "null"),), False),

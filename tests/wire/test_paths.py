@@ -1,4 +1,4 @@
-"""Which paths reach a replica, in whatever spelling; and what the balancer answers by itself."""
+"""Which paths reach a replica, in any spelling, and which the balancer answers by itself."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ SERVED = [
     "/v1/%20x", "/v1/models?key=flush_cache", "/v1/a;b=c", "/v1/~x", "/v1/%C3%A4",
 ]  # fmt: skip
 
-# Every route of SGLang's that is not for everybody (sglang.srt.entrypoints.http_server), and some that it has not.
+# Every route of SGLang's that is not public (sglang.srt.entrypoints.http_server), and some that do not exist.
 ADMIN = [
     "/flush_cache", "/abort_request", "/start_profile", "/stop_profile", "/update_weights_from_disk", "/metrics",
     "/update_weights_from_tensor", "/update_weights_from_distributed", "/init_weights_update_group",
@@ -92,7 +92,7 @@ async def test_any_other_path_is_404_and_reaches_no_replica(house: House, target
     probes = house.replicas[0].seen.connections_accepted, len(house.replicas[0].seen.probes)
     for method in ("GET", "POST"):
         answer = await house.ask(request(method, target), method)
-        if answer.status != 400:  # what is no target at all
+        if answer.status != 400:  # an invalid target
             assert (answer.status, answer.error["code"]) == (404, "not_found")
             assert "Serving paths are" in answer.error["message"]
     seen = house.replicas[0].seen
@@ -130,7 +130,7 @@ async def test_health_and_ready_are_the_balancers_own(house: House, target: str)
 @pytest.mark.parametrize("target", ["/health", "/ready", "/server_info"])
 @in_house
 async def test_own_paths_refuse_other_methods(house: House, target: str, method: str) -> None:
-    """The balancer's own paths refuse other methods with an error of the common shape."""
+    """The balancer's own paths refuse other methods with an error in the common format."""
     answer = await house.ask(request(method, target), method)
     assert (answer.status, answer.error["code"]) == (405, "method_not_allowed")
 
@@ -160,7 +160,7 @@ async def test_health_and_ready_are_503_while_nothing_could_be_served() -> None:
 @pytest.mark.parametrize(("key", "status"), [("a-key", 200), ("another", 404), ("", 404)])
 @on_uvloop
 async def test_admin_paths_need_the_admin_key(key: str, status: int) -> None:
-    """SGLang's admin paths need the admin key, where the service allows them at all."""
+    """SGLang's admin paths need the admin key, if the service allows them at all."""
     async with LabReplica() as a, serving(a, admin_paths=True, config={"admin_key": "a-key"}) as house:
         fields = (("Authorization", f"Bearer {key}"),) if key else ()
         assert (await house.ask(request("POST", "/flush_cache", b"", fields))).status == status

@@ -1,4 +1,4 @@
-"""What routing by prefix remembers of a request: what its replica has begun to answer, and nothing else."""
+"""What prefix routing remembers: prompts that a replica has begun to answer, and nothing else."""
 
 import asyncio
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def house() -> Iterator[House]:
 
 
 def forgetful(house: House) -> PrefixIndex:
-    """The index, with nothing in it."""
+    """The index, emptied."""
     policy = house.balancer.service.admission.policy
     assert isinstance(policy, PrefixAware)
     policy.forget(house.member("a"))
@@ -32,7 +32,7 @@ def forgetful(house: House) -> PrefixIndex:
 
 
 def known(index: PrefixIndex, house: House) -> int:
-    """How many blocks of the prompt answers have shown to be at the replica."""
+    """The number of blocks of PROMPT that, as answers have shown, are at the replica."""
     blocks = Prompt("/v1/chat/completions", [chat(messages=PROMPT)]).blocks
     matched = dict(index.matched(blocks)).get(house.member("a"), 0)
     coming = index.expect(house.member("a"), blocks, matched)

@@ -1,4 +1,4 @@
-"""A service file that changes is taken up while requests go on; a mistake in it leaves all as it was."""
+"""A changed service file takes effect while requests go on; a mistake in it changes nothing."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ USUAL = {"name": "first", "path": "/health", "policy": "round_robin", "limit": 1
 
 @asynccontextmanager
 async def described(folder: Path, *replicas: LabReplica) -> AsyncIterator[tuple[House, Path]]:
-    """A balancer that goes by a service file, and that file."""
+    """A balancer with a service file, and that file."""
     file = folder / "service.yaml"
     file.write_text(FILE.format(**USUAL))
     options = parse(["--service", str(file)])
@@ -38,7 +38,7 @@ async def described(folder: Path, *replicas: LabReplica) -> AsyncIterator[tuple[
 
 
 def write(file: Path, **changes: object) -> None:
-    """A new file in the old one's place, as an editor or a controller leaves it."""
+    """Replaces the file by a new one, as an editor or a controller does."""
     fresh = file.with_suffix(".new")
     fresh.write_text(FILE.format(**(USUAL | changes)))
     fresh.replace(file)
@@ -84,7 +84,7 @@ async def test_another_readiness_probe_is_asked_from_now_on(tmp_path: Path) -> N
 
 @on_uvloop
 async def test_who_is_trusted_changes_on_open_connections_too(tmp_path: Path) -> None:
-    """A proxy's live long."""
+    """A proxy keeps its connections open for long."""
     asked = request("GET", "/v1/models/lab", headers=(("X-Forwarded-For", "203.0.113.9"),))
     async with LabReplica() as a, described(tmp_path, a) as (house, file):
         proxy = await house.client()

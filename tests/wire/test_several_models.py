@@ -1,4 +1,4 @@
-"""Several services behind one endpoint: each request goes to the one whose model it names."""
+"""Several services behind one endpoint: each request goes to the service whose model it names."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -153,7 +153,7 @@ FILE = "service: {readiness_probe: /health}\nx-groundserve: {ready_interval: 0.0
 
 @on_uvloop
 async def test_a_service_joins_and_parts_while_others_serve() -> None:
-    """It is taken off for new requests at once, and gone when the ones it has are answered."""
+    """A service that parts gets no new requests, and is gone once its requests are answered."""
     async with (
         LabReplica() as first,
         LabReplica(served_model="org/eyes", token_interval=0.05) as second,
@@ -161,7 +161,7 @@ async def test_a_service_joins_and_parts_while_others_serve() -> None:
         httpx.AsyncClient(trust_env=False) as client,
     ):
         admin, chat = house.balancer.admin_endpoint, house.url + CHAT
-        assert (await client.post(chat, json=BODY | {"model": "any"})).status_code == 200  # one service takes any
+        assert (await client.post(chat, json=BODY | {"model": "any"})).status_code == 200  # one service takes any name
         for text in (FILE, FILE + "# the same once more\n"):
             joined = await client.put(f"{admin}/services/eyes", json={"file": text})
             assert (joined.status_code, joined.json()) == (200, {"service": "eyes"})
@@ -175,7 +175,7 @@ async def test_a_service_joins_and_parts_while_others_serve() -> None:
             assert stream.headers["x-replica-id"] == "eyes-1"
             parted = await client.delete(f"{admin}/services/eyes")
             assert parted.json() == {"in_flight": 1}
-            # It is alone again, and takes any name.
+            # The first service is alone again, and accepts any name.
             other = await client.post(chat, json=BODY | {"model": "org/eyes"})
             assert other.headers["x-replica-id"] == "a"
             text = "".join([piece async for piece in stream.aiter_text()])

@@ -1,4 +1,4 @@
-"""Heads too large, and clients too slow: to send, to read, to go."""
+"""Heads that are too large, and clients that are too slow to send, to read, or to leave."""
 
 import asyncio
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def house() -> Iterator[House]:
 
 
 def of_size(size: int, kind: str) -> bytes:
-    """A head with about that many bytes that count."""
+    """A head with about that many bytes that count towards the limit."""
     if kind == "one field":
         return request("GET", "/v1/models/lab", headers=(("A", "x" * (size - 60)),))
     if kind == "the target":
@@ -160,7 +160,7 @@ async def test_slow_but_steady_client() -> None:
 @pytest.mark.parametrize("fields", [(), (("Connection", "close"),)], ids=["kept", "closing"])
 @on_uvloop
 async def test_a_client_that_leaves_its_answer_lying_is_cut_too(fields: tuple[tuple[str, str], ...]) -> None:
-    """The answer is over, and below what counts as held back: still the connection must end one day."""
+    """The answer is finished, and too short to pause its upstream: the connection must still be closed in time."""
     async with LabReplica() as a, serving(a, send_timeout=0.3, keep_alive_timeout=0.2) as house:
         a.next(1, body_mib=64.0)
         probing = await house.client(receive_buffer=4096)
@@ -180,7 +180,7 @@ async def test_who_is_refused_has_two_seconds_to_read_why(house: House) -> None:
     client = await house.client()
     await client.send(b"nonsense\r\n\r\n")
     began = asyncio.get_running_loop().time()
-    with pytest.raises((ConnectionError, Ended)):  # noqa: PT012 - it goes on until it is cut
+    with pytest.raises((ConnectionError, Ended)):  # noqa: PT012 - it sends until it is cut
         while True:
             await client.send(b"x" * 1000)
             await asyncio.sleep(0.05)
@@ -193,7 +193,7 @@ async def test_who_is_refused_has_two_seconds_to_read_why(house: House) -> None:
 async def test_body_after_100_continue(house: House, is_sent: bool) -> None:
     """The time for a body that waits for 100 Continue starts with that answer.
 
-    Behind a slow answer the word comes late, and that is not the client's doing.
+    Behind a slow answer 100 Continue comes late, which is not the client's fault.
     """
     house.replicas[0].next(1, head_delay=1.0)
     body = chat()

@@ -1,4 +1,4 @@
-"""Hosts that vanish: what the kernel is told about it, on real sockets of both sides, with TLS and without."""
+"""Hosts that vanish: the socket options for them, on real sockets of both sides, with and without TLS."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ async def test_through_tls_too(tmp_path: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def through_tls(replica: LabReplica, context: ssl.SSLContext) -> Any:
-    """What speaks TLS in front of the replica; its URL."""
+    """A TLS proxy in front of the replica; yields its URL."""
     pumps: set[asyncio.Task[None]] = set()
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
