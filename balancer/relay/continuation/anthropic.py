@@ -1,6 +1,6 @@
-"""A request for /v1/messages as one for /v1/chat/completions, in the way that SGLang itself translates it.
+"""Translates a request for /v1/messages into one for /v1/chat/completions, the way SGLang itself does.
 
-SGLang's /v1/messages makes a user's message of an assistant's last one, so an answer cannot go on there.
+SGLang's /v1/messages turns a final assistant message into a user message, so an answer cannot continue there.
 """
 
 from typing import Any
@@ -8,12 +8,12 @@ from typing import Any
 from balancer.relay.continuation.delivered import CannotContinue
 
 SAMPLING = ("model", "max_tokens", "temperature", "top_p", "top_k")
-# What changes how the answer is made in ways that only SGLang's own translation knows.
+# Fields that change the answer in ways that only SGLang's own translation knows.
 ITS_OWN = {"thinking": "reasoning", "output_config": "guided output"}
 
 
 def as_chat(request: dict[str, Any]) -> dict[str, Any]:
-    """Raises CannotContinue for what has tools, thinking or documents in it."""
+    """Raises CannotContinue for a request with thinking, guided output, tool calls or documents."""
     for name, reason in ITS_OWN.items():
         if request.get(name):
             raise CannotContinue(reason)
@@ -23,7 +23,7 @@ def as_chat(request: dict[str, Any]) -> dict[str, Any]:
     chat = {name: request[name] for name in SAMPLING if request.get(name) is not None}
     if (stops := request.get("stop_sequences")) is not None:
         chat["stop"] = stops
-    # As SGLang asks itself.
+    # The same options as in SGLang's own translation.
     usage = {"include_usage": True, "continuous_usage_stats": True}
     return chat | {"messages": messages, "stream": True, "stream_options": usage}
 

@@ -1,4 +1,4 @@
-"""The answer of a replica that goes on where another one broke, on its way to the client."""
+"""Relays the answer of a replica that continues where another one broke."""
 
 from balancer.observe.record import Record
 from balancer.relay.continuation.delivered import CannotContinue
@@ -11,13 +11,13 @@ from balancer.relay.request import Headers
 from balancer.relay.unavailable import retry_after
 from balancer.relay.upstream import Unwanted
 
-FULL_FOR = 1  # seconds for which a replica counts as full that does not say for how long
+FULL_FOR = 1  # seconds that a replica counts as full if it does not say for how long
 
 
 class ContinuedRelay:
-    """Gives the client whole events; says first who goes on. Without a `translation` they are passed on as they are.
+    """Gives the client whole events, after a comment that names the new replica; unchanged without a `translation`.
 
-    `refusal` says why the second answer cannot follow the first, where that is so.
+    `refusal` says why the second answer cannot follow the first, if it cannot.
     """
 
     def __init__(self, place: Place, reply: Reply, record: Record, translation: Translation | None, most: int) -> None:
@@ -45,7 +45,7 @@ class ContinuedRelay:
         return True
 
     def _why(self) -> bytes:
-        """What X-Route-Reason says of an answer that is all of one replica."""
+        """What X-Route-Reason says for an answer that comes from one replica."""
         if not self._reply.request.wants_explanation:
             return b""
         record = self._record

@@ -1,4 +1,4 @@
-"""What a client got of a streamed answer so far, read from its pieces when the replica has broken."""
+"""What a client has of a streamed answer, read from the kept pieces once the replica has broken."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +7,7 @@ from balancer.relay.continuation.events import DONE, data_of, parsed
 
 
 class CannotContinue(Exception):
-    """The answer cannot go on elsewhere; `reason` is one word or two, as metrics and the log name it."""
+    """The answer cannot continue elsewhere; `reason` is the word or two that metrics and the log use for it."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -16,29 +16,29 @@ class CannotContinue(Exception):
 
 @dataclass(slots=True)
 class Delivered:
-    """The answer so far. `is_done`: only the end of the response itself was missing."""
+    """The answer so far. `is_done`: only the end of the HTTP response was missing."""
 
     text: str = ""
-    has_opened: bool = False  # the event that says whose answer it is, before any text
-    finish: Any = None  # why it ended, as its format says it
-    is_block_open: bool = False  # Anthropic's, of text
-    blocks: int = 0  # of those, begun
+    has_opened: bool = False  # the opening event, before any text, has arrived
+    finish: Any = None  # why it ended, in its format's own words
+    is_block_open: bool = False  # in Anthropic's format, a text block
+    blocks: int = 0  # in Anthropic's format, text blocks begun
     is_done: bool = False
-    # As each event of an answer names it
+    # What every event of an answer repeats to identify it
     names: dict[str, Any] = field(default_factory=dict)
-    # Of /generate alone, whose events tell them
+    # For /generate only, whose events contain them
     output_ids: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
     @property
     def is_empty(self) -> bool:
-        """Nothing that was generated was delivered."""
+        """Has the client received nothing that was generated?"""
         return not self.text and self.finish is None and not self.completion_tokens
 
 
 def delivered(path: str, pieces: list[bytes]) -> Delivered:
-    """Reads what was passed on, whole events; raises CannotContinue for what nothing can be made of."""
+    """Reads the whole events that were passed on; raises CannotContinue if they cannot be continued or read."""
     so_far = Delivered()
     note = _NOTES[path]
     try:
@@ -89,7 +89,7 @@ def _note_generate(so_far: Delivered, said: dict[str, Any]) -> None:
     so_far.finish = meta["finish_reason"]
     so_far.prompt_tokens, so_far.completion_tokens = meta["prompt_tokens"], meta["completion_tokens"]
     if len(so_far.output_ids) != so_far.completion_tokens:
-        raise CannotContinue("not cumulative")  # SGLang can be told to stream only what is new
+        raise CannotContinue("not cumulative")  # SGLang can be configured to stream only what is new
 
 
 def _note_messages(so_far: Delivered, said: dict[str, Any]) -> None:
@@ -119,6 +119,6 @@ _NOTES = {
     "/generate": _note_generate,
     "/v1/messages": _note_messages,
 }
-# Where an answer is streamed in a format that can go on elsewhere.
+# Paths whose answers are streamed in a format that can continue elsewhere.
 CONTINUED = frozenset(_NOTES)
 CUMULATIVE = frozenset(("/generate",))

@@ -1,4 +1,4 @@
-"""Server-sent events as SGLang writes them: told apart, read, and written the same way."""
+"""Server-sent events as SGLang writes them: splitting, parsing, and writing them the same way."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ ENDS = (b"\n\n", b"\r\n\r\n")
 
 
 def end_of_last(data: bytes) -> int:
-    """Where the last whole event in it ends; 0 where none does."""
+    """The offset at which the last whole event ends; 0 if there is none."""
     if data.endswith(ENDS):
         return len(data)
     ends = [(at, len(end)) for end in ENDS if (at := data.rfind(end)) >= 0]
@@ -18,7 +18,7 @@ def end_of_last(data: bytes) -> int:
 
 
 def data_of(events: bytes) -> Iterator[bytes]:
-    """The data of each whole event; of comments there is none."""
+    """The data of each event, given whole events only; comments are skipped."""
     for event in events.replace(b"\r\n", b"\n").split(b"\n\n"):
         lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
         if lines:
@@ -26,7 +26,7 @@ def data_of(events: bytes) -> Iterator[bytes]:
 
 
 def parsed(data: bytes) -> dict[str, Any]:
-    """The JSON object that an event holds; raises ValueError where it holds none."""
+    """The JSON object in an event's data; raises ValueError if there is none."""
     said = orjson.loads(data)
     if not isinstance(said, dict):
         raise ValueError("an event that is no JSON object")
@@ -38,5 +38,5 @@ def written(said: dict[str, Any]) -> bytes:
 
 
 def written_with_name(said: dict[str, Any]) -> bytes:
-    """As Anthropic's clients know events: with their type as their name."""
+    """An event as Anthropic's clients expect it: named after its type."""
     return b"event: %b\n" % str(said["type"]).encode() + written(said)

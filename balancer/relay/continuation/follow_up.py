@@ -1,4 +1,4 @@
-"""The request by which another replica goes on with an answer, made from the client's own and what it got so far."""
+"""Makes the request for the rest of an answer, from the client's own request and what it has received so far."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,9 @@ from balancer.relay.continuation.stops import stop_strings
 from balancer.routing.body import MAX_NANOSECONDS, PER_BYTE, nanoseconds
 
 CHAT = "/v1/chat/completions"
-# SGLang's defaults where a request says nothing.
+# SGLang's defaults if a request says nothing.
 COMPLETION_TOKENS, GENERATE_TOKENS = 16, 128
-# Fields by which the tokens to come depend on more than the text before them, or events say more than text.
+# Fields that make the remaining tokens depend on more than the text so far, or the events contain more than text.
 DEPENDING = {
     "tools": "tools",
     "functions": "tools",
@@ -47,21 +47,21 @@ PARTS = ("text", "image_url")
 
 @dataclass(frozen=True, slots=True)
 class FollowUp:
-    """What to send, and where. `is_muted`: the client has all of the text, and only how it ended is asked for."""
+    """What to send, and where. `is_muted`: the client has all of the text, and lacks only how it ended."""
 
     path: str
     body: bytes
     stops: tuple[str, ...]
     keeps_stop: bool
-    tokens: int  # that the client got
-    most: int | None  # tokens that it wanted at most
+    tokens: int  # that the client already has
+    most: int | None  # the client's limit on tokens
     is_muted: bool
 
 
 def read_request(pieces: list[bytes]) -> dict[str, Any]:
-    """The client's request; raises CannotContinue where it is none, or would keep everybody waiting."""
+    """The client's request; raises CannotContinue if it is no JSON object, or if parsing it would block the loop."""
     raw = b"".join(pieces)
-    if nanoseconds(raw) - len(raw) * PER_BYTE > MAX_NANOSECONDS:  # images are long, and cheap
+    if nanoseconds(raw) - len(raw) * PER_BYTE > MAX_NANOSECONDS:  # images are long, but cheap to parse
         raise CannotContinue("body")
     try:
         request = orjson.loads(raw)
@@ -73,7 +73,7 @@ def read_request(pieces: list[bytes]) -> dict[str, Any]:
 
 
 def follow_up(path: str, request: dict[str, Any], so_far: Delivered, tokens: int) -> FollowUp:
-    """`tokens` is how many of them the client got. Raises CannotContinue for what cannot go on elsewhere."""
+    """`tokens` is how many the client already has. Raises CannotContinue if the answer cannot continue elsewhere."""
     try:
         check(path, request, so_far)
         wish = _WISHES[path](request, so_far)
@@ -90,7 +90,7 @@ def follow_up(path: str, request: dict[str, Any], so_far: Delivered, tokens: int
         limits = ["max_new_tokens" if path == "/generate" else "max_tokens"]
     for name in limits:
         holder[name] = 1 if is_muted else holder[name] - tokens
-    wish.pop("rid", None)  # it may be known there
+    wish.pop("rid", None)  # the other replica may know this request id already
     keeps_stop = bool(holder.get("no_stop_trim"))
     where = CHAT if path == "/v1/messages" else path
     body = orjson.dumps(wish)
@@ -98,7 +98,7 @@ def follow_up(path: str, request: dict[str, Any], so_far: Delivered, tokens: int
 
 
 def ending(path: str, request: dict[str, Any], so_far: Delivered) -> bytes | None:
-    """What the client lacks of an answer whose text is whole; None where another replica has to be asked for it."""
+    """What the client lacks of an answer whose text is whole; None if another replica has to be asked."""
     if so_far.is_done:
         return b""
     if so_far.finish is None:
@@ -112,7 +112,7 @@ def ending(path: str, request: dict[str, Any], so_far: Delivered) -> bytes | Non
 
 
 def check(path: str, request: dict[str, Any], so_far: Delivered) -> None:
-    """Raises CannotContinue where the rest of the answer depends on more than the text so far."""
+    """Raises CannotContinue if the rest of the answer depends on more than the text so far."""
     sampling = request.get("sampling_params") or {}
     if not isinstance(sampling, dict):
         raise CannotContinue("several answers")
@@ -120,7 +120,7 @@ def check(path: str, request: dict[str, Any], so_far: Delivered) -> None:
     if _is_beyond(asked.get("n"), 1) or _is_beyond(asked.get("best_of"), 1):
         raise CannotContinue("several answers")
     if so_far.is_empty and path != "/v1/messages":
-        return  # it is made anew, from its beginning
+        return  # the answer is generated again from the start
     for name, reason in DEPENDING.items():
         value = asked.get(name)
         if value and not (reason == "tools" and asked.get("tool_choice") == "none"):
@@ -153,7 +153,7 @@ def _chat(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
             raise CannotContinue("audio")
     text = so_far.text
     if messages[-1]["role"] == "assistant":
-        # Without that word SGLang takes an assistant's last message for a user's.
+        # Without continue_final_message SGLang takes a final assistant message for a user message.
         if not request.get("continue_final_message") or not isinstance(messages[-1]["content"], str):
             raise CannotContinue("format")
         text = messages.pop()["content"] + text

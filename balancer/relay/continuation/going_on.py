@@ -1,4 +1,4 @@
-"""A streamed answer whose replica broke, on its way to another one: what that is asked, before and for the rest."""
+"""Continues a streamed answer whose replica broke: what the next replica is asked beforehand, and for the rest."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -14,8 +14,8 @@ from balancer.relay.continuation.translation import Translation
 from balancer.relay.request import Headers, Request
 from balancer.relay.upstream import Receiver
 
-LARGEST_COUNT = 16 << 20  # bytes of what /tokenize answers: the ids are in it, some six bytes each
-# By which a chat template is tried: does what is begun continue what it begins itself?
+LARGEST_COUNT = 16 << 20  # bytes of an answer from /tokenize: it contains the ids, some six bytes each
+# For testing a chat template: does an unfinished answer directly follow the opening that the template itself writes?
 TRIAL = [{"role": "user", "content": "Hello"}]
 TRIAL_TEXT = "So it is"
 
@@ -23,38 +23,38 @@ Exchange = Callable[[Request, Receiver], Awaitable[Outcome]]
 
 
 class Unasked(Exception):
-    """The replica could not be asked; `outcome` says how that ended."""
+    """The replica could not be asked; `outcome` says how the attempt ended."""
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome.value)
         self.outcome = outcome
 
 
-# Whether each replica's chat template continues an answer, as far as it was tried.
+# Whether each replica's chat template can continue an answer, for those tested so far.
 Templates = dict[ReplicaAddress, bool]
 
 
 class GoingOn:
-    """One such answer. Raises CannotContinue for one that cannot; `pieces` are what its client got."""
+    """One broken answer. Raises CannotContinue if it cannot continue; `pieces` are what the client received."""
 
     def __init__(self, request: Request, pieces: list[bytes], templates: Templates) -> None:
         self._request = request
         self._templates = templates
         if not request.body:
-            raise CannotContinue("body")  # it had to make room for others
-        self._is_untouched = not pieces  # the client got a head at most, so it is simply asked for again
-        self.ending: bytes | None = None  # all that the client lacks, where no other replica need be asked
+            raise CannotContinue("body")  # it was dropped to make room for others
+        self._is_untouched = not pieces  # the client has at most a head, so the same request is sent again
+        self.ending: bytes | None = None  # all that the client lacks, if no other replica need be asked
         if self._is_untouched:
             return
         self._so_far = delivered(request.path, pieces)
         self._wish = read_request(request.body)
         self.ending = ending(request.path, self._wish, self._so_far)
         if self.ending is None:
-            # So that what cannot go on is told before it waits for another replica.
+            # Fails now if the answer cannot continue, rather than after a wait for another replica.
             follow_up(request.path, self._wish, self._so_far, 0)
 
     async def follow_up(self, replica: ReplicaAddress, exchange: Exchange) -> tuple[Request, Translation | None]:
-        """What to send to that replica, and how to take its answer; raises CannotContinue, or Unasked."""
+        """What to send to that replica, and how to translate its answer; raises CannotContinue or Unasked."""
         if self._is_untouched:
             return self._request, None
         request, so_far = self._request, self._so_far
@@ -76,7 +76,7 @@ class GoingOn:
         return self._templates[replica]
 
     async def _tokens(self, exchange: Exchange, **what: Any) -> list[int]:
-        """The ids that the replica makes of a text or of messages."""
+        """The replica's token ids for a text or for messages."""
         if model := self._wish.get("model"):
             what["model"] = model
         answer = _Whole()
@@ -87,7 +87,7 @@ class GoingOn:
 
 
 def _posted(request: Request, path: str, body: bytes) -> Request:
-    """A request like that one, whose body is another."""
+    """The same request with another path and body."""
     return replace(
         request,
         target=path.encode(),
@@ -101,7 +101,7 @@ def _posted(request: Request, path: str, body: bytes) -> Request:
 
 
 class _Whole:
-    """Takes a small answer whole."""
+    """Collects a small answer whole."""
 
     def __init__(self) -> None:
         self._status = 0

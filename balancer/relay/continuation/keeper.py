@@ -1,26 +1,26 @@
-"""What a client got of a stream is kept, in case that its replica breaks; and it always gets whole events."""
+"""Keeps what a client has of a stream in case its replica breaks, and passes on only whole events meanwhile."""
 
 from balancer.relay.continuation.events import ENDS, end_of_last
 
 
 class Keeper:
-    """References to the pieces that were passed on, at most `most` bytes, and the begin of an event held back.
+    """References to the pieces that were passed on, at most `most` bytes, and the held-back start of an event.
 
-    Nothing is read here. `is_cumulative`: each event says all that those before it said, so the last piece is enough.
+    Nothing is parsed here. `is_cumulative`: each event repeats all that came before it, so the last piece is enough.
     """
 
     __slots__ = ("_most", "held", "is_cumulative", "is_over", "pieces", "size")
 
     def __init__(self, most: int, is_cumulative: bool) -> None:
         self.pieces: list[bytes] = []
-        self.size = 0  # bytes that are kept, `held` among them
+        self.size = 0  # bytes kept, including `held`
         self.held = b""
-        self.is_over = False  # it was too much: all is passed on as it comes, and nothing is kept
+        self.is_over = False  # it gave up: all is passed on as it arrives, and nothing is kept
         self._most = most
         self.is_cumulative = is_cumulative
 
     def take(self, data: bytes) -> bytes:
-        """A piece as it came; what of it, and of what was held back, the client gets now."""
+        """Takes a piece as it arrived; returns what the client gets now, of it and of what was held back."""
         if self.held or not data.endswith(ENDS):
             data = self._whole(data)
             if not data or self.is_over:
@@ -36,7 +36,7 @@ class Keeper:
         return data
 
     def _whole(self, data: bytes) -> bytes:
-        """What stands before the begin of an event that is not whole yet, which is held back."""
+        """Returns all whole events; the start of the next one is held back."""
         data = self.held + data
         end = end_of_last(data)
         self.size += len(data) - end - len(self.held)
@@ -46,7 +46,7 @@ class Keeper:
         return data
 
     def give_up(self) -> bytes:
-        """Keeps nothing from now on; what was held back, for the client."""
+        """Keeps nothing from now on; returns what was held back, for the client."""
         held, self.held = self.held, b""
         self.is_over = True
         self.pieces = []

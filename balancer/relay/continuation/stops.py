@@ -1,18 +1,18 @@
-"""Stop strings that stand across the seam: begun by the replica that broke, ended by the one that went on."""
+"""Stop strings that span the seam: begun by the replica that broke, completed by the one that continued."""
 
 from typing import Any
 
 
 def stop_strings(said: Any) -> tuple[str, ...]:
-    """Of a request's `stop`, one or a list."""
+    """The stop strings of a request's `stop`, which is one string or a list."""
     told = [said] if isinstance(said, str) else said if isinstance(said, list) else []
     return tuple(stop for stop in told if isinstance(stop, str) and stop)
 
 
 class Seam:
-    """Watches the first characters after the seam; `before` is the text that the client got.
+    """Watches the first characters after the seam; `before` is the text that the client already has.
 
-    A replica looks for stop strings in what it has generated itself, so it sees all but those that begin before that.
+    A replica looks for stop strings in its own output only, so it finds all except those that begin before the seam.
     """
 
     def __init__(self, stops: tuple[str, ...], before: str, keeps_stop: bool = False) -> None:
@@ -21,14 +21,14 @@ class Seam:
         self._before = before[-(longest - 1) :] if longest > 1 else ""
         self._held = ""
         self._keeps_stop = keeps_stop
-        self.matched: str | None = None  # the stop string that was found; nothing follows it
+        self.matched: str | None = None  # the stop string that was found; nothing is passed on after it
 
     def is_stop(self) -> bool:
-        """Was one found?"""
+        """Was a stop string found?"""
         return self.matched is not None
 
     def pass_on(self, text: str) -> str:
-        """More of the text; what of it, and of what was held back, the client may get now."""
+        """Takes more text; returns what the client may get now, of it and of what was held back."""
         if self.matched is not None:
             return ""
         if not self._before:
@@ -47,6 +47,6 @@ class Seam:
         return text[seam:]
 
     def rest(self) -> str:
-        """What is held back, when nothing more comes."""
+        """Returns what was held back; call it when the text ends."""
         held, self._held, self._before = self._held, "", ""
         return held

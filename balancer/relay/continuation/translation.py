@@ -1,4 +1,4 @@
-"""The second replica's events as those of one answer: its names, its counts, and no second beginning."""
+"""Makes the second replica's events part of the first answer: its names, its counts, and no second opening."""
 
 from typing import Any, Protocol
 
@@ -11,23 +11,23 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 
 
 class Format(Protocol):
-    """How the events of one format go on."""
+    """How the events of one format are continued."""
 
     def translated(self, said: dict[str, Any]) -> bytes: ...
 
     def ended(self) -> bytes:
-        """What stands in place of the second answer's last event."""
+        """What replaces the second answer's last event, [DONE]."""
 
 
 class Translation:
-    """Takes the second answer as it comes and gives what the client gets of it."""
+    """Takes the second answer as it arrives and returns what the client gets of it."""
 
     def __init__(self, path: str, so_far: Delivered, follow: FollowUp) -> None:
         self._format: Format = _FORMATS[path](so_far, follow)
         self._unread = b""
 
     def take(self, data: bytes) -> bytes:
-        """Raises CannotContinue where the second answer is no continuation of the first."""
+        """Raises CannotContinue if the second answer cannot continue the first."""
         data = self._unread + data
         end = end_of_last(data)
         whole, self._unread = data[:end], data[end:]
@@ -66,7 +66,7 @@ class _OpenAI:
         return b"data: [DONE]\n\n"
 
     def _goes_on(self, choice: dict[str, Any]) -> bool:
-        """Makes the choice part of the first answer; False where nothing of it is for the client."""
+        """Makes the choice part of the first answer; False if none of it is for the client."""
         if self._is_finished:
             return False
         delta = choice.get("delta")
@@ -100,7 +100,7 @@ def _finish_of_muted(follow: FollowUp) -> str:
 
 
 def _whole_usage(usage: dict[str, Any], follow: FollowUp) -> dict[str, Any]:
-    """The tokens that the client got before were the second replica's prompt, and are the answer's."""
+    """The tokens that the client already had were in the second replica's prompt, but belong to the answer."""
     prompt = usage["prompt_tokens"] - follow.tokens
     completion = follow.tokens + (0 if follow.is_muted else usage["completion_tokens"])
     whole = usage | {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
@@ -111,14 +111,14 @@ def _whole_usage(usage: dict[str, Any], follow: FollowUp) -> dict[str, Any]:
 
 
 class _Generate:
-    """SGLang's own format: each event has the whole answer so far."""
+    """SGLang's own format: each event contains the whole answer so far."""
 
     def __init__(self, so_far: Delivered, follow: FollowUp) -> None:
         self._so_far = so_far
         self._follow = follow
         self._seam = Seam(follow.stops, so_far.text, follow.keeps_stop)
-        self._read = 0  # characters of the second answer
-        self._text = ""  # of it, as the client gets it
+        self._read = 0  # characters of the second answer read so far
+        self._text = ""  # the second answer's text as the client gets it
 
     def translated(self, said: dict[str, Any]) -> bytes:
         if "error" in said:
@@ -155,7 +155,7 @@ class _Generate:
 
 
 class _Messages:
-    """Anthropic's events, made of those of a chat completion."""
+    """Anthropic's events, made from those of a chat completion."""
 
     def __init__(self, so_far: Delivered, follow: FollowUp) -> None:
         self._so_far = so_far
