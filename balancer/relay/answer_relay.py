@@ -13,16 +13,16 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 from balancer.relay.unavailable import Unavailable, retry_after
 
-COUNTED_AT_ONCE = 16 << 10  # bytes of a stream that are counted before they are kept: not each event one by one
+COUNTED_AT_ONCE = 16 << 10  # bytes of a stream counted ahead of keeping them, to save counting at every event
 EVENT_END = b"\n\n"  # as SGLang ends its events
-FULL_FOR = 1  # seconds for which a replica counts as full that does not say for how long
+FULL_FOR = 1  # seconds that a replica counts as full if it does not say for how long
 
 
 class AnswerRelay:
-    """Takes one attempt's answer, piece by piece as it comes, and gives it to the client; `record` notes what it told.
+    """Relays one attempt's answer to the client, piece by piece as it arrives; status, times and counts go to `record`.
 
-    A 503 may only mean that the replica is full: that is held back until it is known. Of a stream at most `most_kept`
-    bytes are kept, in case that it has to go on elsewhere.
+    A 503 may only mean that the replica is full, so it is held back until that is known. At most `most_kept` bytes of
+    a stream are kept, in case it has to continue on another replica.
     """
 
     __slots__ = (
@@ -58,15 +58,15 @@ class AnswerRelay:
         self._client = client
         self._observer = observer
         self._most_kept = most_kept
-        self._counted = 0  # bytes of what is kept that are counted with the request's
-        self.has_begun = False  # the client got its head at least
-        self.kept: Keeper | None = None  # what the client got of a stream that can go on elsewhere
+        self._counted = 0  # bytes counted as held for `kept`
+        self.has_begun = False  # the client has at least the head
+        self.kept: Keeper | None = None  # what the client has of a stream that can continue elsewhere
         self._inter_token: Spans | None = None
         self._held: Unavailable | None = None
         self._last_at = 0.0
 
     def on_head(self, status: int, headers: Headers, length: int | None) -> bool:
-        """Four cases: an answer; full, and for how long; a 503 to what another may answer; one that is to be read."""
+        """Four cases: an answer; a 503 with Retry-After; a 503 to a GET or HEAD; any other 503, to be read."""
         record = self._record
         record.replica_status = status
         if status != 503:
@@ -75,7 +75,7 @@ class AnswerRelay:
             record.full_for = seconds
             return False
         elif self._request.method in SAFE_METHODS:
-            return False  # another may well answer, whatever this one means; and of HEAD nothing else is to be had
+            return False  # another replica may answer, whatever this 503 means; and one to a HEAD has no body to read
         else:
             self._held = Unavailable(headers, length)
         return True
@@ -98,13 +98,13 @@ class AnswerRelay:
         if self._reply.is_event_stream and self._most_kept and self._client.hold(self._request, 0):
             self.kept = Keeper(self._most_kept, self._request.path in CUMULATIVE)
         else:
-            # The replica has it; long answers need not keep large prompts in memory.
+            # The replica has the request, and a long answer need not keep a large prompt in memory.
             self._client.release(self._request)
         if self._reply.is_event_stream:
             self._inter_token = self._observer.inter_token(self._place.replica.name)
 
     def _let_go(self, held: Unavailable) -> None:
-        """What was held back is an answer like any other."""
+        """Relays what was held back, like any other answer."""
         self._held = None
         self._begin(self._record.replica_status, held.headers, held.length)
         for piece in held.pieces:
@@ -129,13 +129,13 @@ class AnswerRelay:
                 data = self._keep(kept, data)
                 if not data:
                     return
-            else:  # as nearly every event: Keeper.take written out, because this runs for each of them
+            else:  # nearly every event: Keeper.take inlined, because this runs for each of them
                 kept.pieces.append(data)
                 kept.size = size
         self._reply.body(data)
 
     def _keep(self, kept: Keeper, data: bytes) -> bytes:
-        """What the client gets now."""
+        """Keeps a piece of the stream; returns what the client gets now."""
         data = kept.take(data)
         if kept.size > self._counted:
             more = min(kept.size + COUNTED_AT_ONCE, self._most_kept) - self._counted
@@ -164,9 +164,9 @@ class AnswerRelay:
 
 
 def _relative_redirects(headers: Headers, replica: ReplicaAddress) -> Headers:
-    """A replica's redirects to itself as paths, for it is this endpoint that its clients reach.
+    """Turns a replica's redirects to itself into paths, because clients reach this endpoint and not the replica.
 
-    SGLang sends /generate/ to /generate, says so with a whole URL, and takes the scheme from X-Forwarded-Proto.
+    SGLang redirects /generate/ to /generate with an absolute URL, whose scheme it takes from X-Forwarded-Proto.
     """
     itself = re.compile(rb"\Ahttps?://%b(?=/[^/])" % re.escape(replica.authority))
     return [(name, itself.sub(b"", value) if name.lower() == b"location" else value) for name, value in headers]

@@ -14,7 +14,7 @@ App = Callable[
 
 
 async def answer(app: App, request: Request, reply: Reply) -> None:
-    """Runs the app on a whole request and sends what it answers, in one piece."""
+    """Runs the app on a whole request and sends its answer in one piece."""
     status = 500
     headers: Headers = []
     body: list[bytes] = []
@@ -30,7 +30,7 @@ async def answer(app: App, request: Request, reply: Reply) -> None:
             body.append(message.get("body", b""))
 
     await app(_scope(request), receive, send)
-    # The app may speak for a replica; from a replica itself the field would be dropped.
+    # The app may answer on behalf of a replica; `whole` would drop this field, as it does from a replica's own answer.
     reply.extra_fields += b"".join(
         b"X-Replica-Id: %b\r\n" % value for name, value in headers if name == b"x-replica-id"
     )

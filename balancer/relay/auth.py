@@ -1,4 +1,4 @@
-"""API keys: who may use the endpoint, and how many requests at once. Decided by a request's head alone."""
+"""API keys: who may use the endpoint, and with how many requests at once. A request's head alone decides."""
 
 import hmac
 import logging
@@ -17,15 +17,15 @@ from balancer.spec import text_file
 log = logging.getLogger("groundserve")
 
 HASHED = re.compile(r"([\w.-]{1,64}):([0-9a-f]{64})", re.ASCII | re.IGNORECASE)
-PLAIN = re.compile(r"[!-9;-~]+")  # printable ASCII but the colon, which would pass for a name's end
+PLAIN = re.compile(r"[!-9;-~]+")  # printable ASCII except the colon, which would look like the end of a name
 LIMIT = re.compile(r"max_in_flight=([1-9]\d{0,8})")
-# Whoever checks on the balancer has no key, and learns nothing there but whether it could serve.
+# Health checkers have no key, and learn nothing here except whether the balancer could serve.
 OPEN_PATHS = frozenset(("/health", "/ready"))
 
 
 @dataclass(slots=True, eq=False)
 class Key:
-    """One caller's key, known by its SHA-256 alone. `limit` is how many requests it may have going at once."""
+    """One caller's key, stored only as its SHA-256. `limit` is how many requests it may have in progress at once."""
 
     name: str
     digest: bytes
@@ -38,9 +38,9 @@ class Key:
 
 
 class Keys:
-    """The keys of a file: one a line, NAME:SHA256 or the key itself, then max_in_flight=N if it has a limit.
+    """The keys of a file, one per line: NAME:SHA256 or the key itself, then max_in_flight=N if it has a limit.
 
-    Raises ConfigError when the file cannot be used at the start; a later mistake in it leaves the keys as they were.
+    Raises ConfigError if the file cannot be used at startup; a later mistake in it leaves the keys as they were.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,12 +49,12 @@ class Keys:
         self._known = read_keys(path)
 
     def admit(self, *authorizations: bytes) -> Key:
-        """The key that one of these `Authorization` fields bears; raises ServeError for none, or for one at its limit.
+        """The key that one of these `Authorization` fields carries; raises ServeError for none or one at its limit.
 
-        Some clients send what another service gave them, too: one good key is enough.
+        Some clients also send another service's credentials: one good key is enough.
 
-        Looking up a digest tells nothing about a key by its timing: who guesses does not know which guess has which
-        digest's beginning, and the dictionary's own hash is drawn at random in each process.
+        The timing of a digest's lookup reveals nothing about a key: an attacker cannot steer a guess's digest step by
+        step, and the dictionary's own hash is seeded at random in each process.
         """
         busy: Key | None = None
         for authorization in authorizations:
@@ -68,14 +68,14 @@ class Keys:
         raise errors.unauthorized() if busy is None else errors.key_at_limit(busy.limit)
 
     def reload(self) -> bool:
-        """Takes up what changed in the file; call it now and then. Returns whether something did.
+        """Rereads the file if it has changed; call it now and then. Returns whether the keys were replaced.
 
-        Requests of a key that is gone are finished.
+        Requests in progress under a removed key are finished.
         """
         if not self._watch.has_changed():
             return False
         if self._watch.is_cut_off:
-            # Which of the keys still count cannot be known here, and one of them was perhaps taken back.
+            # There is no way to know which keys are still valid, and one of them may have been revoked.
             self._known = {}
             log.error("--api-keys %s: nobody is let in until this is mended: %s", self._path, MOUNT_ITS_FOLDER)
             return True
@@ -100,17 +100,17 @@ class Keys:
 
 
 def bearer_token(authorization: bytes) -> bytes:
-    """The token of an `Authorization: Bearer TOKEN`, empty for any other scheme."""
+    """The token of `Authorization: Bearer TOKEN`; empty for any other scheme."""
     return authorization[7:].strip() if authorization[:7].lower() == b"bearer " else b""
 
 
 def bears(authorization: bytes, key: str | None) -> bool:
-    """Does this `Authorization` field bear that very key? Compared in constant time; never true where there is none."""
+    """Does this `Authorization` field carry exactly this key? Compared in constant time; False if there is no key."""
     return key is not None and hmac.compare_digest(bearer_token(authorization), key.encode())
 
 
 def read_keys(path: Path, patience: float = text_file.PATIENCE) -> dict[bytes, Key]:
-    """The keys of a file by their digests; raises ConfigError that names the line, and never shows it."""
+    """The keys of a file by their digests; raises ConfigError, which gives the line's number but never its text."""
     lines = text_file.read(path, f"--api-keys {path}", "a file of keys", patience).split("\n")
     keys: dict[bytes, Key] = {}
     names: set[str] = set()

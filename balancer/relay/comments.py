@@ -1,7 +1,7 @@
-"""Signs of life for a client whose stream has not begun: comment lines, which no client takes for events.
+"""Keeps a connection alive until its stream begins, with comment lines, which no client takes for events.
 
-Proxies and load balancers give up on a connection that carries nothing for a minute, and a queue, a start or a long
-prefill takes longer.
+Proxies and load balancers give up on a connection that carries nothing for a minute, and a wait in the queue, a
+replica's start or a long prefill can take longer.
 """
 
 import asyncio
@@ -16,9 +16,9 @@ STREAMING = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses
 
 
 class Comments:
-    """Writes one each `every` seconds until the stream's first byte or `stop`; the first one sends the head, too.
+    """Writes a comment every `every` seconds until the stream's first byte or `stop`; the first also sends the head.
 
-    `read` reads a heavy prompt when it is its owner's turn.
+    `read` reads a heavy prompt when its owner's turn comes.
     """
 
     __slots__ = ("_every", "_loop", "_read", "_reply", "_request", "_timer")
@@ -45,7 +45,7 @@ class Comments:
         if self._reply.has_begun:
             self._comment()
             return
-        # Read only now: few requests wait for so long.
+        # The body is read only now, because few requests wait this long.
         prompt = Prompt(self._request.path, self._request.body)
         if prompt.is_heavy:
             self._timer = self._loop.create_task(self._begin_when_read(prompt))

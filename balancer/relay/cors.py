@@ -1,4 +1,4 @@
-"""Web pages: which may use the endpoint from a browser, and what their browsers are told about it."""
+"""CORS: which web pages may use the endpoint from a browser, and which headers tell the browser so."""
 
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -14,10 +14,10 @@ OWN_SITE = frozenset((b"same-origin", b"none"))
 
 
 class Cors:
-    """Pages of the `origins` may use and read everything, pages of others nothing.
+    """Pages of the `origins` may use and read everything, pages of other sites nothing.
 
-    Where the service `has_keys`, a page of another site lacks one, and that is enough. Where it has none, and
-    `is_loopback` says that only this machine reaches the port, that machine's browser must not lend itself.
+    If the service `has_keys`, that needs no check, because another site's page has no key. If not, `check` refuses such
+    pages, and if `is_loopback` (only this machine reaches the port), also public host names that point here.
     """
 
     def __init__(self, origins: Sequence[str], has_keys: bool = False, is_loopback: bool = False) -> None:
@@ -34,16 +34,17 @@ class Cors:
         return request.origin if request.origin in self._origins else None
 
     def check(self, request: Request) -> None:
-        """Raises ServeError for what a page of a site that nobody named has its reader's browser send.
+        """Raises ServeError for a request that a browser sends on behalf of a page whose site is not allowed.
 
-        The rules are those of Go's CrossOriginProtection: a browser says where the page is, in Sec-Fetch-Site or, an
-        old one or without https, in Origin; other programs say neither. A key cannot be sent without a preflight.
+        The rules are those of Go's CrossOriginProtection: a browser says where the page is from, in Sec-Fetch-Site or,
+        if it is old or does not use https, in Origin; other programs send neither. Requests with credentials pass,
+        because a page cannot send a key without a preflight.
         """
         if self._is_for_all:
             return
         host = request.host
         if self._is_loopback and is_public_name(host) and not request.is_from_proxy and host.lower() not in self._names:
-            # A page of another site can have its own name point at this machine, and would be of this origin then.
+            # Another site can point its own name at this machine, and its pages would then be of this origin.
             raise errors.foreign_host(host.decode("latin-1"))
         if not request.origin and not request.fetch_site:
             return
@@ -56,11 +57,11 @@ class Cors:
         raise errors.foreign_page(request.origin.decode("latin-1"))
 
     def is_preflight(self, request: Request) -> bool:
-        """A browser asks whether it may send the real request; no key comes with that."""
+        """Does a browser ask whether an allowed page may send the real request? It sends no key with that."""
         return request.asks_for_method and request.method == b"OPTIONS" and self._allowed(request) is not None
 
     def fields(self, request: Request) -> bytes:
-        """Header lines for any answer to this request."""
+        """The CORS header lines for any answer to this request."""
         allowed = self._allowed(request)
         if allowed is None:
             return b""
@@ -68,7 +69,7 @@ class Cors:
         return b"Access-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers: %b\r\n%b" % (allowed, EXPOSED, vary)
 
     def preflight(self, request: Request) -> bytes:
-        """Header lines that say what the browser may send: what it asked for."""
+        """Header lines that allow any served method, and the header fields that the browser asked for."""
         wanted = b"authorization, content-type"
         for line in request.fields.split(b"\r\n"):
             name, _, value = line.partition(b":")

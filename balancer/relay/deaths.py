@@ -1,4 +1,4 @@
-"""Requests that kill replicas: known by having been in flight at two deaths, and refused before they cause a third."""
+"""Requests that kill replicas: one that was in flight at two deaths is refused before it causes a third."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -8,14 +8,14 @@ from xxhash import xxh3_128
 
 from balancer.fleet.address import ReplicaAddress
 
-REMEMBERED = 300.0  # seconds that a death is
-REFUSED = 60.0  # seconds that a request is, from the second death on
-FEW = 4  # requests in common: so many at two deaths are no accident of one of them
-MOST = 1024  # requests that are remembered of one death
+REMEMBERED = 300.0  # seconds that a death is remembered
+REFUSED = 60.0  # seconds that a request is refused, from the second death on
+FEW = 4  # two deaths with this many requests in common are not blamed on any one of them
+MOST = 1024  # different requests remembered per death
 
 
 def digest_of(path: str, body: Iterable[bytes]) -> bytes:
-    """By which a request is known when it comes again."""
+    """The digest by which a request is recognised when it is sent again."""
     digest = xxh3_128(path.encode() + b"\n")
     for piece in body:
         digest.update(piece)
@@ -30,7 +30,7 @@ class _Death:
 
 
 class Deaths:
-    """Which requests replicas had when they died. `is_alive` tells of a replica whether it lives after all.
+    """The requests in flight on replicas when they died. `is_alive` says if a replica has lived since a given time.
 
     Times are the loop's, in seconds, and passed in.
     """
@@ -40,11 +40,11 @@ class Deaths:
         self._deaths: list[_Death] = []
 
     def __bool__(self) -> bool:
-        """Is there anything to look for? Two deaths, that is; mostly there are none."""
+        """Are there two deaths to compare? Mostly there are none."""
         return len(self._deaths) > 1
 
     def note(self, replica: ReplicaAddress, request: bytes, now: float) -> None:
-        """The replica broke off that request: perhaps it died of it."""
+        """The replica broke off this request, and may have died of it."""
         self._deaths = [death for death in self._deaths if now - death.at < REMEMBERED]
         death = next((death for death in self._deaths if death.replica is replica), None)
         if death is not None and self._is_alive(replica, death.at):
@@ -57,13 +57,13 @@ class Deaths:
             death.requests[request] += 1
 
     def acquit(self, request: bytes) -> None:
-        """It came to its end elsewhere."""
+        """The request was completed after all, so it kills no replica."""
         for death in self._deaths:
             death.requests.pop(request, None)
         self._deaths = [death for death in self._deaths if death.requests]
 
     def kills(self, request: bytes, now: float) -> bool:
-        """Was it there at two deaths, a short while ago, with hardly any others?"""
+        """Was this request in flight at two recent deaths, with fewer than FEW requests in common to both?"""
         there = [death for death in self._deaths if request in death.requests]
         there = [death for death in there if not self._is_alive(death.replica, death.at)]
         for number, later in enumerate(there):

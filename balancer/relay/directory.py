@@ -1,4 +1,4 @@
-"""From a request to the service that it is for: by the model that it names, where there are several."""
+"""Finds the service that a request is for: by the model that it names, if there are several services."""
 
 import asyncio
 import ssl
@@ -19,21 +19,21 @@ from balancer.spec.settings import Settings
 
 
 class Named(Protocol):
-    """A service, as far as its names go."""
+    """The part of a service that knows its names."""
 
     @property
     def has_told_models(self) -> bool:
-        """Has any of its replicas said yet which models it serves?"""
+        """Has any of its replicas reported yet which models it serves?"""
 
     def names(self) -> Collection[str]:
-        """All names of its models, as far as they are known."""
+        """All names that requests may use for it, as far as they are known."""
 
 
 class Destination:
-    """A service as the relay sees it: places at its replicas, connections to them, and what holds for its requests.
+    """A service as the relay sees it: places at its replicas, connections to them, and the state behind its retries.
 
-    `replica_key` is the replicas' own API key, `tls` for https replicas, `dialer` connects to all. Requests may call it
-    by the names of `service`.
+    `replica_key` is the replicas' own API key, `tls` is for https replicas, `dialer` opens all connections. Requests
+    may use any of the names of `service`.
     """
 
     def __init__(
@@ -62,19 +62,19 @@ class Destination:
 
 
 class Directory:
-    """Knows where each request goes. The first destination is the one whose settings hold for the endpoint itself."""
+    """Knows where each request goes. The first destination's settings apply to the endpoint itself."""
 
     def __init__(self, destinations: Sequence[Destination]) -> None:
         self.first = destinations[0]
-        self._destinations = destinations  # others may be added, and go
+        self._destinations = destinations  # shared with the caller, who adds and removes others
 
     @property
     def has_several(self) -> bool:
-        """Does the model decide?"""
+        """Are there several services, so that the model decides?"""
         return len(self._destinations) > 1
 
     def find(self, request: Request) -> Destination:
-        """The service that it is for. Where there is one, it takes every name; else raises ServeError for others."""
+        """The service that the request is for. A single one takes any model; else unknown ones raise ServeError."""
         if not self.has_several:
             return self.first
         model = requested_model(request)
@@ -89,5 +89,5 @@ class Directory:
             is_certain = is_certain and service.has_told_models
         if not model:
             raise errors.model_not_named(sorted(known))
-        # A replica that still starts may turn out to have it.
+        # A replica that is still starting may turn out to serve it.
         raise errors.model_not_found(model, sorted(known)) if is_certain else errors.model_not_known_yet(model)

@@ -1,4 +1,4 @@
-"""What all client connections share: the limits, the way in, and whether the house is closing."""
+"""What all client connections share: the limits, the memory they hold, and whether the endpoint is closing."""
 
 import asyncio
 import logging
@@ -14,17 +14,17 @@ from balancer.spec.settings import Settings
 log = logging.getLogger("groundserve")
 
 READ_SIZE = 64 << 10  # bytes of one read
-SPARE = 1 / 64  # part of max_buffered_bytes that is freed at once: finding the largest holder takes a while
+SPARE = 1 / 64  # share of max_buffered_bytes freed in one go, because finding the largest holder takes a while
 
 
 class Cuttable(Protocol):
-    """What is cut when something goes wrong with it here."""
+    """A connection that is aborted if our own code fails on it."""
 
     def abort(self) -> None: ...
 
 
 class Connection(Cuttable, Protocol):
-    """A client's connection, as far as it concerns all of them together."""
+    """A client's connection, as far as `Doors` uses it."""
 
     def flush(self) -> None: ...
 
@@ -45,26 +45,26 @@ class Connection(Cuttable, Protocol):
 
 
 class Server(Protocol):
-    """Whoever answers the requests: the proxy."""
+    """What answers the requests: the proxy."""
 
     def check(self, request: Request) -> None:
-        """Looks at a request's head; raises ServeError to refuse it."""
+        """Checks a request's head; raises ServeError to refuse it."""
 
     def serve(self, request: Request, reply: Reply, client: Any) -> Coroutine[Any, Any, None]:
         """Answers a whole request."""
 
     def refuse(self, request: Request, reply: Reply, error: ServeError) -> None:
-        """Answers one that was refused."""
+        """Answers a refused request."""
 
 
 class Facts(Protocol):
-    """Is the balancer told to stop, so that every answer is its connection's last?"""
+    """`is_leaving`: the balancer was told to stop, so every answer is the last on its connection."""
 
     is_leaving: bool
 
 
 class Doors:
-    """The way in, for all clients."""
+    """The state that all client connections share."""
 
     def __init__(
         self,
@@ -81,17 +81,17 @@ class Doors:
         self.trusted = trusted
         self.connections: set[Connection] = set()
         self.origins: Counter[bytes] = Counter()  # open connections by client
-        self.buffered = 0  # bytes that requests take which are read and not yet passed on, over all connections
+        self.buffered = 0  # bytes held for all connections: unparsed input, requests, and kept parts of streams
         self.is_closed = False
         self.incoming = memoryview(bytearray(READ_SIZE))  # each read's bytes, until they are parsed
         self._unflushed: list[Connection] = []
-        self._hog: str | bytes | None = None  # the owner that held most when there was no room a moment ago
+        self._hog: str | bytes | None = None  # the owner that held the most when room ran out, until the next sweep
 
     def make_room(self, owner: str | bytes) -> bool:
-        """More than max_buffered_bytes are held: refuses requests of those who hold more than `owner`, the most first.
+        """Once more than max_buffered_bytes are held, frees memory of those who hold more than `owner`, largest first.
 
         Returns False if that is not enough. So one client may use all of the memory, but cannot keep others out.
-        Unfinished bodies go first, then requests without an answer, the largest first.
+        Of each holder's connections, those that are reading a body go first, and the larger before the smaller.
         """
         if owner == self._hog:
             return False
@@ -126,10 +126,10 @@ class Doors:
         return self.buffered <= most
 
     def flush_soon(self, connection: Connection) -> None:
-        """What was written there is sent at the end of this round of the loop, together with what all others get.
+        """Sends what the connection wrote at the end of this round of the loop, together with what all others get.
 
-        Answers that are sent one by one find their readers asleep one by one, and waking is dear: it was a twentieth
-        of a small request.
+        Answers sent one by one wake their sleeping readers one by one, and waking is expensive: it took a twentieth of
+        a small request's cost.
         """
         if not self._unflushed:
             self.loop.call_soon(self._flush)
@@ -144,11 +144,11 @@ class Doors:
                 _give_up(connection)
 
     def soon(self, connection: Cuttable, step: Callable[[], None]) -> None:
-        """The connection's next step, in the loop's next round."""
+        """Runs the connection's next step in the loop's next round."""
         self.loop.call_soon(_taken, connection, step)
 
     def trust(self, proxies: tuple[Network, ...]) -> None:
-        """From now on these are the proxies whose word on who asks is kept, on open connections too."""
+        """From now on these proxies are trusted to say who the client is, on open connections too."""
         self.trusted = proxies
         for connection in self.connections:
             connection.recognise()
@@ -163,7 +163,7 @@ class Doors:
                 _give_up(connection)
 
     def close(self) -> None:
-        """Nobody new comes in, and a connection ends with the answers that are under way on it; idle ones at once."""
+        """Lets no new client in; closes idle connections at once, the others after the answers in progress on them."""
         self.is_closed = True
         for connection in list(self.connections):
             try:
@@ -180,6 +180,6 @@ def _taken(connection: Cuttable, step: Callable[[], None]) -> None:
 
 
 def _give_up(connection: Cuttable) -> None:
-    """One connection's fault, in the midst of looking after all: the others must not wait for it."""
+    """Logs and aborts one connection on which our code failed, so that the others are still served."""
     log.exception("a client's connection failed here; it is cut")
     connection.abort()

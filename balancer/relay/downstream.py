@@ -1,4 +1,4 @@
-"""Our side towards the clients: replies out in order, a client that leaves noticed at once, an end to every wait."""
+"""Our side towards the clients: replies go out in order, a client that leaves is noticed at once, every wait ends."""
 
 import asyncio
 from typing import Protocol
@@ -10,17 +10,17 @@ from balancer.relay.request import Peer, Request
 from balancer.relay.request_reader import CONTINUE, RequestReader
 from balancer.relay.vanished import UNACKNOWLEDGED, expect_life, has_vanished
 
-HELD_SHARE = 0.5  # of the memory for bodies: more is not kept of those that a replica has, but left to new ones
-LINGER = 2.0  # seconds a client has to take its last answer and close, before the connection is cut
-MAX_UNSENT = 64 << 10  # bytes that TLS holds for a slow client before its replica is paused, as plain connections do
-LONGEST_TICK = 1.0  # seconds between two checks; if it was more, this process stood still
-LEAST_RATE = 1 << 10  # bytes a second that a body must average after SLOW_START
+HELD_SHARE = 0.5  # share of max_buffered_bytes: above it no more of a stream is kept, to leave room for new requests
+LINGER = 2.0  # seconds that a client has to take its last answer and close before the connection is aborted
+MAX_UNSENT = 64 << 10  # bytes that TLS buffers for a slow client before its replica is paused, as many as plain TCP
+LONGEST_TICK = 1.0  # seconds counted between two checks at most: if more passed, this process was stalled
+LEAST_RATE = 1 << 10  # bytes per second that a body must average after SLOW_START
 SLOW_START = 30.0  # seconds
-LOOK = 5.0  # seconds between two looks at whether who waits for an answer is still there
+LOOK = 5.0  # seconds between two checks whether a client that waits for an answer is still there
 
 
 class Pausable(Protocol):
-    """Where a reply's bytes come from, as far as a slow client concerns it."""
+    """The source of a reply's bytes, which is paused while the client is slow."""
 
     def pause(self) -> None: ...
 
@@ -30,12 +30,13 @@ class Pausable(Protocol):
 class ClientConnection(RequestReader):
     """One client's connection. Requests may be read ahead; they are answered one after the other.
 
-    The states of a connection. It is idle until a head begins (`_is_in_head`); that is followed by a body (`_reading`).
-    A whole request goes to the end of `_queue`, whose first one is being answered (`_reply`, and `_task` unless it was
-    refused). Meanwhile it reads on, unless enough waits already (`_is_full`); the answer's source is paused while the
-    client takes none (`_is_blocked`). With its last request, or a refusal after which nothing can be read, it turns
-    deaf (`_is_deaf`): those in the queue are still answered. Then it is over (`_is_over`): the client has a moment to
-    take the rest and close. A client that closes before its answer is whole ends all at once (`connection_lost`).
+    The states of a connection. It is idle until a head begins (`_is_in_head`); a body follows (`_reading`). A whole
+    request goes to the end of `_queue`; the first one there is being answered (`_reply`, and `_task` unless it was
+    refused). Meanwhile reading goes on, unless enough requests wait already (`_is_full`); the answer's source is paused
+    while the client takes nothing (`_is_blocked`). After its last request, or a refusal after which nothing can be
+    read, the connection ignores all input (`_is_deaf`), but requests in the queue are still answered. Then it is over
+    (`_is_over`): the client has a moment to take the rest and close. A client that closes before its answer is whole
+    ends everything at once (`connection_lost`).
     """
 
     def __init__(self, doors: Doors) -> None:
@@ -47,12 +48,12 @@ class ClientConnection(RequestReader):
         self._source: Pausable | None = None
 
         # What is sent, and whether the client takes it
-        self._unwritten: list[bytes] = []  # waits for the end of this round of the loop
+        self._unwritten: list[bytes] = []  # sent at the end of this round of the loop
         self._is_blocked = False  # the client does not take what we send
         self._sent = 0  # bytes handed to the transport
-        self._taken = 0  # bytes of them that had left it at the last look
-        self._taken_at = 0.0  # when some last did, or there were none to take; a new client has had no time for it yet
-        self._looked_at = 0.0  # whether the client has vanished
+        self._taken = 0  # bytes of those that had left it at the last check
+        self._taken_at = 0.0  # when some last did, or none were waiting; at first, when the client connected
+        self._looked_at = 0.0  # when we last checked whether the client has vanished
         self._checked_at = 0.0
 
     # What asyncio tells us
@@ -66,7 +67,7 @@ class ClientConnection(RequestReader):
             transport.set_write_buffer_limits(MAX_UNSENT)  # type: ignore[attr-defined]
         self._peer = Peer.of(address[0] if isinstance(address, tuple) else "", is_tls, self._doors.trusted)
         self._since = self._taken_at = self._doors.loop.time()
-        # A slow client is ours to judge, by send_timeout; one that vanished amid its answer is seen to have.
+        # The kernel must not end a slow client before send_timeout does; `check_time` notices one that vanished.
         expect_life(transport.get_extra_info("socket"), max(UNACKNOWLEDGED, self._settings.send_timeout))
         self._doors.connections.add(self)
         origin, limit = self._peer.origin, self._settings.max_connections_per_client
@@ -77,9 +78,9 @@ class ClientConnection(RequestReader):
             transport.close()
 
     def eof_received(self) -> None:
-        """Who says no more is taken to have left, as every common proxy does.
+        """A client that sends EOF counts as gone, as it does for every common proxy.
 
-        asyncio closes the connection when all is sent; who left amid an answer may never take the rest of it.
+        asyncio would close the connection once all is sent, but a client that left mid-answer may never take the rest.
         """
         if self._task is not None:
             self._transport.abort()  # type: ignore[union-attr]
@@ -91,7 +92,7 @@ class ClientConnection(RequestReader):
         self._doors.origins[self._peer.origin] -= 1
         if not self._doors.origins[self._peer.origin]:
             del self._doors.origins[self._peer.origin]
-        self._parser = None  # it holds this connection, which holds it
+        self._parser = None  # it refers to this connection: a reference cycle
         if self._task is not None:
             self._task.cancel()
         self._drop_requests()
@@ -127,19 +128,19 @@ class ClientConnection(RequestReader):
             self._task = doors.loop.create_task(doors.server.serve(request, reply, self))
 
     def write(self, data: bytes) -> None:
-        """Sends to the client soon, and in one piece with what else is written until then."""
+        """Sends to the client soon, in one piece with whatever else is written until then."""
         if not self._unwritten:
             self._doors.flush_soon(self)
         self._unwritten.append(data)
 
     def send(self, data: bytes) -> None:
-        """Sends to the client now; what it does not take is held, and its reply's source paused."""
+        """Sends to the client now; what it does not take is buffered, and the reply's source paused."""
         if self._unwritten:
             self._unwritten.append(data)
             data = b"".join(self._unwritten)
             self._unwritten.clear()
         transport = self._transport
-        # A replica's bytes may come between a connection's end and its request's; uvloop raises then.
+        # A replica's bytes may arrive after this connection has ended and before its request has; uvloop would raise.
         if transport is not None and not self._is_over and not transport.is_closing():
             self._sent += len(data)
             transport.write(data)
@@ -156,10 +157,10 @@ class ClientConnection(RequestReader):
             source.pause()
 
     def answered(self, keep: bool) -> None:
-        """The current reply is over; the next request's turn, or the end of the connection."""
+        """The current reply is over: starts the next request, or ends the connection."""
         self._task = self._reply = self._source = None
         if not self._queue:
-            return  # the client left in this very moment
+            return  # the client has just left
         self.release(self._queue.popleft())
         self._since = self._doors.loop.time()
         if self._is_full and not self._has_read_enough():
@@ -167,15 +168,15 @@ class ClientConnection(RequestReader):
         if not keep or (self._doors.is_closed and not self._queue):
             self._close()
         elif self._queue:
-            # Not from here: thousands may wait, and each would be a few calls deeper.
+            # Not called directly: thousands may wait, and each would be a few calls deeper in the stack.
             self._doors.soon(self, self._answer_next)
         elif self._reading is not None and self._reading.expects_continue and self._reading.refusal is None:
             self.write(CONTINUE)
 
     def hold(self, request: Request, count: int) -> bool:
-        """So many bytes more are kept with the request's body; False where there is not enough room for that."""
+        """Counts `count` more bytes as kept with the request's body; False if there is no room for them."""
         if not self._queue or self._queue[0] is not request or not request.body:
-            return False  # it is over, or its body was given up
+            return False  # the request is over, or its body was dropped
         request.held += count
         self._doors.buffered += count
         return self._doors.buffered <= self._settings.max_buffered_bytes * HELD_SHARE
@@ -186,7 +187,7 @@ class ClientConnection(RequestReader):
         """Ends whatever waits too long on this connection. `now` is the loop's time in seconds.
 
         In this order: a client that takes nothing of what is sent; one that vanished; one that does not close after its
-        last answer; a head or a body that does not come; a connection that nobody uses.
+        last answer; a head or a body that does not arrive; an idle connection.
         """
         settings, transport = self._settings, self._transport
         if transport is None:
@@ -207,17 +208,17 @@ class ClientConnection(RequestReader):
         if self._is_over:
             if unsent:
                 self._since = now
-            # Below TLS, what the client has not taken yet is not to be seen.
+            # With TLS, we cannot see what the client has not taken yet.
             elif waited > (LINGER if transport.can_write_eof() else settings.send_timeout):
                 transport.abort()
         elif not transport.is_reading():
-            return  # that nothing comes is our own doing; should the client leave, the next bytes to it will tell
+            return  # nothing arrives because we paused reading; if the client leaves, the next write to it will fail
         elif self._is_in_head:
             if waited > settings.head_timeout:
                 self._refuse_now(errors.request_timeout("head", settings.head_timeout))
         elif request is not None:
             if request.expects_continue and self._queue:
-                return  # it has not been told to send its body yet
+                return  # the client still waits for our 100 Continue before it sends the body
             self._body_time += since_last
             is_slow = self._body_time > SLOW_START + request.body_size / LEAST_RATE
             if waited > settings.body_timeout or is_slow:
@@ -229,8 +230,8 @@ class ClientConnection(RequestReader):
             transport.close()
 
     def give_way(self) -> bool:
-        """Frees memory: refuses the request being read, or the one whose answer has not begun, or forgets what is kept
-        of one whose answer flows. False: there is nothing to free.
+        """Frees memory: refuses the request being read, or the one whose answer has not begun, or drops what is kept of
+        one whose answer is in progress. Returns False if there is nothing to free.
         """
         reply, task = self._reply, self._task
         if self.is_reading_body:
@@ -239,7 +240,7 @@ class ClientConnection(RequestReader):
             reply.refuse(errors.buffers_full())
             task.cancel()
         elif self._queue and self._queue[0].body:
-            self.release(self._queue[0])  # its answer flows; should it break, it cannot continue elsewhere
+            self.release(self._queue[0])  # its answer is in progress; if it breaks, it cannot continue elsewhere
         else:
             return False
         return True
@@ -251,11 +252,11 @@ class ClientConnection(RequestReader):
             self._transport.close()  # type: ignore[union-attr]
 
     def recognise(self) -> None:
-        """Looks anew whether the client is a trusted proxy."""
+        """Checks again whether the client is a trusted proxy."""
         self._peer = Peer.of(self._peer.address.decode(), self._peer.scheme == b"https", self._doors.trusted)
 
     def break_off(self, why: str) -> None:
-        """Ends the answer in progress, if any, as broken, or says 503 where none has begun; then the connection."""
+        """Ends the answer in progress, if any, as broken, or with a 503 if it has not begun; then the connection."""
         if self._task is not None and self._reply is not None:
             reply, task = self._reply, self._task
             reply.refuse(errors.stream_broken(why) if reply.has_begun else errors.shutting_down())
@@ -264,9 +265,9 @@ class ClientConnection(RequestReader):
             self._close()
 
     def _close(self) -> None:
-        """Says that nothing more comes, and leaves the closing to the client.
+        """Sends EOF and leaves it to the client to close.
 
-        Were we to close at once on a client that still sends, its kernel would drop what it has not read of our answer.
+        If we closed at once on a client that still sends, its kernel would drop what it has not read of our answer.
         """
         transport = self._transport
         if transport is None or transport.is_closing() or self._is_over:

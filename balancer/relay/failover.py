@@ -1,4 +1,4 @@
-"""What may be tried again after an attempt ended badly, and what the client is told when nothing is left: a table."""
+"""What may be retried after a failed attempt, and which error the client gets when no attempt is left."""
 
 from balancer import errors
 from balancer.errors import ServeError
@@ -8,16 +8,16 @@ from balancer.routing.body import parsed
 from balancer.spec.settings import Settings
 
 SAFE_METHODS = (b"GET", b"HEAD")
-MAX_DEATHS = 2  # attempts that a replica may have begun on, and that came to nothing: another is one too many
+MAX_DEATHS = 2  # failed attempts on which a replica may have begun: after this many the request is given up
 BUDGET_SHARE = 0.2
 BUDGET_PER_SECOND = 3
 
 
 class RetryBudget:
-    """How many GETs and HEADs that a replica may have seen can go again: a fifth of the traffic, or three a second.
+    """Limits retries of GETs and HEADs that a replica may have seen: a fifth of the traffic, or three per second.
 
-    The clock is passed in, in seconds. (The rule is Finagle's, which Envoy and Linkerd took over.) What generates does
-    not ask here: a replica that dies loses all that it has at once, and each of that is sent once more at most.
+    The clock is passed in, in seconds. (The rule is Finagle's, which Envoy and Linkerd adopted.) Generating requests do
+    not draw on it: a replica that dies loses all its requests at once, and each is sent again at most once.
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,11 @@ class RetryBudget:
         self._filled_at = 0.0
 
     def deposit(self) -> None:
-        """A request came."""
+        """Call it for each request."""
         self._tokens = min(self._tokens + BUDGET_SHARE, 100.0)
 
     def withdraw(self, now: float) -> bool:
-        """Takes the place of one repeat; False when there is none left."""
+        """Takes one retry from the budget; False if none is left."""
         refill = (now - self._filled_at) * BUDGET_PER_SECOND
         self._filled_at = now
         self._tokens = min(self._tokens + refill, max(self._tokens, float(BUDGET_PER_SECOND)))
@@ -39,21 +39,21 @@ class RetryBudget:
         return True
 
 
-# What no replica took: it goes to another one at once.
+# No replica took the request: it goes to another one at once.
 UNTAKEN = frozenset((Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN, Outcome.BUSY))
-# What a replica may have taken: it goes to another one if that does no harm, a GET or HEAD at the budget's cost.
+# A replica may have taken the request: it goes to another one if that is harmless; GET and HEAD draw on the budget.
 PERHAPS_TAKEN = frozenset((Outcome.LOST,))
-# What broke amid its answer: a stream may go on at another one.
+# The answer broke midway: a stream may continue on another replica.
 BROKEN_OFF = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK))
 
 
 def only_generates(path: str, body: list[bytes]) -> bool:
-    """Has a POST there no effect but what it costs, however often it is done?"""
+    """Does a POST to this path have no effect except its cost, however often it is repeated?"""
     if path not in WAITED_FOR:
         return False
     if path != "/v1/responses":
         return True
-    # A replica keeps the answer for later ones to go on from unless it is told not to, and may use tools by itself.
+    # A replica stores the answer for later requests to build on unless told not to, and may run tools by itself.
     asked = parsed(b"".join(body))
     if not isinstance(asked, dict) or asked.get("store") is not False:
         return False
@@ -72,8 +72,8 @@ def may_repeat(
 ) -> bool:
     """May this request, none of whose answer was relayed, be sent to another replica?
 
-    `only_generates`: done twice it has no effect but cost. `deaths` counts the attempts that came to nothing at a
-    replica which may have begun on them.
+    `only_generates`: repeating it has no effect except its cost. `deaths` counts the failed attempts on which a replica
+    may have begun.
     """
     if outcome in UNTAKEN:
         return True
@@ -85,8 +85,8 @@ def may_repeat(
 
 
 def may_continue(outcome: Outcome, deaths: int, settings: Settings) -> bool:
-    """May an answer that has begun go on at another replica?"""
-    if outcome in UNTAKEN:  # by one that was to go on with it
+    """May an answer that has begun continue on another replica?"""
+    if outcome in UNTAKEN:  # the replica that was to continue it did not take the request
         return True
     return settings.continue_broken and outcome in BROKEN_OFF and deaths < MAX_DEATHS
 

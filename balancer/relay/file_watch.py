@@ -1,4 +1,4 @@
-"""Tells when a file changed on disk, so that keys and certificates are taken up without a restart."""
+"""Tells when a file has changed on disk, so that keys and certificates are reloaded without a restart."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ mount the folder it lies in rather than the file"
 
 
 class FileWatch:
-    """Remembers what some files looked like. Links are followed: Kubernetes changes secrets by moving one."""
+    """Remembers the state of some files. Symbolic links are followed: Kubernetes updates secrets by moving one."""
 
     def __init__(self, *paths: Path) -> None:
         self._paths = paths
@@ -19,17 +19,18 @@ class FileWatch:
 
     @property
     def is_cut_off(self) -> bool:
-        """Did one of them lose its last name, as it stood at the last look?
+        """Had one of the files lost its last name (a link count of 0) at the last check?
 
-        A container sees a single file that is mounted into it by its inode: an editor that writes a new file under the
-        old name leaves it the old one, which nobody can change any more. Not told where names were never counted.
+        A single file mounted into a container is bound by its inode: if an editor writes a new file under the old name,
+        the container keeps the old one, which nobody can change any more. Files whose link count was 0 from the start
+        are ignored: their file system does not count links.
         """
         return any(
             seen is not None and seen[-1] == 0 and named for seen, named in zip(self._stamp, self._named, strict=True)
         )
 
     def has_changed(self) -> bool:
-        """Did any of them change since the last call? Costs one stat a file."""
+        """Has any of the files changed since the last call? Costs one stat per file."""
         before, self._stamp = self._stamp, self._look()
         return self._stamp != before
 

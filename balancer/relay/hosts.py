@@ -1,18 +1,18 @@
-"""What a Host field may say, and which names a web page of anybody could have."""
+"""What a Host field may say, and which host names could belong to anybody's web page."""
 
 import ipaddress
 import re
 from functools import lru_cache
 
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::(\d*))?")
-_DIGITS = 5  # of the highest port, 65535
-_SHORT = 128  # bytes of a Host that is remembered: clients send the same few again and again
-# The public DNS gives these to nobody, so no page of another site has such a name; nor one without a dot.
+_DIGITS = 5  # digits of the highest port, 65535
+_SHORT = 128  # bytes of the longest Host whose check is cached: clients send the same few again and again
+# Public DNS gives nobody a name under these or one without a dot, so no page of another site has such a name.
 _PRIVATE = (".localhost", ".local", ".internal", ".lan", ".home.arpa", ".test")
 
 
 def is_host(value: bytes) -> bool:
-    """Is this a name or an address, with or without a port, as RFC 9112 section 3.2 wants it? Empty is none."""
+    """Is this a name or an address, with or without a port, as RFC 9112 section 3.2 requires? An empty value is not."""
     return _is_remembered_host(value) if len(value) <= _SHORT else _is_host(value)
 
 
@@ -33,7 +33,7 @@ _is_remembered_host = lru_cache(maxsize=1024)(_is_host)
 
 
 def is_public_name(host: bytes) -> bool:
-    """Could the public DNS know this host, so that whoever owns the name can have it point at this machine?"""
+    """Could this name be in public DNS, so that its owner can point it at this machine?"""
     return _is_remembered_name(host) if len(host) <= _SHORT else _is_public_name(host)
 
 

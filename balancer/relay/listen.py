@@ -22,7 +22,7 @@ Listener = asyncio.Server | TlsListener
 
 
 class Server(uvicorn.Server):
-    """uvicorn's accepting and its ASGI side, without its signal handlers: the app decides the order of leaving."""
+    """uvicorn's server without its signal handlers: the app decides the order of shutdown."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -30,7 +30,7 @@ class Server(uvicorn.Server):
 
 
 def server(app: Any, http: Any) -> Server:
-    """A server of an ASGI app, whose connections are made by `http`."""
+    """A server for an ASGI app; `http` makes its connections."""
     config = uvicorn.Config(
         app,
         http=http,
@@ -47,14 +47,14 @@ def server(app: Any, http: Any) -> Server:
 
 
 async def accept(doors: Doors, listener: socket.socket, context: ssl.SSLContext | None) -> Listener:
-    """Accepts the endpoint's clients, through TLS where there is a `context`, until it is closed."""
+    """Accepts the endpoint's clients, over TLS if there is a `context`, until it is closed."""
     if context is None:
         return await doors.loop.create_server(lambda: ClientConnection(doors), sock=listener, backlog=BACKLOG)
     return TlsListener(doors, listener, context)
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens; raises ConfigError with a line that says what is in the way."""
+    """A listening socket; raises ConfigError with a one-line reason if there cannot be one."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -64,7 +64,7 @@ def listening(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             expect_life(listener)
             listener.bind(address)
-            listener.listen(BACKLOG)  # from here on it is ours; uvloop would not even say that another was quicker
+            listener.listen(BACKLOG)  # claims the port now: uvloop would not report that another process was quicker
         except OSError:
             listener.close()
             raise
@@ -76,9 +76,9 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def handed_over(descriptor: int, flag: str) -> socket.socket:
-    """The socket that our starter listens on and hands to us; raises ConfigError where the descriptor is none such.
+    """The listening socket that our parent process hands to us; raises ConfigError if the descriptor is not one.
 
-    It stays open in the starter: what connects while none of us accepts waits there, and nobody is refused.
+    It stays open in the parent, so clients that connect while no balancer accepts wait there instead of being refused.
     """
     try:
         listener = socket.socket(fileno=descriptor)
@@ -94,18 +94,18 @@ def handed_over(descriptor: int, flag: str) -> socket.socket:
 
 
 def url_of(listener: socket.socket, is_tls: bool = False) -> str:
-    """What a client asks for."""
+    """The URL at which clients reach this socket."""
     host, port = listener.getsockname()[:2]
     return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def reachable(endpoint: str) -> str:
-    """The endpoint as this process itself reaches it: 0.0.0.0 and :: are every address, and none to connect to."""
+    """The URL at which this process itself reaches the endpoint: 0.0.0.0 and :: are not addresses to connect to."""
     return endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def raise_file_limit() -> None:
-    """A request holds two descriptors, and many systems allow a process 1,024 unless it asks for what it may have."""
+    """A request takes two descriptors, and many systems allow a process 1,024 unless it raises its own limit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = 1 << 20
     resource.setrlimit(resource.RLIMIT_NOFILE, (most if 0 < most < enough else enough, most))

@@ -1,4 +1,4 @@
-"""A replica's answer that is no stream of events, where the client was promised one: it becomes one event, an error."""
+"""Turns a replica's answer that is not an event stream into one error event, if the client was promised a stream."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ import orjson
 from balancer.errors import ServeError, is_anthropic
 from balancer.relay.request import Request
 
-LARGEST = 64 << 10  # bytes of such an answer that are looked at
+LARGEST = 64 << 10  # bytes of such an answer that are read
 
 
 class Wire(Protocol):
@@ -18,16 +18,16 @@ class Wire(Protocol):
 
 
 def fits(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Can a stream whose head is sent go on with an answer that has this head?"""
+    """Can a stream whose head is already sent continue with an answer that has this head?"""
     fields = {name.lower(): value for name, value in headers}
     is_stream = fields.get(b"content-type", b"").startswith(b"text/event-stream")
     return status == 200 and is_stream and b"content-encoding" not in fields
 
 
 class Misfit:
-    """Stands in for the client's connection: takes the body, and when that ends writes the event to `wire`.
+    """Stands in for the client's connection: collects the body, and at its end writes the event to `wire`.
 
-    `failed` is told the error, for the log.
+    `failed` gets the error, for the log.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Misfit:
         self._wire.answered(False)
 
     def _event(self, said: dict[str, Any] | None, error: ServeError) -> bytes:
-        """The replica's own error where it has the shape of the path's, else one of ours that quotes it."""
+        """The replica's own error if it has the shape that this path uses, else one of ours that quotes it."""
         path, is_error = self._request.path, said is not None and self._status >= 400
         if is_error and is_anthropic(path) and said and said.get("type") == "error":
             return b"event: error\ndata: " + orjson.dumps(said) + b"\n\n"

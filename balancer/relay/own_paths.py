@@ -1,4 +1,4 @@
-"""FastAPI routes of the serving port: the balancer's health, and what a replica says of itself, less its secrets."""
+"""FastAPI routes of the serving port: the balancer's health, and a replica's configuration without its secrets."""
 
 import asyncio
 import time
@@ -15,8 +15,8 @@ from balancer.observe.snapshot import take_snapshot
 from balancer.relay.paths import MODELS
 from balancer.service import Service
 
-PATIENCE = 5.0  # seconds that one replica has to say what it is
-SOON = 5.0  # seconds after which no other one is asked
+PATIENCE = 5.0  # seconds that one replica has to answer
+SOON = 5.0  # seconds after which no further replica is asked
 
 SECRET_WORDS = ("api_key", "password", "secret", "hf_token", "ssl_key", "authorization")
 
@@ -31,18 +31,18 @@ def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAP
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        """200 while a request could be served now."""
+        """200 if a request could be served now."""
         return _say(_ready() > 0)
 
     @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
-        """As /health, and 503 from the moment the balancer was told to stop: whoever sends traffic here may look on."""
+        """Like /health, but 503 from the moment the balancer is told to stop, so that traffic can be sent elsewhere."""
         return _say(_ready() > 0 and not facts.is_leaving)
 
     @app.api_route("/server_info", methods=["GET", "HEAD"])
     @app.api_route("/get_server_info", methods=["GET", "HEAD"])
     async def server_info() -> Response:
-        """A ready replica's configuration. SGLang shows its API key there; here nothing secret passes."""
+        """A ready replica's configuration. SGLang shows its API key there; here all secrets are removed."""
         until = time.monotonic() + SOON
         every = [(service.config.replica_key, member) for service in services for member in service.fleet.available()]
         for key, member in every:
@@ -60,7 +60,7 @@ def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAP
 
     @app.api_route(MODELS, methods=["GET", "HEAD"])
     async def models() -> Response:
-        """All models of all services, those too that have no replica now."""
+        """All models of all services, including services that have no replica now."""
         return JSONResponse({"object": "list", "data": [entry for service in services for entry in listed(service)]})
 
     def _ready() -> int:
@@ -79,9 +79,9 @@ def _bearing(key: str | None) -> dict[str, str]:
 
 
 def listed(service: Service) -> list[dict[str, Any]]:
-    """The service's models in OpenAI's form: as its replicas list them, then by the other names that it answers to.
+    """The service's models in OpenAI's format: as its replicas list them, then under the service's other names.
 
-    `service` and `status` are ours. Until a replica has said what it serves, the service's own name stands for it.
+    `service` and `status` are our additions. Until a replica has reported its models, the service's own name stands in.
     """
     snapshot = take_snapshot(service.facts, service.fleet, service.admission)
     ours = {"service": service.facts.name, "status": snapshot.service.status}
@@ -98,7 +98,7 @@ def _refusal(error: ServeError) -> Response:
 
 
 def without_secrets(value: Any) -> Any:
-    """The same JSON value without any object key that names a secret; command lines that show one are cut too."""
+    """The same JSON value without object keys that name a secret, and without command lines, which may show one."""
     if isinstance(value, dict):
         return {
             key: without_secrets(item)

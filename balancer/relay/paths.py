@@ -1,4 +1,4 @@
-"""Which paths are served: an allow-list, asked after normalising, so that no spelling reaches SGLang's admin routes."""
+"""Which paths are served: an allow-list of normalised paths, so that no spelling reaches SGLang's admin routes."""
 
 import enum
 import posixpath
@@ -10,8 +10,8 @@ from urllib.parse import quote, unquote_to_bytes
 class PathKind(enum.Enum):
     """What a path is to the balancer."""
 
-    GENERATING = "generating"  # a POST there makes tokens: it counts against a member's limit
-    PLAIN = "plain"  # relayed, and never waits for room
+    GENERATING = "generating"  # a POST there generates tokens: it counts against a replica's limit
+    PLAIN = "plain"  # relayed without ever waiting for room
     ADMIN = "admin"  # SGLang's own admin routes: relayed only where the service allows it
     OWN = "own"  # answered by the balancer itself
 
@@ -20,8 +20,8 @@ MODELS = "/v1/models"
 GENERATING = {"/generate", "/classify", "/encode", "/rerank", "/score"}
 PLAIN = {"/tokenize", "/detokenize", "/v1/tokenize", "/v1/detokenize", "/v1/messages/count_tokens"}
 PLAIN |= {MODELS, "/model_info", "/get_model_info"}
-# What is worth minutes of waiting while a replica starts: its answer takes long anyway. All else is asked by pages and
-# programs that want to know what there is, and would rather hear at once that there is nothing yet.
+# Worth minutes of waiting while a replica starts, because the answer takes long anyway. All other paths are asked by
+# pages and programs that want to know what is there, and would rather hear at once that there is nothing yet.
 WAITED_FOR = GENERATING | {
     f"/v1/{name}"
     for name in (
@@ -30,20 +30,20 @@ WAITED_FOR = GENERATING | {
     )
 }  # fmt: skip
 OWN = {"/health", "/ready", "/server_info", "/get_server_info"}
-# Under /v1/, yet about one replica's own state: asked of any other, the answer would be wrong.
 _ENCODED = re.compile(rb"%[0-9A-Fa-f]{2}")
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+# Under /v1/, but about one replica's own state: any other replica would give a wrong answer.
 NOT_SERVED = re.compile(r"/v1/loads(/.*)?|/v1/responses/.+")
 
 
 def normalise(raw: bytes) -> str:
-    """The path that the most generous server would see: decoded, without //, /./ or /../, and no slash at its end."""
+    """The path as the most lenient server would see it: decoded, without //, /./, /../ or a trailing slash."""
     path = unquote_to_bytes(raw).decode("latin-1").replace("\\", "/")
     return posixpath.normpath("/" + path.lstrip("/"))
 
 
 def kind_of(raw: bytes) -> tuple[str, PathKind, bytes]:
-    """The normalised form of a raw path (no query), what it is, and how it is sent on; what is not known is ADMIN."""
+    """A raw path (no query) in normalised form, its kind, and how it is sent to replicas; unknown paths are ADMIN."""
     return _remembered(raw) if len(raw) <= 128 else _kind_of(raw)
 
 
@@ -53,7 +53,7 @@ def _kind_of(raw: bytes) -> tuple[str, PathKind, bytes]:
 
 
 def _sent(raw: bytes, path: str) -> bytes:
-    """What a replica decodes to that very path: as it was spelled where that does, without needless encoding."""
+    """A spelling that a replica decodes to exactly `path`: the client's, less needless encoding, if it does."""
     plain = _ENCODED.sub(_decoded, raw)
     if unquote_to_bytes(plain) == path.encode("latin-1"):
         return plain

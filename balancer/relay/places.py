@@ -1,7 +1,7 @@
-"""What the relay asks of whoever knows a service's replicas: a place for each attempt, given back with what came of it.
+"""The relay's interface to a service's replicas: a place for each attempt, given back with the attempt's outcome.
 
-The fleet of this process stands behind it today (balancer/routing/places.py). The relay needs nothing else of it, and
-writes nothing down about a replica, so that another process can stand there.
+This process's own fleet implements it today (balancer/routing/places.py). The relay needs nothing else from the fleet
+and stores nothing about a replica, so that another process could implement it.
 """
 
 from collections.abc import Callable, Hashable
@@ -15,7 +15,7 @@ from balancer.routing.prompt import Prompt
 
 
 class Place(Protocol):
-    """A place at one replica; see balancer.routing.places.Place for each word."""
+    """A place at one replica; balancer.routing.places.Place documents each member."""
 
     replica: ReplicaAddress
     reason: str
@@ -37,7 +37,7 @@ class Place(Protocol):
 
 
 class Places(Protocol):
-    """Gives places; see balancer.routing.places.Places."""
+    """Hands out places; see balancer.routing.places.Places."""
 
     when_left: list[Callable[[ReplicaAddress], None]]
 

@@ -14,7 +14,7 @@ from balancer.spec.settings import Settings
 class ConnectionPool:
     """Idle connections are used newest first and closed before SGLang would close them.
 
-    `tls` is for https replicas, `dialer` connects to all.
+    `tls` is for https replicas, `dialer` opens all connections.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class ConnectionPool:
         self._idle: dict[ReplicaAddress, list[ReplicaConnection]] = {}
 
     def idle_connection(self, replica: ReplicaAddress) -> ReplicaConnection | None:
-        """An open connection that waits for work, or None."""
+        """An open idle connection, or None."""
         idle = self._idle.get(replica)
         oldest = self.loop.time() - self.settings.upstream_keep_alive
         while idle:
@@ -43,9 +43,9 @@ class ConnectionPool:
         return None
 
     async def connect(self, replica: ReplicaAddress) -> ReplicaConnection:
-        """A new connection.
+        """Opens a new connection.
 
-        Raises OSError when refused, TimeoutError after connect_timeout, Unresolved when nobody says where it is.
+        Raises OSError when refused, TimeoutError after connect_timeout, Unresolved when no address is known.
         """
         addresses = await self._dialer.addresses(replica)
         tls = (self._tls or ssl.create_default_context()) if replica.is_https else None
@@ -56,17 +56,17 @@ class ConnectionPool:
         return connection
 
     def keep(self, connection: ReplicaConnection) -> None:
-        """It is idle now."""
+        """Keeps a connection that has become idle."""
         connection.idle_since = self.loop.time()
         self._idle.setdefault(connection.replica, []).append(connection)
 
     def forget(self, replica: ReplicaAddress) -> None:
-        """The replica left: no idle connection to it is used again. Busy ones go on to their end."""
+        """The replica left: closes its idle connections. Busy ones finish their exchange."""
         for connection in self._idle.pop(replica, ()):
             connection.close()
 
     def sweep(self, now: float) -> None:
-        """Ends what waited too long; call it a few times a second. `now` is the loop's time in seconds."""
+        """Ends what has waited too long; call it a few times a second. `now` is the loop's time in seconds."""
         settings = self.settings
         for replica, idle in list(self._idle.items()):
             while idle and (now - idle[0].idle_since > settings.upstream_keep_alive or not idle[0].is_open()):
@@ -76,15 +76,15 @@ class ConnectionPool:
         for connection in list(self.busy):
             connection.tell_when_heard()
             if connection.is_paused:
-                continue  # the silence is the client's doing
+                continue  # the client is slow, not the replica
             if connection.has_begun:
                 self._judge_silence(connection, now)
-            # A head says little: SGLang sends that of /generate before it looks at the prompt.
+            # A head proves little: SGLang sends that of /generate before it looks at the prompt.
             elif now - connection.sent_at > settings.first_byte_timeout:
                 connection.finish(Outcome.SILENT)
 
     def _judge_silence(self, connection: ReplicaConnection, now: float) -> None:
-        """Ends an answer that is silent while its replica gives no sign of life, or for far too long."""
+        """Ends an answer that is silent while its replica shows no sign of life, or that is silent for far too long."""
         settings, place = self.settings, connection.place
         if place is None:
             return
@@ -98,7 +98,7 @@ class ConnectionPool:
             place.doubted()
 
     def close(self) -> None:
-        """Ends all idle connections."""
+        """Closes all idle connections."""
         for replica in list(self._idle):
             self.forget(replica)
 

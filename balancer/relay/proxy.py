@@ -1,4 +1,4 @@
-"""The data path: admit, claim, attempt, relay, account. Read `serve` from top to bottom: that is a request's way."""
+"""The data path: admit, claim, attempt, relay, account. Read `serve` from top to bottom to follow a request."""
 
 import asyncio
 import logging
@@ -32,20 +32,20 @@ from balancer.routing.prompt import Prompt
 
 log = logging.getLogger("groundserve")
 
-CLIENT_LEFT = 499  # nginx's status for it, only ever seen in logs and metrics
+CLIENT_LEFT = 499  # nginx's status for a client that left; seen only in logs and metrics
 SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
 OWN_METHODS = (b"GET", b"HEAD")
-RACE = "race"  # among the reasons of retries: the same request on a new connection to the same replica
+RACE = "race"  # a retry's reason: the same request on a new connection to the same replica
 UNSENT = (Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN)
-COUNTING = 10.0  # seconds that another replica has to count the tokens that a client got
+COUNTING = 10.0  # seconds that another replica has to count the tokens that a client already has
 
-MAX_PATH = 1024  # characters that are remembered of a path: a head's worth, 20,000 times, is more than a GB
+MAX_PATH = 1024  # characters of a path that a record keeps: 20,000 records with paths as long as a head exceed 1 GB
 
 AnswerOwn = Callable[[Request, Reply], Coroutine[Any, Any, None]]
 
 
 class Proxy:
-    """Takes whole requests from the downstream side and sees each to its end."""
+    """Takes whole requests from client connections and sees each to its end."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Proxy:
         self._admin_key = admin_key
 
     def check(self, request: Request) -> None:
-        """Refuses by the head alone, before a body is read; raises ServeError."""
+        """Checks a request's head before its body is read; raises ServeError to refuse it."""
         if request.method not in SERVED_METHODS:
             raise errors.method_not_allowed(request.method.decode("latin-1"))
         if request.asks_for_method and self.cors.is_preflight(request):
@@ -82,10 +82,10 @@ class Proxy:
             raise errors.method_not_allowed(request.method.decode("latin-1"), "GET, HEAD")
         if self._keys is not None and request.path not in OPEN_PATHS:
             request.key = self._keys.admit(*request.credentials)
-            request.authorization = b""  # it is for this door; a replica has another key, or none
+            request.authorization = b""  # the key is the balancer's; a replica has another one, or none
 
     def refuse(self, request: Request, reply: Reply, error: ServeError) -> None:
-        """Answers a request that never got to `serve`."""
+        """Answers a refused request."""
         record = self._record(request)
         if request.origin:
             reply.extra_fields = self.cors.fields(request)
@@ -93,13 +93,13 @@ class Proxy:
         self._finish(record, request, reply)
 
     async def serve(self, request: Request, reply: Reply, client: ClientConnection) -> None:
-        """One request's whole way. Cancelled when the client leaves."""
+        """Handles one request from start to end. Cancelled when the client leaves."""
         record = self._record(request)
         if request.origin:
             reply.extra_fields = self.cors.fields(request)
         key = request.key
         if key is not None:
-            if key.is_at_limit:  # others of its requests came through the door while this one's body was read
+            if key.is_at_limit:  # other requests with this key were admitted while this one's body was read
                 self.refuse(request, reply, errors.key_at_limit(key.limit))
                 return
             key.in_flight += 1
@@ -135,14 +135,14 @@ class Proxy:
     async def _relay(
         self, destination: Destination, request: Request, reply: Reply, client: ClientConnection, record: Record
     ) -> None:
-        """Attempts at one replica after the other, until one answers or nothing is left; raises ServeError."""
+        """Tries one replica after another until one answers or no attempt is left; raises ServeError."""
         places, settings = destination.places, destination.settings
         prompt = Prompt(request.path, request.body)
         waiter = Waiter(prompt, request.is_generating, [], request.is_waited_for, request.owner, request.received_at)
         deaths = 0
         most_kept = settings.max_continued_bytes if settings.continue_broken and _may_go_on(request) else 0
         going: GoingOn | None = None
-        digest = b""  # by which the request is known where replicas died, once one has
+        digest = b""  # identifies the request in `deaths`, once a replica may have died of it
         self._refuse_killer(destination, request)
         destination.budget.deposit()
         while True:
@@ -166,7 +166,7 @@ class Proxy:
             if outcome not in UNTAKEN:
                 deaths += 1
                 digest = self._note_death(destination, place, request, outcome)
-            if going is None or outcome not in UNTAKEN:  # else it is still the first one that the client is told of
+            if going is None or outcome not in UNTAKEN:  # else the client gets the error of the break
                 error = final_error(outcome, settings, record.full_for or FULL_FOR, deaths)
             if going is None and relay.has_begun:
                 going = self._going_on(destination, relay, request, record, error)
@@ -190,7 +190,7 @@ class Proxy:
         settings, budget, now = destination.settings, destination.budget, self._loop.time()
         return may_repeat(outcome, request.method, is_harmless, deaths, settings, budget, now)
 
-    # Of replicas that die
+    # Replicas that die
 
     def _refuse_killer(self, destination: Destination, request: Request) -> None:
         deaths = destination.deaths
@@ -198,19 +198,19 @@ class Proxy:
             raise errors.kills_replicas(REFUSED_FOR)
 
     def _note_death(self, destination: Destination, place: Place, request: Request, outcome: Outcome) -> bytes:
-        """Returns the request's digest, or nothing for one that says nothing of why its replica went away."""
+        """Returns the request's digest, or b"" if the attempt does not suggest that the request killed its replica."""
         if outcome not in (Outcome.LOST, Outcome.BROKEN) or not request.is_generating or not request.body:
             return b""
         digest = digest_of(request.path, request.body)
         destination.deaths.note(place.replica, digest, self._loop.time())
         return digest
 
-    # Of answers that break
+    # Answers that break
 
     def _going_on(
         self, destination: Destination, relay: AnswerRelay, request: Request, record: Record, error: ServeError
     ) -> GoingOn:
-        """What is to be made of an answer that broke; raises `error` for one that cannot go on elsewhere."""
+        """Prepares a broken answer to continue on another replica; raises `error` if it cannot."""
         if relay.kept is None:
             raise error
         try:
@@ -229,7 +229,7 @@ class Proxy:
         client: ClientConnection,
         record: Record,
     ) -> Outcome:
-        """One attempt to go on with an answer at another replica; raises ServeError where that one's does not fit."""
+        """One attempt to continue an answer on another replica; raises ServeError if the new answer does not fit."""
 
         async def exchange(asked: Request, receiver: Receiver) -> Outcome:
             return await self._attempt(destination, place, asked, client, receiver, record)
@@ -260,7 +260,7 @@ class Proxy:
     ) -> Outcome:
         """One attempt at one replica: on an idle connection if there is one, else on a new one.
 
-        A new one is made, too, where the idle one was closing just when the request was sent on it: nobody read that.
+        A new one is also made if the idle one was closing just as the request was sent on it, so that nobody read it.
         """
         pool, replica = destination.pool, place.replica
         head = request.head_for(replica, destination.replica_key)
@@ -291,7 +291,7 @@ class Proxy:
             outcome = await connection.exchange(place, head, request.body, is_head, relay)
         if raced and outcome in UNSENT:
             place.attempted(outcome, record)
-            return Outcome.LOST  # it may have begun on this before it went away: what was sent stays sent
+            return Outcome.LOST  # it may have begun on the request that was sent on the idle connection
         return outcome
 
     def _record(self, request: Request) -> Record:
@@ -311,7 +311,7 @@ class Proxy:
 
 
 def _may_go_on(request: Request) -> bool:
-    """Is it in a format whose streams can go on elsewhere? (Whether this one can is looked at when it breaks.)"""
+    """Is it in a format whose streams can continue elsewhere? (Whether this one can is checked when it breaks.)"""
     return request.path in CONTINUED and request.method == b"POST"
 
 
