@@ -12,6 +12,7 @@ from replica import gpu
 from replica.memory import available_gib
 from replica.options import Options
 from replica.presets import Preset
+from replica.store.cache import Cache
 
 _MEMORY_WAIT = 30.0  # seconds to wait for GPU memory that a dead replica still holds after its lease
 
@@ -52,8 +53,7 @@ def check_token(preset: Preset, options: Options, environ: Mapping[str, str]) ->
     if not preset.gated or options.hf_token or preset.model is None:
         return
     home = Path(environ.get("HF_HOME") or Path(environ.get("HOME") or "~", ".cache/huggingface").expanduser())
-    cache = Path(environ.get("HF_HUB_CACHE") or home / "hub")
-    cached = cache / ("models--" + preset.model.replace("/", "--")) / "snapshots"
+    cached = Cache.of(environ).of_repo(preset.model) / "snapshots"
     if not cached.is_dir() and not (home / "token").is_file():
         raise MachineError(
             f"{preset.model} is gated: accept its licence on its Hugging Face page, then set HF_TOKEN (or "
