@@ -1,7 +1,7 @@
-"""The SGLang command inside a `run:` script: found, understood, and left alone when there is more to it.
+"""Finds the SGLang command in a `run:` script, if starting SGLang is all that the script does.
 
 SkyServe runs `run:` with bash on a machine of its own. Here a script that only starts SGLang becomes
-a replica (`python -m replica`, which leases GPUs and knows this machine); every other is run as it is.
+a replica (`python -m replica`, which leases GPUs and knows this machine); bash runs any other script unchanged.
 """
 
 import math
@@ -13,25 +13,25 @@ from enum import Enum, auto
 
 from balancer.operate.recipe.script import Misread, Word, commands
 
-# What the variable for the port is filled in with: each replica has its own, `at_port` puts it there.
+# Placeholder for the port: each replica has its own, which `at_port` fills in.
 PORT_MARK = "${GROUNDSERVE_PORT}"
 
-# Commands around the server that change nothing for it once `python -m replica` starts it.
+# Commands that make no difference to a server that `python -m replica` starts.
 _WITHOUT_EFFECT = {"echo", "printf", "nvidia-smi", "true", ":", "date", "pwd", "ls", "hostname"}
-# Those that prepare what groundserve brings: they are named, and not run.
+# Commands that set up what groundserve provides itself: a note names them, and they are not run.
 _INSTALLERS = {"pip", "pip3", "conda", "mamba", "apt", "apt-get", "ulimit", "sleep"}
 _LOGINS = (("huggingface-cli", "login"), ("hf", "auth"), ("uv", "pip"), ("uv", "sync"), ("uv", "venv"))
 _ACTIVATES = re.compile(r"(.*/)?(activate|conda\.sh|\.?(bashrc|bash_profile|profile))")
 _SECRET_FLAG = re.compile(r"--(.*-)?(key|keys|password|passphrase|secret|token)")
 _PYTHON = re.compile(r"(.*/)?python(3(\.\d+)?)?")
 _SGLANG = re.compile(r"(.*/)?sglang")
-# Flags of Python that change nothing about a server, and flags of `uv run` without and with a value that only choose
-# its environment, which groundserve brings itself.
+# Python flags that make no difference to a server, and `uv run` flags (without and with a value) that only choose its
+# environment, which groundserve provides itself.
 _OF_PYTHON = {"-u", "-B", "-s", "-P"}
 _OF_UV = {"--active", "--frozen", "--locked", "--no-sync", "--isolated", "--no-project", "--offline", "--all-extras"}
 _OF_UV |= {"--no-dev", "--exact", "-q", "--quiet", "-v", "--verbose"}
 _OF_UV_WITH_VALUE = {"--with", "--python", "-p", "--project", "--extra", "--group", "--index-url", "--index"}
-# SGLang's flags that are groundserve's to give.
+# SGLang flags that groundserve sets itself.
 _OURS = {
     "--model-path": "model",
     "--model": "model",
@@ -42,14 +42,14 @@ _OURS = {
     "--tp-size": "gpus",
     "--tensor-parallel-size": "gpus",
 }
-# Sizes that multiply the GPUs that a server takes, beside its tensor parallel size.
+# Sizes that, like the tensor parallel size, multiply the number of GPUs that a server takes.
 _SIZES = {
     **dict.fromkeys(("--dp", "--dp-size", "--data-parallel-size"), "dp"),
     **dict.fromkeys(("--pp", "--pp-size", "--pipeline-parallel-size"), "pp"),
 }
-# With it, data parallel ranks share the GPUs of the tensor parallel group.
+# With this flag, data parallel ranks share the GPUs of the tensor parallel group.
 _SHARED = "--enable-dp-attention"
-# With these it serves nothing.
+# With one of these flags SGLang serves nothing.
 _NOT_OURS = {"--help", "-h", "--version"}
 
 
@@ -59,17 +59,17 @@ class Launch:
 
     model: str
     flags: tuple[str, ...]
-    # GPUs that one server takes, by its parallel sizes or --gpus; None: the script does not say.
+    # GPUs that one server takes, according to its parallel sizes or --gpus; None if the script does not say.
     gpus: int | None
-    # What the script sets for it, on top of the service's envs.
+    # Environment variables that the script sets for the server, on top of the service's envs.
     envs: Mapping[str, str]
     # Commands of the script that are not run, with keys and tokens replaced by ***.
     left_out: tuple[str, ...]
-    # The folder that the script goes to first, from the one it is started in.
+    # The folder that the script changes to first, relative to the one it is started in.
     folder: str = ""
 
     def at_port(self, port: int) -> "Launch":
-        """For a replica on that port, where the script uses it for more than --port."""
+        """The launch for a replica on this port, filled in where the script uses the port outside --port."""
 
         def filled(text: str) -> str:
             return text.replace(PORT_MARK, str(port))
@@ -79,7 +79,7 @@ class Launch:
 
 
 def understand(script: str, variables: Mapping[str, str]) -> Launch | None:
-    """The one SGLang command of a bash script, variables filled in; None when there is more to the script."""
+    """The only SGLang command of a bash script, variables filled in; None if the script does anything else."""
     try:
         return read(script, variables)
     except Misread:
@@ -87,7 +87,7 @@ def understand(script: str, variables: Mapping[str, str]) -> Launch | None:
 
 
 def read(script: str, variables: Mapping[str, str]) -> Launch:
-    """As understand, but raises Misread, which says what stands in the way."""
+    """Like `understand`, but raises Misread, whose message names the obstacle."""
     variables, exported = dict(variables), set(variables)
     exports: dict[str, str] = {}
     left_out: list[str] = []
@@ -121,7 +121,7 @@ def read(script: str, variables: Mapping[str, str]) -> Launch:
 
 
 class _Around(Enum):
-    """What a command is to the server: itself, perhaps; where it starts; named and not run; nothing."""
+    """What a command means for the server: possibly the server, its folder, a command to leave out, or nothing."""
 
     SERVER = auto()
     FOLDER = auto()
@@ -150,7 +150,7 @@ def _around(command: list[Word]) -> _Around:
 
 
 def _exported(word: Word, variables: Mapping[str, str]) -> tuple[str, str | None]:
-    """The name and value of one word after `export`; None where the variable has none."""
+    """The name and value of one word after `export`; the value is None if the variable has none."""
     if name := word.assigned:
         word.refuse_braces()
         return name, word.text(variables)[len(name) + 1 :]
@@ -160,7 +160,7 @@ def _exported(word: Word, variables: Mapping[str, str]) -> tuple[str, str | None
 
 
 def _assignments(command: list[Word], variables: Mapping[str, str]) -> tuple[dict[str, str], list[Word]]:
-    """The NAME=VALUE that a command begins with, and the rest of it."""
+    """The NAME=VALUE words that a command begins with, and the rest of the command."""
     assigned: dict[str, str] = {}
     rest = list(command)
     while rest and (name := rest[0].assigned):
@@ -169,17 +169,17 @@ def _assignments(command: list[Word], variables: Mapping[str, str]) -> tuple[dic
 
 
 def _joined(folder: str, command: list[Word], variables: Mapping[str, str]) -> str:
-    """The folder after this `cd`."""
+    """The current folder after this `cd`."""
     where = [field for word in command[1:] for field in word.fields(variables)]
     if where[:1] == ["--"]:
         where = where[1:]
     if len(where) != 1 or where[0].startswith("-") or not where[0]:
         raise Misread("it has a `cd` with more or less than a folder in it")
-    return os.path.join(folder, where[0])  # noqa: PTH118 - ".." is gone up when the folder is there
+    return os.path.join(folder, where[0])  # noqa: PTH118 - Recipe.workdir resolves ".."
 
 
 def _server(words: list[str]) -> tuple[tuple[str, list[str]] | None, dict[str, str]]:
-    """Which program a command starts, "sglang" or "replica", with its arguments; and what is set for it on the way."""
+    """The program that a command starts ("sglang" or "replica") with its arguments, and the variables `env` sets."""
     given: dict[str, str] = {}
     while words and words[0] in ("exec", "nohup", "command", "env", "uv"):
         wrapper, *words = words
@@ -202,7 +202,7 @@ def _server(words: list[str]) -> tuple[tuple[str, list[str]] | None, dict[str, s
 
 
 def _without_uv(words: list[str]) -> list[str]:
-    """What `uv run` runs; nothing where that cannot be told."""
+    """The command that `uv run` runs; empty if that is unclear."""
     if words[:1] != ["run"]:
         return []
     words = words[1:]
@@ -222,7 +222,10 @@ def _without_uv(words: list[str]) -> list[str]:
 
 
 def _of_serve(arguments: list[str]) -> list[str]:
-    """What `sglang serve` hands on to the server: a model that stands first has its flag, --model-type is its own."""
+    """The arguments that `sglang serve` passes on to the server.
+
+    A model given first becomes --model-path; --model-type is for `serve` alone.
+    """
     rest: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -265,7 +268,7 @@ def _launch(program: str, arguments: list[str], envs: Mapping[str, str], variabl
 
 
 def _parallel(flags: list[str], tensor: int | None) -> tuple[tuple[str, ...], int | None]:
-    """The flags, and how many GPUs they come to. The tensor parallel size is said where it is not all of them."""
+    """The flags, and how many GPUs they need in total; adds --tp-size if tensor parallelism is only part of that."""
     sizes: dict[str, int] = {}
     for at, flag in enumerate(flags):
         name, has_value, value = flag.partition("=")
@@ -286,7 +289,7 @@ def _size(text: str) -> int:
 
 
 def _ours(flag: str) -> str:
-    """What a flag that is groundserve's to give is for; argparse takes the beginnings of long flags too."""
+    """Which setting of groundserve's this flag gives, if any; like argparse, accepts abbreviated long flags."""
     if flag in _OURS:
         return _OURS[flag]
     meant = {name for known, name in _OURS.items() if len(flag) > 4 and known.startswith(flag) and flag != "--model-"}

@@ -1,24 +1,24 @@
-"""How much of a GPU each of the services that share it may have, so that all fit; pure.
+"""How much of a GPU each of the services that share it may use, so that all of them fit. Pure.
 
-While one has its turn, all others' weights are there, too. What is left of the card is the KV cache of the one whose
-turn it is; so it is the same for all of them.
+The services take turns, and the weights of all of them stay on the card. What is left is the KV cache of the service
+whose turn it is, so its size is the same for all.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# GiB that a replica's process takes on each GPU beside weights and KV cache, asleep as well as awake; measured 1.7.
+# GiB that a replica's process takes on each GPU besides weights and KV cache, asleep or awake; measured 1.7.
 CONTEXT = 2.0
-# GiB to compute in, for the one whose turn it is; and what a card's driver keeps for itself.
+# GiB of working memory for the service whose turn it is, and GiB that the driver reserves on each card.
 WORK = 2.0
 _DRIVER = 0.6
-# A KV cache of fewer GiB serves nobody.
+# A KV cache smaller than this, in GiB, is of no use.
 LEAST_POOL = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a service wants of each GPU: GiB of weights, None where nobody knows; kv: bytes a token takes, or 0."""
+    """What a service needs on each GPU: GiB of weights (None if unknown), KV cache bytes per token (0 if unknown)."""
 
     name: str
     weights: float | None
@@ -27,7 +27,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What it gets: GiB of KV cache, and the card's share for --mem-fraction-static. `problem`: it does not fit."""
+    """What a service gets: GiB of KV cache, and its --mem-fraction-static. `problem` says why it does not fit."""
 
     name: str
     weights: float | None
@@ -38,7 +38,7 @@ class Row:
 
 
 def plan(card: float, shares: Sequence[Share]) -> list[Row]:
-    """For services that share a GPU of `card` GiB, in their order: who comes first has its place first."""
+    """A row for each service on a shared GPU of `card` GiB. Earlier services get their place first."""
     usable = card - _DRIVER - WORK
     there: list[Share] = []
     rows: dict[str, Row] = {}
@@ -59,7 +59,7 @@ def plan(card: float, shares: Sequence[Share]) -> list[Row]:
     for share in there:
         assert share.weights is not None
         tokens = int(pool * 2**30 / share.kv) if share.kv else 0
-        # Rounded down: what is promised to one is another's.
+        # Rounded down, because any excess would be another service's memory.
         fraction = int((share.weights + pool) / card * 1000) / 1000
         rows[share.name] = Row(share.name, share.weights, pool, fraction, tokens)
     return [rows[share.name] for share in shares]
@@ -70,7 +70,7 @@ def _resident(shares: Sequence[Share]) -> float:
 
 
 def shown(card: str, rows: Sequence[Row]) -> list[str]:
-    """The plan as a table, and a line for each that does not fit."""
+    """The plan as a table, and a line for each service that does not fit."""
     lines = [f"{card}, shared by turns:"]
     head = ("SERVICE", "WEIGHTS", "KV CACHE", "--mem-fraction-static")
     cells = [head]

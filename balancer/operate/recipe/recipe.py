@@ -1,4 +1,4 @@
-"""How one replica of a service is started on this machine: its command, its variables, where it listens."""
+"""How one replica of a service is started on this machine: its command, its environment and its port."""
 
 import hashlib
 import json
@@ -15,28 +15,28 @@ from balancer.operate.recipe.script import Misread
 from balancer.spec.service_file import Spec
 from balancer.spec.settings import ReadinessProbe
 
-# What a replica's command finds in its environment: SkyServe's own two, and ours for the port. A script that listens
-# on ${GROUNDSERVE_PORT:-8000} serves under both.
+# Variables that a replica's command finds in its environment: two of SkyServe's, and ours for the port. A script that
+# listens on ${GROUNDSERVE_PORT:-8000} works with both.
 REPLICA_ID = "SKYPILOT_SERVE_REPLICA_ID"
 GPUS = "SKYPILOT_NUM_GPUS_PER_NODE"
 PORT = "GROUNDSERVE_PORT"
 LEASE_WAIT = "LEASE_WAIT"
 GPU_SHARE = "GPU_SHARE"
-# Seconds that one start waits for a GPU; its controller goes on trying, and meanwhile can tell a person why.
+# Seconds that one start waits for a GPU. The controller keeps trying, and can report the reason in between.
 LEASE_WAIT_HERE = "3"
-# And for its turn on one that is shared, where others first answer what they have.
+# Seconds that it waits for its turn on a shared GPU, where other replicas first finish their requests.
 TURN_WAIT_HERE = "30"
 
-# A script that comes to its GPUs by itself.
+# A script that leases its GPUs itself.
 _LEASES_ITSELF = re.compile(r"-m +replica\b")
 
-# The folder that the project's packages are in, so that children find them wherever they are started.
+# The folder that holds the project's packages, so that child processes find them whatever their working folder.
 _PACKAGES = str(Path(__file__).resolve().parents[3])
 
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """One process to be. `envs` come on top of our own environment and may hold secrets."""
+    """How to start one process. `envs` are added to our own environment and may hold secrets."""
 
     argv: tuple[str, ...]
     envs: Mapping[str, str] = field(repr=False)
@@ -49,22 +49,22 @@ class Recipe:
 
     version: int
     spec: Spec
-    # The SGLang command in `run:`; None: the script is run as it is.
+    # The SGLang command in `run:`; None if bash runs the script unchanged.
     launch: Launch | None
-    # GPUs that one replica takes; 0: none.
+    # GPUs that one replica takes.
     gpus: int
-    # The port that each replica must have because its script knows no other; None: any free one.
+    # The port that every replica must use because the script knows no other; None if any free port will do.
     fixed_port: int | None
-    # What the tables say under RESOURCES.
+    # The RESOURCES column of the status tables.
     resources: str
-    # The most replicas that the engine has room for; None: nothing says what one takes.
+    # The maximum number of replicas that the engine has room for; None if nothing says what a replica takes.
     fits: int | None
-    # For a person: what of the script is not run, and the like.
+    # Notes for the user, such as which commands of the script are not run.
     notes: tuple[str, ...]
 
     @property
     def readiness_probe(self) -> ReadinessProbe:
-        """SGLang's own /health, where the file does not say; SkyServe's default for all else."""
+        """The file's probe; without one, SGLang's /health, or SkyServe's default (/) for other scripts."""
         return self.spec.readiness_probe or ReadinessProbe(path="/" if self.launch is None else "/health")
 
     @property
@@ -77,7 +77,7 @@ class Recipe:
 
     @property
     def workdir(self) -> Path:
-        """The folder that a replica's process starts in: where the script would have gone before it starts SGLang."""
+        """The folder that a replica's process starts in: the one from which the script would start SGLang."""
         return Path(os.path.normpath(self.spec.workdir / self.launch.folder)) if self.launch else self.spec.workdir
 
     def invocation(self, id: int, port: int) -> Invocation:
@@ -92,7 +92,7 @@ class Recipe:
         return Invocation((*python("replica"), *self.arguments(port)), with_packages(envs), self.workdir)
 
     def envs(self, id: int, port: int) -> dict[str, str]:
-        """What a replica finds in its environment; secrets may be among it."""
+        """The variables that a replica finds in its environment; some may be secrets."""
         own = {REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
         shares = self.spec.operation.gpu_share
         if shares:
@@ -102,7 +102,7 @@ class Recipe:
         return {**self.spec.envs, **own, **(self.launch.at_port(port).envs if self.launch else {})}
 
     def arguments(self, port: int) -> tuple[str, ...]:
-        """Those of `python -m replica`, where the script starts SGLang."""
+        """The arguments of `python -m replica`; only for a script that starts SGLang."""
         assert self.launch is not None
         launch = self.launch.at_port(port)
         arguments = ["--model", _absolute(launch.model, self.workdir), "--port", str(port)]
@@ -118,18 +118,18 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Equal where replicas are started alike, and different elsewhere; tells nothing of what went in."""
+        """A hash that is equal for recipes that start replicas in the same way; reveals none of its input."""
         made = json.dumps([self.arguments(0) if self.launch else self.spec.run, sorted(self.envs(0, 0).items())])
         return hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
 def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
-    """Raises ConfigError when replicas of this service cannot be started, or not that many of them."""
+    """The recipe of a service. Raises ConfigError if its replicas, or that many of them, cannot be started."""
     if not spec.run.strip():
         raise ConfigError(f"{spec.source}: there is no `run:`, so nothing says how to start a replica")
     for name, flag in spec.missing.items():
         raise ConfigError(f"{spec.source}: {name} has no value: give it with {flag} {name}=VALUE")
-    gpus = min(spec.accelerators.values(), default=0)  # until it is known which kinds are here
+    gpus = min(spec.accelerators.values(), default=0)  # until we know which kinds of GPU this machine has
     launch, why_not = _launch(spec, gpus)
     notes: list[str] = []
     fixed_port = None
@@ -162,13 +162,13 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
 
 
 def for_kind(made: Recipe, kind: str) -> Recipe:
-    """The recipe where replicas run on GPUs of that kind, of which the file may want another number."""
+    """The recipe for replicas on GPUs of this kind; the file may ask for a different number of each kind."""
     spec = replace(made.spec, accelerators={kind: made.spec.accelerators[kind]})
     return replace(recipe(spec, made.version), resources=made.resources, fits=made.fits)
 
 
 def _launch(spec: Spec, gpus: int) -> tuple[Launch | None, str]:
-    """The SGLang command of the script; where there is none of which all is understood, why, if it starts SGLang."""
+    """The script's SGLang command. If it is None but the script seems to start SGLang, also says why."""
     try:
         return read(spec.run, {**os.environ, **spec.envs, GPUS: str(gpus), PORT: PORT_MARK}), ""
     except Misread as obstacle:
@@ -177,7 +177,7 @@ def _launch(spec: Spec, gpus: int) -> tuple[Launch | None, str]:
 
 
 def python(module: str) -> tuple[str, ...]:
-    """The start of a command that runs one of the project's own packages."""
+    """The beginning of a command line that runs one of the project's own packages."""
     return (sys.executable, "-P", "-m", module)
 
 
@@ -188,7 +188,7 @@ def with_packages(envs: Mapping[str, str]) -> dict[str, str]:
 
 
 def _absolute(model: str, workdir: Path) -> str:
-    """A model's folder as an absolute path; anything else stays a name."""
-    # As strings: a Path raises for names that are too long, and for the home of somebody unknown.
+    """A model's folder as an absolute path; anything else is returned unchanged, as a name."""
+    # os.path, because Path raises for names that are too long and for the home folder of an unknown user.
     folder = os.path.join(workdir, os.path.expanduser(model))  # noqa: PTH111, PTH118
     return str(Path(folder).resolve()) if os.path.isdir(folder) else model  # noqa: PTH112

@@ -1,7 +1,7 @@
-"""The part of bash in which `run:` scripts that start one server are written: read exactly, or not at all.
+"""Parses the part of bash that suffices for `run:` scripts that start one server: exactly, or not at all.
 
-Simple commands one after another, quotes, $NAME, ${NAME} and ${NAME:-text}, line continuations, comments. Whatever else
-stands in a script - pipes, redirections, conditions, substitutions, patterns - is for bash itself: Misread.
+It knows sequences of simple commands, quotes, $NAME, ${NAME} and ${NAME:-text}, line continuations and comments.
+Anything else (pipes, redirections, conditions, substitutions, patterns) is left to bash and raises Misread.
 """
 
 import re
@@ -13,7 +13,7 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=")
 _PATTERN = re.compile(r"[*?\[]")
 _BRACES = re.compile(r"\{[^}]*(?:,|\.\.)")
 _SPECIAL = "|&;()<>"
-# Words that begin something longer than a simple command, where they come first.
+# First words that make a command more than a simple one, or that change how bash goes on.
 _COMPOUND = {
     "if",
     "for",
@@ -34,12 +34,12 @@ _COMPOUND |= {"alias", "unset", "shift", "return", "exit", "shopt"}
 
 
 class Misread(Exception):
-    """There is more to the script than is read here; the message says what, for a person."""
+    """The script holds more than this parser reads. The message tells the user what."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a word. `name`: the variable whose value it is, `text` then being what stands in for an unset one."""
+    """A piece of a word: `text`, or the variable `name`, with `text` as the default if it is unset or empty."""
 
     text: str | None
     is_quoted: bool
@@ -48,7 +48,7 @@ class Part:
     def value(self, variables: Mapping[str, str]) -> str:
         if not self.name:
             return self.text or ""
-        # Bash takes the text after :- for an empty variable too.
+        # Bash uses the text after :- for an empty variable too.
         found = variables.get(self.name)
         value = self.text if self.text is not None and not found else found
         if value is None:
@@ -58,20 +58,20 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """`source` is the word as it is written."""
+    """One word of a command; `source` is how the script spells it."""
 
     source: str
     parts: tuple[Part, ...]
 
     @property
     def assigned(self) -> str:
-        """NAME of a NAME=VALUE; else nothing."""
+        """The name, if the word is NAME=VALUE; otherwise empty."""
         first = self.parts[0] if self.parts else None
         found = None if first is None or first.is_quoted or first.name else _ASSIGNMENT.match(first.text or "")
         return found[1] if found else ""
 
     def text(self, variables: Mapping[str, str]) -> str:
-        """What it comes to in an assignment, which bash neither splits nor takes for a pattern. Raises Misread."""
+        """Its value in an assignment, where bash neither splits words nor expands patterns. Raises Misread."""
         first, *others = self.parts
         said = first.value(variables)
         if found := re.match(r"\w+=(?=~)", said):
@@ -81,13 +81,13 @@ class Word:
         return said + "".join(part.value(variables) for part in others)
 
     def refuse_braces(self) -> None:
-        """Raises Misread for {a,b}, of which bash makes several words, also of an assignment that is an argument."""
+        """Raises Misread for {a,b}, which bash expands to several words, even in an assignment that is an argument."""
         plain = "".join("" if part.is_quoted or part.name else part.text or "" for part in self.parts)
         if _BRACES.search(plain):
             raise Misread(f"`{self.source}` has braces that bash replaces")
 
     def fields(self, variables: Mapping[str, str]) -> list[str]:
-        """The words that it comes to: variables without quotes are split, and may come to none. Raises Misread."""
+        """The words that it expands to: unquoted variables are split, possibly into none. Raises Misread."""
         self.refuse_braces()
         fields: list[str] = []
         field: str | None = None
@@ -114,10 +114,10 @@ class Word:
 
 
 def commands(script: str) -> list[list[Word]]:
-    """The script as simple commands, in their order. Raises Misread."""
+    """The script as a list of simple commands. Raises Misread."""
     found: list[list[Word]] = [[]]
     at = 0
-    is_begun = False  # something has to follow: the last command ended in &&
+    is_begun = False  # the last command ended in &&, so another has to follow
     while at < len(script):
         letter = script[at]
         if script.startswith("\\\n", at):
@@ -149,7 +149,7 @@ def commands(script: str) -> list[list[Word]]:
 
 
 def _word(script: str, at: int) -> tuple[Word, int]:
-    """The word that begins there, and where it ends."""
+    """The word that begins at `at`, and where it ends."""
     start = at
     parts: list[Part] = []
     plain = ""
@@ -192,7 +192,7 @@ def _word(script: str, at: int) -> tuple[Word, int]:
 
 
 def _quoted(script: str, at: int) -> tuple[list[Part], int]:
-    """What stands in double quotes from there on, and where it ends."""
+    """The parts of the double-quoted text from `at` on, and the position after the closing quote."""
     parts = [Part("", is_quoted=True)]
     text = ""
     while at < len(script):
@@ -221,14 +221,14 @@ def _reference(script: str, at: int, is_quoted: bool) -> tuple[Part, int]:
 
 
 def _without_dollar(text: str) -> str:
-    # Whatever reads it next, SGLang or a shell, may want to fill it in; it has to come from bash as it is.
+    # A later reader, SGLang or a shell, may expand the $ itself, so only bash may pass this text on.
     if "$" in text:
         raise Misread("it has a $ that bash leaves as it is")
     return text
 
 
 def _home(value: str, word: Word, variables: Mapping[str, str]) -> str:
-    """`value`, with which a word or what it assigns begins, with its ~ replaced."""
+    """`value` with its leading ~ expanded; a word, or the value that it assigns, begins with `value`."""
     home = variables.get("HOME")
     if home is None or not (value.startswith("~/") or (value == "~" and len(word.parts) == 1)):
         raise Misread(f"`{word.source}` has a ~ that only bash can replace")
