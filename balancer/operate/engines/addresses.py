@@ -1,4 +1,4 @@
-"""Where a service's balancer listens and who may use it: what the flags of `groundserve up` say, else free ports."""
+"""Where a service's balancer listens and who may use it: as the flags of `groundserve up` say, else on free ports."""
 
 import contextlib
 import socket
@@ -10,7 +10,7 @@ from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.service_folder import DetachedRecord
 from balancer.spec.loopback import is_loopback_name
 
-# SkyServe's first port for endpoints; the next service takes the next pair that is free.
+# SkyServe's first port for endpoints. Each service takes the first free pair.
 _FIRST_PORT = 30001
 _LAST_PORT = 30999
 
@@ -24,7 +24,7 @@ class AddressFlags:
     is_open: bool = False
     api_keys: str | None = None
     admin_key: str | None = None
-    join: str | None = None  # the name of a service whose endpoint is to be this one's, too
+    join: str | None = None  # the name of a service whose endpoint this one is to share
 
     def resolved(self, listen: str, admin: str) -> "Addresses":
         """These two addresses, with what the flags say about who may use them."""
@@ -33,9 +33,9 @@ class AddressFlags:
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the balancer listens, HOST:PORT each, and who may use it: everyone, or holders of a key in that file.
+    """Where the balancer listens (HOST:PORT each), and who may use it: everyone, or holders of a key in `api_keys`.
 
-    `admin_key` is the file with the key for changes on the admin port; None: one of the service's own.
+    `admin_key` is the file with the key for changes on the admin port; None means the service's own key.
     """
 
     listen: str
@@ -61,7 +61,7 @@ class Listeners:
 
 
 def open_listeners(flags: AddressFlags) -> tuple[Addresses, Listeners]:
-    """Opens the ports that were asked for, else the first free pair from 30001 on. From now on they are ours.
+    """Opens the requested ports, or the first free pair from 30001 on, and listens on them from now on.
 
     Raises ConfigError if a requested port is taken, or if an address beyond loopback comes without a key or --open.
     """
@@ -90,14 +90,14 @@ def open_listeners(flags: AddressFlags) -> tuple[Addresses, Listeners]:
 
 
 def choose_addresses(flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
-    """For a balancer that opens its ports itself, later: what was asked for, else the addresses in the record, else the
+    """Addresses for a balancer that opens its ports itself, later: those requested, else those in the record, else the
     first free pair from 30001 on.
 
     Raises ConfigError if a requested port is taken, or if an address beyond loopback comes without a key or --open.
     """
     _check_admin(flags)
     if record is not None and flags.listen in (None, record.listen) and flags.admin in (None, record.admin):
-        return flags.resolved(record.listen, record.admin)  # taken, by the service itself
+        return flags.resolved(record.listen, record.admin)  # the service itself uses these ports already
     listen, admin = (
         None if address is None else _free(flag, address)
         for flag, address in (("--listen", flags.listen), ("--admin", flags.admin))

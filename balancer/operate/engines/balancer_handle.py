@@ -11,18 +11,18 @@ from balancer.contract.status import Snapshot
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.keys import bearing
 
-# It answers from memory; more than this on loopback means that it hangs.
+# Seconds. The balancer answers from memory, so a longer silence on loopback means that it hangs.
 _TIMEOUT = 5.0
 
 
 class BalancerHandle(ABC):
-    """One balancer at a fixed endpoint, known by what it answers to the list of replicas."""
+    """One balancer at a fixed endpoint. It is sent the list of replicas and answers with a snapshot."""
 
-    _limits = httpx.Limits()  # of connections to it
+    _limits = httpx.Limits()  # for connections to the balancer
 
     def __init__(self, admin: str, key_file: Path, key: str, about: str | None = None) -> None:
-        """`admin` is the admin port's HOST:PORT; its key lies in `key_file`, so that no other balancer listens to us
-        should it ever have that port. `about` names the service that is meant, where the balancer has several.
+        """`admin` is the admin port's HOST:PORT. Its key is in `key_file`, so that another balancer that ever gets this
+        port rejects our requests. `about` names the service that we mean, if the balancer has several.
         """
         self.admin = admin
         self.key_file = key_file
@@ -39,7 +39,7 @@ class BalancerHandle(ABC):
     @property
     @abstractmethod
     def is_leaving(self) -> bool:
-        """Is a replaced process still finishing its answers? Only that process knows which replicas they need."""
+        """Is a replaced process still finishing its answers? Only that process knows which replicas it still needs."""
 
     @abstractmethod
     async def keep_up(self) -> None:
@@ -47,18 +47,18 @@ class BalancerHandle(ABC):
 
     @abstractmethod
     async def renew(self, recipe: Recipe) -> None:
-        """Applies this recipe: policy, limits and probe at once; another certificate by another process."""
+        """Applies this recipe: policy, limits and probe take effect at once; a new certificate needs a new process."""
 
     @abstractmethod
     async def stop(self, hurry: asyncio.Event) -> None:
-        """Returns when it is gone: once every answer in flight is finished, or at once when `hurry` is set."""
+        """Stops the balancer and returns when it is gone: after all answers in flight, or at once if `hurry` is set."""
 
     @abstractmethod
     async def replace(self) -> None:
-        """Has another process take its place, with the code that is installed now; this one finishes its answers."""
+        """Starts a new process, with the code that is installed now; the old one finishes its answers."""
 
     async def tell(self, listing: Listing) -> Snapshot | None:
-        """Hands over the whole list of replicas; what the balancer makes of it, or None while it does not answer."""
+        """Sends the whole list of replicas; returns the balancer's snapshot, or None while it does not answer."""
         try:
             answer = await self._client.put("/replicas", params=self._about, json=listing.to_json())
             answer.raise_for_status()
@@ -69,7 +69,7 @@ class BalancerHandle(ABC):
         return snapshot
 
     def _new_client(self) -> httpx.AsyncClient:
-        """A client without connections to an earlier process."""
+        """A new client, without connections to an earlier process."""
         return httpx.AsyncClient(
             base_url=f"http://{self.admin}",
             headers=bearing(self._key),
@@ -79,7 +79,7 @@ class BalancerHandle(ABC):
         )
 
     async def drain(self, id: int) -> bool:
-        """Whether the balancer took note of it."""
+        """Tells the balancer to drain a replica; returns whether it accepted."""
         try:
             return (await self._client.post(f"/replicas/{id}/drain", params=self._about)).is_success
         except httpx.HTTPError:
@@ -88,5 +88,5 @@ class BalancerHandle(ABC):
 
 def service_file_for(recipe: Recipe) -> str:
     """The service file that the balancer of this recipe is started with."""
-    # There is no other load balancer in front that has to notice first that this one leaves.
+    # drain_grace gives a load balancer in front time to notice that this one shuts down; here there is none.
     return recipe.spec.for_balancer(recipe.readiness_probe, {"drain_grace": 0})

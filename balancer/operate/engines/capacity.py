@@ -1,4 +1,4 @@
-"""What this machine has for replicas, and whether that is enough: GPUs, memory, cores. Asked before any is started."""
+"""Whether this machine has enough GPUs, memory and cores for a service's replicas. Checked before any is started."""
 
 import json
 import os
@@ -14,10 +14,11 @@ from balancer.spec.service_file import NOTHING, Spec
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One NVIDIA GPU as `python -m replica --list-gpus` lists it; memory in MiB, 0 where nobody knows.
+    """One NVIDIA GPU as `python -m replica --list-gpus` lists it; memory in MiB, 0 if unknown.
 
-    `kinds` are the wanted ones that it is of, `seat` the place of its group among those that replicas are given, held
-    ones included; None: no replica of the service is given it. `problem`: it has failed, in the driver's words.
+    `kinds` are those of the wanted kinds that it matches. `seat` is the rank of its group in the order in which
+    replicas get them, groups in use included; None if no replica of the service can get it. `problem` is the driver's
+    message if the GPU has failed.
     """
 
     name: str
@@ -39,10 +40,10 @@ def gpus(
     share: bool = False,
     envs: Mapping[str, str] = NOTHING,
 ) -> tuple[Gpu, ...]:
-    """Seated for replicas of that model with `each` of them, of those kinds. Raises ConfigError when none answers.
+    """This machine's GPUs, with seats for replicas of this model that take `each` GPUs of these kinds.
 
-    share: for replicas that share, to whom those that share as well are not in the way. `envs`: the replicas' own,
-    of which CUDA_VISIBLE_DEVICES and the folder of the leases count.
+    share: the replicas share GPUs, so others that share do not count as holders. `envs`: the replicas' own; only
+    CUDA_VISIBLE_DEVICES and the lease folder matter. Raises ConfigError if `python -m replica` fails.
     """
     flags = ["--gpus", str(each), "--gpu-kinds", ",".join(kinds), *(("--model", model) if model else ())]
     if share:
@@ -66,23 +67,23 @@ def gpus(
 
 
 def seated_for(recipe: Recipe) -> tuple[Gpu, ...]:
-    """The machine's GPUs as the replicas of a recipe would be given them."""
+    """This machine's GPUs, with seats for the replicas of a recipe."""
     spec = recipe.spec
     return gpus(recipe.gpus or 1, spec.accelerators, recipe.model, share=spec.operation.gpu_share, envs=spec.envs)
 
 
 def check_model(recipe: Recipe) -> None:
-    """Lets `python -m replica` look at model and flags without starting; raises ConfigError with its own words."""
+    """Checks model and flags with `python -m replica --dry-run`; raises ConfigError with its message."""
     if recipe.launch is not None:
         argv = recipe.invocation(1, 8000).argv
         flags = argv[len(python("replica")) :]
-        # On the CPU: a lease is not what is asked here, and GPUs may be in use by the replicas that these replace.
+        # On the CPU, because this must not lease GPUs: those being replaced may still use them.
         share = {GPU_SHARE: "yes"} if recipe.spec.operation.gpu_share else {}
         _replica("--device", "cpu", "--dry-run", *flags, envs=share)
 
 
 def weight(recipe: Recipe) -> tuple[int | None, int]:
-    """Bytes of the model's weights, None where they are not here to be weighed, and of KV cache a token, or 0."""
+    """Bytes of the model's weights (None if they are not on this machine) and of KV cache per token (0 if unknown)."""
     assert recipe.launch is not None
     model = recipe.arguments(0)[1]
     theirs = {name: recipe.spec.envs[name] for name in ("HF_HOME", "HF_HUB_CACHE") if name in recipe.spec.envs}
@@ -91,7 +92,7 @@ def weight(recipe: Recipe) -> tuple[int | None, int]:
 
 
 def seats(there: tuple[Gpu, ...]) -> list[tuple[Gpu, ...]]:
-    """The groups of GPUs that replicas may lease, in the order in which they are given; held ones among them."""
+    """The groups of GPUs that replicas may lease, in the order in which they get them; includes those in use."""
     groups: dict[int, list[Gpu]] = {}
     for gpu in there:
         if gpu.seat is not None:
@@ -104,12 +105,12 @@ def _free(groups: list[tuple[Gpu, ...]]) -> list[tuple[Gpu, ...]]:
 
 
 def placement(recipe: Recipe) -> list[str]:
-    """A line for each GPU that the replicas of a fitted recipe may get; none where they want none."""
+    """A line for each GPU of this machine, for a fitted recipe; none if its replicas are not SGLang or take no GPU."""
     return placed(recipe, seated_for(recipe)) if recipe.launch is not None and recipe.gpus else []
 
 
 def placed(recipe: Recipe, there: tuple[Gpu, ...]) -> list[str]:
-    """A line for each GPU: what it is, and who has it or gets it when the service comes up."""
+    """A line for each GPU: what it is, and who holds it or gets it when the service comes up."""
     most = recipe.spec.max_replicas
     lines = []
     order = [gpu for group in _free(seats(there)) for gpu in group]
@@ -137,13 +138,13 @@ def placed(recipe: Recipe, there: tuple[Gpu, ...]) -> list[str]:
 
 
 def fit(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
-    """The recipe fitted to this machine, and all there is to warn of; raises ConfigError when it cannot run here."""
-    if not os.path.isdir(recipe.workdir):  # noqa: PTH112 - the path's own method raises for names that are too long
+    """The recipe fitted to this machine, and all warnings; raises ConfigError if it cannot run here."""
+    if not os.path.isdir(recipe.workdir):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         what = "run: cd" if recipe.launch and recipe.launch.folder else "workdir"
         raise ConfigError(f"{recipe.spec.source}: {what}: there is no folder {recipe.workdir}")
     there: tuple[Gpu, ...] = ()
     if recipe.launch is not None or recipe.gpus:
-        if len(recipe.spec.accelerators) > 1:  # else there is nothing to choose, and nvidia-smi may take seconds
+        if len(recipe.spec.accelerators) > 1:  # with one kind there is no choice, and nvidia-smi may take seconds
             recipe = of_kind(recipe, gpus(kinds=recipe.spec.accelerators, envs=recipe.spec.envs))
         there = seated_for(recipe)
     made, warnings = fitted(recipe, recipe.spec.min_replicas, there, limits.memory() / 1e9, running)
@@ -152,7 +153,7 @@ def fit(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
 
 
 def of_kind(recipe: Recipe, there: tuple[Gpu, ...]) -> Recipe:
-    """For the first of the kinds that the file names of which enough are here, else any; for all where none is."""
+    """The recipe for the first kind in the file with enough GPUs here, else the first with any; else unchanged."""
     whole = [gpu for gpu in there if not gpu.is_split and not gpu.problem]
     here = {kind: sum(kind in gpu.kinds for gpu in whole) for kind in recipe.spec.accelerators}
     enough = [kind for kind, count in here.items() if count >= recipe.spec.accelerators[kind]]
@@ -163,9 +164,9 @@ def of_kind(recipe: Recipe, there: tuple[Gpu, ...]) -> Recipe:
 def fitted(
     recipe: Recipe, count: int, there: tuple[Gpu, ...], memory: float, running: int = 0
 ) -> tuple[Recipe, list[str]]:
-    """The recipe with what one replica gets here, and warnings; raises ConfigError when `count` replicas do not fit.
+    """The recipe with what one replica gets here, and warnings; raises ConfigError if `count` replicas do not fit.
 
-    `memory` is what is free, in GB, beside the service's own `running` replicas.
+    `memory` is the free memory in GB, while `running` replicas of the service already use theirs.
     """
     spec, warnings = recipe.spec, []
     fits = None if not spec.memory else running + int(memory / spec.memory)
@@ -181,7 +182,7 @@ def fitted(
     usable = [gpu for gpu in there if not gpu.is_split and not gpu.problem]
     known = [kind for kind in spec.accelerators if any(kind in gpu.kinds for gpu in usable)]
     mine = [gpu for gpu in usable if not known or gpu.kinds]
-    # SGLang takes a GPU where there is one, asked for or not.
+    # SGLang uses a GPU if there is one, requested or not.
     each = recipe.gpus or (1 if mine and recipe.launch else 0)
     groups = seats(there)
     if each and len(groups) < count:
@@ -204,7 +205,7 @@ def fitted(
 
 
 def _too_few(there: tuple[Gpu, ...], mine: list[Gpu], known: list[str], spec: Spec, each: int) -> str:
-    """What is wanted, what is here, and what to do about it."""
+    """The rest of the error message: what is wanted, what this machine has, and what to do about it."""
     wanted = f" ({', '.join(spec.accelerators)})" if spec.accelerators else ""
     has = f"this machine has {len(mine) or 'none'}{f' of {known[0]}' if known and len(mine) < len(there) else ''}"
     if split := sum(gpu.is_split for gpu in there):

@@ -1,4 +1,4 @@
-"""One child process with a log, on a leash: it is stopped or killed, and never outlives us."""
+"""One child process with a log, run under leash.py so that it never outlives us."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ _LEASH = str(Path(__file__).with_name("leash.py"))
 
 
 class Child:
-    """`code` is None while it runs; then 0, the exit code, or 128 + the signal that ended it."""
+    """One process. `code` is None while it runs, then its exit code, or 128 + the signal that ended it."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: Path, on_end: Callable[[], None]) -> None:
         self.log = log
@@ -26,14 +26,14 @@ class Child:
     async def start(
         cls, invocation: Invocation, log: Path, on_end: Callable[[], None], pass_fds: Sequence[int] = ()
     ) -> "Child":
-        """Starts it, its output appended to `log`, which the leash keeps from growing for ever.
+        """Starts it with its output appended to `log`, whose size the leash bounds.
 
-        `log` is an absolute path; `on_end` is called when it ended. It inherits the descriptors `pass_fds`, by the
-        same numbers. Raises CannotStart.
+        `log` is an absolute path. `on_end` is called when the process has ended. The process inherits the descriptors
+        `pass_fds` under the same numbers. Raises CannotStart.
         """
         leash = (sys.executable, "-I", "-S", _LEASH, str(os.getpid()), f"--log={log}")
         try:
-            with log.open("ab") as output:  # what the leash itself has to say
+            with log.open("ab") as output:  # for messages of the leash itself
                 process = await asyncio.create_subprocess_exec(
                     *leash,
                     *invocation.argv,
@@ -42,7 +42,7 @@ class Child:
                     stderr=asyncio.subprocess.STDOUT,
                     cwd=invocation.workdir,
                     env={**os.environ, **invocation.envs},
-                    # Ctrl-C at our terminal is ours to act on, in order.
+                    # Only we react to Ctrl-C at our terminal, and then stop everything in order.
                     start_new_session=True,
                     pass_fds=pass_fds,
                 )
@@ -56,7 +56,7 @@ class Child:
         return code if code is None or code >= 0 else 128 - code
 
     async def stop(self, grace: float | None, number: signal.Signals = signal.SIGTERM) -> None:
-        """Returns when it and all that it started are gone: signalled, and killed after `grace` seconds, if given."""
+        """Signals it, kills it after `grace` seconds if given, and returns when it and all that it started are gone."""
         self.signal(number)
         try:
             await asyncio.wait_for(asyncio.shield(self._watch), grace)
@@ -81,7 +81,7 @@ class Child:
 
 
 def tail(log: Path, lines: int) -> list[str]:
-    """The last lines of a log that are not blank; none while there is no log."""
+    """The last lines of a log that are not blank; empty if there is no log yet."""
     try:
         with log.open("rb") as file:
             file.seek(0, os.SEEK_END)

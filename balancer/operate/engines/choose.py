@@ -12,14 +12,14 @@ from balancer.operate.state.state_file import BrokenState
 
 AUTO = "auto"
 
-# By the name that --on and a detached record give. AUTO takes the first one that suits the service.
+# The engines by the name that --on and a detached record use. AUTO picks the first one that suits the service.
 ENGINES: dict[str, Callable[[ServiceFolder], Engine]] = {"local": LocalEngine, "compose": ComposeEngine}
 
 
 def choose_engine(name: str, recipe: Recipe, folder: ServiceFolder) -> Engine:
-    """The engine of that name. AUTO: the one that runs the service already, else the first one that suits it here.
+    """The engine with this name. AUTO: the one that already runs the service, else the first that suits it here.
 
-    Raises ConfigError where there is none of that name, or another one runs the service.
+    Raises ConfigError if there is no such engine, or if another one runs the service.
     """
     if (record := folder.detached_record) is not None:
         if name not in (AUTO, record.engine):
@@ -35,11 +35,11 @@ def choose_engine(name: str, recipe: Recipe, folder: ServiceFolder) -> Engine:
 
 
 def take_down_detached(folder: ServiceFolder) -> None:
-    """Ends what serves on without its controller; raises ConfigError."""
+    """Takes down a service that still serves although its controller is gone; raises ConfigError."""
     try:
         record = folder.detached_record
     except BrokenState:
-        names = list(ENGINES)  # it may be any one's
+        names = list(ENGINES)  # it may belong to any engine
     else:
         names = [record.engine] if record is not None else []
     for name in names:

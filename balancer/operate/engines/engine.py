@@ -19,7 +19,7 @@ class CannotStart(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Survivor:
-    """A replica that an earlier controller left running; `digest` is that of the recipe it was started by."""
+    """A replica that an earlier controller left running; `digest` is that of the recipe it was started from."""
 
     id: int
     listing: ReplicaListing
@@ -28,84 +28,85 @@ class Survivor:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A replica that ended unasked: why in one line, and whether another start would end the same way."""
+    """A replica that ended without being stopped: why, in one line, and whether another start would end likewise."""
 
     id: int
     reason: str
     is_hopeless: bool = False
-    # It did not fail: all GPUs that would do are held by others.
+    # It did not fail: others hold every GPU that it could use.
     waits_for_gpu: bool = False
 
     @classmethod
     def by(cls, id: int, code: int, last_words: str) -> Self:
-        """By its exit code (128 + the signal, where one ended it) and the last line that it printed."""
+        """From its exit code (128 + the signal, if one ended it) and the last line that it printed."""
         how = f"killed by signal {code - 128}" if code > 128 else f"exited with code {code}"
         if code == os.EX_TEMPFAIL and last_words.startswith("replica: "):
             return cls(id, last_words.removeprefix("replica: "), waits_for_gpu=True)
         return cls(id, f"{how}: {last_words}" if last_words else how, code in _HOPELESS)
 
 
-# Exit codes that mean that the command itself is wrong: bad usage (2), a bad configuration (sysexits' 78), and bash's
-# and env's "cannot be executed" (126) and "not found" (127).
+# Exit codes for a command that is wrong in itself: bad usage (2), bad configuration (78 in sysexits.h), and "cannot be
+# executed" (126) and "not found" (127) as bash and env report them.
 _HOPELESS = {2, 78, 126, 127}
 
 
 class Engine(Protocol):
     """One way to run a service: its replicas and the balancer in front of them. Each object is for one service.
 
-    `suits`, `fit`, `placement` and `take_down` may be called at any time, in any process. `prepare` comes before all
-    that follows it here, and `found` before the first `start`.
+    `suits`, `fit`, `placement` and `take_down` may be called at any time, in any process. `prepare` must be called
+    before any method below it, and `found` before the first `start`.
     """
 
-    # What --on, the detached record and the status tables call it.
+    # Its name for --on, in the detached record and in the status tables.
     name: str
-    # Does what it runs go on when its controller is killed? Then a detached record says where.
+    # Do its replicas and balancer keep running if the controller is killed? Then a detached record says where they are.
     outlives_controller: bool
-    # Set whenever a replica or the balancer ended.
+    # Set whenever a replica or the balancer has ended.
     changed: asyncio.Event
 
     def suits(self, recipe: Recipe) -> bool:
         """May --on auto choose it for this service on this machine? Starts nothing."""
 
     def fit(self, recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
-        """The recipe, completed with what one replica gets here and how many fit; and warnings.
+        """The recipe, completed with what one replica gets here and how many fit, and warnings.
 
         `running` replicas of the service are running already. Raises ConfigError if the service cannot run here.
         """
 
     def placement(self, recipe: Recipe) -> list[str]:
-        """For people: a line for each GPU, saying which replica would get it. `recipe` is a fitted one."""
+        """For the user: a line for each GPU, saying which replica would get it. `recipe` must be fitted."""
 
     def take_down(self) -> None:
-        """Ends and removes all that is left of a service whose controller is gone; raises ConfigError."""
+        """Stops and removes all that is left of a service whose controller is gone; raises ConfigError."""
 
     def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None) -> Addresses:
-        """Does what must be done before the first start, and says where the service will be found.
+        """Does what must be done before the first start, and returns the addresses of the service.
 
-        `record` is what an earlier controller left, if it was killed. May take minutes and print. Raises ConfigError.
+        `record` is what an earlier controller left if it was killed. May take minutes, and prints progress. Raises
+        ConfigError.
         """
 
     def balancer(self, recipe: Recipe) -> BalancerHandle:
-        """The balancer in front of the replicas, not started yet. Raises ConfigError for a key that is none."""
+        """The balancer in front of the replicas, not started yet. Raises ConfigError if its key file is unusable."""
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """The headers that its replicas require of us."""
+        """The headers that its replicas require in our requests."""
 
     async def found(self) -> tuple[Survivor, ...]:
         """Takes over what an earlier controller left running."""
 
     async def start(self, id: int, recipe: Recipe) -> None:
-        """Starts a replica under a number that is free; raises CannotStart."""
+        """Starts a replica with an id that is not in use; raises CannotStart."""
 
     async def stop(self, id: int, grace: float) -> None:
-        """Returns when the replica is gone: asked first, killed `grace` seconds later. Unknown ones are gone."""
+        """Stops a replica, kills it after `grace` seconds, and returns when it is gone; at once if it is unknown."""
 
     def running(self) -> Mapping[int, ReplicaListing]:
-        """What runs now, by number, with all that the engine knows of it: a name, a place and an age at least."""
+        """The running replicas by id, with all that the engine knows: at least the name, the engine and the age."""
 
     def ended(self) -> tuple[Ended, ...]:
-        """What ended unasked since the last call."""
+        """The replicas that ended since the last call without being stopped."""
 
     async def close(self) -> None:
-        """Removes what is left when all replicas and the balancer are gone."""
+        """Removes what is left after all replicas and the balancer are gone."""

@@ -1,23 +1,23 @@
-"""Whether a replica still fetches its model: its own program says so, at the end of its log, before SGLang begins."""
+"""Whether a replica is still fetching its model, which it reports at the end of its log before SGLang starts."""
 
 from pathlib import Path
 
 from balancer.operate.engines.child import tail
 
-# How the lines of `python -m replica` begin, and those of a download.
+# How the lines of `python -m replica` begin, and its lines about a download.
 OURS, FETCHING = "replica: ", "replica: fetching "
 
 
 class Fetching:
-    """One life of a replica, from now on. Once SGLang has said a word, nobody looks any more."""
+    """Watches the log of one replica process, from before its start until SGLang prints its first line."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
-        self._before = self._size()  # what the log holds of earlier lives, in bytes
+        self._before = self._size()  # bytes of log from earlier processes
         self._is_over = False
 
     def progress(self) -> str:
-        """How far it is, in its own words; empty where it does not fetch."""
+        """Its last line about the download; empty if it is not fetching."""
         if self._is_over or self._size() == self._before:
             return ""
         last = next(iter(tail(self._log, 1)), OURS)

@@ -1,17 +1,17 @@
-"""Runs one command so that nothing of it outlives whoever started it: `leash.py PARENT_PID [--log=FILE] COMMAND...`.
+"""Runs one command so that none of its processes outlives our parent: `leash.py PARENT_PID [--log=FILE] COMMAND...`.
 
-What tini is for a container, for a process on this host. The leash adopts every process that the command
-leaves behind, and the kernel tells it when its parent dies, however that dies.
+It does for a process on this host what tini does for a container. It adopts every process that the command leaves
+behind, and the kernel signals it when its parent dies, however that happens.
 
-SIGTERM, SIGINT and SIGUSR1 go to the command alone, as `docker stop` does it; if it ends by that, what it left
-behind gets SIGTERM too. SIGHUP, also sent by the kernel when the parent dies, kills everything at once. When
-the command ends by itself, whatever it left behind is killed. The exit code is the command's, or 128 + the
-signal that ended it.
+SIGTERM, SIGINT and SIGUSR1 go to the command alone, as with `docker stop`; once the command has ended after one of
+them, the processes that it left behind get SIGTERM. SIGHUP, which the kernel also sends when the parent dies, kills
+everything at once. If the command ends by itself, the processes that it left behind are killed. The exit code is the
+command's, or 128 + the signal that ended it.
 
-With a log, what the command prints comes through a pipe and goes into files that do not grow for ever. All of it: the
-leash ends when the pipe has, whatever became of the command or of our parent.
+With a log, the command's output goes through a pipe into files of bounded size. The leash reads the pipe to its
+end, even after the command or our parent has died, but for at most LAST_WORDS seconds after all processes are gone.
 
-Started as a file, without site packages, so that it stays at a few megabytes.
+It is run as a script, without site packages, so that it needs only a few megabytes of memory.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import sys
 import threading
 from pathlib import Path
 
-# At the end, so that nothing of ours stands before the standard library.
+# At the end of the path, so that none of our modules shadows the standard library.
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 
 from balancer.operate.engines.rotation import RotatedLog
@@ -33,8 +33,8 @@ PR_SET_CHILD_SUBREAPER = 36
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
 
-PIPE_BYTES = 256 << 10  # so that a burst need not wait for us
-# Seconds for the pipe's end once all that we started is gone. A stranger who was handed its other side may keep it.
+PIPE_BYTES = 256 << 10  # so that a burst of output need not wait for us
+# Seconds to wait for the pipe's end after all our processes are gone: some other process may hold its write end open.
 LAST_WORDS = 5.0
 
 _FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
@@ -44,7 +44,7 @@ _OURS = {*_FORWARDED, signal.SIGHUP, signal.SIGCHLD}
 def main(arguments: list[str]) -> int:
     parent, command = int(arguments[0]), arguments[1:]
     log = Path(command.pop(0).removeprefix("--log=")) if command[0].startswith("--log=") else None
-    # What the starter ignored (SIGHUP under nohup) would stay ignored, and then not even sigwait() sees it.
+    # Signals that our parent ignored (SIGHUP under nohup) would stay ignored, and even sigwait() would not see them.
     ignored = {number for number in _OURS if signal.getsignal(number) is signal.SIG_IGN}
     for number in _OURS:
         signal.signal(number, signal.SIG_DFL)
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     if log is None:
         return _hold(_start(command, ignored - {signal.SIGCHLD}, handed_over))
     reading, writing = os.pipe()
-    with contextlib.suppress(OSError):  # all pipes of a user may take so much and no more
+    with contextlib.suppress(OSError):  # the total size of a user's pipes is limited
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     pid = _start(command, ignored - {signal.SIGCHLD}, handed_over, writing)
     os.close(writing)
@@ -74,17 +74,17 @@ def _keep(reading: int, log: RotatedLog) -> None:
 
 
 def _open_descriptors() -> list[int]:
-    """The descriptors that we were started with, besides the three standard ones."""
+    """The descriptors that we were started with, except the three standard ones."""
     found = []
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are all that is wanted
-        with contextlib.suppress(OSError):  # it was the one that listed them
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - only the names are needed
+        with contextlib.suppress(OSError):  # it was the descriptor that listdir itself used
             os.fstat(int(name))
             found.append(int(name))
     return [descriptor for descriptor in found if descriptor > 2]
 
 
 def _start(command: list[str], ignored: set[signal.Signals], handed_over: list[int], out: int | None = None) -> int:
-    """Starts the command, which alone keeps the inherited descriptors: no port may stay open because of a leash."""
+    """Starts the command. Only it keeps the inherited descriptors, so that the leash holds no port open."""
     leash = os.getpid()
     pid = os.fork()
     if pid:
@@ -94,14 +94,14 @@ def _start(command: list[str], ignored: set[signal.Signals], handed_over: list[i
     if out is not None:
         os.dup2(out, 1)
         os.dup2(out, 2)
-    # Were the leash itself killed, the command has to go with it.
+    # If the leash itself is killed, the command has to end too.
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != leash:
         os._exit(128 + signal.SIGKILL)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
-    # Python ignores these two for itself, and what is ignored stays ignored in a command that is executed.
+    # Python ignores these two signals, and ignored signals stay ignored across exec.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -134,7 +134,7 @@ def _hold(pid: int) -> int:
 
 
 def _reap(pid: int) -> tuple[bool, int]:
-    """Takes note of all children that ended; whether `pid` was among them, and its exit code."""
+    """Reaps all children that have ended; returns whether `pid` was among them, and its exit code."""
     ended, code = False, 0
     with contextlib.suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
@@ -144,7 +144,7 @@ def _reap(pid: int) -> tuple[bool, int]:
 
 
 def _kill_all() -> None:
-    # Again and again: a process may fork between the look and the signal.
+    # Repeated, because a process may fork between the listing and the signal.
     while living := _descendants():
         _send(signal.SIGKILL, living)
         with contextlib.suppress(ChildProcessError):
@@ -158,7 +158,7 @@ def _send(number: int, processes: list[int]) -> None:
 
 
 def _descendants() -> list[int]:
-    """All living processes below this one. Orphans count: they were handed to us, the subreaper."""
+    """All living descendants of this process. Orphans are included, because we are their subreaper."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

@@ -1,10 +1,10 @@
-"""Memory and cores that new processes may take: the machine's, or less where a cgroup of ours or above it says so."""
+"""Memory and cores that new processes may use: the machine's, or less if our cgroup or one above it limits them."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Where a cgroup's limits and its use stand, and the name in memory.stat of what can be dropped: version 2, then 1.
+# The files with a cgroup's limits and usage, and the field of memory.stat for reclaimable cache; version 2, then 1.
 _MEMORY = (
     (("memory.max", "memory.high"), "memory.current", "inactive_file"),
     (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
@@ -12,7 +12,7 @@ _MEMORY = (
 
 
 def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """In bytes: the least that any limit leaves."""
+    """Free memory in bytes: the minimum over the machine and all limits."""
     fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
     for folder in _folders(proc, cgroup, "memory"):
@@ -21,7 +21,7 @@ def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) ->
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 spent = int((folder / used).read_text()) - int(stat[cache])
             except (OSError, KeyError, ValueError):
-                continue  # the other version, or no limits on memory here
+                continue  # the other version of cgroups, or no memory limits here
             for name in limits:
                 if limit := _numbers(folder / name):
                     free = min(free, limit[0] - spent)
@@ -29,7 +29,7 @@ def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) ->
 
 
 def cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:
-    """Those that this process may run on, or the share of them that a quota grants."""
+    """The number of cores that this process may run on, or the number that a quota grants if that is lower."""
     found = float(len(os.sched_getaffinity(0)))
     for folder in _folders(proc, cgroup, "cpu"):
         granted = _numbers(folder / "cpu.max")  # quota and period
@@ -41,7 +41,7 @@ def cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> 
 
 
 def _numbers(file: Path) -> list[int]:
-    """Those in the file; none where it is not there or says `max`, which is no limit."""
+    """The numbers in the file; none if it does not exist or says `max`, which means no limit."""
     try:
         return [int(word) for word in file.read_text().split()]
     except (OSError, ValueError):
@@ -49,7 +49,7 @@ def _numbers(file: Path) -> list[int]:
 
 
 def _folders(proc: Path, cgroup: Path, controller: str) -> Iterator[Path]:
-    """Our cgroup and those above it, as far as they can be seen: a container sees its own as the root."""
+    """Our cgroup and those above it, as far as they are visible: a container sees its own as the root."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Ports of this machine: which are free, which process has the others, and sockets that listen on them."""
+"""Ports of this machine: which are free, which process uses the others, and sockets that listen on them."""
 
 import contextlib
 import errno
@@ -11,19 +11,19 @@ from pathlib import Path
 
 from balancer.errors import ConfigError
 
-# Below the range that Linux gives to outgoing connections (32768 and up): nothing can slip onto a port in
-# the minutes between its choice and the moment when a loaded model listens on it.
+# Below the range that Linux uses for outgoing connections (32768 and up), so that none of them takes a port in the
+# minutes between its choice and the moment when the loaded model listens on it.
 REPLICA_PORTS = range(20100, 22000)
 
-# Connections that may wait to be accepted, as the balancer has it too: all that come while it is started again.
+# Connections that may wait to be accepted, as in the balancer: enough for all that arrive while it restarts.
 _BACKLOG = 4096
 _LISTEN = "0A"  # the state of a socket that listens, in /proc/net/tcp
 
 
 def free_ports(count: int, among: Iterable[int] | None = None) -> list[int]:
-    """That many ports that nothing listens on, in random order; raises ConfigError when there are too few."""
+    """`count` ports that nothing listens on, in random order; raises ConfigError if there are too few."""
     candidates = list(REPLICA_PORTS if among is None else among)
-    # Two services that start at once should not choose alike.
+    # Two services that start at the same time should not choose the same ports.
     random.shuffle(candidates)
     found: list[int] = []
     for port in candidates:
@@ -56,7 +56,7 @@ def listen_on(host: str, port: int) -> socket.socket | None:
     listener = _bound(host, port)
     if listener is not None:
         try:
-            # Two may be bound to one port. Only one of them can listen, and from then on it has the port.
+            # Several sockets may be bound to one port, but only one of them can listen.
             listener.listen(_BACKLOG)
         except OSError:
             listener.close()
@@ -68,7 +68,7 @@ def user_of(port: int) -> str:
     """Who listens on a port of this machine, as words for a message: " by process 123 (nginx)" or " by user www"."""
     for inode, user in _listening(port):
         for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-            with contextlib.suppress(OSError):  # it ended meanwhile, or is none of ours to look at
+            with contextlib.suppress(OSError):  # the process has ended, or we may not inspect it
                 if descriptor.readlink() == Path(f"socket:[{inode}]"):
                     process = descriptor.parts[2]
                     return f" by process {process} ({_command(process)})"
@@ -89,7 +89,7 @@ def _listening(port: int) -> Iterator[tuple[str, int]]:
 
 
 def _command(process: str) -> str:
-    """The command line of a process, shortened, with only the name of the program."""
+    """The command line of a process, shortened, and without the path of its program."""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")
         if shown := " ".join(Path(word).name if at == 0 else word for at, word in enumerate(words) if word):
@@ -106,7 +106,7 @@ def _bound(host: str, port: int) -> socket.socket | None:
     except (socket.gaierror, UnicodeError) as failure:
         raise ConfigError(f"cannot listen on {host}: {getattr(failure, 'strerror', failure)}") from None
     bound = socket.socket(family, kind, protocol)
-    # Else connections that ended lately would be in the way.
+    # Otherwise recently closed connections would prevent the bind.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)

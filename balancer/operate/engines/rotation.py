@@ -1,6 +1,6 @@
-"""Logs that end somewhere: NAME.log, then NAME.log.1 and NAME.log.2, as large as Compose's and no larger.
+"""Logs of bounded size: NAME.log, then NAME.log.1 and NAME.log.2, with the limits that compose.yaml sets.
 
-Imported by the leash, which has neither the project's path nor site packages: the standard library is all it needs.
+The leash imports this without site packages, so it needs only the standard library.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-# As compose.yaml has it for containers: max-size 10m, max-file 3.
+# As in compose.yaml for containers: max-size 10m, max-file 3.
 MAX_BYTES = 10 << 20
 FILES = 3
 
@@ -16,7 +16,7 @@ _NUMBERED = re.compile(r"\.\d+$")
 
 
 class RotatedLog:
-    """Appends to a log whose files are bounded in size and number. Never raises: what cannot be written is dropped."""
+    """Appends to a log whose files are bounded in size and number. Never raises; drops what cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -27,7 +27,7 @@ class RotatedLog:
             while data:
                 data = data[self._write_some(data) :]
         except OSError:
-            self.close()  # a full disk, say; the next piece tries anew
+            self.close()  # a full disk, say; the next write tries again
 
     def close(self) -> None:
         if self._file is not None:
@@ -40,7 +40,7 @@ class RotatedLog:
         there = os.fstat(self._file)
         room = MAX_BYTES - there.st_size
         if len(data) > room:
-            # At the end of a line; in a line that is longer than that, anywhere.
+            # Split at the end of a line; a line longer than a whole file is split anywhere.
             room = data.rfind(b"\n", 0, max(0, room)) + 1 or (room if there.st_size == 0 else 0)
             if room == 0:
                 self._turn(there)
@@ -48,21 +48,21 @@ class RotatedLog:
         return os.write(self._file, data[:room] if len(data) > room else data)
 
     def _turn(self, full: os.stat_result) -> None:
-        """Goes on in an empty file."""
+        """Makes the next write go to an empty file."""
         assert self._file is not None
         with contextlib.suppress(FileNotFoundError):
             now = self._path.stat()
-            if (now.st_dev, now.st_ino) == (full.st_dev, full.st_ino):  # else somebody else who logs there was first
+            if (now.st_dev, now.st_ino) == (full.st_dev, full.st_ino):  # else another writer has rotated it already
                 try:
                     shift(self._path)
                 except OSError:
-                    os.ftruncate(self._file, 0)  # a folder that cannot be written: the end is more than the beginning
+                    os.ftruncate(self._file, 0)  # an unwritable folder: a log's end matters more than its beginning
                     return
         self.close()
 
 
 def shift(log: Path) -> None:
-    """Sets NAME.log aside as NAME.log.1, that as NAME.log.2, and so on; the last one goes. Raises OSError."""
+    """Renames NAME.log to NAME.log.1, that to NAME.log.2, and so on; the oldest is deleted. Raises OSError."""
     aside = _aside(log)
     for older, newer in zip(reversed(aside), [*reversed(aside[:-1]), log], strict=True):
         with contextlib.suppress(FileNotFoundError):
@@ -70,7 +70,7 @@ def shift(log: Path) -> None:
 
 
 def set_aside(log: Path) -> None:
-    """What a new life finds of the one before becomes NAME.log.1 and on; what is older goes. Raises OSError."""
+    """Rotates the log of the previous run; without a NAME.log, deletes the older files. Raises OSError."""
     if log.is_file():
         shift(log)
     else:
@@ -83,12 +83,12 @@ def remove(log: Path) -> None:
 
 
 def base(path: Path) -> Path:
-    """The log that a file belongs to: NAME.log for NAME.log.1 too."""
+    """The log that a file belongs to: NAME.log, also for NAME.log.1."""
     return path.with_name(_NUMBERED.sub("", path.name))
 
 
 def files(log: Path, since: float = 0.0) -> list[Path]:
-    """The log's files, the oldest first; of those set aside only what was written to since then, by the epoch."""
+    """The log's files, oldest first; rotated ones only if written at or after `since`, in seconds since the epoch."""
     there = []
     for file in reversed(_aside(log)):
         with contextlib.suppress(OSError):

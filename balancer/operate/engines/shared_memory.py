@@ -1,4 +1,4 @@
-"""For a person: which of the services in some files share which GPU of this machine, and how much each may take."""
+"""For the user: which of several service files share which GPU of this machine, and how much memory each may use."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _FRACTION = "--mem-fraction-static"
 
 
 def described(recipes: Sequence[Recipe]) -> list[str]:
-    """The plan for those that say `gpu_share`, a table for each GPU; empty where none does, or there is no GPU."""
+    """The plan for services with `gpu_share`, one table per GPU; empty if there is no such service or no free GPU."""
     sharing = [recipe for recipe in recipes if recipe.spec.operation.gpu_share and recipe.launch is not None]
     there: dict[int, Gpu] = {}
     tenants: dict[int, list[Recipe]] = {}
@@ -19,7 +19,7 @@ def described(recipes: Sequence[Recipe]) -> list[str]:
         groups = capacity.seats(capacity.seated_for(recipe)) if recipe.gpus else []
         there |= {gpu.index: gpu for group in groups for gpu in group if gpu.held_by is None}
         free = [[gpu.index for gpu in group] for group in groups if all(gpu.held_by is None for gpu in group)]
-        # As replicas spread themselves: first where the fewest are.
+        # Replicas spread in the same way: first to the GPUs with the fewest.
         free.sort(key=lambda group: max(len(tenants.get(index, [])) for index in group))
         for group in free[: max(1, recipe.spec.min_replicas)]:
             for index in group:
@@ -50,7 +50,7 @@ def _share(recipe: Recipe) -> Share:
 
 
 def _said(recipe: Recipe) -> float:
-    """What the file gives as the share of the card; 0 where it gives none."""
+    """The --mem-fraction-static in the service file; 0 if there is none."""
     flags = recipe.launch.flags if recipe.launch else ()
     said = 0.0
     for at, flag in enumerate(flags):
