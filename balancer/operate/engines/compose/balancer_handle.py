@@ -1,4 +1,4 @@
-"""The balancer as compose.yaml's service `balancer`: Docker keeps it up, and it outlives its controller."""
+"""The balancer as compose.yaml's service `balancer`: Docker restarts it if it dies, and it outlives its controller."""
 
 import asyncio
 import contextlib
@@ -19,16 +19,16 @@ from balancer.operate.state import keys
 from balancer.operate.state.service_folder import ServiceFolder
 from balancer.operate.state.state_file import write_whole
 
-# One that does not answer for this long, in seconds, is looked after; one that Docker started as often in vain has
-# something wrong with it that no further start mends.
+# Seconds without an answer after which the balancer is checked, and the number of restarts by Docker after which no
+# further one is expected to help.
 _PATIENCE = 5.0
 _STARTS = 3
-# Beyond the balancer's own drain_timeout, in seconds, before Docker kills it.
+# Seconds that Docker waits beyond the balancer's own drain_timeout before it kills it.
 _STOP_MARGIN = 30
 
 
 def environ(where: Addresses, recipe: Recipe, folder: ServiceFolder) -> dict[str, str]:
-    """What compose.yaml takes from the environment; raises ConfigError for addresses that it cannot publish."""
+    """The variables that compose.yaml uses; raises ConfigError for addresses that it cannot publish."""
     host, _, port = where.listen.rpartition(":")
     admin_host, _, admin_port = where.admin.rpartition(":")
     if admin_host != "127.0.0.1":
@@ -49,8 +49,8 @@ def environ(where: Addresses, recipe: Recipe, folder: ServiceFolder) -> dict[str
 
 
 def admin_key(folder: ServiceFolder) -> str:
-    """The key of the service's admin port: made once, so that a balancer that goes on running knows it."""
-    # The container's user reads it; others of this machine cannot enter the folder.
+    """The key of the service's admin port: generated once, so that it stays valid for a balancer that keeps running."""
+    # Readable for the container's user; other users of this machine cannot enter the folder.
     return keys.drawn(folder.admin_key_file, 0o644)
 
 
@@ -80,7 +80,7 @@ class ComposeBalancer(BalancerHandle):
         return False
 
     async def keep_up(self) -> None:
-        """Once the container is there Docker starts it again; only where it does not answer is it looked after."""
+        """Starts the container if there is none. Docker restarts it, so we check it only when it does not answer."""
         now = asyncio.get_running_loop().time()
         if now - self._looked_at < _PATIENCE:
             return
@@ -97,7 +97,7 @@ class ComposeBalancer(BalancerHandle):
             await self._up()
 
     async def replace(self) -> None:
-        """The container is made anew; its port is closed meanwhile, because it is Docker's."""
+        """Recreates the container; Docker owns the port, so it is closed meanwhile."""
         await self._up("--force-recreate")
 
     async def tell(self, listing: Listing) -> Snapshot | None:
@@ -121,7 +121,7 @@ class ComposeBalancer(BalancerHandle):
         await self._client.aclose()
 
     async def _up(self, *flags: str) -> None:
-        """Starts the container where there is none, and another where it was made of other settings."""
+        """Starts the container if there is none, and recreates it if its settings have changed."""
         self._folder.write_service_file(service_file_for(self._recipe))
         overlay = self._folder.path / "balancer.json"
         write_whole(overlay, json.dumps({"services": {"balancer": self._overlay()}}))

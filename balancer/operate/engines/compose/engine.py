@@ -1,7 +1,7 @@
 """The Compose engine: replicas and balancer as containers of compose.yaml's services, which outlive their controller.
 
-`docker compose up --scale` starts each one, with an overlay that says which command it runs and, in labels, which
-replica it is. Compose cannot stop a certain one of them: that is `docker stop`.
+`docker compose up --scale` starts each replica, with an overlay that gives its command and, in labels, its id. Compose
+cannot stop one particular replica; `docker stop` does that.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 from balancer.operate.state.state_file import write_whole
 
-# Where a replica listens in its container, as docker/*.Dockerfile and the balancer's DNS name have it.
+# The port on which a replica listens in its container, as in docker/*.Dockerfile and the balancer's DNS name.
 PORT = 8000
 _ID, _VERSION, _DIGEST = "groundserve.id", "groundserve.version", "groundserve.digest"
 
@@ -45,11 +45,11 @@ class _Replica:
 
 
 class ComposeEngine:
-    """An `Engine`; overlays, logs and keys lie in `folder`."""
+    """An `Engine` that keeps overlays, logs and keys in `folder`."""
 
     name = "compose"
     outlives_controller = True
-    # Nobody reaches its replicas but through their network, so they ask for no key of ours.
+    # Its replicas can be reached only from their own network, so they require no key of ours.
     fields: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, folder: ServiceFolder) -> None:
@@ -59,7 +59,7 @@ class ComposeEngine:
         self._prepared: Project | None = None
         self._replicas: dict[int, _Replica] = {}
         self._ended: list[Ended] = []
-        # Compose is told how many there should be, so two cannot be started at a time.
+        # Compose takes the total number of replicas, so two must not be started at the same time.
         self._one_at_a_time = asyncio.Lock()
 
     def suits(self, recipe: Recipe) -> bool:
@@ -114,7 +114,7 @@ class ComposeEngine:
     async def start(self, id: int, recipe: Recipe) -> None:
         overlay = self._folder.path / "replica.json"
         async with self._one_at_a_time:
-            # Envs may be secrets: it is for our eyes only.
+            # The file's default mode keeps other users out: envs may be secrets.
             write_whole(overlay, json.dumps({"services": {"replica": replica_overlay(id, recipe)}}))
             count = len(await self._project.containers("replica")) + 1
             scale = ("up", "-d", "--no-recreate", "--no-deps", "--scale", f"replica={count}", "replica")
@@ -131,7 +131,7 @@ class ComposeEngine:
         if replica is None:
             return
         replica.is_stopping = True
-        with contextlib.suppress(CannotStart):  # it ended by itself, or is being stopped by an earlier call
+        with contextlib.suppress(CannotStart):  # it has ended by itself, or an earlier call is stopping it
             await self._project.docker("stop", "--time", str(math.ceil(grace)), replica.container.id)
         await replica.following
 
@@ -140,11 +140,11 @@ class ComposeEngine:
 
     def _listing(self, id: int) -> ReplicaListing:
         container, progress = self._replicas[id].container, self._replicas[id].fetching.progress()
-        if not container.address:  # it ended before anybody could ask where it was
+        if not container.address:  # it ended before we could inspect its address
             name, version = f"{self._folder.name}-{id}", int(container.labels[_VERSION])
             return ReplicaListing(name, id=id, version=version, infra=self.name, state=State.PROVISIONING)
         return ReplicaListing(
-            # As the balancer names those that it knows from DNS alone, so that it knows them by one name only.
+            # The name that the balancer gives to replicas it finds through DNS, so that each replica has one name only.
             f"{container.address}:{PORT}",
             f"http://{container.address}:{PORT}",
             id=id,
@@ -160,7 +160,7 @@ class ComposeEngine:
         return tuple(ended)
 
     async def close(self) -> None:
-        """The network and the balancer's container; volumes stay: models, kernels, leases."""
+        """Removes the network and the balancer's container; the volumes (models, kernels, leases) stay."""
         await self._project.compose("down", "--remove-orphans")
 
     def _take(self, id: int, container: Container) -> None:
@@ -176,7 +176,7 @@ class ComposeEngine:
         over = await self._project.follow(container.id, log)
         replica = self._replicas.pop(id)
         if not replica.is_stopping:
-            code = over.exit_code if over is not None else 137  # somebody removed it
+            code = over.exit_code if over is not None else 137  # the container was removed by somebody else
             self._ended.append(Ended.by(id, code, next(iter(tail(log, 1)), "")))
         with contextlib.suppress(CannotStart):
             await self._project.docker("rm", "--force", container.id)
@@ -189,14 +189,14 @@ def project_of(recipe: Recipe, folder: ServiceFolder, addresses: Addresses) -> P
 
 
 def _files(recipe: Recipe, environ: Mapping[str, str]) -> list[Path]:
-    """COMPOSE_FILE's, as `docker compose` takes it: whoever has overlays of their own names them all there."""
+    """The files in COMPOSE_FILE, as for `docker compose`: users with overlays of their own list all files there."""
     if named := environ.get("COMPOSE_FILE"):
         return [ROOT / file for file in named.split(environ.get("COMPOSE_PATH_SEPARATOR", ":"))]
     return [ROOT / "compose.yaml", *([] if recipe.gpus else [ROOT / "docker" / "compose.cpu.yaml"])]
 
 
 def replica_overlay(id: int, recipe: Recipe) -> dict[str, Any]:
-    """What compose.yaml's service `replica` is to be for this one replica."""
+    """What to change in compose.yaml's service `replica` for this one replica."""
     arguments = recipe.arguments(PORT)
     model = Path(arguments[arguments.index("--model") + 1])
     labels = {_ID: str(id), _VERSION: str(recipe.version), _DIGEST: recipe.digest}
@@ -204,7 +204,7 @@ def replica_overlay(id: int, recipe: Recipe) -> dict[str, Any]:
         "command": [_literal(part) for part in arguments],
         "environment": {name: _literal(value) for name, value in recipe.envs(id, PORT).items()},
         "labels": labels,
-        # The controller starts it again, with a pause and a limit; and nobody may start what an update took out.
+        # Only the controller restarts replicas, with a back-off and a limit; Docker must not revive an outdated one.
         "restart": "no",
     }
     if model.is_absolute():

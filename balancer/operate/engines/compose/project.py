@@ -1,4 +1,4 @@
-"""One Compose project, driven as a person drives it: by `docker compose` and `docker`, never by their sockets."""
+"""One Compose project, driven as a person would: with `docker compose` and `docker`, never through their sockets."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ _PROJECT = "com.docker.compose.project"
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One container as `docker inspect` told it. `address` is empty while it has none; `age` is in seconds."""
+    """One container according to `docker inspect`. `address` is empty while it has none; `age` is in seconds."""
 
     id: str
     labels: Mapping[str, str]
@@ -53,7 +53,7 @@ class Container:
 
 
 class Project:
-    """`files` are compose files, the first one the project's own; `environ` is what they take from the environment."""
+    """A project of Compose files. `environ` holds the variables that they use, on top of our own environment."""
 
     def __init__(self, service: str, files: Sequence[Path], environ: Mapping[str, str]) -> None:
         self.name = name_of(service)
@@ -65,7 +65,7 @@ class Project:
         return ["docker", "compose", "-p", self.name, "--project-directory", str(ROOT), *files, *arguments]
 
     def build_what_is_missing(self) -> None:
-        """Builds the images that are not there, and shows it; raises ConfigError. Blocks, for minutes perhaps."""
+        """Builds the images if any is missing, and shows the progress. May block for minutes. Raises ConfigError."""
         listed = subprocess.run(
             self.command("config", "--images"), env=self._environ, capture_output=True, text=True, check=False
         )
@@ -80,29 +80,29 @@ class Project:
                 return
 
     async def compose(self, *arguments: str, overlays: Sequence[Path] = ()) -> str:
-        """What `docker compose` printed; raises CannotStart with its last line."""
+        """Returns what `docker compose` printed; raises CannotStart with its last line if it fails."""
         return await _run(self.command(*arguments, overlays=overlays), self._environ)
 
     async def docker(self, *arguments: str) -> str:
-        """What `docker` printed; raises CannotStart with its last line."""
+        """Returns what `docker` printed; raises CannotStart with its last line if it fails."""
         return await _run(["docker", *arguments], self._environ)
 
     async def containers(self, service: str) -> list[Container]:
-        """Those of one of the project's services, the ended ones too."""
+        """The containers of one of the project's services, including those that have ended."""
         labels = [f"label={_PROJECT}={self.name}", f"label={_SERVICE}={service}"]
         ids = await self.docker("ps", "-aq", "--no-trunc", *(part for one in labels for part in ("--filter", one)))
         found = [await self.inspect(id) for id in ids.split()]
         return [container for container in found if container is not None]
 
     async def inspect(self, id: str) -> Container | None:
-        """None when there is no such container."""
+        """The container with this id; None if there is none."""
         try:
             return Container.of(json.loads(await self.docker("inspect", id))[0])
         except CannotStart:
             return None
 
     async def follow(self, id: str, log: Path) -> Container | None:
-        """Appends what the container prints to `log` until it ends; what it is then, None when it is gone."""
+        """Appends the container's output to `log` until it ends; returns its final state, or None if it is gone."""
         since: tuple[str, ...] = ()
         while True:
             printing = await Child.start(
@@ -116,12 +116,12 @@ class Project:
             container = await self.inspect(id)
             if container is None or not container.is_running:
                 return container
-            since = ("--since", "0s")  # the engine was restarted under it, or restarted it
+            since = ("--since", "0s")  # Docker itself was restarted, or restarted the container
             await asyncio.sleep(1)
 
 
 def name_of(service: str) -> str:
-    """Compose takes lower case, digits, '-' and '_' only."""
+    """The project's name: Compose allows only lower case letters, digits, '-' and '_'."""
     return "groundserve-" + re.sub(r"[^a-z0-9_-]", "-", service.lower())
 
 
@@ -148,7 +148,7 @@ def has_docker() -> bool:
 
 def take_down(service: str) -> None:
     """Stops and removes a service's containers and network when its controller is gone; raises ConfigError."""
-    # From where there is no compose file: the containers' labels say all that is needed.
+    # Run in "/", where there is no compose file: the containers' labels hold all that is needed.
     command = ["docker", "compose", "-p", name_of(service), "down", "--remove-orphans"]
     try:
         done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
@@ -166,7 +166,7 @@ async def _run(command: Sequence[str], environ: Mapping[str, str]) -> str:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            # Ctrl-C at our terminal is ours to act on, in order.
+            # Only we react to Ctrl-C at our terminal, and then stop everything in order.
             start_new_session=True,
         )
     except OSError as failure:
