@@ -1,4 +1,4 @@
-"""The local engine's balancer: a child process of `groundserve up`, started again if it dies."""
+"""The local engine's balancer: a child process of `groundserve up`, restarted if it dies."""
 
 import asyncio
 import signal
@@ -21,20 +21,20 @@ from balancer.operate.state.state_file import BrokenState
 
 T = TypeVar("T")
 
-# Seconds before the second start in a row, doubled for each one after that.
+# Seconds, doubled once for the second restart in a row (the first is immediate) and again for each further one.
 _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 10.0
-# Seconds after its start before a process is spoken to. It needs longer to start, and the one before it has let go of
-# the port by then.
+# Seconds after its start before a process gets its first request. It takes longer than that to start, and its
+# predecessor has released the port by then.
 _FIRST_WORDS = 0.2
-# Seconds for which a process that replaces another keeps clients waiting until it knows a replica that is ready.
+# Maximum number of seconds for which a new process keeps clients waiting until it knows a replica that is ready.
 _UNTIL_READY = 10.0
 
 
 class LocalBalancer(BalancerHandle):
-    """Its ports are `listeners`, which stay open from one process to the next: whoever connects in between waits there.
+    """Its ports are `listeners`, which stay open from one process to the next; clients that connect in between wait.
 
-    `on_change` is called when the process ended; `replica_key` is the file with the key that replicas ask for.
+    `on_change` is called when the process has ended; `replica_key` is the file with the key that replicas require.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class LocalBalancer(BalancerHandle):
         self._child: Child | None = None
         self._started = 0.0
         self._introduction: asyncio.Task[None] | None = None
-        self._answers = False  # the process that runs now
-        self._is_outdated = False  # it is to make room for another
+        self._answers = False  # whether the current process has answered yet
+        self._is_outdated = False  # the current process is to be replaced
         self._has_ready_replica = False
         self._leaving: set[asyncio.Task[None]] = set()
         self._left_in_hurry = asyncio.Event()
@@ -77,7 +77,7 @@ class LocalBalancer(BalancerHandle):
     async def keep_up(self) -> None:
         """Starts the process if none is running and the back-off is over; the first restart in a row is immediate.
 
-        Raises CannotStart if it ended before it ever answered: another try would end in the same way.
+        Raises CannotStart if the balancer ended before it ever answered, as another start would end the same way.
         """
         if self._child is not None and self._child.code is not None:
             self._child = None
@@ -100,7 +100,7 @@ class LocalBalancer(BalancerHandle):
         except (CannotStart, BrokenState):
             if not self.has_answered:
                 raise
-            self._back_off()  # the machine lacks something for the moment: clients wait, and the service stays
+            self._back_off()  # a temporary shortage on this machine: clients wait, and the service stays up
         self._started = time.monotonic()
 
     def _back_off(self) -> None:
@@ -116,12 +116,12 @@ class LocalBalancer(BalancerHandle):
             await self.replace()
 
     async def replace(self) -> None:
-        """Done by `keep_up`, which alone starts processes."""
+        """Asks `keep_up` for a new process; only `keep_up` starts processes."""
         self._is_outdated = True
         self._on_change()
 
     async def _hand_over(self) -> None:
-        """The next process has the ports from here on; clients that come before it accepts wait for it."""
+        """Passes the ports on to the next process; clients that arrive before it accepts connections wait."""
         assert self._child is not None
         leaving, self._child = self._child, None
         task = asyncio.create_task(self._leave(leaving, self._left_in_hurry, signal.SIGUSR1))
@@ -130,7 +130,7 @@ class LocalBalancer(BalancerHandle):
         await self._start()
 
     async def tell(self, listing: Listing) -> Snapshot | None:
-        """A process that is still starting is told in the background: its port is open already, and nobody answers."""
+        """Sends the list in the background while the process starts, because its open port does not answer yet."""
         if not self._answers:
             self._introduce(listing)
             return None
@@ -138,7 +138,7 @@ class LocalBalancer(BalancerHandle):
         if snapshot is None:
             return None
         if _is_leaving(snapshot, listing):
-            await self.replace()  # somebody ended that process, and it is not to take the service with it
+            await self.replace()  # somebody stopped that process, but the service is to go on
             return None
         self._failures = 0
         self._has_ready_replica = snapshot.service.ready > 0
@@ -171,7 +171,7 @@ class LocalBalancer(BalancerHandle):
         self._client = self._new_client()
 
     async def _unless_it_ends(self, asking: Coroutine[Any, Any, T]) -> T | None:
-        """Its answer; None if its process ends first. As the port stays open, no connection error would tell."""
+        """The answer, or None if the process ends first, which no connection error reveals while the port is open."""
         if self._child is None:
             asking.close()
             return None
@@ -185,7 +185,7 @@ class LocalBalancer(BalancerHandle):
             await asyncio.gather(answer, end, return_exceptions=True)
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        self._listeners.close()  # once the process closes them, too, nobody is let in any more
+        self._listeners.close()  # once the process closes them too, no new connection is possible
         child, self._child = self._child, None
         if child is not None:
             await self._leave(child, hurry)

@@ -33,24 +33,24 @@ class _Replica:
 
 
 class LocalEngine:
-    """An `Engine`; logs and keys lie in `folder`. Each replica has a port and a log file of its own."""
+    """An `Engine` that keeps logs and keys in `folder`. Each replica has its own port and log file."""
 
     name = "local"
     outlives_controller = False
 
     def __init__(self, folder: ServiceFolder) -> None:
         self.changed = asyncio.Event()
-        # The file with the key that replicas ask for, where they are SGLang's.
+        # The file with the key that SGLang replicas require.
         self._key_file: Path | None = None
         self._ports_of_balancer: tuple[Addresses, Listeners] | None = None
-        self._host: Host | None = None  # the service whose balancer serves this one, too
+        self._host: Host | None = None  # the service whose balancer serves this one too
         self._folder = folder
         self._replicas: dict[int, _Replica] = {}
         self._ports: dict[int, int] = {}
         self._stopping: set[int] = set()
 
     def suits(self, recipe: Recipe) -> bool:
-        """If `run:` starts SGLang, SGLang has to be installed."""
+        """SGLang has to be installed if `run:` starts it."""
         return recipe.launch is None or importlib.util.find_spec("sglang") is not None
 
     def fit(self, recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
@@ -134,7 +134,7 @@ class LocalEngine:
         return tuple(unasked)
 
     async def close(self) -> None:
-        """Closes the ports, if no balancer did."""
+        """Closes the ports if the balancer has not done so."""
         if self._ports_of_balancer is not None:
             self._ports_of_balancer[1].close()
 
@@ -143,7 +143,7 @@ class LocalEngine:
             if not is_free("127.0.0.1", fixed):
                 raise CannotStart(f"port {fixed} is in use by another program: stop that, or change resources.ports")
             return fixed
-        # Replicas that start side by side do not listen yet.
+        # Replicas that are starting do not listen yet, so their ports only look free.
         taken = {port for other, port in self._ports.items() if other != id}
         try:
             return free_ports(1, [port for port in REPLICA_PORTS if port not in taken])[0]

@@ -1,4 +1,4 @@
-"""A balancer that another service runs, and that serves this one too: behind one endpoint, by the model's name."""
+"""Another service's balancer that serves this one too: one endpoint, where the model's name picks the service."""
 
 import asyncio
 import time
@@ -17,12 +17,12 @@ from balancer.operate.state import control_socket, keys
 from balancer.operate.state.service_folder import ServiceFolder
 
 _SILENCE = 5.0  # seconds without an answer, after which the host is asked where its balancer is now
-_LOOK = 0.1  # seconds between two looks at whether the last answers have ended
+_LOOK = 0.1  # seconds between two checks whether the last answers have ended
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A service that is up, and where its balancer is: the endpoint as a URL, HOST:PORT, the admin key's file."""
+    """A service that is up, and its balancer: endpoint as a URL, admin port as HOST:PORT, file of the admin key."""
 
     name: str
     endpoint: str
@@ -31,7 +31,7 @@ class Host:
 
     @classmethod
     def find(cls, folder: ServiceFolder) -> "Host":
-        """Asks its controller; raises ConfigError where it is not up."""
+        """Asks the service's controller; raises ConfigError if it is not up."""
         try:
             told = control_socket.ask(folder.socket, {"do": "balancer"})
         except control_socket.NotUp:
@@ -40,9 +40,9 @@ class Host:
 
 
 class JoinedBalancer(BalancerHandle):
-    """`replica_key` is the file with the key that replicas ask for; `say` gets lines for a person."""
+    """`replica_key` is the file with the key that replicas require; `say` is called with messages for the user."""
 
-    # A new connection each time: one that is kept would lead to a process that another has replaced meanwhile.
+    # A new connection each time: a kept one may lead to a process that has been replaced in the meantime.
     _limits = httpx.Limits(max_keepalive_connections=0)
 
     def __init__(
@@ -66,7 +66,7 @@ class JoinedBalancer(BalancerHandle):
         return False
 
     async def keep_up(self) -> None:
-        """Nothing to start. Where the host has been silent for a while, it may have come up elsewhere."""
+        """Starts nothing. If the host has been silent for a while, looks up where it is now."""
         if time.monotonic() - self._answered_at < _SILENCE:
             return
         self._answered_at = time.monotonic()
@@ -97,7 +97,7 @@ class JoinedBalancer(BalancerHandle):
         snapshot = await super().tell(listing)
         if snapshot is not None:
             self._answered_at = time.monotonic()
-        self._has_joined = snapshot is not None  # a balancer that was started anew does not know of us
+        self._has_joined = snapshot is not None  # a restarted balancer does not know this service
         return snapshot
 
     async def _join(self) -> bool:
