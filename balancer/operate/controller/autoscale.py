@@ -1,9 +1,9 @@
-"""How many replicas the load asks for. Pure: clock and load are passed in, times in seconds.
+"""How many replicas the load needs. Pure: clock and load are passed in, times are in seconds.
 
-SkyServe's rule is one replica for each `target_qps_per_replica` of the last minute's request rate, and a change only
-after the load asked for it `upscale_delay_seconds` or `downscale_delay_seconds` long without a break: one look the
-other way begins anew. Here the load has to ask for it in four fifths of that time, so that jitter delays nothing, and
-a burst that is shorter than that changes nothing.
+SkyServe wants one replica for each `target_qps_per_replica` of the last minute's request rate, and changes the number
+only after the load has called for it without a break for `upscale_delay_seconds` or `downscale_delay_seconds`: a single
+reading to the contrary restarts the wait. Here four fifths of that time suffice, so that jitter delays no change, while
+a shorter burst causes none.
 """
 
 import math
@@ -15,9 +15,9 @@ from balancer.spec.service_file import Spec
 
 # Seconds over which requests are counted: SkyServe's AUTOSCALER_QPS_WINDOW_SIZE_SECONDS.
 WINDOW = 60.0
-# Share of a delay in which the load must have asked for the change.
+# Share of a delay during which the load must have called for the change.
 SHARE = 0.8
-# Seconds for which a request that was refused says that all is full.
+# Seconds for which the service counts as full after it has refused a request.
 FULL = 10.0
 
 
@@ -26,18 +26,18 @@ class Rule:
     """What `replica_policy` and `x-groundserve` say. One of the two targets is given."""
 
     least: int
-    # The most that file and machine allow; None: no limit.
+    # The maximum that file and machine allow; None means no limit.
     most: int | None
     requests_per_second: float | None = None
     in_flight: float | None = None
     upscale_delay: float = 300.0
     downscale_delay: float = 1200.0
-    # Replicas to have beyond what the load asks for.
+    # Replicas to have beyond what the load needs.
     spare: int = 0
 
 
 def rule_for(spec: Spec, fits: int | None, resources: str) -> Rule | None:
-    """None where the file does not leave the number to the load.
+    """The rule in a service file; None if the number of replicas does not depend on the load.
 
     `fits` is how many replicas the machine holds; `resources`, like "1x L4", picks one of the targets by GPU type.
     """
@@ -58,29 +58,29 @@ def rule_for(spec: Spec, fits: int | None, resources: str) -> Rule | None:
 
 
 def _of_type(targets: Mapping[str, float], resources: str) -> float:
-    """The target for our GPU, written "L4" or "L4:1"; the most cautious one where the file does not name it."""
+    """The target for our GPU, written "L4" or "L4:1"; the lowest one if the file does not name our GPU."""
     count, _, kind = resources.partition("x ")
     return targets.get(f"{kind}:{count}", targets.get(kind, min(targets.values())))
 
 
 class Autoscaler:
-    """Remembers what the load asked for, as long as the longest delay."""
+    """Remembers how many replicas the load has called for, as far back as the longer delay."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
         self._arrivals: deque[tuple[float, int]] = deque()
-        # What was asked for, from when on.
+        # The number of replicas that the load called for, each with the time when it began to.
         self._asked: deque[tuple[float, int]] = deque()
-        # What was asked for before there were as many replicas is no reason to have fewer again.
+        # When the target last rose: what the load called for before that is no reason to scale down.
         self._rose_at = -math.inf
         self._full_until = -math.inf
 
     def target(self, now: float, current: int, arrived: int, in_flight: int, queued: int, turned_away: int = 0) -> int:
         """How many replicas there should be. Call it every second or so.
 
-        `arrived` are the requests since the last call, `in_flight` those at replicas, `queued` those that wait,
-        `turned_away` those that were refused since the last call because all was full: whatever the target says, such a
-        load asks for one replica more.
+        `arrived` counts the requests since the last call, `in_flight` those at replicas, `queued` those that wait, and
+        `turned_away` those refused since the last call because everything was full. After a refusal one more replica is
+        called for, whatever the target says.
         """
         self._arrivals.append((now, arrived))
         while self._arrivals[0][0] <= now - WINDOW:
@@ -125,7 +125,7 @@ class Autoscaler:
             self._asked.popleft()
 
     def _at_least(self, now: float, delay: float) -> int:
-        """The most that was asked for, or more, in its share of the last `delay` seconds; 0 when nothing was."""
+        """The highest number that the load called for, or exceeded, for SHARE of the last `delay` seconds; else 0."""
         time = 0.0
         for count, seconds in sorted(self._times(now, now - delay).items(), reverse=True):
             time += seconds
@@ -134,7 +134,10 @@ class Autoscaler:
         return 0
 
     def _at_most(self, now: float, delay: float) -> int | None:
-        """The least that was asked for, or less, in its share of the last `delay` seconds; None when nothing was."""
+        """The lowest number that the load stayed at, or below, for SHARE of the last `delay` seconds; else None.
+
+        Only the time since the target last rose counts.
+        """
         time = 0.0
         for count, seconds in sorted(self._times(now, max(now - delay, self._rose_at)).items()):
             time += seconds
@@ -143,7 +146,7 @@ class Autoscaler:
         return None
 
     def _times(self, now: float, since: float) -> dict[int, float]:
-        """How long each number was asked for since then, in seconds; what is asked for now is there in any case."""
+        """For how many seconds since `since` the load called for each number; always includes the current one."""
         times = {self._asked[-1][1]: 0.0}
         end = now
         for began, count in reversed(self._asked):

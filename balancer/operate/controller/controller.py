@@ -1,4 +1,4 @@
-"""Keeps a service as it is wanted: looks, decides by plan.py, acts through an engine, tells the balancer."""
+"""Keeps a service in its wanted state: observes, decides with plan.py, acts through an engine, tells the balancer."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.engines.engine import CannotStart, Ended, Engine
 from balancer.operate.recipe.recipe import Recipe
 
-# Seconds between two steps when nothing happens; if something ends, the next step follows at once.
+# Seconds between two steps while nothing happens; after a process ends, the next step follows at once.
 _PERIOD = 0.5
 
 
@@ -40,7 +40,7 @@ class Controller:
         show: Callable[[Snapshot], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`say` gets lines for a person, `show` snapshots."""
+        """`say` is called with messages for the user, `show` with snapshots."""
         self.name = name
         self.wanted = Wanted(recipe)
         self.replicas: dict[int, Replica] = {}
@@ -82,7 +82,7 @@ class Controller:
         self._wake.set()
 
     def scale(self, target: int) -> None:
-        """Wants that many replicas from now on, and retries those that were given up. Raises ConfigError."""
+        """Sets the wanted number of replicas, and retries those that were given up. Raises ConfigError."""
         self.wanted.scale(target)
         for replica in self.replicas.values():
             if replica.stage is Stage.GIVEN_UP:
@@ -98,24 +98,24 @@ class Controller:
         self._wake.set()
 
     async def replace_balancer(self) -> None:
-        """Has another process take the balancer's place; the one that runs finishes its answers."""
+        """Replaces the balancer's process; the old one finishes its answers."""
         await self._balancer.replace()
 
     async def update(self, recipe: Recipe, mode: Mode) -> UpdateResult:
-        """Wants this version from now on. Returns once all replicas have it, or it failed and the old one is back.
+        """Makes this version the wanted one. Returns once all replicas run it, or it failed and the old one is back.
 
         Raises ConfigError if it cannot be rolled out in this mode.
         """
         before = self.wanted.serving
         self.wanted.update(recipe, mode)
         if self.wanted.coming is None:
-            # The processes stay the same: only what the balancer does with them changes.
+            # The replicas' processes stay; only the balancer's settings change.
             for replica in self.replicas.values():
                 if replica.version == before.version:
                     self._keep(replace(replica, version=recipe.version))
             await self._renew_balancer(recipe)
             if not self._is_closing:
-                await self._tell()  # whoever asks for the status after this must not see the version before
+                await self._tell()  # a status request after this must not show the old version
             self._wake.set()
             return UpdateResult(recipe.version)
         result: asyncio.Future[UpdateResult] = asyncio.get_running_loop().create_future()
@@ -168,7 +168,7 @@ class Controller:
                 self._keep(plan.drained(self.replicas[id], self._clock()))
                 await self._balancer.drain(id)
             case Drain(id):
-                # It is being stopped already, in order to start again: now it is not to start again.
+                # It is already being stopped for a restart, which is now cancelled.
                 self._keep(replace(self.replicas[id], stage=Stage.STOPPING))
             case Forget(id):
                 self._forget(id)
@@ -190,7 +190,7 @@ class Controller:
             self._lost(Ended(id, str(failure)))
 
     def _stop(self, id: int, reason: str | None) -> None:
-        """Stops a replica's process without waiting for that. With a `reason` it starts again afterwards."""
+        """Stops a replica's process without waiting for its end. With a `reason` the replica then starts again."""
 
         async def stop() -> None:
             await self._engine.stop(id, self.wanted.serving.spec.operation.stop_grace)
@@ -234,7 +234,7 @@ class Controller:
         self._updates.clear()
 
     async def _probe_hidden(self) -> None:
-        """Probes the replicas that the balancer must not know yet."""
+        """Probes the replicas that the balancer must not know about yet."""
         coming = self.wanted.coming
         if coming is None or self.wanted.hidden is None:
             return
@@ -253,12 +253,12 @@ class Controller:
 
     async def _renew_balancer(self, recipe: Recipe) -> None:
         await self._balancer.renew(recipe)
-        # With a certificate it is another one, and the process that knows it may need a moment to start.
+        # A certificate makes the endpoint https, and the process with the certificate may need a moment to start.
         service = replace(self.snapshot.service, endpoint=self._balancer.endpoint)
         self.snapshot = replace(self.snapshot, service=service)
 
     async def _tell(self) -> None:
-        """Sends the list to the balancer, and takes from its answer how each replica is."""
+        """Sends the list to the balancer, and updates each replica from its answer."""
         async with self._telling:
             if self._is_closing:
                 status, reason = ServiceStatus.SHUTTING_DOWN, ""
@@ -286,7 +286,7 @@ class Controller:
             self._show(self.snapshot)
 
     async def _end(self) -> None:
-        """The balancer goes first, so that no answer is cut off; then the replicas, which have nothing left to do."""
+        """Stops the balancer first, so that no answer is cut off, then the replicas, which are idle by then."""
         self._is_closing = True
         for waiting in self._updates:
             waiting.set_result(UpdateResult(0, "it was taken down"))

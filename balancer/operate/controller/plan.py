@@ -1,4 +1,4 @@
-"""What to do next with each replica: start, drain, stop, wait, give up. Pure functions; times are in seconds."""
+"""What to do next with each replica: start, drain, stop, wait or give up. Pure functions; times are in seconds."""
 
 import enum
 from collections.abc import Collection, Iterable, Mapping
@@ -8,14 +8,14 @@ from balancer.contract.words import Phase, Status
 from balancer.operate.engines.engine import Ended
 from balancer.spec.schema import Operation
 
-# Starts after which a replica that was never ready is given up: each takes minutes, to load a model and then fail.
+# Failed starts after which a replica that was never ready is given up; each may take minutes to load a model.
 FIRST_STARTS = 3
-# Seconds between two attempts to lease a GPU; each attempt waits a little, too (recipe.py).
+# Seconds between two attempts to lease a GPU; each attempt itself waits for a few seconds (recipe.py).
 GPU_INTERVAL = 2.0
 
 
 class Stage(enum.Enum):
-    """Where a replica is in its life."""
+    """The stage of a replica's life cycle."""
 
     WAITING = "its next start is due at start_at"
     RUNNING = "its process runs"
@@ -36,21 +36,21 @@ class Replica:
     launched_at: float = 0.0
     start_at: float = 0.0
     drained_at: float = 0.0
-    # What the balancer says of it: its status (None if the balancer does not know it) and its requests in flight.
+    # What the balancer reports: its status (None if the balancer does not know it) and its requests in flight.
     status: Status | None = None
     in_flight: int = 0
     ready_since: float | None = None
     was_ready: bool = False
-    # Lives in a row that ended before the replica had been ready for `stable_after`.
+    # Processes in a row that ended before the replica had been ready for `stable_after`.
     failures: int = 0
-    # Why its last life ended.
+    # Why its last process ended.
     reason: str = ""
     # It ended because others hold every GPU that it could use. True until it is ready, or ends for another reason.
     waits_for_gpu: bool = False
 
     @property
     def is_wanted(self) -> bool:
-        """Does it count towards the number of replicas that is wanted?"""
+        """Does it count towards the wanted number of replicas?"""
         return self.stage not in (Stage.DRAINING, Stage.STOPPING)
 
     @property
@@ -59,7 +59,7 @@ class Replica:
 
     @property
     def is_unusable(self) -> bool:
-        """Does the balancer expect that it will not become ready any more?"""
+        """Has the balancer decided that it will not become ready any more?"""
         return self.status is not None and self.status.phase is Phase.FAILED
 
 
@@ -85,7 +85,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Stop a replica that has become unusable; that counts as a failure, and it starts again."""
+    """Stop a replica that has become unusable, count a failure, and start it again."""
 
     id: int
     reason: str
@@ -102,7 +102,7 @@ Action = Start | Drain | Stop | Replace | Forget
 
 
 def backoff(failures: int, operation: Operation) -> float:
-    """Seconds to wait before the next start, after that many failures in a row."""
+    """Seconds to wait before the next start, after `failures` failures in a row."""
     # A float cannot hold 2.0 ** 1024.
     return min(operation.max_restart_backoff, operation.restart_backoff * 2.0 ** min(failures - 1, 32))
 
@@ -112,7 +112,7 @@ def started(replica: Replica, now: float) -> Replica:
 
 
 def ended(replica: Replica, over: Ended, now: float, operation: Operation) -> Replica:
-    """The replica after its process has ended by itself: waiting for its next start, or given up."""
+    """The replica after its process has ended: waiting for its next start, or given up."""
     changed = replace(
         replica, reason=over.reason, status=None, in_flight=0, ready_since=None, waits_for_gpu=over.waits_for_gpu
     )
@@ -131,7 +131,7 @@ def drained(replica: Replica, now: float) -> Replica:
 
 
 def observed(replica: Replica, status: Status, in_flight: int, now: float, operation: Operation) -> Replica:
-    """The replica with what the balancer says of it. Its failures are forgotten once it has been ready long enough."""
+    """The replica with what the balancer reports. Its failures are forgotten once it has been ready long enough."""
     is_ready = status is Status.READY
     since = (replica.ready_since if replica.ready_since is not None else now) if is_ready else None
     is_stable = since is not None and now - since >= operation.stable_after
@@ -157,7 +157,7 @@ def decide(
 ) -> list[Action]:
     """The actions that bring the replicas closer to `wanted`, the number of each version; at most one per replica.
 
-    `next_id` is the first free id. `condemned` are replicas that have to go; others take their places.
+    `next_id` is the first free id. Replicas in `condemned` have to go, and new ones take their places.
     """
     replicas = list(replicas)
     actions: list[Action] = []
@@ -165,7 +165,7 @@ def decide(
         if replica.stage is Stage.RUNNING and replica.is_unusable:
             actions.append(Replace(replica.id, f"it was {replica.status}"))
         elif replica.stage is Stage.DRAINING:
-            # SHUTTING_DOWN: the balancer drains it, and nothing is in flight. None: the balancer never knew it.
+            # SHUTTING_DOWN: it is draining and has no requests left. None: the balancer never knew it.
             is_idle = replica.status in (Status.SHUTTING_DOWN, None)
             if is_idle or now - replica.drained_at > drain_timeout:
                 actions.append(Stop(replica.id))
@@ -189,7 +189,7 @@ def decide(
 
 
 def _usefulness(replica: Replica) -> tuple[bool, bool, int, int]:
-    """The lowest goes first: without a process, then not ready, then the least busy, then the newest."""
+    """A sort key: first to go are replicas without a process, then those not ready, least busy, newest."""
     return replica.stage is Stage.RUNNING, replica.is_ready, replica.in_flight, -replica.id
 
 

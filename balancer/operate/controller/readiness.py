@@ -1,4 +1,4 @@
-"""The service's readiness probe, for replicas that the balancer must not know yet."""
+"""The service's readiness probe, for replicas that the balancer must not know about yet."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from balancer.spec.settings import ReadinessProbe
 
 
 class Readiness:
-    """`fields` are headers that are sent along, unless the probe has its own of the same name."""
+    """`fields` are headers sent with each probe, unless the probe has its own of the same name."""
 
     def __init__(self, fields: Mapping[str, str]) -> None:
         self._client = httpx.AsyncClient(headers=dict(fields), trust_env=False)

@@ -1,4 +1,4 @@
-"""The list of replicas that the controller sends to the balancer, and the snapshot that a person gets to see."""
+"""The list of replicas that the controller sends to the balancer, and the snapshot that the user sees."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -9,7 +9,7 @@ from balancer.contract.words import ServiceStatus, State, Status
 from balancer.operate.controller.plan import Replica, Stage
 from balancer.operate.controller.wanted import Wanted
 
-# For the balancer. Whether a running replica is draining is the balancer's to say.
+# For the balancer, which decides itself whether a running replica is draining.
 _STATES = {
     Stage.WAITING: State.PROVISIONING,
     Stage.RUNNING: State.RUNNING,
@@ -18,7 +18,7 @@ _STATES = {
     Stage.REPLACING: State.SHUTTING_DOWN,
     Stage.GIVEN_UP: State.FAILED,
 }
-# For a person, of replicas that the balancer does not know.
+# For the user, about replicas that the balancer does not know.
 _STATUSES = {
     Stage.WAITING: Status.PROVISIONING,
     Stage.RUNNING: Status.STARTING,
@@ -30,7 +30,7 @@ _STATUSES = {
 
 
 class Report:
-    """Remembers what the engine last said of each replica: its name, its endpoint, and any other facts."""
+    """Remembers what the engine last reported about each replica: its name, its endpoint, and any other facts."""
 
     def __init__(self, name: str, endpoint: Callable[[], str], infra: str) -> None:
         self._name = name
@@ -39,7 +39,7 @@ class Report:
         self._by_engine: dict[int, ReplicaListing] = {}
 
     def note(self, running: Mapping[int, ReplicaListing], known: Collection[int]) -> None:
-        """Remembers what the engine runs, and forgets the replicas that are not known any more."""
+        """Remembers what the engine runs, and forgets replicas that are no longer in `known`."""
         by_engine = self._by_engine | dict(running)
         self._by_engine = {id: listing for id, listing in by_engine.items() if id in known}
 
@@ -51,7 +51,7 @@ class Report:
         status: ServiceStatus | None = None,
         reason: str = "",
     ) -> Listing:
-        """The list for the balancer. Unless None, `status` overrides the one that follows from the replicas."""
+        """The list for the balancer. `status`, unless None, overrides the status that follows from the replicas."""
         service = ServiceListing(
             name=self._name,
             version=str(wanted.newest.version),
@@ -90,12 +90,12 @@ class Report:
             version=",".join(str(version) for version in sorted({row.version for row in rows}))
             or str(wanted.newest.version),
             total=len(rows),
-            endpoint=self._endpoint(),  # a balancer that is about to be replaced may know another
+            endpoint=self._endpoint(),  # a balancer that is about to be replaced may report an old one
         )
         return Snapshot(service, tuple(sorted(rows, key=lambda row: row.id)))
 
     def alone(self, replicas: Collection[Replica], wanted: Wanted, now: float) -> Snapshot:
-        """What there is to show before the balancer has answered for the first time."""
+        """The snapshot to show before the balancer has answered for the first time."""
         service = ServiceRow(
             name=self._name,
             version=str(wanted.newest.version),

@@ -1,4 +1,4 @@
-"""A rolling or blue-green update, step by step. Pure: replicas in, the number of each version out."""
+"""A rolling or blue-green update, step by step. Pure: takes replicas, returns the number of each version."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Mode = Literal["rolling", "blue_green"]
 
 
 class RolloutStatus(Enum):
-    """How far an update is."""
+    """The progress of an update."""
 
     IN_PROGRESS = "some replicas still have the old version"
     DONE = "all wanted replicas have the new version and are ready"
@@ -20,7 +20,7 @@ class RolloutStatus(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RolloutStep:
-    """How many replicas of each version to have now. `reason` says why the update failed."""
+    """How many replicas of each version to run now. `reason` says why the update failed."""
 
     old: int
     new: int
@@ -29,10 +29,10 @@ class RolloutStep:
 
 
 def next_step(mode: Mode, replicas: Iterable[Replica], version: int, total: int, surge: int) -> RolloutStep:
-    """How far the update to `version` is, and what to have next.
+    """The progress of the update to `version`, and how many replicas of each version to run next.
 
-    `total` replicas are wanted in the end, and up to `total + surge` may run at a time, including those that are still
-    draining. `surge` is 0 if all GPUs are taken: then an old replica has to go before a new one can start.
+    `total` replicas are wanted in the end, and at most `total + surge` may run at a time, including those that are
+    still draining. `surge` is 0 if all GPUs are in use: then an old replica has to go before a new one can start.
     """
     replicas = list(replicas)
     new = [replica for replica in replicas if replica.version == version and replica.is_wanted]
@@ -48,9 +48,9 @@ def next_step(mode: Mode, replicas: Iterable[Replica], version: int, total: int,
         # The old version serves alone until all replicas of the new one are ready.
         return RolloutStep(total, total, RolloutStatus.IN_PROGRESS)
     if any(replica.waits_for_gpu for replica in new):
-        surge = 0  # a GPU that looked free is taken: an old replica has to make room after all
+        surge = 0  # a GPU that looked free is in use, so an old replica has to go first after all
     room = total + surge - len(replicas)
-    # As many at a time as fit beside the old ones; at least one, once an old one has made room.
+    # Start as many at a time as fit beside the old ones, or one if an old one has to go first.
     coming = max(0, min(room, max(1, surge) - (len(new) - ready)))
     staying = max(0, total - ready - (surge == 0))
     return RolloutStep(staying, min(total, len(new) + coming), RolloutStatus.IN_PROGRESS)

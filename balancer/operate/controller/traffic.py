@@ -1,14 +1,14 @@
-"""The load of a service, from one of the balancer's snapshots to the next."""
+"""The load of a service, computed from successive snapshots of the balancer."""
 
 from balancer.contract.status import Snapshot
 from balancer.operate.controller.wanted import Load
 
 
 class Traffic:
-    """Counts the generating requests that arrived between two looks, each once, served or not."""
+    """Counts each generating request that arrived between two calls of `take` once, whether served or not."""
 
     def __init__(self) -> None:
-        self._arrived: int | None = None  # the balancer's totals as last seen
+        self._arrived: int | None = None  # the balancer's total in the last snapshot; None before the first one
         self._turned_away = 0
         self._load = Load()
 

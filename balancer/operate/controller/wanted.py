@@ -1,4 +1,4 @@
-"""How many replicas of each version are wanted, given scaling by hand, autoscaling and updates.
+"""How many replicas of each version are wanted, given manual scaling, autoscaling and updates.
 
 Pure: no processes, no sockets, and times come from the controller.
 """
@@ -19,7 +19,7 @@ from balancer.operate.recipe.recipe import Recipe
 class Load:
     """Generating requests: those that arrived since the last look, those at replicas, and those that wait for one.
 
-    `turned_away` counts those that were refused since the last look because everything was full.
+    `turned_away` counts those refused since the last look because everything was full.
     """
 
     arrived: int = 0
@@ -59,15 +59,15 @@ class Wanted:
 
     @property
     def hidden(self) -> int | None:
-        """The version whose replicas the balancer must not know yet, so that they get no requests."""
+        """The version whose replicas the balancer must not know about yet, so that they get no requests."""
         if self.coming is None or self._mode == "rolling" or self._is_switched:
             return None
         return self.coming.version
 
     def adopt(self, survivors: Collection[Survivor]) -> None:
-        """Continues where an earlier controller stopped: with its versions, and an update to ours if they differ.
+        """Continues where an earlier controller stopped: with its versions, and an update to our recipe if they differ.
 
-        How replicas of other versions were started is not known. If one of them ends meanwhile, it comes back as ours.
+        The recipes of those other versions are unknown, so a replica of them that ends is restarted with our recipe.
         """
         ours, digest = self.serving, self.serving.digest
         alike = {survivor.listing.version for survivor in survivors if survivor.digest == digest}
@@ -83,7 +83,7 @@ class Wanted:
             self.serving = ours
 
     def scale(self, target: int) -> None:
-        """Raises ConfigError if the service autoscales, or if the machine or the script does not allow so many."""
+        """Sets the target; raises ConfigError if the service autoscales or the machine or script does not allow it."""
         recipe = self.newest
         name, policy = recipe.spec.name, recipe.spec.service.replica_policy
         if policy is not None and recipe.spec.autoscales:
@@ -99,7 +99,7 @@ class Wanted:
         self.target = target
 
     def update(self, recipe: Recipe, mode: Mode) -> None:
-        """Wants this version from now on; raises ConfigError if it cannot be rolled out in this mode."""
+        """Makes this version the wanted one; raises ConfigError if it cannot be rolled out in this mode."""
         if self.coming is not None:
             raise ConfigError(f"{recipe.spec.name} is being updated to version {self.coming.version}: wait for its end")
         total = self.target if recipe.spec.autoscales else recipe.spec.min_replicas
@@ -134,8 +134,8 @@ class Wanted:
     def counts(
         self, replicas: Collection[Replica], load: Load, now: float
     ) -> tuple[Mapping[int, int], UpdateResult | None]:
-        """How many of each version to have now, and how the update ended, once, when it has."""
-        # A version without replicas is not started again.
+        """How many replicas of each version to run now; and, once, the result of an update that has just ended."""
+        # Recipes of versions without replicas are no longer needed.
         present = {self.serving.version, self.newest.version, *(replica.version for replica in replicas)}
         self.recipes = {version: recipe for version, recipe in self.recipes.items() if version in present}
         if self._autoscaler is not None:
@@ -146,7 +146,7 @@ class Wanted:
             return {self.serving.version: self.target}, None
         step = rollout.next_step(self._mode, replicas, self.coming.version, self.target, self._surge())
         if self.hidden is not None and step.old == 0:
-            # Our own probes found them ready. Now the balancer has to, before the old ones may go.
+            # Our own probes have passed. Now the balancer has to find the new ones ready before the old ones may go.
             self._is_switched = True
             return {self.serving.version: self.target, self.coming.version: self.target}, None
         counts = {self.serving.version: step.old, self.coming.version: step.new}
@@ -161,7 +161,7 @@ class Wanted:
         return counts, result
 
     def _surge(self) -> int:
-        """How many replicas there may be beyond the wanted number: as many as fit, or one if that is unknown."""
+        """How many replicas may run beyond the wanted number: as many as fit, or one if that is unknown."""
         assert self.coming is not None
         if self.coming.fixed_port is not None and self.coming.fixed_port == self.serving.fixed_port:
             return 0
