@@ -1,6 +1,7 @@
-"""The door to a running controller: a unix socket that takes one JSON request a connection, and answers in JSON lines.
+"""The control socket of a running controller: one JSON request per connection, answered in JSON lines.
 
-A request is {"do": WORD, ...}. Answers are {"say": TEXT} while it works, and last {"done": VALUE} or {"error": TEXT}.
+A request is {"do": WORD, ...}. The answer is {"say": TEXT} any number of times while the controller works, then
+{"done": VALUE} or {"error": TEXT}.
 """
 
 import asyncio
@@ -17,14 +18,14 @@ from balancer.errors import ConfigError
 Say = Callable[[str], None]
 Answer = Callable[[Mapping[str, Any], Say], Awaitable[Any]]
 
-# Seconds that a request may take to arrive, which is written at once.
+# Seconds that a request may take to arrive; clients write it at once.
 _REQUEST_TIMEOUT = 10.0
-# A request holds a service file at most.
+# Bytes; the largest request holds a service file.
 _LINE_LIMIT = 4 << 20
 
 
 class NotUp(Exception):
-    """Nothing answers at the socket: the service is not up."""
+    """Nothing answers on the socket: the service is not up."""
 
 
 @contextlib.asynccontextmanager
@@ -50,7 +51,7 @@ async def serving(path: Path, answer: Answer) -> AsyncIterator[None]:
                 send({"error": str(failure)})
             await writer.drain()
         except (ValueError, ConnectionError, TimeoutError):
-            pass  # no request of ours, or a client that left
+            pass  # not a request of ours, or the client has gone
         finally:
             writer.close()
 
@@ -60,7 +61,7 @@ async def serving(path: Path, answer: Answer) -> AsyncIterator[None]:
         yield
     finally:
         server.close()
-        # Whoever asked for the end is told that it came.
+        # The client that asked for the service to end still gets its answer.
         await asyncio.gather(*answering)
 
 
@@ -80,7 +81,7 @@ def ask(path: Path, request: Mapping[str, Any], say: Say | None = None, timeout:
                     try:
                         message = json.loads(line)
                     except ValueError:
-                        raise NotUp from None  # it ended amid its answer
+                        raise NotUp from None  # the controller ended in the middle of its answer
                     if "error" in message:
                         raise ConfigError(message["error"])
                     if "done" in message:

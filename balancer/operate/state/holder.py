@@ -19,7 +19,7 @@ class Holder:
     """
 
     pid: int
-    # In clock ticks since the boot, as /proc has it.
+    # In clock ticks since boot, as in /proc.
     started: int
     boot: str
     host: str
@@ -52,7 +52,7 @@ class Holder:
     def signal(self, number: signal.Signals) -> None:
         """Signals this process and never another one. Raises PermissionError if it belongs to another user."""
         with contextlib.suppress(ProcessLookupError):
-            # From here on the descriptor means one process, whoever gets its number.
+            # From here on the descriptor refers to one process, even if the process id is reused.
             descriptor = os.pidfd_open(self.pid)
             try:
                 if self.is_here:
@@ -70,10 +70,10 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """None where there is no such process."""
+    """The start time of a process; None if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    # The second field, in parentheses, is the program's name and may hold anything; this is the twenty-second.
+    # The start time is field 22. Field 2, the program's name in parentheses, may contain spaces and parentheses.
     return int(text.rpartition(")")[2].split()[19])

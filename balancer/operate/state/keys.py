@@ -1,7 +1,7 @@
-"""The keys of a local service: who may tell its balancer of replicas, and who may ask its replicas.
+"""The keys of a local service, which protect its balancer's admin port and its replicas.
 
-Without them any user of the machine could do both, because everybody can connect to loopback. A key is generated once
-for each service and kept in its folder, which only the owner can read; output names the file, never the key.
+Without them any user of the machine could use both, because everybody can connect to loopback. Each key is generated
+once per service and kept in its folder, which only the owner can enter; output names the file, never the key.
 """
 
 import os
@@ -16,10 +16,10 @@ from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.state_file import broken, read_whole, write_whole
 from balancer.spec import text_file
 
-# Where `python -m replica` finds the file with the key that SGLang is to ask for.
+# The variable that gives `python -m replica` the file with the key that SGLang is to require.
 KEY_FILE = "SGLANG_API_KEY_FILE"
 _BALANCERS = "BALANCER_REPLICA_KEY"
-# With these a script sees to its keys itself.
+# Flags that show that a script configures its keys itself.
 _OWN = re.compile(r"--(admin-)?api-key(=.*)?|--config(=.*)?", re.DOTALL)
 
 
@@ -64,9 +64,9 @@ def brings_its_own(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> b
 
 
 def for_replicas(recipe: Recipe, drawn_file: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The file of the key that the service's replicas ask for: one that was given, else the service's own.
+    """The file with the key that the service's replicas require: the one the user gave, else the service's own.
 
-    None where they ask for none of ours: a script that is no SGLang knows nothing of it, some bring their own, and an
+    None if they require no key of ours: a script that is not SGLang does not know it, some scripts set their own, and
     SGLang without our plug-in could not read the file. Raises ConfigError.
     """
     envs = {**environ, **recipe.envs(0, 0)}

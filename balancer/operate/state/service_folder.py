@@ -13,9 +13,9 @@ from balancer.operate.engines import rotation
 from balancer.operate.state.holder import Holder
 from balancer.operate.state.state_file import BrokenState, broken, read_whole, write_whole
 
-# Seconds for which `claim` tries: whoever only looks (`is_up`) has the lock too, for a few microseconds.
+# Seconds for which `claim` tries to get the lock, because `is_up` also holds it for a few microseconds.
 _CLAIMING = 0.5
-# Logs kept of replicas that are gone: an update or a drain gives new numbers, and nobody reads those of last month.
+# Logs to keep of replicas that are gone. Updates and drains use new ids, so logs would pile up.
 _GONE_LOGS = 20
 
 
@@ -25,7 +25,7 @@ class AlreadyUp(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DetachedRecord:
-    """Where a service that outlived its controller is found: its engine's name, and HOST:PORT of its balancer."""
+    """How to find a service that has outlived its controller: its engine's name, and HOST:PORT of its two ports."""
 
     engine: str
     listen: str
@@ -33,30 +33,29 @@ class DetachedRecord:
 
 
 class ServiceFolder:
-    """The files of one service. They stay after it has gone down; only the lock says whether it is up."""
+    """The files of one service. They stay after it has gone down; only the lock shows whether it is up."""
 
     def __init__(self, root: Path, name: str) -> None:
         self.name = name
         self.path = root / name
         self.socket = self.path / "control.sock"
-        # A folder of its own, because a container is given folders: a file it would go on seeing as it was.
+        # In its own folder, because a container has to mount the folder: a mounted file would never change for it.
         self.service_file = self.path / "balancer" / "service.yaml"
         self.balancer_log = self.path / "balancer.log"
         self.controller_log = self.path / "controller.log"
         self.admin_key_file = self.path / "admin.key"
         self.replica_key_file = self.path / "replica.key"
         self._lock_file = self.path / "lock"
-        # There while the service would outlive its controller, or did.
+        # Exists while the service would outlive its controller, or has outlived it.
         self._detached_file = self.path / "detached.json"
 
     def claim(self) -> TextIO:
-        """Makes the folder and locks it for as long as the file stays open, however the process ends.
+        """Creates the folder and locks it for as long as the returned file stays open, however the process ends.
 
-        What the life before logged is set aside, as NAME.log.1. Raises AlreadyUp, and OSError where the folder cannot
-        be used.
+        Renames the logs of the previous run to NAME.log.1. Raises AlreadyUp, and OSError if the folder cannot be used.
         """
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # The control socket in it is as private as the folder.
+        # The folder's mode also protects the control socket in it.
         self.path.chmod(0o700)
         # Not inherited by children (PEP 446): the lock is ours alone.
         lock = self._lock_file.open("a")
@@ -72,7 +71,7 @@ class ServiceFolder:
         return lock
 
     def sign(self, lock: TextIO) -> None:
-        """Writes into the lock file who we are, so that `down` can end us when nothing else works."""
+        """Writes our identity into the lock file, so that `down` can signal us if we do not answer."""
         lock.truncate(0)
         lock.write(Holder.ours().to_text())
         lock.flush()
@@ -101,7 +100,7 @@ class ServiceFolder:
 
     @property
     def detached_record(self) -> DetachedRecord | None:
-        """The record of a service whose controller is gone; None if there is nothing left of it. Raises BrokenState."""
+        """The record of a service that has outlived its controller; None if this one has not. Raises BrokenState."""
         text = read_whole(self._detached_file) if self.is_detached else None
         if text is None:
             return None
@@ -128,8 +127,8 @@ class ServiceFolder:
     def write_service_file(self, text: str) -> Path:
         """Replaces the file atomically, because a running balancer rereads it.
 
-        A readiness probe's headers may hold a key. Other users are kept from it by our own folder's mode; inside a
-        container that is given only the inner folder, its user can read it. Raises BrokenState.
+        A readiness probe's headers may hold a key. The outer folder's mode keeps other users out; a container mounts
+        only the inner folder, where its user can read the file. Raises BrokenState.
         """
         inner = self.service_file.parent
         try:
@@ -144,17 +143,17 @@ class ServiceFolder:
         return self.path / f"replica-{id}.log"
 
     def replica_logs(self) -> list[Path]:
-        """The logs of all replicas, past ones included, in order of their numbers."""
+        """The logs of all replicas, including past ones, in order of their ids."""
         return [log for _, log in sorted(self._numbered_logs())]
 
     def trim_replica_logs(self, there: set[int]) -> None:
-        """Removes the logs of replicas that are gone, but for the last ones; `there`: the numbers in use."""
+        """Removes the logs of replicas that are gone, except the newest ones; `there` holds the ids in use."""
         gone = sorted((id, log) for id, log in self._numbered_logs() if id not in there)
         for _, log in gone[:-_GONE_LOGS]:
             rotation.remove(log)
 
     def log_files(self, log: Path) -> list[Path]:
-        """The files that this life's part of a log lies in, the oldest first."""
+        """The files that hold the current run's part of a log, oldest first."""
         signed = self._signed()
         return rotation.files(log, since=signed.since if signed is not None else 0.0)
 
@@ -177,13 +176,13 @@ class ServiceFolder:
 def state_root(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder that holds a folder for each service."""
     base = environ.get("XDG_STATE_HOME") or ""
-    # The specification: a path that is not absolute is to be ignored.
+    # The XDG specification says to ignore a path that is not absolute.
     home = Path(base) if base.startswith("/") else Path("~/.local/state").expanduser()
     return home / "groundserve"
 
 
 def folders(root: Path) -> list[ServiceFolder]:
-    """Every service that has ever run, in order of name; raises BrokenState if that cannot be determined."""
+    """Every service that has ever run here, sorted by name; raises BrokenState if that cannot be determined."""
     try:
         names = sorted(path.name for path in root.iterdir() if path.is_dir() and not _has_none(path / "lock"))
     except FileNotFoundError:
@@ -205,7 +204,7 @@ def _has_none(path: Path) -> bool:
 
 
 def _lock(lock: TextIO) -> None:
-    """Raises AlreadyUp if it is held for longer than a mere look takes."""
+    """Takes the lock; raises AlreadyUp if it stays held for longer than `is_up` needs."""
     give_up = time.monotonic() + _CLAIMING
     while True:
         try:

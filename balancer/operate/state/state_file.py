@@ -7,11 +7,11 @@ from balancer.errors import ConfigError
 
 
 class BrokenState(ConfigError):
-    """A file of state that cannot be used. The message is one line that names it."""
+    """A state file that cannot be used. The message is one line that names it."""
 
 
 def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
-    """Writes the file atomically: even after a power failure it is the old one or the new one. Raises BrokenState."""
+    """Writes the file atomically: even after a power failure it is either old or new. Raises BrokenState."""
     fresh = path.with_name(f"{path.name}.new")
     try:
         _write(fresh, path, text, mode)
@@ -23,7 +23,7 @@ def _write(fresh: Path, path: Path, text: str, mode: int) -> None:
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(descriptor, mode)  # neither the umask's, nor that of a file left by an earlier try
+            os.fchmod(descriptor, mode)  # regardless of the umask and of a file left by an earlier attempt
             file.write(text)
             file.flush()
             os.fsync(descriptor)
@@ -31,7 +31,7 @@ def _write(fresh: Path, path: Path, text: str, mode: int) -> None:
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
-    # The new name has to be on the disk too.
+    # The rename has to reach the disk too.
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)
@@ -40,7 +40,7 @@ def _write(fresh: Path, path: Path, text: str, mode: int) -> None:
 
 
 def read_whole(path: Path) -> str | None:
-    """The content of the file, None if there is no file; raises BrokenState."""
+    """The content of the file, or None if there is no file; raises BrokenState."""
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
