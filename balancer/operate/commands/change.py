@@ -1,4 +1,4 @@
-"""What each `groundserve` command that changes something does (and `check`); returns the exit code."""
+"""The `groundserve` commands that change something, and `check`. Each returns the exit code."""
 
 import signal
 import sys
@@ -23,13 +23,13 @@ from balancer.operate.state import control_socket
 from balancer.operate.state.service_folder import AlreadyUp, DetachedRecord, ServiceFolder, state_root
 from balancer.spec.service_file import load, read
 
-# A controller that does not even answer gets this long, in seconds, to end by SIGTERM.
+# Seconds that a controller which does not answer gets to end after each signal (SIGTERM, then SIGKILL).
 _PATIENCE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A service file and what overrides it."""
+    """A service file, and what the command line overrides in it."""
 
     path: str
     name: str | None = None
@@ -38,9 +38,9 @@ class Source:
 
 
 def fitted(source: Source, on: str = AUTO) -> tuple[Recipe, Engine]:
-    """The file's recipe, fitted to the engine that is to run it; warnings go to stderr.
+    """The file's recipe, fitted to the engine that is to run it, and this engine; warnings go to stderr.
 
-    Raises ConfigError when it cannot run here.
+    Raises ConfigError if it cannot run here.
     """
     unfitted = recipe(load(source.path, name=source.name, envs=source.envs, secrets=source.secrets))
     engine = choose_engine(on, unfitted, ServiceFolder(state_root(), unfitted.spec.name))
@@ -84,7 +84,7 @@ def up(source: Source, flags: AddressFlags, on: str, is_detached: bool) -> int:
 def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_detached: bool) -> int:
     """Brings several services up behind the endpoint of the first, one after the other.
 
-    In the foreground it then waits to be told to stop, and takes them down.
+    In the foreground it then waits for Ctrl-C or a signal to end, and takes them down.
     """
     names = [load(s.path, name=s.name, envs=s.envs, secrets=s.secrets).name for s in sources]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -118,7 +118,7 @@ def check(sources: Sequence[Source]) -> int:
 
 
 def _checked(source: Source) -> Recipe:
-    """The recipe of a file, after saying what it would do here."""
+    """The recipe of a file; prints what it would do here."""
     recipe, engine = fitted(source)
     spec = recipe.spec
     most = "as many as fit" if spec.max_replicas is None else str(spec.max_replicas)
@@ -159,7 +159,7 @@ def update(name: str, source: Source, mode: str) -> int:
 
 
 def down(names: Sequence[str], replica_id: int | None, is_balancer: bool = False) -> int:
-    """All services where no names are given; or only one replica, or the balancer, of the first."""
+    """Takes down these services, or all if none is named; or replaces one replica, or the balancer, of the first."""
     if is_balancer:
         _ask(names[0], {"do": "replace balancer"})
         print(f"{names[0]}: its balancer finishes what it has and ends; another takes its place")
@@ -172,7 +172,7 @@ def down(names: Sequence[str], replica_id: int | None, is_balancer: bool = False
     if not found and not failures:
         print("No existing services.")
     for folder in found:
-        # One that cannot be taken down is told of, and keeps none of the others up.
+        # A service that cannot be taken down is reported, and does not keep the others up.
         try:
             _take_down(folder)
             print(f"{folder.name} is down")
@@ -189,7 +189,7 @@ def _take_down(folder: ServiceFolder) -> None:
     try:
         control_socket.ask(folder.socket, {"do": "down"}, timeout=None)
     except control_socket.NotUp:
-        # It starts, or it hangs: its children go with it, however it ends.
+        # It is starting, or it hangs. Its children end with it, however it ends.
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not _is_ended(folder, number):
                 _wait_until(lambda: not folder.is_up(), _PATIENCE)
@@ -199,7 +199,7 @@ def _take_down(folder: ServiceFolder) -> None:
 
 
 def _is_ended(folder: ServiceFolder, number: signal.Signals) -> bool:
-    """Did its controller end? If not, it now has the signal. Raises ConfigError where it cannot be reached."""
+    """Has its controller ended? If not, sends it the signal. Raises ConfigError if it cannot be signalled from here."""
     holder = folder.holder()
     if holder is None:
         return not folder.is_up()

@@ -1,4 +1,4 @@
-"""`groundserve up -d`: the controller goes on in the background, and the caller waits until the service is up."""
+"""`groundserve up -d`: runs the controller in the background, and waits until the service is up."""
 
 import contextlib
 import io
@@ -12,16 +12,16 @@ from typing import BinaryIO
 
 from balancer.operate.engines.rotation import RotatedLog
 
-# What the background process says when its service came up.
+# What the background process sends once its service is up.
 _UP = b"\x04"
-_LOOK = 0.1  # seconds between two looks at its log
+_LOOK = 0.1  # seconds between two checks of its log
 
 
 def detached(work: Callable[[Callable[[], None]], int], log: Path) -> int:
-    """Forks, runs `work` in the background with its output in `log`, and shows that output until it calls back.
+    """Forks, runs `work` in the background with its output in `log`, and shows that output until the service is up.
 
-    `work` gets the function to call once it is up. The exit code: 0 then, else that of the work. The background asks
-    nothing of the caller: should that go away meanwhile, the service comes up all the same.
+    `work` is given a function to call once the service is up. Returns 0 then, else the exit code of `work`. The
+    background process does not depend on the caller: if the caller goes away, the service still comes up.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -64,7 +64,7 @@ def _in_background(work: Callable[[Callable[[], None]], int], writing: int, log:
 
 
 class _Into(io.TextIOBase):
-    """What is printed goes into a log, line by line."""
+    """A text stream that writes to a rotated log."""
 
     def __init__(self, log: RotatedLog) -> None:
         self._log = log

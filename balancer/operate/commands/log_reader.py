@@ -1,4 +1,4 @@
-"""Reads one log that rotates: all of it or its last lines, then what is appended meanwhile."""
+"""Reads one rotating log: all of it or its last lines, then the lines that are appended later."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ _BLOCK = 64 * 1024
 
 
 class LogReader:
-    """`files` are what the log lies in at first, the oldest first; none: it is yet to come. Use it in a `with`."""
+    """`files` are the log's files at first, oldest first; empty if there is no log yet. Use it in a `with`."""
 
     def __init__(self, log: Path, files: Sequence[Path]) -> None:
         self._log = log
@@ -34,7 +34,7 @@ class LogReader:
                 file.close()
 
     def all(self) -> Iterator[str]:
-        """Every line that is there. One without an end is kept for `more`."""
+        """All lines so far. An unfinished line is kept for `more`."""
         for file in self._before:
             yield from self._read(file)
             file.close()
@@ -42,7 +42,7 @@ class LogReader:
             yield from self._read(self._file)
 
     def last(self, count: int) -> list[str]:
-        """The last lines, read from the end: of a log of gigabytes no more than of a short one."""
+        """The last lines, read from the end, so that a large log takes no longer than a short one."""
         blocks: list[bytes] = []
         ends = 0
         there = [*self._before, *([self._file] if self._file is not None else [])]
@@ -60,15 +60,15 @@ class LogReader:
         return lines[max(0, len(lines) - count) :]
 
     def more(self) -> Iterator[str]:
-        """The lines that were completed since the last call, in whatever file they are by now."""
+        """The lines completed since the last call, even if the log has been rotated meanwhile."""
         if self._file is None:
             self._file = _opened(self._log)
         while self._file is not None:
             there = os.fstat(self._file.fileno())
-            # Asked before the rest is read: a file that was set aside gets nothing more.
+            # Checked before reading the rest, because a file that has been rotated gets no more lines.
             newer = self._newer(there)
             if there.st_size < self._file.tell():
-                self._file.seek(0)  # somebody emptied it
+                self._file.seek(0)  # the file was truncated
             yield from self._read(self._file)
             if newer is None:
                 return
@@ -76,7 +76,7 @@ class LogReader:
             self._file = _opened(newer)
 
     def rest(self) -> list[str]:
-        """The last line where it has no end."""
+        """The last line, if it is unfinished."""
         lines, self._rest = _lines(self._rest), b""
         return lines
 
@@ -89,7 +89,7 @@ class LogReader:
                 yield from lines
 
     def _newer(self, mine: os.stat_result) -> Path | None:
-        """The file that goes on where ours ends; None where ours is the log itself, or where nothing is."""
+        """The file that continues ours; None if ours is the newest, or if there are no files."""
         newer = None
         for file in reversed(rotation.files(self._log)):
             with contextlib.suppress(FileNotFoundError):
@@ -97,7 +97,7 @@ class LogReader:
                 if (seen.st_dev, seen.st_ino) == (mine.st_dev, mine.st_ino):
                     return newer
                 newer = file
-        return newer  # ours is gone: on with the oldest that there is
+        return newer  # ours is gone: continue with the oldest file
 
 
 def _opened(file: Path) -> BinaryIO | None:

@@ -1,4 +1,4 @@
-"""What a person sees while a service starts: a line for each change, or on a terminal a table that is redrawn."""
+"""What the user sees while a service starts: a line for each change, or on a terminal a table that is redrawn."""
 
 import contextlib
 import sys
@@ -42,7 +42,7 @@ class Lines:
         self._statuses = {name: row.status for name, row in rows.items()}
 
     def finish(self) -> None:
-        """The service is up: from now on, every change is a line."""
+        """Call it once the service is up: from then on, every change is a line."""
 
 
 class Moving(Lines):
@@ -58,7 +58,7 @@ class Moving(Lines):
         self._live.start()
 
     def say(self, text: str) -> None:
-        # Printed above the table; rich would take [brackets] for markup.
+        # Printed above the table, without markup because rich would interpret [brackets].
         with self._while_anyone_looks():
             self._console.print(text, markup=False, highlight=False)
 
@@ -91,7 +91,7 @@ class Moving(Lines):
             colour = COLOURS.get(row.status.phase, "cyan")
             mark = Text("●", colour) if _is_settled(row) else self._spinner
             age = Text(f"{row.launched_seconds:.0f} s", justify="right")
-            # While it loads, its log says more than the reason, which is that probes do not pass yet.
+            # While the model loads, the log is more useful than the reason, which is that probes do not pass yet.
             detail = self._last_line(row.id) if row.status is Status.STARTING else ""
             detail = "" if row.status is Status.READY else detail or row.reason or self._last_line(row.id)
             last = Text(detail, "dim", overflow="ellipsis", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Which services there are and how they are: `groundserve status` and `groundserve logs`."""
+"""Shows the services, their state and their logs: `groundserve status` and `groundserve logs`."""
 
 import contextlib
 import fnmatch
@@ -24,7 +24,7 @@ from balancer.operate.state import control_socket
 from balancer.operate.state.service_folder import ServiceFolder, folders, state_root
 from balancer.operate.state.state_file import BrokenState
 
-# Where to ask if `groundserve up` runs nothing here: a balancer that docker compose or a person started.
+# Where to ask if `groundserve up` runs nothing here: a balancer that docker compose or the user started.
 _ADMIN_VARIABLE = "GROUNDSERVE_ADMIN"
 _DEFAULT_ADMIN = "http://127.0.0.1:30002"
 
@@ -76,7 +76,7 @@ def _show(patterns: Sequence[str], how: Display, console: Console | None = None)
 
 
 def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | None) -> int:
-    """`ids` says which replicas; none means all of them."""
+    """Prints logs. `ids` selects replicas; empty means all of them."""
     folder = ServiceFolder(state_root(), name)
     if of == "balancer":
         paths = {"": folder.balancer_log}
@@ -113,7 +113,7 @@ def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | Non
 
 
 def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[ConfigError]]:
-    """The services that are up and match, even without a controller, and what is wrong with other folders that match.
+    """The matching services that are up, even without a controller, and an error for each matching broken folder.
 
     Raises ConfigError if a pattern matches none.
     """
@@ -137,13 +137,13 @@ def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[Con
 
 
 def no_such_service(name: str) -> str:
-    """The message for a person who named a service that is not up."""
+    """The error message for the name of a service that is not up."""
     names = ", ".join(folder.name for folder in up_folders([])[0] if not folder.is_detached)
     return f"no service {name} is up here; {f'there is {names}' if names else 'none is'}"
 
 
 def check_host(folder: ServiceFolder) -> None:
-    """Raises ConfigError if the service runs on another host: the folders may be on a disk that several hosts share."""
+    """Raises ConfigError if the service runs on another host, as several hosts may share the disk with the folders."""
     holder = folder.holder()
     if holder is not None and not holder.is_here:
         raise ConfigError(
@@ -152,7 +152,7 @@ def check_host(folder: ServiceFolder) -> None:
 
 
 def admin_keys(patterns: Sequence[str]) -> int:
-    """Prints for each service the name of the file with the key for changes on its admin port."""
+    """Prints for each service the path of the file with the key for changes on its admin port."""
     services, failures = up_folders(patterns)
     for folder in services:
         try:
@@ -166,7 +166,7 @@ def admin_keys(patterns: Sequence[str]) -> int:
 
 
 def snapshot_of(folder: ServiceFolder) -> Snapshot:
-    """As its controller tells it, or its balancer if the controller is gone."""
+    """A service's snapshot from its controller, or from its balancer if the controller is gone."""
     try:
         if (record := folder.detached_record) is not None:
             return _from_admin_port(f"http://{record.admin}") or _bare(folder, ServiceStatus.FAILED)
@@ -190,13 +190,13 @@ def _bare(folder: ServiceFolder, status: ServiceStatus, reason: str = "") -> Sna
 
 
 def warn(failures: Iterable[ConfigError]) -> None:
-    """Prints what went wrong for some services, while others were dealt with."""
+    """Prints the errors of single services, which did not keep the command from handling the others."""
     for failure in failures:
         print(f"groundserve: {failure}", file=sys.stderr)
 
 
 def _from_default_admin_port() -> list[Snapshot]:
-    """The services of the balancer at GROUNDSERVE_ADMIN or the default address, if one answers there."""
+    """The services of the balancer at GROUNDSERVE_ADMIN or the default address; empty if none answers."""
     admin = os.environ.get(_ADMIN_VARIABLE, _DEFAULT_ADMIN).rstrip("/")
     try:
         answer = httpx.get(f"{admin}/services", timeout=5, trust_env=False).raise_for_status()
@@ -206,7 +206,7 @@ def _from_default_admin_port() -> list[Snapshot]:
 
 
 def _from_admin_port(admin: str) -> Snapshot | None:
-    """As the balancer at this admin port tells it; None if none answers."""
+    """The snapshot from the balancer at this admin port; None if none answers."""
     try:
         answer = httpx.get(f"{admin}/status", timeout=5, trust_env=False)
         return Snapshot.from_json(answer.raise_for_status().json())

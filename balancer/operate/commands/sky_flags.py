@@ -1,4 +1,4 @@
-"""Flags of `sky serve` that are none of groundserve's: what to write instead, or why they change nothing here."""
+"""Flags of `sky serve` that groundserve does not have: what to write instead, or why they have no effect here."""
 
 import argparse
 import sys
@@ -31,7 +31,7 @@ _INSTEAD: Mapping[str, Mapping[str, str]] = {
     },
     "status": _OF_SKYPILOT,
 }
-# What changes nothing, for the same reason as the key of that name under `resources:`.
+# Flags without effect, for the same reason as the key of this name under `resources:`.
 _OF_A_CLOUD = {
     "--infra": "infra",
     "--cloud": "cloud",
@@ -51,7 +51,7 @@ _WITHOUT_VALUE = {"--async", "-s", "--sync-down", "--use-spot", "--no-use-spot"}
 
 
 def accept(parser: argparse.ArgumentParser, command: str) -> None:
-    """Lets the parser of one command answer to them; its help does not show them."""
+    """Makes the parser of one command recognize these flags, without showing them in its help."""
     known: dict[str, type[_Answer]] = dict.fromkeys(_INSTEAD.get(command, ()), _Instead)
     if command in ("up", "update"):
         known |= dict.fromkeys(_OF_A_CLOUD, _NoEffect)
@@ -63,7 +63,7 @@ def accept(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 class _Answer(argparse.Action):
-    """Leaves nothing in the parsed options; `const` is the command."""
+    """An action that stores nothing in the parsed options; `const` is the command."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **more)

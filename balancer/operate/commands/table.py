@@ -9,7 +9,7 @@ from balancer.contract.status import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """`of` makes the cell of a row. `is_ours`: SkyServe has no such column, so only --verbose shows it."""
+    """`of` computes the cell of a row. `is_ours`: SkyServe has no such column, so only --verbose shows it."""
 
     heading: str
     of: Callable[[Any], object]
@@ -47,7 +47,7 @@ _SHORT = {"hour": "hr", "minute": "min", "second": "sec"}
 
 
 def tables(snapshots: Sequence[Snapshot], verbose: bool = False) -> str:
-    """Both tables, and below them why a service or replica failed; `verbose` adds the columns of ours."""
+    """Both tables, and below them the reasons for failures; `verbose` adds our own columns."""
     if not snapshots:
         return "No existing services."
     service_columns = [column for column in _SERVICE if verbose or not column.is_ours]
@@ -70,7 +70,7 @@ def tables(snapshots: Sequence[Snapshot], verbose: bool = False) -> str:
 
 
 def uptime(seconds: float | None) -> str:
-    """A time span as SkyServe prints it: `8m 16s`, `1d 2h 5s`; `-` if it has not begun."""
+    """A time span as SkyServe prints it: `8m 16s`, `1d 2h 5s`; `-` for None."""
     if seconds is None:
         return "-"
     if seconds < 1:

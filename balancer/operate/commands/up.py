@@ -1,4 +1,4 @@
-"""`groundserve up`: brings a service up, says how to use it, and is its controller until it goes down."""
+"""`groundserve up`: brings a service up, prints how to use it, and is its controller until it goes down."""
 
 import asyncio
 import json
@@ -31,9 +31,9 @@ def run(
     progress: Lines,
     on_up: Callable[[], None],
 ) -> int:
-    """Runs the service until it is told to end; the exit code. The caller holds the folder's lock.
+    """Runs the service until it is asked to end, and returns the exit code. The caller holds the folder's lock.
 
-    `engine` is prepared. `on_up` is called once, when the service came up and all was said about it.
+    `engine` must be prepared. `on_up` is called once, when the service is up and the messages about it are printed.
     """
 
     async def serve() -> int:
@@ -43,7 +43,7 @@ def run(
 
 
 def on_terminal(folder: ServiceFolder) -> Lines:
-    """Progress for whoever looks at our output."""
+    """Progress on stdout: a moving table on a terminal, plain lines elsewhere."""
     console = Console(highlight=False)
     if not console.is_terminal:
         return Lines(sys.stdout)
@@ -100,7 +100,7 @@ class _Up:
         self._controller.close()
 
     def _look(self, snapshot: Snapshot) -> None:
-        """Has what is shown, and finds out when the service came up or cannot."""
+        """Shows the snapshot, and notices when the service is up or has failed."""
         self._progress.show(snapshot)
         if self._is_up or self._failure:
             return
@@ -115,7 +115,7 @@ class _Up:
             self._greeting = asyncio.create_task(self._greet(service.ready))
 
     def _is_settled(self, row: ReplicaRow) -> bool:
-        """Will it stay as it is for long? Who waits for a GPU may do so for ever, beside others that serve."""
+        """Is its status unlikely to change soon? While others serve, a replica may wait for a GPU indefinitely."""
         if row.status in (Status.READY, Status.FAILED):
             return True
         replica = self._controller.replicas.get(row.id)
@@ -135,16 +135,16 @@ class _Up:
         self._on_up()
 
     async def _example(self) -> str:
-        """A command that this very service answers."""
+        """An example command that this service answers."""
         try:
-            # Its own certificate may be one that nobody here knows.
+            # verify=False, because its certificate may be one that this machine does not trust.
             async with httpx.AsyncClient(trust_env=False, timeout=5, verify=False) as client:
                 answer = await client.get(f"{self._balancer.endpoint}/v1/models")
             name = self._recipe.spec.name
             model = next(one["id"] for one in answer.json()["data"] if one.get("service", name) == name)
         except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
             return f"curl {self._balancer.endpoint}{self._recipe.readiness_probe.path}"
-        # Asked "What is ...?", the smallest model's first two choices tie in bfloat16, and the hardware decides.
+        # For "What is ...?" the smallest model's top two tokens tie in bfloat16, and the hardware decides.
         question = {"role": "user", "content": "Name the capital of France."}
         # Without a limit a small model may ramble for minutes on a CPU.
         body = {"model": model, "messages": [question], "max_tokens": 32, "temperature": 0}
@@ -190,7 +190,7 @@ class _Up:
                 name=name,
                 envs=request["envs"],
                 secrets=request["secrets"],
-                # Where `up` was typed: an update typed elsewhere would start every replica anew in that other folder.
+                # The folder where `up` was run: with the one of this update, every replica would restart there.
                 base=self._recipe.spec.base,
             )
             mode = request["mode"]

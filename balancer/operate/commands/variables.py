@@ -1,4 +1,4 @@
-"""Variables as the command line gives them: NAME=VALUE, NAME alone, and files of such lines."""
+"""Variables from the command line: NAME=VALUE, NAME alone, and files of such lines."""
 
 import io
 import os
@@ -12,17 +12,17 @@ _NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 
 def pair(text: str, flag: str) -> tuple[str, str]:
-    """The name and value of NAME=VALUE; of NAME alone, the value that it has in our own environment."""
+    """The name and value of NAME=VALUE; for NAME alone, its value in our own environment."""
     name, has_value, value = text.partition("=")
     return name, _value(name, value if has_value else None, flag)
 
 
 def of_file(flag: str, path: Path) -> dict[str, str]:
-    """What a file of variables holds, as `sky serve` reads it: by python-dotenv, its ${NAME} filled in.
+    """The variables in a file, read as `sky serve` does: by python-dotenv, with ${NAME} filled in.
 
-    Raises ConfigError for a line that python-dotenv would pass over.
+    Raises ConfigError for a line that python-dotenv would skip.
     """
-    # Few commands are given such a file; the others start without it.
+    # Imported here, because few commands need it, and the others start faster without it.
     from dotenv import dotenv_values
     from dotenv.parser import parse_stream
 
@@ -38,7 +38,7 @@ def of_file(flag: str, path: Path) -> dict[str, str]:
 
 def _value(name: str, value: str | None, flag: str) -> str:
     if not _NAME.fullmatch(name):
-        # Not shown: without a name the text may be the secret itself.
+        # The text is not shown: without a valid name it may be the secret itself.
         raise ConfigError(f"{flag}: write NAME=VALUE, the name being letters, digits and underscores")
     if value is None and (value := os.environ.get(name)) is None:
         raise ConfigError(f"{flag} {name}: write {name}=VALUE, or set {name} in the environment")
