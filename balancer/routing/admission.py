@@ -17,12 +17,12 @@ from balancer.routing.policies import Choice, Policy
 from balancer.routing.prompt import Prompt
 from balancer.routing.shares import Shares
 
-MOMENT = 2.0  # seconds that anything waits for a replica that is about to be ready, as where one takes over
-# A request that would wait for more than this part of queue_timeout is refused at once: the estimate is not exact, and
+MOMENT = 2.0  # seconds that any request waits for a replica that is about to be ready, as when one takes over
+# A request that would wait longer than this part of queue_timeout is refused at once: the estimate is not exact, and
 # a refusal after a wait is worse.
 IN_TIME = 0.8
 UNKNOWN_WAIT = 5.0  # seconds: Retry-After where the wait cannot be estimated
-LONGEST_WAIT = 300.0  # seconds: the largest wait that Retry-After tells
+LONGEST_WAIT = 300.0  # seconds: the maximum Retry-After, before jitter
 JITTER = 0.5  # up to this part of the wait is added to Retry-After, so that clients do not return together
 
 
@@ -30,8 +30,8 @@ JITTER = 0.5  # up to this part of the wait is added to Retry-After, so that cli
 class Waiter:
     """A request that wants a place; `tried` are the members that it has been to.
 
-    `is_waited_for`: it may wait as long as `start_wait` for a replica that starts; else it waits a moment at most.
-    `key` says whose it is; keys take turns in the queue. `arrived_at` is a loop time in seconds.
+    `is_waited_for`: it may wait `start_wait` for a starting replica; otherwise it waits at most `MOMENT`.
+    `key` says whose request it is; keys take turns in the queue. `arrived_at` is a loop time in seconds.
     """
 
     prompt: Prompt
@@ -41,10 +41,10 @@ class Waiter:
     key: Hashable = b""
     arrived_at: float = 0.0
     waited: float = 0.0  # seconds, so far
-    held_until: float = 0.0  # every member said that it is full: not to be offered again before (loop time)
-    rounds: int = 0  # how often every member has said so
-    number: int = 0  # of one of its claims: tells it from other requests that members refused as full
-    full_for: float | None = None  # seconds: the shortest time that a member gave, since it was last offered to all
+    held_until: float = 0.0  # every member was full: do not offer it again before this loop time
+    rounds: int = 0  # how often every member was full
+    number: int = 0  # of its first claim refused as full: tells it from other requests that members refused
+    full_for: float | None = None  # seconds: the shortest time for which a member said it is full, in this round
 
 
 @dataclass(slots=True, eq=False)
@@ -60,19 +60,19 @@ Waiters = FairQueue[_Queued]
 class Admission:
     """Gives places at members: keys take turns, and the requests of a key go in the order of their arrival.
 
-    It looks again whenever the fleet has room. `weight` gives a key's part of the places while others wait; by default
+    It tries again whenever the fleet has room. `weight` gives a key's part of the places while others wait; by default
     all keys are equal.
     """
 
     def __init__(self, fleet: Fleet, policy: Policy, weight: Callable[[Hashable], float] = lambda _: 1.0) -> None:
         self.fleet = fleet
         self.policy = policy
-        # Generating requests that came through the door, and those of them that were refused because all was full.
+        # Generating requests that arrived, and how many of them were refused because every replica was full.
         self.arrived_total = 0
         self.turned_away_total = 0
         self._weight = weight
         self._queue = Waiters()  # generating requests
-        self._plain = Waiters()  # others: they need a replica, and no room there
+        self._plain = Waiters()  # others: they need a replica, but no room there
         self._shares = Shares()
         self._wait = ExpectedWait(fleet.clock())
         self._reading = OneAtATime()
@@ -96,7 +96,7 @@ class Admission:
         return self._queue.depth(key)
 
     def expected_wait(self) -> float:
-        """Seconds that a generating request of a new key would wait for a place, as far as is known."""
+        """Estimated seconds that a generating request of a new key would wait for a place; 0 if unknown."""
         return self._likely_wait(object()) if self._queue.size else 0.0
 
     def _likely_wait(self, key: Hashable, share: float = 1.0) -> float:
@@ -104,20 +104,21 @@ class Admission:
 
     @property
     def _places(self) -> int:
-        """How many requests the members take at once: while others wait, as many as they have of them."""
+        """How many requests the members take at once: while others wait, as many as they have in flight."""
         most = self.fleet.settings.max_pending
         if most is not None:  # a place is free again once its answer has begun
             return max(1, most * len(self.fleet.available()))
         return max(1, self.fleet.generating)
 
     def must_read(self, prompt: Prompt) -> bool:
-        """Should the prompt be read before a place is asked for? The policy goes by it, and it is heavy."""
+        """Must the prompt be read before a place is asked for? True if the policy uses it and it is heavy."""
         return self.policy.reads_prompts and prompt.is_heavy
 
     async def read(self, prompt: Prompt, key: Hashable = b"") -> None:
         """Reads a heavy prompt when it is its key's turn.
 
-        One at a time, and all else in between: else those that come together would stop the loop for all of them.
+        One prompt at a time, and the event loop runs in between: otherwise prompts that arrive together would block
+        it until all of them are read.
         """
         async with self._reading.of(key):
             prompt.read()
@@ -132,7 +133,7 @@ class Admission:
     async def claim(self, waiter: Waiter) -> Claim[Choice]:
         """A place, after a wait if need be. Raises ServeError if there is none, or the wait is, or would be, too long.
 
-        A request that has been at a member already goes ahead of all others, ordered by arrival.
+        Requests that have been at a member already go ahead of all others, in order of arrival.
         """
         patience = self._patience(waiter)
         queue = self._queue if waiter.is_generating else self._plain
@@ -148,15 +149,15 @@ class Admission:
                 self._refuse_in_vain(waiter.key, share)
             self._make_room(queue, waiter.key, share)
             queue.push(queued, waiter.key, share)
-        self.assign()  # who waits already may be waiting for a member that this one need not have
+        self.assign()  # requests already waiting may need a member that this one can do without
         try:
             return await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled() and not place.exception():
-                place.result().__exit__(None, None, None)  # given while the client was leaving
+                place.result().__exit__(None, None, None)  # the place was given while the client was leaving
             raise
         finally:
-            queue.remove(queued)  # who got a place has left the queue already
+            queue.remove(queued)  # no effect if it got a place: it has left the queue already
             waiter.waited += self.fleet.clock() - now
 
     def may_wait_on(self, waiter: Waiter, seconds: float) -> bool:
@@ -181,7 +182,7 @@ class Admission:
             self._give(self._queue)
 
     def expire(self) -> None:
-        """Says no to those who waited out, or who wait for nothing. Call it a few times a second."""
+        """Refuses requests that have waited too long or have nothing to wait for. Call it a few times a second."""
         self.assign()
         now = self.fleet.clock()
         self._wait.passed(now, self._places if self._queue.size and self.fleet.available() else 0)
@@ -192,7 +193,7 @@ class Admission:
     def _give(self, queue: Waiters) -> None:
         now = self.fleet.clock()
         for again in queue.again():
-            # Earlier attempts narrow its choice, so the next one may have better luck.
+            # Each excludes the members it has tried, so the next may get a place where this one does not.
             if not again.place.done() and again.waiter.held_until <= now and (claim := self._claim(again.waiter)):
                 again.waiter.held_until = 0.0
                 self._given(queue, again, claim)
@@ -220,7 +221,7 @@ class Admission:
             lambda members: self.policy.choose(members, waiter.prompt), waiter.is_generating, waiter.tried
         )
 
-    # Saying no
+    # Refusals
 
     def _patience(self, waiter: Waiter) -> float:
         """How long it may wait, in seconds. Raises ServeError if there is nothing to wait for."""

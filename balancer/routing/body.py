@@ -1,7 +1,7 @@
-"""A request's body as it is read for routing: without the images in it, and only where that keeps nobody waiting.
+"""A request's body as it is read for routing: without its images, and only if that does not delay other requests.
 
-A body is parsed on the event loop, so its cost is looked at before, by counting what makes it dear; one that costs too
-much is not read at all.
+A body is parsed on the event loop, so its cost is estimated first, by counting what is expensive to parse; a body that
+costs too much is not read at all.
 """
 
 import os
@@ -11,29 +11,29 @@ from typing import Any
 import orjson
 from xxhash import xxh3_64_digest
 
-# Two prompts must not be made to look alike, so that nobody can draw others' requests to a replica, or push them off.
+# A secret seed: nobody can craft prompts that hash alike, to draw others' requests to a replica or push them off it.
 SEED = int.from_bytes(os.urandom(8))
-# A larger body is looked at before it is parsed, and read in a turn of its own. A smaller one takes 2 ms at the most.
+# The cost of a larger body is estimated before it is parsed, in a turn of its own. A smaller one takes at most 2 ms.
 HEAVY_BODY = 32 << 10
-# What is left without images is parsed up to here. 4 MiB are a million tokens of English; there are no larger prompts.
+# A body larger than this without its images is not parsed. 4 MiB are a million tokens of English; no prompt is larger.
 MAX_PARSED = 4 << 20
-# Nanoseconds of CPU, on a Zen 4 core, to parse, to read and to free again: an object, an array, a value, a string (it
-# has two quotes), a byte. Kinds of JSON of 4 MiB that were tried took 0.2 to 1.4 times what these say.
+# Nanoseconds of CPU on a Zen 4 core to parse, read and free an object, an array, a value, a quote (a string has two)
+# and a byte. The kinds of JSON that were tried, 4 MiB each, took 0.2 to 1.4 times the resulting estimate.
 PRICES = {b"{": 250.0, b"[": 130.0, b",": 60.0, b'"': 100.0}
 PER_BYTE = 3.0
 MAX_NANOSECONDS = 40e6
 
 IMAGE_MARK = "\x00image:"
-# An image is a string that is all in the letters of base64, at least so many; the rest is looked at roughly.
+# An image is a string of at least this many letters of base64; what follows them is checked only roughly.
 LEAST_IMAGE = 1024
-_STRIDE = LEAST_IMAGE // 2  # so each image has a place in it from which on there are as many letters as this looks for:
+_STRIDE = LEAST_IMAGE // 2  # bytes from probe to probe: in every image one probe finds enough letters to match this:
 _LETTERS = re.compile(rb"[A-Za-z0-9+/=_\\-]{%d}" % (_STRIDE // 4))
 _LONGEST_SCHEME = 200
 _IMAGE = re.compile(rb'"(?:data:[^", ]{0,%d},)?[A-Za-z0-9+/=_\\-]{%d}' % (_LONGEST_SCHEME, LEAST_IMAGE))
 
 
 def parsed(raw: bytes) -> Any:
-    """The body's JSON with a mark and a digest for each image; None where it would cost too much, or is no JSON."""
+    """The body's JSON with a mark and a digest for each image; None if parsing would cost too much or it is no JSON."""
     left = without_images(raw)
     if left is None or (len(left) > HEAVY_BODY and nanoseconds(left) > MAX_NANOSECONDS):
         return None
@@ -44,10 +44,10 @@ def parsed(raw: bytes) -> Any:
 
 
 def nanoseconds(raw: bytes) -> float:
-    """What it takes to parse and to read this JSON, at most; looked at closely only if it seems to be too much.
+    """An upper estimate of the time to parse and read this JSON; refined only if it seems too much.
 
-    What stands in strings counts too, for nothing here knows where they end, unless it is JSON itself: there braces and
-    commas come before a backslash, and quotes behind one, which outside of strings they never do.
+    The content of strings counts too, since nothing here knows where they end. The refinement leaves out JSON within
+    strings: there braces and commas come before a backslash, and quotes after one, as they never do outside strings.
     """
     costs = {mark: raw.count(mark) * price for mark, price in PRICES.items()}
     basis = len(raw) * PER_BYTE
@@ -63,12 +63,12 @@ def nanoseconds(raw: bytes) -> float:
 def without_images(raw: bytes) -> bytes | None:
     """The same JSON with each embedded image replaced by a digest of its bytes, which are read once and not copied.
 
-    What is an image depends on its string alone, so that a message looks the same in every body. Where `raw` is JSON,
-    so is this. None where more than `MAX_PARSED` bytes would be left.
+    Whether a string is an image depends on that string alone, so that a message looks the same in every body. If `raw`
+    is JSON, so is the result. None if more than `MAX_PARSED` bytes would be left.
     """
     pieces: list[bytes | memoryview] = []
     view = memoryview(raw)
-    done = gone = 0  # what was looked at, and how much of that was images
+    done = gone = 0  # bytes already handled, and how many of those were images
     seen = at = 0  # no string that begins before `seen` is an image
     while at < len(raw) and at - gone <= MAX_PARSED:
         if not _LETTERS.match(raw, at):
@@ -89,23 +89,23 @@ def without_images(raw: bytes) -> bytes | None:
 
 
 def _end_of_image(raw: bytes, begin: int) -> int:
-    """Where the closing quote is of an image whose opening quote may be at `begin`; -1: it is none."""
+    """The position of the closing quote of an image whose opening quote may be at `begin`; -1 if it is no image."""
     if raw[begin - 1 : begin] == b"\\":
-        return -1  # a quote within a string; before one that opens a string there is none
+        return -1  # an escaped quote within a string
     if not (found := _IMAGE.match(raw, begin)):
         return -1
     end = raw.find(b'"', found.end())
     if end < 0 or raw.find(b" ", begin, end) >= 0:
         return -1
-    if raw.find(b"\\", begin, end) < 0:  # a tenth of the time of counting none
+    if raw.find(b"\\", begin, end) < 0:  # takes a tenth of the time of a count that finds none
         return end
-    # Of backslashes only those before a slash, as PHP writes it: all else is text in escapes, or the quote is in it.
+    # Backslashes may only escape slashes, as in PHP's JSON; any other means escaped text, or escapes this quote.
     escapes = raw.count(b"\\", begin, end)
     return end if escapes == raw.count(b"\\/", begin, end) else -1
 
 
 def image_digest(raw: bytes, begin: int, end: int) -> bytes:
-    """A digest of what stands there, in hexadecimal letters; the same whether or not its slashes are escaped."""
+    """A hexadecimal digest of those bytes; the same whether or not slashes are escaped."""
     if raw.find(b"\\", begin, end) >= 0:
         return xxh3_64_digest(raw[begin:end].replace(b"\\/", b"/"), SEED).hex().encode()
     return xxh3_64_digest(memoryview(raw)[begin:end], SEED).hex().encode()

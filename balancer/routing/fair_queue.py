@@ -36,7 +36,7 @@ class _Line(Generic[T]):
         return int((place - 1) / self.share)
 
     def actual_round_of(self, place: int) -> int:
-        """The same, taking into account what the line has sent in this round already, or has overdrawn."""
+        """The same, taking into account what the line has already sent in this round, or has overdrawn."""
         beyond = place - 1 - self.credit
         return 0 if beyond < 0 else int(beyond / self.share) + 1
 
@@ -46,16 +46,16 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self.size = 0  # entries
-        self._lines: OrderedDict[Hashable, _Line[T]] = OrderedDict()  # never empty ones; the first has its turn
+        self._lines: OrderedDict[Hashable, _Line[T]] = OrderedDict()  # none is empty; it is the first one's turn
         self._line_of: dict[T, _Line[T]] = {}
         self._again: list[tuple[float, int, T]] = []
         self._came_again = 0
-        # By round: how many entries leave in it, and the lines whose last entry does.
+        # By round: how many entries leave in it, and the lines whose last entry leaves in it.
         self._rounds: list[int] = []
         self._ends: list[dict[_Line[T], None]] = []
 
     def __iter__(self) -> Iterator[T]:
-        """All entries, in no particular order. The queue may be changed while they are gone through."""
+        """All entries, in no particular order. The queue may change during the iteration."""
         return iter([entry for _, _, entry in self._again] + list(self._line_of))
 
     def depth(self, key: Hashable) -> int:
@@ -64,9 +64,9 @@ class FairQueue(Generic[T]):
         return len(line.entries) if line else 0
 
     def position(self, key: Hashable, share: float = 1.0) -> int:
-        """How many entries at most leave until the next entry of that key has, that one included.
+        """The maximum number of entries that leave up to and including that key's next entry.
 
-        Entries of other keys that arrive later are not foreseen.
+        It does not foresee entries of other keys that arrive later.
         """
         line = self._lines.get(key) or _Line(key, share)
         return len(self._again) + sum(self._rounds[: line.actual_round_of(len(line.entries) + 1) + 1]) + 1
@@ -84,7 +84,7 @@ class FairQueue(Generic[T]):
         self._lengthened(line)
 
     def push_again(self, entry: T, arrived: float) -> None:
-        """Adds an entry that had a turn before: ahead of all lines, among its like ordered by arrival (seconds)."""
+        """Adds an entry that had a turn before: ahead of all lines, in order of arrival (seconds) among its kind."""
         self.size += 1
         self._came_again += 1
         insort(self._again, (arrived, self._came_again, entry))
@@ -96,7 +96,7 @@ class FairQueue(Generic[T]):
         return [entry for _, _, entry in self._again]
 
     def first(self) -> T | None:
-        """The entry of a line whose turn it is: the same one until it is taken or removed. None if no line has any."""
+        """The first entry of the line whose turn it is, until it is taken or removed. None if no line has any."""
         while self._lines:
             line = next(iter(self._lines.values()))
             if line.credit > 0:
@@ -130,9 +130,9 @@ class FairQueue(Generic[T]):
             del self._lines[line.key]
 
     def give_way(self, key: Hashable | None, share: float = 1.0) -> T | None:
-        """Removes and returns the entry that would leave last, if another of `key`'s would leave in an earlier round.
+        """Removes and returns the entry that would leave last, if one more of `key`'s would leave in an earlier round.
 
-        With `key` None, for an entry that had a turn before. Returns None where no line is longer.
+        With `key` None, it makes room for an entry that had a turn before. Returns None if no line is longer.
         """
         if not self._ends:
             return None
@@ -158,7 +158,7 @@ class FairQueue(Generic[T]):
         self._ends[here][line] = None
 
     def _shortened(self, line: _Line[T]) -> None:
-        """The line is about to lose an entry: those behind move up, so it is the last place that goes."""
+        """The line is about to lose an entry: those behind move up, so the last place disappears."""
         length = len(line.entries)
         here = line.round_of(length)
         self._rounds[here] -= 1

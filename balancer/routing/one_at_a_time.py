@@ -1,4 +1,4 @@
-"""Something that one request does at a time; keys take turns at it, so that one with many requests delays no other."""
+"""A lock for one request at a time; keys take turns at it, so that a key with many requests delays no other."""
 
 import asyncio
 from collections.abc import Hashable
@@ -18,7 +18,7 @@ class OneAtATime:
         return _Turn(self, key)
 
     async def take(self, key: Hashable) -> None:
-        """Returns when it is the key's turn. Whoever has taken a turn has to end it."""
+        """Returns when it is the key's turn. The caller must end the turn."""
         if not self._is_taken:
             self._is_taken = True
             return
@@ -33,7 +33,7 @@ class OneAtATime:
             raise
 
     def end(self) -> None:
-        """The next one's turn."""
+        """Ends the turn; the next request in the queue gets it."""
         while (turn := self._queue.first()) is not None:
             self._queue.take(turn)
             if not turn.done():

@@ -1,4 +1,4 @@
-"""Places at replicas as the relay asks for them; what it learns there goes back to fleet, queue and policy."""
+"""Places at replicas, for the relay; what it learns from its attempts goes back to the fleet, queue and policy."""
 
 from collections.abc import Callable, Hashable
 from typing import Protocol
@@ -13,24 +13,25 @@ from balancer.routing.admission import Admission, Waiter
 from balancer.routing.policies import Choice
 from balancer.routing.prompt import Prompt
 
-STALE = 0.05  # seconds for which what a replica sent before it died may still be read
-TURNED_AWAY = ("queue_full", "queue_timeout")  # more replicas would have taken it; and so for a last one that is busy
+STALE = 0.05  # seconds after a replica's death in which bytes that it sent before may still be read
+# Refusals that more replicas would have avoided; `may_go_on` counts one too when the last replica tried was busy.
+TURNED_AWAY = ("queue_full", "queue_timeout")
 
 
 class Attempt(Protocol):
-    """What one attempt at a replica brought, as far as that says something of the replica."""
+    """What one attempt at a replica says about the replica."""
 
     replica_status: int  # of its answer
     full_for: int | None  # seconds for which it says that it is full
     prompt_tokens: int | None
     cached_tokens: int | None
-    texts: int  # how many prompts those are the sums of
+    texts: int  # number of prompts over which the tokens are summed
 
 
 class Places:
-    """Gives each request its places, one after the other, while its attempts fail.
+    """Gives a request one place after another while its attempts fail.
 
-    `when_left` is called with a replica that is given to nobody any more.
+    `when_left` hooks are called with a replica that gets no more requests.
     """
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
@@ -40,7 +41,7 @@ class Places:
         fleet.when_left.append(self._left)
 
     async def claim(self, waiter: Waiter) -> "Place":
-        """The next place, at a replica that the waiter has not been to; after a wait if need be. Raises ServeError."""
+        """The next place, at a replica that the waiter has not tried, after a wait if need be. Raises ServeError."""
         admission = self._admission
         if not (waiter.tried or waiter.rounds):
             admission.arrived_total += waiter.is_generating
@@ -59,7 +60,7 @@ class Places:
         return place
 
     def may_go_on(self, waiter: Waiter) -> bool:
-        """May it claim another place: at a replica that it has not tried or, if all are full, at any replica later?"""
+        """May it claim another place, at a replica that it has not tried or, if all are full, at any replica later?"""
         if self._fleet.has_other(waiter.tried):
             return True
         if waiter.full_for is None:
@@ -69,7 +70,7 @@ class Places:
         return may
 
     def lives(self, replica: ReplicaAddress, since: float) -> bool:
-        """Has it given a sign of life since then (loop time, seconds)? Then it did not die."""
+        """Has the replica given a sign of life since then (loop time, seconds)? Then it did not die."""
         member = next((m for m in self._fleet.members.values() if m.address is replica), None)
         if member is None:
             return False
@@ -88,7 +89,7 @@ class Places:
 
 
 class Place:
-    """A place at one replica, for one request; whoever has it calls `end` in any case.
+    """A place at one replica, for one request; the caller must call `end` in any case.
 
     `reason` and `matched` are the policy's: why this replica, and which share of the prompt it has probably cached.
     `waited`: seconds in the queue.
@@ -107,27 +108,27 @@ class Place:
         self.matched = claim.choice.matched
         self.waited = 0.0
 
-    # What comes of the attempt, as it comes
+    # Reports on the attempt, as it proceeds
 
     @property
     def alive_at(self) -> float:
-        """When the replica last said, asked amid a silence, that it is at work (loop time, seconds)."""
+        """When the replica, asked during a silence, last said that it is at work (loop time, seconds)."""
         return self._member.alive_at
 
     def doubted(self) -> None:
-        """The answer is silent: the replica is to be asked whether it is at work. Said again while that goes on."""
+        """The answer is silent: ask the replica whether it is at work. Called repeatedly while the silence lasts."""
         self._fleet.doubted(self._member)
 
     def heard(self, at: float) -> None:
-        """The last bytes came then (loop time, seconds). Said a few times a second, and at the end."""
+        """The last bytes came at that loop time in seconds. Called a few times a second, and at the end."""
         self._member.last_byte_at = max(at, self._member.last_byte_at)
 
     def begun(self, is_computed: bool) -> None:
-        """The first byte of an answer is here; `is_computed`: one to the prompt, which is in the cache then."""
+        """The first byte of an answer is here; `is_computed`: it answers the prompt, which is therefore cached."""
         self._claim.begun(is_computed)
 
     def attempted(self, outcome: Outcome, attempt: Attempt) -> None:
-        """That is how an attempt ended. Another may be made at the same place."""
+        """An attempt ended like this. Another may follow at the same place."""
         fleet, member = self._fleet, self._member
         if outcome is Outcome.ANSWERED:
             member.prompt_tokens_total += attempt.prompt_tokens or 0
@@ -147,13 +148,13 @@ class Place:
             fleet.answered(self._claim, is_well=False)
 
     def end(self, outcome: Outcome | None, attempt: Attempt) -> None:
-        """Gives the place back. No outcome: it was broken off, and nothing is to be learned of it."""
+        """Gives the place back. No outcome: the attempt was broken off and says nothing about the replica."""
         if outcome is not None:
             self.attempted(outcome, attempt)
         self._claim.__exit__(None, None, None)
         waiter = self._waiter
         if outcome is Outcome.ANSWERED:
-            if attempt.prompt_tokens and attempt.texts == 1:  # of a batch the policy knows the first prompt only
+            if attempt.prompt_tokens and attempt.texts == 1:  # the policy knows only the first prompt of a batch
                 choice, policy = self._claim.choice, self._admission.policy
                 policy.answered(choice, waiter.prompt, attempt.prompt_tokens, attempt.cached_tokens)
         elif outcome is not None:

@@ -9,10 +9,10 @@ from balancer.routing.prompt import Prompt
 
 
 class Choice(NamedTuple):
-    """A member, why it was chosen, and which share of the prompt (0 to 1) it has probably cached; None: not asked.
+    """A member, why it was chosen, and which share of the prompt (0 to 1) it has probably cached; None: not known.
 
-    `computing` is what it has to compute before the answer begins, in blocks; 0 where nobody sees that begin. `coming`
-    is who wants to know whether it begins; the claim tells.
+    `computing`: blocks that it has to compute before the answer begins; 0 if nobody sees the answer begin. The claim
+    tells `coming` whether the answer begins.
     """
 
     member: Member
@@ -31,16 +31,16 @@ class Choice(NamedTuple):
 
 
 class Policy(Protocol):
-    """A selection rule. It sees only members with room; what it remembers is bounded."""
+    """A selection rule. It sees only members with room, and its memory is bounded."""
 
     name: str
-    reads_prompts: bool  # does a choice go by the prompt's blocks?
+    reads_prompts: bool  # does a choice depend on the prompt's blocks?
 
     def choose(self, members: Sequence[Member], prompt: Prompt) -> Choice:
-        """One of `members`, which is never empty. The request goes there: what follows from that may be noted."""
+        """One of `members`, which is never empty. The request does go there, so the policy may take note of it."""
 
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
-        """What the answer said of its prompt; `cached_tokens` is None where the replica does not tell."""
+        """What the answer said about its prompt; `cached_tokens` is None if the replica does not report it."""
 
     def forget(self, member: Member) -> None:
         """The member left, restarted or flushed its cache."""
@@ -59,7 +59,7 @@ class _Forgetful:
 
 
 class RoundRobin(_Forgetful):
-    """Whoever was chosen longest ago; a member that just joined comes first."""
+    """The member that was chosen longest ago; a member that just joined comes first."""
 
     name = "round_robin"
 
@@ -68,7 +68,7 @@ class RoundRobin(_Forgetful):
 
 
 class LeastLoad(_Forgetful):
-    """Whoever has the smallest part of its limit in flight; ties go in turn."""
+    """The member with the smallest part of its limit in flight; ties go in turn."""
 
     name = "least_load"
 
@@ -79,7 +79,7 @@ class LeastLoad(_Forgetful):
 class InstanceAwareLeastLoad(_Forgetful):
     """SkyServe's rule for mixed GPUs: load relative to the requests a second that a GPU of that type should get.
 
-    `target_qps` is by GPU type, as in `target_qps_per_replica`; a type it does not name counts as its smallest.
+    `target_qps` is by GPU type, as in `target_qps_per_replica`; a type that it does not name gets its smallest value.
     """
 
     name = "instance_aware_least_load"
@@ -93,13 +93,13 @@ class InstanceAwareLeastLoad(_Forgetful):
 
     def _relative_load(self, member: Member) -> tuple[float, int]:
         count, _, gpu = member.listing.resources.upper().partition("X ")
-        # As in SkyServe, "H100" or "H100:2", which is a replica with two of them.
+        # As in SkyServe, "H100", or "H100:2" for a replica with two of them.
         target = self._target_qps.get(f"{gpu}:{count}") or self._target_qps.get(gpu, self._least)
         return member.load / target, member.turn
 
 
 def turn(member: Member) -> int:
-    """When it was chosen last: the smallest is whoever waits longest."""
+    """When it was last chosen: the smallest value is the longest ago."""
     return member.turn
 
 

@@ -1,12 +1,12 @@
-"""Prefix-aware routing: to whoever has least to do, what its choice costs the others counted in.
+"""Prefix-aware routing: to the member with the least work, counting what the choice costs the other requests.
 
-All is told in blocks of prompt. A member would have to compute those of this prompt that it has not cached; it still
-computes some for others; its batch counts in flight squared / mean in flight, so that one request more is two blocks
-at the mean and a chance difference little. And what another has cached already would be there twice: in a KV pool that
-is full such a copy pushes out what others come back for, again and again. So a prefix is shared out early while there
-is room; when there is none it leaves its member hardly ever, unless it is used much more than what it would push out:
-then a copy soon pays, and a prompt that all share is shared out in full pools too. Among those that have as little to
-do, a new prefix goes where the pool has most room.
+Costs are in blocks of prompt. A member would have to compute the blocks of this prompt that it has not cached, after
+those that it still computes for others. Its batch counts as in flight squared / mean in flight, so that at the mean one
+more request costs two blocks and a chance difference costs little. Blocks that another member has cached would be held
+twice: in a full KV pool such a copy pushes out what other requests come back for, again and again. So a prefix spreads
+early while there is room. In full pools it hardly ever leaves its member, unless it is used much more than what it
+would push out: then a copy soon pays, so a prompt that all requests share spreads there too. Among members with about
+equal work, a new prefix goes to the pool with the most room.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,21 +17,21 @@ from balancer.routing.popularity import Popularity
 from balancer.routing.prefix_index import PrefixIndex
 from balancer.routing.prompt import Prompt
 
-# What a copied block costs on top of its computing where the KV pool is full of what is used as much. With other values
-# `make simulate` says: with 0 two H200s whose pools hold all prefixes just so do a fifth less, and eight replicas a
-# fifth less of images; with 4 there is a seventeenth less of chat; with 24 nothing is more than a thirtieth worse.
+# What a copied block costs beyond computing it if the KV pool is full of blocks that are used as much. Other values in
+# `make simulate`: with 0, two H200s whose pools just hold all prefixes do a fifth less, and so do eight replicas with
+# images; with 4, chat does a seventeenth less; with 24, nothing is more than a thirtieth worse.
 COPY_PRICE = 12.0
-# In flight at the mean is no more than this: else one request of two is twice the mean.
+# The mean in flight counts as at least this: otherwise one request more or less is a large part of a small mean.
 LEAST_MEAN = 4.0
-# Members that differ by less have as little to do; in blocks. At 1 a prefix was copied for a hair's breadth while pools
-# still looked empty, and small ones paid for it: over 100 seeds of `make simulate`'s CPU scenario the mean TTFT was a
-# fiftieth longer. Larger fleets cannot tell 1 from 3.
+# Members whose costs differ by less than this, in blocks, count as equal. With 1, a tiny difference made a copy of a
+# prefix while pools still looked empty, which small pools paid for: over 100 seeds of `make simulate`'s CPU scenario
+# the mean TTFT was a fiftieth longer. In larger fleets 1 and 3 do equally well.
 ALIKE = 3.0
-# A match below this says little more than that all prompts here begin alike.
+# A match of less than this share of the prompt says little more than that all prompts here begin alike.
 LEAST_SHARE = 0.1
-# Answers that reuse less than this part of what earlier answers show to be cached, so many in a row, say that the cache
-# is gone. Prefixes are evicted early: at two in a row that was taken for a flush. Times the ranks, for one has a prefix
-# and any gets the request.
+# An answer is doubtful if it reuses less than the DOUBT part of what earlier answers show to be cached; FLUSHED_AFTER
+# in a row mean that the cache is gone. With two in a row, early evictions were taken for a flush. The number is
+# multiplied by the ranks, since one of them has a prefix and any of them may get the request.
 DOUBT = 0.1
 FLUSHED_AFTER = 4
 
@@ -52,14 +52,14 @@ class PrefixAware:
         size = len(blocks)
         loads = relative_loads(members)
         depths = {member: depth for member, depth in self.index.matched(blocks) if member in loads}
-        # Of a replica's ranks one has it, as a rule, and which of them gets the request is the replica's business.
+        # As a rule one of a replica's ranks has it, and the replica decides which of them gets the request.
         found = {member: depth / member.ranks for member, depth in depths.items()}
         deepest = max(depths.values(), default=0)
         price = self._copy_prices(blocks, depths, deepest)
         costs = routing_cost(found, size, found, loads, price)
         best = min(costs, key=costs.__getitem__, default=None)
         if best is None or costs[best] > size + ALIKE or found[best] < LEAST_SHARE * size:
-            # Who has none of it has all of it to compute: only if that is clearly less are there others to look at.
+            # A member with no match costs at least `size`: look at those only if the best match is clearly worse.
             costs = routing_cost(members, size, found, loads, price)
             best = self._least_or_roomiest(costs, found, size)
         if not blocks:
@@ -75,9 +75,9 @@ class PrefixAware:
     def _copy_prices(
         self, blocks: Sequence[int], depths: Mapping[Member, int], deepest: int
     ) -> Callable[[Member], float]:
-        """What each block costs, beside computing, that a member lacks of the `deepest` match.
+        """What each block of the `deepest` match that a member lacks costs beyond computing it.
 
-        In a full pool it is `COPY_PRICE`, or less where the blocks are used more than what they would push out.
+        In a full pool it is `COPY_PRICE`, or less if the blocks are used more than what they would push out.
         """
         occupied, popular, rarities = self.index.occupancy.get, self.popularity.price, dict[int, float]()
 
@@ -92,7 +92,7 @@ class PrefixAware:
         return price
 
     def _least_or_roomiest(self, costs: Mapping[Member, float], found: Mapping[Member, float], size: int) -> Member:
-        """Who has least to do, in turn; if that has next to nothing of the prompt, who has most room for it."""
+        """The cheapest member, ties in turn; if it has next to nothing of the prompt, the roomiest of the cheapest."""
         least = min(costs.values())
         best = min((member for member, cost in costs.items() if cost == least), key=turn)
         if found.get(best, 0) >= LEAST_SHARE * size > 0:
@@ -104,9 +104,9 @@ class PrefixAware:
     def answered(self, choice: Choice, prompt: Prompt, prompt_tokens: int, cached_tokens: int | None) -> None:
         member, size = choice.member, len(prompt.blocks)
         self.index.learn(member, size, prompt_tokens)
-        known = choice.coming.known if choice.coming else 0  # the rest may have been under way, and missed together
+        known = choice.coming.known if choice.coming else 0  # other blocks may still have been under way
         if not known or cached_tokens is None or member not in self.index.occupancy:
-            return  # nothing to judge, or it left meanwhile
+            return  # there is nothing to judge, or the member left meanwhile
         if cached_tokens >= DOUBT * known / size * prompt_tokens:
             self._doubts.pop(member, None)
             return
@@ -122,7 +122,7 @@ class PrefixAware:
 
 
 def relative_loads(members: Sequence[Member]) -> dict[Member, float]:
-    """In flight; where the members' limits differ, as if all had the mean limit."""
+    """Requests in flight; if the members' limits differ, scaled as if all had the mean limit."""
     loads: dict[Member, float] = {member: member.load for member in members}
     limits = {member.limit for member in members}
     if len(limits) > 1:
@@ -138,9 +138,9 @@ def routing_cost(
     loads: Mapping[Member, float],
     copy_price: Callable[[Member], float],
 ) -> dict[Member, float]:
-    """What it costs, in blocks, that each of these gets a prompt of `size` blocks of which it has `found` cached.
+    """The cost, in blocks, of giving each of these members a prompt of `size` blocks, `found` of them cached there.
 
-    `loads` are those of all members; `copy_price` is what a block costs that another has cached already.
+    `loads` are those of all members; `copy_price` is the extra cost of a block that another member has cached already.
     """
     mean = max(LEAST_MEAN, sum(loads.values()) / len(loads))
     deepest = max(found.values(), default=0)

@@ -1,22 +1,22 @@
-"""Which replica has probably cached which prefix: per member the blocks it saw last, as many as its KV pool holds."""
+"""Which replica has probably cached which prefix: the last blocks each member saw, as many as its KV pool holds."""
 
 from collections import OrderedDict
 
 from balancer.fleet.member import Member
 from balancer.routing.prompt import BLOCK_BYTES
 
-# Before any answer says how many tokens a member makes of a block: English has about 4 bytes a token.
+# Used until an answer says how many tokens a member makes of a block: English has about 4 bytes a token.
 TOKENS_PER_BLOCK = BLOCK_BYTES / 4
-# A block may be learned to make so many times less or more, so that prompts made for it cannot grow the index for ever.
+# The learned value stays within these limits, so that prompts made for the purpose cannot grow the index without end.
 FEWEST, MOST = TOKENS_PER_BLOCK / 4, TOKENS_PER_BLOCK * 8
 LEARNING_RATE = 0.05
 UNKNOWN_CAPACITY = 65_536  # tokens
-# Blocks that are kept for a member at the most, 13 MB of memory: 32 MiB of prompt, more than any KV pool holds today.
+# The maximum number of blocks kept for a member: 13 MB of memory, 32 MiB of prompt, more than any KV pool holds today.
 MOST_BLOCKS = 65_536
 
 
 class TokensPerBlock:
-    """How many tokens are made of a block: a running mean of what answers told."""
+    """How many tokens are made of a block: a running mean over answers."""
 
     __slots__ = ("answers", "mean")
 
@@ -25,7 +25,7 @@ class TokensPerBlock:
         self.mean = TOKENS_PER_BLOCK
 
     def learn(self, blocks: int, tokens: int) -> None:
-        """The first answers weigh in full: what is forgotten while a pool is taken for too small does not come back."""
+        """The first answers weigh fully: blocks forgotten while a pool is thought too small do not come back."""
         seen = min(max(tokens / blocks, FEWEST), MOST)
         self.answers += 1
         self.mean += max(LEARNING_RATE, 1 / self.answers) * (seen - self.mean)
@@ -40,14 +40,14 @@ class _Cache:
         self.slot = slot  # its bit in `PrefixIndex._owners`
         # Least recently used first; a plain dict is slow to lose its oldest key.
         self.blocks: OrderedDict[int, None] = OrderedDict()
-        self.coming: dict[int, int] = {}  # in how many prompts each is that it has not begun to answer
+        self.coming: dict[int, int] = {}  # blocks of prompts not yet being answered: in how many prompts each is
         self.tokens = TokensPerBlock()
 
 
 class Coming:
     """A prompt that a member was given. Its blocks match from then on, and stay there if its answer begins.
 
-    `known` are the first of its blocks that earlier answers show to be there already. Call `over` in the end.
+    `known` is how many of its first blocks earlier answers show to be there already. Call `over` in the end.
     """
 
     __slots__ = ("_blocks", "_cache", "_index", "_member", "known")
@@ -60,13 +60,13 @@ class Coming:
         self.known = known
 
     def begun(self) -> None:
-        """The member has computed it."""
+        """The member has computed the prompt."""
         if self._cache is not None:
             self._index.arrived(self._member, self._cache, self._blocks, self.known, True)
             self._cache = None
 
     def over(self) -> None:
-        """If its answer did not begin, it leaves no trace."""
+        """If the answer did not begin, the prompt leaves no trace."""
         if self._cache is not None:
             self._index.arrived(self._member, self._cache, self._blocks, self.known, False)
             self._cache = None
@@ -75,8 +75,8 @@ class Coming:
 class PrefixIndex:
     """Block hashes of all members in one table: each block maps to a bit set of the members that have it.
 
-    Memory is bounded by construction: a member never has more blocks than its KV pool is taken to hold and the prompts
-    that it has not begun to answer have, and a block that nobody has is not in the table.
+    Memory is bounded by construction: a member never has more blocks than its KV pool is thought to hold plus those of
+    the prompts that it has not begun to answer, and a block that no member has is not in the table.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class PrefixIndex:
         self._caches: dict[Member, _Cache] = {}
         self._members: dict[int, Member] = {}  # by slot
         self._tokens = TokensPerBlock()  # of all members
-        # The share of its KV pool that is probably in use, from 0 to 1; who is not in it has an empty one.
+        # The share of a member's KV pool that is probably in use, from 0 to 1; a missing member's pool is empty.
         self.occupancy: dict[Member, float] = {}
 
     def __len__(self) -> int:
@@ -92,10 +92,10 @@ class PrefixIndex:
         return len(self._owners)
 
     def capacity(self, member: Member) -> int:
-        """How many blocks of prompt this member's KV pool is taken to hold.
+        """How many blocks of prompt this member's KV pool is thought to hold.
 
-        Whose answers do not say how many tokens they had, as most streams do not, is taken to be like the others. Ranks
-        of a replica that share its requests out come to hold the same, so that only one of their pools counts.
+        A member whose answers do not report their tokens, as most streams do not, is assumed to be like the others.
+        Ranks that share a replica's requests come to hold the same, so only one of their pools counts.
         """
         cache = self._caches.get(member)
         tokens = cache.tokens if cache and cache.tokens.answers else self._tokens
@@ -127,12 +127,12 @@ class PrefixIndex:
             slots ^= lowest
 
     def expect(self, member: Member, blocks: list[int], matched: int) -> Coming:
-        """The member is given this prompt, of which it matched so many blocks. What is new pushes nothing out yet."""
+        """The member is given this prompt, of which it matched `matched` blocks. New blocks push nothing out yet."""
         cache = self._caches.get(member) or self._new_cache(member)
         held, coming, owners, bit = cache.blocks, cache.coming, self._owners, 1 << cache.slot
         known = matched
         while known and blocks[known - 1] not in held:
-            known -= 1  # others that are under way would bring it
+            known -= 1  # this block is only expected from prompts that are under way
         for block in reversed(blocks[:known]):
             held.move_to_end(block)
         for block in blocks[known:]:
@@ -144,9 +144,9 @@ class PrefixIndex:
         return Coming(self, member, cache, blocks, known)
 
     def arrived(self, member: Member, cache: _Cache, blocks: list[int], known: int, has_come: bool) -> None:
-        """What `expect` expected has come, or will not come."""
+        """The blocks that `expect` announced have come (`has_come`), or will not come."""
         if known == len(blocks) or self._caches.get(member) is not cache:
-            return  # there is nothing new, or the member left or was forgotten meanwhile
+            return  # no block is new, or the member left or was forgotten meanwhile
         held, coming, bit = cache.blocks, cache.coming, 1 << cache.slot
         for block in blocks[known:]:
             if (count := coming[block]) > 1:
@@ -161,10 +161,10 @@ class PrefixIndex:
             self._measure(member, cache, self.capacity(member))
 
     def add(self, member: Member, blocks: list[int]) -> None:
-        """The member has this prompt: its blocks are the most recently used now, the first one the most of all."""
+        """The member has this prompt: its blocks are now the most recently used, the first one most recently."""
         cache = self._caches.get(member) or self._new_cache(member)
         owners, held, bit = self._owners, cache.blocks, 1 << cache.slot
-        for block in reversed(blocks):  # what is evicted first is the end of a prefix, as in a radix tree
+        for block in reversed(blocks):  # the end of a prefix is evicted first, as in a radix tree
             if block in held:
                 held.move_to_end(block)
             else:
@@ -178,14 +178,14 @@ class PrefixIndex:
         self._measure(member, cache, capacity)
 
     def learn(self, member: Member, blocks: int, tokens: int) -> None:
-        """An answer told how many tokens a prompt of that many blocks made: for the capacity."""
+        """An answer reported how many tokens a prompt of that many blocks has; the capacity depends on it."""
         cache = self._caches.get(member)
         if cache and blocks and tokens > 0:
             cache.tokens.learn(blocks, tokens)
             self._tokens.learn(blocks, tokens)
 
     def forget(self, member: Member) -> None:
-        """It left, restarted or flushed its cache."""
+        """The member left, restarted or flushed its cache."""
         cache = self._caches.pop(member, None)
         self.occupancy.pop(member, None)
         if cache:

@@ -1,4 +1,4 @@
-"""A prompt as routing blocks: hashes, each chained to all before it, that are equal where prompts begin alike.
+"""A prompt as routing blocks: hashes, each chained to all before it, that are equal for prompts that begin alike.
 
 SGLang caches what was computed for a prefix, images included, so two requests whose first n blocks are equal share at
 least about n blocks of its KV cache. The blocks are cut from what the client sent, not from tokens: routing needs to
@@ -16,7 +16,7 @@ from balancer.routing.body import HEAVY_BODY, IMAGE_MARK, SEED, parsed
 
 BLOCK_BYTES = 512  # of text; about 128 tokens
 LEAST_BYTES = 128
-IMAGE_BLOCKS = 4  # an image weighs as much as 2 KiB of text: LLaVA makes 576 to 2,880 tokens of one
+IMAGE_BLOCKS = 4  # an image counts as much as 2 KiB of text: LLaVA makes 576 to 2,880 tokens of one
 MAX_BLOCKS = 1024
 MAX_BYTES = MAX_BLOCKS * BLOCK_BYTES  # of text; what follows is cut off
 
@@ -24,9 +24,9 @@ Piece = str | bytes  # text, or an image's digest
 
 
 class Prompt:
-    """One request's prompt; `blocks` are made when first asked for, and once. `body` stays as it is.
+    """One request's prompt; `blocks` are made once, on first use. `body` stays as it is.
 
-    From then on `is_streamed` says whether the answer is to come as it is made.
+    From then on `is_streamed` says whether the request asks for a streamed answer.
     """
 
     __slots__ = ("_blocks", "body", "is_streamed", "path")
@@ -39,19 +39,19 @@ class Prompt:
 
     @property
     def is_heavy(self) -> bool:
-        """May it take milliseconds to make the blocks? They should be made in a turn of their own then."""
+        """May making the blocks take milliseconds? Then make them in a turn of their own."""
         return self._blocks is None and self.path in _READERS and sum(map(len, self.body)) > HEAVY_BODY
 
     @property
     def blocks(self) -> list[int]:
-        """Chained 64-bit hashes, at most `MAX_BLOCKS`; empty when there is nothing to route by."""
+        """Chained 64-bit hashes, at most `MAX_BLOCKS`; empty if there is nothing to route by."""
         return self.read() if self._blocks is None else self._blocks
 
     def read(self) -> list[int]:
         """Makes the blocks now."""
         reader = _READERS.get(self.path)
         collects = gc.isenabled()
-        gc.disable()  # JSON has no cycles; to look for some in that of a heavy body can take as long as to read it
+        gc.disable()  # JSON has no cycles, and a search for them in a heavy body can take as long as reading it
         try:
             self._blocks = blocks = self._cut(reader) if reader else []
         finally:
@@ -60,25 +60,25 @@ class Prompt:
         return blocks
 
     def says_stream(self) -> bool:
-        """Is the answer to come as it is made, as far as the body can be read?"""
+        """Does the request ask for a streamed answer, as far as the body can be read?"""
         _ = self.blocks
         return self.is_streamed
 
     def _cut(self, reader: "Reader") -> list[int]:
-        request = parsed(b"".join(self.body))  # of a body in one piece that is no copy
+        request = parsed(b"".join(self.body))  # a body in one piece is not copied
         if not isinstance(request, dict):
             return []
         self.is_streamed = request.get("stream") is True
         try:
             return _chain(_whose(request), reader(request))
         except (orjson.JSONEncodeError, RecursionError):
-            return []  # nested deeper than anybody means it
+            return []  # nested deeper than any real request
 
 
 def _whose(request: dict[str, Any]) -> str:
-    """What SGLang keeps prompts apart by, however alike: model, adapter, and the two names that clients may give.
+    """What makes SGLang keep equal prompts apart: model, adapter, and the two names that clients may give.
 
-    An adapter is named for itself or behind the model's name. In a batch each prompt has its own; the first one counts.
+    An adapter is named by itself or after the model's name. In a batch each prompt has its own; the first one counts.
     """
     model, adapter = request.get("model"), _first(request.get("lora_path"))
     if isinstance(model, str) and ":" in model:
@@ -93,13 +93,13 @@ def _first(value: Any) -> Any:
 
 
 def _chain(whose: str, pieces: Iterator[Piece]) -> list[int]:
-    """Cuts text into blocks, and gives each image its own; what is left of a text only chains on."""
+    """Cuts text into blocks and gives each image its own; text short of a block only enters the hashes that follow."""
     blocks: list[int] = []
     text, seed = [whose], SEED
-    length = 0  # characters of text, each a byte at least
+    length = 0  # characters of text, each at least a byte
     for piece in pieces:
         if length > MAX_BYTES or len(blocks) > MAX_BLOCKS:
-            break  # what follows would be cut off
+            break  # the rest would be cut off
         if isinstance(piece, str):
             text.append(piece)
             length += len(piece)
@@ -110,7 +110,7 @@ def _chain(whose: str, pieces: Iterator[Piece]) -> list[int]:
             seed = xxh3_64_intdigest(piece, seed)
             blocks.append(seed)
     seed = _chain_text("".join(text), seed, blocks)
-    # A prompt shorter than a block is one, unless it is hardly worth finding.
+    # A prompt shorter than a block is one block, unless it is too short to be worth finding.
     return blocks[:MAX_BLOCKS] or ([seed] if length >= LEAST_BYTES else [])
 
 
@@ -123,11 +123,11 @@ def _chain_text(text: str, seed: int, blocks: list[int]) -> int:
     return xxh3_64_intdigest(data[whole : whole + BLOCK_BYTES], seed)
 
 
-# What is text and what is an image, by the path's own format
+# Text and images by the format of each path
 
 
 def _chat(request: dict[str, Any]) -> Iterator[Piece]:
-    """OpenAI's chat completions, and Anthropic's messages with their `system` apart."""
+    """OpenAI's chat completions, and Anthropic's messages with their separate `system`."""
     yield from _tools(request)
     system = request.get("system")
     if isinstance(system, str):
@@ -141,7 +141,7 @@ def _chat(request: dict[str, Any]) -> Iterator[Piece]:
 
 
 def _tools(request: dict[str, Any]) -> Iterator[Piece]:
-    """The tools come first in the prompt; all, none, or the one that is chosen."""
+    """The tools come first in the prompt: all, none, or the chosen one."""
     tools, choice = request.get("tools"), request.get("tool_choice")
     if tools and choice != "none" and choice != {"type": "none"}:
         yield orjson.dumps([tools, choice] if isinstance(choice, dict) else tools).decode()
@@ -154,7 +154,7 @@ def _message(message: dict[str, Any]) -> Iterator[Piece]:
         yield _text(content)
     elif content is not None:
         yield from _parts(content)
-    elif not calls:  # in /v1/responses a call or its result
+    elif not calls:  # in /v1/responses this is a call or its result
         yield orjson.dumps(message).decode()
     if calls:
         yield orjson.dumps(calls).decode()
@@ -168,7 +168,7 @@ def _parts(content: Any) -> Iterator[Piece]:
             continue
         if isinstance(text := part.get("text"), str):
             yield _text(text)
-        elif image := part.get("image_url"):  # in /v1/responses the URL itself
+        elif image := part.get("image_url"):  # in /v1/responses this is the URL itself
             yield from _image(image.get("url") if isinstance(image, dict) else image)
         elif isinstance(source := part.get("source"), dict):
             yield from _image(source.get("data") or source.get("url"))
@@ -177,12 +177,12 @@ def _parts(content: Any) -> Iterator[Piece]:
 
 
 def _text(value: str) -> Piece:
-    """A text; a long one in letters of base64 was taken for an image, and counts as one."""
+    """A text; a long one of base64 letters only was taken for an image, and counts as one."""
     return value.removeprefix(IMAGE_MARK).encode() if value.startswith(IMAGE_MARK) else value
 
 
 def _image(value: Any) -> Iterator[Piece]:
-    """An image by its URL or by a digest of its bytes; a list of them one after the other."""
+    """A digest of an image's URL or of its bytes; of a list, one after the other."""
     if isinstance(value, str):
         if value.startswith(IMAGE_MARK):
             yield value.removeprefix(IMAGE_MARK).encode()
@@ -197,7 +197,7 @@ def _completion(request: dict[str, Any]) -> Iterator[Piece]:
 
 
 def _generate(request: dict[str, Any]) -> Iterator[Piece]:
-    """SGLang's own format. Its images and the like come first: where the text names them is the replica's business."""
+    """SGLang's own format. Images, video and audio come first: only the replica knows where in the text they go."""
     for kind in ("image_data", "video_data", "audio_data"):
         yield from _image(request.get(kind))
     yield from _text_or_ids(request.get("text") or request.get("input_ids"))
@@ -210,7 +210,7 @@ def _embedding(request: dict[str, Any]) -> Iterator[Piece]:
 def _responses(request: dict[str, Any]) -> Iterator[Piece]:
     yield from _tools(request)
     yield from _text_or_ids(request.get("instructions"))
-    if before := request.get("previous_response_id"):  # what was said there comes first
+    if before := request.get("previous_response_id"):  # the earlier conversation comes first
         yield f"\n{before}:"
     given = request.get("input")
     if isinstance(given, list) and given and isinstance(given[0], dict):
@@ -220,7 +220,7 @@ def _responses(request: dict[str, Any]) -> Iterator[Piece]:
 
 
 def _text_or_ids(value: Any) -> Iterator[Piece]:
-    """A text, a list of texts (a batch: its first is as good a guide as any), or token ids."""
+    """A text, a list of texts (a batch: the first is as good a guide as any), or token ids."""
     if isinstance(value, str):
         yield _text(value)
     elif isinstance(value, list) and value:

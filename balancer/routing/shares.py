@@ -1,16 +1,16 @@
 """How many requests of each key leave the queue in one round: the key's weight, divided by what its requests cost.
 
-Places at replicas are what is scarce, so a request costs the time for which it occupies one. That is not known in
-advance, but requests of one key resemble each other, so the last ones give the estimate. Only requests that had to wait
-are measured: without a queue there is nothing to share.
+Places at replicas are scarce, so a request costs the time for which it occupies one. That is not known in advance, but
+requests of one key resemble each other, so the latest ones give an estimate. Only requests that had to wait are
+measured: without a queue there is nothing to share.
 """
 
 from collections import OrderedDict
 from collections.abc import Hashable
 
-MOST_KEYS = 1024  # keys that are remembered: the ones used last
+MOST_KEYS = 1024  # keys remembered: the ones used last
 LATEST = 50  # requests that a mean is made of
-# A key starts as if it had sent that many average requests.
+# A key starts as if it had sent this many average requests.
 ORDINARY = 3
 # Limits of the estimated cost, in average requests: a mean says little about the next request.
 LEAST_COST, MOST_COST = 1 / 4, 4.0
@@ -24,7 +24,7 @@ class Shares:
         self._keys: OrderedDict[Hashable, _Mean] = OrderedDict()
 
     def of(self, key: Hashable, weight: float = 1.0) -> float:
-        """How many requests of that key leave in one round; a key with average requests gets its weight."""
+        """How many requests of that key leave in one round; for a key with average requests this is its weight."""
         mean = self._keys.get(key)
         if mean is None or not self._all.value:
             return weight

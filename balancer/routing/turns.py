@@ -1,17 +1,17 @@
-"""Which model's replica has a shared GPU now: who is to doze, and who wakes in its place. Pure; the clock is passed in.
+"""Which model's replica has a shared GPU now: which one dozes and which wakes instead. Pure; the clock is passed in.
 
 Replicas that share a GPU keep their weights there and take turns with the rest of its memory. A swap costs a fraction
-of a second and the dozing one's cached prefixes, so that a turn lasts a while though others wait. Three rules decide:
+of a second and the dozing replica's cached prefixes, so a turn lasts a while though others wait. Three rules decide:
 
-- Who has requests and nobody awake gets a GPU: a free one, else that of one that is idle, else that of one whose turn
-  is over.
-- A turn is over after its slice: `gpu_slice` at least, longer where its model has more requests or a higher priority
-  than the one that waits, and so long that swaps take less than `swap_share` of the time. Running answers may end
-  within `max_turn_over` more; what takes longer is taken off and goes on at the next turn.
-- The highest priority goes first, then who has waited longest; but who was passed over often enough goes before all.
+- A model with requests and no replica awake gets a GPU: a free one, else an idle replica's, else that of a replica
+  whose turn is over.
+- A turn is over after its slice: at least `gpu_slice`, longer if its model has more requests or a higher priority than
+  the one that waits, and long enough that swaps take less than `swap_share` of the time. Running answers that can end
+  within `max_turn_over` more may do so; longer ones are interrupted and go on in the next turn.
+- The highest priority goes first, then the model that has waited longest; but a model that was passed over often enough
+  goes before all.
 
-So nobody waits longer than `Turns.bound` says, where nothing starts, nobody is pinned and swaps take no longer than
-they did.
+So no model waits longer than `Turns.bound` if nothing starts, nothing is pinned and swaps take no longer than they did.
 """
 
 import math
@@ -19,16 +19,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-# A turn is at most so many times as long as `gpu_slice` for need and priority, and a priority counts for so many steps.
+# Need and priority make a turn at most _LONGEST times as long as `gpu_slice`; a lead in priority counts for at most
+# _STEPS.
 _LONGEST = 4.0
 _STEPS = 3
-# How much of the newest swap goes into what a swap is held to cost.
+# The weight of the newest swap in the estimated cost of a swap.
 _NEWEST = 0.3
 
 
 class Stage(Enum):
     AWAKE = auto()
-    # Waking, dozing or starting: it has its GPUs, and cannot be asked for them.
+    # Falling asleep, waking or starting: it has its GPUs, and cannot be asked for them.
     BUSY = auto()
     # Can be woken.
     DOZING = auto()
@@ -36,7 +37,7 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A replica that shares its GPUs. `since`: when it came to that stage, by the clock that `decide` is given."""
+    """A replica that shares its GPUs. `since`: when it entered its stage, by the clock that `decide` is given."""
 
     id: str
     model: str
@@ -44,24 +45,24 @@ class Tenant:
     stage: Stage
     since: float
     in_flight: int = 0
-    # Until what it answers now is done, in seconds, as far as anybody can tell.
+    # Estimated seconds until it has answered the requests in flight.
     seconds_left: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What is asked of a model. `waiting`: requests that no replica has, or one that dozes; `oldest`: since when."""
+    """The demand for a model. `waiting`: requests at no replica or a dozing one; `oldest`: when the first came."""
 
     waiting: int = 0
     oldest: float = math.inf
     priority: int = 0
-    # So many of its replicas never doze.
+    # At least this many of its replicas stay awake.
     min_awake: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """`wake` is to have the GPUs of those that doze, which come first; they are none where its GPUs are free."""
+    """`wake` gets the GPUs of those in `doze`, which must doze first; there are none if its GPUs are free."""
 
     wake: str
     doze: tuple[str, ...] = ()
@@ -77,21 +78,21 @@ class Rules:
 
 
 class Turns:
-    """Remembers what swaps cost, and who was passed over how often."""
+    """Remembers what swaps cost, and how often each model was passed over."""
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
-        self._cost: dict[str, float] = {}  # seconds a swap takes on each GPU, of late
-        self._passed: dict[str, int] = {}  # turns that others were given on GPUs that a model waits for
+        self._cost: dict[str, float] = {}  # seconds that recent swaps took on each GPU
+        self._passed: dict[str, int] = {}  # by waiting model: turns given to others on GPUs that it could use
 
     def swapped(self, gpus: Iterable[str], seconds: float) -> None:
-        """A swap took that long, the prompts that had to be computed again included."""
+        """A swap took that long, including the prompts that had to be computed again."""
         for gpu in gpus:
             known = self._cost.get(gpu, seconds)
             self._cost[gpu] = known + _NEWEST * (seconds - known)
 
     def decide(self, now: float, tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> list[Swap]:
-        """The swaps to begin now. Until one is done, its tenants are to be given as BUSY."""
+        """The swaps to begin now. Until a swap is done, pass its tenants as BUSY."""
         holders = {gpu: tenant for tenant in tenants if tenant.stage is not Stage.DOZING for gpu in tenant.gpus}
         pinned = _pinned(tenants, needs)
         claimed: set[str] = set()
@@ -104,7 +105,7 @@ class Turns:
         return swaps
 
     def slice(self, holder: Tenant, needs: Mapping[str, Need], waits: str) -> float:
-        """How long the holder's turn lasts at least while that model waits, in seconds."""
+        """The minimum length of the holder's turn while that model waits, in seconds."""
         mine, other = needs.get(holder.model, Need()), needs.get(waits, Need())
         by_need = (holder.in_flight + mine.waiting) / max(1, other.waiting)
         by_priority = 2.0 ** (mine.priority - other.priority)
@@ -112,9 +113,9 @@ class Turns:
         return max(self._rules.gpu_slice * longer, self._least(holder.gpus))
 
     def bound(self, rivals: int, longest_swap: float, steps: int = _STEPS) -> float:
-        """The longest that a model waits on a GPU that `rivals` others want too, in seconds.
+        """The maximum wait of a model for a GPU that `rivals` others want too, in seconds.
 
-        steps: by how much the highest priority among those exceeds its own.
+        `steps`: by how much the highest priority among those exceeds its own.
         """
         share = self._rules.swap_share
         turn = max(_LONGEST * self._rules.gpu_slice, longest_swap * (1 - share) / share)
@@ -122,12 +123,12 @@ class Turns:
         return turns * (turn + self._rules.max_turn_over + longest_swap)
 
     def _least(self, gpus: Iterable[str]) -> float:
-        """A turn so long that its swap is no more than its share of both."""
+        """The shortest turn whose swap takes no more than `swap_share` of swap and turn together."""
         cost = max((self._cost.get(gpu, 0.0) for gpu in gpus), default=0.0)
         return cost * (1 - self._rules.swap_share) / self._rules.swap_share
 
     def _in_order(self, now: float, tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> list[str]:
-        """The models that want a turn: those with nobody awake first."""
+        """The models that want a turn: those with no replica awake first."""
         here = {tenant.model for tenant in tenants}
         up = {tenant.model for tenant in tenants if tenant.stage is not Stage.DOZING}
         wanting = [model for model, need in needs.items() if model in here and need.waiting]
@@ -150,12 +151,12 @@ class Turns:
         pinned: set[str],
         claimed: set[str],
     ) -> Swap | None:
-        """The best of its replicas to wake, if one can be woken now; else the GPUs that are to be its own next.
+        """Wakes the best of the model's replicas, if one can be woken now; else claims the GPUs that it gets next.
 
-        What is claimed for one that goes first, nobody who comes after it gets.
+        GPUs claimed for one model do not go to any model after it in the order.
         """
         if any(tenant.model == model and tenant.stage is Stage.BUSY for tenant in tenants):
-            return None  # it has been given a turn, and comes to it
+            return None  # its turn is about to begin
         is_more = any(tenant.model == model and tenant.stage is Stage.AWAKE for tenant in tenants)
         best: tuple[float, Tenant, list[Tenant]] | None = None
         for tenant in tenants:
@@ -175,11 +176,11 @@ class Turns:
         claimed |= set(wakes.gpus)
         if wait > 0:
             return None
-        claimed |= {gpu for holder in doze for gpu in holder.gpus}  # what else it has is free once it dozes
+        claimed |= {gpu for holder in doze for gpu in holder.gpus}  # its other GPUs are free once it dozes
         return Swap(wakes.id, tuple(holder.id for holder in doze))
 
     def _left(self, now: float, holder: Tenant, needs: Mapping[str, Need], waits: str) -> float:
-        """Seconds until the holder can be asked for its GPUs; 0: now."""
+        """Seconds until the holder can be asked for its GPUs; 0 if it can be asked now."""
         if not holder.in_flight and not needs.get(holder.model, Need()).waiting:
             return 0.0
         over = now - holder.since - self.slice(holder, needs, waits)
@@ -189,7 +190,7 @@ class Turns:
         return max(0.0, left) if holder.in_flight and holder.seconds_left <= left else 0.0
 
     def _wants_less(self, holder: Tenant, needs: Mapping[str, Need], model: str) -> bool:
-        """May a model that is awake elsewhere have this one's GPU, too?"""
+        """May a model that is awake elsewhere have this holder's GPU, too?"""
         mine = needs.get(holder.model, Need())
         if mine.priority > needs[model].priority:
             return False
@@ -209,7 +210,7 @@ class Turns:
 
 
 def _pinned(tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> set[str]:
-    """Those that may not doze, because so many of their model are to stay awake."""
+    """The replicas that may not doze, so that `min_awake` of their model stay awake."""
     pinned: set[str] = set()
     for model, need in needs.items():
         up = sorted(tenant.id for tenant in tenants if tenant.model == model and tenant.stage is not Stage.DOZING)
@@ -223,5 +224,5 @@ def _steps(model: str, needs: Mapping[str, Need]) -> int:
 
 
 def _limit(rivals: int, steps: int) -> int:
-    """Turns that others may have before one that waits goes before all."""
+    """How many turns others may have before a waiting model goes before all."""
     return max(1, rivals) * (1 + steps)
