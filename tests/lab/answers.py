@@ -1,4 +1,4 @@
-"""The bodies SGLang 0.5.23 answers with, as bytes: field names, order and nesting as the real server's."""
+"""The bodies of SGLang 0.5.23's answers, as bytes: the same field names, order and nesting as the real server's."""
 
 import time
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ WORDS = tuple(f" t{position:02}" for position in range(100))
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What one generation makes, and is known by in every chunk."""
+    """What one generation makes, and what identifies it in every chunk."""
 
     asked: Asked
-    words: Sequence[str]  # one a token; what goes on with a text goes on where that ends
+    words: Sequence[str]  # one a token; the continuation of a text begins where the text ends
     rid: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -43,18 +43,18 @@ class Usage:
         }
 
     def in_full(self) -> dict[str, Any]:
-        """As everywhere but at the end of a streamed text completion."""
+        """The form used everywhere except at the end of a streamed text completion."""
         return {**self.as_json(), "completion_tokens_details": None}
 
 
 def words(count: int, begin: int = 0) -> list[str]:
-    """The text of `count` tokens: four bytes each, as tests/lab/prompts.py reads text, so that an answer which a
-    conversation sends back is the tokens that were made."""
+    """The text of `count` tokens: four bytes each, as tests/lab/prompts.py reads text, so that an answer sent back in a
+    conversation gives the same tokens again."""
     return [WORDS[position % len(WORDS)] for position in range(begin, begin + count)]
 
 
 def error(status: int, message: str, kind: str) -> bytes:
-    """An error body, as the OpenAI paths and most HTTP errors of SGLang have it."""
+    """An error body, as on the OpenAI paths and in most of SGLang's HTTP errors."""
     return orjson.dumps({"object": "error", "message": message, "type": kind, "param": None, "code": status})
 
 
@@ -66,7 +66,7 @@ def bad_request(kind: Kind, message: str) -> bytes:
 
 
 def queue_full(kind: Kind) -> bytes:
-    """The body of the 503 that a request meets which found the queue full."""
+    """The body of the 503 for a request that found the queue full."""
     if kind == "messages":
         return anthropic.error("overloaded_error", "Internal server error")
     return error(503, QUEUE_FULL, "503")
@@ -100,7 +100,7 @@ def whole(generation: Generation, usage: Usage, seconds: float) -> bytes:
 
 
 def first(generation: Generation, usage: Usage) -> list[bytes]:
-    """What is streamed with the first token, before it."""
+    """What is streamed just before the first token."""
     match generation.asked.kind:
         case "chat":
             return [_chunk(generation, [_choice(_delta(role="assistant", content=""), None)])]
@@ -111,7 +111,7 @@ def first(generation: Generation, usage: Usage) -> list[bytes]:
 
 
 def token(generation: Generation, position: int, usage: Usage, seconds: float) -> bytes:
-    """The token at `position`, from 0; of /generate it holds the whole text each time."""
+    """The token at `position`, from 0; for /generate the event holds the whole text so far."""
     is_last = position + 1 == len(generation.words)
     word = generation.words[position]
     match generation.asked.kind:

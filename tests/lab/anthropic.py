@@ -1,4 +1,4 @@
-"""The bodies of /v1/messages, as SGLang 0.5.23 answers there: Anthropic's events, which have names."""
+"""The bodies of SGLang 0.5.23's answers on /v1/messages: Anthropic's events, which have names."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -10,23 +10,23 @@ from tests.lab.knobs import Knobs
 
 Kind = Literal["chat", "completion", "generate", "messages"]
 ORDINARY_TOKENS = 8
-_MADE = re.compile(r"(?: t\d\d)*\Z")  # what an earlier answer made of the end of a text
+_MADE = re.compile(r"(?: t\d\d)*\Z")  # the part at the end of a text that earlier answers generated
 
 
 class BadRequest(ValueError):
-    """The body asks for nothing that can be generated; the message says why."""
+    """Nothing can be generated for this body; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One generating request, read."""
+    """One parsed generating request."""
 
     kind: Kind
     model: str
     stream: bool
     include_usage: bool
     tokens: int  # to generate
-    begin: int  # tokens of the answer that stand in the prompt already, which go on from there
+    begin: int  # tokens of the answer that are in the prompt already; the answer continues from there
     body: dict[str, Any]
     body_length: int  # bytes
 
@@ -59,7 +59,7 @@ class Asked:
 
 
 def is_continued(kind: Kind, body: dict[str, Any]) -> bool:
-    """Is the last message an answer that is to go on? On /v1/messages SGLang takes it for a user's."""
+    """Is the last message an answer to continue? On /v1/messages SGLang treats it as a user's message."""
     messages = body.get("messages")
     last = messages[-1] if isinstance(messages, list) and messages else None
     is_answer = isinstance(last, dict) and last.get("role") == "assistant" and isinstance(last.get("content"), str)
@@ -67,7 +67,7 @@ def is_continued(kind: Kind, body: dict[str, Any]) -> bool:
 
 
 def _open_text(kind: Kind, body: dict[str, Any]) -> str:
-    """The text whose end the model goes on from, as far as it is known to it by its own tokens."""
+    """The text that the model continues; empty if there is none."""
     if is_continued(kind, body):
         return str(body["messages"][-1]["content"])
     told = body.get({"completion": "prompt", "generate": "text"}.get(kind, ""))

@@ -10,7 +10,7 @@ OURS = "prefix_aware"
 
 
 def bars(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`rows` have workload, replicas, policy and goodput; those of one scenario follow each other."""
+    """`rows` have workload, replicas, policy and goodput; the rows of one scenario are consecutive."""
     parts: list[str] = []
     y = 10
     for (workload, replicas), group in groupby(rows, key=lambda row: (row["workload"], row["replicas"])):

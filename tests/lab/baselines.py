@@ -1,4 +1,4 @@
-"""Policies to compare with, in the simulator only: what other routers do, and what perfect knowledge would bring."""
+"""Policies to compare with, in the simulator only: those of other routers, and one with perfect knowledge."""
 
 import bisect
 from collections import Counter, OrderedDict
@@ -36,9 +36,9 @@ class _Unaware:
 class CacheAware(_Unaware):
     """The rules that sglang-router documents for cache_aware, with its published defaults.
 
-    When the loads differ much: the shortest queue. Else, if more than CACHE_THRESHOLD of the text is known: whoever
-    got that last; if not, the least loaded. It sees text alone, no images. Its tree of characters is one of blocks
-    here, and is not trimmed: the defaults leave more room than a simulation fills.
+    If loads differ much, it picks the shortest queue. Otherwise, if more than CACHE_THRESHOLD of the text is known, it
+    picks the member that last got that text; if not, the least loaded. It sees only text, no images. Its tree of
+    characters is a tree of blocks here, and is not trimmed: the defaults leave more room than a simulation fills.
     """
 
     name = "cache_aware"
@@ -78,8 +78,8 @@ def _text_only(body: bytes) -> bytes:
 class BoundedHashing(_Unaware):
     """Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2016), by the prompt's first block.
 
-    Nobody gets more than LOAD_FACTOR times the mean; who would, passes the request on along the ring. Load factor and
-    points a member are KubeAI's defaults. The block is cut from the tokens here, for Prompt's differ from run to run.
+    A member that would exceed LOAD_FACTOR times the mean load passes the request on along the ring. The load factor and
+    the points per member are KubeAI's defaults. The block is cut from the tokens, since Prompt's differ between runs.
     """
 
     name = "bounded_hashing"
@@ -99,7 +99,7 @@ class BoundedHashing(_Unaware):
         assert isinstance(prompt, Turn)
         first_block = prompt.tokens[: int(TOKENS_PER_BLOCK) * TOKEN]
         start = bisect.bisect(self._ring, (xxh3_64_intdigest(first_block), 0))
-        for step in count(start):  # somebody is below the mean, hence below the bound
+        for step in count(start):  # some member is at most at the mean, hence below the bound
             member = by_id[self._ring[step % len(self._ring)][1]]
             if member.in_flight < bound:
                 return Choice(member, "hashed")
@@ -109,9 +109,9 @@ class BoundedHashing(_Unaware):
 class Smg(CacheAware):
     """The rules that smg documents for cache_aware, with its published defaults.
 
-    As sglang-router's, but where little is known or loads differ much, a request goes to the shortest expected wait:
-    tokens that wait, by a nominal throughput, and a barrier before a full KV pool. It reads what replicas say every ten
-    seconds and guesses in between; here what they say is fresh.
+    As in sglang-router, except that if little is known or loads differ much, a request goes to the shortest expected
+    wait: waiting tokens divided by a nominal throughput, plus a barrier before a full KV pool. The real one reads what
+    replicas report every ten seconds and guesses in between; here the reports are fresh.
     """
 
     name = "smg"
@@ -133,12 +133,12 @@ class Smg(CacheAware):
 
 
 class LlmD(_Unaware):
-    """llm-d's scheduler as its guides set it up: the greatest sum of three scores from 0 to 1, times their weights.
+    """llm-d's scheduler as its guides set it up: the highest weighted sum of three scores from 0 to 1.
 
-    They are the share of the prompt that is known there, the free share of the KV pool, and how short the queue is
-    beside the longest and the shortest. Its prefixes are kept for each replica, so many and least recently used out,
-    whatever the size of the pool, and no more than so many are compared; sizes are in blocks of ours. Here it sees
-    queues and pools as they are at that moment.
+    The scores are the share of the prompt that is known at the replica, the free share of its KV pool, and how short
+    its queue is between the longest and the shortest. For each replica it keeps the KNOWN most recently used blocks,
+    whatever the size of the pool, and it compares at most COMPARED; sizes are in our blocks. Here it sees queues and
+    pools as they are at that moment.
     """
 
     name = "llm-d"
@@ -185,9 +185,9 @@ def _used(models: Sequence[ReplicaModel]) -> float:
 class Oracle(_Unaware):
     """Sees what the replicas really have cached, and what they are about to compute.
 
-    It counts what each member has to do as prefix_aware does, but by the tokens that are there. What a copy costs it
-    does not know either, so that each workload is played three times, and the best is the oracle's: with dear copies,
-    with free ones, and with copies that are the cheaper the more a prefix is used.
+    It counts each member's work as prefix_aware does, but by the tokens that are really cached. It does not know what a
+    copy costs either, so each workload is played three times and the best result is the oracle's: with expensive
+    copies, with free ones, and with copies that get cheaper the more a prefix is used.
     """
 
     name = "oracle"
@@ -235,13 +235,13 @@ class Oracle(_Unaware):
         return int(sum(model.settings.max_total_tokens for model in self._models_of(member)) / TOKENS_PER_BLOCK)
 
     def _occupied(self, member: Member) -> float:
-        """The share of the KV pools that holds something."""
+        """The share of the KV pools that is not free."""
         models = self._models_of(member)
         free = sum(model.free_tokens for model in models)
         return 1 - free / sum(model.settings.max_total_tokens for model in models)
 
     def _found(self, member: Member, prompt: Turn) -> int:
-        """Tokens that are cached, or coming; on the average of its ranks, for any of them may get the request."""
+        """Tokens that are cached or coming; averaged over its ranks, since any of them may get the request."""
         models = self._models_of(member)
         found = sum(model.cache.predict(prompt.tokens) for model in models) // len(models)
         coming = self._coming.get(member)

@@ -1,4 +1,4 @@
-"""Turning a lab replica over HTTP, and reading what it saw: /lab/knobs and /lab/seen."""
+"""Control of a lab replica over HTTP: /lab/knobs changes its knobs, /lab/seen returns what it saw."""
 
 import contextlib
 from typing import TYPE_CHECKING, Any

@@ -16,7 +16,7 @@ BODY_KEPT = 1 << 20
 
 
 def standard_headers(content_type: str) -> list[tuple[str, str]]:
-    """The headers that SGLang's every answer has."""
+    """The headers that SGLang sends with every answer."""
     ordinary = [("date", formatdate(usegmt=True)), ("server", "uvicorn")]
     return ordinary + ([("content-type", content_type)] if content_type else []) + [("vary", "Origin")]
 
@@ -67,11 +67,11 @@ class Exchange:
         framing: Framing,
         length: int | None,
     ) -> bytes:
-        """The response head. `length` is the body's, or None when it is not known before its end."""
+        """The response head. `length` is the body's, or None if it is unknown until the body ends."""
         if framing == "auto":
             framing = "chunked" if length is None else "content-length"
         if framing == "chunked" and self.head.version == "HTTP/1.0":
-            framing = "close"  # HTTP/1.0 knows no chunks
+            framing = "close"  # HTTP/1.0 has no chunks
         old = framing.startswith("http/1.0")
         lines = [f"HTTP/1.{0 if old else 1} {status} {HTTPStatus(status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers]
@@ -100,14 +100,14 @@ class Exchange:
         await self.connection.writable()
 
     async def finish(self) -> None:
-        """The end of the body."""
+        """Ends the body."""
         if self._chunked:
             await self.write(b"0\r\n\r\n")
         self.record.bytes_sent = self._written
         self.connection.end("answered")
 
     async def reply(self, status: int, content_type: str, body: bytes) -> None:
-        """A whole answer that no fault touches."""
+        """A whole answer without any faults."""
         await self.write(self.head_bytes(status, standard_headers(content_type), "auto", len(body)))
         if body and self.head.method != "HEAD":
             await self.write(body)

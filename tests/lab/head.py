@@ -1,4 +1,4 @@
-"""Reading the head of a request, strictly: what a server must refuse is refused by name."""
+"""A strict parser of request heads: it refuses what a server must refuse, and names the reason."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
 class Malformed(Exception):
-    """What came is no HTTP/1.1 request."""
+    """The bytes received are no HTTP/1.1 request."""
 
 
 @dataclass(frozen=True, slots=True)

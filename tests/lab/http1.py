@@ -1,4 +1,4 @@
-"""The connections of a lab replica: an HTTP/1.1 server side of its own, where every byte can go wrong."""
+"""The connections of a lab replica: its own HTTP/1.1 server side, where every byte can go wrong."""
 
 import asyncio
 import re
@@ -115,7 +115,7 @@ class Connection(asyncio.Protocol):
 
     async def _next_request(self) -> bool:
         if not self._buffer:
-            # Only an idle connection is closed: once a byte has come, the request is waited for.
+            # Only an idle connection times out: once a byte has come, we wait for the whole request.
             try:
                 async with asyncio.timeout(self._knobs().keep_alive if self.served else None):
                     await self._wait()
@@ -175,7 +175,7 @@ class Connection(asyncio.Protocol):
             pass
 
     def write(self, data: bytes) -> int:
-        """Hand bytes over. Returns how many bytes the kernel has not taken yet."""
+        """Write bytes. Returns how many bytes the kernel has not taken yet."""
         if self.transport.is_closing():
             raise ClientLeft
         self.transport.write(data)

@@ -1,4 +1,4 @@
-"""A model hub for tests: what huggingface_hub asks of one, with pauses, cuts, wrong bytes and gates on demand."""
+"""A model hub for tests: what huggingface_hub needs, with pauses, cuts, wrong bytes and gated models on demand."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = 10 << 10  # bytes from which a file is kept, and named, by its SHA-256
+LARGE = 10 << 10  # bytes from which on a file is stored and named by its SHA-256
 _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _MODEL = re.compile(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)")
 
 
 def etag_of(data: bytes) -> str:
-    """What the hub calls a file of this content."""
+    """The hub's name for a file with this content."""
     if len(data) >= LARGE:
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0%b" % (len(data), data), usedforsecurity=False).hexdigest()
@@ -24,7 +24,7 @@ def etag_of(data: bytes) -> str:
 
 @dataclass
 class Model:
-    """One model of the hub. `token` is the one that may read it, where not all may."""
+    """One model of the hub. `token` is the token needed to read it; None: anyone may."""
 
     files: dict[str, bytes]
     licence: str = "apache-2.0"
@@ -35,9 +35,9 @@ class Model:
 class Hub:
     """Serves `models` on loopback until it is closed.
 
-    `cuts`: after how many bytes the next answers of a file's bytes break off, one each. `wrong`: how many of them come
-    with their bits turned. `statuses`: what the next ones are answered with instead. `piece_seconds`: how long each
-    64 KiB takes. `ignores_ranges`: whoever asks for the rest gets all.
+    `cuts`: after how many bytes each of the next downloads breaks off. `wrong`: how many of them have inverted bits.
+    These two apply to files from LARGE on. `statuses`: what the next downloads are answered with instead.
+    `piece_seconds`: how long each 64 KiB takes. `ignores_ranges`: a request for a range gets the whole file.
     """
 
     models: dict[str, Model]
@@ -46,7 +46,7 @@ class Hub:
     wrong: int = 0
     piece_seconds: float = 0.0
     ignores_ranges: bool = False
-    asked: list[tuple[str, str | None]] = field(default_factory=list)  # files' bytes asked for: path and Range
+    asked: list[tuple[str, str | None]] = field(default_factory=list)  # downloads requested: path and Range
     sent: int = 0  # bytes of files
 
     def __post_init__(self) -> None:

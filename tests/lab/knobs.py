@@ -1,4 +1,4 @@
-"""What a lab replica does: every latency, fault and answer that a test can ask for."""
+"""The behaviour of a lab replica: every latency, fault and answer that a test can ask for."""
 
 import dataclasses
 import difflib
@@ -25,17 +25,17 @@ class Knobs:
     token_interval: float = 0.0  # between tokens
     tokens: int = 0  # tokens of an answer; 0: the request's max_tokens, else 8
 
-    # What is answered on serving paths.
+    # Answers on serving paths.
     status: int = 0  # 0: the ordinary 200; from 400 on with SGLang's error body
     retry_after: str = ""  # Retry-After header, verbatim; empty: none
-    headers: tuple[tuple[str, str], ...] = ()  # extra response headers, in order, repeated ones kept apart
+    headers: tuple[tuple[str, str], ...] = ()  # extra response headers, in order; repeated ones stay separate
     body: str | None = None  # this body instead of the ordinary one
     body_mib: float = 0.0  # this many MiB of body at full speed instead of the ordinary one
     content_type: str = ""  # instead of the ordinary one
     framing: Framing = "auto"  # auto: chunked for streams, else content-length
-    connection_close: bool = False  # say Connection: close, and close
+    connection_close: bool = False  # send Connection: close, and close
     interim: tuple[int, ...] = ()  # interim responses before the head: 100, 102, 103
-    early: Literal["", "read", "close"] = ""  # answer before the body: then read and drop it, or close on it
+    early: Literal["", "read", "close"] = ""  # answer before the request's body: then read and drop it, or just close
     raw: str | None = None  # these bytes (latin-1) instead of any response
     raw_then: Literal["close", "keep", "reset", "hang"] = "close"  # what follows raw
     split: int = 0  # at most this many bytes a write; 0: whole events
@@ -43,13 +43,13 @@ class Knobs:
 
     # Faults on serving paths.
     cut: Cut = ""  # where the connection ends
-    cut_after: int = 1  # tokens sent before (after_tokens, mid_event, mid_chunk) or body bytes (after_bytes)
+    cut_after: int = 1  # tokens sent before that (after_tokens, mid_event, mid_chunk) or body bytes (after_bytes)
     cut_by: How = "reset"
-    hang: Hang = ""  # where it falls silent, for ever
-    hang_after: int = 1  # tokens sent before (after_tokens)
+    hang: Hang = ""  # where it falls silent for ever
+    hang_after: int = 1  # tokens sent before that (after_tokens)
     race: Literal["", "reset", "close"] = ""  # ends a reused connection exactly when its next request arrives
 
-    poison: str = ""  # a request with this in its body ends the replica, as one does that makes a GPU fail
+    poison: str = ""  # a request with this text in its body kills the replica, like one that makes a GPU fail
 
     # Faults on every path.
     black_hole: bool = False  # new connections are accepted and never read
@@ -64,19 +64,19 @@ class Knobs:
 
     # What it says about itself.
     served_model: str = "lab"
-    api_key: str = ""  # wanted as a bearer token, and shown in clear by /server_info
+    api_key: str = ""  # required as a bearer token, and shown in clear by /server_info
     random_seed: int = 0  # 0: drawn at each start
     max_running_requests: int = 64  # plain mode; in faithful mode the model's
     max_total_tokens: int = 65536  # plain mode; in faithful mode the model's
 
-    # How it ends what nobody waits for, and how its health is found (SGLang: 2, 4, 20).
+    # How it aborts requests whose client left, and how it checks its health (SGLang: 2, 4, 20).
     abort_delay_stream: float = 0.0  # from the client's leaving to the abort of a streaming request
-    abort_delay: float = 0.0  # the same of one that is not streamed
+    abort_delay: float = 0.0  # the same for one that is not streamed
     health_timeout: float = 20.0  # faithful mode: /health without any token for this long is a failure
-    stuck: bool = False  # faithful mode: the scheduler hangs, the server answers on
+    stuck: bool = False  # faithful mode: the scheduler hangs, but the server still answers
 
     def change(self, **changes: Any) -> "Knobs":
-        """These knobs with changes. Raises BadKnob with the nearest known name, or what the value may be."""
+        """These knobs with changes. Raises BadKnob with the nearest known name, or with the type of the value."""
         known = {field.name: field for field in dataclasses.fields(self)}
         values: dict[str, Any] = {}
         for name, value in changes.items():
@@ -90,7 +90,7 @@ class Knobs:
         return self.abort_delay_stream if stream else self.abort_delay
 
 
-# What a real SGLang has, where the defaults above are there for quick tests.
+# SGLang's real values, where the defaults above are chosen for quick tests.
 FAITHFUL = Knobs(abort_delay_stream=2.0, abort_delay=4.0)
 
 

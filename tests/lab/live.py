@@ -1,4 +1,4 @@
-"""The model of tests/lab/model.py run by the clock of an event loop: when tokens come in faithful mode."""
+"""The model of tests/lab/model.py, run by an event loop's clock: it decides when tokens come in faithful mode."""
 
 import asyncio
 import math
@@ -11,7 +11,7 @@ from tests.lab.prompts import image_tokens, prompt_tokens
 from tests.lab.request import Request
 from tests.lab.service import Load
 
-HEALTH_LOOK = 1.0  # seconds between two looks of /health at whether anything came
+HEALTH_LOOK = 1.0  # seconds between the checks of /health for any new output
 
 
 class LivePace:
@@ -47,7 +47,7 @@ class LivePace:
 
 
 class LiveModel:
-    """A ReplicaModel whose steps end when the loop's clock says so."""
+    """A ReplicaModel whose steps end by the loop's clock."""
 
     def __init__(self, settings: ModelSettings) -> None:
         self.model = ReplicaModel(settings)
@@ -80,12 +80,12 @@ class LiveModel:
         return was_open
 
     def stick(self, stuck: bool) -> None:
-        """Hang the scheduler, or let it go on."""
+        """Hang the scheduler, or let it continue."""
         self._stuck = stuck
         self._arm()
 
     async def check_health(self, timeout: float) -> bool:
-        """What /health does: makes a token, looks each second whether anything came. Sets `is_healthy`."""
+        """As /health does, generates a token and checks each second for any output. Sets `is_healthy`."""
         began = self._now()
         pace = self._submit(Request(image_tokens("health", 1), 1))
         try:

@@ -3,10 +3,10 @@
 The scheduler works in steps, as SGLang's does: a prefill step when a waiting request fits (running ones stand
 still meanwhile), else a decode step that gives every running request one token. A prefill step lasts
 `step_overhead + new tokens / prefill_rate`, a decode step `itl_base + itl_per_request x batch`, in seconds. Equal
-decode steps are taken together, so that the cost of a simulated request does not grow with its length.
+decode steps are simulated together, so that the cost of a simulated request does not grow with its length.
 
-The caller owns the time: `submit` and `abort` at some `now`, `next_time()` for when to come back, `advance(now)`
-to let everything happen that is due. `now` never decreases.
+The caller keeps the time: it calls `submit` and `abort` at some `now`, `next_time()` for when to come back, and
+`advance(now)` to let everything happen that is due. `now` never decreases.
 """
 
 import heapq
@@ -24,16 +24,16 @@ class ModelSettings:
     """A replica's speed and size. The defaults are the order of magnitude of a 7B model on one 24 GB GPU."""
 
     prefill_rate: float = 8000.0  # tokens a second
-    step_overhead: float = 0.005  # seconds a prefill step costs beside its tokens
-    itl_base: float = 0.020  # seconds a decode step takes beside its batch
+    step_overhead: float = 0.005  # seconds a prefill step takes in addition to its tokens
+    itl_base: float = 0.020  # seconds a decode step takes in addition to its batch
     itl_per_request: float = 0.0004  # seconds each request in the batch adds
     max_total_tokens: int = 60_000  # the KV pool
     page_size: int = 1  # tokens; prefixes are reused in whole pages
     max_running_requests: int = 64
     max_queued_requests: int | None = None  # None: no limit
-    chunk_tokens: int = 4096  # the most new tokens in one prefill step
+    chunk_tokens: int = 4096  # the maximum number of new tokens in one prefill step
     reserve: float = 0.3  # share of the tokens that running requests may still make, kept free at admission
-    image_tokens: int = 576  # tokens an image counts: LLaVA-1.5's 24 x 24 patches
+    image_tokens: int = 576  # tokens in an image: LLaVA-1.5's 24 x 24 patches
 
     def itl(self, batch: int) -> float:
         """Inter-token latency in seconds with `batch` requests running."""
@@ -41,7 +41,7 @@ class ModelSettings:
 
 
 class QueueFull(Exception):
-    """max_queued_requests wait already; SGLang answers 503."""
+    """`max_queued_requests` are waiting already; SGLang answers 503."""
 
 
 class TooLong(ValueError):
@@ -56,7 +56,7 @@ class ReplicaModel:
         self.cache = RadixCache(self.settings.page_size)
         self.waiting: deque[Request] = deque()
         self.running: set[Request] = set()
-        self.last_step_at = -math.inf  # the last time that any output left the scheduler
+        self.last_step_at = -math.inf  # when any output last left the scheduler
         self.prompt_tokens_total = 0
         self.cached_tokens_total = 0
         self.output_tokens_total = 0
@@ -72,14 +72,14 @@ class ReplicaModel:
         self._to_make = 0  # sum over running requests of finish_step
         self._prefilling: list[tuple[Request, int]] = []  # the prefill step in flight: requests, new tokens
         self._chunked: Request | None = None  # whose prompt is only partly computed
-        self._began = 0.0  # the step in flight, or the first of the decode steps taken together
-        self._step = 0.0  # seconds each lasts
-        self._count = 0  # how many; 0: idle
+        self._began = 0.0  # start of the step in flight, or of the first of the decode steps simulated together
+        self._step = 0.0  # seconds that each of them lasts
+        self._count = 0  # how many they are; 0: idle
         self._blocked = False  # the first in the queue did not fit: only a finish changes that
-        self._leaving: list[Request] = []  # aborted while in the pool: they go at the next step
+        self._leaving: list[Request] = []  # aborted while in the pool: they leave at the next step
         self._over: list[Request] = []
 
-    # What is known of it.
+    # Its state.
 
     @property
     def used_tokens(self) -> int:
@@ -88,7 +88,7 @@ class ReplicaModel:
 
     @property
     def free_tokens(self) -> int:
-        """Tokens of the pool that hold nothing."""
+        """Tokens of the pool that are not in use."""
         return self.settings.max_total_tokens - self._private - self.cache.cached
 
     @property
@@ -101,7 +101,7 @@ class ReplicaModel:
             return request.made + self._steps - request.joined_step
         return request.made
 
-    # What happens to it.
+    # Events from outside.
 
     def submit(self, request: Request, now: float) -> None:
         """A request arrives. Raises QueueFull, or TooLong."""
@@ -119,10 +119,10 @@ class ReplicaModel:
         if self._count == 0:
             self._schedule(now)
         elif not self._prefilling and not self._blocked:
-            self._count = 1  # the decode step in flight ends, then it is looked at
+            self._count = 1  # it is considered when the decode step in flight ends
 
     def abort(self, request: Request, now: float) -> None:
-        """Its client left: it leaves the queue at once, the batch at the end of the step in flight."""
+        """The request's client left: it leaves the queue at once, or the batch at the end of the step in flight."""
         self._run_until(now)
         if request.aborted or request.finished_at is not None:
             return
@@ -138,7 +138,7 @@ class ReplicaModel:
             self._count = 1
 
     def next_time(self) -> float:
-        """When `advance` has something to do next, for a caller who wants no single tokens; infinite when idle."""
+        """When `advance` next has something to do, for a caller that needs no single tokens; infinite when idle."""
         return self._began + self._step * self._count if self._count else math.inf
 
     def next_token_time(self) -> float:
@@ -195,7 +195,7 @@ class ReplicaModel:
         return finishes[0][0]
 
     def _prefill_batch(self, at: float) -> list[tuple[Request, int]]:
-        """Take waiting requests while they fit, first come first served. Their tokens are taken from the pool."""
+        """Take waiting requests, and their tokens from the pool, while they fit; first come first served."""
         settings = self.settings
         budget = settings.chunk_tokens
         batch: list[tuple[Request, int]] = []
@@ -267,7 +267,7 @@ class ReplicaModel:
         self._drop_aborted(at)
 
     def _decode(self, steps: int, at: float) -> None:
-        """Some equal decode steps are done: each running request has a token more from each."""
+        """Some equal decode steps are done: each gave every running request one more token."""
         self.last_step_at = at
         tokens = steps * len(self.running)
         self._steps += steps
@@ -301,7 +301,7 @@ class ReplicaModel:
             self._leave(request, at)
 
     def _stop_running(self, request: Request) -> None:
-        """Out of the batch: what it made is counted, and still private."""
+        """Take a request out of the batch: what it made is counted, and still private."""
         done = self._steps - request.joined_step
         request.made += done
         request.private += done
@@ -309,7 +309,7 @@ class ReplicaModel:
         self.running.discard(request)
 
     def _leave(self, request: Request, at: float) -> None:
-        """Finished or aborted: its tokens go to the tree, all but the last, which was never computed."""
+        """The request finished or was aborted: its tokens go to the tree, except the last, which was never computed."""
         if request.made > 1:
             self._keep(request, request.prompt + self._output(request, request.made - 1))
         self._release(request)
@@ -317,7 +317,7 @@ class ReplicaModel:
         self._over.append(request)
 
     def _keep(self, request: Request, computed: bytes) -> None:
-        """Move what is computed from the request's private tokens to the tree, whole pages, and lock it there."""
+        """Move whole pages of computed tokens from the request's private ones to the tree, and lock them there."""
         node = request.node
         assert node is not None
         whole = len(computed) - len(computed) % self._page_bytes
@@ -336,7 +336,7 @@ class ReplicaModel:
         request.private = 0
 
     def _retract(self, at: float) -> None:
-        """The pool is full: the request that made the least goes back to the queue, to be prefilled again."""
+        """The pool is full: the request that made the fewest tokens goes back to the queue, to be prefilled again."""
         request = min(self.running, key=lambda one: (self.made(one), -one.number))
         self._stop_running(request)
         if len(self.running) == 0:

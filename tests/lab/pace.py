@@ -13,20 +13,20 @@ IMAGE_TOKENS = 576
 
 
 class Pace(Protocol):
-    """Waited on by the server for each token of one generation."""
+    """The server waits on this for each token of one generation."""
 
     @property
     def prompt_tokens(self) -> int: ...
 
     @property
     def cached_tokens(self) -> int:
-        """Known once the first token came."""
+        """Known once the first token has come."""
 
     async def token(self, position: int) -> None:
         """Return when the token at `position`, from 0, is due."""
 
     def abort(self) -> bool:
-        """Stop generating. False when it was over already."""
+        """Stop generating. False if it was over already."""
 
 
 class PlainPace:
@@ -48,7 +48,7 @@ class PlainPace:
 
 
 def _count(asked: Asked) -> int:
-    """Tokens of the prompt, in a plain replica also of one that no model would take."""
+    """Tokens of the prompt; a plain replica also counts a prompt that no model would accept."""
     try:
         return len(prompt_tokens(asked, IMAGE_TOKENS)) // TOKEN
     except BadRequest:

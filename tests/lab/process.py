@@ -1,4 +1,4 @@
-"""A lab replica as a process: flags, the control port, and what SIGTERM does to a real SGLang."""
+"""A lab replica as a process: flags, the control port, and the effect of SIGTERM on a real SGLang."""
 
 import argparse
 import asyncio
@@ -17,7 +17,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Every knob and every setting of the model that is one number or word has its own."""
+    """The flags. There is one for every knob and model setting that is a single number or word."""
     parser = argparse.ArgumentParser(prog="python -m tests.lab.replica", description="A simulated SGLang replica.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
@@ -62,10 +62,11 @@ def build(flags: argparse.Namespace) -> LabReplica:
 
 
 async def until_exit(replica: LabReplica, began: float, look: float, grace: float | None) -> None:
-    """Return when SGLang would end its process, SIGTERM having come.
+    """Return when SGLang would end its process after SIGTERM.
 
-    Stock (`grace` None): it looks every `look` seconds, counted from its start, and ends when nothing is in flight
-    at a look, or at once if unhealthy. With our plug-in: it serves for `grace` seconds, then until nothing is.
+    Stock SGLang (`grace` None) checks every `look` seconds, counted from its start, and ends at the first check that
+    finds it unhealthy or with nothing in flight. With our plug-in it serves for `grace` seconds, then until nothing is
+    in flight.
     """
     replica.exiting = True
     if grace is None:
@@ -83,7 +84,7 @@ def _in_flight(replica: LabReplica) -> int:
 
 
 async def serve(flags: argparse.Namespace) -> NoReturn:
-    """Run until SIGTERM or SIGINT, then end as SGLang does: whatever is still open is reset by the kernel."""
+    """Run until SIGTERM or SIGINT, then end as SGLang does: the kernel resets whatever is still open."""
     began = time.monotonic()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""The prompt of a request as the model's tokens: four bytes of text are one, an image is as many as it is told."""
+"""The prompt of a request as the model's tokens: four bytes of text are one, an image is a given number of them."""
 
 import hashlib
 import struct
@@ -14,18 +14,18 @@ SYSTEM = "You are a helpful AI assistant."
 
 
 def text_tokens(text: str) -> bytes:
-    """Four bytes of UTF-8 a token, the last one filled up. Equal beginnings give equal tokens."""
+    """Four bytes of UTF-8 a token, the last one padded. Equal beginnings give equal tokens."""
     data = text.encode()
     return data + bytes(-len(data) % TOKEN)
 
 
 def image_tokens(image: str, count: int) -> bytes:
-    """`count` tokens, all the same, known by the image's digest: so SGLang pads an image, and so KV is reused."""
+    """`count` equal tokens made from the image's digest: this is how SGLang pads an image, so that its KV is reused."""
     return hashlib.sha256(image.encode()).digest()[:TOKEN] * count
 
 
 def tokenized(body: bytes) -> bytes | None:
-    """What /tokenize answers for a text or for messages; None where it is asked for neither."""
+    """The answer of /tokenize for a text or for messages; None if the body has neither."""
     try:
         asked = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -43,7 +43,7 @@ def tokenized(body: bytes) -> bytes | None:
 
 
 def prompt_tokens(asked: Asked, tokens_per_image: int) -> bytes:
-    """The whole prompt. Raises BadRequest when there is none."""
+    """The whole prompt. Raises BadRequest if there is none."""
     body = asked.body
     if asked.kind in ("chat", "messages"):
         prompt = b"".join(_chat(body, tokens_per_image, is_continued(asked.kind, body)))

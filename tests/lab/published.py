@@ -1,4 +1,4 @@
-"""Workloads that others publish their routing by, in their shapes: as many groups and requests for each replica."""
+"""Workloads that others publish routing results for, in the same shape: as many groups and requests per replica."""
 
 import dataclasses
 import random
@@ -23,17 +23,17 @@ PLENTY = 1_000_000  # requests at once: no limit
 
 
 def shared_prefixes(replicas: int, seed: int) -> Scenario:
-    """llm-d's guide: 150 groups of five for eight replicas, 6,000 tokens shared, 1,200 own, 1,000 out."""
+    """llm-d's guide: 150 groups of five requests on eight replicas; 6,000 tokens shared, 1,200 own, 1,000 out."""
     return _grouped("150 prefixes", replicas, seed, 150 / 8, 5, (6000, 1200, 1000), 1.1)
 
 
 def repeated_prefixes(replicas: int, seed: int) -> Scenario:
-    """smg's comparison: vllm bench's prefix_repetition, 600 prefixes of 1,000 tokens for three replicas, 1,800 asks."""
+    """smg's comparison, vllm bench's prefix_repetition: 600 prefixes of 1,000 tokens, 3 replicas, 1,800 requests."""
     return _grouped("600 prefixes", replicas, seed, 600 / 3, 3, (1000, 256, 128), 32 / 3)
 
 
 def one_prefix(replicas: int, seed: int) -> Scenario:
-    """A report to SGLang: one prefix of 2,548 tokens and 7,252 own, 430 out, three a second and 36 at once for two."""
+    """A report to SGLang: one prefix of 2,548 tokens, 7,252 own, 430 out; two replicas, three a second, 36 at once."""
     one = _grouped("one prefix", replicas, seed, 1 / replicas, 200 * replicas, (2548, 7252, 430), 3 / 2)
     return dataclasses.replace(one, at_once=18 * replicas)
 
@@ -41,7 +41,10 @@ def one_prefix(replicas: int, seed: int) -> Scenario:
 def _grouped(
     name: str, replicas: int, seed: int, a_replica: float, each: int, tokens: tuple[int, int, int], rate: float
 ) -> Scenario:
-    """So many groups and requests a second for each replica, so many requests of each group; in no order."""
+    """`a_replica` groups and `rate` requests a second per replica, `each` requests per group, in random order.
+
+    `tokens` are shared, own and generated ones.
+    """
     writer = Writer(random.Random(seed))
     shared, own, out = tokens
     prefixes = [writer.text(shared) for _ in range(round(a_replica * replicas))] * each
@@ -55,9 +58,9 @@ def _grouped(
 
 
 def trace(lines: Sequence[Line], replicas: int) -> Scenario:
-    """A trace of requests: at its own speed before two replicas, four times as fast before eight, and so on.
+    """A trace of requests: at its own speed for two replicas, four times as fast for eight, and so on.
 
-    Beyond eight, copies of it run side by side: faster than that, people would come back before they are answered.
+    For more than eight, copies of it run side by side: played faster, users would come back before they are answered.
     """
     copies = max(1, replicas // 8)
     played = Played(lines[: min(1500 * replicas, 24_000) // copies], copies, replicas / 2 / copies)

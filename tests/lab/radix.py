@@ -1,8 +1,8 @@
-"""A replica's prefix cache: a radix tree over token pages, least recently used leaves out first.
+"""A replica's prefix cache: a radix tree over token pages that evicts the least recently used leaves first.
 
-Tokens are bytes, TOKEN of them each, so that prefixes are compared at memcmp's speed. As SGLang's RadixCache: a
-node is a run of whole pages, nodes split where prompts part, a request holds the path that it uses, and only leaves
-that nobody holds are evicted, whole. A path counts as used when it is let go, which is when SGLang last touches it.
+A token is TOKEN bytes, so that prefixes are compared at memcmp's speed. As in SGLang's RadixCache, a node is a run of
+whole pages, nodes split where prompts part, a request holds the path that it uses, and only leaves that no request
+holds are evicted, whole. A path counts as used when it is let go, which is when SGLang last touches it.
 """
 
 from collections import OrderedDict
@@ -11,7 +11,7 @@ TOKEN = 4  # bytes
 
 
 class Node:
-    """A run of tokens that follows its parent's."""
+    """A run of tokens that follows that of its parent."""
 
     __slots__ = ("children", "holders", "parent", "tokens")
 
@@ -23,13 +23,13 @@ class Node:
 
 
 class RadixCache:
-    """What is cached. It has no capacity of its own: its user evicts what it needs."""
+    """The cached prefixes. It has no capacity of its own: the caller evicts as many tokens as it needs."""
 
     def __init__(self, page_size: int = 1) -> None:
         self._page = page_size * TOKEN
         self.root = Node(b"", None, holders=1)
-        # Nodes that nobody holds, the least recently used first. A node comes after all below it, for whoever held
-        # one of these held the node as well: taken in this order, each is a leaf when its turn comes.
+        # Nodes that no request holds, the least recently used first. A node comes after all nodes below it, since a
+        # request that holds one of those also holds this one. So each is a leaf when its turn to be evicted comes.
         self._idle: OrderedDict[Node, None] = OrderedDict()
         self.cached = 0  # tokens in the tree
         self.held = 0  # of these, tokens that cannot be evicted
@@ -97,7 +97,10 @@ class RadixCache:
             node = node.parent
 
     def _descend(self, node: Node, tokens: bytes) -> tuple[Node, int]:
-        """Follow `tokens` from `node` on, and split where they end or part. Returns where that is, and how far."""
+        """Follow `tokens` down from `node`, and split a node where they end or part.
+
+        Returns the deepest node that matches, and how many bytes match.
+        """
         page, at = self._page, 0
         while (child := node.children.get(tokens[at : at + page])) is not None:
             common = self._common(child.tokens, tokens, at)
@@ -127,7 +130,7 @@ class RadixCache:
         """Cut a node in two after `size` bytes. Returns the new upper half; the object itself stays the lower."""
         parent = node.parent
         assert parent is not None
-        # Idle or not, the caller holds the upper half next, and letting go puts it in its place among the idle.
+        # The caller holds the upper half next, and letting go puts it in its place among the idle nodes.
         upper = Node(node.tokens[:size], parent, node.holders)
         parent.children[node.tokens[: self._page]] = upper
         node.tokens = node.tokens[size:]

@@ -1,9 +1,9 @@
-"""Records how a real SGLang answers, for the lab to be held against: tests/lab/test_shapes.py.
+"""Records how a real SGLang answers, for comparison with the lab in tests/lab/test_shapes.py.
 
     python -m tests.lab.record http://127.0.0.1:8000 > tests/lab/recorded.json
 
-The server wants --enable-metrics --enable-cache-report, and for the queue's refusals --max-running-requests 1
---max-queued-requests 1. What names a machine is left out: of strings only their type is kept, in most places.
+The server needs --enable-metrics --enable-cache-report, and for the queue's refusals --max-running-requests 1
+--max-queued-requests 1. Anything that names a machine is left out: in most places only the type of a string is kept.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ REQUESTS: list[tuple[str, str, str, dict[str, Any] | None]] = [
     ("loads", "GET", "/v1/loads?include=core", None),
     ("metrics", "GET", "/metrics", None),
 ]
-LONG = 120  # tokens that keep the one place, and the one in the queue, taken
+LONG = 120  # tokens of the requests that occupy the one running and the one queued place
 ABORTED_AFTER = 3.0  # seconds: a real SGLang takes two
 REFUSED = [("refused chat", CHAT), ("refused chat stream with usage", CHAT | USAGE)]
 
@@ -83,7 +83,7 @@ def _metric(line: str) -> str:
 async def ask(client: httpx.AsyncClient, patience: float) -> dict[str, Any]:
     """The shapes of all answers, by name.
 
-    A client that leaves comes first, so that the metrics know of one; `patience` is how long its abort may take.
+    The first client leaves early, so that the metrics count an abort; `patience` is how long that may take, in seconds.
     """
     shapes: dict[str, Any] = {}
     leaver = CHAT | STREAM | {"max_tokens": LONG, "ignore_eos": True}

@@ -1,25 +1,25 @@
-"""A lab replica on a real socket: speaks as SGLang 0.5.23 does, and breaks as a test asks.
+"""A lab replica on a real socket: it speaks as SGLang 0.5.23 does, and fails as a test asks.
 
     async with LabReplica(tokens=3, token_interval=0.01) as replica:
         ...                                        # send requests to replica.url
-        replica.set(status=503, retry_after="2")   # for all that come; tests/lab/knobs.py has every knob
-        replica.next(2, cut="before_head")         # the next two on serving paths, then as set before
+        replica.set(status=503, retry_after="2")   # for all requests from now on; tests/lab/knobs.py has every knob
+        replica.next(2, cut="before_head")         # for the next two on serving paths, then as set before
         replica.refuse()                           # connects are refused; `await replica.accept()` ends it
         await replica.seen.until(lambda seen: seen.generations_aborted == 1)
         replica.seen.last.headers                  # tests/lab/seen.py: every request, byte for byte
-        assert replica.seen.malformed == []        # nothing came that is no HTTP/1.1
+        assert replica.seen.malformed == []        # everything received was HTTP/1.1
 
 `LabReplica(model=ModelSettings(...))` takes its timing, caching and limits from tests/lab/model.py (faithful mode).
 
-/v1/chat/completions, /v1/completions, /generate and /v1/messages generate, /tokenize counts; /health,
-/health_generate, /ready, /server_info, /v1/loads, /model_info, /v1/models and /metrics inform; every other path
-echoes: 200, any method, with the request's own body and content type (or as the knobs say). Its model goes on where
-a text, or an answer that is to be continued, ends: after " t07" comes " t08".
+/v1/chat/completions, /v1/completions, /generate and /v1/messages generate, and /tokenize counts tokens; /health,
+/health_generate, /ready, /server_info, /v1/loads, /model_info, /v1/models and /metrics report its state; every other
+path echoes: 200, any method, with the request's own body and content type (or as the knobs say). Its model continues
+a text, or an answer to be continued, where it ends: after " t07" comes " t08".
 
-`python -m tests.lab.replica` is the same as a process of its own, for kill -9, SIGSTOP and SIGTERM
-(tests/lab/spawn.py), turned over HTTP: `POST /lab/knobs` ({"status": 503}; {"next": 2, "status": 503} for the
+`python -m tests.lab.replica` is the same in a process of its own, for kill -9, SIGSTOP and SIGTERM
+(tests/lab/spawn.py), controlled over HTTP: `POST /lab/knobs` ({"status": 503}; {"next": 2, "status": 503} for the
 next two requests; {"refuse": true}; {"drop_connections": true}), `GET /lab/knobs`, `GET /lab/seen`
-(`?after=VERSION` waits for news).
+(`?after=VERSION` waits for a newer version).
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from tests.lab.seen import Seen
 from tests.lab.serving import TOKENIZING, serve, silence
 
 PROBES = ("/ready", "/health", "/health_generate")
-OPEN_TO_ALL = ("/ready", "/health", "/metrics")  # without SGLang's key
+OPEN_TO_ALL = ("/ready", "/health", "/metrics")  # SGLang answers these without its API key
 
 
 class LabReplica:
@@ -91,7 +91,7 @@ class LabReplica:
         self._warming = warming
         self.random_seed = self.knobs.random_seed or random.SystemRandom().getrandbits(30)
         if self._held is None:
-            # Held for as long as the replica lives, so that nobody takes the port while it refuses.
+            # Bound for as long as the replica lives, so that no other program takes the port while it refuses.
             self._held = self._bound()
             self.port = self._held.getsockname()[1]
         await self.accept()
@@ -100,7 +100,7 @@ class LabReplica:
         self._warming = False
 
     async def open_control(self) -> str:
-        """Listen for /lab requests on a port of their own, where no fault applies. Returns its URL."""
+        """Listen for /lab requests on a separate port, where no fault applies. Returns its URL."""
         seen, knobs, connections = Seen(), Knobs(), set[Connection]()
 
         def connection() -> Connection:
@@ -133,7 +133,7 @@ class LabReplica:
         return self._server is not None
 
     def refuse(self) -> None:
-        """Stop listening: connects are refused, the port stays bound, open connections live on."""
+        """Stop listening: connects are refused, but the port stays bound and open connections continue."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -149,11 +149,11 @@ class LabReplica:
         self._next.extend([self.knobs.change(**changes)] * count)
 
     def forget_next(self) -> None:
-        """Nothing is left of what `next` was told."""
+        """Drop the knobs that `next` has queued."""
         self._next.clear()
 
     def fall(self) -> None:
-        """As if it were killed: nothing listens, and what is open is reset."""
+        """As if it were killed: stop listening and reset what is open."""
         self.refuse()
         self.drop_connections()
 

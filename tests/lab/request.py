@@ -1,10 +1,10 @@
-"""One request as the model knows it: what it wants, and what became of it."""
+"""One request as the model sees it: what it asks for, and what became of it."""
 
 from tests.lab.radix import TOKEN, Node
 
 
 class Request:
-    """A prompt to answer. Tokens are bytes, TOKEN of them each; times are the model's."""
+    """A prompt to answer. A token is TOKEN bytes; times are the model's."""
 
     __slots__ = (
         "aborted",
@@ -28,7 +28,7 @@ class Request:
     )
 
     def __init__(self, prompt: bytes, output_tokens: int, output: bytes = b"") -> None:
-        """`output`: the tokens it will make; left out, tokens that nobody else makes."""
+        """`output`: the tokens it will make; by default, tokens that no other request makes."""
         if not prompt or len(prompt) % TOKEN:
             raise ValueError(f"a prompt is whole tokens of {TOKEN} bytes, at least one")
         if output_tokens < 1:
@@ -37,13 +37,13 @@ class Request:
         self.output = output
         self.output_tokens = output_tokens
         self.arrived_at = 0.0
-        self.started_at: float | None = None  # its first prefill step began
+        self.started_at: float | None = None  # when its first prefill step began
         self.first_token_at: float | None = None
-        self.finished_at: float | None = None  # or aborted_at, if `aborted`
+        self.finished_at: float | None = None  # or when it was aborted, if `aborted`
         self.aborted = False
         self.cached_tokens = 0
         self.retractions = 0
-        # The scheduler's own:
+        # For the scheduler:
         self.number = 0
         self.tokens = prompt  # to prefill: the prompt and, after a retraction, what was made
         self.node: Node | None = None  # the deepest node of it in the tree, locked
@@ -59,6 +59,6 @@ class Request:
 
     @property
     def ttft(self) -> float:
-        """Seconds from arrival to the first token. Only once there is one."""
+        """Seconds from arrival to the first token, once there is one."""
         assert self.first_token_at is not None
         return self.first_token_at - self.arrived_at

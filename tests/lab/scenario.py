@@ -1,4 +1,4 @@
-"""A workload before so many replicas of one kind, and how a policy does there."""
+"""A workload on a number of equal replicas, and how a policy does there."""
 
 import dataclasses
 import random
@@ -12,15 +12,15 @@ from tests.lab.workloads import Conversation, Writer, unlike
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scenario:
-    """A workload before so many replicas of one kind."""
+    """A workload on a number of equal replicas."""
 
     name: str
     replicas: int
     conversations: Sequence[Conversation]
     at_once: int
     settings: ModelSettings = dataclasses.field(default_factory=ModelSettings)
-    arrivals: Sequence[float] | None = None  # seconds; None: all could begin at once
-    is_warm: bool = False  # are the pools full of other prompts already?
+    arrivals: Sequence[float] | None = None  # seconds; None: all may begin at once
+    is_warm: bool = False  # are the pools already full of other prompts at the start?
     ranks: int = 1
 
     def run(self, policy: str, max_pending: int | None = None) -> Result:
@@ -39,5 +39,5 @@ class Scenario:
         return simulation.run(self.conversations, self.at_once, self.arrivals, before)
 
     def warm(self) -> "Scenario":
-        """The same where the pools are full of other prompts when it begins."""
+        """The same with pools that are full of other prompts at the start."""
         return dataclasses.replace(self, name=f"{self.name}, pools full", is_warm=True)

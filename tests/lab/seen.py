@@ -1,4 +1,4 @@
-"""What a lab replica saw: every request byte for byte, every connection, every generation."""
+"""What a lab replica saw: every request byte for byte, and counts of connections and generations."""
 
 import asyncio
 import time
@@ -16,10 +16,10 @@ class SeenRequest:
     number: int
     connection: int  # 1 for the first connection accepted
     method: str
-    target: str  # as it came, undecoded
+    target: str  # as received, undecoded
     version: str
-    headers: list[tuple[str, str]]  # as they came: order, case and repetitions
-    received_at: float  # its head was whole
+    headers: list[tuple[str, str]]  # as received, with order, case and repetitions
+    received_at: float  # when its head was complete
     body: bytes = b""  # the first MiB
     body_length: int = 0
     body_sha256: str = ""
@@ -39,7 +39,7 @@ class SeenRequest:
         return self.header("x-request-id") or ""
 
     def header(self, name: str) -> str | None:
-        """The first value of a header, by any case."""
+        """The first value of a header, whatever its case."""
         return next((value for key, value in self.headers if key.lower() == name.lower()), None)
 
     def headers_named(self, name: str) -> list[str]:
@@ -53,13 +53,13 @@ class SeenRequest:
 
 @dataclass(slots=True)
 class Seen:
-    """All that was seen, and a way to wait for more. Serving paths in `requests`, all others in `probes`."""
+    """All that was seen, and a way to wait for more. `requests` are those on serving paths, `probes` all others."""
 
     started: float = field(default_factory=time.monotonic)
     requests: list[SeenRequest] = field(default_factory=list)
     probes: list[SeenRequest] = field(default_factory=list)
-    malformed: list[str] = field(default_factory=list)  # why bytes were refused as no HTTP request
-    crashes: list[str] = field(default_factory=list)  # tracebacks of the lab itself: always a fault of the lab
+    malformed: list[str] = field(default_factory=list)  # why received bytes are no HTTP request
+    crashes: list[str] = field(default_factory=list)  # tracebacks of the lab itself: always a bug in the lab
     connections_accepted: int = 0
     connections_open: int = 0
     generations_started: int = 0

@@ -149,7 +149,7 @@ def _metrics(knobs: Knobs, seen: Seen, load: Load) -> bytes:
     lines = []
     for name, value in gauges.items():
         lines += [f"# TYPE sglang:{name} gauge", f"sglang:{name}{{{shard}}} {float(value)}"]
-    if seen.generations_aborted:  # SGLang's counters are there from their first count on
+    if seen.generations_aborted:  # SGLang's counters appear with their first count
         name = "sglang:num_aborted_requests_total"
         lines += [f"# TYPE {name} counter", f"{name}{{{service}}} {float(seen.generations_aborted)}"]
     return ("\n".join(lines) + "\n").encode()

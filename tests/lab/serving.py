@@ -83,7 +83,7 @@ class Sender:
             exchange.connection.cut(knobs.cut_by)
 
     def ended(self, event: bytes) -> bytes:
-        """An SSE event with its empty line, and all its line ends, as the knob says."""
+        """An SSE event with its empty line, and with the line ends that the knob asks for."""
         end = self.knobs.event_end.encode()
         return event.replace(b"\n", end[: len(end) // 2]) + end
 
@@ -91,7 +91,7 @@ class Sender:
         await self.body(self.ended(event))
 
     async def token(self, count: int, event: bytes) -> None:
-        """The event of a token, `count` tokens having been sent before it."""
+        """The event of a token after `count` others."""
         knobs, exchange = self.knobs, self.exchange
         data = self.ended(event)
         if count == knobs.cut_after and knobs.cut == "mid_event":
@@ -118,7 +118,7 @@ class Sender:
 async def serve(
     exchange: Exchange, knobs: Knobs, seen: Seen, pace_for: PaceFor, die: Callable[[], None] = lambda: None
 ) -> None:
-    """Answer one request on a serving path; one that is poison to the replica makes it `die`."""
+    """Answer one request on a serving path; a poison request makes the replica `die`."""
     path = exchange.head.target.partition("?")[0]
     if knobs.race and exchange.connection.served:
         exchange.connection.end("raced")
@@ -202,7 +202,7 @@ async def _generate(sender: Sender, kind: Kind, seen: Seen, pace_for: PaceFor) -
 
 
 def _abort(exchange: Exchange, pace: Pace, seen: Seen, delay: float) -> None:
-    """End a generation that nobody waits for: after SGLang's delay when its client left, at once otherwise."""
+    """End a generation that no client waits for: after SGLang's delay if its client left, otherwise at once."""
 
     def now() -> None:
         if pace.abort():
@@ -240,7 +240,7 @@ async def _answer_whole(sender: Sender, generation: answers.Generation, pace: Pa
 def _events(
     generation: answers.Generation, pace: Pace, since: Callable[[], float]
 ) -> Iterator[tuple[list[bytes], bytes]]:
-    """For each token what comes before it, and its own event; then what comes last, and nothing."""
+    """For each token, the events before it and its own event; at the end, the last events and an empty one."""
     for position in range(len(generation.words)):
         used = usage(pace, position + 1)
         opening = answers.first(generation, used) if position == 0 else []

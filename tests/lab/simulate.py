@@ -1,7 +1,8 @@
 """`python -m tests.lab.simulate`: what the shipped policies bring, beside others and an oracle, in virtual time.
 
-The fleet, admission and policies of the balancer run unchanged before replica models; only the time and the replicas
-are not real. Figures repeat exactly for a seed, all but the cost of a choice, which is of this machine.
+The fleet, admission and policies of the balancer run unchanged in front of replica models; only the time and the
+replicas are simulated. Figures repeat exactly for a seed, except for the cost of a choice, which depends on the
+machine.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from tests.lab.workloads import WORKLOADS, Writer, groups
 TRACE = "trace"
 AT_ONCE = 16  # requests under way for each replica, unless --at-once says otherwise
 
-# Two replicas of Llama-2-7b's shape on one H200 as measured there, and two of SmolLM2-135M on a CPU.
+# Two replicas of a model of Llama-2-7b's shape on one H200, as measured there, and two of SmolLM2-135M on a CPU.
 H200 = ModelSettings(
     prefill_rate=16_000,
     itl_base=0.005,
@@ -37,26 +38,26 @@ CPU = ModelSettings(prefill_rate=700, itl_base=0.09, itl_per_request=0.01, max_t
 
 
 def h200(seed: int) -> Scenario:
-    """48 groups on 2,000-token prompts of 12 KB: more than one pool holds, less than two."""
+    """48 groups with 2,000-token system prompts of 12 KB: more than one pool holds, less than two."""
     writer = Writer(random.Random(seed), bytes_per_token=6)
     return Scenario("two on an H200", 2, groups(writer, 48, 288, 2000, answer_tokens=32), 32, H200)
 
 
 def tight(seed: int) -> Scenario:
-    """The same with 24 groups on pools half as large, and long enough for copies to push out each other."""
+    """The same with 24 groups and pools half as large, and long enough for copies to push each other out."""
     writer = Writer(random.Random(seed), bytes_per_token=6)
     settings = dataclasses.replace(H200, max_total_tokens=32_768)
     return Scenario("two tight pools", 2, groups(writer, 24, 480, 2000, answer_tokens=32), 32, settings)
 
 
 def cpu(seed: int) -> Scenario:
-    """Eight groups on 1,000-token prompts, four to a pool."""
+    """Eight groups with 1,000-token system prompts; a pool holds four."""
     writer = Writer(random.Random(seed))
     return Scenario("two on a CPU", 2, groups(writer, 8, 40, 1000, answer_tokens=16), 4, CPU)
 
 
 def new_prompt(replicas: int, seed: int) -> Scenario:
-    """An application's new system prompt of 5,000 tokens: nobody has it, and from now on all requests begin with it."""
+    """An application's new system prompt of 5,000 tokens: no replica has it, and now all requests begin with it."""
     writer = Writer(random.Random(seed))
     conversations = groups(writer, 1, 500 * replicas, 5000, answer_tokens=200)
     return Scenario("new prompt for all", replicas, conversations, 64 * replicas, H200)

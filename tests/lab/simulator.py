@@ -1,4 +1,4 @@
-"""The shipped fleet, admission and policies before replica models, in virtual time."""
+"""The shipped fleet, admission and policies in front of replica models, in virtual time."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from tests.lab.request import Request
 from tests.lab.virtual import VirtualReplicas
 from tests.lab.workloads import Conversation, Turn
 
-# Between two looks at the replicas' own queues, where requests are held back; virtual seconds.
+# Virtual seconds between reports of the replicas' own queues, if requests are held back.
 LOOK = 0.02
 
 POLICIES: dict[str, Callable[[ModelsOf], Policy]] = {
@@ -39,7 +39,7 @@ POLICIES: dict[str, Callable[[ModelsOf], Policy]] = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one run gave. Times are virtual, in seconds; only `choice_us` is of this machine."""
+    """The result of one run. Times are virtual, in seconds; only `choice_us` is real time, on this machine."""
 
     requests: int
     errors: int
@@ -49,17 +49,17 @@ class Result:
     ttft_p50: float
     ttft_p99: float
     cached: float  # share of the prompts' tokens that were in a cache
-    spread: float  # requests of the busiest member to those of the mean one
+    spread: float  # requests of the busiest member, divided by the mean
     largest: float  # share of all requests that the busiest member got
-    choice_us: float  # CPU time of a choice, the median
+    choice_us: float  # median time of a choice
 
 
 def fleet_before(
     models: Sequence[ReplicaModel], clock: Callable[[], float], max_pending: int | None = None, ranks: int = 1
 ) -> Fleet:
-    """A fleet of READY members, as the prober would leave them: each knows its KV pools and its limit.
+    """A fleet of READY members, as the prober would leave them: their KV pools and limits are known.
 
-    Each member has as many of the models as `ranks` says.
+    Each member has `ranks` of the models.
     """
     fleet = Fleet(Settings(max_pending=max_pending), ReadinessProbe(), clock)
     fleet.reconcile([ReplicaListing(f"r{n}", f"http://127.0.0.1:{9000 + n}") for n in range(len(models) // ranks)])
@@ -75,10 +75,10 @@ def fleet_before(
 
 
 class Simulation:
-    """One workload through one policy. As many requests as `at_once` are under way, as long as there are any.
+    """One workload with one policy. `at_once` requests are under way, as long as there are that many.
 
-    With `max_pending` requests are held back as in the balancer, by what each replica says of its queue at that moment.
-    A replica of several data-parallel ranks gives requests to them in turn, as SGLang's controller does.
+    With `max_pending`, requests are held back as in the balancer, by what each replica reports of its queue at that
+    moment. A replica with several data-parallel ranks gives them requests in turn, as SGLang's controller does.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class Simulation:
         self.choice_times: list[int] = []
         self.errors = 0
         self._held_back = max_pending is not None
-        self._coming: Iterator[tuple[float, Conversation]] = iter(())  # by the time at which each may begin
+        self._coming: Iterator[tuple[float, Conversation]] = iter(())  # with the time at which each may begin
         self._next: tuple[float, Conversation] | None = None  # the first of those
         self._ready: deque[tuple[Turn, Conversation]] = deque()  # a turn, and those after it
-        self._waiting: deque[tuple[float, Turn, Conversation]] = deque()  # at the balancer, since when
+        self._waiting: deque[tuple[float, Turn, Conversation]] = deque()  # at the balancer, with the time since when
         self._flying: dict[Request, tuple[float, Claim[Choice], Turn, Conversation]] = {}
-        self._computing: list[Request] = []  # of those, the ones whose first token was not seen yet
+        self._computing: list[Request] = []  # those of them whose first token has not been seen yet
         self._waits: list[float] = []
 
     def models_of(self, member: Member) -> Sequence[ReplicaModel]:
@@ -113,9 +113,9 @@ class Simulation:
         arrivals: Iterable[float] | None = None,
         before: Iterable[Conversation] = (),
     ) -> Result:
-        """Plays `conversations`, each from its time in `arrivals` on; without these all could begin at once.
+        """Plays `conversations`, each from its time in `arrivals` on; without `arrivals` all may begin at once.
 
-        What comes `before` them fills the pools, and is not counted.
+        The conversations `before` them fill the pools and are not counted.
         """
         for _ in self._play(before, at_once, repeat(0.0)):
             pass
@@ -131,7 +131,7 @@ class Simulation:
     def _play(
         self, conversations: Iterable[Conversation], at_once: int, arrivals: Iterable[float]
     ) -> Iterator[tuple[int, int]]:
-        """Yields the tokens of each prompt that was answered, and how many of them were cached."""
+        """Yields, for each answered prompt, its number of tokens and how many of them were cached."""
         self._coming = zip(arrivals, conversations, strict=False)
         self._next = next(self._coming, None)
         self._ask(at_once)
@@ -148,7 +148,7 @@ class Simulation:
             self._ask(at_once)
 
     def _events(self, at_once: int) -> Iterator[tuple[int, Request]]:
-        """What ends, one after the other; in between time passes, until somebody comes or replicas are looked at."""
+        """Yields requests as they end; time passes until the next arrival or report of the replicas' queues."""
         while self._flying or self._waiting or self._next:
             until = self._next[0] if self._next and self._next[0] > self.replicas.now else math.inf
             if self._held_back:
@@ -157,7 +157,7 @@ class Simulation:
             self._ask(at_once)
 
     def _see_first_tokens(self) -> None:
-        """As the relay sees them: a prompt is computed when its answer begins."""
+        """Reports first tokens as the relay does: a prompt is computed when its answer begins."""
         computing, self._computing = self._computing, []
         for request in computing:
             if request.first_token_at is None or request.first_token_at > self.replicas.now:
@@ -178,7 +178,7 @@ class Simulation:
             claim = self.admission.claim_now(Waiter(turn, True))
             self.choice_times.append(time.perf_counter_ns() - began)
             if claim is None:
-                return  # all are full: it waits at the balancer
+                return  # all members are full: it waits at the balancer
             self._waiting.popleft()
             request = Request(turn.tokens, turn.answer_tokens, turn.answer)
             rank = claim.member.requests_total % self.ranks
@@ -192,7 +192,7 @@ class Simulation:
                 self._computing.append(request)
 
     def _let_in(self, at_once: int) -> None:
-        """Who may be asked now: first the conversations whose time has come, then the next turns of others."""
+        """Lets in new conversations whose time has come, then the next turns of others, up to `at_once`."""
         now = self.replicas.now
         while len(self._flying) + len(self._waiting) < at_once:
             if self._next and self._next[0] <= now:

@@ -61,7 +61,7 @@ class SpawnedReplica:
             raise ValueError(answer.json()["message"])
 
     async def seen(self, after: int = -1) -> dict[str, Any]:
-        """What tests/lab/seen.py's Seen.as_json says, once its version is above `after` or 5 s have passed."""
+        """Its Seen.as_json (tests/lab/seen.py), once the version is above `after` or 5 s have passed."""
         answer = await self._control.get("/lab/seen", params={"after": after})
         seen: dict[str, Any] = answer.raise_for_status().json()
         return seen
@@ -93,7 +93,7 @@ async def _said(program: Program, start: str) -> str:
 async def spawn_replica(
     *flags: str, wait: bool = True, port: int = 0, host: str = "127.0.0.1", **knobs: Any
 ) -> AsyncIterator[SpawnedReplica]:
-    """Start one, on a port of its own unless given, ready unless `wait` is False, and kill it in the end."""
+    """Start a replica, by default on a free port, wait until it is ready (if `wait`), and kill it at the end."""
     turned = [text for name, value in knobs.items() for text in (f"--{name.replace('_', '-')}", _word(value))]
     with Program("-m", "tests.lab.replica", "--host", host, "--port", str(port), *turned, *flags) as program:
         replica = SpawnedReplica(program, await _said(program, "control "))

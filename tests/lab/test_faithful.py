@@ -133,7 +133,7 @@ def test_requests_in_a_batch_share_its_steps() -> None:
 
         alone = await one()
         together = await asyncio.gather(*[one() for _ in range(8)])
-        # 39 steps of 6 ms alone, of 13 ms with eight: far from eight times as long.
+        # 39 steps take 6 ms each alone and 13 ms each with eight requests: far less than eight times as long.
         assert alone >= 39 * 0.006
         assert 39 * 0.012 <= max(together) < 39 * 0.013 + 1.0
 
@@ -186,7 +186,7 @@ def test_client_that_leaves(stream: bool, delay: float) -> None:
         left = replica.seen.last.ended_at
         assert replica.seen.last.outcome == "client_left"
         assert left is not None
-        assert replica.seen.now() - left >= delay - 0.01  # a loop's timers are that exact
+        assert replica.seen.now() - left >= delay - 0.01  # timers of the event loop are accurate to 10 ms
         metrics = (await client.get("/metrics")).text
         assert 'num_aborted_requests_total{engine_type="unified",model_name="lab"} 1.0' in metrics
 

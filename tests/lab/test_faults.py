@@ -18,7 +18,7 @@ def request(body: dict[str, Any], *lines: bytes) -> bytes:
 
 
 async def received(replica: LabReplica, data: bytes) -> tuple[bytes, str]:
-    """What came back, and how the connection ended: closed or reset."""
+    """What comes back for `data`, and how the connection ends: closed or reset."""
     loop = asyncio.get_running_loop()
     with socket.create_connection((replica.host, replica.port)) as sock:
         sock.setblocking(False)
@@ -174,7 +174,7 @@ def test_huge_body_waits_for_its_reader() -> None:
         writer.write(b"GET /v1/huge HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         await replica.seen.until(lambda seen: seen.requests)
         stalled = -1
-        while stalled != replica.seen.last.bytes_sent:  # until the socket's buffers are full
+        while stalled != replica.seen.last.bytes_sent:  # wait until the socket's buffers are full
             stalled = replica.seen.last.bytes_sent
             await asyncio.sleep(0.1)
         assert stalled < 16 << 20

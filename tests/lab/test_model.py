@@ -19,7 +19,7 @@ SETTINGS = ModelSettings(
 
 
 def tokens(count: int, name: str) -> bytes:
-    """`count` tokens that only this name gives; a longer run of the same name begins with a shorter one."""
+    """`count` tokens that are unique to this name; a longer run for a name begins with its shorter ones."""
     return random.Random(name).randbytes(count * TOKEN)
 
 
@@ -31,7 +31,7 @@ def settle(model: ReplicaModel) -> list[Request]:
 
 
 def check(model: ReplicaModel) -> None:
-    """What must hold whenever the model stands still."""
+    """Checks what must hold between the model's steps."""
     cached = held = 0
     stack = [model.cache.root]
     while stack:
@@ -52,7 +52,7 @@ def check(model: ReplicaModel) -> None:
 
 
 def test_lone_request() -> None:
-    """A single request takes its prefill, and then one inter-token latency per token."""
+    """A single request takes its prefill, and then one inter-token latency per further token."""
     model = ReplicaModel(SETTINGS)
     request = Request(tokens(500, "a"), 11)
     model.submit(request, 1.0)
@@ -194,7 +194,7 @@ def test_the_least_recently_used_prefix_goes_first() -> None:
         settle(model)
         check(model)
         cached[number, name] = request.cached_tokens
-    # d put b out, for a was used since; b then put c out.
+    # d evicted b, because a was used more recently; then b evicted c.
     assert cached == {(0, "a"): 0, (1, "b"): 0, (2, "c"): 0, (3, "a"): 2999} | {
         (4, "d"): 0,
         (5, "a"): 2999,
@@ -341,7 +341,7 @@ def test_an_answer_longer_than_the_pool_ends_when_the_pool_does() -> None:
 
 
 def scenario(seed: int) -> tuple[ModelSettings, list[tuple[float, Request, float | None]]]:
-    """Random settings, and requests with their arrival and, for some, the time at which the client leaves."""
+    """Random settings, and requests with their arrival times and, for some, the time at which the client leaves."""
     chance = random.Random(seed)
     settings = ModelSettings(
         prefill_rate=chance.choice([500.0, 5000.0]),

@@ -25,7 +25,7 @@ async def refused(replica: SpawnedReplica) -> bool:
 
 
 def test_spawned_replica() -> None:
-    """A spawned replica answers, takes new knobs and tells what it saw."""
+    """A spawned replica answers, takes new knobs and reports what it saw."""
 
     async def main() -> None:
         async with spawn_replica(tokens=2) as replica, client_of(replica) as client:
@@ -63,7 +63,7 @@ def test_a_slow_start_refuses_and_a_warm_up_is_not_ready() -> None:
 
 
 def test_kill_9_and_restart() -> None:
-    """kill -9 resets the connections, and a restart on the same port has another identity."""
+    """kill -9 resets the connections, and a replica restarted on the same port has another identity."""
 
     async def main() -> None:
         seeds = []
@@ -164,7 +164,7 @@ def test_sigterm_with_the_plugin() -> None:
             began = time.monotonic()
             while (await client.get("/ready")).status_code != 503:
                 pass
-            # Sparse traffic: one that comes well after SIGTERM, and outlives the grace.
+            # Sparse traffic: this request comes well after SIGTERM, and takes longer than the grace.
             answer = await client.post("/v1/chat/completions", json=CHAT)
             assert answer.json()["usage"]["completion_tokens"] == 4
             assert await replica.wait() == 0

@@ -1,4 +1,4 @@
-"""The workloads that others publish, and traces: that they are what they say, and how prefix_aware does there."""
+"""Workloads that others publish, and traces: whether they match their description, and how prefix_aware does there."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from tests.lab.trace import BLOCK_TOKENS, Line, Played, likeness, read
 
 
 def shared(one: bytes, other: bytes) -> int:
-    """Tokens that both begin with."""
+    """How many tokens both begin with."""
     same = (n for n in range(0, min(len(one), len(other)), TOKEN) if one[n : n + TOKEN] != other[n : n + TOKEN])
     return next(same, min(len(one), len(other))) // TOKEN
 
@@ -88,7 +88,7 @@ def test_trace_file(tmp_path: Path) -> None:
 
 
 def test_the_likeness_is_like_the_published_trace() -> None:
-    """Of that: 12,035 tokens in the mean and 6,909 in the median, 343 out; 37 % of the blocks were there before."""
+    """The published one: a mean of 12,035 tokens, a median of 6,909, 343 out; 37 % of the blocks were seen before."""
     lines = likeness(12_000, seed=1)
     assert likeness(100, seed=1) == lines[:100]
     assert all(one.at <= two.at for one, two in pairwise(lines))

@@ -17,7 +17,7 @@ Talk = Callable[[LabReplica, httpx.AsyncClient], Awaitable[None]]
 
 
 def with_replica(talk: Talk, **knobs: Any) -> None:
-    """Run `talk` with a replica and a client of it; in the end the replica has seen nothing malformed."""
+    """Run `talk` with a replica and a client of it; check at the end that the replica saw nothing malformed."""
 
     async def main() -> None:
         async with LabReplica(**knobs) as replica, httpx.AsyncClient(base_url=replica.url, timeout=10.0) as client:
@@ -30,7 +30,7 @@ def with_replica(talk: Talk, **knobs: Any) -> None:
 
 
 async def exchange(replica: LabReplica, data: bytes) -> bytes:
-    """What comes back for `data` until the replica closes."""
+    """What comes back for `data` until the replica closes the connection."""
     reader, writer = await asyncio.open_connection(replica.host, replica.port)
     writer.write(data)
     try:
@@ -207,7 +207,7 @@ def test_an_abort_can_take_as_long_as_sglangs() -> None:
         await replica.seen.until(lambda seen: seen.generations_aborted == 1)
         left = replica.seen.last.ended_at
         assert left is not None
-        assert replica.seen.now() - left >= 0.29  # a loop's timers are that exact
+        assert replica.seen.now() - left >= 0.29  # timers of the event loop are accurate to 10 ms
 
     with_replica(talk, token_interval=60.0, abort_delay=0.3)
 
@@ -275,7 +275,7 @@ def test_without_the_key_only_health_and_metrics_answer() -> None:
 
 
 def test_knobs_over_http() -> None:
-    """Knobs are turned over HTTP, for all requests or only for the next ones."""
+    """Knobs are changed over HTTP, for all requests or only for the next ones."""
 
     async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
         turned = await client.post("/lab/knobs", json={"status": 500})

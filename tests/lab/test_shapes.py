@@ -11,13 +11,13 @@ from tests.lab.record import REFUSED, REQUESTS, answer_shape, ask, shape
 from tests.lab.replica import LabReplica
 
 RECORDED: dict[str, Any] = json.loads(Path(__file__).with_name("recorded.json").read_text())
-# Where the lab says less than SGLang does: the same names in the same places, but not all of them.
+# Answers in which the lab has fewer fields than SGLang: the same names in the same places, but not all of them.
 PARTIAL = {"generate", "generate stream", "model_info", "server_info", "loads", "metrics"}
 
 
 @pytest.fixture(scope="module")
 def lab() -> dict[str, Any]:
-    """The lab's answers to the requests that were put to the real SGLang."""
+    """The shapes of the lab's answers to the requests that were recorded with the real SGLang."""
 
     async def main() -> dict[str, Any]:
         settings = ModelSettings(max_running_requests=1, max_queued_requests=1, itl_base=0.04)
@@ -31,14 +31,14 @@ def lab() -> dict[str, Any]:
 
 
 def lacks(lab: Any, real: Any) -> list[str]:
-    """Where the lab says something that the real server does not."""
+    """Where the lab's answer has something that the real server's does not."""
     if isinstance(lab, dict) and isinstance(real, dict):
         return [f"{key}: not in SGLang's answer" for key in lab if key not in real] + [
             f"{key}.{where}" for key in lab if key in real for where in lacks(lab[key], real[key])
         ]
     if isinstance(lab, list) and isinstance(real, list) and len(lab) == len(real):
         return [where for one, other in zip(lab, real, strict=True) for where in lacks(one, other)]
-    # A null says nothing about the type that stands there at other times.
+    # A null says nothing about the type that the field has at other times.
     return [] if lab == real or None in (lab, real) else [f"{lab!r} for {real!r}"]
 
 

@@ -1,4 +1,4 @@
-"""What routing promises, held in virtual time; and that the simulator runs what it says."""
+"""What routing promises, checked in virtual time; and whether the simulator runs what it reports."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ SHARING = ["uniform", "zipf", "chat", "images", "one prompt", "hot prompt"]
 
 
 def goodput(policy: str, scenarios: Sequence[Scenario]) -> float:
-    """Answered requests a second, over all of them."""
+    """Answered requests a second, over all scenarios."""
     results = [one.run(policy) for one in scenarios]
     assert all(result.errors == 0 for result in results)
     return sum(result.requests for result in results) / sum(result.seconds for result in results)
@@ -42,7 +42,7 @@ def test_where_nothing_is_shared_it_is_no_worse_than_least_load(replicas: int) -
 
 @pytest.mark.parametrize("workload", ["one prompt", "hot prompt"])
 def test_shared_prompt_is_spread(workload: str) -> None:
-    """With one prompt that all share, no member gets more than 60 percent."""
+    """With one prompt that all requests share, no member gets more than 60 percent of them."""
     one = scenario(workload, 2, seed=2)
     assert one.at_once == 32
     assert one.run("prefix_aware").largest <= 0.6
@@ -50,9 +50,9 @@ def test_shared_prompt_is_spread(workload: str) -> None:
 
 @pytest.mark.parametrize(("replicas", "least"), [(2, 50), (8, 190)])
 def test_shared_prompt_with_full_pools(replicas: int, least: float) -> None:
-    """A prompt that all share uses all replicas even if it is new and their pools are full.
+    """A prompt that all requests share uses all replicas even if it is new and their pools are full.
 
-    With a price for each copy that never fell, one of two replicas and three of eight did all the work.
+    With a price for copies that never fell, one of two replicas and three of eight did all the work.
     """
     result = new_prompt(replicas, seed=1).warm().run("prefix_aware")
     assert result.goodput >= least
@@ -61,7 +61,7 @@ def test_shared_prompt_with_full_pools(replicas: int, least: float) -> None:
 
 @pytest.mark.parametrize("workload", [*WORKLOADS])
 def test_near_the_oracle_with_full_pools(workload: str) -> None:
-    """prefix_aware is as near to the oracle if the pools are full already."""
+    """prefix_aware is close to the oracle if the pools are full already, too."""
     one = scenario(workload, 2, seed=2).warm()
     ours = goodput("prefix_aware", [one])
     assert ours >= 0.95 * goodput("oracle", [one])
@@ -87,7 +87,7 @@ def test_each_rank_has_its_own_pool(workload: str) -> None:
 def test_two_pools_are_used_as_one() -> None:
     """Two pools that only just hold all prefixes are used as one.
 
-    What an H200 with two replicas showed: routed by load, each pool holds what the other one holds.
+    As an H200 with two replicas showed: routed by load, each pool holds the same as the other one.
     """
     scenarios = [h200(seed) for seed in range(3)]
     ours = goodput("prefix_aware", scenarios)
@@ -98,7 +98,7 @@ def test_two_pools_are_used_as_one() -> None:
 
 @pytest.mark.parametrize("make", [h200, tight, cpu])
 def test_no_uneven_moment_leaves_the_same_prefixes_in_both_pools(make: Callable[[int], Scenario]) -> None:
-    """Weighing the cached share against relative load did: on some seeds work fell to half, and stayed there."""
+    """Weighing the cached share against relative load did: on some seeds goodput fell to half, and stayed there."""
     scenarios = [make(seed) for seed in range(10, 20)]
     ours, theirs = ([one.run(policy) for one in scenarios] for policy in ("prefix_aware", "cache_aware"))
     assert min(one.goodput / other.goodput for one, other in zip(ours, theirs, strict=True)) >= 0.8
@@ -119,7 +119,7 @@ def test_a_run_repeats_exactly_for_a_seed() -> None:
 
 
 def test_a_run_repeats_exactly_in_another_process(tmp_path: Path) -> None:
-    """The hashes of prompts differ from process to process."""
+    """Figures repeat exactly although the hashes of prompts differ from process to process."""
     found = []
     for name in ("one", "another"):
         path = tmp_path / name
@@ -142,7 +142,7 @@ def test_the_command_prints_and_writes_what_it_found(tmp_path: Path, capsys: pyt
         ["--replicas", "3", "--workload", "images", "--policy", *policies, "--json", str(figures), "--plot", str(plot)]
     )
     rows = json.loads(figures.read_text())["rows"]
-    assert [row["policy"] for row in rows] == policies * 4  # two workloads, with empty and with full pools
+    assert [row["policy"] for row in rows] == policies * 4  # two workloads, each with empty and with full pools
     printed = capsys.readouterr().out
     for row in rows:
         assert row["requests"] == (1500 if "new prompt" in row["workload"] else 3 * 60 * 6)

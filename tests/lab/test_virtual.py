@@ -40,7 +40,7 @@ def test_a_fleet_of_one_does_what_its_model_does_alone() -> None:
 
 
 def test_submitting_meanwhile() -> None:
-    """What the caller submits meanwhile happens at that moment of virtual time."""
+    """What the caller submits between two results arrives at that moment of virtual time."""
     fleet = VirtualReplicas([ReplicaModel()])
     fleet.submit(0, Request(tokens(10, "first"), 5))
     later: Request | None = None
@@ -76,7 +76,7 @@ def test_a_full_queue_is_the_callers_to_handle() -> None:
 
 
 def test_measurement_is_complete() -> None:
-    """The measurement runs all the requests it claims, and finds its groups' prefixes cached."""
+    """The measurement runs as many requests as it says, and finds its groups' prefixes cached."""
     rate, cached = measure(replicas=4, requests=400)
     assert rate > 0
     assert 0.6 < cached < 500 / 600

@@ -1,9 +1,9 @@
-"""A trace of requests in the form that Mooncake's authors published theirs in, played as the requests it tells of.
+"""A trace of requests in the format of the trace that Mooncake's authors published, and the requests it stands for.
 
 A line is a JSON object: `timestamp` in milliseconds, `input_length` and `output_length` in tokens, and `hash_ids`:
 equal numbers are equal blocks of 512 tokens in the same place of the same prefix. The published file is not part of
-this project, because a few of its lines say little (people come back after minutes) and all of it is 3 MB; `likeness`
-makes requests that are like its own.
+this project, because a few of its lines say little (users come back after minutes) and all of it is 3 MB; `likeness`
+makes similar requests.
 """
 
 import json
@@ -32,7 +32,7 @@ class Line:
 
 
 def read(path: Path) -> list[Line]:
-    """Raises OSError, or ValueError with the number of the line that is none of a trace."""
+    """Raises OSError, or ValueError with the number of the line that is invalid."""
     lines = []
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
@@ -48,14 +48,14 @@ def read(path: Path) -> list[Line]:
 
 
 def likeness(requests: int, seed: int) -> list[Line]:
-    """Requests like those of the published conversation trace, by what was measured of it.
+    """Requests like those of the published conversation trace, by measurements of it.
 
-    3.4 a second; all begin with one block; three of five begin a conversation, of 5,000 tokens in the median and 11,000
-    in the mean; the others go on with one after two minutes in the median, with some hundred tokens more.
+    3.4 a second; all begin with the same block; three of five begin a conversation, with a median of 5,000 tokens and a
+    mean of 11,000; the others continue one after a median of two minutes, with a few hundred tokens more.
     """
     chance, fresh = random.Random(seed), count(1)
     lines: list[Line] = []
-    due: list[tuple[float, list[int], int]] = []  # conversations that go on: when, with what behind them, in tokens
+    due: list[tuple[float, list[int], int]] = []  # conversations to continue: when, their blocks and tokens so far
     at = 0.0
     while len(lines) < requests:
         at += chance.expovariate(3.4)
@@ -65,7 +65,7 @@ def likeness(requests: int, seed: int) -> list[Line]:
         else:
             blocks, tokens = [0], int(chance.lognormvariate(8.5, 1.26))
         tokens = min(max(tokens, 200), LONGEST)
-        # What filled the last block only partly is another block now.
+        # A last block that was only partly filled is a different block now.
         whole = max(1, min(len(blocks), tokens // BLOCK_TOKENS))
         blocks = blocks[:whole] + [next(fresh) for _ in range(-(-tokens // BLOCK_TOKENS) - whole)]
         output = min(2000, max(1, int(chance.gauss(340, 180))))
@@ -76,9 +76,9 @@ def likeness(requests: int, seed: int) -> list[Line]:
 
 
 class Played(Sequence[Conversation]):
-    """The requests of a trace, each a conversation of its own; written when they are asked for, for they are long.
+    """The requests of a trace, each a conversation of its own; generated on access, because they are long.
 
-    `copies` of it run side by side and share nothing but the first block, so that more replicas have more to do.
+    `copies` of it run side by side and share only the first block, so that more replicas have more to do.
     """
 
     def __init__(self, lines: Sequence[Line], copies: int = 1, speed: float = 1.0) -> None:
@@ -100,7 +100,7 @@ class Played(Sequence[Conversation]):
         line, copy = self._lines[index]
         blocks = [_block(block, copy) for block in line.blocks]
         tokens = b"".join(blocks)[: line.input_tokens * TOKEN]
-        # Four letters a token, as words: what has no spaces is taken for an image.
+        # Four letters a token, as words: a long text without spaces would be taken for an image.
         text = "".join(block.hex(" ", TOKEN)[: BLOCK_TOKENS * 4] for block in blocks)[: line.input_tokens * 4]
         answer = random.Random(f"answer {index}").randbytes(line.output_tokens * TOKEN)
         return [Turn([{"role": "user", "content": [{"type": "text", "text": text}]}], tokens, answer)]

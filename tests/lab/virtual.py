@@ -35,9 +35,9 @@ class VirtualReplicas:
         self._note(index)
 
     def run(self, until: float = math.inf) -> Iterator[tuple[int, Request]]:
-        """Let time pass. Yields each request that finishes or leaves, with its replica, when `now` is that moment.
+        """Let time pass. Yields each request that finishes or leaves, with its replica; `now` is that moment.
 
-        What the caller does between two of them, a new `submit` for one, happens at that moment.
+        What the caller does before the next one, such as a new `submit`, happens at that moment.
         """
         due = self._due
         while due and due[0][0] <= until:
@@ -62,8 +62,8 @@ class VirtualReplicas:
 def measure(replicas: int, requests: int, seed: int = 0) -> tuple[float, float]:
     """Simulated requests a second of CPU time, and the cached share.
 
-    Prompts of 600 tokens, 500 of them shared by a group, as many groups as fit the pools; 75 to 225 tokens out;
-    six requests a second and replica; the group decides the replica.
+    Prompts have 600 tokens, 500 of them shared by a group, with as many groups as fit the pools; answers have 75 to 225
+    tokens. Each replica gets six requests a second, and the group decides the replica.
     """
     chance = random.Random(seed)
     fleet = VirtualReplicas([ReplicaModel(ModelSettings()) for _ in range(replicas)])

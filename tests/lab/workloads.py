@@ -1,6 +1,6 @@
-"""Requests for the simulator: what is shared between them, by how many, and in which order they come.
+"""Requests for the simulator: what they share, how many share it, and in which order they come.
 
-A workload is a list of conversations, each a list of turns; a turn can be asked once the one before it is answered.
+A workload is a list of conversations, each a list of turns; a turn can be sent once the one before it is answered.
 Every turn has a request body as a client would send it, and the tokens that the replica model makes of it.
 """
 
@@ -21,7 +21,7 @@ QUESTION_TOKENS = 40
 
 
 class Turn(Prompt):
-    """One request of a conversation: the body as the policies read it, the tokens as the model does."""
+    """One request of a conversation: its body, which the policies read, and its tokens, which the model reads."""
 
     __slots__ = ("answer", "answer_tokens", "tokens")
 
@@ -59,12 +59,12 @@ class Writer:
         return Piece({"type": "image_url", "image_url": {"url": url}}, self.chance.randbytes(IMAGE_TOKENS * TOKEN))
 
     def turn(self, *pieces: Piece, answer_tokens: int = ANSWER_TOKENS) -> Turn:
-        """One message that is all of a conversation."""
+        """A turn with a single message."""
         content = [{"role": "user", "content": [piece.part for piece in pieces]}]
         return Turn(content, b"".join(piece.tokens for piece in pieces), self.chance.randbytes(answer_tokens * TOKEN))
 
     def answer_tokens(self) -> int:
-        """Half to one and a half times the usual."""
+        """Half to one and a half times ANSWER_TOKENS."""
         return self.chance.randint(ANSWER_TOKENS // 2, ANSWER_TOKENS * 3 // 2)
 
 
@@ -76,7 +76,7 @@ def groups(
     answer_tokens: int | None = None,
     skew: float = 0.0,
 ) -> list[Conversation]:
-    """Groups with a system prompt of their own. `skew` 0: all as often, exactly; else zipf with this exponent."""
+    """Groups, each with its own system prompt. `skew` 0: all equally often; otherwise zipf with this exponent."""
     prefixes = [writer.text(prefix_tokens) for _ in range(count)]
     if skew:
         picked = writer.chance.choices(prefixes, [1 / rank**skew for rank in range(1, count + 1)], k=requests)
@@ -90,7 +90,7 @@ def groups(
 
 
 def requests(replicas: int) -> int:
-    """250 a replica, as long as that is no more than memory has room for."""
+    """250 per replica, up to what fits into memory."""
     return min(250 * replicas, 20_000)
 
 
@@ -115,7 +115,7 @@ def _conversation(writer: Writer, system: Piece, turns: int) -> Conversation:
 
 
 def images(writer: Writer, replicas: int) -> list[Conversation]:
-    """Questions on images, behind the same words; the image comes first, as LLaVA wants it."""
+    """Questions about images, with the same words before each question; the image comes first, as LLaVA wants it."""
     shown = [writer.image() for _ in range(min(60 * replicas, 4_000))]
     common = writer.text(100)
     asks = [(image, writer.text(QUESTION_TOKENS)) for image in shown for _ in range(6)]
@@ -132,7 +132,7 @@ def one_system_prompt(writer: Writer, replicas: int) -> list[Conversation]:
 
 
 def hot_prompt(writer: Writer, replicas: int) -> list[Conversation]:
-    """Nearly all of each prompt is shared by all: whoever has it cached must not be left alone with it."""
+    """All prompts share nearly all of their tokens: the replica that has them cached must not get all the requests."""
     return groups(writer, 1, requests(replicas), 1500)
 
 
@@ -145,17 +145,17 @@ def nothing_shared(writer: Writer, replicas: int) -> list[Conversation]:
 
 
 def uniform(writer: Writer, replicas: int) -> list[Conversation]:
-    """20 groups a replica, all as often."""
+    """20 groups per replica, all equally often."""
     return groups(writer, 20 * replicas, requests(replicas), 1500)
 
 
 def zipf(writer: Writer, replicas: int) -> list[Conversation]:
-    """40 groups a replica, some much more often than others."""
+    """40 groups per replica, some much more often than others."""
     return groups(writer, 40 * replicas, requests(replicas), 1500, skew=1.0)
 
 
 def unlike(writer: Writer, pools: int, pool_tokens: int) -> Iterator[Conversation]:
-    """Prompts that share nothing, half as many again as so many KV pools hold."""
+    """Prompts that share nothing, one and a half times as many as `pools` KV pools hold."""
     tokens = min(2000, pool_tokens // 8)
     for _ in range(math.ceil(1.5 * pools * pool_tokens / tokens)):
         yield [writer.turn(writer.text(tokens), answer_tokens=1)]
