@@ -1,4 +1,4 @@
-"""A client that controls every byte it sends, and takes nothing on trust of what it gets."""
+"""A client that controls every byte it sends, and checks everything it receives."""
 
 import asyncio
 import re
@@ -15,11 +15,11 @@ _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*"
 
 
 class BadAnswer(AssertionError):
-    """What came is no HTTP/1.1 answer."""
+    """The bytes received are no HTTP/1.1 answer."""
 
 
 class Ended(Exception):
-    """The connection ended where more was due; `rest` is what had come of it."""
+    """The connection ended where more was due; `rest` is the part that had come."""
 
     def __init__(self, rest: bytes) -> None:
         super().__init__(f"ended after {rest[-200:]!r}")
@@ -28,7 +28,7 @@ class Ended(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `is_whole` is False where the connection ended before the answer did."""
+    """One answer. `is_whole` is False if the connection ended before the answer did."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -38,7 +38,7 @@ class Answer:
     trailers: tuple[tuple[str, str], ...] = ()
 
     def header(self, name: str) -> str | None:
-        """The only value of a header; None where there is none."""
+        """The only value of a header; None if there is none. More than one fails the test."""
         values = self.all(name)
         assert len(values) < 2, f"{name} came {len(values)} times: {values}"
         return values[0] if values else None
@@ -60,7 +60,7 @@ class Answer:
 
     @property
     def is_last(self) -> bool:
-        """Does it say that its connection ends with it?"""
+        """Does it announce that its connection ends with it?"""
         return (self.header("connection") or "").lower() == "close"
 
 
@@ -90,7 +90,7 @@ def chunks(*pieces: bytes) -> bytes:
 
 
 class Client:
-    """One connection. Reads only when asked to, so that a slow client is one that does not ask."""
+    """One connection. It reads only when asked to, so a test makes a slow client by not asking."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -99,9 +99,9 @@ class Client:
 
     @classmethod
     async def open(cls, url: str, receive_buffer: int = 0, source: str = "") -> Self:
-        """Connects; `receive_buffer` bytes is what the kernel takes on the client's behalf (0: as it likes).
+        """Connects; `receive_buffer` is the size of the kernel's receive buffer in bytes (0: the kernel decides).
 
-        `source` is an address of this machine to come from: 127.0.0.2 is another client than 127.0.0.1.
+        `source` is a local address to connect from: 127.0.0.2 counts as another client than 127.0.0.1.
         """
         parts = urlsplit(url)
         assert parts.hostname is not None
@@ -124,7 +124,7 @@ class Client:
         await self._loop.sock_sendall(self.sock, data)
 
     def leave(self, how: str = "close") -> None:
-        """Closes; "reset" does it rudely, "half" only says that nothing more is sent."""
+        """Closes the connection; "reset" does it with a RST, "half" closes only the sending side."""
         if how == "half":
             self.sock.shutdown(socket.SHUT_WR)
             return
@@ -142,7 +142,7 @@ class Client:
         return data
 
     async def until(self, mark: bytes) -> bytes:
-        """Everything up to and with `mark`. Raises Ended."""
+        """Everything up to and including `mark`. Raises Ended."""
         while (end := self.received.find(mark)) < 0:
             if not await self.more():
                 raise Ended(self._taken(len(self.received)))
@@ -162,7 +162,7 @@ class Client:
         return self._taken(len(self.received))
 
     async def is_ended(self) -> bool:
-        """Waits for something: True when that is the connection's end, and nothing came before it."""
+        """Waits for bytes or the end of the connection: True if it ended and nothing came before."""
         return not self.received and not await self.more()
 
     def _taken(self, count: int) -> bytes:
@@ -170,7 +170,7 @@ class Client:
         return data
 
     async def answer(self, method: str = "POST") -> Answer:
-        """The next answer, to a request with this method. Raises BadAnswer, and Ended where not even a head came."""
+        """The next answer, to a request with this method. Raises BadAnswer, and Ended if not even a head came."""
         interim: list[int] = []
         while True:
             status, headers = await self.head()
@@ -183,7 +183,7 @@ class Client:
         return Answer(status, headers, body, is_whole, tuple(interim), tuple(trailers))
 
     async def head(self) -> tuple[int, list[tuple[str, str]]]:
-        """Status and fields of the next head."""
+        """Status and headers of the next head."""
         first, *lines = (await self.until(b"\r\n\r\n"))[:-4].split(b"\r\n")
         if not re.fullmatch(rb"HTTP/1\.1 [1-9]\d\d [ -~]+", first):
             raise BadAnswer(f"status line {first!r}")

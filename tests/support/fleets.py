@@ -1,4 +1,4 @@
-"""Fleets in any state, without a probe or a socket; their clock is moved by hand."""
+"""Fleets in any state, without probes or sockets, and with a clock that is moved by hand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ class Clock:
 
 
 class Chosen:
-    """What a policy says, without a policy."""
+    """A policy's choice, without a policy."""
 
     def __init__(self, member: Member) -> None:
         self.member = member
@@ -52,9 +52,9 @@ def fleet_of(
     capacity_tokens: int | None = 10_000,
     **settings: Any,
 ) -> Fleet:
-    """That many members r1, r2, ..., all READY unless `ready` is False; other keywords are settings.
+    """A fleet with members r1, r2, ... up to `size`, all READY unless `ready` is False; other keywords are settings.
 
-    `capacity_tokens` is the KV pool of each. Without a `clock` time stands still.
+    `capacity_tokens` is the KV pool of each. Without a `clock`, time stands still.
     """
     fleet = Fleet(Settings(**settings), readiness or ReadinessProbe(), clock or Clock())
     fleet.reconcile([listed(number) for number in range(1, size + 1)])
@@ -66,7 +66,7 @@ def fleet_of(
 
 
 def make_ready(fleet: Fleet, member: Member) -> None:
-    """What two passing probes do."""
+    """Make a member READY, as two passing probes do."""
     fleet.note_probe(member, member.ready.passed(fleet.clock()))
     fleet.note_probe(member, member.service.passed(fleet.clock()))
 
@@ -88,6 +88,6 @@ def fail(fleet: Fleet, member: Member, times: int = 5) -> None:
 
 
 def busy(fleet: Fleet, member: Member, seconds: float) -> None:
-    """It said so to two requests, which have the numbers 1 and 2."""
+    """The member tells two requests, with the numbers 1 and 2, that it is full."""
     for request in (1, 2):
         fleet.busy(member, seconds, request)

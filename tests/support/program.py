@@ -1,4 +1,4 @@
-"""Programs that a test starts: `python -m ...` as a process of its own, its output in files, its end certain."""
+"""Programs that a test starts: `python -m ...` in its own process, with its output in files, and sure to be ended."""
 
 import ctypes
 import os
@@ -24,11 +24,11 @@ def _die_with_the_test() -> None:
 
 
 class Program:
-    """A program that runs from the start.
+    """A program that is started at once.
 
     Its standard output and standard error go to the file `log`, or to a temporary one; with `has_own_errors`, standard
-    error has a file of its own beside it. `environ` is added to the test's own variables. It inherits the descriptors
-    in `pass_fds`.
+    error goes to its own file beside it. `environ` is added to the test's own variables. The program inherits the
+    descriptors in `pass_fds`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Program:
         assert self.process.poll() is not None
         self.process = self._start()
 
-    # What it says
+    # Its output
 
     @property
     def text(self) -> str:
@@ -75,7 +75,7 @@ class Program:
         return self.log.read_text(errors="replace")
 
     def lines(self) -> list[str]:
-        """All complete lines, those of standard error last if it has a file of its own; without their line ends."""
+        """All complete lines without their line ends; those of standard error last, if it has its own file."""
         texts = [file.read_text(errors="replace") for file in dict.fromkeys((self.log, self.errors))]
         return [line for text in texts for line in text[: text.rfind("\n") + 1].splitlines()]
 
@@ -84,7 +84,7 @@ class Program:
         return next((line.removeprefix(start) for line in self.lines() if line.startswith(start)), "")
 
     def until(self, text: str, within: float = 60.0) -> str:
-        """Waits for a line with this text; the first one."""
+        """Waits for a line with this text, and returns the first one."""
 
         def look() -> list[str]:
             return [line for line in self.lines() if text in line]
@@ -94,7 +94,7 @@ class Program:
     def tail(self, lines: int = 40) -> str:
         return "\n".join(line[:300] for line in self.lines()[-lines:])
 
-    # What it is
+    # Its process
 
     @property
     def pid(self) -> int:
@@ -102,7 +102,7 @@ class Program:
 
     @property
     def memory(self) -> int:
-        """Bytes that it holds in memory now."""
+        """Its resident memory in bytes."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
     @property
@@ -110,7 +110,7 @@ class Program:
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
     def check_alive(self) -> bool:
-        """True, so that it can stand in a condition that is waited for; an early end fails the test at once."""
+        """True, for use in a condition to wait for; if the program has ended, the test fails at once."""
         assert self.process.poll() is None, f"{self.name} ended with {self.process.returncode}:\n{self.tail()}"
         return True
 
@@ -120,7 +120,7 @@ class Program:
         self.process.send_signal(number)
 
     def wait(self, within: float = 60.0) -> int:
-        """Its exit status, negative for a signal, once it has ended."""
+        """Waits until it has ended, and returns its exit status, negative for a signal."""
         return self.process.wait(timeout=within)
 
     async def ended(self, within: float = 60.0) -> int:
@@ -129,7 +129,7 @@ class Program:
         return self.process.returncode
 
     def close(self) -> None:
-        """Kills it if it still runs; its temporary files go."""
+        """Kills it if it still runs, and removes its temporary files."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(timeout=30)

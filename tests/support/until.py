@@ -1,4 +1,4 @@
-"""Waiting for what something else brings about: in a test's own event loop, or in another process."""
+"""Waiting for something to happen: in a test's own event loop, or in another process."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ T = TypeVar("T")
 async def until(look: Callable[[], T], what: object = "", within: float = 10.0) -> T:
     """The first true value of `look`, which is called again and again while the event loop runs.
 
-    Raises AssertionError after `within` seconds, with `what` (a callable is asked then) and the last value.
+    Raises AssertionError after `within` seconds, with `what` (a callable is called then) and the last value.
     """
     give_up = time.monotonic() + within
     while not (seen := look()):
@@ -21,7 +21,7 @@ async def until(look: Callable[[], T], what: object = "", within: float = 10.0) 
 
 
 def wait_until(look: Callable[[], T], what: object = "", within: float = 60.0, fits: Callable[[T], object] = bool) -> T:
-    """The same for what other processes do: the first value of `look` that `fits`. Blocks this thread meanwhile."""
+    """The same for other processes: the first value of `look` that `fits`. Blocks this thread meanwhile."""
     give_up = time.monotonic() + within
     while not fits(seen := look()):
         assert time.monotonic() < give_up, _late(within, what, seen)
