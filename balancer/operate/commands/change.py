@@ -199,7 +199,7 @@ def _take_down(folder: ServiceFolder) -> None:
 
 
 def _is_ended(folder: ServiceFolder, number: signal.Signals) -> bool:
-    """Has its controller ended? If not, sends it the signal. Raises ConfigError if it cannot be signalled from here."""
+    """Has its controller ended? If not, signals it. Raises ConfigError if it cannot be signalled from here."""
     holder = folder.holder()
     if holder is None:
         return not folder.is_up()

@@ -20,8 +20,8 @@ _LOOK = 0.1  # seconds between two checks of its log
 def detached(work: Callable[[Callable[[], None]], int], log: Path) -> int:
     """Forks, runs `work` in the background with its output in `log`, and shows that output until the service is up.
 
-    `work` is given a function to call once the service is up. Returns 0 then, else the exit code of `work`. The
-    background process does not depend on the caller: if the caller goes away, the service still comes up.
+    `work` is given a function to call once the service is up. Returns 0 then, else the exit code of `work`, or
+    1 if that is 0. The background process does not depend on the caller: if that goes away, the service still comes up.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -63,7 +63,7 @@ class Listeners:
 def open_listeners(flags: AddressFlags) -> tuple[Addresses, Listeners]:
     """Opens the requested ports, or the first free pair from 30001 on, and listens on them from now on.
 
-    Raises ConfigError if a requested port is taken, or if an address beyond loopback comes without a key or --open.
+    Raises ConfigError if a requested port is taken, or if --admin is beyond loopback without a key or --open.
     """
     _check_admin(flags)
     with contextlib.ExitStack() as unused:
@@ -93,7 +93,7 @@ def choose_addresses(flags: AddressFlags, record: DetachedRecord | None = None) 
     """Addresses for a balancer that opens its ports itself, later: those requested, else those in the record, else the
     first free pair from 30001 on.
 
-    Raises ConfigError if a requested port is taken, or if an address beyond loopback comes without a key or --open.
+    Raises ConfigError if a requested port is taken, or if --admin is beyond loopback without a key or --open.
     """
     _check_admin(flags)
     if record is not None and flags.listen in (None, record.listen) and flags.admin in (None, record.admin):

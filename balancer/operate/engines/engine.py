@@ -82,7 +82,7 @@ class Engine(Protocol):
     def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None) -> Addresses:
         """Does what must be done before the first start, and returns the addresses of the service.
 
-        `record` is what an earlier controller left if it was killed. May take minutes, and prints progress. Raises
+        `record` is what an earlier controller left if it was killed. May take minutes and print progress. Raises
         ConfigError.
         """
 
@@ -103,7 +103,7 @@ class Engine(Protocol):
         """Stops a replica, kills it after `grace` seconds, and returns when it is gone; at once if it is unknown."""
 
     def running(self) -> Mapping[int, ReplicaListing]:
-        """The running replicas by id, with all that the engine knows: at least the name, the engine and the age."""
+        """The running replicas by id, with all that the engine knows of each."""
 
     def ended(self) -> tuple[Ended, ...]:
         """The replicas that ended since the last call without being stopped."""

@@ -25,7 +25,7 @@ class AlreadyUp(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DetachedRecord:
-    """How to find a service that has outlived its controller: its engine's name, and HOST:PORT of its two ports."""
+    """How to find a service that has outlived its controller: its engine's name and two addresses, HOST:PORT."""
 
     engine: str
     listen: str

@@ -19,8 +19,8 @@ from balancer.operate.state import keys
 from balancer.operate.state.service_folder import ServiceFolder
 from balancer.operate.state.state_file import write_whole
 
-# Seconds without an answer after which the balancer is checked, and the number of restarts by Docker after which no
-# further one is expected to help.
+# Seconds without an answer after which the balancer is started again, and the number of restarts by Docker after which
+# one that has never answered is given up.
 _PATIENCE = 5.0
 _STARTS = 3
 # Seconds that Docker waits beyond the balancer's own drain_timeout before it kills it.
@@ -80,7 +80,7 @@ class ComposeBalancer(BalancerHandle):
         return False
 
     async def keep_up(self) -> None:
-        """Starts the container if there is none. Docker restarts it, so we check it only when it does not answer."""
+        """Runs `compose up`, and again after _PATIENCE s without an answer; Docker restarts a container that dies."""
         now = asyncio.get_running_loop().time()
         if now - self._looked_at < _PATIENCE:
             return

@@ -21,7 +21,7 @@ from balancer.operate.state.state_file import BrokenState
 
 T = TypeVar("T")
 
-# Seconds, doubled once for the second restart in a row (the first is immediate) and again for each further one.
+# The first restart in a row is immediate; the second waits twice this many seconds, and each further one doubles that.
 _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 10.0
 # Seconds after its start before a process gets its first request. It takes longer than that to start, and its
