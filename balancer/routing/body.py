@@ -44,7 +44,7 @@ def parsed(raw: bytes) -> Any:
 
 
 def nanoseconds(raw: bytes) -> float:
-    """An upper estimate of the time to parse and read this JSON; refined only if it seems too much.
+    """An estimate of the time to parse and read this JSON; refined only if it seems too much.
 
     The content of strings counts too, since nothing here knows where they end. The refinement leaves out JSON within
     strings: there braces and commas come before a backslash, and quotes after one, as they never do outside strings.

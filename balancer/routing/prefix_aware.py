@@ -59,7 +59,7 @@ class PrefixAware:
         costs = routing_cost(found, size, found, loads, price)
         best = min(costs, key=costs.__getitem__, default=None)
         if best is None or costs[best] > size + ALIKE or found[best] < LEAST_SHARE * size:
-            # A member with no match costs at least `size`: look at those only if the best match is clearly worse.
+            # A member without a match costs at least `size`: compare all only if the best is worse or negligible.
             costs = routing_cost(members, size, found, loads, price)
             best = self._least_or_roomiest(costs, found, size)
         if not blocks:
@@ -144,7 +144,7 @@ def routing_cost(
     """
     mean = max(LEAST_MEAN, sum(loads.values()) / len(loads))
     deepest = max(found.values(), default=0)
-    if not deepest:  # nobody has any of it: the usual case in which all members are compared
+    if not deepest:  # no member has any of it: the usual case when all are compared
         return {member: size + member.computing + loads[member] * loads[member] / mean for member in members}
     costs = {}
     for member in members:

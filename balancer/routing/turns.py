@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-# Need and priority make a turn at most _LONGEST times as long as `gpu_slice`; a lead in priority counts for at most
-# _STEPS.
+# Need and priority make a turn at most _LONGEST times `gpu_slice`. Where it matters how often a model may be passed
+# over, a lead in priority counts for at most _STEPS.
 _LONGEST = 4.0
 _STEPS = 3
 # The weight of the newest swap in the estimated cost of a swap.
