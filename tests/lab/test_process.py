@@ -155,7 +155,7 @@ def test_stock_sigterm_of_an_unhealthy_replica_does_not_drain() -> None:
 
 
 def test_sigterm_with_the_plugin() -> None:
-    """With the plug-in, a replica serves on for the grace after SIGTERM, then finishes what is in flight."""
+    """With the plug-in, a replica keeps serving for the grace after SIGTERM, then finishes what is in flight."""
 
     async def main() -> None:
         flags = ("--drain-plugin", "--drain-grace", "2.0", "--exit-look", "0.1")

@@ -98,7 +98,7 @@ def test_two_pools_are_used_as_one() -> None:
 
 @pytest.mark.parametrize("make", [h200, tight, cpu])
 def test_no_uneven_moment_leaves_the_same_prefixes_in_both_pools(make: Callable[[int], Scenario]) -> None:
-    """Weighing the cached share against relative load did: on some seeds goodput fell to half, and stayed there."""
+    """A rule that weighed the cached share against relative load did: on some seeds goodput halved, for good."""
     scenarios = [make(seed) for seed in range(10, 20)]
     ours, theirs = ([one.run(policy) for one in scenarios] for policy in ("prefix_aware", "cache_aware"))
     assert min(one.goodput / other.goodput for one, other in zip(ours, theirs, strict=True)) >= 0.8
