@@ -80,6 +80,7 @@ class JoinedBalancer(BalancerHandle):
             return
         self._host, self._has_joined = host, False
         before, self.admin, self._key = self._client, host.admin, key
+        self.key_file = host.key_file
         self._client = self._new_client()
         await before.aclose()
 
