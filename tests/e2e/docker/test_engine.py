@@ -220,7 +220,7 @@ def test_real_sglang_comes_up_answers_and_goes_down(cpu_images: Project, tmp_pat
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
         assert "Paris" in answer.json()["choices"][0]["message"]["content"]
         assert up.end(signal.SIGINT) == 0
+        assert f"{NAME} is down" in up.text
     finally:
         command.stop_all()
         Project(f"groundserve-{NAME}", CPU_FILES, LEASES).down()
-    assert f"{NAME} is down" in up.text
