@@ -11,11 +11,10 @@ from balancer.relay.failover import SAFE_METHODS
 from balancer.relay.places import Place
 from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
-from balancer.relay.unavailable import Unavailable, retry_after
+from balancer.relay.unavailable import FULL_FOR, Unavailable, retry_after
 
 COUNTED_AT_ONCE = 16 << 10  # bytes of a stream counted ahead of keeping them, to save counting at every event
 EVENT_END = b"\n\n"  # as SGLang ends its events
-FULL_FOR = 1  # seconds that a replica counts as full if it does not say for how long
 
 
 class AnswerRelay:

@@ -10,7 +10,7 @@ from balancer.errors import ServeError
 from balancer.fleet.dial import OUR_OWN_LIMITS, Unresolved
 from balancer.fleet.outcome import Outcome
 from balancer.observe.record import Record, RequestObserver
-from balancer.relay.answer_relay import FULL_FOR, AnswerRelay
+from balancer.relay.answer_relay import AnswerRelay
 from balancer.relay.auth import OPEN_PATHS, Keys, bears
 from balancer.relay.comments import STREAMING, Comments
 from balancer.relay.continuation.continued_relay import ContinuedRelay
@@ -26,6 +26,7 @@ from balancer.relay.paths import MODELS, PathKind
 from balancer.relay.places import Place
 from balancer.relay.reply import Reply
 from balancer.relay.request import Request
+from balancer.relay.unavailable import FULL_FOR
 from balancer.relay.upstream import Receiver
 from balancer.routing.admission import Waiter
 from balancer.routing.prompt import Prompt

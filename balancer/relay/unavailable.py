@@ -9,6 +9,7 @@ from balancer.relay.request import Headers
 
 LARGEST = 64 << 10  # bytes of such an answer that are held back until it is understood
 SOON = 5.0  # a full replica answers within this many seconds; a 503 that takes longer comes from a request it worked on
+FULL_FOR = 1  # seconds that a replica counts as full if it does not say for how long
 QUEUE_FULL = b"queue is full"
 OVERLOADED = b'"overloaded_error"'  # the Anthropic format says only this for a full queue, and for other cases
 

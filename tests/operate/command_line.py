@@ -23,6 +23,8 @@ PATIENCE = 60.0
 class Groundserve:
     """The command in a folder of its own. `stop_all` ends whatever a failed test left running."""
 
+    module = "balancer.cli"  # what runs as the command
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environ = {
@@ -51,7 +53,7 @@ class Groundserve:
     def __call__(self, *arguments: str | Path, code: int = 0, folder: Path = ROOT) -> str:
         """What the command prints, typed in that folder; asserts its exit code. Standard error comes last."""
         done = subprocess.run(
-            [sys.executable, "-m", "balancer.cli", *map(str, arguments)],
+            [sys.executable, "-m", self.module, *map(str, arguments)],
             env=self.environ,
             cwd=folder,
             capture_output=True,

@@ -4,8 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,18 +253,7 @@ def test_no_file_but_one_knows_the_engines_by_name() -> None:
 
 
 class WithMadeUp(Groundserve):
-    def __call__(self, *arguments: str | Path, code: int = 0, folder: Path = ROOT) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.operate.made_up_engine", *map(str, arguments)],
-            env=self.environ,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
+    module = "tests.operate.made_up_engine"
 
 
 @pytest.fixture

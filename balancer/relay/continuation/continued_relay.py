@@ -8,10 +8,8 @@ from balancer.relay.misfit import fits
 from balancer.relay.places import Place
 from balancer.relay.reply import Reply
 from balancer.relay.request import Headers
-from balancer.relay.unavailable import retry_after
+from balancer.relay.unavailable import FULL_FOR, retry_after
 from balancer.relay.upstream import Unwanted
-
-FULL_FOR = 1  # seconds that a replica counts as full if it does not say for how long
 
 
 class ContinuedRelay:
