@@ -203,7 +203,7 @@ async def test_too_long() -> None:
 @on_uvloop
 async def test_killed_process() -> None:
     """kill -9 of one of two replicas during forty streams in all formats: each client gets its whole answer."""
-    async with spawn_replica(token_interval=0.02) as a, spawn_replica(token_interval=0.02) as b:
+    async with spawn_replica(token_interval=0.08) as a, spawn_replica(token_interval=0.08) as b:
         listed = (ReplicaListing("a", a.url), ReplicaListing("b", b.url))
         async with serving(ready=2, config={"replicas": listed}) as house:
             whole = {path: await undisturbed(house, path) for path in PATHS}
