@@ -7,9 +7,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from balancer.operate.commands import log_reader
 from balancer.operate.commands.log_reader import LogReader
 from balancer.operate.engines import rotation
 from balancer.operate.engines.rotation import FILES, MAX_BYTES, RotatedLog
@@ -193,6 +195,31 @@ def test_following_misses_no_line_while_files_rotate(tmp_path: Path) -> None:
             seen += numbers(list(following.more()))
         seen += numbers(list(following.more()))
     assert seen == list(range(90, 30_100))
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_rotation_while_looking_hides_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """A file is rotated between two looks at the log's files, wherever that is."""
+    log = tmp_path / "x.log"
+    opened, looks = log_reader._opened, 0
+
+    def rotating(file: Path) -> BinaryIO | None:
+        nonlocal looks
+        if looks == at:
+            rotation.shift(log)
+            log.write_bytes(b"2\n")
+        looks += 1
+        return opened(file)
+
+    log.write_bytes(b"0\n")
+    rotation.shift(log)
+    log.write_bytes(b"1\n")
+    with reader(log) as following:
+        seen = numbers(following.last(1))
+        monkeypatch.setattr(log_reader, "_opened", rotating)
+        for _ in range(3):
+            seen += numbers(list(following.more()))
+    assert seen == [1, 2]
 
 
 def test_following_waits_for_a_log_and_for_the_end_of_a_line(tmp_path: Path) -> None:

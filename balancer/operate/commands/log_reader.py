@@ -65,7 +65,7 @@ class LogReader:
             self._file = _opened(self._log)
         while self._file is not None:
             there = os.fstat(self._file.fileno())
-            # Checked before reading the rest, because a file that has been rotated gets no more lines.
+            # Opened before the rest is read, because a file that has been rotated gets no more lines.
             newer = self._newer(there)
             if there.st_size < self._file.tell():
                 self._file.seek(0)  # the file was truncated
@@ -73,7 +73,7 @@ class LogReader:
             if newer is None:
                 return
             self._file.close()
-            self._file = _opened(newer)
+            self._file = newer
 
     def rest(self) -> list[str]:
         """The last line, if it is unfinished."""
@@ -88,16 +88,30 @@ class LogReader:
                 lines, self._rest = _lines(self._rest[:cut]), self._rest[cut:]
                 yield from lines
 
-    def _newer(self, mine: os.stat_result) -> Path | None:
-        """The file that continues ours; None if ours is the newest, or if there are no files."""
+    def _newer(self, mine: os.stat_result) -> BinaryIO | None:
+        """The file that continues ours, opened; None if ours is the newest, or if there are no files.
+
+        Read from the newest to the oldest, the way that files move, a rotation meanwhile hides no file: at most one is
+        seen twice.
+        """
         newer = None
-        for file in reversed(rotation.files(self._log)):
-            with contextlib.suppress(FileNotFoundError):
-                seen = file.stat()
-                if (seen.st_dev, seen.st_ino) == (mine.st_dev, mine.st_ino):
-                    return newer
-                newer = file
+        for path in rotation.newest_first(self._log):
+            if (file := _opened(path)) is None:
+                continue
+            if _same(seen := os.fstat(file.fileno()), mine):
+                file.close()
+                return newer
+            if newer is not None and _same(seen, os.fstat(newer.fileno())):
+                file.close()
+                continue
+            if newer is not None:
+                newer.close()
+            newer = file
         return newer  # ours is gone: continue with the oldest file
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
 def _opened(file: Path) -> BinaryIO | None:

@@ -97,5 +97,10 @@ def files(log: Path, since: float = 0.0) -> list[Path]:
     return [*there, *([log] if log.is_file() else [])]
 
 
+def newest_first(log: Path) -> list[Path]:
+    """Where the log's files may be, from the one being written to the oldest."""
+    return [log, *_aside(log)]
+
+
 def _aside(log: Path) -> list[Path]:
     return [log.with_name(f"{log.name}.{number}") for number in range(1, FILES)]
