@@ -34,9 +34,11 @@ MAY_END: dict[tuple[str, int, str], set[str]] = {
     ("whole", 504, "first_byte_timeout"): STALLS,
     ("whole", 500, ""): {"errors"},
     ("whole", 422, "kills_replicas"): {"poison"},
-    # Only if there is no other replica.
+    # Only if there is no other replica, to answer the request or to continue its stream.
     ("whole", 502, "replica_unreachable"): {"all gone"},
     ("whole", 503, "no_replica_ready"): {"all gone"},
+    ("broken", 200, "replica_unreachable"): {"all gone"},
+    ("broken", 200, "no_replica_ready"): {"all gone"},
 }
 
 

@@ -125,6 +125,7 @@ def test_only_a_fault_of_its_time_and_replica_explains_a_failure(
     [
         ("ugly", 200, ""),
         ("broken", 200, "stream_broken"),
+        ("broken", 200, "no_replica_ready"),
         ("whole", 502, "replica_lost"),
         ("hung", 0, ""),
         ("no door", 0, ""),
