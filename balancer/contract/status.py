@@ -57,6 +57,10 @@ class ReplicaRow(ReplicaFacts):
     ejected_for_seconds: float = 0.0
     cached_tokens_total: int = 0
     prompt_tokens_total: int = 0
+    # Of a replica that shares its GPUs: their UUIDs, and when in the last 15 minutes it had its turn, as pairs of how long
+    # ago a turn began and how long ago it ended, 0 while it lasts. Empty for any other replica.
+    gpus: tuple[str, ...] = ()
+    turns: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def of(cls, facts: ReplicaFacts, **own: Any) -> Self:
@@ -64,13 +68,17 @@ class ReplicaRow(ReplicaFacts):
         return cls(**{field.name: getattr(facts, field.name) for field in fields(ReplicaFacts)} | own)
 
     def to_json(self) -> dict[str, Any]:
-        return {"id": self.id, **_without_empty_reason(asdict(self))}
+        row = {"id": self.id, **_without_empty_reason(asdict(self))}
+        if not self.gpus:
+            del row["gpus"], row["turns"]
+        return row
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError if a required field is missing or the status is unknown; ignores unknown fields."""
         row = cls(**_known(cls, data))
-        return replace(row, status=Status(row.status))
+        turns = tuple((float(began), float(ended)) for began, ended in row.turns)
+        return replace(row, status=Status(row.status), gpus=tuple(row.gpus), turns=turns)
 
 
 @dataclass(frozen=True, slots=True)

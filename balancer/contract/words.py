@@ -7,7 +7,7 @@ class Phase(enum.StrEnum):
     """What a status means to the code that plans, waits, or picks a colour."""
 
     PENDING = "pending"  # nothing serves yet, and nothing is wrong
-    READY = "ready"
+    READY = "ready"  # it serves now, or, where it shares its GPUs, in its turn
     UNAVAILABLE = "unavailable"  # it was ready, and may be again soon
     LEAVING = "leaving"
     FAILED = "failed"  # it will not become ready on its own
@@ -29,12 +29,14 @@ class State(enum.StrEnum):
 
 
 class Status(enum.StrEnum):
-    """SkyServe's statuses of a replica, and three of ours (FETCHING, DRAINING, EJECTED)."""
+    """SkyServe's statuses of a replica, and five of ours (FETCHING, DOZING, ASLEEP, DRAINING, EJECTED)."""
 
     PROVISIONING = "PROVISIONING"
     FETCHING = "FETCHING"
     STARTING = "STARTING"
     READY = "READY"
+    DOZING = "DOZING"
+    ASLEEP = "ASLEEP"
     NOT_READY = "NOT_READY"
     DRAINING = "DRAINING"
     EJECTED = "EJECTED"
@@ -68,6 +70,8 @@ _PHASES = {
     Status.FETCHING: Phase.PENDING,
     Status.STARTING: Phase.PENDING,
     Status.READY: Phase.READY,
+    Status.DOZING: Phase.READY,
+    Status.ASLEEP: Phase.READY,
     Status.NOT_READY: Phase.UNAVAILABLE,
     Status.EJECTED: Phase.UNAVAILABLE,
     Status.DRAINING: Phase.LEAVING,

@@ -12,6 +12,7 @@ from balancer.fleet.claim import C, Claim
 from balancer.fleet.ejection import Outlier
 from balancer.fleet.member import UNKNOWN_LIMIT, Member, Verdict
 from balancer.fleet.outliers import Outliers
+from balancer.fleet.tenancy import Said, Tenancy, TenantState
 from balancer.spec.settings import ReadinessProbe, Settings
 
 Clock = Callable[[], float]
@@ -24,8 +25,8 @@ class Fleet:
     """All members. Everything here is synchronous: between two awaits the fleet never changes.
 
     `clock` gives the loop's time in seconds. `when_room` is called whenever a waiting request might find a place,
-    `when_refused` with a member at which nothing listens any more, and `when_doubted` with one that should be asked
-    whether it is alive.
+    `when_refused` with a member at which nothing listens any more, `when_doubted` with one that should be asked
+    whether it is alive, and `when_dozed` with one that gave back its KV cache.
     """
 
     def __init__(self, settings: Settings, readiness: ReadinessProbe, clock: Clock) -> None:
@@ -39,6 +40,7 @@ class Fleet:
         self.when_left: list[Callable[[Member], None]] = []
         self.when_refused: list[Callable[[Member], None]] = []
         self.when_doubted: list[Callable[[Member], None]] = []
+        self.when_dozed: list[Callable[[Member], None]] = []
         self.is_asleep = False  # scaled to zero: a generating request makes the controller start a replica
         self.in_flight = 0  # requests at members, including members that have left
         self.generating = 0  # those of them that generate
@@ -272,6 +274,52 @@ class Fleet:
         self._count_failure(member)
         if self.has(member) and self.outliers.failed(member):
             self.changed()
+
+    def said(self, member: Member, said: Said) -> None:
+        """The member says how it stands with its turn. Ignored while an order to it is under way."""
+        now = self.clock()
+        if (tenancy := member.tenancy) is None:
+            tenancy = member.tenancy = Tenancy(said.gpus, TenantState.STARTING, now, idle_since=now)
+        was_lost, tenancy.is_lost = tenancy.is_lost, False
+        tenancy.gpus = said.gpus
+        if tenancy.is_told:
+            return
+        tenancy.problem, tenancy.starting = said.problem, said.starting
+        if said.state is not tenancy.state:
+            self.moved(member, said.state, now - said.seconds)
+        elif was_lost:
+            self.changed()
+
+    def moved(self, member: Member, state: TenantState, at: float | None = None) -> None:
+        """A member that shares its GPUs entered this state (at that loop time, by default now)."""
+        now = self.clock()
+        at = now if at is None else at
+        if (tenancy := member.tenancy) is None or state is tenancy.state:
+            return
+        was_away, since = tenancy.state.is_away, tenancy.away_since
+        tenancy.enter(state, at)
+        if state.is_away and not was_away:
+            self._tell(self.when_dozed, member)
+            if not member.has_passed:  # it has started: it had the turn for that, and gave it up
+                member.has_passed = True
+                self.ready_since = now if self.ready_since is None else self.ready_since
+        elif was_away and not state.is_away:
+            # Its clocks have stood still.
+            member.alive_at, member.refusing = now, False
+            member.ready.since += now - since
+            member.service.since += now - since
+        self.changed()
+
+    def lost(self, member: Member) -> None:
+        """A member that shares its GPUs does not say any more how it stands with its turn."""
+        if member.tenancy is not None and not member.tenancy.is_lost:
+            member.tenancy.is_lost = True
+            self.changed()
+
+    def resting(self) -> list[Member]:
+        """The members that doze or sleep, and could serve if they were woken."""
+        now = self.clock()
+        return [m for m in self.members.values() if m.is_resting and m.status(now).phase is Phase.READY]
 
     def _count_failure(self, member: Member) -> None:
         member.failures_total += 1

@@ -8,6 +8,7 @@ from balancer.contract.listing import ReplicaListing
 from balancer.contract.words import State, Status
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.ejection import Outlier
+from balancer.fleet.tenancy import Tenancy
 from balancer.spec.settings import ReadinessProbe
 
 UNKNOWN_LIMIT = 256
@@ -99,6 +100,7 @@ class Member:
     limit: int = UNKNOWN_LIMIT
     own_limit: int | None = None  # as the replica itself reports it
     capacity_tokens: int | None = None
+    tenancy: Tenancy | None = None  # of a replica that shares its GPUs
     ranks: int = 1  # data-parallel ones; each has its share of the KV pool and of the requests
     identity: str | None = None
     models: tuple[dict[str, Any], ...] = ()  # that it serves, in OpenAI's form
@@ -191,6 +193,11 @@ class Member:
         """Has a probe been failing for longer than that?"""
         return self.probe is Verdict.FAILING and now - self.failing_since() > seconds
 
+    @property
+    def is_resting(self) -> bool:
+        """Does it doze or sleep, so that it can be woken? Its probes say nothing then."""
+        return self.tenancy is not None and self.tenancy.is_away and not self.alias_of and not self.is_hidden
+
     def status(self, now: float) -> Status:
         """The status that is displayed: the first that applies, in this order."""
         if self.listing.state is State.FAILED:
@@ -203,6 +210,8 @@ class Member:
             return Status.FAILED_INITIAL_DELAY
         if not self.has_passed:
             return Status.STARTING
+        if self.is_resting:
+            return Status(self.tenancy.state)  # type: ignore[union-attr]
         if self.is_failing_for(self.readiness.consecutive_failure_threshold_timeout, now):
             return Status.FAILED_PROBING
         if self.refusing or self.probe is not Verdict.PASSING or self.alias_of or self.is_hidden:
@@ -217,6 +226,8 @@ class Member:
             return self.listing.reason
         if self.alias_of:
             return f"the same replica as {self.alias_of}"
+        if self.is_resting:
+            return self.tenancy.why_away  # type: ignore[union-attr]
         if self.is_failing_for(SHOWN_AFTER, now):
             return next(
                 (p.failure for p in (self.ready, self.service) if p.verdict is Verdict.FAILING and p.failure), ""

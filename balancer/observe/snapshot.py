@@ -15,11 +15,11 @@ def take_snapshot(facts: ServiceFacts, fleet: Fleet, admission: Admission) -> Sn
     service = ServiceRow(
         name=facts.name,
         version=",".join(str(version) for version in sorted({row.version for row in rows})) or facts.version,
-        status=_service_status(facts, [row.status for row in rows], bool(fleet.available())),
+        status=_service_status(facts, [row.status for row in rows], bool(fleet.available() or fleet.resting())),
         uptime_seconds=None if fleet.ready_since is None else round(now - fleet.ready_since, 3),
         endpoint=facts.endpoint,
         policy=admission.policy.name,
-        ready=sum(row.status is Status.READY for row in rows),
+        ready=sum(row.status.phase is Phase.READY for row in rows),
         total=len(rows),
         queue_depth=admission.queue_depth,
         in_flight=fleet.in_flight,
@@ -46,6 +46,8 @@ def _service_status(facts: ServiceFacts, statuses: list[Status], can_serve: bool
 
 
 def _row(member: Member, now: float) -> ReplicaRow:
+    tenancy = member.tenancy
+    turns = tenancy.turns(now) if tenancy else ()
     return ReplicaRow.of(
         member.listing,
         id=member.id,
@@ -58,4 +60,6 @@ def _row(member: Member, now: float) -> ReplicaRow:
         cached_tokens_total=member.cached_tokens_total,
         prompt_tokens_total=member.prompt_tokens_total,
         reason=member.trouble(now),
+        gpus=tenancy.gpus if tenancy else (),
+        turns=tuple((round(now - began, 3), round(now - ended, 3)) for began, ended in turns),
     )

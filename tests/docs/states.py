@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from balancer.contract.words import State, Status
 from balancer.fleet.ejection import CONSECUTIVE
 from balancer.fleet.fleet import Fleet
+from balancer.fleet.tenancy import Said, TenantState
 from balancer.spec.settings import ReadinessProbe, Settings
 from tests.docs.svg import Picture, Point
 from tests.support.fleets import Clock, claimed, fail, fleet_of, listed, make_ready
@@ -16,6 +17,8 @@ PLACES: dict[Status, Point] = {
     Status.FETCHING: (147, 62),
     Status.STARTING: (272, 146),
     Status.READY: (522, 146),
+    Status.DOZING: (462, 62),
+    Status.ASLEEP: (712, 62),
     Status.DRAINING: (784, 146),
     Status.FAILED: (22, 276),
     Status.NOT_READY: (370, 276),
@@ -25,7 +28,7 @@ PLACES: dict[Status, Point] = {
     Status.FAILED_PROBING: (370, 396),
 }
 KINDS = {Status.READY: "mine"} | dict.fromkeys((s for s in Status if s.startswith("FAILED")), "bad")
-KINDS |= dict.fromkeys((Status.NOT_READY, Status.EJECTED), "wait")
+KINDS |= dict.fromkeys((Status.DOZING, Status.ASLEEP, Status.NOT_READY, Status.EJECTED), "wait")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,10 @@ STEPS = (
     Step(Status.FETCHING, Status.STARTING, ((304, 112), (304, 146)), (312, 134), ("all of it is",), "s"),
     Step(Status.PROVISIONING, Status.STARTING, ((212, 171), (272, 171)), (242, 162), ("it runs",)),
     Step(Status.STARTING, Status.READY, ((462, 171), (522, 171)), (491, 162), ("ready",)),
+    Step(Status.READY, Status.DOZING, ((560, 146), (560, 112)), (550, 134), ("others have its GPU",), "s e"),
+    Step(Status.DOZING, Status.READY, ((590, 112), (590, 146)), (600, 134), ("its turn",), "s"),
+    Step(Status.DOZING, Status.ASLEEP, ((652, 87), (712, 87)), (681, 78), ("idle",)),
+    Step(Status.ASLEEP, Status.READY, ((742, 112), (742, 129), (690, 129), (690, 146)), (0, 0), ()),
     Step(Status.READY, Status.DRAINING, ((712, 171), (784, 171)), (748, 162), ("drain",)),
     Step(
         Status.DRAINING,
@@ -140,6 +147,12 @@ def taken() -> Iterator[tuple[Status, Status]]:
         fleet.drain(member)
         yield before, (before := now(fleet))
     yield before, now(fleet)
+    fleet = pair()
+    make_ready(fleet, fleet.members[3])
+    before = now(fleet)
+    for state in (TenantState.DOZING, TenantState.AWAKE, TenantState.DOZING, TenantState.ASLEEP, TenantState.AWAKE):
+        fleet.said(fleet.members[3], Said(state, ("GPU",)))
+        yield before, (before := now(fleet))
     fleet = pair()
     make_ready(fleet, fleet.members[3])
     fleet.refused(fleet.members[3])

@@ -93,7 +93,7 @@ class Moving(Lines):
             age = Text(f"{row.launched_seconds:.0f} s", justify="right")
             # While the model loads, the log is more useful than the reason, which is that probes do not pass yet.
             detail = self._last_line(row.id) if row.status is Status.STARTING else ""
-            detail = "" if row.status is Status.READY else detail or row.reason or self._last_line(row.id)
+            detail = "" if row.status.phase is Phase.READY else detail or row.reason or self._last_line(row.id)
             last = Text(detail, "dim", overflow="ellipsis", no_wrap=True)
             table.add_row(mark, Text(row.name), Text(row.status, colour), age, last)
         return Group(table)

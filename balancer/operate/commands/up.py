@@ -11,7 +11,7 @@ import httpx
 from rich.console import Console
 
 from balancer.contract.status import ReplicaRow, Snapshot
-from balancer.contract.words import ServiceStatus, Status
+from balancer.contract.words import Phase, ServiceStatus, Status
 from balancer.errors import ConfigError
 from balancer.inherited import ending
 from balancer.operate.commands.progress import Lines, Moving
@@ -116,7 +116,7 @@ class _Up:
 
     def _is_settled(self, row: ReplicaRow) -> bool:
         """Is its status unlikely to change soon? While others serve, a replica may wait for a GPU indefinitely."""
-        if row.status in (Status.READY, Status.FAILED):
+        if row.status.phase is Phase.READY or row.status is Status.FAILED:
             return True
         replica = self._controller.replicas.get(row.id)
         return replica is not None and replica.waits_for_gpu and self._controller.snapshot.service.ready > 0

@@ -55,7 +55,7 @@ class Replica:
 
     @property
     def is_ready(self) -> bool:
-        return self.status is Status.READY
+        return self.status is not None and self.status.phase is Phase.READY
 
     @property
     def is_unusable(self) -> bool:
@@ -132,7 +132,7 @@ def drained(replica: Replica, now: float) -> Replica:
 
 def observed(replica: Replica, status: Status, in_flight: int, now: float, operation: Operation) -> Replica:
     """The replica with what the balancer reports. Its failures are forgotten once it has been ready long enough."""
-    is_ready = status is Status.READY
+    is_ready = status.phase is Phase.READY
     since = (replica.ready_since if replica.ready_since is not None else now) if is_ready else None
     is_stable = since is not None and now - since >= operation.stable_after
     return replace(
