@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +19,11 @@ _BODY = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}
 
 @dataclass(slots=True)
 class Newcomer:
-    """When it began (`time.monotonic`), whether it was let in, and what became of it: "200", or what went wrong."""
+    """When it began (`time.monotonic`), how far it came, and what became of it: "200", or what went wrong."""
 
     began: float
     is_connected: bool = False
+    is_let_in: bool = False  # with TLS: the handshake is done
     outcome: str = ""
 
 
@@ -45,10 +48,10 @@ class Newcomers:
 
 
 @contextlib.contextmanager
-def newcomers(endpoint: str) -> Iterator[Newcomers]:
-    """They come meanwhile. When it is over, each has its outcome."""
+def newcomers(endpoint: str, trusted: ssl.SSLContext | None = None) -> Iterator[Newcomers]:
+    """They come meanwhile, over TLS if told whom to trust. When it is over, each has its outcome."""
     seen = Newcomers()
-    thread = threading.Thread(target=lambda: asyncio.run(_come(endpoint, seen)))
+    thread = threading.Thread(target=lambda: asyncio.run(_come(endpoint, trusted, seen)))
     thread.start()
     try:
         wait_until(lambda: seen.answered() >= A_SECOND / 2, seen.outcomes)
@@ -58,24 +61,31 @@ def newcomers(endpoint: str) -> Iterator[Newcomers]:
         thread.join()
 
 
-async def _come(endpoint: str, seen: Newcomers) -> None:
+async def _come(endpoint: str, trusted: ssl.SSLContext | None, seen: Newcomers) -> None:
     loop = asyncio.get_running_loop()
     due = loop.time()
     async with asyncio.TaskGroup() as group:
         while not seen.is_over.is_set():
-            group.create_task(_ask(endpoint, seen))
+            group.create_task(_ask(endpoint, trusted, seen))
             due = max(due + 1 / A_SECOND, loop.time() - 0.1)  # late, it catches up a little
             await asyncio.sleep(max(0.0, due - loop.time()))
 
 
-async def _ask(endpoint: str, seen: Newcomers) -> None:
+async def _ask(endpoint: str, trusted: ssl.SSLContext | None, seen: Newcomers) -> None:
     one = Newcomer(time.monotonic())
     seen.all.append(one)
     address = urlsplit(endpoint)
+    connection = socket.socket()
+    connection.setblocking(False)
     try:
         async with asyncio.timeout(60):
-            reader, writer = await asyncio.open_connection(address.hostname, address.port)
+            await asyncio.get_running_loop().sock_connect(connection, (address.hostname, address.port))
             one.is_connected = True
+            name = address.hostname if trusted else None
+            reader, writer = await asyncio.open_connection(
+                sock=connection, ssl=trusted, server_hostname=name, ssl_handshake_timeout=60 if trusted else None
+            )
+            one.is_let_in = True
             writer.write(
                 b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(_BODY), _BODY)
@@ -87,3 +97,5 @@ async def _ask(endpoint: str, seen: Newcomers) -> None:
         )
     except (OSError, TimeoutError) as failure:
         one.outcome = type(failure).__name__
+    finally:
+        connection.close()

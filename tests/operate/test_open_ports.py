@@ -2,12 +2,15 @@
 never has another's port. With real processes.
 """
 
+import json
 import os
 import re
 import signal
 import socket
+import ssl
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -16,6 +19,7 @@ import pytest
 from tests.operate.command_line import LAB, Groundserve
 from tests.operate.newcomers import newcomers
 from tests.operate.streaming import CHAT, streaming
+from tests.security.certificates import Authority
 from tests.support.until import wait_until
 
 CROWD = {"max_connections_per_client": 10_000}
@@ -90,6 +94,91 @@ def test_takeover(groundserve: Groundserve) -> None:
     with streaming(endpoint) as streams:
         pass
     assert streams.failed == []
+
+
+# Over TLS
+
+
+@dataclass(frozen=True)
+class Secure:
+    """A service behind TLS that is up."""
+
+    file: Path
+    endpoint: str
+    authority: Authority
+    trusted: ssl.SSLContext
+
+
+def with_certificate(file: Path, authority: Authority, name: str) -> None:
+    """The service file with a certificate of that name, in place of the one that it has."""
+    pair = authority.sign(name, "IP:127.0.0.1")
+    tls = json.dumps({"certfile": str(pair.cert), "keyfile": str(pair.key)})
+    text = re.sub(r'"tls": {[^}]*}, ', "", file.read_text())
+    file.write_text(text.replace("service: {", f'service: {{"tls": {tls}, '))
+
+
+@pytest.fixture
+def secure(groundserve: Groundserve, tmp_path: Path) -> Secure:
+    authority = Authority(tmp_path)
+    file = groundserve.service("lab", LAB, **CROWD)
+    with_certificate(file, authority, "first")
+    groundserve.up(file).until_up()
+    endpoint = groundserve("status", "--endpoint").strip()
+    assert endpoint.startswith("https://")
+    return Secure(file, endpoint, authority, ssl.create_default_context(cafile=str(authority.pair.cert)))
+
+
+def test_a_killed_balancer_loses_only_its_own_handshakes(groundserve: Groundserve, secure: Secure) -> None:
+    """With TLS: what it had accepted is lost, the handshakes that it was amid included, and no new connection."""
+    (balancer,) = balancers(groundserve)
+    with newcomers(secure.endpoint, secure.trusted) as seen:
+        os.kill(balancer, signal.SIGSTOP)
+        wait_until(lambda: state(balancer) == "T")
+        stopped = time.monotonic()  # whoever comes from here on is not accepted by this process
+        assert seen.outcomes().keys() <= {"", "200"}
+        wait_until(lambda: sum(one.is_connected for one in seen.since(stopped)) > 50)
+        assert not any(one.is_let_in for one in seen.since(stopped))
+        os.kill(balancer, signal.SIGKILL)
+        os.kill(balancer, signal.SIGCONT)
+        wait_until(lambda: state(balancer) in ("", "Z"))
+        seen.until_more_are_answered()
+    assert seen.outcomes(stopped).keys() == {"200"}
+    assert all(one.is_connected for one in seen.all), "nobody was refused"
+
+
+def test_takeover_over_tls(groundserve: Groundserve, secure: Secure) -> None:
+    """The old balancer ends its handshakes, too, before it goes, so that a takeover loses nobody."""
+    (old,) = balancers(groundserve)
+    with newcomers(secure.endpoint, secure.trusted) as seen:
+        assert "another takes its place" in groundserve("down", "lab", "--balancer")
+        wait_until(lambda: old not in groundserve.processes())
+        seen.until_more_are_answered()
+    assert seen.outcomes().keys() == {"200"}
+
+
+def test_update_to_another_certificate_under_new_connections(groundserve: Groundserve, secure: Secure) -> None:
+    """It brings another balancer process, to which the port goes over."""
+    (old,) = balancers(groundserve)
+    with_certificate(secure.file, secure.authority, "second")
+    with newcomers(secure.endpoint, secure.trusted) as seen:
+        assert "lab is at version 2" in groundserve("update", "lab", secure.file)
+        wait_until(lambda: old not in groundserve.processes())
+        seen.until_more_are_answered()
+    assert seen.outcomes().keys() == {"200"}
+    assert "second" in served_name(secure)
+
+
+def served_name(secure: Secure) -> str:
+    """The common name of the certificate that the endpoint shows."""
+    address = ("127.0.0.1", int(secure.endpoint.rpartition(":")[2]))
+    with (
+        socket.create_connection(address, timeout=10) as plain,
+        secure.trusted.wrap_socket(plain, server_hostname=address[0]) as connection,
+    ):
+        return str(connection.getpeercert())
+
+
+# What goes wrong at a start
 
 
 def test_a_start_that_fails_is_tried_again_while_clients_wait(groundserve: Groundserve) -> None:
