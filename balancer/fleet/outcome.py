@@ -7,7 +7,7 @@ class Outcome(enum.Enum):
     """How one attempt at one replica ended."""
 
     ANSWERED = "answered"  # a whole answer was relayed
-    REFUSED = "refused"  # no connection, or it was gone before anything was sent
+    REFUSED = "refused"  # no connection, or it ended before the replica had any of the request
     UNREACHED = "unreached"  # no connection within connect_timeout
     UNKNOWN = "unknown"  # no connection, because the replica's name could not be resolved
     LOST = "lost"  # sent, and the connection ended before the first byte of an answer

@@ -37,7 +37,6 @@ CLIENT_LEFT = 499  # nginx's status for a client that left; seen only in logs an
 SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
 OWN_METHODS = (b"GET", b"HEAD")
 RACE = "race"  # a retry's reason: the same request on a new connection to the same replica
-UNSENT = (Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN)
 COUNTING = 10.0  # seconds that another replica has to count the tokens that a client already has
 
 MAX_PATH = 1024  # characters of a path that a record keeps: 20,000 records with paths as long as a head exceed 1 GB
@@ -261,39 +260,31 @@ class Proxy:
     ) -> Outcome:
         """One attempt at one replica: on an idle connection if there is one, else on a new one.
 
-        A new one is also made if the idle one was closing just as the request was sent on it, so that nobody read it.
+        A new one is also made if the replica closed the idle one before the request reached it.
         """
         pool, replica = destination.pool, place.replica
         head = request.head_for(replica, destination.replica_key)
         is_head = request.method == b"HEAD"
-        raced = False
         if connection := pool.idle_connection(replica):
             client.take_from(connection)
             outcome = await connection.exchange(place, head, request.body, is_head, relay)
-            raced = outcome is Outcome.LOST and connection.was_closing()
-            if outcome is not Outcome.REFUSED and not raced:
+            if outcome is not Outcome.REFUSED:
                 return outcome
-        if raced:
             record.retries += (RACE,)
         try:
             connection = await pool.connect(replica)
         except TimeoutError:
-            outcome = Outcome.UNREACHED
+            return Outcome.UNREACHED
         except Unresolved as trouble:
             log.warning("replica %s could not be asked: %s", replica.name, trouble)
-            outcome = Outcome.UNKNOWN
+            return Outcome.UNKNOWN
         except OSError as error:
             if error.errno in OUR_OWN_LIMITS:
                 raise errors.out_of_sockets(str(error.strerror)) from None
-            outcome = Outcome.REFUSED
-        else:
-            record.connect = connection.connected_in
-            client.take_from(connection)
-            outcome = await connection.exchange(place, head, request.body, is_head, relay)
-        if raced and outcome in UNSENT:
-            place.attempted(outcome, record)
-            return Outcome.LOST  # it may have begun on the request that was sent on the idle connection
-        return outcome
+            return Outcome.REFUSED
+        record.connect = connection.connected_in
+        client.take_from(connection)
+        return await connection.exchange(place, head, request.body, is_head, relay)
 
     def _record(self, request: Request) -> Record:
         path = request.path[:MAX_PATH]

@@ -8,15 +8,13 @@ import httptools
 
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.outcome import Outcome
+from balancer.relay.acknowledged import acknowledged, never_arrived
 from balancer.relay.places import Place
 from balancer.relay.vanished import expect_life
 
 Headers = list[tuple[bytes, bytes]]
 
-# If a reused connection closes within one round trip after a request was sent on it, the replica was already closing it
-# and did not read the request. The round trip is the time that connecting took, within these bounds, in seconds.
-LEAST_ROUND_TRIP = 0.05
-MOST_ROUND_TRIP = 0.5
+HANDSHAKE = 1  # what TCP's handshake counts among the bytes acknowledged
 LARGEST_HEAD = 64 << 10  # bytes of header fields, or of anything else that arrives without any part of a body
 COPIED = 16 << 10  # up to this many bytes, copying a body behind the head is cheaper than sending them separately
 
@@ -65,6 +63,8 @@ class ReplicaConnection(asyncio.Protocol):
         self._receiver: Receiver | None = None
         self._outcome: asyncio.Future[Outcome] | None = None
         self._headers: Headers = []
+        self._sent = HANDSHAKE  # bytes sent, as `acknowledged` counts them
+        self._sent_before = 0  # the same without the current request
         self._unfruitful = 0  # bytes received since the request was sent, or since the last read with part of a body
         self._is_interim = False
         self._has_no_body = False
@@ -76,10 +76,12 @@ class ReplicaConnection(asyncio.Protocol):
     ) -> Outcome:
         """Sends one request, whose body is in pieces, and feeds its answer to `receiver`.
 
+        A request of which the replica acknowledged nothing before it closed the connection was refused, not lost.
         If the exchange is cancelled or fails, it closes the connection, which makes SGLang abort the request.
         """
         if self._transport is None or self._transport.is_closing():
             return Outcome.REFUSED
+        self._count(head, body)
         self.has_answered = self.has_head = self.has_begun = self._can_be_kept = False
         self._has_no_body = is_head
         self._unfruitful = 0
@@ -103,6 +105,13 @@ class ReplicaConnection(asyncio.Protocol):
             else:
                 self._transport.abort()
 
+    def _count(self, head: bytes, body: Sequence[bytes]) -> None:
+        self._sent_before = self._sent
+        self._sent += len(head) + sum(map(len, body))
+        if self.replica.is_https:  # TLS sends more than that
+            assert self._transport is not None
+            self._sent_before = acknowledged(self._transport.get_extra_info("socket")) or 0
+
     def finish(self, outcome: Outcome) -> None:
         """Ends the exchange, if there is one; later bytes are not part of its answer."""
         if self._outcome is not None and not self._outcome.done():
@@ -120,11 +129,6 @@ class ReplicaConnection(asyncio.Protocol):
 
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
-
-    def was_closing(self) -> bool:
-        """Was the replica already closing the connection when the request was sent? Ask as soon as it is lost."""
-        round_trip = min(max(self.connected_in, LEAST_ROUND_TRIP), MOST_ROUND_TRIP)
-        return self._pool.loop.time() - self.sent_at < round_trip
 
     def close(self) -> None:
         if self._transport is not None:
@@ -182,7 +186,16 @@ class ReplicaConnection(asyncio.Protocol):
         elif self.has_head:
             self.finish(Outcome.BROKEN)
         else:
-            self.finish(Outcome.MANGLED if self.has_answered else Outcome.LOST)
+            self.finish(self._unanswered(error))
+
+    def _unanswered(self, error: Exception | None) -> Outcome:
+        """How an exchange ends whose connection ended before the head of an answer."""
+        if self.has_answered:
+            return Outcome.MANGLED
+        if self._transport is None or self._outcome is None:
+            return Outcome.LOST  # there is no exchange
+        sock = self._transport.get_extra_info("socket")
+        return Outcome.REFUSED if never_arrived(sock, self._sent_before, error) else Outcome.LOST
 
     # Callbacks of the parser
 

@@ -127,8 +127,8 @@ class Place:
         """The first byte of an answer is here; `is_computed`: it answers the prompt, which is therefore cached."""
         self._claim.begun(is_computed)
 
-    def attempted(self, outcome: Outcome, attempt: Attempt) -> None:
-        """An attempt ended like this. Another may follow at the same place."""
+    def _tell(self, outcome: Outcome, attempt: Attempt) -> None:
+        """An attempt ended like this."""
         fleet, member = self._fleet, self._member
         if outcome is Outcome.ANSWERED:
             member.prompt_tokens_total += attempt.prompt_tokens or 0
@@ -150,7 +150,7 @@ class Place:
     def end(self, outcome: Outcome | None, attempt: Attempt) -> None:
         """Gives the place back. No outcome: the attempt was broken off and says nothing about the replica."""
         if outcome is not None:
-            self.attempted(outcome, attempt)
+            self._tell(outcome, attempt)
         self._claim.__exit__(None, None, None)
         waiter = self._waiter
         if outcome is Outcome.ANSWERED:

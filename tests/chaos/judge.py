@@ -13,9 +13,6 @@ from tests.chaos.client import Got, text_of
 from tests.chaos.replica import Replica
 from tests.chaos.stage import Stage, Violation
 
-# If a reused connection closes within a round trip after a request was sent, it was already closing: the balancer sends
-# the request again to the same member. Seconds, with some slack for the machine.
-RACE = 0.05 + 0.2
 # How long a fault may still show in requests that began after its end; seconds.
 ECHO = 0.1
 
@@ -63,10 +60,8 @@ class Judge:
     faults: list[Fault] = field(default_factory=list)
     logged: dict[str, dict[str, Any]] = field(default_factory=dict)
     generated: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
-    ended: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # id, address
     whole: set[tuple[str, str]] = field(default_factory=set)  # id, address of generations that were answered whole
-    killed: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # times, by address
-    sent_again: int = 0  # requests, because of the keep-alive race
+    sent_again: int = 0  # requests, because of the keep-alive race: nobody read them the first time
     elsewhere: int = 0  # requests that a second replica finished, or answered in full
     attempts: int = 0  # beyond each request's first
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -101,6 +96,7 @@ class Judge:
     def _judge_end(self, got: Got, entry: dict[str, Any]) -> None:
         member = got.replica or entry.get("member", "")
         self.attempts += max(0, entry["attempts"] - 1)
+        self.sent_again += "race" in entry.get("retries", "")
         has_no_code = got.wish.method == "HEAD" or (got.wish.path == "/v1/messages" and got.status >= 400)
         code = entry.get("error", "") if has_no_code else got.code
         self.counts[f"{got.end} {got.status} {code}".strip()] += 1
@@ -123,13 +119,9 @@ class Judge:
             raise Violation(f"not the answer that one replica makes: {got}\n  wanted {got.wish.text!r}\n  got {text!r}")
         moves = 0
         for earlier, later in itertools.pairwise(made):
-            ends = self.ended[got.wish.id, earlier["address"]] + self.killed[earlier["address"]]
-            end = min((at for at in ends if at >= earlier["at"]), default=float("inf"))
-            raced = earlier["reused"] and end - earlier["at"] <= RACE and later["address"] == earlier["address"]
             moved = later["address"] != earlier["address"] and (got.wish.id, earlier["address"]) not in self.whole
-            self.sent_again += raced
             moves += moved
-            if not (raced or moved) or moves > 1:
+            if not moved or moves > 1:
                 raise Violation(f"generated twice: {got}\n  {earlier}\n  {later}\n  log: {self.logged[got.wish.id]}")
         self.elsewhere += moves
 
@@ -149,10 +141,8 @@ class Judge:
         for entry in self._new_lines(str(self.stage.journal)):
             if entry["what"] == "generated":
                 self.generated[entry["id"]].append(entry)
-            elif entry.get("generated", True):
-                self.ended[entry["id"], entry["address"]].append(entry["at"])
-                if entry.get("outcome") == "answered":
-                    self.whole.add((entry["id"], entry["address"]))
+            elif entry.get("generated", True) and entry.get("outcome") == "answered":
+                self.whole.add((entry["id"], entry["address"]))
 
     def _new_lines(self, path: str) -> list[dict[str, Any]]:
         with open(path, "rb") as file:  # noqa: PTH123

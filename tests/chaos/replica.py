@@ -35,7 +35,6 @@ class Journal(Seen):
         self.unread = 0  # index of the first request that is not followed yet
         self.followed: dict[int, SeenRequest] = {}
         self.generating: set[int] = set()
-        self.used: set[int] = set()  # connections that carried a request before
 
     def changed(self) -> None:
         super().changed()
@@ -45,10 +44,9 @@ class Journal(Seen):
         for number, request in list(self.followed.items()):
             if request.generated and number not in self.generating:
                 self.generating.add(number)
-                self._write("generated", request, reused=request.connection in self.used)
+                self._write("generated", request)
             if request.outcome != "open":
                 del self.followed[number]
-                self.used.add(request.connection)
                 self._write("ended", request, outcome=request.outcome, generated=request.generated)
 
     def _write(self, what: str, request: SeenRequest, **more: Any) -> None:

@@ -40,7 +40,7 @@ class Court:
         (self.folder / "requests.log").write_text("".join(line + "\n" for line in lines))
 
     def journal(self, *entries: dict[str, Any]) -> None:
-        ordinary = {"what": "generated", "id": "r", "address": "a:1", "at": 10.0, "reused": False}
+        ordinary = {"what": "generated", "id": "r", "address": "a:1", "at": 10.0}
         (self.folder / "journal").write_text("".join(json.dumps(ordinary | entry) + "\n" for entry in entries))
 
     def says(self, got: Got) -> None:
@@ -73,10 +73,9 @@ def test_a_whole_answer_generated_once_is_well(court: Court) -> None:
         ([{}, {"what": "ended", "outcome": "answered", "at": 10.3}, {"at": 10.5, "address": "b:1"}], "generated twice"),
         ([{}, {"at": 10.2, "address": "b:1"}, {"at": 10.5, "address": "c:1"}], "generated twice"),
         ([{}, {"what": "ended", "at": 10.1}, {"at": 10.2}], "generated twice"),
-        ([{"reused": True}, {"what": "ended", "at": 10.4}, {"at": 10.5}], "generated twice"),
-        ([{"reused": True}, {"at": 10.2}], "generated twice"),
+        ([{}, {"at": 10.2}], "generated twice"),
     ],
-    ids=["not", "elsewhere after a whole answer", "three times", "no reuse", "no race", "never ended"],
+    ids=["not", "elsewhere after a whole answer", "three times", "there again", "never ended"],
 )
 def test_generations_are_counted(court: Court, journal: list[dict[str, Any]], said: str) -> None:
     court.log({"id": "r"})
@@ -85,10 +84,10 @@ def test_generations_are_counted(court: Court, journal: list[dict[str, Any]], sa
         court.says(got())
 
 
-def test_only_a_keep_alive_race_may_repeat(court: Court) -> None:
-    """Only a keep-alive race may generate again at the same address."""
-    court.log({"id": "r"})
-    court.journal({"reused": True}, {"what": "ended", "at": 10.04}, {"at": 10.1})
+def test_a_race_generates_once(court: Court) -> None:
+    """What the keep-alive race sends again was not read the first time."""
+    court.log({"id": "r", "retries": "race"})
+    court.journal({})
     court.says(got())
     assert court.judge.sent_again == 1
 

@@ -105,7 +105,6 @@ class Watcher:
             raise Violation(f"not saved: {got}")
 
     async def strike(self, replica: Replica) -> None:
-        self.judge.killed[replica.address].append(time.monotonic())
         replica.signal(signal.SIGKILL)
 
     async def born(self, replica: Replica) -> float:

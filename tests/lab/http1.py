@@ -198,6 +198,12 @@ class Connection(asyncio.Protocol):
         if not self.transport.is_closing():
             self.transport.pause_reading()
 
+    def race(self) -> None:
+        """End the connection as if its last request had come too late to be read: a reset that acknowledges nothing."""
+        self.end("raced")
+        self.reset(is_read=False)
+        raise Cut
+
     def cut(self, how: str) -> None:
         """End the connection: a reset, or a plain close after what was written."""
         self.end("cut")
@@ -207,8 +213,11 @@ class Connection(asyncio.Protocol):
             self.transport.close()
         raise Cut
 
-    def reset(self) -> None:
+    def reset(self, is_read: bool = True) -> None:
+        """`is_read`: what was received is acknowledged before that."""
         sock: socket.socket | None = self.transport.get_extra_info("socket")
         if sock is not None and not self.transport.is_closing():
+            if is_read:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()

@@ -47,7 +47,7 @@ class Knobs:
     cut_by: How = "reset"
     hang: Hang = ""  # where it falls silent for ever
     hang_after: int = 1  # tokens sent before that (after_tokens)
-    race: Literal["", "reset", "close"] = ""  # ends a reused connection exactly when its next request arrives
+    race: bool = False  # resets a reused connection just as its next request arrives, which nobody reads
 
     poison: str = ""  # a request with this text in its body kills the replica, like one that makes a GPU fail
 

@@ -23,6 +23,7 @@ next two requests; {"refuse": true}; {"drop_connections": true}), `GET /lab/knob
 """
 
 import asyncio
+import os
 import random
 import socket
 from collections import deque
@@ -161,6 +162,13 @@ class LabReplica:
         """Reset every open connection, as a replica that is killed does."""
         for connection in list(self._connections):
             connection.reset()
+
+    def close_now(self, client: int) -> None:
+        """End the connection of the client with this port in the kernel, at once: what is on its way is not read."""
+        for connection in self._connections:
+            if connection.transport.get_extra_info("peername")[1] == client:
+                with socket.socket(fileno=os.dup(connection.transport.get_extra_info("socket").fileno())) as sock:
+                    sock.shutdown(socket.SHUT_RDWR)
 
     def _bound(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET

@@ -121,8 +121,7 @@ async def serve(
     """Answer one request on a serving path; a poison request makes the replica `die`."""
     path = exchange.head.target.partition("?")[0]
     if knobs.race and exchange.connection.served:
-        exchange.connection.end("raced")
-        exchange.connection.cut(knobs.race)
+        exchange.connection.race()
     if knobs.early == "close":
         exchange.keeps_alive = False
         exchange.connection.stop_reading()
