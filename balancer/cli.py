@@ -8,7 +8,7 @@ from pathlib import Path
 
 from balancer.errors import ConfigError
 from balancer.inherited import settle
-from balancer.operate.commands import change, models, show, sky_flags, variables
+from balancer.operate.commands import change, events, models, show, sky_flags, variables
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, ENGINES
 
@@ -75,6 +75,8 @@ def _run(options: argparse.Namespace) -> int:
             return models.keep("export", ["--", *options.models, options.file])
         case "import":
             return models.keep("import", ["--", options.file])
+        case "events":
+            return events.events(options.names, options.follow, options.since, options.json)
         case "logs":
             return show.logs(options.name, options.ids, options.of, options.follow, options.tail)
         case _:
@@ -163,6 +165,18 @@ def _parser() -> argparse.ArgumentParser:
         )
     logs.add_argument("-f", "--follow", action=argparse.BooleanOptionalAction, help="keep printing new lines")
     logs.add_argument("--tail", type=_count, metavar="N", help="print only the last N lines")
+
+    told = command("events", "show what happened to services, with times")
+    told.add_argument("names", nargs="*", metavar="NAME", help="which services; * and ? match (default: all)")
+    told.add_argument("-f", "--follow", action=argparse.BooleanOptionalAction, help="keep printing new events")
+    told.add_argument(
+        "--since",
+        type=events.moment,
+        default=0.0,
+        metavar="WHEN",
+        help="only what happened since: an age as 90s, 10m, 2h or 7d, or a time as 2026-03-01T14:30",
+    )
+    told.add_argument("--json", action="store_true", help="print JSON, an event a line")
 
     down = command("down", "take services down")
     down.add_argument("names", nargs="*", metavar="NAME", help="which services; * and ? match")

@@ -20,6 +20,7 @@ from balancer.operate.engines.child import tail
 from balancer.operate.engines.engine import CannotStart, Engine
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state import control_socket
+from balancer.operate.state.event_log import EventLog
 from balancer.operate.state.service_folder import ServiceFolder
 from balancer.spec.service_file import parse
 
@@ -72,7 +73,10 @@ class _Up:
         self._began = time.monotonic()
         self._ended = asyncio.Event()
         self._balancer = engine.balancer(first)
-        self._controller = Controller(first.spec.name, first, engine, self._balancer, progress.say, self._look)
+        self._events = EventLog(folder.event_log, progress.say)
+        self._controller = Controller(
+            first.spec.name, first, engine, self._balancer, progress.say, self._look, self._events.add
+        )
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -87,6 +91,7 @@ class _Up:
                 self._progress.finish()
                 if self._engine.outlives_controller:
                     self._folder.remove_detached_record()
+                self._events.close()
                 self._ended.set()
         if self._failure:
             self._progress.say(f"groundserve: {self._recipe.spec.name} failed: {self._failure}")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from balancer.contract.status import Snapshot
 from balancer.contract.words import Phase, ServiceStatus, Status
 from balancer.errors import ConfigError
-from balancer.operate.controller import plan
+from balancer.operate.controller import happened, plan
 from balancer.operate.controller.plan import Action, Drain, Forget, Replace, Replica, Stage, Start, Stop
 from balancer.operate.controller.readiness import Readiness
 from balancer.operate.controller.report import Report
@@ -19,9 +19,12 @@ from balancer.operate.controller.wanted import UpdateResult, Wanted
 from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.engines.engine import CannotStart, Ended, Engine
 from balancer.operate.recipe.recipe import Recipe
+from balancer.operate.state.event_log import Event, What
 
 # Seconds between two steps while nothing happens; after a process ends, the next step follows at once.
 _PERIOD = 0.5
+# Seconds without an answer of the balancer that are worth an event; one that is restarted takes less.
+_SILENCE = 5.0
 
 
 class Controller:
@@ -38,9 +41,10 @@ class Controller:
         balancer: BalancerHandle,
         say: Callable[[str], None],
         show: Callable[[Snapshot], None],
+        record: Callable[[Event], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`say` is called with messages for the user, `show` with snapshots."""
+        """`say` is called with messages for the user, `show` with snapshots, `record` with what happens."""
         self.name = name
         self.wanted = Wanted(recipe)
         self.replicas: dict[int, Replica] = {}
@@ -49,12 +53,16 @@ class Controller:
         self._wake = engine.changed
         self._say = say
         self._show = show
+        self._record = record
         self._clock = clock
         self._report = Report(name, lambda: balancer.endpoint, engine.name)
         self.snapshot = self._report.alone([], self.wanted, 0.0)
         self._traffic = Traffic()
         self._readiness = Readiness(engine.fields)
         self._next_id = 1
+        self._balancer_starts = 0
+        self._heard_at = clock()  # when the balancer last answered
+        self._is_silent = False
         self._condemned: set[int] = set()
         self._updates: list[asyncio.Future[UpdateResult]] = []
         self._is_closing = False
@@ -64,6 +72,7 @@ class Controller:
 
     async def run(self) -> None:
         """Returns once closed and everything is down. Raises CannotStart if the balancer cannot run."""
+        self._record(Event(What.CONTROLLER_STARTED, f"version {self.wanted.serving.version}"))
         try:
             await self._adopt()
             while not self._is_closing:
@@ -83,7 +92,9 @@ class Controller:
 
     def scale(self, target: int) -> None:
         """Sets the wanted number of replicas, and retries those that were given up. Raises ConfigError."""
+        before = self.wanted.target
         self.wanted.scale(target)
+        self._record(Event(What.SCALED, f"{before} to {target}: it was asked for"))
         for replica in self.replicas.values():
             if replica.stage is Stage.GIVEN_UP:
                 self._keep(replace(replica, stage=Stage.WAITING, failures=0, start_at=0.0))
@@ -113,11 +124,13 @@ class Controller:
             for replica in self.replicas.values():
                 if replica.version == before.version:
                     self._keep(replace(replica, version=recipe.version))
+            self._record(Event(What.UPDATED, f"to version {recipe.version}, without a restart"))
             await self._renew_balancer(recipe)
             if not self._is_closing:
                 await self._tell()  # a status request after this must not show the old version
             self._wake.set()
             return UpdateResult(recipe.version)
+        self._record(Event(What.UPDATE_STARTED, f"version {before.version} to {recipe.version}, {mode}"))
         result: asyncio.Future[UpdateResult] = asyncio.get_running_loop().create_future()
         self._updates.append(result)
         self._wake.set()
@@ -138,12 +151,17 @@ class Controller:
 
     async def _step(self) -> None:
         await self._balancer.keep_up()
+        self._note_balancer()
         for over in self._engine.ended():
             self._lost(over)
         await self._tell()
         await self._probe_hidden()
         now = self._clock()
-        counts, result = self.wanted.counts(self.replicas.values(), self._traffic.take(), now)
+        before, load = self.wanted.target, self._traffic.take()
+        counts, result = self.wanted.counts(self.replicas.values(), load, now)
+        if self.wanted.target != before:
+            why = f"{load.in_flight} requests at replicas, {load.queued} waiting"
+            self._record(Event(What.SCALED, f"{before} to {self.wanted.target}: {why}"))
         if result is not None:
             await self._updated(result)
         timeout = self.wanted.serving.spec.settings.drain_timeout
@@ -226,8 +244,10 @@ class Controller:
     async def _updated(self, result: UpdateResult) -> None:
         if result.failure:
             self._say(f"{self.name} stays at version {self.wanted.serving.version}: {result.failure}")
+            self._record(Event(What.UPDATE_FAILED, f"version {result.version}: {result.failure}"))
         else:
             self._say(f"{self.name} is at version {result.version}")
+            self._record(Event(What.UPDATED, f"to version {result.version}"))
             await self._renew_balancer(self.wanted.serving)
         for waiting in self._updates:
             waiting.set_result(result)
@@ -276,12 +296,13 @@ class Controller:
                     self.snapshot = self._report.alone(self.replicas.values(), self.wanted, now)
                     self._show(self.snapshot)
                 return
+            self._heard_at = now
             self._traffic.note(snapshot)
             for row in snapshot.replicas:
                 replica = self.replicas.get(row.id)
                 if replica is not None and replica.stage in (Stage.RUNNING, Stage.DRAINING):
                     operation = self.wanted.recipes[replica.version].spec.operation
-                    self._keep(plan.observed(replica, row.status, row.in_flight, now, operation))
+                    self._keep(plan.observed(replica, row.status, row.in_flight, now, operation), row.reason)
             self.snapshot = self._report.shown(snapshot, self.replicas.values(), self.wanted, now)
             self._show(self.snapshot)
 
@@ -308,9 +329,28 @@ class Controller:
         hurrying.cancel()
         await asyncio.gather(*self._stopping)
         await self._engine.close()
+        self._record(Event(What.CONTROLLER_ENDED))
 
-    def _keep(self, replica: Replica) -> None:
+    def _note_balancer(self) -> None:
+        """Records that the balancer was started, and when it falls silent and is heard again."""
+        if self._balancer.starts > self._balancer_starts:
+            what = What.BALANCER_RESTARTED if self._balancer_starts else What.BALANCER_STARTED
+            self._record(Event(what, f"at {self._balancer.endpoint}"))
+            self._balancer_starts = self._balancer.starts
+        silence = self._clock() - self._heard_at
+        if self._balancer.has_answered and self._is_silent != (silence > _SILENCE):
+            self._is_silent = not self._is_silent
+            if self._is_silent:
+                self._record(Event(What.BALANCER_SILENT, f"for {silence:.0f} s"))
+            else:
+                self._record(Event(What.BALANCER_BACK))
+
+    def _keep(self, replica: Replica, why: str = "") -> None:
+        """Remembers the replica, and records what has happened to it; `why` is what the balancer says of its status."""
+        if event := happened.between(self.replicas.get(replica.id), replica, self._clock(), why):
+            self._record(event)
         self.replicas[replica.id] = replica
 
     def _forget(self, id: int) -> None:
-        self.replicas.pop(id, None)
+        if event := happened.between(self.replicas.pop(id, None), None, self._clock()):
+            self._record(event)

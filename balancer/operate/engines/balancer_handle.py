@@ -27,6 +27,8 @@ class BalancerHandle(ABC):
         self.admin = admin
         self.key_file = key_file
         self.has_answered = False
+        # How many processes or containers were started for it.
+        self.starts = 0
         self._key = key
         self._about = {"service": about} if about is not None else {}
         self._client = self._new_client()

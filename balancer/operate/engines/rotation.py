@@ -16,18 +16,21 @@ _NUMBERED = re.compile(r"\.\d+$")
 
 
 class RotatedLog:
-    """Appends to a log whose files are bounded in size and number. Never raises; drops what cannot be written."""
+    """Appends to a log whose files are bounded in size and number. Drops what cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: int | None = None
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> OSError | None:
+        """Never raises: returns what kept it from writing all, such as a full disk. The next call tries again."""
         try:
             while data:
                 data = data[self._write_some(data) :]
-        except OSError:
-            self.close()  # a full disk, say; the next write tries again
+        except OSError as failure:
+            self.close()
+            return failure
+        return None
 
     def close(self) -> None:
         if self._file is not None:

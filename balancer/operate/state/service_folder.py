@@ -43,6 +43,8 @@ class ServiceFolder:
         self.service_file = self.path / "balancer" / "service.yaml"
         self.balancer_log = self.path / "balancer.log"
         self.controller_log = self.path / "controller.log"
+        # Not one of the *.log that each run begins anew: its files tell of earlier runs, too.
+        self.event_log = self.path / "events.jsonl"
         self.admin_key_file = self.path / "admin.key"
         self.replica_key_file = self.path / "replica.key"
         self._lock_file = self.path / "lock"

@@ -126,6 +126,7 @@ class ComposeBalancer(BalancerHandle):
         overlay = self._folder.path / "balancer.json"
         write_whole(overlay, json.dumps({"services": {"balancer": self._overlay()}}))
         await self._project.compose("up", "-d", "--no-deps", *flags, "balancer", overlays=[overlay])
+        self.starts += 1
         if self._following is None or self._following.done():
             self._following = asyncio.create_task(self._follow())
 

@@ -97,6 +97,7 @@ class LocalBalancer(BalancerHandle):
         log = self._folder.balancer_log
         try:
             self._child = await Child.start(self._invocation(), log, self._on_change, listeners)
+            self.starts += 1
         except (CannotStart, BrokenState):
             if not self.has_answered:
                 raise
