@@ -90,6 +90,21 @@ def test_sigterm_reaches_what_a_shell_leaves_behind(marked: dict[str, str], tmp_
     assert alive(marked) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_only_the_parent_ends_the_command(marked: dict[str, str], tmp_path: Path, number: signal.Signals) -> None:
+    """A service manager that signals each process of a service cuts nothing off: the parent decides."""
+    told = f'for s in TERM INT USR1; do trap "echo $s >> {tmp_path}/told" $s; done'
+    leash = leashed(marked, f"{told}; touch {tmp_path}/up; while true; do sleep 0.05; done")
+    wait_until((tmp_path / "up").exists)
+    subprocess.run(["bash", "-c", f"kill -{number.name} {leash.pid}"], check=True)
+    leash.send_signal(signal.SIGUSR1 if number is signal.SIGTERM else signal.SIGTERM)  # in order, from one to the other
+    wait_until((tmp_path / "told").exists)
+    assert (tmp_path / "told").read_text() == ("USR1\n" if number is signal.SIGTERM else "TERM\n")
+    assert leash.poll() is None
+    leash.send_signal(signal.SIGHUP)
+    assert leash.wait(30) == 137
+
+
 def test_sighup_kills_everything_at_once(marked: dict[str, str]) -> None:
     leash = leashed(marked, f"trap '' TERM HUP; {STRAY}; while true; do sleep 0.05; done")
     wait_until(lambda: alive(marked, "sleep"))

@@ -5,8 +5,9 @@ behind, and the kernel signals it when its parent dies, however that happens.
 
 SIGTERM, SIGINT and SIGUSR1 go to the command alone, as with `docker stop`; once the command has ended after one of
 them, the processes that it left behind get SIGTERM. SIGHUP, which the kernel also sends when the parent dies, kills
-everything at once. If the command ends by itself, the processes that it left behind are killed. The exit code is the
-command's, or 128 + the signal that ended it.
+everything at once. All four count only if our parent sends them: a service manager may signal every process of a service,
+and the order in which they end is the parent's to decide. If the command ends by itself, the processes that it left
+behind are killed. The exit code is the command's, or 128 + the signal that ended it.
 
 With a log, the command's output goes through a pipe into files of bounded size. The leash reads the pipe to its
 end, even after the command or our parent has died, but for at most LAST_WORDS seconds after all processes are gone.
@@ -44,7 +45,7 @@ _OURS = {*_FORWARDED, signal.SIGHUP, signal.SIGCHLD}
 def main(arguments: list[str]) -> int:
     parent, command = int(arguments[0]), arguments[1:]
     log = Path(command.pop(0).removeprefix("--log=")) if command[0].startswith("--log=") else None
-    # Signals that our parent ignored (SIGHUP under nohup) would stay ignored, and even sigwait() would not see them.
+    # Signals that our parent ignored (SIGHUP under nohup) would stay ignored, and even sigwaitinfo() would not see them.
     ignored = {number for number in _OURS if signal.getsignal(number) is signal.SIG_IGN}
     for number in _OURS:
         signal.signal(number, signal.SIG_DFL)
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
         return 128 + signal.SIGHUP
     handed_over = _open_descriptors()
     if log is None:
-        return _hold(_start(command, ignored - {signal.SIGCHLD}, handed_over))
+        return _hold(_start(command, ignored - {signal.SIGCHLD}, handed_over), parent)
     reading, writing = os.pipe()
     with contextlib.suppress(OSError):  # the total size of a user's pipes is limited
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
     os.close(writing)
     keeping = threading.Thread(target=_keep, args=(reading, RotatedLog(log)), daemon=True)
     keeping.start()
-    code = _hold(pid)
+    code = _hold(pid, parent)
     keeping.join(LAST_WORDS)
     return code
 
@@ -111,11 +112,14 @@ def _start(command: list[str], ignored: set[signal.Signals], handed_over: list[i
         os._exit(NOT_FOUND if isinstance(failure, FileNotFoundError) else CANNOT_EXECUTE)
 
 
-def _hold(pid: int) -> int:
+def _hold(pid: int, parent: int) -> int:
     code: int | None = None
     was_asked = False
     while True:
-        received = signal.sigwait(_OURS)
+        info = signal.sigwaitinfo(_OURS)
+        received = info.si_signo
+        if received != signal.SIGCHLD and info.si_pid != parent and os.getppid() == parent:
+            continue
         if received == signal.SIGHUP:
             _kill_all()
             return 128 + signal.SIGKILL if code is None else code
