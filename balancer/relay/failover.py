@@ -43,8 +43,8 @@ class RetryBudget:
 UNTAKEN = frozenset((Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN, Outcome.BUSY))
 # A replica may have taken the request: it goes to another one if that is harmless; GET and HEAD draw on the budget.
 PERHAPS_TAKEN = frozenset((Outcome.LOST,))
-# The answer broke midway: a stream may continue on another replica.
-BROKEN_OFF = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK))
+# The answer, whose head the client has, broke off: a stream may continue on another replica.
+BROKEN_OFF = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK, Outcome.SILENT))
 
 
 def only_generates(path: str, body: list[bytes]) -> bool:

@@ -77,11 +77,11 @@ class ConnectionPool:
             connection.tell_when_heard()
             if connection.is_paused:
                 continue  # the client is slow, not the replica
-            if connection.has_begun:
-                self._judge_silence(connection, now)
             # A head proves little: SGLang sends that of /generate before it looks at the prompt.
-            elif now - connection.sent_at > settings.first_byte_timeout:
+            if not connection.has_begun and now - connection.sent_at > settings.first_byte_timeout:
                 connection.finish(Outcome.SILENT)
+            elif connection.has_head:
+                self._judge_silence(connection, now)
 
     def _judge_silence(self, connection: ReplicaConnection, now: float) -> None:
         """Ends an answer that is silent while its replica shows no sign of life, or that is silent for far too long."""

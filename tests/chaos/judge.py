@@ -24,7 +24,7 @@ OF_TWO = {"swap", "all gone", "poison"}
 MAY_END: dict[tuple[str, int, str], set[str]] = {
     ("broken", 200, "stream_broken"): OF_TWO,
     ("broken", 200, "replica_lost"): OF_TWO,
-    ("broken", 200, "first_byte_timeout"): STALLS,  # after such a silence no other replica is asked
+    ("broken", 200, "first_byte_timeout"): OF_TWO,
     ("cut", 200, ""): CUTS | STALLS,  # in the body of an answer that is no stream
     ("whole", 502, "replica_lost"): OF_TWO,
     ("whole", 502, "replica_bad_answer"): CUTS,

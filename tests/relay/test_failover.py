@@ -66,7 +66,7 @@ def test_sent_requests_have_a_budget() -> None:
     assert not may_repeat(Outcome.LOST, b"POST", True, 2, PLAIN, Budget(is_full=True), 0.0)
 
 
-@pytest.mark.parametrize("outcome", [Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK])
+@pytest.mark.parametrize("outcome", [Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK, Outcome.SILENT])
 def test_broken_answers_continue_once(outcome: Outcome) -> None:
     """An answer that broke continues at one other replica; resending and continuing are counted together."""
     assert may_continue(outcome, 1, PLAIN)

@@ -47,6 +47,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "before the first event": {"cut": "after_head"},
     "before the head": {"cut": "before_head"},
     "after the last token": {"cut": "after_tokens", "cut_after": TOKENS},
+    "stalled before the first event": {"hang": "after_head", "service_status": "hang"},
     "stalled": {"hang": "after_tokens", "hang_after": 3, "service_status": "hang"},
 }
 
@@ -76,6 +77,23 @@ async def test_streams_continue(path: str, fault: dict[str, Any]) -> None:
             assert answer.header("x-replica-id") == "a"
             assert answer.body.count(b": continued on b\n\n") == 1
             await until(lambda: house.balancer.tallies.continued == 1)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@on_uvloop
+async def test_streams_that_do_not_begin(path: str) -> None:
+    """A stream of which only the head came within first_byte_timeout continues elsewhere, even if its replica is alive."""
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, idle_timeout=0.4) as house:
+        whole = await undisturbed(house, path)
+        house.balancer.config.settings.first_byte_timeout = 1.0
+        prefer(house, "a", "b")
+        a.set(hang="after_head")
+        answer = await house.ask(asked(path))
+        assert (answer.is_whole, plain(answer.body)) == (True, whole)
+        await house.at_rest()
+        line = house.log()[-1]
+        assert (line["attempts"], line["retries"], line["member"]) == (2, "silent", "b")
+        assert any(r.target == "/server_info" for r in a.seen.probes), "it was asked meanwhile"
 
 
 @on_uvloop

@@ -140,7 +140,7 @@ async def test_nothing_available_is_503_within_50_ms() -> None:
 
 
 def closing_first(house: House, a: LabReplica) -> None:
-    """From now on the replica closes each kept connection just before the balancer sends on it, so nobody reads that."""
+    """From now on the replica closes each kept connection just before the balancer sends on it."""
     pool = house.balancer.destination.pool
     take = pool.idle_connection
 
