@@ -190,6 +190,9 @@ class Operation(_Section):
     max_restart_backoff: float = Field(60, ge=0, description="longest such wait")
     restart_limit: int = Field(5, ge=1, description="failed starts in a row before a replica is given up")
     stable_after: float = Field(60, ge=0, description="time being ready after which earlier failures are forgotten")
+    min_ready: float = Field(
+        10, ge=0, description="time a replica of a new version has to stay ready before an update counts it"
+    )
     stop_grace: float = Field(20, ge=0, description="time an idle replica has to end after SIGTERM; then SIGKILL")
     gpu_share: bool = Field(False, description="replicas share their GPUs, by turns, with other services that say so")
     target_in_flight_per_replica: float | None = Field(

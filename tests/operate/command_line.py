@@ -43,7 +43,7 @@ class Groundserve:
         path = self.folder / f"{name}.yaml"
         service = {"readiness_probe": {"path": "/health", "endpoint_probe_interval_seconds": 0.2}}
         count = {"replicas": replicas} if isinstance(replicas, int) else {"replica_policy": replicas}
-        settings = {"ready_interval": 0.1, "restart_backoff": 0.1, **ours}
+        settings = {"ready_interval": 0.1, "restart_backoff": 0.1, "min_ready": 0, **ours}
         script = "".join(f"\n  {line}" for line in run.splitlines())
         path.write_text(
             f"service: {json.dumps(service | count)}\nx-groundserve: {json.dumps(settings)}\n{more}\nrun: |{script}\n"

@@ -12,7 +12,7 @@ from balancer.operate.controller.rollout import Mode, RolloutStatus, RolloutStep
 from balancer.operate.engines.engine import Ended
 from balancer.spec.schema import Operation
 
-OPERATION = Operation()
+OPERATION = Operation(min_ready=0)
 
 
 class World:
@@ -114,6 +114,35 @@ def test_failed_replica_fails_the_update(status: Status) -> None:
     """A new replica that the balancer reports as failed fails the update."""
     new = Replica(2, 2, Stage.RUNNING, status=status)
     assert rollout.next_step("rolling", [new], 2, 1, 1) == RolloutStep(1, 0, RolloutStatus.FAILED, f"it was {status}")
+
+
+def test_ready_for_a_moment_is_not_updated() -> None:
+    """A version that dies soon after it was ready fails the update, and the old one has served all along."""
+    operation = Operation(min_ready=10)
+    old = Replica(1, 1, Stage.RUNNING, status=Status.READY, was_ready=True)
+    new, now = plan.started(Replica(2, 2), 0.0), 0.0
+    for _ in range(plan.FIRST_STARTS):
+        assert rollout.next_step("rolling", [old, new], 2, 1, 1) == RolloutStep(1, 1, RolloutStatus.IN_PROGRESS)
+        for later in (1, 5, 9):
+            new = plan.observed(new, Status.READY, 0, now + later, operation)
+            assert rollout.next_step("rolling", [old, new], 2, 1, 1) == RolloutStep(1, 1, RolloutStatus.IN_PROGRESS)
+        now += 10
+        new = plan.ended(new, Ended(2, "killed by signal 9"), now, operation)
+        failed = rollout.next_step("rolling", [old, new], 2, 1, 1)
+        new = plan.started(new, now)
+    assert failed == RolloutStep(1, 0, RolloutStatus.FAILED, "killed by signal 9")
+
+
+def test_ready_for_min_ready_is_updated() -> None:
+    operation = Operation(min_ready=10)
+    new = plan.observed(plan.started(Replica(2, 2), 0.0), Status.READY, 0, 1.0, operation)
+    assert rollout.next_step("rolling", [new], 2, 1, 1).status is RolloutStatus.IN_PROGRESS
+    new = plan.observed(new, Status.STARTING, 0, 5.0, operation)
+    new = plan.observed(new, Status.READY, 0, 6.0, operation)
+    new = plan.observed(new, Status.READY, 0, 15.9, operation)
+    assert rollout.next_step("rolling", [new], 2, 1, 1).status is RolloutStatus.IN_PROGRESS
+    new = plan.observed(new, Status.READY, 0, 16.0, operation)
+    assert rollout.next_step("rolling", [new], 2, 1, 1).status is RolloutStatus.DONE
 
 
 def test_nothing_to_serve_is_updated_at_once() -> None:

@@ -3,6 +3,7 @@
 import json
 import ssl
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -45,9 +46,55 @@ def test_both_versions_are_shown_while_an_update_runs(groundserve: Groundserve) 
     update.start()
     status = groundserve.until("lab", lambda status: len(status["replicas"]) == 2)
     assert (status["service"]["version"], status["service"]["status"]) == ("1,2", "READY")
-    assert "is being updated to version 2" in groundserve("update", "lab", slow, code=1)
     update.join()
     assert groundserve.status("lab")["service"]["version"] == "2"
+
+
+def test_a_new_update_supersedes_one_under_way(groundserve: Groundserve) -> None:
+    """The first one says so, and streams notice nothing."""
+    groundserve.up(groundserve.service("lab", f"{LAB} --token-interval 0.03")).until_up()
+    never = groundserve.service("never", f"{LAB} --start-delay 600")
+    with streaming(endpoint(groundserve)) as seen, ThreadPoolExecutor() as pool:
+        first = pool.submit(groundserve, "update", "lab", never, code=1)
+        groundserve.until("lab", lambda status: len(status["replicas"]) == 3)
+        assert groundserve("update", "lab", better(groundserve)).endswith("lab is at version 3\n")
+        assert first.result().endswith("groundserve: lab: version 2 gave way to version 3\n")
+    assert seen.failed == []
+    assert {row["version"] for row in groundserve.status("lab")["replicas"]} == {3}
+
+
+def test_blue_green_fails_when_its_time_is_over(groundserve: Groundserve) -> None:
+    groundserve.up(groundserve.service("lab", replicas=1)).until_up()
+    never = groundserve.service("never", f"{LAB} --start-delay 600", replicas=1)
+    never.write_text(never.read_text().replace('"path"', '"initial_delay_seconds": 2, "path"'))
+    said = groundserve("update", "lab", never, "--mode", "blue_green", code=1)
+    assert "lab stays at version 1: not ready after 2 s (readiness_probe.initial_delay_seconds)" in said
+    status = groundserve.until("lab", lambda status: len(status["replicas"]) == 1)
+    assert [(row["id"], row["status"]) for row in status["replicas"]] == [(1, "READY")]
+
+
+def test_a_version_that_dies_soon_after_it_was_ready(groundserve: Groundserve) -> None:
+    """It fails the update, and the old version serves all along."""
+    groundserve.up(groundserve.service("lab", f"{LAB} --token-interval 0.03", replicas=1)).until_up()
+    script = f"({LAB}) & replica=$!\n(sleep 2; kill -9 $replica) &\nwait $replica\necho it ran out of memory\nexit 1"
+    dies = groundserve.service("dies", script, replicas=1, min_ready=30)
+    with streaming(endpoint(groundserve)) as seen:
+        said = groundserve("update", "lab", dies, code=1)
+    assert "lab stays at version 1: exited with code 1: it ran out of memory" in said
+    assert seen.failed == []
+    assert "lab-1" in seen.replicas
+    status = groundserve.until("lab", lambda status: len(status["replicas"]) == 1)
+    assert [(row["id"], row["status"]) for row in status["replicas"]] == [(1, "READY")]
+
+
+def test_a_failed_update_restores_the_number(groundserve: Groundserve) -> None:
+    groundserve.up(groundserve.service("lab", replicas=1)).until_up()
+    groundserve("scale", "lab", "3")
+    groundserve.until("lab", lambda status: status["service"]["ready"] == 3)
+    broken = groundserve.service("broken", "echo $GROUNDSERVE_PORT; exit 3", replicas=1)
+    assert "lab stays at version 1" in groundserve("update", "lab", broken, code=1)
+    status = groundserve.until("lab", lambda status: {row["version"] for row in status["replicas"]} == {1})
+    assert [row["id"] for row in status["replicas"] if row["status"] == "READY"] == [1, 2, 3]
 
 
 def test_blue_green_under_streams(groundserve: Groundserve) -> None:

@@ -28,7 +28,7 @@ def left(id: int, version: int, digest: str) -> Survivor:
 
 
 def ready(id: int, version: int = 1) -> Replica:
-    return Replica(id, version, Stage.RUNNING, status=Status.READY, was_ready=True)
+    return Replica(id, version, Stage.RUNNING, status=Status.READY, was_ready=True, is_proven=True)
 
 
 AUTOSCALED = "replica_policy: {min_replicas: 0, max_replicas: 3, target_qps_per_replica: 1}"
@@ -88,11 +88,11 @@ def test_blue_green_hides_the_new_version() -> None:
     wanted = Wanted(made())
     wanted.update(made(2, "serve --better $GROUNDSERVE_PORT"), "blue_green")
     old = [ready(1), ready(2)]
-    assert wanted.hidden == 2
+    assert wanted.hidden == {2}
     assert wanted.counts(old, Load(), 0.0) == ({1: 2, 2: 2}, None)
     both = [*old, ready(3, 2), ready(4, 2)]
     assert wanted.counts(both, Load(), 0.0) == ({1: 2, 2: 2}, None)
-    assert wanted.hidden is None
+    assert wanted.hidden == frozenset()
     starting = [*old, *(replace(replica, status=Status.STARTING) for replica in both[2:])]
     assert wanted.counts(starting, Load(), 0.0) == ({1: 2, 2: 2}, None)
     assert wanted.counts(both, Load(), 0.0) == ({1: 0, 2: 2}, None)
@@ -145,11 +145,113 @@ def test_an_update_that_cannot_come_that_way_is_refused(first: Recipe, second: R
     assert (wanted.newest, wanted.coming) == (first, None)
 
 
-def test_one_update_at_a_time() -> None:
+def test_a_new_update_supersedes_one_under_way() -> None:
+    """The replicas that the superseded one already has serve until those of the new one do."""
     wanted = Wanted(made())
     wanted.update(made(2, "b $GROUNDSERVE_PORT"), "rolling")
-    with pytest.raises(ConfigError, match="x is being updated to version 2: wait for its end"):
-        wanted.update(made(3, "c $GROUNDSERVE_PORT"), "rolling")
+    assert wanted.update(made(3, "c $GROUNDSERVE_PORT"), "rolling") is None
+    mixed = [ready(1), ready(3, 2), Replica(4, 2, Stage.RUNNING)]
+    assert wanted.counts(mixed, Load(), 0.0) == ({1: 1, 2: 1, 3: 0}, None)
+    assert wanted.counts([*mixed[:2], ready(5, 3)], Load(), 0.0) == ({1: 0, 2: 1, 3: 1}, None)
+    assert wanted.counts([ready(5, 3), ready(6, 3)], Load(), 0.0)[1] == UpdateResult(3)
+    assert (wanted.serving.version, wanted.coming) == (3, None)
+
+
+def test_a_new_update_that_is_the_old_version() -> None:
+    """It needs no new replicas, and those that are gone come back before the others go."""
+    wanted = Wanted(made())
+    wanted.update(made(2, "b $GROUNDSERVE_PORT"), "rolling")
+    assert wanted.update(made(3), "rolling") == 1
+    assert (wanted.serving.version, wanted.coming) == (3, None)
+    assert wanted.counts([ready(1, 3), ready(3, 2)], Load(), 0.0) == ({2: 1, 3: 2}, None)
+    assert wanted.counts([ready(1, 3), ready(4, 3), ready(3, 2)], Load(), 0.0) == ({2: 0, 3: 2}, None)
+    assert wanted.counts([ready(1, 3), ready(4, 3)], Load(), 0.0) == ({3: 2}, None)
+
+
+def test_a_new_update_that_changes_only_the_balancer() -> None:
+    wanted = Wanted(made())
+    wanted.update(made(2, "b $GROUNDSERVE_PORT"), "rolling")
+    policy = "replicas: 2, load_balancing_policy: least_load"
+    assert wanted.update(made(3, "b $GROUNDSERVE_PORT", policy), "rolling") == 2
+    assert wanted.counts([ready(3, 3), ready(4, 3)], Load(), 0.0)[1] == UpdateResult(3)
+
+
+@pytest.mark.parametrize("is_aborted", [False, True])
+def test_a_failed_update_restores_the_number(is_aborted: bool) -> None:
+    wanted = Wanted(made())
+    wanted.scale(6)
+    wanted.update(made(2, "b $GROUNDSERVE_PORT", "replicas: 1"), "rolling")
+    six = [ready(id) for id in range(1, 7)]
+    if is_aborted:
+        assert wanted.abort() == UpdateResult(2, "the update was aborted")
+    else:
+        lost = Replica(7, 2, Stage.GIVEN_UP, reason="no such flag")
+        assert wanted.counts([*six, lost], Load(), 0.0) == ({1: 6, 2: 0}, UpdateResult(2, "no such flag"))
+    assert wanted.counts(six, Load(), 0.0) == ({1: 6}, None)
+
+
+@pytest.mark.parametrize("mode", ["rolling", "blue_green"])
+def test_a_lower_number_comes_with_the_new_version(mode: Any) -> None:
+    """The old version keeps its replicas until one of the new version has lasted."""
+    wanted = Wanted(made())
+    wanted.scale(4)
+    wanted.update(made(2, "b $GROUNDSERVE_PORT", "replicas: 1"), mode)
+    four = [ready(id) for id in range(1, 5)]
+    assert wanted.counts(four, Load(), 0.0) == ({1: 4, 2: 1}, None)
+    assert wanted.counts([*four, Replica(5, 2, Stage.RUNNING)], Load(), 0.0) == ({1: 4, 2: 1}, None)
+    wanted.counts([*four, ready(5, 2)], Load(), 0.0)
+    assert wanted.counts([*four, ready(5, 2)], Load(), 0.0) == ({1: 0, 2: 1}, None)
+    assert wanted.counts([ready(5, 2)], Load(), 0.0)[1] == UpdateResult(2)
+
+
+def test_a_higher_number_comes_with_the_new_version() -> None:
+    """No replica of the old version is started for it."""
+    wanted = Wanted(made())
+    wanted.update(made(2, "b $GROUNDSERVE_PORT", "replicas: 5"), "rolling")
+    assert wanted.counts([ready(1), ready(2)], Load(), 0.0) == ({1: 2, 2: 1}, None)
+
+
+def test_no_update_to_abort() -> None:
+    with pytest.raises(ConfigError, match="x is at version 1 and not being updated"):
+        Wanted(made()).abort()
+
+
+def test_going_back_takes_one_replica_at_a_time() -> None:
+    """Those of the failed version that are ready serve until the old ones are back."""
+    wanted = Wanted(made())
+    wanted.update(made(2, "b $GROUNDSERVE_PORT"), "rolling")
+    wanted.abort()
+    assert wanted.counts([ready(1), ready(3, 2)], Load(), 0.0) == ({1: 2, 2: 1}, None)
+    assert wanted.counts([ready(1), ready(4), ready(3, 2)], Load(), 0.0) == ({1: 2, 2: 0}, None)
+
+
+def test_nobody_sees_an_unseen_version_that_is_given_up() -> None:
+    wanted = Wanted(made())
+    wanted.update(made(2, "b $GROUNDSERVE_PORT"), "blue_green")
+    wanted.abort()
+    both = [ready(1), ready(2), ready(3, 2)]
+    assert wanted.counts(both, Load(), 0.0) == ({1: 2, 2: 0}, None)
+    assert wanted.hidden == {2}
+    wanted.counts(both[:2], Load(), 0.0)
+    assert wanted.hidden == frozenset()
+
+
+def test_an_update_of_a_sleeping_service_starts_one_replica_to_see() -> None:
+    wanted = Wanted(made(service=AUTOSCALED))
+    wanted.update(made(2, "b $GROUNDSERVE_PORT", AUTOSCALED), "rolling")
+    assert wanted.counts([], Load(), 0.0) == ({1: 0, 2: 1}, None)
+    lost = Replica(1, 2, Stage.GIVEN_UP, reason="no such flag")
+    assert wanted.counts([lost], Load(), 1.0) == ({1: 0, 2: 0}, UpdateResult(2, "no such flag"))
+    assert wanted.serving.version == 1
+    wanted.update(made(3, "c $GROUNDSERVE_PORT", AUTOSCALED), "rolling")
+    assert wanted.counts([ready(2, 3)], Load(), 2.0)[1] == UpdateResult(3)
+    assert wanted.counts([ready(2, 3)], Load(), 3.0) == ({3: 0}, None)
+
+
+def test_a_restart_replaces_all() -> None:
+    wanted = Wanted(made())
+    assert wanted.update(made(2), "rolling", is_restart=True) is None
+    assert wanted.counts([ready(1), ready(2)], Load(), 0.0) == ({1: 2, 2: 1}, None)
 
 
 def test_two_versions_on_one_port_take_turns() -> None:
@@ -207,10 +309,47 @@ def test_replicas_of_another_recipe() -> None:
     """Replicas of another recipe are replaced by a rolling update."""
     wanted = Wanted(made())
     wanted.adopt([left(1, 2, "another"), left(2, 2, "another")])
-    assert (wanted.serving.version, wanted.newest.version, wanted.hidden) == (2, 3, None)
+    assert (wanted.serving.version, wanted.newest.version, wanted.hidden) == (2, 3, frozenset())
     counts, result = wanted.counts([ready(1, 2), ready(2, 2)], Load(), 0.0)
     assert (counts, result) == ({2: 2, 3: 1}, None)
     assert wanted.recipes[2].version == 2
+
+
+def test_the_number_that_the_load_asked_for_is_kept() -> None:
+    """What serves six busy replicas is not scaled down to one because its controller is another."""
+    policy = "replica_policy: {min_replicas: 1, max_replicas: 8, target_qps_per_replica: 1}"
+    ours = made(service=policy)
+    for wanted in (Wanted(ours), Wanted(ours, target=6)):
+        wanted.adopt([left(id, 1, ours.digest) for id in range(1, 7)])
+        assert wanted.counts([ready(id) for id in range(1, 7)], Load(), 0.0) == ({1: 6}, None)
+
+
+@pytest.mark.parametrize(
+    ("first", "target", "kept"),
+    [
+        (made(service=AUTOSCALED), 9, 3),
+        (made(), 5, 5),
+        (made(fits=3), 5, 3),
+        (made(run="serve", service="ports: 80"), 2, 1),
+    ],
+)
+def test_a_number_from_before_is_kept_as_far_as_it_can_be(first: Recipe, target: int, kept: int) -> None:
+    assert Wanted(first, target).target == kept
+
+
+def test_an_update_from_before_goes_on() -> None:
+    """Its versions have the numbers that they had, also where only the balancer's settings differed."""
+    old, new = made(2), made(4, "b $GROUNDSERVE_PORT")
+    wanted = Wanted(old, 2, new)
+    found = [left(1, 1, old.digest), left(2, 3, new.digest), left(3, 3, "another")]
+    assert wanted.adopt(found) == {1: 2, 2: 4, 3: 3}
+    assert (wanted.serving.version, wanted.newest.version) == (2, 4)
+    assert wanted.counts([ready(1, 2), ready(2, 4), ready(3, 3)], Load(), 0.0) == ({2: 0, 3: 1, 4: 1}, None)
+
+
+def test_a_restart_from_before_goes_on() -> None:
+    old, new = made(1), made(2)
+    assert Wanted(old, 2, new).adopt([left(1, 1, old.digest), left(2, 2, old.digest)]) == {1: 1, 2: 2}
 
 
 def test_an_update_that_was_under_way_goes_on() -> None:

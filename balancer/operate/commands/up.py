@@ -16,6 +16,7 @@ from balancer.errors import ConfigError
 from balancer.inherited import ending
 from balancer.operate.commands.progress import Lines, Moving
 from balancer.operate.controller.controller import Controller
+from balancer.operate.controller.wanted import Wanted
 from balancer.operate.engines.child import tail
 from balancer.operate.engines.engine import CannotStart, Engine
 from balancer.operate.recipe.recipe import Recipe, recipe
@@ -75,7 +76,7 @@ class _Up:
         self._balancer = engine.balancer(first)
         self._events = EventLog(folder.event_log, progress.say)
         self._controller = Controller(
-            first.spec.name, first, engine, self._balancer, progress.say, self._look, self._events.add
+            first.spec.name, Wanted(first), engine, self._balancer, progress.say, self._look, self._events.add
         )
 
     async def run(self) -> int:
@@ -207,6 +208,8 @@ class _Up:
             say(f"warning: {warning}")
         say(f"{name} goes from version {self._controller.wanted.serving.version} to {self._version}, {mode}")
         result = await self._controller.update(fitted, mode)
+        if result.superseded_by is not None:
+            raise ConfigError(f"{name}: version {result.version} gave way to version {result.superseded_by}")
         if result.failure:
             raise ConfigError(f"{name} stays at version {self._controller.wanted.serving.version}: {result.failure}")
         return f"{name} is at version {result.version}"

@@ -89,7 +89,7 @@ class Autoscaler:
         if turned_away:
             self._full_until = now + FULL
         if now < self._full_until:
-            asked = self._clipped(max(asked, current + 1))
+            asked = self.clipped(max(asked, current + 1))
         self._note(now, asked)
         wanted = self._wanted(now, current, asked, is_waiting=queued > 0 or arrived > 0)
         if wanted > current:
@@ -98,12 +98,12 @@ class Autoscaler:
 
     def _wanted(self, now: float, current: int, asked: int, is_waiting: bool) -> int:
         if current == 0 and is_waiting:
-            return self._clipped(max(1, asked))
+            return self.clipped(max(1, asked))
         if (up := self._at_least(now, self.rule.upscale_delay)) > current:
             return up
         if (down := self._at_most(now, self.rule.downscale_delay)) is not None and down < current:
             return down
-        return self._clipped(max(current, self.rule.least + self.rule.spare))
+        return self.clipped(max(current, self.rule.least + self.rule.spare))
 
     def _asked_for(self, present: int) -> int:
         if self.rule.in_flight is not None:
@@ -112,9 +112,10 @@ class Autoscaler:
             assert self.rule.requests_per_second is not None
             rate = sum(count for _, count in self._arrivals) / WINDOW
             count = math.ceil(rate / self.rule.requests_per_second)
-        return self._clipped(max(count, self.rule.least) + self.rule.spare)
+        return self.clipped(max(count, self.rule.least) + self.rule.spare)
 
-    def _clipped(self, count: int) -> int:
+    def clipped(self, count: int) -> int:
+        """The number closest to `count` that the rule allows."""
         return max(self.rule.least, count if self.rule.most is None else min(count, self.rule.most))
 
     def _note(self, now: float, asked: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from balancer.contract.status import Snapshot
-from balancer.contract.words import Phase, ServiceStatus, Status
+from balancer.contract.words import Phase, ServiceStatus, State
 from balancer.errors import ConfigError
 from balancer.operate.controller import happened, plan
 from balancer.operate.controller.plan import Action, Drain, Forget, Replace, Replica, Stage, Start, Stop
@@ -36,7 +36,7 @@ class Controller:
     def __init__(
         self,
         name: str,
-        recipe: Recipe,
+        wanted: Wanted,
         engine: Engine,
         balancer: BalancerHandle,
         say: Callable[[str], None],
@@ -46,7 +46,7 @@ class Controller:
     ) -> None:
         """`say` is called with messages for the user, `show` with snapshots, `record` with what happens."""
         self.name = name
-        self.wanted = Wanted(recipe)
+        self.wanted = wanted
         self.replicas: dict[int, Replica] = {}
         self._engine = engine
         self._balancer = balancer
@@ -112,40 +112,52 @@ class Controller:
         """Replaces the balancer's process; the old one finishes its answers."""
         await self._balancer.replace()
 
-    async def update(self, recipe: Recipe, mode: Mode) -> UpdateResult:
+    async def update(self, recipe: Recipe, mode: Mode, is_restart: bool = False) -> UpdateResult:
         """Makes this version the wanted one. Returns once all replicas run it, or it failed and the old one is back.
 
+        It supersedes an update under way. With `is_restart` replicas are replaced even if nothing about them changes.
         Raises ConfigError if it cannot be rolled out in this mode.
         """
-        before = self.wanted.serving
-        self.wanted.update(recipe, mode)
+        coming = self.wanted.coming
+        same = self.wanted.update(recipe, mode, is_restart)
+        for replica in list(self.replicas.values()):
+            if replica.version == same:
+                self._keep(replace(replica, version=recipe.version))
+        if coming is not None:
+            self._record(Event(What.UPDATE_FAILED, f"version {coming.version}: version {recipe.version} superseded it"))
+            self._resolve(UpdateResult(coming.version, superseded_by=recipe.version))
         if self.wanted.coming is None:
             # The replicas' processes stay; only the balancer's settings change.
-            for replica in self.replicas.values():
-                if replica.version == before.version:
-                    self._keep(replace(replica, version=recipe.version))
             self._record(Event(What.UPDATED, f"to version {recipe.version}, without a restart"))
             await self._renew_balancer(recipe)
             if not self._is_closing:
                 await self._tell()  # a status request after this must not show the old version
             self._wake.set()
             return UpdateResult(recipe.version)
-        self._record(Event(What.UPDATE_STARTED, f"version {before.version} to {recipe.version}, {mode}"))
+        self._record(Event(What.UPDATE_STARTED, f"version {self.wanted.serving.version} to {recipe.version}, {mode}"))
         result: asyncio.Future[UpdateResult] = asyncio.get_running_loop().create_future()
         self._updates.append(result)
         self._wake.set()
         return await result
+
+    def abort(self) -> UpdateResult:
+        """Ends the update under way, and brings the version that serves back. Raises ConfigError if there is none."""
+        result = self.wanted.abort()
+        self._record(Event(What.UPDATE_ABORTED, f"version {result.version}"))
+        self._resolve(result)
+        self._wake.set()
+        return result
 
     async def _adopt(self) -> None:
         """Takes over the replicas that an earlier controller left running."""
         survivors = await self._engine.found()
         if not survivors:
             return
-        self.wanted.adopt(survivors)
+        versions = self.wanted.adopt(survivors)
         now = self._clock()
         for survivor in survivors:
             launched_at = now - (survivor.listing.launched_seconds or 0.0)
-            self._keep(Replica(survivor.id, survivor.listing.version, Stage.RUNNING, launched_at, was_ready=True))
+            self._keep(Replica(survivor.id, versions[survivor.id], Stage.RUNNING, launched_at, was_ready=True))
         self._next_id = max(survivor.id for survivor in survivors) + 1
         self._say(f"{self.name}: found {len(survivors)} of its replicas running")
 
@@ -183,8 +195,12 @@ class Controller:
             case Start(id, version):
                 await self._start(id, version)
             case Drain(id) if self.replicas[id].stage is Stage.RUNNING:
-                self._keep(plan.drained(self.replicas[id], self._clock()))
-                await self._balancer.drain(id)
+                drained = plan.drained(self.replicas[id], self._clock())
+                if drained.version in self.wanted.hidden:
+                    self._keep(replace(drained, status=None))  # the balancer never knew it
+                else:
+                    self._keep(drained)
+                    await self._balancer.drain(id)
             case Drain(id):
                 # It is already being stopped for a restart, which is now cancelled.
                 self._keep(replace(self.replicas[id], stage=Stage.STOPPING))
@@ -249,14 +265,19 @@ class Controller:
             self._say(f"{self.name} is at version {result.version}")
             self._record(Event(What.UPDATED, f"to version {result.version}"))
             await self._renew_balancer(self.wanted.serving)
+        self._resolve(result)
+
+    def _resolve(self, result: UpdateResult) -> None:
+        """Tells those who wait for the end of the update."""
         for waiting in self._updates:
-            waiting.set_result(result)
+            if not waiting.done():
+                waiting.set_result(result)
         self._updates.clear()
 
     async def _probe_hidden(self) -> None:
         """Probes the replicas that the balancer must not know about yet."""
         coming = self.wanted.coming
-        if coming is None or self.wanted.hidden is None:
+        if coming is None or coming.version not in self.wanted.hidden:
             return
         running = self._engine.running()
         probe = coming.readiness_probe
@@ -267,9 +288,11 @@ class Controller:
                 for replica in asked
             )
         )
+        patience, operation = probe.initial_delay_seconds, coming.spec.operation
         for replica, is_ready in zip(asked, answers, strict=True):
-            status = Status.READY if is_ready else Status.STARTING
-            self._keep(plan.observed(replica, status, 0, self._clock(), coming.spec.operation))
+            listing = running.get(replica.id)
+            is_fetching = listing is not None and listing.state is State.FETCHING
+            self._keep(plan.probed(replica, is_ready, is_fetching, self._clock(), patience, operation))
 
     async def _renew_balancer(self, recipe: Recipe) -> None:
         await self._balancer.renew(recipe)
@@ -309,9 +332,7 @@ class Controller:
     async def _end(self) -> None:
         """Stops the balancer first, so that no answer is cut off, then the replicas, which are idle by then."""
         self._is_closing = True
-        for waiting in self._updates:
-            waiting.set_result(UpdateResult(0, "it was taken down"))
-        self._updates.clear()
+        self._resolve(UpdateResult(0, "it was taken down"))
         await self._tell()
         await self._balancer.stop(self._hurry)
         await self._readiness.close()

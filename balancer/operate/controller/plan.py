@@ -41,6 +41,11 @@ class Replica:
     in_flight: int = 0
     ready_since: float | None = None
     was_ready: bool = False
+    # Has its current process been ready for `min_ready` without a break? Then an update may rely on it.
+    is_proven: bool = False
+    # Since when a replica that only the controller probes may be awaited: its start, the end of its model's download,
+    # or when it was last ready.
+    awaited_since: float = 0.0
     # Processes in a row that ended before the replica had been ready for `stable_after`.
     failures: int = 0
     # Why its last process ended.
@@ -108,13 +113,27 @@ def backoff(failures: int, operation: Operation) -> float:
 
 
 def started(replica: Replica, now: float) -> Replica:
-    return replace(replica, stage=Stage.RUNNING, launched_at=now, status=None, ready_since=None)
+    return replace(
+        replica,
+        stage=Stage.RUNNING,
+        launched_at=now,
+        awaited_since=now,
+        status=None,
+        ready_since=None,
+        is_proven=False,
+    )
 
 
 def ended(replica: Replica, over: Ended, now: float, operation: Operation) -> Replica:
     """The replica after its process has ended: waiting for its next start, or given up."""
     changed = replace(
-        replica, reason=over.reason, status=None, in_flight=0, ready_since=None, waits_for_gpu=over.waits_for_gpu
+        replica,
+        reason=over.reason,
+        status=None,
+        in_flight=0,
+        ready_since=None,
+        is_proven=False,
+        waits_for_gpu=over.waits_for_gpu,
     )
     if over.waits_for_gpu:
         return replace(changed, stage=Stage.WAITING, start_at=now + GPU_INTERVAL)
@@ -135,16 +154,34 @@ def observed(replica: Replica, status: Status, in_flight: int, now: float, opera
     is_ready = status.phase is Phase.READY
     since = (replica.ready_since if replica.ready_since is not None else now) if is_ready else None
     is_stable = since is not None and now - since >= operation.stable_after
+    is_proven = since is not None and now - since >= operation.min_ready
     return replace(
         replica,
         status=status,
         in_flight=in_flight,
         ready_since=since,
         was_ready=replica.was_ready or is_ready,
+        is_proven=replica.is_proven or is_proven,
         failures=0 if is_stable else replica.failures,
         reason="" if is_ready else replica.reason,
         waits_for_gpu=replica.waits_for_gpu and not is_ready,
     )
+
+
+def probed(
+    replica: Replica, is_ready: bool, is_fetching: bool, now: float, patience: float, operation: Operation
+) -> Replica:
+    """The replica after a probe by the controller, which alone knows of it. It fails after `patience` seconds."""
+    if is_ready or is_fetching:
+        replica = replace(replica, awaited_since=now)
+    if is_ready:
+        status = Status.READY
+    elif now - replica.awaited_since <= patience:
+        status = Status.STARTING
+    else:
+        status = Status.FAILED_INITIAL_DELAY
+        replica = replace(replica, reason=f"not ready after {patience:g} s (readiness_probe.initial_delay_seconds)")
+    return observed(replica, status, 0, now, operation)
 
 
 def decide(

@@ -60,7 +60,7 @@ class Report:
             reason=reason,
             is_asleep=wanted.is_asleep,
         )
-        shown = [replica for replica in replicas if replica.version != wanted.hidden]
+        shown = [replica for replica in replicas if replica.version not in wanted.hidden]
         return Listing(tuple(self._replica(replica, wanted, now) for replica in shown), service)
 
     def _replica(self, replica: Replica, wanted: Wanted, now: float) -> ReplicaListing:
@@ -83,7 +83,7 @@ class Report:
 
     def shown(self, snapshot: Snapshot, replicas: Collection[Replica], wanted: Wanted, now: float) -> Snapshot:
         """The balancer's snapshot, plus the replicas that the balancer does not know yet."""
-        hidden = [replica for replica in replicas if replica.version == wanted.hidden]
+        hidden = [replica for replica in replicas if replica.version in wanted.hidden]
         rows = [*snapshot.replicas, *self._rows(hidden, wanted, now)]
         service = replace(
             snapshot.service,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from balancer.operate.controller.plan import Replica, Stage
+from balancer.operate.controller.plan import FIRST_STARTS, Replica, Stage
 
 Mode = Literal["rolling", "blue_green"]
 
@@ -14,7 +14,7 @@ class RolloutStatus(Enum):
     """The progress of an update."""
 
     IN_PROGRESS = "some replicas still have the old version"
-    DONE = "all wanted replicas have the new version and are ready"
+    DONE = "all wanted replicas have the new version and have stayed ready"
     FAILED = "the new version does not become ready"
 
 
@@ -38,10 +38,10 @@ def next_step(mode: Mode, replicas: Iterable[Replica], version: int, total: int,
     new = [replica for replica in replicas if replica.version == version and replica.is_wanted]
     old = [replica for replica in replicas if replica.version != version]
     for replica in new:
-        if replica.stage is Stage.GIVEN_UP or replica.is_unusable:
+        if replica.stage is Stage.GIVEN_UP or replica.is_unusable or replica.failures >= FIRST_STARTS:
             reason = replica.reason or f"it was {replica.status}"
             return RolloutStep(total, 0, RolloutStatus.FAILED, reason)
-    ready = sum(replica.is_ready for replica in new)
+    ready = sum(replica.is_ready and replica.is_proven for replica in new)
     if ready >= total:
         return RolloutStep(0, total, RolloutStatus.IN_PROGRESS if old else RolloutStatus.DONE)
     if mode == "blue_green":

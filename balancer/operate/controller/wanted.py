@@ -30,23 +30,40 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """How an update ended; `failure` is empty if it succeeded."""
+    """How an update ended; `failure` is empty if it succeeded. `superseded_by` is the version that took its place."""
 
     version: int
     failure: str = ""
+    superseded_by: int | None = None
 
 
 class Wanted:
     """The wanted number of replicas, the version that serves, and the version that is being rolled out, if any."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipes = {recipe.version: recipe}
-        self.target = recipe.spec.min_replicas
+    def __init__(
+        self,
+        recipe: Recipe,
+        target: int | None = None,
+        coming: Recipe | None = None,
+        mode: Mode = "rolling",
+        before: int | None = None,
+    ) -> None:
+        """Of a service that ran before: `target` replicas, and an update to `coming`; `before`: the target without it.
+
+        Without a `target` the recipe says how many there are to be, or where the load decides, what was left running.
+        """
+        self.recipes = {made.version: made for made in (recipe, coming) if made is not None}
         self.serving = recipe
-        self.coming: Recipe | None = None
-        self._mode: Mode = "rolling"
+        self.coming = coming
+        self.mode: Mode = mode
         self._is_switched = False
-        self._autoscaler = _autoscaler(recipe)
+        # Versions that were given up before anybody but us knew their replicas.
+        self._unseen: frozenset[int] = frozenset()
+        self._autoscaler = _autoscaler(self.newest)
+        self._follows_what_is_left = target is None and self._autoscaler is not None
+        self.target = self._allowed(recipe.spec.min_replicas if target is None else target)
+        # How many replicas there are to be if the update fails.
+        self.before = self.target if before is None else before
 
     @property
     def newest(self) -> Recipe:
@@ -58,29 +75,49 @@ class Wanted:
         return self.target == 0 and self._autoscaler is not None
 
     @property
-    def hidden(self) -> int | None:
-        """The version whose replicas the balancer must not know about yet, so that they get no requests."""
-        if self.coming is None or self._mode == "rolling" or self._is_switched:
-            return None
-        return self.coming.version
+    def hidden(self) -> frozenset[int]:
+        """The versions whose replicas the balancer must not know about, so that they get no requests."""
+        if self.coming is None or self.mode == "rolling" or self._is_switched:
+            return self._unseen
+        return self._unseen | {self.coming.version}
 
-    def adopt(self, survivors: Collection[Survivor]) -> None:
-        """Continues where an earlier controller stopped: with its versions, and an update to our recipe if they differ.
+    def _allowed(self, target: int) -> int:
+        """The number closest to `target` that the newest recipe allows."""
+        if self._autoscaler is not None:
+            target = self._autoscaler.clipped(target)
+        if self.newest.fixed_port is not None:
+            target = min(target, 1)
+        return target if self.newest.fits is None else min(target, self.newest.fits)
 
-        The recipes of those other versions are unknown, so a replica of them that ends is restarted with our recipe.
+    def adopt(self, survivors: Collection[Survivor]) -> Mapping[int, int]:
+        """Continues where an earlier controller stopped; returns the version of each survivor by its id.
+
+        Survivors that started as one of our recipes would are of that version, whatever they were called. The recipes
+        of others are unknown: they are replaced, and one that ends is restarted with our recipe.
         """
-        ours, digest = self.serving, self.serving.digest
-        alike = {survivor.listing.version for survivor in survivors if survivor.digest == digest}
-        others = {survivor.listing.version for survivor in survivors} - alike
+        known = [made for made in (self.serving, self.coming) if made is not None]
+        versions: dict[int, int] = {}
+        strangers: set[int] = set()
+        for survivor in survivors:
+            alike = [made.version for made in known if made.digest == survivor.digest]
+            called = survivor.listing.version
+            versions[survivor.id] = called if called in alike or not alike else alike[0]
+            if not alike:
+                strangers.add(survivor.id)
+        others = {versions[id] for id in strangers}
         for version in others:
-            self.recipes[version] = replace(ours, version=version)
-        newest = max(alike | others)
-        version = newest if newest in alike else newest + 1
-        ours = self.recipes[version] = replace(ours, version=version)
+            self.recipes[version] = replace(self.serving, version=version)
+        if self._follows_what_is_left:
+            self.target = self.before = self._allowed(len(survivors))
+        if self.coming is not None or not survivors:
+            return versions
+        called_alike = {survivor.listing.version for survivor in survivors if survivor.id not in strangers}
+        newest = max(called_alike | others)
+        version = max(self.serving.version, newest if newest in called_alike else newest + 1)
+        ours = self.serving = self.recipes[version] = replace(self.serving, version=version)
         if others:
             self.serving, self.coming = self.recipes[max(others)], ours
-        else:
-            self.serving = ours
+        return {id: was if id in strangers else version for id, was in versions.items()}
 
     def scale(self, target: int) -> None:
         """Sets the target; raises ConfigError if the service autoscales or the machine or script does not allow it."""
@@ -96,12 +133,15 @@ class Wanted:
             raise ConfigError(f"{name} listens on port {recipe.fixed_port} only: it can have one replica")
         if recipe.fits is not None and target > recipe.fits:
             raise ConfigError(f"{name} with {target} replicas does not fit: this machine holds {recipe.fits}")
-        self.target = target
+        self.target = self.before = target
 
-    def update(self, recipe: Recipe, mode: Mode) -> None:
-        """Makes this version the wanted one; raises ConfigError if it cannot be rolled out in this mode."""
-        if self.coming is not None:
-            raise ConfigError(f"{recipe.spec.name} is being updated to version {self.coming.version}: wait for its end")
+    def update(self, recipe: Recipe, mode: Mode, is_restart: bool = False) -> int | None:
+        """Makes this version the wanted one, also while another is being rolled out, which it supersedes.
+
+        Returns the version whose replicas already are what this recipe starts, and so are of this version from now on;
+        None if there is none, or `is_restart`: then all are replaced. Raises ConfigError if it cannot be rolled out in
+        this mode.
+        """
         total = self.target if recipe.spec.autoscales else recipe.spec.min_replicas
         has_new_probe = recipe.readiness_probe != self.serving.readiness_probe and not recipe.starts_like(self.serving)
         obstacle = self._obstacle(recipe, 2 * total)
@@ -115,12 +155,39 @@ class Wanted:
         if mode == "rolling" and has_new_probe:
             raise ConfigError("replicas and readiness_probe change together: use --mode blue_green")
         self.recipes[recipe.version] = recipe
-        self._autoscaler = _autoscaler(recipe)
-        self.target = total
-        if recipe.starts_like(self.serving):
-            self.serving = recipe
-        else:
-            self.coming, self._mode, self._is_switched = recipe, mode, False
+        if self.coming is None:
+            self.before = self.target
+        superseded, self._autoscaler, self.target = self.coming, _autoscaler(recipe), total
+        if recipe.starts_like(self.serving) and not is_restart:
+            self._drop_coming()
+            before, self.serving, self.before = self.serving, recipe, total
+            return before.version
+        is_the_same = superseded is not None and mode == self.mode and recipe.starts_like(superseded)
+        if superseded is not None and is_the_same and not is_restart:
+            self.coming = recipe
+            return superseded.version
+        self._drop_coming()
+        self.coming, self.mode, self._is_switched = recipe, mode, False
+        return None
+
+    def abort(self) -> UpdateResult:
+        """Goes back to the version that served before the update; raises ConfigError if none is under way."""
+        if self.coming is None:
+            raise ConfigError(f"{self.serving.spec.name} is at version {self.serving.version} and not being updated")
+        result = UpdateResult(self.coming.version, "the update was aborted")
+        self._go_back()
+        return result
+
+    def _drop_coming(self) -> None:
+        """Its replicas stay as long as they are needed, those that nobody else has seen not even that long."""
+        self._unseen = self.hidden
+        self.coming = None
+
+    def _go_back(self) -> None:
+        self._drop_coming()
+        self._autoscaler = _autoscaler(self.serving)
+        # Where the load decides, it has done so in the meantime.
+        self.target = self._allowed(self.before if self._autoscaler is None else self.target)
 
     def _obstacle(self, recipe: Recipe, total: int) -> str:
         """Why that many replicas, of both versions, cannot run side by side; empty if they can."""
@@ -138,34 +205,72 @@ class Wanted:
         # Recipes of versions without replicas are no longer needed.
         present = {self.serving.version, self.newest.version, *(replica.version for replica in replicas)}
         self.recipes = {version: recipe for version, recipe in self.recipes.items() if version in present}
+        self._unseen &= present
         if self._autoscaler is not None:
             self.target = self._autoscaler.target(
                 now, self.target, load.arrived, load.in_flight, load.queued, load.turned_away
             )
         if self.coming is None:
-            return {self.serving.version: self.target}, None
-        step = rollout.next_step(self._mode, replicas, self.coming.version, self.target, self._surge())
-        if self.hidden is not None and step.old == 0:
+            return self._only_serving(replicas), None
+        # A service that sleeps starts one replica, to see whether it would wake.
+        total = 1 if self.is_asleep else self.target
+        # A lower number is for the new version; the old one keeps its own until the new one has shown that it runs.
+        old = max(total, self._old_limit())
+        if self.mode == "rolling" and not any(r.version == self.coming.version and r.is_proven for r in replicas):
+            total = old
+        step = rollout.next_step(self.mode, replicas, self.coming.version, total, self._surge())
+        if self.coming.version in self.hidden and step.old == 0:
             # Our own probes have passed. Now the balancer has to find the new ones ready before the old ones may go.
             self._is_switched = True
-            return {self.serving.version: self.target, self.coming.version: self.target}, None
-        counts = {self.serving.version: step.old, self.coming.version: step.new}
+            return {**self._kept(replicas, old), self.coming.version: total}, None
         if step.status is RolloutStatus.IN_PROGRESS:
-            return counts, None
+            staying = old if self.mode == "blue_green" and step.old else step.old
+            new = min(step.new, 1 if self.is_asleep else self.target)
+            return {**self._kept(replicas, staying), self.coming.version: new}, None
         result = UpdateResult(self.coming.version, step.reason)
         if step.status is RolloutStatus.DONE:
-            self.serving = self.coming
-        else:
-            self._autoscaler = _autoscaler(self.serving)
-        self.coming = None
-        return counts, result
+            counts = {**self._kept(replicas, 0), self.coming.version: step.new}
+            self.serving, self.coming, self.before = self.coming, None, self.target
+            return counts, result
+        self._go_back()
+        return self._only_serving(replicas), result
+
+    def _only_serving(self, replicas: Collection[Replica]) -> Mapping[int, int]:
+        """Without an update only one version is wanted. Replicas of others serve until they are replaced."""
+        mine = self.serving.version
+        if all(replica.version == mine for replica in replicas):
+            return {mine: self.target}
+        step = rollout.next_step("rolling", replicas, mine, self.target, self._surge())
+        if step.status is RolloutStatus.FAILED:
+            return {**self._kept(replicas, 0), mine: self.target}
+        return {**self._kept(replicas, step.old), mine: step.new}
+
+    def _kept(self, replicas: Collection[Replica], total: int) -> dict[int, int]:
+        """How many replicas to keep of each version but the newest: `total`, or fewer where there are not so many.
+
+        Versions that were given up keep those that are ready; only the version that serves is started again.
+        """
+        counts: dict[int, int] = {}
+        serving, newest = self.serving.version, self.newest.version
+        for version in sorted({replica.version for replica in replicas} - {serving, newest}, reverse=True):
+            ready = sum(replica.version == version and replica.is_wanted and replica.is_ready for replica in replicas)
+            counts[version] = 0 if version in self._unseen else min(ready, total)
+            total -= counts[version]
+        if serving != newest:
+            counts[serving] = min(total, self._old_limit())
+        return counts
+
+    def _old_limit(self) -> int:
+        """How many replicas of the old version there are at the most during an update, if none is ready yet."""
+        return self.target if self._autoscaler is not None else self.before
 
     def _surge(self) -> int:
         """How many replicas may run beyond the wanted number: as many as fit, or one if that is unknown."""
-        assert self.coming is not None
-        if self.coming.fixed_port is not None and self.coming.fixed_port == self.serving.fixed_port:
+        newest = self.newest
+        others = (made for made in self.recipes.values() if made.version != newest.version)
+        if newest.fixed_port is not None and any(made.fixed_port == newest.fixed_port for made in others):
             return 0
-        return 1 if self.coming.fits is None else max(0, self.coming.fits - self.target)
+        return 1 if newest.fits is None else max(0, newest.fits - self.target)
 
 
 def _autoscaler(recipe: Recipe) -> Autoscaler | None:
