@@ -133,7 +133,7 @@ class Balancer:
     async def _until_ready(self, leaving: asyncio.Event) -> None:
         deadline = self.loop.time() + self.config.accept_when_ready
         while self.loop.time() < deadline and not leaving.is_set():
-            if any(service.fleet.available() for service in self.services.all):
+            if any(service.fleet.serving() for service in self.services.all):
                 return
             await _wait(leaving, 0.02)
 

@@ -174,9 +174,21 @@ def model_not_named(known: Sequence[str]) -> ServeError:
     return ServeError(400, "model_not_named", message)
 
 
-def no_replica(retry_after: int = 5) -> ServeError:
+def no_replica(retry_after: int = 5, progress: str = "") -> ServeError:
+    """`progress`: how far a replica is that starts, in words."""
     message = "No replica is ready. Try again shortly; `groundserve status` shows what the replicas are doing."
+    if progress:
+        message = f"No replica is ready: {progress}. Try again shortly."
     return ServeError(503, "no_replica_ready", message, retry_after=retry_after)
+
+
+def not_awake(retry_after: int, why: str = "") -> ServeError:
+    """`why`: what keeps the model from its turn."""
+    message = (
+        f"This model shares its GPU and has not got its turn in time{f' ({why})' if why else ''}. Try again in about "
+        f"{retry_after} s; `groundserve status` shows who has it."
+    )
+    return ServeError(503, "model_not_awake", message, retry_after=retry_after)
 
 
 def replicas_busy(retry_after: int = 1) -> ServeError:

@@ -44,7 +44,8 @@ class Service:
     """The parts of one service. `start` begins to watch its replicas, `stop` ends that.
 
     `clock` is the loop's time in seconds, `dialer` connects to replicas, `tls` checks https replicas, `look_up`
-    resolves the name that replicas are discovered by.
+    resolves the name that replicas are discovered by. By the name `process`, replicas that share their GPUs know
+    whose orders they follow.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Service:
         dialer: Dialer | None = None,
         tls: ssl.SSLContext | None = None,
         look_up: Resolve = resolve,
+        process: str = "groundserve",
     ) -> None:
         self.config = config
         self.settings = config.settings
@@ -61,7 +63,7 @@ class Service:
         self.fleet = Fleet(self.settings, config.readiness, clock)
         self.admission = Admission(self.fleet, policy_of(config))
         self.places = Places(self.fleet, self.admission)
-        self.prober = Prober(self.fleet, config.replica_key, tls, dialer=dialer)
+        self.prober = Prober(self.fleet, config.replica_key, tls, dialer=dialer, balancer=process)
         self.discovery = DnsDiscovery(config.discover, self.fleet, look_up) if config.discover else None
         if self.discovery is not None:
             self.discovery.when_controller_gone.append(self.facts.forget)

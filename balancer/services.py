@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import secrets
 import ssl
+from collections.abc import Iterator
 
 from balancer.admin.feed import Feed
 from balancer.config import Config, for_service
@@ -13,7 +15,9 @@ from balancer.observe.history import History
 from balancer.observe.tally import Tallies
 from balancer.relay.directory import Destination
 from balancer.relay.sweep import Job
+from balancer.routing.turns import Rules
 from balancer.service import Service
+from balancer.turn_taking import TurnTaking
 
 log = logging.getLogger("groundserve")
 
@@ -46,8 +50,13 @@ class Services:
         self._look_up = look_up
         self._tallies = tallies
         self._endpoint = ""  # empty until the process serves
-        self._own = [self._add(one) for one in (config, *config.others)]
+        self._process = (
+            f"{config.name}-{secrets.token_hex(4)}"  # unique: two may share a GPU without knowing each other
+        )
+        self.turn_taking = TurnTaking(self._still_here, self._rules)
+        self.jobs["turns on shared GPUs"] = self.turn_taking.tick
         self._leaving: dict[str, tuple[Service, Destination]] = {}  # finishing their requests
+        self._own = [self._add(one) for one in (config, *config.others)]
 
     @property
     def first(self) -> Service:
@@ -73,6 +82,7 @@ class Services:
 
     async def stop(self) -> None:
         """Stops watching replicas and closes the idle connections to them."""
+        await self.turn_taking.stop()
         for service, destination in (*zip(self.all, self.destinations, strict=True), *self._leaving.values()):
             await service.stop()
             destination.pool.close()
@@ -126,9 +136,10 @@ class Services:
             raise ConfigError(f"{service.facts.name} is what this balancer was started for: it goes with the process")
 
     def _add(self, config: Config) -> Service:
-        service = Service(config, self._loop.time, self._dialer, self._tls, self._look_up)
+        service = Service(config, self._loop.time, self._dialer, self._tls, self._look_up, self._process)
         service.fleet.when_joined.append(self._tallies.member_joined)
         service.fleet.when_left.append(self._tallies.member_left)
+        self.turn_taking.watch(service)
         key = config.replica_key
         destination = Destination(service.places, service.settings, self._loop, key, self._tls, self._dialer, service)
         history = History(service.fleet, service.admission, self._tallies)
@@ -139,6 +150,15 @@ class Services:
         steps: tuple[Job, ...] = (destination.pool.sweep, lambda _: service.admission.expire(), history.take)
         self.jobs |= {job.format(config.name): step for job, step in zip(_JOBS, steps, strict=True)}
         return service
+
+    def _still_here(self) -> Iterator[Service]:
+        """All services that have, or may have, requests."""
+        yield from self.all
+        yield from (service for service, _ in self._leaving.values())
+
+    def _rules(self) -> Rules:
+        settings = self._config.settings
+        return Rules(settings.gpu_slice, settings.max_turn_over)
 
     def _start(self, service: Service) -> None:
         service.facts.endpoint = self._endpoint

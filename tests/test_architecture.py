@@ -21,7 +21,7 @@ ORDER = [
     {"observe"},
     {"relay"},
     {"admin"},
-    {"operate", "services"},
+    {"operate", "services", "turn_taking"},
     {"app", "process"},
     {"cli", "__main__"},
 ]

@@ -6,6 +6,7 @@ from typing import Generic, Protocol, TypeVar
 
 from balancer.fleet.member import Member
 from balancer.fleet.outliers import Outliers, Trial
+from balancer.fleet.tenancy import Tenancy
 from balancer.spec.settings import Settings
 
 
@@ -51,6 +52,8 @@ class Claim(Generic[C]):
         "_fleet",
         "_is_generating",
         "_is_pending",
+        "_tenancy",
+        "_was_awake",
         "choice",
         "member",
         "number",
@@ -74,10 +77,17 @@ class Claim(Generic[C]):
         member.in_flight += 1
         member.generating += is_generating
         member.requests_total += 1
+        self._tenancy = member.tenancy
+        if self._tenancy is not None:
+            self._was_awake = self._awake(self._tenancy)
         self._is_pending = is_generating and fleet.settings.max_pending is not None
         member.pending += self._is_pending
         self._computing = choice.computing
         member.computing += self._computing
+
+    def _awake(self, tenancy: Tenancy) -> float:
+        now = self._fleet.clock()
+        return now - tenancy.away(now)
 
     def begun(self, is_computed: bool = True) -> None:
         """The member has begun to answer, so the next may be sent; `is_computed`: it has computed the prompt."""
@@ -106,6 +116,8 @@ class Claim(Generic[C]):
         self.member.in_flight -= 1
         self.member.generating -= self._is_generating
         self.choice.over()
+        if (tenancy := self._tenancy) is not None:
+            tenancy.took(self._awake(tenancy) - self._was_awake, self._fleet.clock())
         was_pending = self._is_pending
         self._go_on()
         if self.trial is not None:

@@ -26,7 +26,8 @@ class Fleet:
 
     `clock` gives the loop's time in seconds. `when_room` is called whenever a waiting request might find a place,
     `when_refused` with a member at which nothing listens any more, `when_doubted` with one that should be asked
-    whether it is alive, and `when_dozed` with one that gave back its KV cache.
+    whether it is alive, and `when_dozed` with one that gave back its KV cache. `when_shared` is called when it becomes
+    known that a member shares its GPUs.
     """
 
     def __init__(self, settings: Settings, readiness: ReadinessProbe, clock: Clock) -> None:
@@ -41,6 +42,7 @@ class Fleet:
         self.when_refused: list[Callable[[Member], None]] = []
         self.when_doubted: list[Callable[[Member], None]] = []
         self.when_dozed: list[Callable[[Member], None]] = []
+        self.when_shared: list[Callable[[], None]] = []
         self.is_asleep = False  # scaled to zero: a generating request makes the controller start a replica
         self.in_flight = 0  # requests at members, including members that have left
         self.generating = 0  # those of them that generate
@@ -190,6 +192,8 @@ class Fleet:
             candidates = [m for m in candidates if m.generating < m.limit and m.full_until <= now]
             if (max_pending := self.settings.max_pending) is not None:
                 candidates = [m for m in candidates if m.pending < max_pending]
+        elif not candidates:
+            candidates = [m for m in self.resting() if m not in tried]  # what needs no GPU is answered without one
         if not candidates:
             return None
         self._lift()
@@ -201,6 +205,21 @@ class Fleet:
     def has_other(self, tried: Collection[Member]) -> bool:
         """Is there an available member, full or not, that has not been tried?"""
         return any(member not in tried for member in self.available())
+
+    def can_wake(self, tried: Collection[Member] = ()) -> bool:
+        """Is there a member that has not been tried, and would serve once it is woken?"""
+        return any(member not in tried for member in self.resting())
+
+    def why_away(self) -> str:
+        """Why no member can be woken, in words; empty if one can, or nobody knows."""
+        reasons = [member.tenancy.cannot_wake for member in self.resting() if member.tenancy]
+        return reasons[0] if reasons and all(reasons) else ""
+
+    def progress(self) -> str:
+        """How far a replica is that starts, in words; empty if nobody says."""
+        return next(
+            (m.listing.reason for m in self.shown() if m.listing.state.is_before_start and m.listing.reason), ""
+        )
 
     def is_starting(self, wakes: bool = True) -> bool:
         """Is there a replica that has not been ready yet and may still become so?
@@ -280,6 +299,8 @@ class Fleet:
         now = self.clock()
         if (tenancy := member.tenancy) is None:
             tenancy = member.tenancy = Tenancy(said.gpus, TenantState.STARTING, now, idle_since=now)
+            for hook in self.when_shared:
+                hook()
         was_lost, tenancy.is_lost = tenancy.is_lost, False
         tenancy.gpus = said.gpus
         if tenancy.is_told:
@@ -297,10 +318,15 @@ class Fleet:
         if (tenancy := member.tenancy) is None or state is tenancy.state:
             return
         was_away, since = tenancy.state.is_away, tenancy.away_since
+        if state is TenantState.AWAKE:
+            tenancy.cannot_wake = ""
         tenancy.enter(state, at)
         if state.is_away and not was_away:
             self._tell(self.when_dozed, member)
-            if not member.has_passed:  # it has started: it had the turn for that, and gave it up
+            if not member.has_passed:
+                # It has started, which is as good as a probe: once it is woken, requests must not wait for one.
+                member.ready.passed(now)
+                member.service.passed(now)
                 member.has_passed = True
                 self.ready_since = now if self.ready_since is None else self.ready_since
         elif was_away and not state.is_away:
@@ -320,6 +346,10 @@ class Fleet:
         """The members that doze or sleep, and could serve if they were woken."""
         now = self.clock()
         return [m for m in self.members.values() if m.is_resting and m.status(now).phase is Phase.READY]
+
+    def serving(self) -> list[Member]:
+        """The members that serve: those that may be given requests now, then those that can be woken for them."""
+        return [*self.available(), *self.resting()]
 
     def _count_failure(self, member: Member) -> None:
         member.failures_total += 1

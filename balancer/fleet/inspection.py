@@ -7,7 +7,9 @@ import orjson
 
 from balancer.fleet.member import UNKNOWN_LIMIT
 from balancer.fleet.probe_connection import NoResponse, ProbeConnection
+from balancer.fleet.tenancy import Said
 
+BALANCER = "x-balancer"
 MIN_LIMIT = 16
 TOKENS_PER_REQUEST = 256
 
@@ -47,6 +49,23 @@ async def inspect(connection: ProbeConnection, timeout: float) -> Inspection:
     capacity = _sum(ranks, "max_total_num_tokens") or (of_one and of_one * count)
     running = _sum(ranks, "max_running_requests") or _sum([info], "max_running_requests")
     return Inspection(_identity(info), limit_of(running, capacity), capacity, is_whole, count)
+
+
+async def read_lease(connection: ProbeConnection, timeout: float, balancer: str) -> Said | None:
+    """How the replica stands with its turn; None if it shares no GPU. Raises NoResponse.
+
+    It hears the name of its `balancer`, and leaves its turns to it for 5 s.
+    """
+    response = await connection.request("/lease", timeout, fields={BALANCER: balancer})
+    return lease_of(response.body) if response.status == 200 else None
+
+
+def lease_of(body: bytes) -> Said | None:
+    try:
+        said = orjson.loads(body)
+    except ValueError:
+        return None
+    return Said.of(said) if isinstance(said, dict) else None
 
 
 async def read_models(connection: ProbeConnection, timeout: float) -> tuple[dict[str, Any], ...]:

@@ -12,9 +12,10 @@ import orjson
 
 from balancer.contract.words import State
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.inspection import inspect, read_models, read_queue_length
+from balancer.fleet.inspection import BALANCER, inspect, lease_of, read_lease, read_models, read_queue_length
 from balancer.fleet.member import Member, Verdict
 from balancer.fleet.probe_connection import CannotProbe, ConnectionRefused, NoResponse, ProbeConnection
+from balancer.fleet.tenancy import Said
 
 log = logging.getLogger("groundserve")
 
@@ -24,6 +25,10 @@ TOKEN_PATHS = ("/health", "/health_generate")
 SOON = 1.0
 # However urgent it is, /ready is asked at most once in this many seconds.
 MIN_INTERVAL = 0.02
+# A replica that shares its GPUs hears from its balancer at least once in this many seconds; after 5 s without it takes
+# turns by itself.
+HEARTBEAT = 2.0
+ANSWER = 5.0  # seconds that the answer to an order may take beyond the time that the order gives it
 
 REDIRECTING = (301, 302, 303, 307, 308)
 SAME_METHOD = (307, 308)
@@ -51,13 +56,16 @@ class ConnectTo(Protocol):
 class MemberWatch:
     """Probes one member until it is stopped, and reports to the fleet."""
 
-    def __init__(self, member: Member, fleet: Fleet, connect_to: ConnectTo, jitter: random.Random) -> None:
+    def __init__(
+        self, member: Member, fleet: Fleet, connect_to: ConnectTo, jitter: random.Random, balancer: str
+    ) -> None:
         self._hurry = asyncio.Event()  # ask /ready now
         self.doubted = asyncio.Event()  # ask for a sign of life now
         self._member = member
         self._fleet = fleet
         self._connect_to = connect_to
         self._jitter = jitter
+        self._balancer = balancer
         self._came_up = asyncio.Event()  # /ready began to pass: run the service's probe now
         self._was_refused = False
         self._trouble = ""  # why it could not be probed, as last logged
@@ -65,6 +73,8 @@ class MemberWatch:
         self._service_connection = connect_to(member)
         self._queue_connection = connect_to(member)
         self._life_connection = connect_to(member)
+        self._order_connection = connect_to(member)
+        self._asked_lease: int | None = None  # the ready connection's `breaks` when it was last asked for a lease
         self._inspected: int | None = None  # the ready connection's `breaks` when we last knew which process answers
         loops = (self._watch_ready(), self._watch_service(), self._watch_queue(), self._watch_life())
         self.tasks = [asyncio.ensure_future(loop) for loop in loops]
@@ -72,6 +82,7 @@ class MemberWatch:
     def stop(self) -> None:
         for task in self.tasks:
             task.cancel()
+        self._order_connection.close()
 
     def refused(self) -> None:
         """A request found that nothing listens: ask again, over a new connection."""
@@ -93,10 +104,14 @@ class MemberWatch:
                         await self._hurry.wait()
                         await asyncio.sleep(MIN_INTERVAL)
                 pause = settings.ready_interval
+                if self._member.tenancy is not None:
+                    pause = min(pause, HEARTBEAT)
 
     async def _probe_ready(self) -> None:
         member, fleet = self._member, self._fleet
         if member.listing.state is not State.RUNNING:
+            return
+        if member.tenancy is not None and not await self._is_awake():
             return
         try:
             response = await self._ready_connection.request("/ready", fleet.settings.ready_timeout)
@@ -107,8 +122,12 @@ class MemberWatch:
         except NoResponse as error:
             fleet.note_probe(member, member.ready.failed(fleet.clock(), f"GET /ready: {error}"))
             return
+        if self._rests():
+            return  # it was told to doze meanwhile
         was_refusing = member.refusing
         if response.status == 503:
+            if await self._is_away():
+                return
             member.refusing = True
             fleet.note_probe(member, not was_refusing)
         elif response.status not in (200, 404):
@@ -118,6 +137,73 @@ class MemberWatch:
             member.refusing = False
             fleet.note_probe(member, member.ready.passed(fleet.clock()) or was_refusing)
             self._came_up.set()
+
+    # Its turns, if it shares its GPUs
+
+    async def _is_awake(self) -> bool:
+        """Asks how it stands with its turn, on the connection that shows a crash at once; a dead one is found here.
+
+        False: there is nothing more to ask.
+        """
+        member, fleet = self._member, self._fleet
+        orders = member.tenancy.orders if member.tenancy else 0
+        try:
+            said = await read_lease(self._ready_connection, fleet.settings.ready_timeout, self._balancer)
+        except ConnectionRefused as error:
+            self._was_refused = True
+            fleet.lost(member)
+            fleet.note_probe(member, member.ready.surely_failed(fleet.clock(), f"GET /lease: {error}"))
+            return False
+        except NoResponse as error:
+            has_changed = member.ready.failed(fleet.clock(), f"GET /lease: {error}")
+            if member.ready.verdict is Verdict.FAILING:
+                fleet.lost(member)
+            fleet.note_probe(member, has_changed)
+            return False
+        if said is None:
+            fleet.lost(member)
+            return True
+        self._take(said, orders)
+        if not self._rests():
+            return True
+        fleet.note_probe(member, member.ready.passed(fleet.clock()))
+        return False
+
+    async def _is_away(self) -> bool:
+        """It says 503: because others have its GPU, as one that another balancer has ordered so far?"""
+        if self._member.tenancy is not None or self._asked_lease == self._ready_connection.breaks:
+            return False
+        try:
+            said = await read_lease(self._ready_connection, self._fleet.settings.ready_timeout, self._balancer)
+        except NoResponse:
+            return False
+        self._asked_lease = self._ready_connection.breaks
+        if said is not None:
+            self._take(said, 0)
+        return self._rests()
+
+    def _take(self, said: Said, orders: int) -> None:
+        """Takes what it said, unless it has been told to change its state since it was asked."""
+        tenancy = self._member.tenancy
+        if tenancy is None or tenancy.orders == orders:
+            self._fleet.said(self._member, said)
+
+    def _rests(self) -> bool:
+        return self._member.is_resting
+
+    async def order(self, what: str, within: float) -> Said | None:
+        """Tells it to `wake`, `doze` or `sleep` within so many seconds, and returns how it stands with its turn then.
+
+        None if it gave no answer that can be understood.
+        """
+        try:
+            path, fields = f"/lease/{what}?within={within:g}", {BALANCER: self._balancer, "content-length": "0"}
+            response = await self._order_connection.request(path, within + ANSWER, "POST", fields)
+        except (NoResponse, CannotProbe) as error:
+            log.info("replica %s could not be told to %s: %s", self._member.name, what, error)
+            self._hurry.set()
+            return None
+        return lease_of(response.body)
 
     async def _is_another(self) -> bool:
         """Does another process answer now than the one we knew? Then a new member has taken over.
@@ -133,6 +219,10 @@ class MemberWatch:
         with contextlib.closing(self._connect_to(member)) as connection:
             inspection = await inspect(connection, timeout)
             models = await read_models(connection, timeout) if inspection.is_whole else ()
+            said = None
+            if inspection.is_whole and member.tenancy is None:
+                with contextlib.suppress(NoResponse):
+                    said = await read_lease(connection, timeout, self._balancer)
         if inspection.identity and member.identity:
             is_another = inspection.identity != member.identity
         else:
@@ -145,6 +235,8 @@ class MemberWatch:
         if inspection.is_whole:  # otherwise it is inspected again after the next /ready
             self._inspected, self._was_refused = breaks, False
             member.ranks = inspection.ranks
+        if said is not None:
+            self._take(said, 0)
         member.identity = inspection.identity or member.identity
         member.capacity_tokens = inspection.capacity_tokens or member.capacity_tokens
         member.own_limit = inspection.limit or member.own_limit
@@ -170,6 +262,8 @@ class MemberWatch:
         busy, so a probe that costs a token is left out; else the probe is sent.
         """
         member, fleet = self._member, self._fleet
+        if self._rests():
+            return
         if self._is_silent_too_long():
             await self._judge_silence()
             return
@@ -185,6 +279,8 @@ class MemberWatch:
             if self._may_be_prefilling():
                 return  # a long prefill keeps everything waiting
             failure = f"the readiness probe {fleet.readiness.path}: {error}"
+        if self._rests():
+            return  # it was told to doze meanwhile
         now = fleet.clock()
         fleet.note_probe(member, member.service.failed(now, failure) if failure else member.service.passed(now))
 
@@ -196,6 +292,8 @@ class MemberWatch:
         """
         member, fleet = self._member, self._fleet
         is_alive = await self._is_alive(self._service_connection, fleet.settings.silence_timeout)
+        if self._rests():
+            return
         now = fleet.clock()
         if is_alive:
             member.alive_at = now

@@ -17,6 +17,7 @@ class Outcome(enum.Enum):
     BROKEN = "broken"  # the answer began, then ended early or became invalid
     STALLED = "stalled"  # the answer began, then no bytes and no other sign of life for idle_timeout
     STUCK = "stuck"  # the answer began, then no bytes for first_byte_timeout, although the replica is alive
+    AWAY = "away"  # its replica did not get its turn on GPUs that it shares within start_wait
 
 
 # Failures that are the replica's fault. (A refused connection is dealt with at once, not counted.)

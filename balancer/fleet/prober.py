@@ -10,13 +10,14 @@ from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
 from balancer.fleet.member_watch import MemberWatch
 from balancer.fleet.probe_connection import ProbeConnection
+from balancer.fleet.tenancy import Said
 
 
 class Prober:
     """Watches the members of a fleet as they come and go.
 
     `api_key` is sent to the replicas, `tls` checks the certificates of https replicas, `seed` makes the jitter
-    repeatable, and `dialer` connects.
+    repeatable, and `dialer` connects. Replicas that share their GPUs know this process by the name `balancer`.
     """
 
     def __init__(
@@ -26,8 +27,10 @@ class Prober:
         tls: ssl.SSLContext | None = None,
         seed: int | None = None,
         dialer: Dialer | None = None,
+        balancer: str = "groundserve",
     ) -> None:
         self._fleet = fleet
+        self._balancer = balancer
         fields = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._connect_to = functools.partial(ProbeConnection, tls=tls, fields=fields, dialer=dialer or Dialer())
         self._jitter = random.Random(seed)
@@ -50,7 +53,12 @@ class Prober:
 
     def _joined(self, member: Member) -> None:
         if member not in self._watches:
-            self._watches[member] = MemberWatch(member, self._fleet, self._connect_to, self._jitter)
+            self._watches[member] = MemberWatch(member, self._fleet, self._connect_to, self._jitter, self._balancer)
+
+    async def order(self, member: Member, what: str, within: float) -> Said | None:
+        """Tells a member to `wake`, `doze` or `sleep`; see MemberWatch.order."""
+        watch = self._watches.get(member)
+        return await watch.order(what, within) if watch else None
 
     def _left(self, member: Member) -> None:
         if watch := self._watches.pop(member, None):

@@ -75,6 +75,7 @@ class Tenancy:
     away_since: float = 0.0  # when it was last awake, while it is away
     problem: str = ""  # why it cannot wake or doze
     starting: str = ""  # who has its GPUs in order to start
+    cannot_wake: str = ""  # why the last try to wake it failed, with nothing left to try
     is_lost: bool = False  # it does not answer: nothing of this is known any more
     is_told: bool = False  # it has been told to change its state, and has not answered yet
     orders: int = 0  # how often it has been told so
@@ -85,12 +86,17 @@ class Tenancy:
 
     @property
     def is_away(self) -> bool:
+        """Does it doze or sleep, as far as is known?"""
         return self.state.is_away and not self.is_lost
 
     @property
     def why_away(self) -> str:
         """What keeps it from waking; empty if nothing does."""
-        return self.problem or (f"its GPU is taken until {self.starting} has started" if self.starting else "")
+        return (
+            self.cannot_wake
+            or self.problem
+            or (f"its GPU is taken until {self.starting} has started" if self.starting else "")
+        )
 
     def away(self, now: float) -> float:
         """How many seconds it has not been awake so far, since the balancer has known it."""
@@ -105,8 +111,14 @@ class Tenancy:
             self._turns.append((self.since, at))
         self.state, self.since = state, at
 
-    def took(self, seconds: float) -> None:
-        """An answer took that long while the replica was awake."""
+    def told(self) -> None:
+        """It is told to change its state: until it has answered, nothing else that it says counts."""
+        self.is_told = True
+        self.orders += 1
+
+    def took(self, seconds: float, now: float) -> None:
+        """A request ended; it took that long, the replica's absences not counted."""
+        self.idle_since = now
         self.usual = seconds if self.usual is None else self.usual + NEWEST * (seconds - self.usual)
 
     def turns(self, now: float) -> list[tuple[float, float]]:

@@ -74,8 +74,11 @@ class Directory:
         return len(self._destinations) > 1
 
     def find(self, request: Request) -> Destination:
-        """The service that the request is for. A single one takes any model; else unknown ones raise ServeError."""
-        if not self.has_several:
+        """The service that the request is for. Raises ServeError for a model that none has.
+
+        A single service takes any model, unless it is strict.
+        """
+        if not self.has_several and not (self.first.settings.strict_model and requested_model(request)):
             return self.first
         model = requested_model(request)
         known: set[str] = set()

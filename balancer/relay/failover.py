@@ -44,7 +44,7 @@ UNTAKEN = frozenset((Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN, Outcom
 # A replica may have taken the request: it goes to another one if that is harmless; GET and HEAD draw on the budget.
 PERHAPS_TAKEN = frozenset((Outcome.LOST,))
 # The answer, whose head the client has, broke off: a stream may continue on another replica.
-BROKEN_OFF = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK, Outcome.SILENT))
+BROKEN_OFF = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK, Outcome.SILENT, Outcome.AWAY))
 
 
 def only_generates(path: str, body: list[bytes]) -> bool:
@@ -106,6 +106,8 @@ def final_error(outcome: Outcome, settings: Settings, retry_after: int, deaths: 
             return errors.lost()
         case Outcome.SILENT:
             return errors.first_byte_timeout(settings.first_byte_timeout)
+        case Outcome.AWAY:
+            return errors.not_awake(retry_after, f"after {settings.start_wait:g} s, start_wait")
         case Outcome.STALLED:
             return errors.stream_broken(f"the replica was silent for {settings.idle_timeout:g} s (idle_timeout).")
         case Outcome.STUCK:

@@ -44,7 +44,7 @@ def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAP
     async def server_info() -> Response:
         """A ready replica's configuration. SGLang shows its API key there; here all secrets are removed."""
         until = time.monotonic() + SOON
-        every = [(service.config.replica_key, member) for service in services for member in service.fleet.available()]
+        every = [(service.config.replica_key, member) for service in services for member in service.fleet.serving()]
         for key, member in every:
             if time.monotonic() > until:
                 break
@@ -64,7 +64,7 @@ def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAP
         return JSONResponse({"object": "list", "data": [entry for service in services for entry in listed(service)]})
 
     def _ready() -> int:
-        return sum(len(service.fleet.available()) for service in services)
+        return sum(len(service.fleet.serving()) for service in services)
 
     def _say(could_serve: bool) -> Response:
         if could_serve:

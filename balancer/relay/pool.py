@@ -7,6 +7,7 @@ import ssl
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.dial import Dialer
 from balancer.fleet.outcome import Outcome
+from balancer.relay.places import Place
 from balancer.relay.upstream import ReplicaConnection
 from balancer.spec.settings import Settings
 
@@ -77,18 +78,30 @@ class ConnectionPool:
             connection.tell_when_heard()
             if connection.is_paused:
                 continue  # the client is slow, not the replica
+            if (place := connection.place) is None:
+                continue
+            away = place.away(now)
+            if connection.heard_at != connection.last_byte_at:
+                connection.heard_at, connection.heard_away = connection.last_byte_at, away
+            if (away_for := place.away_for(now)) > 0:
+                # Others have its GPU, and its clocks stand still.
+                if away_for > settings.start_wait:
+                    connection.finish(Outcome.AWAY)
+                continue
             # A head proves little: SGLang sends that of /generate before it looks at the prompt.
-            if not connection.has_begun and now - connection.sent_at > settings.first_byte_timeout:
+            waited = now - connection.sent_at - (away - connection.sent_away)
+            if not connection.has_begun and waited > settings.first_byte_timeout:
                 connection.finish(Outcome.SILENT)
             elif connection.has_head:
-                self._judge_silence(connection, now)
+                self._judge_silence(connection, place, now, away)
 
-    def _judge_silence(self, connection: ReplicaConnection, now: float) -> None:
-        """Ends an answer that is silent while its replica shows no sign of life, or that is silent for far too long."""
-        settings, place = self.settings, connection.place
-        if place is None:
-            return
-        silence = now - connection.last_byte_at
+    def _judge_silence(self, connection: ReplicaConnection, place: Place, now: float, away: float) -> None:
+        """Ends an answer that is silent while its replica shows no sign of life, or that is silent for far too long.
+
+        `away`: how many seconds so far the replica had no turn. They do not count.
+        """
+        settings = self.settings
+        silence = now - connection.last_byte_at - (away - connection.heard_away)
         lifeless = min(silence, now - place.alive_at)
         if lifeless > settings.idle_timeout:
             connection.finish(Outcome.STALLED)

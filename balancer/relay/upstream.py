@@ -53,6 +53,8 @@ class ReplicaConnection(asyncio.Protocol):
         self.place: Place | None = None
         self.sent_at = self.last_byte_at = self.idle_since = 0.0
         self.connected_in = 0.0  # seconds
+        # How long the replica had been away when the request was sent, and when the last bytes came (`heard_at`).
+        self.sent_away = self.heard_away = self.heard_at = 0.0
         self.is_paused = False
         self.has_answered = False  # any byte of an answer to the current request has arrived
         self.has_head = False
@@ -88,7 +90,8 @@ class ReplicaConnection(asyncio.Protocol):
         self.place = place
         self._receiver = receiver
         self._outcome = self._pool.loop.create_future()
-        self.sent_at = self.last_byte_at = self._pool.loop.time()
+        self.sent_at = self.last_byte_at = self.heard_at = self._pool.loop.time()
+        self.sent_away = self.heard_away = place.away(self.sent_at)
         self._pool.busy.add(self)
         if len(body) == 1 and len(body[0]) <= COPIED:
             self._transport.write(head + body[0])

@@ -1,6 +1,7 @@
 """A place now, a bounded wait in a fair queue, or a clear no."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Waiter:
 class _Queued:
     waiter: Waiter
     place: "asyncio.Future[Claim[Choice]]"
+    since: float
     until: float
 
 
@@ -76,8 +78,11 @@ class Admission:
         self._shares = Shares()
         self._wait = ExpectedWait(fleet.clock())
         self._reading = OneAtATime()
+        self._expired_at = fleet.clock()
+        self.when_waiting: list[Callable[[], None]] = []  # called when a request has to wait
         fleet.when_room.append(self.assign)
         fleet.when_left.append(lambda member: self.policy.forget(member))
+        fleet.when_dozed.append(lambda member: self.policy.forget(member))
 
     def __repr__(self) -> str:
         waiting = f"{self._queue.size} generating and {self._plain.size} other requests waiting"
@@ -90,6 +95,11 @@ class Admission:
     @property
     def generating_queued(self) -> int:
         return self._queue.size
+
+    def oldest(self) -> float:
+        """When the oldest request that waits arrived, as a loop time in seconds; inf if none waits."""
+        waiting = (queued.waiter.arrived_at for queued in (*self._plain, *self._queue))
+        return min(waiting, default=math.inf)
 
     def queued_of(self, key: Hashable) -> int:
         """How many generating requests of that key wait for their first place."""
@@ -139,7 +149,7 @@ class Admission:
         queue = self._queue if waiter.is_generating else self._plain
         now = self.fleet.clock()
         place: asyncio.Future[Claim[Choice]] = asyncio.get_running_loop().create_future()
-        queued = _Queued(waiter, place, now + patience - waiter.waited)
+        queued = _Queued(waiter, place, now, now + patience - waiter.waited)
         if waiter.tried or waiter.rounds:
             self._make_room(queue, None, 1.0)
             queue.push_again(queued, waiter.arrived_at)
@@ -150,6 +160,8 @@ class Admission:
             self._make_room(queue, waiter.key, share)
             queue.push(queued, waiter.key, share)
         self.assign()  # requests already waiting may need a member that this one can do without
+        for hook in self.when_waiting:
+            hook()
         try:
             return await place
         except asyncio.CancelledError:
@@ -185,10 +197,19 @@ class Admission:
         """Refuses requests that have waited too long or have nothing to wait for. Call it a few times a second."""
         self.assign()
         now = self.fleet.clock()
+        since, self._expired_at = self._expired_at, now
+        if self._queue.size and not self.fleet.available() and self.fleet.can_wake():
+            self._stand_still(now - since)
         self._wait.passed(now, self._places if self._queue.size and self.fleet.available() else 0)
         for queued in (*self._plain, *self._queue):
             if not queued.place.done() and (refusal := self._refusal(queued, now)):
                 queued.place.set_exception(refusal)
+
+    def _stand_still(self, seconds: float) -> None:
+        """While no member is awake, the time that a request may wait for room does not pass, within `start_wait`."""
+        longest = self.fleet.settings.start_wait
+        for queued in self._queue:
+            queued.until = max(queued.until, min(queued.until + seconds, queued.since + longest))
 
     def _give(self, queue: Waiters) -> None:
         now = self.fleet.clock()
@@ -228,8 +249,12 @@ class Admission:
         settings = self.fleet.settings
         if self.fleet.has_other(waiter.tried):
             return settings.queue_timeout
+        if self.fleet.can_wake(waiter.tried):
+            if (why := self.fleet.why_away()) or not settings.start_wait:
+                raise errors.not_awake(_spread(0.0), why)
+            return settings.start_wait
         if not self.fleet.is_starting(waiter.is_generating) or not settings.start_wait:
-            raise errors.no_replica()
+            raise errors.no_replica(progress=self.fleet.progress())
         return settings.start_wait if waiter.is_waited_for else min(MOMENT, settings.start_wait)
 
     def _refuse_in_vain(self, key: Hashable, share: float) -> None:
@@ -258,8 +283,11 @@ class Admission:
                 return None
             wait = self._likely_wait(queued.waiter.key)
             return errors.queue_timeout(settings.queue_timeout, _spread(wait))
+        if self.fleet.can_wake(queued.waiter.tried):
+            why = self.fleet.why_away()
+            return errors.not_awake(_spread(0.0), why) if why or now >= queued.until else None
         if now >= queued.until or not self.fleet.is_starting(queued.waiter.is_generating):
-            return errors.no_replica()
+            return errors.no_replica(progress=self.fleet.progress())
         return None
 
 

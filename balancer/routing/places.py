@@ -61,7 +61,7 @@ class Places:
 
     def may_go_on(self, waiter: Waiter) -> bool:
         """May it claim another place, at a replica that it has not tried or, if all are full, at any replica later?"""
-        if self._fleet.has_other(waiter.tried):
+        if self._fleet.has_other(waiter.tried) or (waiter.is_generating and self._fleet.can_wake(waiter.tried)):
             return True
         if waiter.full_for is None:
             return False
@@ -115,6 +115,16 @@ class Place:
         """When the replica, asked during a silence, last said that it is at work (loop time, seconds)."""
         return self._member.alive_at
 
+    def away(self, now: float) -> float:
+        """Seconds so far in which the replica had no turn on GPUs that it shares; 0 if it shares none."""
+        tenancy = self._member.tenancy
+        return tenancy.away(now) if tenancy is not None else 0.0
+
+    def away_for(self, now: float) -> float:
+        """Seconds for which it has been waiting for its turn; 0 if it is awake."""
+        tenancy = self._member.tenancy
+        return now - tenancy.away_since if tenancy is not None and tenancy.is_away else 0.0
+
     def doubted(self) -> None:
         """The answer is silent: ask the replica whether it is at work. Called repeatedly while the silence lasts."""
         self._fleet.doubted(self._member)
@@ -137,7 +147,7 @@ class Place:
         elif outcome is Outcome.REFUSED:
             fleet.refused(member)
         elif outcome is Outcome.BUSY:
-            if attempt.full_for is not None:
+            if attempt.full_for is not None and not member.is_resting:  # what it said is that others have its GPU
                 waiter = self._waiter
                 waiter.number = waiter.number or self._claim.number
                 waiter.full_for = min(attempt.full_for, waiter.full_for or attempt.full_for)

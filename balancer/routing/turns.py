@@ -19,8 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-# Need and priority make a turn at most _LONGEST times `gpu_slice`. Where it matters how often a model may be passed
-# over, a lead in priority counts for at most _STEPS.
+# Need and priority make a turn at most _LONGEST times `gpu_slice`. A lead in priority counts for at most _STEPS.
 _LONGEST = 4.0
 _STEPS = 3
 # The weight of the newest swap in the estimated cost of a swap.
@@ -81,7 +80,9 @@ class Turns:
     """Remembers what swaps cost, and how often each model was passed over."""
 
     def __init__(self, rules: Rules) -> None:
-        self._rules = rules
+        self.rules = rules
+        # In how many seconds the next swap is due, if nothing else changes; inf: none.
+        self.due_in = math.inf
         self._cost: dict[str, float] = {}  # seconds that recent swaps took on each GPU
         self._passed: dict[str, int] = {}  # by waiting model: turns given to others on GPUs that it could use
 
@@ -93,6 +94,7 @@ class Turns:
 
     def decide(self, now: float, tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> list[Swap]:
         """The swaps to begin now. Until a swap is done, pass its tenants as BUSY."""
+        self.due_in = math.inf
         holders = {gpu: tenant for tenant in tenants if tenant.stage is not Stage.DOZING for gpu in tenant.gpus}
         pinned = _pinned(tenants, needs)
         claimed: set[str] = set()
@@ -108,24 +110,24 @@ class Turns:
         """The minimum length of the holder's turn while that model waits, in seconds."""
         mine, other = needs.get(holder.model, Need()), needs.get(waits, Need())
         by_need = (holder.in_flight + mine.waiting) / max(1, other.waiting)
-        by_priority = 2.0 ** (mine.priority - other.priority)
+        by_priority = 2.0 ** max(-_STEPS, min(mine.priority - other.priority, _STEPS))
         longer = min(_LONGEST, max(1.0, by_need * by_priority))
-        return max(self._rules.gpu_slice * longer, self._least(holder.gpus))
+        return max(self.rules.gpu_slice * longer, self._least(holder.gpus))
 
     def bound(self, rivals: int, longest_swap: float, steps: int = _STEPS) -> float:
         """The maximum wait of a model for a GPU that `rivals` others want too, in seconds.
 
         `steps`: by how much the highest priority among those exceeds its own.
         """
-        share = self._rules.swap_share
-        turn = max(_LONGEST * self._rules.gpu_slice, longest_swap * (1 - share) / share)
+        share = self.rules.swap_share
+        turn = max(_LONGEST * self.rules.gpu_slice, longest_swap * (1 - share) / share)
         turns = rivals + 1 + (_limit(rivals, steps) if steps else 0)
-        return turns * (turn + self._rules.max_turn_over + longest_swap)
+        return turns * (turn + self.rules.max_turn_over + longest_swap)
 
     def _least(self, gpus: Iterable[str]) -> float:
         """The shortest turn whose swap takes no more than `swap_share` of swap and turn together."""
         cost = max((self._cost.get(gpu, 0.0) for gpu in gpus), default=0.0)
-        return cost * (1 - self._rules.swap_share) / self._rules.swap_share
+        return cost * (1 - self.rules.swap_share) / self.rules.swap_share
 
     def _in_order(self, now: float, tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> list[str]:
         """The models that want a turn: those with no replica awake first."""
@@ -175,6 +177,7 @@ class Turns:
         wait, wakes, doze = best
         claimed |= set(wakes.gpus)
         if wait > 0:
+            self.due_in = min(self.due_in, wait)
             return None
         claimed |= {gpu for holder in doze for gpu in holder.gpus}  # its other GPUs are free once it dozes
         return Swap(wakes.id, tuple(holder.id for holder in doze))
@@ -186,7 +189,7 @@ class Turns:
         over = now - holder.since - self.slice(holder, needs, waits)
         if over < 0:
             return -over
-        left = self._rules.max_turn_over - over
+        left = self.rules.max_turn_over - over
         return max(0.0, left) if holder.in_flight and holder.seconds_left <= left else 0.0
 
     def _wants_less(self, holder: Tenant, needs: Mapping[str, Need], model: str) -> bool:

@@ -103,6 +103,23 @@ class Settings(BaseModel):
         (), description="further names for this service's model, where one endpoint serves several"
     )
 
+    strict_model: bool = Field(
+        False, description="refuse models that this service does not have, though it is the only one: 404"
+    )
+
+    # Turns on GPUs that replicas share
+    gpu_slice: float = Field(
+        2, gt=0, description="shortest turn while others wait, the first service's for all behind one endpoint"
+    )
+    max_turn_over: float = Field(
+        1, ge=0, description="time by which a turn may be longer, so that answers which end by then are not interrupted"
+    )
+    priority: int = Field(0, description="models of a higher one have their turns first, and longer ones")
+    min_awake: int = Field(0, ge=0, description="replicas that keep their GPUs though others wait")
+    idle_after: float | None = Field(
+        None, gt=0, description="a replica that dozes unused for so long moves its weights to host memory; none: never"
+    )
+
     # Admission
     max_in_flight: int | None = Field(
         None, gt=0, description="generating requests a replica may hold; none: as many as it says itself"

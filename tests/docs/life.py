@@ -10,7 +10,7 @@ from tests.docs.svg import Picture
 SETTINGS = Settings()
 LEFT, WIDE, HIGH, STEP, TOP = 132, 236, 46, 74, 62
 # How an answer can end that has begun.
-BEGUN = (Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK)
+BEGUN = (Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK, Outcome.AWAY)
 # What an outcome is called on the picture.
 CALLED = {
     Outcome.REFUSED: "nothing listens there",
@@ -22,6 +22,7 @@ CALLED = {
     Outcome.MANGLED: "its answer is not HTTP",
     Outcome.BROKEN: "it died amid the answer",
     Outcome.STALLED: f"no sign of life for {SETTINGS.idle_timeout:g} s",
+    Outcome.AWAY: f"no turn on its GPU for {SETTINGS.start_wait:g} s",
     Outcome.STUCK: f"alive, yet silent for {SETTINGS.first_byte_timeout:g} s",
 }
 STAGES: tuple[tuple[str, str, tuple[ServeError | Outcome, ...]], ...] = (

@@ -41,6 +41,7 @@ from tests.lab.seen import Seen
 from tests.lab.serving import TOKENIZING, serve, silence
 
 PROBES = ("/ready", "/health", "/health_generate")
+LEASE = "/lease"  # 404: it shares no GPU
 OPEN_TO_ALL = ("/ready", "/health", "/metrics")  # SGLang answers these without its API key
 
 
@@ -189,7 +190,7 @@ class LabReplica:
         elif not self._may_enter(exchange, path):
             await exchange.read_body()
             await exchange.reply(401, service.JSON, b'{"error":"Unauthorized"}')
-        elif path in PROBES or path in service.PATHS:
+        elif path in PROBES or path in service.PATHS or path == LEASE:
             self.seen.probes.append(exchange.record)
             await exchange.read_body()
             await self._inform(exchange, path)
@@ -211,7 +212,7 @@ class LabReplica:
         elif path in PROBES:
             wanted, delay = knobs.health, knobs.health_delay
         else:
-            wanted, delay = knobs.service_status, 0.0
+            wanted, delay = 404 if path == LEASE else knobs.service_status, 0.0
         if delay:
             await asyncio.sleep(delay)
         if wanted == "hang":

@@ -66,7 +66,7 @@ def test_sent_requests_have_a_budget() -> None:
     assert not may_repeat(Outcome.LOST, b"POST", True, 2, PLAIN, Budget(is_full=True), 0.0)
 
 
-@pytest.mark.parametrize("outcome", [Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK, Outcome.SILENT])
+@pytest.mark.parametrize("outcome", [Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK, Outcome.SILENT, Outcome.AWAY])
 def test_broken_answers_continue_once(outcome: Outcome) -> None:
     """An answer that broke continues at one other replica; resending and continuing are counted together."""
     assert may_continue(outcome, 1, PLAIN)
@@ -104,7 +104,7 @@ def test_only_generates(path: str, body: bytes, generates: bool) -> None:
 
 def test_every_outcome_has_a_verdict() -> None:
     """For every outcome it is decided whether it counts against the replica."""
-    harmless = {Outcome.ANSWERED, Outcome.REFUSED, Outcome.UNKNOWN, Outcome.BUSY}
+    harmless = {Outcome.ANSWERED, Outcome.REFUSED, Outcome.UNKNOWN, Outcome.BUSY, Outcome.AWAY}
     assert sorted([*FAILURES, *DOUBTFUL, *harmless], key=str) == sorted(Outcome, key=str)
 
 
@@ -119,6 +119,7 @@ def test_every_outcome_has_a_verdict() -> None:
         (Outcome.MANGLED, 502, "replica_bad_answer"),
         (Outcome.BROKEN, 502, "stream_broken"),
         (Outcome.STALLED, 502, "stream_broken"),
+        (Outcome.AWAY, 503, "model_not_awake"),
     ],
 )
 def test_what_the_client_is_told(outcome: Outcome, status: int, code: str) -> None:

@@ -39,6 +39,12 @@ class OnePlace:
         self.heard_at = 0.0
         self.tokens: tuple[int | None, int | None] = (None, None)
 
+    def away(self, now: float) -> float:
+        return 0.0
+
+    def away_for(self, now: float) -> float:
+        return 0.0
+
     def doubted(self) -> None:
         self.told.append("doubted")
         self.alive_at = asyncio.get_running_loop().time()

@@ -28,6 +28,7 @@ from tests.support.client import Answer, Client
 from tests.support.until import until
 
 DEADLINE = 60.0  # seconds for one test
+NOT_AWAITED = -1
 SOON = 5.0  # seconds for what should be there already
 
 
@@ -175,7 +176,10 @@ async def serving(
     look_up: Resolve = resolve,
     **settings: Any,
 ) -> AsyncIterator[House]:
-    """A balancer in front of these replicas (members a, b, ...), once `ready` of them (default: all) are ready."""
+    """A balancer in front of these replicas (members a, b, ...), once `ready` of them are ready.
+
+    By default all; NOT_AWAITED: at once.
+    """
     loop = asyncio.get_running_loop()
     complaints: list[str] = []
     loop.set_exception_handler(lambda _, context: complaints.append(repr(context)))
@@ -193,7 +197,8 @@ async def serving(
     house = House(balancer, replicas, log_reader)
     house.complaints = complaints
     try:
-        await house.ready(len(replicas) if ready is None else ready)
+        if ready != NOT_AWAITED:
+            await house.ready(len(replicas) if ready is None else ready)
         yield house
         await house.emptied()
     finally:
