@@ -79,7 +79,7 @@ class TurnTaking:
             idle_after, tenancy = one.service.settings.idle_after, one.tenancy
             if idle_after is None or tenancy.state is not TenantState.DOZING or tenancy.is_told or tenancy.is_lost:
                 continue
-            is_wanted = one.member.in_flight or one.service.admission.queue_depth
+            is_wanted = one.member.generating or one.service.admission.queue_depth
             if not is_wanted and now - max(tenancy.idle_since, tenancy.away_since) > idle_after:
                 self._begin(self._tell(one, "sleep", DOZE + WITH_WEIGHTS), one)
         self.look()
@@ -130,19 +130,19 @@ class TurnTaking:
                 else:  # it has its GPUs, and does not serve
                     model = f"{name}, not in service: {member.name}"
             elif member.is_leaving:
-                if not member.in_flight:
+                if not member.generating:
                     continue
                 model = f"{name}, leaving: {member.name}"
-                needs[model] = Need(member.in_flight, tenancy.away_since, AHEAD)
+                needs[model] = Need(member.generating, tenancy.away_since, AHEAD)
             elif now < self._not_before.get(member, 0.0) or not member.is_resting:
                 continue
-            elif member.in_flight:
-                waiting += member.in_flight
+            elif member.generating:
+                waiting += member.generating
                 oldest = min(oldest, tenancy.away_since)
             shares = True
             left = math.inf if tenancy.usual is None else tenancy.usual
             key = f"{name}/{member.id}"
-            tenant = Tenant(key, model, tenancy.gpus, stage, tenancy.since, member.in_flight, left)
+            tenant = Tenant(key, model, tenancy.gpus, stage, tenancy.since, member.generating, left)
             tenants[key] = tenant, one
         if shares:
             if awake < settings.min_awake and not waiting:
@@ -220,7 +220,7 @@ class TurnTaking:
             and not other.tenancy.is_told
             and set(other.tenancy.gpus) & set(one.tenancy.gpus)
         ]
-        for other in sorted(dozing, key=lambda other: (other.member.in_flight > 0, other.tenancy.idle_since)):
+        for other in sorted(dozing, key=lambda other: (other.member.generating > 0, other.tenancy.idle_since)):
             other.tenancy.told()
             await self._tell(other, "sleep", DOZE + WITH_WEIGHTS)
             if other.tenancy.state is TenantState.ASLEEP or other.tenancy.is_lost:
