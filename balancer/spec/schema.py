@@ -188,7 +188,9 @@ class Operation(_Section):
         1, ge=0, description="wait before a replica that died starts again; doubles each time"
     )
     max_restart_backoff: float = Field(60, ge=0, description="longest such wait")
-    restart_limit: int = Field(5, ge=1, description="failed starts in a row before a replica is given up")
+    restart_limit: int = Field(
+        5, ge=1, description="failed starts in a row before a replica of a version that never served is given up"
+    )
     stable_after: float = Field(60, ge=0, description="time being ready after which earlier failures are forgotten")
     min_ready: float = Field(
         10, ge=0, description="time a replica of a new version has to stay ready before an update counts it"

@@ -90,7 +90,7 @@ class _Up:
                 self._failure = str(failure)
             finally:
                 self._progress.finish()
-                if self._engine.outlives_controller:
+                if self._engine.outlives_controller and self._controller.is_cleared:
                     self._folder.remove_detached_record()
                 self._events.close()
                 self._ended.set()

@@ -15,9 +15,10 @@ from balancer.operate.controller.readiness import Readiness
 from balancer.operate.controller.report import Report
 from balancer.operate.controller.rollout import Mode
 from balancer.operate.controller.traffic import Traffic
+from balancer.operate.controller.troubles import Troubles, described
 from balancer.operate.controller.wanted import UpdateResult, Wanted
 from balancer.operate.engines.balancer_handle import BalancerHandle
-from balancer.operate.engines.engine import CannotStart, Ended, Engine
+from balancer.operate.engines.engine import Ended, Engine
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.event_log import Event, What
 
@@ -69,12 +70,18 @@ class Controller:
         self._hurry = asyncio.Event()
         self._telling = asyncio.Lock()  # an older list must not arrive after a newer one
         self._stopping: set[asyncio.Task[None]] = set()
+        self._troubles = Troubles(lambda text: say(f"{name}: {text}"), clock)
+        self._served: set[int] = set()  # versions of which a replica has been ready
+        self._is_renewal_due = False  # the balancer has older settings than the version that serves
+        # Once closed: is nothing of the service left running?
+        self.is_cleared = False
 
     async def run(self) -> None:
         """Returns once closed and everything is down. Raises CannotStart if the balancer cannot run."""
         self._record(Event(What.CONTROLLER_STARTED, f"version {self.wanted.serving.version}"))
         try:
-            await self._adopt()
+            # Before it is known what runs, nothing may be started or stopped.
+            await self._troubles.insist("finding out what runs", self._adopt, lambda: self._is_closing)
             while not self._is_closing:
                 self._wake.clear()
                 await self._step()
@@ -118,18 +125,25 @@ class Controller:
         It supersedes an update under way. With `is_restart` replicas are replaced even if nothing about them changes.
         Raises ConfigError if it cannot be rolled out in this mode.
         """
-        coming = self.wanted.coming
+        coming, serving = self.wanted.coming, self.wanted.serving
+        numbers = self.wanted.target, self.wanted.before
         same = self.wanted.update(recipe, mode, is_restart)
-        for replica in list(self.replicas.values()):
-            if replica.version == same:
-                self._keep(replace(replica, version=recipe.version))
+        self._renumber(same, recipe.version)
         if coming is not None:
             self._record(Event(What.UPDATE_FAILED, f"version {coming.version}: version {recipe.version} superseded it"))
             self._resolve(UpdateResult(coming.version, superseded_by=recipe.version))
         if self.wanted.coming is None:
             # The replicas' processes stay; only the balancer's settings change.
+            try:
+                await self._renew_balancer(recipe)
+            except Exception as failure:
+                self.wanted.update(serving, "rolling")
+                self.wanted.target, self.wanted.before = numbers
+                self._renumber(recipe.version, serving.version)
+                why = described(failure)
+                self._record(Event(What.UPDATE_FAILED, f"version {recipe.version}: {why}"))
+                raise ConfigError(f"{self.name} stays at version {serving.version}: {why}") from None
             self._record(Event(What.UPDATED, f"to version {recipe.version}, without a restart"))
-            await self._renew_balancer(recipe)
             if not self._is_closing:
                 await self._tell()  # a status request after this must not show the old version
             self._wake.set()
@@ -148,6 +162,11 @@ class Controller:
         self._wake.set()
         return result
 
+    def _renumber(self, old: int | None, new: int) -> None:
+        for replica in list(self.replicas.values()):
+            if replica.version == old:
+                self._keep(replace(replica, version=new))
+
     async def _adopt(self) -> None:
         """Takes over the replicas that an earlier controller left running."""
         survivors = await self._engine.found()
@@ -162,8 +181,21 @@ class Controller:
         self._say(f"{self.name}: found {len(survivors)} of its replicas running")
 
     async def _step(self) -> None:
-        await self._balancer.keep_up()
+        """What fails is tried again in a later step, while the rest goes on. Raises if the balancer never can start."""
+        if self._balancer.has_answered:
+            await self._troubles.attempt("keeping its balancer up", self._balancer.keep_up)
+        else:
+            await self._balancer.keep_up()
         self._note_balancer()
+        if self._is_renewal_due:
+            await self._troubles.attempt("renewing the balancer's settings", self._catch_up)
+        await self._troubles.attempt("looking after the replicas", self._look_after_replicas)
+
+    async def _catch_up(self) -> None:
+        await self._renew_balancer(self.wanted.serving)
+        self._is_renewal_due = False
+
+    async def _look_after_replicas(self) -> None:
         for over in self._engine.ended():
             self._lost(over)
         await self._tell()
@@ -187,8 +219,10 @@ class Controller:
         if self._balancer.is_leaving:
             actions = [action for action in actions if not isinstance(action, Stop)]
         if actions:
-            await asyncio.gather(*(self._act(action) for action in actions))
+            acted = await asyncio.gather(*(self._act(action) for action in actions), return_exceptions=True)
             await self._tell()
+            for failure in filter(None, acted):
+                raise failure
 
     async def _act(self, action: Action) -> None:
         match action:
@@ -220,14 +254,18 @@ class Controller:
         self._keep(plan.started(self.replicas[id], self._clock()))
         try:
             await self._engine.start(id, self.wanted.recipes[version])
-        except CannotStart as failure:
-            self._lost(Ended(id, str(failure)))
+        except Exception as failure:  # whatever it is, this replica does not run, and the others are to
+            self._lost(Ended(id, described(failure)))
 
     def _stop(self, id: int, reason: str | None) -> None:
         """Stops a replica's process without waiting for its end. With a `reason` the replica then starts again."""
 
         async def stop() -> None:
-            await self._engine.stop(id, self.wanted.serving.spec.operation.stop_grace)
+            grace = self.wanted.serving.spec.operation.stop_grace
+            # It holds its GPU until it is gone, so another may not take its place before.
+            await self._troubles.insist(
+                f"stopping {self.name}-{id}", lambda: self._engine.stop(id, grace), lambda: self._is_closing
+            )
             if reason is None:
                 self._forget(id)
             else:
@@ -248,7 +286,7 @@ class Controller:
             return
         now = self._clock()
         operation = self.wanted.recipes[replica.version].spec.operation
-        changed = plan.ended(replica, over, now, operation)
+        changed = plan.ended(replica, over, now, operation, has_served=self._has_served(replica.version))
         self._keep(changed)
         if changed.stage is Stage.GIVEN_UP:
             self._say(f"{self.name}-{id} is given up: {over.reason}")
@@ -257,6 +295,11 @@ class Controller:
         elif not replica.waits_for_gpu:
             self._say(f"{self.name}-{id} waits for a GPU: {over.reason}")
 
+    def _has_served(self, version: int) -> bool:
+        """Has it been ready before, and is it no longer being tried out? Then what fails now lies outside of it."""
+        coming = self.wanted.coming
+        return version in self._served and (coming is None or coming.version != version)
+
     async def _updated(self, result: UpdateResult) -> None:
         if result.failure:
             self._say(f"{self.name} stays at version {self.wanted.serving.version}: {result.failure}")
@@ -264,7 +307,8 @@ class Controller:
         else:
             self._say(f"{self.name} is at version {result.version}")
             self._record(Event(What.UPDATED, f"to version {result.version}"))
-            await self._renew_balancer(self.wanted.serving)
+            self._is_renewal_due = True
+            await self._troubles.attempt("renewing the balancer's settings", self._catch_up)
         self._resolve(result)
 
     def _resolve(self, result: UpdateResult) -> None:
@@ -308,7 +352,7 @@ class Controller:
             elif plan.is_hopeless(self.replicas.values(), self.wanted.target):
                 status, reason = ServiceStatus.FAILED, next((r.reason for r in self.replicas.values() if r.reason), "")
             else:
-                status, reason = None, ""
+                status, reason = None, self._troubles.reason
             now = self._clock()
             self._report.note(self._engine.running(), self.replicas.keys())
             snapshot = await self._balancer.tell(
@@ -333,9 +377,17 @@ class Controller:
         """Stops the balancer first, so that no answer is cut off, then the replicas, which are idle by then."""
         self._is_closing = True
         self._resolve(UpdateResult(0, "it was taken down"))
-        await self._tell()
-        await self._balancer.stop(self._hurry)
+        await self._troubles.attempt("telling the balancer", self._tell)
+        await self._troubles.attempt("stopping the balancer", lambda: self._balancer.stop(self._hurry))
         await self._readiness.close()
+        await self._stop_all()
+        await asyncio.gather(*self._stopping)
+        self.is_cleared = await self._troubles.attempt("removing what is left", self._engine.close)
+        if not self.is_cleared:
+            self._say(f"{self.name} may have left something running: groundserve down {self.name} removes it")
+        self._record(Event(What.CONTROLLER_ENDED))
+
+    async def _stop_all(self) -> None:
         ids = list(self._engine.running())
 
         async def stop_all(grace: float) -> None:
@@ -346,11 +398,10 @@ class Controller:
             await stop_all(0.0)
 
         hurrying = asyncio.create_task(hurry())
-        await stop_all(self.wanted.serving.spec.operation.stop_grace)
+        grace = self.wanted.serving.spec.operation.stop_grace
+        await self._troubles.attempt("stopping the replicas", lambda: stop_all(grace))
         hurrying.cancel()
-        await asyncio.gather(*self._stopping)
-        await self._engine.close()
-        self._record(Event(What.CONTROLLER_ENDED))
+        await asyncio.gather(hurrying, return_exceptions=True)
 
     def _note_balancer(self) -> None:
         """Records that the balancer was started, and when it falls silent and is heard again."""
@@ -371,6 +422,8 @@ class Controller:
         if event := happened.between(self.replicas.get(replica.id), replica, self._clock(), why):
             self._record(event)
         self.replicas[replica.id] = replica
+        if replica.was_ready:
+            self._served.add(replica.version)
 
     def _forget(self, id: int) -> None:
         if event := happened.between(self.replicas.pop(id, None), None, self._clock()):

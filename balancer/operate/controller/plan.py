@@ -124,8 +124,12 @@ def started(replica: Replica, now: float) -> Replica:
     )
 
 
-def ended(replica: Replica, over: Ended, now: float, operation: Operation) -> Replica:
-    """The replica after its process has ended: waiting for its next start, or given up."""
+def ended(replica: Replica, over: Ended, now: float, operation: Operation, *, has_served: bool = False) -> Replica:
+    """The replica after its process has ended: waiting for its next start, or given up.
+
+    A replica of a version that `has_served` is never given up, because what it lacks now (a model store, a driver) may
+    come back.
+    """
     changed = replace(
         replica,
         reason=over.reason,
@@ -140,7 +144,7 @@ def ended(replica: Replica, over: Ended, now: float, operation: Operation) -> Re
     failures = replica.failures + 1
     changed = replace(changed, failures=failures)
     limit = operation.restart_limit if replica.was_ready else min(FIRST_STARTS, operation.restart_limit)
-    if failures >= limit or (over.is_hopeless and not replica.was_ready):
+    if not has_served and (failures >= limit or (over.is_hopeless and not replica.was_ready)):
         return replace(changed, stage=Stage.GIVEN_UP)
     return replace(changed, stage=Stage.WAITING, start_at=now + backoff(failures, operation))
 

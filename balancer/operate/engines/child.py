@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from balancer.operate.engines.engine import CannotStart
 from balancer.operate.recipe.recipe import Invocation
@@ -33,7 +35,7 @@ class Child:
         """
         leash = (sys.executable, "-I", "-S", _LEASH, str(os.getpid()), f"--log={log}")
         try:
-            with log.open("ab") as output:  # for messages of the leash itself
+            with _opened(log) as output:  # for messages of the leash itself
                 process = await asyncio.create_subprocess_exec(
                     *leash,
                     *invocation.argv,
@@ -78,6 +80,16 @@ class Child:
     async def _wait(self, on_end: Callable[[], None]) -> None:
         await self._process.wait()
         on_end()
+
+
+def _opened(log: Path) -> BinaryIO:
+    """Opened for appending; a disk that has no room for a new file keeps nothing from running."""
+    try:
+        return log.open("ab")
+    except OSError as failure:
+        if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        return Path(os.devnull).open("ab")
 
 
 def tail(log: Path, lines: int) -> list[str]:

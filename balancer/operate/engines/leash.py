@@ -5,9 +5,9 @@ behind, and the kernel signals it when its parent dies, however that happens.
 
 SIGTERM, SIGINT and SIGUSR1 go to the command alone, as with `docker stop`; once the command has ended after one of
 them, the processes that it left behind get SIGTERM. SIGHUP, which the kernel also sends when the parent dies, kills
-everything at once. All four count only if our parent sends them: a service manager may signal every process of a service,
-and the order in which they end is the parent's to decide. If the command ends by itself, the processes that it left
-behind are killed. The exit code is the command's, or 128 + the signal that ended it.
+everything at once. All four count only if our parent sends them: a service manager may signal every process of a
+service, and the order in which they end is the parent's to decide. If the command ends by itself, the processes that
+it left behind are killed. The exit code is the command's, or 128 + the signal that ended it.
 
 With a log, the command's output goes through a pipe into files of bounded size. The leash reads the pipe to its
 end, even after the command or our parent has died, but for at most LAST_WORDS seconds after all processes are gone.
@@ -45,7 +45,7 @@ _OURS = {*_FORWARDED, signal.SIGHUP, signal.SIGCHLD}
 def main(arguments: list[str]) -> int:
     parent, command = int(arguments[0]), arguments[1:]
     log = Path(command.pop(0).removeprefix("--log=")) if command[0].startswith("--log=") else None
-    # Signals that our parent ignored (SIGHUP under nohup) would stay ignored, and even sigwaitinfo() would not see them.
+    # Signals that our parent ignored (SIGHUP under nohup) would stay ignored, and sigwaitinfo() would not see them.
     ignored = {number for number in _OURS if signal.getsignal(number) is signal.SIG_IGN}
     for number in _OURS:
         signal.signal(number, signal.SIG_DFL)

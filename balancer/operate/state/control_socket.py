@@ -49,6 +49,8 @@ async def serving(path: Path, answer: Answer) -> AsyncIterator[None]:
                 send({"done": await answer(request, lambda text: send({"say": text}))})
             except ConfigError as failure:
                 send({"error": str(failure)})
+            except Exception as failure:  # the service goes on, and the client is told
+                send({"error": f"that failed: {type(failure).__name__}: {failure}"})
             await writer.drain()
         except (ValueError, ConnectionError, TimeoutError):
             pass  # not a request of ours, or the client has gone

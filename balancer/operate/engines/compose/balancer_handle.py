@@ -91,8 +91,8 @@ class ComposeBalancer(BalancerHandle):
 
     async def renew(self, recipe: Recipe) -> None:
         has_moved = recipe.spec.tls != self._recipe.spec.tls
-        self._recipe = recipe
         self._folder.write_service_file(service_file_for(recipe))
+        self._recipe = recipe  # only now: a file that could not be written leaves it as it was
         if has_moved:
             await self._up()
 

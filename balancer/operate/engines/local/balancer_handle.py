@@ -21,7 +21,7 @@ from balancer.operate.state.state_file import BrokenState
 
 T = TypeVar("T")
 
-# The first restart in a row is immediate; the second waits twice this many seconds, and each further one doubles that.
+# The first restart in a row is immediate; the second waits this many seconds, and each further one twice as long.
 _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 10.0
 # Seconds after its start before a process gets its first request. It takes longer than that to start, and its
@@ -105,14 +105,14 @@ class LocalBalancer(BalancerHandle):
         self._started = time.monotonic()
 
     def _back_off(self) -> None:
-        backoff = _FIRST_BACKOFF * 2.0 ** min(self._failures, 8) if self._failures else 0.0
+        backoff = _FIRST_BACKOFF * 2.0 ** min(self._failures - 1, 8) if self._failures else 0.0
         self._start_at = time.monotonic() + min(_LONGEST_BACKOFF, backoff)
         self._failures += 1
 
     async def renew(self, recipe: Recipe) -> None:
         is_same_process = recipe.spec.tls == self._recipe.spec.tls
-        self._recipe = recipe
         self._folder.write_service_file(service_file_for(recipe))
+        self._recipe = recipe  # only now: a file that could not be written leaves it as it was
         if not is_same_process:
             await self.replace()
 

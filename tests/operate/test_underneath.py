@@ -1,0 +1,298 @@
+"""What happens to a service when something underneath fails for a while: the disk, its controller's own work."""
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import httpx
+import pytest
+
+from balancer.contract.listing import Listing, ReplicaListing
+from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
+from balancer.contract.words import ServiceStatus, Status
+from balancer.operate.controller import plan
+from balancer.operate.controller.controller import Controller
+from balancer.operate.controller.plan import Replica, Stage
+from balancer.operate.controller.troubles import Troubles
+from balancer.operate.controller.wanted import Wanted
+from balancer.operate.engines.engine import CannotStart, Ended
+from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.spec.schema import Operation
+from balancer.spec.service_file import parse
+from tests.operate.command_line import LAB, Groundserve
+from tests.operate.streaming import streaming
+from tests.support.until import until, wait_until
+
+# A full disk
+
+
+@pytest.fixture
+def disk(groundserve: Groundserve) -> Iterator[Path]:
+    """The state folder on a small disk of its own."""
+    folder = groundserve.folder / "state"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    groundserve.stop_all()
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leaves no room, and returns the file to remove for some."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+    return ballast
+
+
+def processes(groundserve: Groundserve, words: str) -> list[int]:
+    return [pid for pid, line in groundserve.processes().items() if words in line and "leash" not in line]
+
+
+def test_an_update_on_a_full_disk_ends_nothing(groundserve: Groundserve, disk: Path) -> None:
+    up = groundserve.up(groundserve.service("lab")).until_up()
+    endpoint = groundserve.status("lab")["service"]["endpoint"]
+    ballast = fill(disk)
+    with streaming(endpoint, clients=2) as seen:
+        groundserve("update", "lab", groundserve.service("lab", f"export NEW=1\n{LAB}", queue_size=7))
+        full = groundserve.until("lab", lambda status: "No space left on device" in status["service"].get("reason", ""))
+        assert "since" in full["service"]["reason"]
+        ballast.unlink()
+        groundserve.until("lab", lambda status: not status["service"].get("reason"))
+    assert seen.failed == []
+    assert up.check_alive()
+    assert "works again" in up.text
+
+
+def test_settings_that_cannot_be_written_are_no_update(groundserve: Groundserve, disk: Path) -> None:
+    groundserve.up(groundserve.service("lab")).until_up()
+    ballast = fill(disk)
+    said = groundserve("update", "lab", groundserve.service("lab", queue_size=7), code=1)
+    assert "lab stays at version 1" in said
+    assert "No space left on device" in said
+    status = groundserve.status("lab")
+    assert (status["service"]["version"], status["service"]["ready"]) == ("1", 2)
+    ballast.unlink()
+    groundserve("update", "lab", groundserve.service("lab", queue_size=7))
+
+
+def test_a_balancer_that_dies_on_a_full_disk_comes_back(groundserve: Groundserve, disk: Path) -> None:
+    groundserve.up(groundserve.service("lab")).until_up()
+    endpoint = groundserve.status("lab")["service"]["endpoint"]
+    fill(disk)
+    replicas = sorted(processes(groundserve, "tests.lab.replica"))
+    (balancer,) = processes(groundserve, "-m balancer ")
+    os.kill(balancer, signal.SIGKILL)
+    wait_until(lambda: processes(groundserve, "-m balancer "), fits=lambda found: found and found != [balancer])
+    chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    assert httpx.post(f"{endpoint}/v1/chat/completions", json=chat, timeout=60).status_code == 200
+    assert sorted(processes(groundserve, "tests.lab.replica")) == replicas
+
+
+# An outage that is longer than the patience of a first start
+
+
+def test_what_served_once_is_started_again_for_ever(groundserve: Groundserve) -> None:
+    store = groundserve.folder / "store"
+    store.touch()
+    script = f"[ -e {store} ] || exit 1\n{LAB}"
+    patience = {"restart_backoff": 0.02, "max_restart_backoff": 0.1, "restart_limit": 2}
+    up = groundserve.up(groundserve.service("lab", script, replicas=1, **patience)).until_up()
+    store.unlink()
+    os.kill(processes(groundserve, "tests.lab.replica")[0], signal.SIGKILL)
+    wait_until(lambda: up.text.count("starts again in"), fits=lambda count: count > 6)
+    assert groundserve.status("lab")["service"]["status"] != "FAILED"
+    store.touch()
+    groundserve.until("lab", lambda status: status["service"]["ready"] == 1)
+    assert "given up" not in up.text
+
+
+def test_a_version_that_served_is_never_given_up() -> None:
+    operation = Operation(restart_backoff=1, max_restart_backoff=8, restart_limit=2)
+    replica, now = Replica(1, 1), 0.0
+    for over in [Ended(1, "it died"), Ended(1, "not found", is_hopeless=True)] * 50:
+        replica = plan.ended(plan.started(replica, now), over, now, operation, has_served=True)
+        assert replica.stage is Stage.WAITING
+        assert 0 < replica.start_at - now <= 8
+        now = replica.start_at
+
+
+# Work of the controller that fails
+
+
+class Underneath:
+    """An engine and a balancer that do nothing, except that a method named in `broken` raises what is there."""
+
+    name = "nothing"
+    outlives_controller = False
+    endpoint = admin = "nowhere"
+    is_leaving = False
+    has_answered = True
+    starts = 1
+    fields: Mapping[str, str] = {}
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.broken: dict[str, Exception] = {}
+        self.replicas: dict[int, ReplicaListing] = {}
+        self.drained: set[int] = set()
+
+    def _may(self, work: str) -> None:
+        if work in self.broken:
+            raise self.broken[work]
+
+    async def found(self) -> tuple[()]:
+        self._may("found")
+        return ()
+
+    async def start(self, id: int, recipe: Recipe) -> None:
+        self._may("start")
+        self.replicas[id] = ReplicaListing(f"x-{id}", "http://nowhere", id=id, launched_seconds=0.0)
+
+    async def stop(self, what: object, grace: float = 0) -> None:
+        if isinstance(what, int):
+            self._may("stop")
+            self.replicas.pop(what, None)
+
+    def running(self) -> Mapping[int, ReplicaListing]:
+        return dict(self.replicas)
+
+    def ended(self) -> tuple[Ended, ...]:
+        self._may("ended")
+        return ()
+
+    async def close(self) -> None:
+        self._may("close")
+
+    async def keep_up(self) -> None:
+        self._may("keep_up")
+
+    async def renew(self, recipe: Recipe) -> None:
+        self._may("renew")
+
+    async def replace(self) -> None:
+        pass
+
+    async def drain(self, id: int) -> bool:
+        self.drained.add(id)
+        return True
+
+    async def tell(self, listing: Listing) -> Snapshot:
+        reason = listing.service.reason if listing.service else ""
+        rows = tuple(
+            ReplicaRow.of(
+                one,
+                id=one.id,
+                launched_seconds=0.0,
+                status=Status.SHUTTING_DOWN if one.id in self.drained else Status.READY,
+            )
+            for one in listing.replicas
+        )
+        service = ServiceRow("x", "1", ServiceStatus.READY, 1.0, "", "", len(rows), len(rows), 0, 0, reason=reason)
+        return Snapshot(service, rows)
+
+
+def controlled(work: Callable[[Controller, Underneath, list[str]], object]) -> list[str]:
+    """Runs a controller of two replicas while `work` goes on; returns what it said."""
+    said: list[str] = []
+
+    async def run() -> None:
+        under = Underneath()
+        first = recipe(parse("service: {replicas: 2}\nrun: x --port $GROUNDSERVE_PORT\n", source="x.yaml", name="x"))
+        made = Controller("x", Wanted(first), under, under, said.append, lambda _: None, lambda _: None)  # type: ignore[arg-type]
+        running = asyncio.create_task(made.run())
+        try:
+            await work(made, under, said)  # type: ignore[misc]
+        finally:
+            under.broken.clear()
+            made.close()
+            await asyncio.wait_for(running, 30)
+        assert under.replicas == {}
+        assert made.is_cleared
+
+    asyncio.run(run())
+    return said
+
+
+@pytest.mark.parametrize("what", ["ended", "keep_up"])
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("unheard of"), OSError(28, "No space left on device"), CannotStart("Docker is away")]
+)
+def test_a_step_that_raises_is_tried_again(what: str, failure: Exception) -> None:
+    async def work(made: Controller, under: Underneath, said: list[str]) -> None:
+        await until(lambda: made.snapshot.service.ready == 2)
+        under.broken[what] = failure
+        await until(lambda: (failure.args[-1] in made.snapshot.service.reason) or what == "ended", within=30)
+        await until(lambda: any(failure.args[-1] in line for line in said), within=30)
+        assert under.replicas.keys() == {1, 2}
+        under.broken.clear()
+        await until(lambda: any("works again" in line for line in said), within=60)
+        await until(lambda: not made.snapshot.service.reason, within=60)
+
+    said = controlled(work)
+    assert sum(failure.args[-1] in line for line in said) == 1, "it is said once, not with each attempt"
+
+
+def test_a_start_that_raises_is_one_replicas_affair() -> None:
+    async def work(made: Controller, under: Underneath, said: list[str]) -> None:
+        await until(lambda: made.snapshot.service.ready == 2)
+        under.broken["start"] = OSError(5, "Input/output error")
+        made.scale(3)
+        await until(lambda: any("x-3 ended" in line for line in said), within=30)
+        assert made.snapshot.service.ready >= 2
+        under.broken.clear()
+        await until(lambda: len(under.replicas) == 3, within=60)
+
+    controlled(work)
+
+
+def test_nothing_starts_before_it_is_known_what_runs() -> None:
+    async def work(_: Controller, under: Underneath, said: list[str]) -> None:
+        under.broken["found"] = CannotStart("Docker is away")
+        await until(lambda: any("Docker is away" in line for line in said), within=30)
+        assert under.replicas == {}
+        under.broken.clear()
+        await until(lambda: len(under.replicas) == 2, within=30)
+
+    controlled(work)
+
+
+def test_a_replica_that_cannot_be_stopped_is_tried_again() -> None:
+    async def work(made: Controller, under: Underneath, said: list[str]) -> None:
+        await until(lambda: made.snapshot.service.ready == 2)
+        under.broken["stop"] = CannotStart("Docker is away")
+        made.replace_replica(1)
+        await until(lambda: any("stopping x-1" in line for line in said), within=30)
+        under.broken.clear()
+        await until(lambda: under.replicas.keys() == {2, 3}, within=30)
+
+    controlled(work)
+
+
+def test_troubles_back_off_and_say_since_when() -> None:
+    now, tried = [0.0], [0]
+    troubles = Troubles(lambda _: None, lambda: now[0])
+
+    async def fails() -> None:
+        tried[0] += 1
+        raise OSError(28, "No space left on device", "/x")
+
+    async def run() -> None:
+        for step in range(1000):
+            now[0] = step / 10
+            await troubles.attempt("writing", fails)
+
+    asyncio.run(run())
+    assert 10 < tried[0] < 20
+    assert troubles.reason.startswith("writing, since ")
+    assert troubles.reason.endswith("/x: No space left on device")
