@@ -59,10 +59,10 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
         values[key.strip()] = value_of(value, f"--set {key.strip()}")
     settings = Settings.from_mapping(values, "--set" if options.set else "x-groundserve")
     listen, admin = _address(options.listen, "--listen"), _address(options.admin, "--admin")
-    if not is_loopback_name(_joined(listen)) and not options.open and not options.api_keys:
+    if not is_loopback_name(_joined(listen)) and not options.open and not options.api_keys and not options.state:
         raise ConfigError(
-            f"--listen {options.listen} is not loopback: give --api-keys FILE, or say --open to let everyone who "
-            "reaches it use it"
+            f"--listen {options.listen} is not loopback: give --api-keys FILE or --state FOLDER, or say --open to let "
+            "everyone who reaches it use it"
         )
     admin_key = _key(options.admin_key, "--admin-key", patience)
     if not is_loopback_name(_joined(admin)) and not options.open and admin_key is None:
@@ -95,6 +95,8 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
         replica_key=_key(options.replica_key, "--replica-key", patience),
         admin_key=admin_key,
         api_keys=_path(options.api_keys),
+        state=_path(options.state),
+        wants_keys=bool(options.api_keys) or not (options.open or is_loopback_name(_joined(listen))),
         tls_cert=tls_cert,
         tls_key=tls_key,
         replica_ca=_path(options.replica_ca),
@@ -192,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag("--set", action="append", metavar="KEY=VALUE", help="one setting; may be repeated")
     flag("--api-keys", metavar="FILE", help="who may use the endpoint: a line each, NAME:SHA256 or the key itself")
+    flag("--state", metavar="FOLDER", help="keep keys and usage there, on a local disk (groundserve keys, usage)")
     flag("--open", action="store_true", help="listen beyond loopback for everyone, without keys")
     flag("--admin-key", metavar="FILE", help="the key that POSTs and PUTs on the admin port want")
     flag("--replica-key", metavar="FILE", help="the replicas' own API key")

@@ -7,9 +7,12 @@ import ipaddress
 import logging
 import socket
 import ssl
+from collections.abc import Sequence
 
 import httpx
 
+from balancer.accounts.accounts import Accounts
+from balancer.accounts.store import IssuedKey, Store
 from balancer.admin.connection import AdminConnection
 from balancer.admin.guard import Guard
 from balancer.admin.playground import playground_router
@@ -30,6 +33,7 @@ from balancer.relay.cors import Cors
 from balancer.relay.directory import Directory
 from balancer.relay.doors import Doors
 from balancer.relay.file_watch import MOUNT_ITS_FOLDER, FileWatch
+from balancer.relay.metering import Meter
 from balancer.relay.own_paths import public_app
 from balancer.relay.proxy import Proxy
 from balancer.relay.request import Network
@@ -64,7 +68,8 @@ class Balancer:
         self.loop = loop
         self._reread = reread
         self._service_watch = FileWatch(config.service_file) if config.service_file else None
-        self.keys = Keys(config.api_keys) if config.api_keys else None
+        self.accounts = Accounts(Store(config.state)) if config.state else None
+        self.keys = self._all_keys()
         self.certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         replica_tls = replica_context(config.replica_ca)
 
@@ -87,6 +92,7 @@ class Balancer:
             self._cors(),
             self.keys,
             config.admin_key,
+            self._meter(),
         )
         trusted = _networks(service.settings.trusted_proxies)
         self.doors = Doors(service.settings, loop, self.proxy, service.facts, trusted)
@@ -106,9 +112,35 @@ class Balancer:
         self.services.jobs |= self._jobs()
         self._sweep = Sweep(self.services.jobs)
 
+    def _all_keys(self) -> Keys | None:
+        """The keys of the file and those that are issued here; None if neither can let anybody in."""
+        config, accounts = self.config, self.accounts
+        if accounts is None:
+            return Keys(config.api_keys) if config.api_keys else None
+        keys = Keys(config.api_keys, config.wants_keys or config.api_keys is not None or accounts.has_keys)
+        keys.take_up(accounts.issued, self.loop.time(), accounts.used_today)
+
+        def changed(issued: Sequence[IssuedKey]) -> None:
+            keys.take_up(issued, self.loop.time())
+            self.tallies.keep_keys({key.name for key in keys})
+            self.proxy.cors = self._cors()
+
+        accounts.when_changed.append(changed)
+        if keys.are_wanted and not any(keys):
+            log.info("nobody is let in yet: give out a key by `groundserve keys add NAME`")
+        return keys
+
+    def _meter(self) -> Meter:
+        ledger = self.accounts.ledger if self.accounts is not None else None
+        meter = Meter(self.loop.time, self.keys, ledger)
+        if self.accounts is not None:
+            self.tallies.when_counted.append(meter.finished)
+            self.accounts.before_reading.append(self.tallies.count)
+        return meter
+
     def _admin_app(self) -> Guard:
         config = self.config
-        app = admin_app(self.services.all, config.admin_key, self.services)
+        app = admin_app(self.services.all, config.admin_key, self.services, self.accounts)
         app.include_router(metrics_router(registry_of(self.figures)))
         add_page(app, self.services.feeds)
         app.include_router(playground_router(listen.reachable(self.endpoint), self._own_client))
@@ -162,7 +194,8 @@ class Balancer:
 
     def _cors(self) -> Cors:
         config = self.config
-        return Cors(config.settings.cors_origins, self.keys is not None, is_loopback_name(config.listen[0]))
+        has_keys = self.keys is not None and self.keys.are_wanted
+        return Cors(config.settings.cors_origins, has_keys, is_loopback_name(config.listen[0]))
 
     async def leave(self, hurry: asyncio.Event) -> None:
         """Drains in three steps: reports not ready with the port still open (`drain_grace`); closes the port and lets
@@ -200,6 +233,8 @@ class Balancer:
         self.lateness.stop()
         await self._client.aclose()
         await self._own_client.aclose()
+        if self.accounts is not None:
+            await self.accounts.close()
         self.access_log.flush()
 
     def _jobs(self) -> dict[str, Job]:
@@ -209,6 +244,8 @@ class Balancer:
             "the counts": lambda _: self.tallies.count_some(),
             "the service file": lambda _: self._reload(),
         }
+        if (accounts := self.accounts) is not None:
+            jobs["usage"] = accounts.ledger.flush
         if (keys := self.keys) is not None:
             jobs["API keys"] = lambda _: self._reload_keys(keys)
         if (certificate := self.certificate) is not None:

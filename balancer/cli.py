@@ -1,4 +1,4 @@
-"""groundserve: up, status, scale, update, down, logs, check, and models. Parsing only: balancer/operate does it."""
+"""groundserve: up, status, scale, update, down, logs, check, keys, usage, models. Parsing only; operate does it."""
 
 import argparse
 import os
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from balancer.errors import ConfigError
 from balancer.inherited import settle
-from balancer.operate.commands import change, events, models, show, sky_flags, variables
+from balancer.operate.commands import accounts, change, events, models, show, sky_flags, variables
+from balancer.operate.commands.admin_port import AdminPort
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, ENGINES
 
@@ -67,6 +68,20 @@ def _run(options: argparse.Namespace) -> int:
             return change.scale(options.name, options.replicas)
         case "update":
             return change.update(options.name, _source(options), options.mode)
+        case "keys":
+            port = AdminPort.of(options.service_name, options.admin_key)
+            match options.action:
+                case "add":
+                    return accounts.add(port, options.name, _wish(options))
+                case "rotate":
+                    return accounts.rotate(port, options.name)
+                case "revoke":
+                    return accounts.revoke(port, options.name)
+                case _:
+                    return accounts.show_keys(port, options.json)
+        case "usage":
+            port = AdminPort.of(options.service_name, None)
+            return accounts.usage(port, options.by, options.since, options.form)
         case "pull":
             return models.keep("pull", [f"--revision={options.revision}", "--", *options.models])
         case "models":
@@ -81,6 +96,10 @@ def _run(options: argparse.Namespace) -> int:
             return show.logs(options.name, options.ids, options.of, options.follow, options.tail)
         case _:
             return change.down(options.names, options.replica_id, options.balancer)
+
+
+def _wish(options: argparse.Namespace) -> accounts.Wish:
+    return accounts.Wish(**{name: getattr(options, name) for name in accounts.Wish.__dataclass_fields__})
 
 
 def _source(options: argparse.Namespace, one: str | None = None) -> change.Source:
@@ -188,6 +207,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     down.add_argument("-y", "--yes", action="store_true", help="accepted as by sky serve; nothing is ever asked")
 
+    _add_keys(command("keys", "give, list, change and revoke API keys"))
+
+    usage = command("usage", "show what was used: requests and tokens, by key, model and time")
+    usage.add_argument(
+        "--by", default="key,model,day", metavar="WHAT", help="key, model, day, hour (default: %(default)s)"
+    )
+    usage.add_argument("--since", default="30d", metavar="WHEN", help="24h, 30d, 4w or a date (default: %(default)s)")
+    for form in ("json", "csv"):
+        usage.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
+    usage.set_defaults(form="table")
+    _add_where(usage)
+
     pull = command("pull", "fetch models to this machine, verified, or go on with what broke off")
     pull.add_argument("models", nargs="+", metavar="MODEL", help="a preset or a Hugging Face id")
     pull.add_argument("--revision", default="main", metavar="R", help="branch, tag or commit (default: main)")
@@ -207,6 +238,36 @@ def _parser() -> argparse.ArgumentParser:
     _add_source(check, several=True)
     _add_name(check)
     return parser
+
+
+def _add_keys(keys: argparse.ArgumentParser) -> None:
+    actions = keys.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        if name != "list":
+            parser.add_argument("name", metavar="NAME", help="whose key it is")
+        _add_where(parser)
+        parser.add_argument("--admin-key", metavar="FILE", help="the admin key (default: that of the service here)")
+        return parser
+
+    add = action("add", "issue a key, and print it this once")
+    add.add_argument("--max-in-flight", metavar="N", help="requests that it may have under way at once")
+    add.add_argument("--requests-per-minute", metavar="N", help="like 600")
+    add.add_argument("--tokens-per-minute", metavar="N", help="of prompts and answers together, like 200k")
+    add.add_argument("--tokens-per-day", metavar="N", help="like 5M")
+    add.add_argument(
+        "--priority", choices=("interactive", "bulk"), default="interactive", help="bulk waits until no other does"
+    )
+    add.add_argument("--models", default="", metavar="GLOBS", help="which models, like 'llava,llama*' (default: all)")
+    add.add_argument("--expires", metavar="DATE", help="when it ends, like 2027-01-31 (UTC)")
+    action("list", "show the keys").add_argument("--json", action="store_true", help="print JSON")
+    action("rotate", "give a key a new secret, and print it this once; the old one is refused from then on")
+    action("revoke", "refuse a key from now on")
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", "--service-name", metavar="NAME", help="of which service (default: the only one here)")
 
 
 def _add_name(parser: argparse.ArgumentParser) -> None:

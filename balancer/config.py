@@ -30,6 +30,8 @@ class Config:
     replica_key: str | None = None
     admin_key: str | None = None
     api_keys: Path | None = None
+    state: Path | None = None  # the folder of keys that are issued here, and of usage; None: neither is kept
+    wants_keys: bool = False  # lets nobody in without a key, even while there is none
     tls_cert: Path | None = None  # the endpoint's, with tls_key; both or neither
     tls_key: Path | None = None
     replica_ca: Path | None = None  # CA certificates for https replicas; None: the machine's own

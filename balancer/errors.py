@@ -1,5 +1,6 @@
 """Every error that a user can meet: its HTTP status, its body in the shape that clients of the path expect."""
 
+import math
 from collections.abc import Sequence
 
 import orjson
@@ -101,6 +102,17 @@ def key_at_limit(limit: float) -> ServeError:
         f"This API key has {limit:g} requests in flight, its limit. Wait for one to end, or ask for a higher limit."
     )
     return ServeError(429, "key_at_limit", message, kind="rate_limit_error", retry_after=1)
+
+
+def rate_limited(what: str, limit: int, wait: float) -> ServeError:
+    message = f"This API key may use {limit} {what}. Try again in {wait:.0f} s, or ask for a higher limit."
+    seconds = max(1, math.ceil(wait))
+    return ServeError(429, "rate_limit_exceeded", message, kind="rate_limit_error", retry_after=seconds)
+
+
+def model_not_allowed(model: str, allowed: Sequence[str]) -> ServeError:
+    message = f"This API key may not use {model[:200]!r}. It may use: {', '.join(allowed)}."
+    return ServeError(403, "model_not_allowed", message, kind="permission_error")
 
 
 def not_found(path: str) -> ServeError:

@@ -79,6 +79,13 @@ class Service:
         """The names that requests may use for it: its own, its aliases, and the models that its replicas list."""
         return {self.facts.name, *self.settings.aliases, *self.fleet.models}
 
+    def model_of(self, asked: object) -> str:
+        """The model that answers a request which names this one: SGLang serves its own to whoever names another."""
+        models = self.fleet.models
+        if isinstance(asked, str) and (asked in models or asked in self.settings.aliases):
+            return asked
+        return next(iter(models), self.facts.name)
+
     @property
     def has_told_models(self) -> bool:
         """Has any of its replicas listed its models yet?"""

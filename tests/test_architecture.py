@@ -14,6 +14,7 @@ ORDER = [
     {"errors", "inherited"},
     {"spec"},
     {"contract"},
+    {"accounts"},
     {"fleet"},
     {"routing"},
     {"config"},

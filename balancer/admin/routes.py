@@ -9,6 +9,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as AnyHTTPException
 
+from balancer.accounts.accounts import Accounts
+from balancer.admin.account_routes import add_accounts
 from balancer.contract.listing import Listing, ReplicaListing
 from balancer.errors import ConfigError, ServeError
 from balancer.fleet.fleet import Fleet
@@ -84,7 +86,12 @@ class Guest(BaseModel):
     replica_key: str | None = None  # what its replicas ask for
 
 
-def admin_app(services: Sequence[Administered], key: str | None, guests: Guests | None = None) -> FastAPI:
+def admin_app(
+    services: Sequence[Administered],
+    key: str | None,
+    guests: Guests | None = None,
+    accounts: Accounts | None = None,
+) -> FastAPI:
     """The admin port's app. Requests are about the first service unless they name another (`?service=NAME`)."""
     # FastAPI's own pages load scripts from a CDN, so they are empty on a machine without internet access.
     app = FastAPI(title="groundserve admin", docs_url=None, redoc_url=None, responses=FORBIDDEN)
@@ -174,6 +181,8 @@ def admin_app(services: Sequence[Administered], key: str | None, guests: Guests 
             service.fleet.is_asleep = listing.service.is_asleep
         return JSONResponse(_snapshot(service))
 
+    absent = error_responses(status_404="neither keys nor usage are kept here (--state)")
+    add_accounts(app, accounts, changing, key is not None, UNCHANGED | absent)
     if guests is not None:
         add_guests(app, guests, changing)
     return app

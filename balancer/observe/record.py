@@ -37,6 +37,8 @@ class Record:
     full_for: int | None = None  # seconds for which the last replica said it would be full
     is_continued: bool = False  # its answer broke, and another replica continued it
     not_continued: str = ""  # why no other replica could, for an answer that broke
+    model: str = ""  # that answered it, where usage is kept
+    reserved: int = 0  # tokens that its key's limits hold for it until they are settled
     texts: int = 1  # prompts that the token counts add up, as far as the answer tells
 
 

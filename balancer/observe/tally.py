@@ -6,7 +6,7 @@ where it is at its best, when someone scrapes: balancer/observe/metrics.py.
 
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 from balancer.fleet.member import Member
@@ -107,6 +107,7 @@ class Tallies:
 
     def __init__(self) -> None:
         self._uncounted: deque[Record] = deque()
+        self.when_counted: list[Callable[[Record], None]] = []
         self.members: dict[str, MemberTally] = {}
         self.nobody = MemberTally()
         self.keys: defaultdict[str, KeyTally] = defaultdict(KeyTally)
@@ -138,6 +139,8 @@ class Tallies:
         return bool(self._uncounted)
 
     def _count(self, record: Record) -> None:
+        for hook in self.when_counted:
+            hook(record)
         tally = self.members.get(record.member, self.nobody)
         path = record.path if record.path in PATHS else "other"
         status = _status(record)

@@ -4,12 +4,15 @@ import hmac
 import logging
 import math
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from balancer import errors
+from balancer.accounts.quota import Quota
+from balancer.accounts.store import IssuedKey
 from balancer.errors import ConfigError
 from balancer.relay.file_watch import MOUNT_ITS_FOLDER, FileWatch
 from balancer.spec import text_file
@@ -25,12 +28,19 @@ OPEN_PATHS = frozenset(("/health", "/ready"))
 
 @dataclass(slots=True, eq=False)
 class Key:
-    """One caller's key, stored only as its SHA-256. `limit` is how many requests it may have in progress at once."""
+    """One caller's key, stored only as its SHA-256. `limit` is how many requests it may have in progress at once.
+
+    `expires` is in seconds since 1970; `models` are globs, empty for all models.
+    """
 
     name: str
     digest: bytes
     limit: float = math.inf
     in_flight: int = 0
+    quota: Quota | None = None
+    is_bulk: bool = False
+    models: tuple[str, ...] = ()
+    expires: float | None = None
 
     @property
     def is_at_limit(self) -> bool:
@@ -38,15 +48,21 @@ class Key:
 
 
 class Keys:
-    """The keys of a file, one per line: NAME:SHA256 or the key itself, then max_in_flight=N if it has a limit.
+    """The keys that are issued on the admin port, and those of a file, one per line: NAME:SHA256 or the key itself,
+    then max_in_flight=N if it has a limit.
 
-    Raises ConfigError if the file cannot be used at startup; a later mistake in it leaves the keys as they were.
+    `are_wanted`: without a key, nobody is let in. That is so from the start, or from the first key that is issued; not
+    any more if it was ever so. Raises ConfigError if the file cannot be used at startup; a later mistake in it leaves
+    the keys as they were.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None, are_wanted: bool = True) -> None:
+        self.are_wanted = are_wanted
         self._path = path
-        self._watch = FileWatch(path)
-        self._known = read_keys(path)
+        self._watch = FileWatch(path) if path is not None else None
+        self._in_file = read_keys(path) if path is not None else {}
+        self._issued: dict[bytes, Key] = {}
+        self._gather()
 
     def admit(self, *authorizations: bytes) -> Key:
         """The key that one of these `Authorization` fields carries; raises ServeError for none or one at its limit.
@@ -62,6 +78,8 @@ class Keys:
             key = self._known.get(digest)
             if key is None or not hmac.compare_digest(key.digest, digest):
                 continue
+            if key.expires is not None and time.time() >= key.expires:
+                continue
             if not key.is_at_limit:
                 return key
             busy = key
@@ -72,12 +90,13 @@ class Keys:
 
         Requests in progress under a removed key are finished.
         """
-        if not self._watch.has_changed():
+        if self._watch is None or self._path is None or not self._watch.has_changed():
             return False
         if self._watch.is_cut_off:
             # There is no way to know which keys are still valid, and one of them may have been revoked.
-            self._known = {}
-            log.error("--api-keys %s: nobody is let in until this is mended: %s", self._path, MOUNT_ITS_FOLDER)
+            self._in_file = {}
+            self._gather()
+            log.error("--api-keys %s: none of its keys counts until this is mended: %s", self._path, MOUNT_ITS_FOLDER)
             return True
         try:
             fresh = read_keys(self._path, patience=0)
@@ -85,12 +104,37 @@ class Keys:
             log.warning("%s; the keys stay as they were", error)
             return False
         for digest, key in fresh.items():
-            if known := self._known.get(digest):
+            if known := self._in_file.get(digest):
                 known.name, known.limit = key.name, key.limit
                 fresh[digest] = known
-        self._known = fresh
+        self._in_file = fresh
+        self._gather()
         log.info("%s: %d keys taken up", self._path, len(fresh))
         return True
+
+    def take_up(self, issued: Sequence[IssuedKey], now: float, used_today: Mapping[str, int] | None = None) -> None:
+        """These are the keys that are issued now (loop time, seconds); each keeps its counts if it was known before."""
+        before = {key.name: key for key in self._issued.values()}
+        self._issued = {}
+        for one in issued:
+            key = before.get(one.name) or Key(one.name, one.digest)
+            key.digest, key.limit = one.digest, one.terms.max_in_flight or math.inf
+            key.is_bulk, key.models = one.terms.priority == "bulk", one.terms.models
+            key.expires = one.terms.expires_at()
+            if (key.quota.terms if key.quota else None) != one.terms:
+                quota = Quota(one.terms, now, (used_today or {}).get(one.name, 0))
+                key.quota = quota if quota.requests or quota.counts_tokens else None
+            self._issued[one.digest] = key
+        self.are_wanted = self.are_wanted or bool(issued)
+        self._gather()
+
+    def named(self, name: str) -> Key | None:
+        """The issued key of that name."""
+        return self._by_name.get(name)
+
+    def _gather(self) -> None:
+        self._known = self._issued | self._in_file
+        self._by_name = {key.name: key for key in self._issued.values()}
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._known.values())

@@ -28,6 +28,9 @@ class Named(Protocol):
     def names(self) -> Collection[str]:
         """All names that requests may use for it, as far as they are known."""
 
+    def model_of(self, asked: object) -> str:
+        """The model that answers a request which names this one."""
+
 
 class Destination:
     """A service as the relay sees it: places at its replicas, connections to them, and the state behind its retries.

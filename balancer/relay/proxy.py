@@ -22,6 +22,7 @@ from balancer.relay.deaths import digest_of
 from balancer.relay.directory import Destination, Directory
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import PERHAPS_TAKEN, UNTAKEN, final_error, may_continue, may_repeat, only_generates
+from balancer.relay.metering import Meter
 from balancer.relay.paths import MODELS, PathKind
 from balancer.relay.places import Place
 from balancer.relay.reply import Reply
@@ -56,6 +57,7 @@ class Proxy:
         cors: Cors,
         keys: Keys | None = None,
         admin_key: str | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.cors = cors
         self._directory = directory
@@ -64,6 +66,7 @@ class Proxy:
         self._answer_own = answer_own
         self._keys = keys
         self._admin_key = admin_key
+        self._meter = meter or Meter(loop.time)
 
     def check(self, request: Request) -> None:
         """Checks a request's head before its body is read; raises ServeError to refuse it."""
@@ -80,7 +83,7 @@ class Proxy:
             return
         if request.kind is PathKind.OWN and request.method not in OWN_METHODS:
             raise errors.method_not_allowed(request.method.decode("latin-1"), "GET, HEAD")
-        if self._keys is not None and request.path not in OPEN_PATHS:
+        if self._keys is not None and self._keys.are_wanted and request.path not in OPEN_PATHS:
             request.key = self._keys.admit(*request.credentials)
             request.authorization = b""  # the key is the balancer's; a replica has another one, or none
 
@@ -112,6 +115,8 @@ class Proxy:
                 await self._answer_own(request, reply)
             else:
                 destination = self._directory.find(request)
+                if request.is_generating:
+                    self._meter.begin(destination, request, reply, record)
                 every = destination.settings.keep_alive_comments
                 if every and request.path in STREAMING and request.is_generating:
                     comments = Comments(self._loop, every, request, reply, destination.places.read)
@@ -297,6 +302,9 @@ class Proxy:
         record.bytes_out = reply.bytes_sent
         record.is_stream = reply.is_event_stream
         record.key = request.key.name if request.key else ""
+        if record.is_stream and record.completion_tokens is None and record.attempts:
+            delivered = reply.tail.delivered()
+            record.prompt_tokens, record.completion_tokens = delivered.prompt, delivered.completion
         if reply.error is not None:
             record.error = reply.error.code
         self.observer.finished(record)

@@ -8,6 +8,7 @@ from time import time
 from typing import Protocol
 
 from balancer.errors import ServeError, is_anthropic
+from balancer.relay.hidden_usage import HiddenUsage
 from balancer.relay.misfit import Misfit, fits
 from balancer.relay.paths import kind_of
 from balancer.relay.request import HOP_BY_HOP, Request
@@ -60,11 +61,13 @@ class Reply:
     """Writes the answer to one request to the client's connection, in framing that this client understands."""
 
     __slots__ = (
+        "_hidden",
         "_keeps_alive",
         "_wire",
         "bytes_sent",
         "error",
         "extra_fields",
+        "hides_usage",
         "is_chunked",
         "is_early",
         "is_event_stream",
@@ -76,7 +79,8 @@ class Reply:
 
     def __init__(self, request: Request, wire: Wire, keeps_alive: bool) -> None:
         self.request = request
-        self.extra_fields = b""  # CORS header lines, added to any answer
+        self.extra_fields = b""  # header lines that are added to any answer: CORS, what a key has left
+        self.hides_usage = False  # its client did not ask for the token counts of its stream; we did
         self.status = 0
         self.bytes_sent = 0
         self.error: ServeError | None = None  # our error with which it was answered or broken off
@@ -84,6 +88,7 @@ class Reply:
         self.is_early = False  # the head of a stream was sent before a replica answered
         self.is_event_stream = False
         self.is_over = False
+        self._hidden: HiddenUsage | None = None
         self._wire = wire
         self._keeps_alive = keeps_alive
         self.tail = Tail(request.path)
@@ -118,6 +123,8 @@ class Reply:
             own += b"X-Accel-Buffering: no\r\n"  # otherwise nginx and similar proxies buffer a stream
         if is_encoded or length is not None:
             self.is_event_stream = False  # an event of ours would corrupt the encoding or exceed the length
+        elif self.hides_usage and self.is_event_stream:
+            self._hidden = HiddenUsage()
         if dropped:
             lines = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
         lines.append(b"X-Request-Id: %b\r\n%b%b" % (request.id, own, self.extra_fields))
@@ -151,6 +158,7 @@ class Reply:
         """
         self.is_early = False
         if not fits(status, headers):
+            self._hidden = None
             self._wire = Misfit(self._wire, self.request, status, self.is_chunked, self._failed)
             self.is_chunked = self.is_event_stream = False
 
@@ -176,6 +184,15 @@ class Reply:
         tail.pieces.append(data)
         if len(tail.pieces) > tail.most or self.bytes_sent > tail.until:
             tail.trim(self.bytes_sent)
+        if self._hidden is not None:
+            shown = self._hidden.take(data)
+            self.bytes_sent += len(shown) - len(data)
+            if not shown:
+                return
+            data = shown
+        self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
         piece = b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data
         if self.is_event_stream or len(data) > SMALL:
             self._wire.send(piece)
@@ -184,6 +201,9 @@ class Reply:
 
     def end(self) -> None:
         """Ends a complete answer."""
+        if self._hidden is not None and (rest := self._hidden.rest()):
+            self.bytes_sent += len(rest)
+            self._pass_on(rest)
         if self.is_chunked:
             self._wire.write(b"0\r\n\r\n")
         self.is_over = True

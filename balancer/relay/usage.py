@@ -16,6 +16,9 @@ LARGEST = 1 << 20
 KEPT_EVENTS = 4  # at the end of a stream: after the event with the counts come a stop, a [DONE], a comment
 SOON = 64 << 10  # trim after at least this many more bytes,
 FEW = 16  # or after at least this many more pieces
+# Events before the first token of a stream, by its path.
+OPENING_EVENTS = {"/v1/chat/completions": 1, "/v1/messages": 2, "/v1/responses": 4}
+NO_TOKEN = (b":", b"event: error", b'data: {"error"')  # beginnings of pieces that we or a failing server add
 MOST = 10**15  # a token count this large is not believed
 # SGLang's own paths report each text of a batch separately. No field name there is chosen by a user or a model, and
 # quotes within a text are escaped, so whatever looks like a field is one.
@@ -43,7 +46,18 @@ class Tail:
     Of an event stream it keeps the last whole events, of another answer its end; never much more than `LARGEST` bytes.
     """
 
-    __slots__ = ("_finals", "_has_dropped", "_is_stream", "_native", "_opening", "_path", "most", "pieces", "until")
+    __slots__ = (
+        "_finals",
+        "_has_dropped",
+        "_is_stream",
+        "_joined",
+        "_native",
+        "_opening",
+        "_path",
+        "most",
+        "pieces",
+        "until",
+    )
 
     def __init__(self, path: str) -> None:
         self.pieces: list[bytes] = []
@@ -51,6 +65,7 @@ class Tail:
         self.until = SOON
         self._path = path
         self._is_stream = False
+        self._joined = 0  # pieces that came and are not in `pieces` as such any more
         self._has_dropped = False
         self._opening = b""  # the first event, in which Anthropic's streams report the prompt
         self._finals: dict[Any, Counts] | None = None  # counts of the finished texts of a native stream
@@ -61,12 +76,14 @@ class Tail:
 
     def trim(self, size: int) -> None:
         """Drops what cannot matter any more; `size` is the body's length so far, in bytes."""
+        before = len(self.pieces)
         if self._is_stream:
             kept = self._trim_events(b"".join(self.pieces))
         elif self._path in NATIVE:
             kept = self._trim_native(b"".join(self.pieces))
         else:
             kept = self._trim_end()
+        self._joined += before - len(self.pieces)
         self.most = len(self.pieces) + FEW + kept // 256
         self.until = size + max(SOON, kept // 2)
 
@@ -116,6 +133,21 @@ class Tail:
             return self._native if self._native and self._native.texts else Counts()
         return _of_whole(body, self._has_dropped)
 
+    def delivered(self) -> Counts:
+        """The counts of a stream that ended early: what its events tell, else a token for each piece of text.
+
+        Call it once, in place of `counts`. Servers send an event for each token, and each in a piece of its own.
+        """
+        pieces = self._joined + sum(not piece.startswith(NO_TOKEN) for piece in self.pieces)
+        if self._is_stream and self._path in NATIVE:
+            self._note_finals(b"".join(self.pieces), with_unfinished=True)
+            self.pieces = []
+            return self.counts()
+        found = self.counts()
+        if found.completion is None or self._path == "/v1/messages":  # there the first event counts one token
+            found.completion = max(0, pieces - OPENING_EVENTS.get(self._path, 0))
+        return found
+
     def _count_native(self, body: bytes) -> int:
         """Adds up the fields of a body or part of one; returns where the last field ended."""
         native = self._native = self._native or Counts(texts=0)
@@ -132,11 +164,11 @@ class Tail:
                     native.cached = (native.cached or 0) + figure
         return end
 
-    def _note_finals(self, events: bytes) -> None:
+    def _note_finals(self, events: bytes, with_unfinished: bool = False) -> None:
         """Keeps the counts of each text's last event: in a stream of several texts they end one by one."""
         finals = self._finals = self._finals or {}
         for event in _events(events):
-            if _UNFINISHED.search(event):
+            if not with_unfinished and _UNFINISHED.search(event):
                 continue
             said = _parsed(event)
             if isinstance(said, dict) and isinstance(meta := said.get("meta_info"), dict):

@@ -91,6 +91,10 @@ class Settings(BaseModel):
     max_continued_bytes: int = Field(
         1 << 20, gt=0, description="bytes of a streamed answer that are kept for that; beyond: it breaks"
     )
+    count_streams: bool = Field(
+        True,
+        description="ask replicas for the token counts of streams whose clients do not, and keep that event from them",
+    )
     admin_paths: bool = Field(False, description="relay SGLang's admin paths to holders of the admin key")
     trusted_proxies: tuple[str, ...] = Field(
         (), description="addresses or networks of proxies whose X-Forwarded-* fields are kept"

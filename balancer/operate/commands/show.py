@@ -25,8 +25,8 @@ from balancer.operate.state.service_folder import ServiceFolder, folders, state_
 from balancer.operate.state.state_file import BrokenState
 
 # Where to ask if `groundserve up` runs nothing here: a balancer that docker compose or the user started.
-_ADMIN_VARIABLE = "GROUNDSERVE_ADMIN"
-_DEFAULT_ADMIN = "http://127.0.0.1:30002"
+ADMIN_VARIABLE = "GROUNDSERVE_ADMIN"
+DEFAULT_ADMIN = "http://127.0.0.1:30002"
 
 LogOf = Literal["replicas", "balancer", "controller"]
 
@@ -197,7 +197,7 @@ def warn(failures: Iterable[ConfigError]) -> None:
 
 def _from_default_admin_port() -> list[Snapshot]:
     """The services of the balancer at GROUNDSERVE_ADMIN or the default address; empty if none answers."""
-    admin = os.environ.get(_ADMIN_VARIABLE, _DEFAULT_ADMIN).rstrip("/")
+    admin = os.environ.get(ADMIN_VARIABLE, DEFAULT_ADMIN).rstrip("/")
     try:
         answer = httpx.get(f"{admin}/services", timeout=5, trust_env=False).raise_for_status()
         return [Snapshot.from_json(snapshot) for snapshot in answer.json()]

@@ -18,6 +18,7 @@ from balancer.operate.recipe.recipe import Invocation, Recipe, python, with_pack
 from balancer.operate.state import keys
 from balancer.operate.state.service_folder import ServiceFolder
 from balancer.operate.state.state_file import BrokenState
+from balancer.spec.local_disk import network_type
 
 T = TypeVar("T")
 
@@ -217,6 +218,8 @@ class LocalBalancer(BalancerHandle):
             flags.append("--open")
         if where.api_keys is not None:
             flags += ["--api-keys", where.api_keys]
+        if not network_type(self._folder.path):
+            flags += ["--state", str(self._folder.path / "accounts")]
         flags += ["--admin-key", str(self.key_file)]
         if self._replica_key is not None:
             flags += ["--replica-key", str(self._replica_key)]

@@ -1,0 +1,84 @@
+"""The keys that are issued here, and what is used with them: what the admin port asks and changes."""
+
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from typing import Any, TypeVar
+
+from balancer.accounts.ledger import Ledger
+from balancer.accounts.off_loop import off_loop
+from balancer.accounts.store import HOUR, IssuedKey, Store
+from balancer.contract.account import KeyRow, KeyTerms
+from balancer.errors import ConfigError
+
+T = TypeVar("T")
+LONGEST_NAMES = 10_000  # keys in use
+
+
+class Accounts:
+    """`when_changed` hooks are called with the keys that are in use now; `before_reading` before usage is read."""
+
+    def __init__(self, store: Store) -> None:
+        self.ledger = Ledger(store)
+        self.when_changed: list[Callable[[Sequence[IssuedKey]], None]] = []
+        self.before_reading: list[Callable[[], None]] = []
+        self._store = store
+        try:
+            self.issued = store.issued()
+            self.has_keys = store.has_keys()
+            self.used_today = store.tokens_since(int(time.time()) // HOUR - 23)
+        except sqlite3.Error as failure:
+            raise ConfigError(f"--state: {store.path} cannot be used ({failure}): move it away, or mend it") from None
+
+    async def keys(self) -> list[KeyRow]:
+        return await self._asked(self._store.keys)
+
+    async def add(self, name: str, terms: KeyTerms) -> str:
+        """A new key's secret, which is kept nowhere here. Raises ConfigError."""
+        if len(self.issued) >= LONGEST_NAMES:
+            raise ConfigError(f"there are {LONGEST_NAMES} keys: revoke some")
+        secret, digest = _drawn()
+        await self._changed(lambda: self._store.add(name, digest, terms, time.time()))
+        return secret
+
+    async def rotate(self, name: str) -> str:
+        """The key's new secret; the old one is refused from now on. Raises ConfigError."""
+        secret, digest = _drawn()
+        await self._changed(lambda: self._store.rotate(name, digest))
+        return secret
+
+    async def revoke(self, name: str) -> None:
+        """Requests under way are finished. Raises ConfigError."""
+        await self._changed(lambda: self._store.revoke(name, time.time()))
+
+    async def usage(self, by: Sequence[str], since: float) -> list[dict[str, Any]]:
+        """What was used from that time on (seconds since 1970), up to now. Raises ConfigError."""
+        for hook in self.before_reading:
+            hook()
+        await self.ledger.written()
+        return await self._asked(lambda: self._store.usage(by, since))
+
+    async def close(self) -> None:
+        for hook in self.before_reading:
+            hook()
+        await self.ledger.close()
+
+    async def _changed(self, change: Callable[[], None]) -> None:
+        await self._asked(change)
+        self.issued = await self._asked(self._store.issued)
+        self.has_keys = True
+        for hook in self.when_changed:
+            hook(self.issued)
+
+    async def _asked(self, work: Callable[[], T]) -> T:
+        try:
+            return await off_loop(work)
+        except sqlite3.Error as failure:
+            raise ConfigError(f"{self._store.path} cannot be used now ({failure}): see to its disk") from None
+
+
+def _drawn() -> tuple[str, bytes]:
+    secret = "sk-" + secrets.token_urlsafe(32)
+    return secret, sha256(secret.encode()).digest()

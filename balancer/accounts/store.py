@@ -1,0 +1,192 @@
+"""Keys and their usage on disk: one SQLite database, in a folder that only its owner can enter.
+
+A row of usage is the sum for a key, a model and an hour (UTC), so its size depends on time and not on traffic. Keys are
+stored as digests only. Every method may block on the disk: call them off the event loop.
+"""
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from balancer.contract.account import BY, KeyRow, KeyTerms
+from balancer.errors import ConfigError
+from balancer.spec.local_disk import network_type
+
+FILE = "accounts.sqlite"
+HOUR = 3600
+BUSY = 5.0  # seconds that a writer waits for another process's lock
+FIGURES = ("requests", "failed", "prompt_tokens", "completion_tokens", "cached_tokens")
+SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS keys (
+    name TEXT PRIMARY KEY, digest BLOB UNIQUE, created INTEGER NOT NULL, revoked INTEGER, terms TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS usage (
+    hour INTEGER, key TEXT, model TEXT, {", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in FIGURES)},
+    PRIMARY KEY (hour, key, model)
+) WITHOUT ROWID;
+"""
+ADD = f"INSERT INTO usage VALUES (?, ?, ?{', ?' * len(FIGURES)}) ON CONFLICT DO UPDATE SET " + ", ".join(
+    f"{name} = {name} + excluded.{name}" for name in FIGURES
+)
+GROUPS = {
+    "key": "key",
+    "model": "model",
+    "day": "strftime('%Y-%m-%d', hour * 3600, 'unixepoch')",
+    "hour": "strftime('%Y-%m-%dT%H:00Z', hour * 3600, 'unixepoch')",
+}
+# By which column the rows are grouped: a string for each row would be made first, at ten times the cost.
+_GROUPED = {"key": "key", "model": "model", "day": "hour / 24", "hour": "hour"}
+
+Usage = tuple[int, str, str, int, int, int, int, int]  # hour, key, model, and FIGURES
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedKey:
+    """A key that lets its holder in."""
+
+    name: str
+    digest: bytes
+    terms: KeyTerms
+
+
+class Store:
+    """The database in `folder`, which is created. Raises ConfigError if it cannot be used there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self._writing = threading.Lock()
+        if kind := network_type(folder):
+            raise ConfigError(f"--state {folder}: {kind} is a network's file system: give a folder on a local disk")
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_folder(folder)
+            # SQLite gives its other files the mode of this one.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            os.close(os.open(self.path, flags, 0o600))
+            self._connection = self._opened()
+        except OSError as failure:
+            raise ConfigError(f"--state {folder}: {failure.strerror}: give a folder of your own") from None
+        except sqlite3.Error as failure:
+            raise ConfigError(f"--state: {self.path} cannot be used ({failure}): move it away, or mend it") from None
+
+    def _opened(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, BUSY, check_same_thread=False)
+        with contextlib.closing(connection.execute("PRAGMA journal_mode=WAL")):
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.executescript(SCHEMA)
+        return connection
+
+    def close(self) -> None:
+        with self._writing:
+            self._connection.close()
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it or nothing. Raises sqlite3.Error."""
+        with self._writing, self._connection as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection of its own, so that a long query holds no writer up."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", BUSY, uri=True)) as connection:
+            yield connection
+
+    # Keys
+
+    def issued(self) -> list[IssuedKey]:
+        """The keys that are not revoked."""
+        with self._reading() as connection:
+            rows = connection.execute("SELECT name, digest, terms FROM keys WHERE revoked IS NULL").fetchall()
+        return [IssuedKey(name, digest, _terms(terms)) for name, digest, terms in rows]
+
+    def has_keys(self) -> bool:
+        """Was there ever a key?"""
+        with self._reading() as connection:
+            return bool(connection.execute("SELECT 1 FROM keys LIMIT 1").fetchone())
+
+    def keys(self) -> list[KeyRow]:
+        with self._reading() as connection:
+            rows = connection.execute("SELECT name, created, revoked, terms FROM keys ORDER BY name").fetchall()
+        return [
+            KeyRow(name=name, created=_iso(created), revoked=revoked and _iso(revoked), terms=_terms(terms))
+            for name, created, revoked, terms in rows
+        ]
+
+    def add(self, name: str, digest: bytes, terms: KeyTerms, now: float) -> None:
+        """A revoked name may be given again. Raises ConfigError for one that is in use."""
+        row = (name, digest, int(now), orjson.dumps(terms.to_json()).decode())
+        with self._changing() as connection:
+            if connection.execute("SELECT 1 FROM keys WHERE name = ? AND revoked IS NULL", (name,)).fetchone():
+                raise ConfigError(f"there is a key {name} already: revoke it, rotate it, or choose another name")
+            connection.execute("INSERT OR REPLACE INTO keys VALUES (?, ?, ?, NULL, ?)", row)
+
+    def revoke(self, name: str, now: float) -> None:
+        """Raises ConfigError if no such key is in use."""
+        self._change("UPDATE keys SET revoked = ?, digest = NULL WHERE name = ? AND revoked IS NULL", int(now), name)
+
+    def rotate(self, name: str, digest: bytes) -> None:
+        """Gives the key another secret. Raises ConfigError if no such key is in use."""
+        self._change("UPDATE keys SET digest = ? WHERE name = ? AND revoked IS NULL", digest, name)
+
+    def _change(self, statement: str, value: object, name: str) -> None:
+        with self._changing() as connection:
+            if not connection.execute(statement, (value, name)).rowcount:
+                raise ConfigError(f"there is no key {name} in use here; `groundserve keys list` shows them")
+
+    # Usage
+
+    def count(self, rows: Iterable[Usage]) -> None:
+        """Adds these figures. Raises sqlite3.Error, and then none of them is added."""
+        with self._changing() as connection:
+            connection.executemany(ADD, rows)
+
+    def tokens_since(self, hour: int) -> dict[str, int]:
+        """By key: its tokens from that hour on."""
+        with self._reading() as connection:
+            return dict(
+                connection.execute(
+                    "SELECT key, sum(prompt_tokens + completion_tokens) FROM usage WHERE hour >= ? GROUP BY key",
+                    (hour,),
+                ).fetchall()
+            )
+
+    def usage(self, by: Sequence[str], since: float) -> list[dict[str, Any]]:
+        """The sums from that time on (seconds since 1970), in the order of what they are grouped by.
+
+        Whole hours only, so the first may begin earlier. Raises ConfigError for an unknown group.
+        """
+        if unknown := [name for name in by if name not in GROUPS]:
+            raise ConfigError(f"usage is not kept by {unknown[0][:40]!r}: there is {', '.join(BY)}")
+        grouped = ", ".join(_GROUPED[name] for name in by)
+        columns = [f"{GROUPS[name]} AS {name}" for name in by] + [f"sum({name})" for name in FIGURES]
+        query = f"SELECT {', '.join(columns)} FROM usage WHERE hour >= ?"
+        if by:
+            query += f" GROUP BY {grouped} ORDER BY {grouped}"
+        with self._reading() as connection:
+            rows = connection.execute(query, (int(since) // HOUR,)).fetchall()
+        names = (*by, *FIGURES)
+        return [dict(zip(names, row, strict=True)) for row in rows if row[-1] is not None]
+
+
+def _check_folder(folder: Path) -> None:
+    if (mode := folder.stat().st_mode) & 0o022:
+        raise ConfigError(f"--state {folder}: others may write into it (mode {mode & 0o777:o}): chmod 700 it")
+
+
+def _terms(text: str) -> KeyTerms:
+    said = orjson.loads(text)
+    known = {name: said[name] for name in KeyTerms.__dataclass_fields__ if name in said}
+    return KeyTerms(**(known | {"models": tuple(known.get("models", ()))}))
+
+
+def _iso(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")

@@ -1,0 +1,88 @@
+"""Routes of the admin port for keys and their usage."""
+
+import asyncio
+import re
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Path, Query
+from fastapi.responses import JSONResponse, Response
+
+from balancer.accounts.accounts import Accounts
+from balancer.contract.account import KeyName, KeyTerms
+from balancer.errors import ConfigError
+
+PATIENCE = 20.0  # seconds for the disk
+UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
+_SPAN = re.compile(r"(\d{1,6})([hdw])")
+Name = Annotated[KeyName, Path()]
+
+
+def add_accounts(
+    app: FastAPI, accounts: Accounts | None, changing: Sequence[Any], is_guarded: bool, responses: dict[int | str, Any]
+) -> None:
+    """`changing` are what every change depends on; without an admin key (`is_guarded`) nobody can change keys."""
+
+    def kept() -> Accounts:
+        if accounts is None:
+            raise HTTPException(404, "No keys and no usage are kept here: start the balancer with --state FOLDER.")
+        return accounts
+
+    def guarded() -> None:
+        if not is_guarded:
+            raise HTTPException(403, "Without an admin key nobody may change keys: start it with --admin-key FILE.")
+
+    Kept = Annotated[Accounts, Depends(kept)]  # noqa: N806 - a type
+    changes = [Depends(guarded), *changing]
+
+    @app.get("/keys", responses=responses)
+    async def keys(accounts: Kept) -> Response:
+        """All keys with their limits, revoked ones too."""
+        async with asyncio.timeout(PATIENCE):
+            return JSONResponse([row.to_json() for row in await accounts.keys()])
+
+    @app.post("/keys/{name}", dependencies=changes, responses=responses)
+    async def add(name: Name, terms: KeyTerms, accounts: Kept) -> Response:
+        """Issues a key. Its secret is in this answer and nowhere else."""
+        async with asyncio.timeout(PATIENCE):
+            return _secret(name, await accounts.add(name, terms))
+
+    @app.post("/keys/{name}/rotate", dependencies=changes, responses=responses)
+    async def rotate(name: Name, accounts: Kept) -> Response:
+        """Gives a key a new secret; the old one is refused from now on."""
+        async with asyncio.timeout(PATIENCE):
+            return _secret(name, await accounts.rotate(name))
+
+    @app.delete("/keys/{name}", dependencies=changes, responses=responses)
+    async def revoke(name: Name, accounts: Kept) -> dict[str, str]:
+        """Refuses the key from now on; what it has under way is finished."""
+        async with asyncio.timeout(PATIENCE):
+            await accounts.revoke(name)
+        return {"revoked": name}
+
+    @app.get("/usage", responses=responses)
+    async def usage(
+        accounts: Kept,
+        by: Annotated[str, Query(description="what to sum by: key, model, day, hour", max_length=64)] = "key,model,day",
+        since: Annotated[str, Query(description="24h, 30d, 4w, or a date", max_length=32)] = "30d",
+    ) -> Response:
+        """What was used, summed by these."""
+        groups = [name for name in by.split(",") if name]
+        async with asyncio.timeout(PATIENCE):
+            rows = await accounts.usage(list(dict.fromkeys(groups)), began(since, time.time()))
+        return JSONResponse({"object": "list", "data": rows})
+
+
+def began(since: str, now: float) -> float:
+    """When a span like 30d, 24h or 4w began that ends now, or a date (seconds since 1970). Raises ConfigError."""
+    if found := _SPAN.fullmatch(since):
+        return now - int(found[1]) * UNITS[found[2]]
+    try:
+        return KeyTerms(expires=since).expires_at() or 0.0
+    except ConfigError:
+        raise ConfigError(f"since: {since!r} is no time: write it like 24h, 30d, 4w or 2027-01-31") from None
+
+
+def _secret(name: str, secret: str) -> Response:
+    return JSONResponse({"name": name, "key": secret}, headers={"Cache-Control": "no-store"})

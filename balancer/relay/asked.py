@@ -1,0 +1,106 @@
+"""What a generating request asks for, as far as its price goes: model, stream, most tokens, number of answers.
+
+A small body is parsed. Of a large one only the ends are looked at, where clients put these fields, beside `messages`:
+quotes within a text are escaped, so whatever looks like a field is one, though perhaps of an inner object.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import orjson
+
+from balancer.relay.request import Request
+from balancer.relay.requested_model import FORM_FIELD, fields_in_json
+from balancer.routing.body import HEAVY_BODY, without_images
+
+END = 2 << 10  # bytes at each end of a large body
+_FIELDS = re.compile(
+    rb'"(model|stream|stream_options|include_usage|n|max_tokens|max_completion_tokens|max_output_tokens|max_new_tokens)"'
+    rb'\s*:\s*(true|false|\{|\d{1,9}(?=[,}\s])|"[^"\\]{0,256}")'
+)
+_STREAM = re.compile(rb'"stream"\s*:\s*true')
+MOST_TOKENS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens")
+MOST_ANSWERS = 1024
+USAGE = {"include_usage": True}
+MODEL_FIELDS = ("model", "lora_path")
+
+
+def asked(body: Sequence[bytes], size: int) -> dict[str, Any]:
+    """The outermost fields of a JSON body of `size` bytes; of a large one those that are known here. Empty if none."""
+    if size > HEAVY_BODY:
+        return _of_ends(body)
+    try:
+        said = orjson.loads(body[0] if len(body) == 1 else b"".join(body))
+    except orjson.JSONDecodeError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _of_ends(body: Sequence[bytes]) -> dict[str, Any]:
+    head, tail = body[0][:END], b"".join(body[-2:])[-END:]
+    said: dict[str, Any] = {}
+    for part in (head, tail):
+        for found in _FIELDS.finditer(part):
+            name = found[1].decode()
+            said.setdefault(name, {} if found[2] == b"{" else orjson.loads(found[2]))
+    if "stream" not in said:
+        said["stream"] = any(map(_STREAM.search, body))
+    if "stream_options" in said:
+        said["stream_options"] = {"include_usage": said.get("include_usage") is True}
+    return said
+
+
+def most_tokens(said: dict[str, Any]) -> int | None:
+    """The most tokens that all its answers together may have; None if it sets no limit."""
+    sampling = said.get("sampling_params")
+    for holder in (said, sampling if isinstance(sampling, dict) else {}):
+        for name in MOST_TOKENS:
+            if type(most := holder.get(name)) is int and most >= 0:
+                return most * _answers(said, holder)
+    return None
+
+
+def _answers(said: dict[str, Any], holder: dict[str, Any]) -> int:
+    prompts = said.get("prompt") if "prompt" in said else said.get("text")
+    texts = len(prompts) if isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list)) else 1
+    count = holder.get("n")
+    return min(texts * (count if type(count) is int and count > 0 else 1), MOST_ANSWERS)
+
+
+def prompt_bytes(request: Request) -> int:
+    """The size of the body without embedded images."""
+    if request.body_size <= HEAVY_BODY:
+        return request.body_size
+    left = without_images(b"".join(request.body))
+    return request.body_size if left is None else len(left)
+
+
+def with_usage(request: Request, said: dict[str, Any]) -> bool:
+    """Has the request ask for the token counts of its stream, if it does not do so itself; returns whether it had to.
+
+    The field is put last, because of two fields of one name every common parser takes the last.
+    """
+    options = said.get("stream_options")
+    options = options if isinstance(options, dict) else {}
+    if said.get("stream") is not True or options.get("include_usage"):
+        return False
+    last = request.body[-1].rstrip() if request.body else b""
+    if last[-1:] != b"}" or last == b"}":
+        return False
+    piece = last[:-1] + b',"stream_options":' + orjson.dumps(options | USAGE) + b"}"
+    request.body_size += len(piece) - len(request.body[-1])
+    request.body[-1] = piece
+    return True
+
+
+def names_of_models(request: Request) -> Iterator[Any]:
+    """Everything by which the request may choose a model or an adapter, duplicates included; reads the whole body."""
+    if request.model:
+        yield request.model.decode("latin-1")
+    body = b"".join(request.body)
+    if body.lstrip()[:1] == b"{":
+        yield from fields_in_json(body, MODEL_FIELDS)
+    elif body.startswith(b"--"):
+        for found in FORM_FIELD.finditer(body):
+            yield found[1].decode("utf-8", "replace")

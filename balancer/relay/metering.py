@@ -1,0 +1,97 @@
+"""What a generating request may use before it starts, and what it did use when it is over."""
+
+import fnmatch
+from collections.abc import Callable
+
+from balancer import errors
+from balancer.accounts.ledger import Ledger
+from balancer.observe.record import Record
+from balancer.relay.asked import asked, most_tokens, names_of_models, prompt_bytes, with_usage
+from balancer.relay.auth import Key, Keys
+from balancer.relay.directory import Destination
+from balancer.relay.reply import Reply
+from balancer.relay.request import Request
+
+COUNTED_IF_ASKED = frozenset(("/v1/chat/completions", "/v1/completions"))  # a stream there tells no counts by itself
+# What a request is taken to use before anything was measured, and the limits of what was.
+BYTES_PER_TOKEN, LEAST_BYTES, MOST_BYTES = 4.0, 1.0, 16.0
+TOKENS_PER_ANSWER = 256.0
+LATEST = 200  # requests that a mean is made of
+
+
+class Meter:
+    """Holds requests to the limits of their keys. With a `ledger`, notes what each key uses of which model.
+
+    `clock` is the loop's time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float], keys: Keys | None = None, ledger: Ledger | None = None) -> None:
+        self._clock = clock
+        self._keys = keys
+        self._ledger = ledger
+        self._bytes_per_token = BYTES_PER_TOKEN
+        self._tokens_per_answer = TOKENS_PER_ANSWER
+
+    def begin(self, destination: Destination, request: Request, reply: Reply, record: Record) -> None:
+        """Raises ServeError for a request that its key does not allow, or not now."""
+        is_uncounted = request.path in COUNTED_IF_ASKED and destination.settings.count_streams
+        if not is_uncounted and self._ledger is None:
+            return
+        said = asked(request.body, request.body_size) if request.body else {}
+        if self._ledger is not None:
+            named = request.model.decode("latin-1") or said.get("model")
+            service = destination.service
+            record.model = service.model_of(named) if service is not None else ""
+            if (key := request.key) is not None:
+                if key.models:
+                    _check_models(key, request, destination, record.model)
+                if key.quota is not None:
+                    self._take(key, said, request, reply, record)
+        if is_uncounted:
+            reply.hides_usage = with_usage(request, said)
+
+    def _take(self, key: Key, said: dict[str, object], request: Request, reply: Reply, record: Record) -> None:
+        quota = key.quota
+        assert quota is not None
+        tokens = 0
+        if quota.counts_tokens:
+            answer = most_tokens(said)
+            tokens = int(prompt_bytes(request) / self._bytes_per_token)
+            tokens += int(self._tokens_per_answer) if answer is None else answer
+        lacking = quota.take(tokens, self._clock())
+        reply.extra_fields += quota.fields()
+        if lacking is not None:
+            record.model = ""  # it used nothing
+            raise errors.rate_limited(lacking.what, lacking.limit, lacking.wait)
+        record.reserved = tokens
+
+    def finished(self, record: Record) -> None:
+        """Settles what the request took, and notes what it used. Called some time after its end."""
+        if not record.model or self._ledger is None:
+            return
+        prompt, completion = record.prompt_tokens, record.completion_tokens
+        if prompt is None:  # its client left, or the replica: what was delivered counts, and the prompt that led to it
+            prompt = int(record.bytes_in / self._bytes_per_token) if completion else 0
+        elif prompt:
+            self._learn(record.bytes_in / prompt, completion)
+        used = prompt + (completion or 0)
+        if record.reserved and self._keys is not None and (key := self._keys.named(record.key)) and key.quota:
+            key.quota.give_back(record.reserved - used)
+        is_failed = record.status >= 400 or bool(record.error)
+        self._ledger.note(record.key, record.model, 1, is_failed, prompt, completion or 0, record.cached_tokens or 0)
+
+    def _learn(self, bytes_per_token: float, completion: int | None) -> None:
+        if LEAST_BYTES <= bytes_per_token <= MOST_BYTES:  # else it is an image that makes most of the body
+            self._bytes_per_token += (bytes_per_token - self._bytes_per_token) / LATEST
+        if completion:
+            self._tokens_per_answer += (completion - self._tokens_per_answer) / LATEST
+
+
+def _check_models(key: Key, request: Request, destination: Destination, model: str) -> None:
+    """Raises ServeError unless the key may use every model that the request names, and the one that answers it."""
+    named = [name for name in names_of_models(request) if name not in (None, "")]
+    names = destination.service.names() if destination.service is not None else ()
+    is_known = bool(named) and all(isinstance(name, str) and name in names for name in named)
+    for name in named if is_known else (*named, model):
+        if not isinstance(name, str) or not any(fnmatch.fnmatchcase(name, pattern) for pattern in key.models):
+            raise errors.model_not_allowed(str(name), key.models)

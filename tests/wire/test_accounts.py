@@ -1,0 +1,314 @@
+"""Keys that are issued on the admin port, what is counted for them, and the limits that they are held to."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from tests.lab.replica import LabReplica
+from tests.support.client import CHAT, Answer, chat, request
+from tests.support.until import until
+from tests.wire.running import House, each, on_uvloop, serving
+
+ADMIN = "the-admin-key"
+
+
+class Office:
+    """A balancer that keeps accounts, and its admin port."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self._client = httpx.AsyncClient(
+            base_url=house.balancer.admin_endpoint, headers={"Authorization": f"Bearer {ADMIN}"}, trust_env=False
+        )
+
+    async def told(self, method: str, path: str, status: int = 200, **more: Any) -> Any:
+        answer = await self._client.request(method, path, **more)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    async def add(self, name: str = "alice", **terms: Any) -> str:
+        key: str = (await self.told("POST", f"/keys/{name}", json=terms))["key"]
+        return key
+
+    async def ask(self, key: str = "", body: bytes | None = None, path: str = CHAT, **fields: str) -> Answer:
+        headers = (*(("Authorization", f"Bearer {key}"),) * bool(key), *fields.items())
+        return await self.house.ask(request(path=path, body=body or chat(), headers=headers))
+
+    async def usage(self, by: str = "key") -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = (await self.told("GET", "/usage", params={"by": by}))["data"]
+        return rows
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+@contextlib.asynccontextmanager
+async def office(folder: Path, *replicas: LabReplica, **more: Any) -> AsyncIterator[Office]:
+    config = {"state": folder / "state", "admin_key": ADMIN, **more.pop("config", {})}
+    async with serving(*replicas, config=config, **more) as house:
+        one = Office(house)
+        try:
+            yield one
+        finally:
+            await one.close()
+
+
+@on_uvloop
+async def test_the_first_key_closes_the_door_for_everyone_else(tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        assert (await at.ask()).status == 200
+        key = await at.add()
+        assert (await at.ask()).status == 401
+        assert (await at.ask(key)).status == 200
+        assert lab.seen.last.header("authorization") is None
+        await at.told("DELETE", "/keys/alice")
+        assert (await at.ask(key)).status == 401
+        assert (await at.ask()).status == 401, "the last key's end lets nobody in"
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        assert (await at.ask()).status == 401, "nor does a restart"
+        assert (await at.told("GET", "/keys"))[0]["revoked"]
+
+
+@on_uvloop
+async def test_a_rotated_key_has_a_new_secret_and_the_old_limits(tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        old = await at.add(requests_per_minute=2)
+        assert (await at.ask(old)).status == 200
+        new = (await at.told("POST", "/keys/alice/rotate"))["key"]
+        assert old != new
+        assert (await at.ask(old)).status == 401
+        assert (await at.ask(new)).status == 200
+        assert (await at.ask(new)).status == 429
+
+
+@on_uvloop
+async def test_only_the_admin_key_changes_keys(tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        wrong = {"Authorization": "Bearer wrong"}
+        for method, path in (("POST", "/keys/a"), ("POST", "/keys/a/rotate"), ("DELETE", "/keys/a")):
+            await at.told(method, path, 401, headers=wrong, json={})
+        assert await at.told("GET", "/keys") == []
+    async with LabReplica() as lab, office(tmp_path, lab, config={"admin_key": None}) as at:
+        said = await at.told("POST", "/keys/a", 403, json={})
+        assert "--admin-key" in said["error"]["message"]
+    async with LabReplica() as lab, office(tmp_path, lab, config={"state": None}) as at:
+        for method, path in (("GET", "/keys"), ("POST", "/keys/a"), ("GET", "/usage")):
+            said = await at.told(method, path, 404, json={})
+            assert "--state FOLDER" in said["error"]["message"]
+
+
+WRONG = {
+    "a count of nothing": {"max_in_flight": 0},
+    "a text for a number": {"tokens_per_day": "5M"},
+    "no date": {"expires": "tomorrow"},
+    "another priority": {"priority": "urgent"},
+    "too many models": {"models": ["m"] * 101},
+}
+
+
+@pytest.mark.parametrize("terms", **each(WRONG))
+@on_uvloop
+async def test_terms_that_mean_nothing_are_refused(terms: dict[str, Any], tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        await at.told("POST", "/keys/alice", 422, json=terms)
+        assert await at.told("GET", "/keys") == []
+        await at.told("POST", "/keys/a%20b", 422, json={})
+
+
+@on_uvloop
+async def test_an_expired_key_lets_nobody_in(tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        past, future = await at.add("past", expires="2020-01-01"), await at.add("future", expires="2999-01-01")
+        assert (await at.ask(past)).status == 401
+        assert (await at.ask(future)).status == 200
+
+
+@on_uvloop
+async def test_a_file_of_keys_goes_on_working_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sk-of-the-file\n")
+    async with LabReplica() as lab, office(tmp_path, lab, config={"api_keys": tmp_path / "keys"}) as at:
+        assert (await at.ask("sk-of-the-file")).status == 200
+        issued = await at.add()
+        assert (await at.ask("sk-of-the-file")).status == 200
+        assert (await at.ask(issued)).status == 200
+        assert [row["key"] for row in await at.usage()] == ["alice", "line-1"]
+
+
+ASKED = {
+    "whole": (CHAT, {}),
+    "a stream": (CHAT, {"stream": True}),
+    "a stream that wants usage": (CHAT, {"stream": True, "stream_options": {"include_usage": True}}),
+    "a stream that does not": (CHAT, {"stream": True, "stream_options": {"include_usage": False}}),
+    "text": ("/v1/completions", {"prompt": "once upon", "stream": True}),
+    "messages": ("/v1/messages", {"stream": True}),
+    "a long one": (CHAT, {"messages": [{"role": "user", "content": "word " * 20_000}], "stream": True}),
+}
+
+
+@pytest.mark.parametrize("row", **each(ASKED))
+@on_uvloop
+async def test_tokens_are_counted_whatever_the_client_asks(row: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    path, more = row
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        key = await at.add()
+        answer = await at.ask(key, chat(7, **more), path)
+        assert answer.status == 200
+        wants = more.get("stream_options", {}).get("include_usage", False)
+        if path != "/v1/messages" and more.get("stream"):
+            assert (b'"choices":[]' in answer.body) == wants
+            assert answer.body.endswith(b"data: [DONE]\n\n")
+        (told,) = await at.usage("key,model")
+        assert (told["key"], told["model"], told["requests"], told["failed"]) == ("alice", lab.knobs.served_model, 1, 0)
+        assert told["completion_tokens"] == 7
+        assert told["prompt_tokens"] > 0
+
+
+@on_uvloop
+async def test_without_accounts_streams_are_counted_too() -> None:
+    async with LabReplica() as lab, serving(lab) as house:
+        answer = await house.ask(request(body=chat(5, stream=True)))
+        assert b'"choices":[]' not in answer.body
+        (line,) = await house.logged()
+        assert line["completion_tokens"] == 5
+    async with LabReplica() as lab, serving(lab, count_streams=False) as house:
+        sent = chat(5, stream=True)
+        await house.ask(request(body=sent))
+        assert lab.seen.last.body == sent, "the request is passed on as it is"
+
+
+@on_uvloop
+async def test_a_client_that_leaves_is_counted_what_it_got(tmp_path: Path) -> None:
+    async with LabReplica(token_interval=0.01) as lab, office(tmp_path, lab) as at:
+        key = await at.add()
+        client = await at.house.client()
+        await client.send(request(body=chat(100_000, stream=True), headers=(("Authorization", f"Bearer {key}"),)))
+        await client.until(b"t20")
+        client.leave()
+        await at.house.at_rest()
+        (told,) = await at.usage()
+        assert told["requests"] == 1
+        assert told["failed"] == 1
+        assert 20 <= told["completion_tokens"] <= lab.seen.generations_started * 100_000
+        assert told["prompt_tokens"] > 0
+
+
+@on_uvloop
+async def test_requests_per_minute_are_held_to(tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        key, other = await at.add(requests_per_minute=2), await at.add("bob")
+        answer = await at.ask(key)
+        assert answer.header("x-ratelimit-limit-requests") == "2"
+        assert answer.header("x-ratelimit-remaining-requests") == "1"
+        assert (await at.ask(key)).status == 200
+        refused = await at.ask(key)
+        assert refused.status == 429
+        assert refused.error["code"] == "rate_limit_exceeded"
+        assert 1 <= int(refused.header("retry-after") or 0) <= 30
+        assert refused.header("x-ratelimit-remaining-requests") == "0"
+        unlimited = await at.ask(other)
+        assert unlimited.status == 200
+        assert unlimited.header("x-ratelimit-limit-requests") is None
+        assert [row["requests"] for row in await at.usage()] == [2, 1], "what is refused used nothing"
+
+
+@on_uvloop
+async def test_tokens_are_estimated_before_and_settled_after(tmp_path: Path) -> None:
+    async with LabReplica(hang="before_head") as lab, office(tmp_path, lab) as at:
+        key = await at.add(tokens_per_minute=1000)
+        client = await at.house.client()
+        await client.send(request(body=chat(900), headers=(("Authorization", f"Bearer {key}"),)))
+        await lab.seen.until(lambda seen: len(seen.requests) == 1)
+        refused = await at.ask(key, chat(900))
+        assert refused.status == 429
+        assert int(refused.header("x-ratelimit-remaining-tokens") or 0) < 100
+        assert 30 < int(refused.header("retry-after") or 0) <= 60
+        client.leave()
+        bucket = at.house.balancer.keys.named("alice").quota.minute  # type: ignore[union-attr]
+        await until(lambda: bucket.left > 990, "what was not used has come back")
+    async with LabReplica(tokens=3) as lab, office(tmp_path, lab) as at:
+        key = await at.add("bob", tokens_per_minute=1000)
+        assert (await at.ask(key, chat(900))).status == 200
+        bucket = at.house.balancer.keys.named("bob").quota.minute  # type: ignore[union-attr]
+        await until(lambda: bucket.left > 900, "the answer was shorter than it might have been")
+        assert (await at.ask(key, chat(900))).status == 200
+
+
+@on_uvloop
+async def test_what_is_counted_is_what_the_replicas_made(tmp_path: Path) -> None:
+    """Over a run in which replicas die: the sum of what is kept is the sum of what the clients got."""
+    async with (
+        LabReplica(token_interval=0.002) as a,
+        LabReplica(token_interval=0.002) as b,
+        office(tmp_path, a, b) as at,
+    ):
+        keys = [await at.add(name) for name in ("alice", "bob")]
+        told = {"prompt": 0, "completion": 0, "answers": 0}
+
+        async def work(number: int) -> None:
+            for turn in range(4):
+                usage = {"stream": True, "stream_options": {"include_usage": True}} if turn % 2 else {}
+                answer = await at.ask(keys[number % 2], chat(40, **usage))
+                if answer.status != 200 or not answer.is_whole:
+                    told["completion"] += answer.body.count(b'"content":" t')
+                    continue
+                said = answer.body
+                if turn % 2:
+                    said = next(event[6:] for event in said.split(b"\n\n") if b'"choices":[]' in event)
+                counted = orjson.loads(said)["usage"]
+                told["answers"] += 1
+                told["prompt"] += counted["prompt_tokens"]
+                told["completion"] += counted["completion_tokens"]
+
+        workers = [asyncio.create_task(work(number)) for number in range(8)]
+        await until(lambda: len(a.seen.requests) >= 6)
+        a.fall()
+        await asyncio.gather(*workers)
+        rows = await at.usage("key")
+        assert told["answers"] > 24, "most were answered, by whichever was left"
+        assert told["answers"] == sum(row["requests"] - row["failed"] for row in rows)
+        assert told["completion"] == sum(row["completion_tokens"] for row in rows)
+        if not any(row["failed"] for row in rows):  # else their prompts are estimates
+            assert told["prompt"] == sum(row["prompt_tokens"] for row in rows)
+
+
+@on_uvloop
+async def test_a_key_may_be_for_some_models_only(tmp_path: Path) -> None:
+    async with LabReplica(served_model="llama-3") as lab, office(tmp_path, lab) as at:
+        await until(lambda: at.house.balancer.service.has_told_models)
+        right, wrong = await at.add("right", models=["llama*"]), await at.add("wrong", models=["llava"])
+        assert (await at.ask(right)).status == 200
+        assert (await at.ask(right, chat(model="llama-3"))).status == 200
+        seen = len(lab.seen.requests)
+        for body in (chat(), chat(model="llama-3"), chat(model="llava"), chat(model="gpt-4o")):
+            refused = await at.ask(wrong, body)
+            assert refused.status == 403
+            assert refused.error["code"] == "model_not_allowed"
+        for body in (
+            chat(model="gpt-4o"),
+            b'{"model": "llama-3", "messages": [], "model": "other"}',
+            b'{"model": "other", "messages": [], "model": "llama-3"}',
+            chat(lora_path="other"),
+            chat(lora_path=["other"]),
+        ):
+            assert (await at.ask(right, body)).status == 403
+        assert (await at.ask(right, chat(), **{"X-Model": "other"})).status == 403
+        assert len(lab.seen.requests) == seen
+        assert orjson.loads(chat(lora_path=None))["lora_path"] is None
+        assert (await at.ask(right, chat(lora_path=None))).status == 200
+
+
+@on_uvloop
+async def test_a_key_holds_only_so_many_at_once(tmp_path: Path) -> None:
+    async with LabReplica(hang="before_head") as lab, office(tmp_path, lab) as at:
+        key = await at.add(max_in_flight=1)
+        client = await at.house.client()
+        await client.send(request(body=chat(), headers=(("Authorization", f"Bearer {key}"),)))
+        await lab.seen.until(lambda seen: len(seen.requests) == 1)
+        assert (await at.ask(key)).error["code"] == "key_at_limit"
+        client.leave()
