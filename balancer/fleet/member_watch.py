@@ -170,8 +170,10 @@ class MemberWatch:
         return False
 
     async def _is_away(self) -> bool:
-        """It says 503: because others have its GPU, as one that another balancer has ordered so far?"""
-        if self._member.tenancy is not None or self._asked_lease == self._ready_connection.breaks:
+        """It says 503: because others have its GPU? It may have dozed since it was asked, or for another balancer."""
+        if self._member.tenancy is not None:
+            return not await self._is_awake()
+        if self._asked_lease == self._ready_connection.breaks:
             return False
         try:
             said = await read_lease(self._ready_connection, self._fleet.settings.ready_timeout, self._balancer)
