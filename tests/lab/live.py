@@ -84,6 +84,16 @@ class LiveModel:
         self._stuck = stuck
         self._arm()
 
+    def pause(self) -> None:
+        """Stops the scheduler, its running requests back in the queue, and empties its cache."""
+        self._step()
+        self.model.pause(self._now())
+        self._arm()
+
+    def go_on(self) -> None:
+        self.model.go_on(self._now())
+        self._arm()
+
     async def check_health(self, timeout: float) -> bool:
         """As /health does, generates a token and checks each second for any output. Sets `is_healthy`."""
         began = self._now()

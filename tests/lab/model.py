@@ -76,6 +76,7 @@ class ReplicaModel:
         self._step = 0.0  # seconds that each of them lasts
         self._count = 0  # how many they are; 0: idle
         self._blocked = False  # the first in the queue did not fit: only a finish changes that
+        self._is_paused = False
         self._leaving: list[Request] = []  # aborted while in the pool: they leave at the next step
         self._over: list[Request] = []
 
@@ -151,6 +152,38 @@ class ReplicaModel:
         over, self._over = self._over, []
         return over
 
+    def pause(self, now: float) -> None:
+        """The step in flight is lost, all requests go back to the queue in order, and the pool is emptied."""
+        self._run_until(now)
+        self._private -= sum(new for _, new in self._prefilling)
+        there = {*self.running, *(request for request, _ in self._prefilling)}
+        there |= {self._chunked} if self._chunked is not None else set()
+        for request in sorted(there, key=lambda one: one.number, reverse=True):
+            if request in self.running:
+                self._stop_running(request)
+                request.retractions += 1
+                self.retracted_total += 1
+            self._release(request)
+            request.tokens = request.prompt + self._output(request, request.made)
+            if request.aborted:
+                request.finished_at = now
+                self._over.append(request)
+            else:
+                self.waiting.appendleft(request)
+        for request in self._leaving:
+            if request in self.waiting:  # retracted before
+                self.waiting.remove(request)
+                request.finished_at = now
+                self._over.append(request)
+        self._leaving, self._prefilling, self._chunked, self._count = [], [], None, 0
+        self.cache = RadixCache(self.settings.page_size)
+        self._is_paused = True
+
+    def go_on(self, now: float) -> None:
+        self._is_paused = False
+        if self.waiting:
+            self._schedule(now)
+
     # One step after another.
 
     def _run_until(self, now: float) -> None:
@@ -168,6 +201,8 @@ class ReplicaModel:
             self._decode(done, self._began)
 
     def _schedule(self, at: float) -> None:
+        if self._is_paused:
+            return
         self._began = at
         self._prefilling = self._prefill_batch(at)
         settings = self.settings

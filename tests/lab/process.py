@@ -7,11 +7,13 @@ import dataclasses
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.lab.knobs import FAITHFUL, BadKnob, Knobs
 from tests.lab.model import ModelSettings
 from tests.lab.replica import LabReplica
+from tests.lab.tenant import Seat
 
 PR_SET_PDEATHSIG = 1
 
@@ -33,9 +35,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             if field.name in ("headers", "interim") or (kind is Knobs and field.name in MODELS_OWN):
                 continue
             group.add_argument(f"--{field.name.replace('_', '-')}", type=_read, metavar="VALUE")
+    sharing = parser.add_argument_group("sharing GPUs (tests/lab/tenant.py)")
+    sharing.add_argument("--seat", type=Path, metavar="DIRECTORY", help="where their leases lie")
+    sharing.add_argument("--seat-gpus", type=lambda text: tuple(text.split(",")), metavar="GPU,...")
+    for name in SEATS_OWN:
+        sharing.add_argument(f"--seat-{name.replace('_', '-')}", type=str if name == "note" else float, metavar="VALUE")
     return parser.parse_args(argv)
 
 
+SEATS_OWN = [field.name for field in dataclasses.fields(Seat) if field.name not in ("directory", "gpus")]
 MODELS_OWN = {field.name for field in dataclasses.fields(ModelSettings)}
 
 
@@ -58,7 +66,12 @@ def build(flags: argparse.Namespace) -> LabReplica:
         limits = {}
     changes = {field.name: given[field.name] for field in dataclasses.fields(Knobs) if field.name in given}
     knobs = (FAITHFUL if flags.faithful else Knobs()).change(**limits | changes)
-    return LabReplica(knobs, model=model, host=flags.host, port=flags.port)
+    return LabReplica(knobs, model=model, seat=_seat(given), host=flags.host, port=flags.port)
+
+
+def _seat(given: dict[str, Any]) -> Seat | None:
+    own = {name: given[f"seat_{name}"] for name in ("gpus", *SEATS_OWN) if f"seat_{name}" in given}
+    return Seat(given["seat"], **own) if "seat" in given else None
 
 
 async def until_exit(replica: LabReplica, began: float, look: float, grace: float | None) -> None:
@@ -71,16 +84,11 @@ async def until_exit(replica: LabReplica, began: float, look: float, grace: floa
     replica.exiting = True
     if grace is None:
         await asyncio.sleep(look - (time.monotonic() - began) % look)
-        while _in_flight(replica) and (replica.live is None or replica.live.is_healthy):  # noqa: ASYNC110
+        while replica.generating and (replica.live is None or replica.live.is_healthy):  # noqa: ASYNC110
             await asyncio.sleep(look)
     else:
         await asyncio.sleep(grace)
-        await replica.seen.until(lambda _: not _in_flight(replica), timeout=None)
-
-
-def _in_flight(replica: LabReplica) -> int:
-    seen = replica.seen
-    return seen.generations_started - seen.generations_finished - seen.generations_aborted
+        await replica.seen.until(lambda _: not replica.generating, timeout=None)
 
 
 async def serve(flags: argparse.Namespace) -> NoReturn:

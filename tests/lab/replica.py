@@ -10,6 +10,7 @@
         assert replica.seen.malformed == []        # everything received was HTTP/1.1
 
 `LabReplica(model=ModelSettings(...))` takes its timing, caching and limits from tests/lab/model.py (faithful mode).
+`LabReplica(seat=Seat(folder))` shares GPUs with others of the same folder (tests/lab/tenant.py).
 
 /v1/chat/completions, /v1/completions, /generate and /v1/messages generate, and /tokenize counts tokens; /health,
 /health_generate, /ready, /server_info, /v1/loads, /model_info, /v1/models and /metrics report its state; every other
@@ -30,15 +31,17 @@ from collections import deque
 from typing import Any, Self
 
 from tests.lab import service
+from tests.lab.asked import Asked
 from tests.lab.control import control
 from tests.lab.exchange import Exchange
 from tests.lab.http1 import Connection
 from tests.lab.knobs import FAITHFUL, Knobs
 from tests.lab.live import LiveModel
 from tests.lab.model import ModelSettings
-from tests.lab.pace import PlainPace
+from tests.lab.pace import Pace, PlainPace
 from tests.lab.seen import Seen
 from tests.lab.serving import TOKENIZING, serve, silence
+from tests.lab.tenant import Seat, SharedPace, Sharing
 
 PROBES = ("/ready", "/health", "/health_generate")
 LEASE = "/lease"  # 404: it shares no GPU
@@ -53,20 +56,26 @@ class LabReplica:
         knobs: Knobs | None = None,
         *,
         model: ModelSettings | None = None,
+        seat: Seat | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         **changes: Any,
     ) -> None:
-        """`model` makes it faithful: timing, caching and limits come from a ReplicaModel. Raises BadKnob."""
+        """`model` makes it faithful: timing, caching and limits come from a ReplicaModel. Raises BadKnob.
+
+        `seat`: it shares GPUs there; `start` returns once it had its first turn, and has loaded.
+        """
         self.knobs = (knobs or (Knobs() if model is None else FAITHFUL)).change(**changes)
         self.live = None if model is None else LiveModel(model)
+        self.seat = seat
+        self.sharing: Sharing | None = None
         self.seen = Seen()
         self.host = host
         self.port = port
         self.random_seed = 0
         self.exiting = False  # SIGTERM was received: /ready and /health say 503
         self.die = self.fall  # what poison does
-        self._warming = False
+        self.is_warming = False
         self._next: deque[Knobs] = deque()
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -90,16 +99,18 @@ class LabReplica:
 
     async def start(self, warming: bool = False) -> None:
         """Listen. `warming`: /ready and /health say 503 until `warmed_up`, as SGLang's do while it warms up."""
-        self._warming = warming
+        self.is_warming = warming
         self.random_seed = self.knobs.random_seed or random.SystemRandom().getrandbits(30)
         if self._held is None:
             # Bound for as long as the replica lives, so that no other program takes the port while it refuses.
             self._held = self._bound()
             self.port = self._held.getsockname()[1]
+        if self.seat is not None:
+            self.sharing = await Sharing.begin(self, self.seat)
         await self.accept()
 
     def warmed_up(self) -> None:
-        self._warming = False
+        self.is_warming = False
 
     async def open_control(self) -> str:
         """Listen for /lab requests on a separate port, where no fault applies. Returns its URL."""
@@ -113,6 +124,7 @@ class LabReplica:
 
     async def stop(self) -> None:
         """Reset what is open and stop listening."""
+        self._leave_seat()
         self.refuse()
         if self._control is not None:
             self._control.close()
@@ -133,6 +145,12 @@ class LabReplica:
     @property
     def is_listening(self) -> bool:
         return self._server is not None
+
+    @property
+    def generating(self) -> int:
+        """Generations that have begun and not ended, waiting ones included."""
+        seen = self.seen
+        return seen.generations_started - seen.generations_finished - seen.generations_aborted
 
     def refuse(self) -> None:
         """Stop listening: connects are refused, but the port stays bound and open connections continue."""
@@ -156,6 +174,7 @@ class LabReplica:
 
     def fall(self) -> None:
         """As if it were killed: stop listening and reset what is open."""
+        self._leave_seat()
         self.refuse()
         self.drop_connections()
 
@@ -170,6 +189,11 @@ class LabReplica:
             if connection.transport.get_extra_info("peername")[1] == client:
                 with socket.socket(fileno=os.dup(connection.transport.get_extra_info("socket").fileno())) as sock:
                     sock.shutdown(socket.SHUT_RDWR)
+
+    def _leave_seat(self) -> None:
+        if self.sharing is not None:
+            self.sharing.end()
+            self.sharing = None
 
     def _bound(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
@@ -187,10 +211,21 @@ class LabReplica:
         path = exchange.head.target.partition("?")[0]
         if path.startswith("/lab/"):
             await control(self, exchange)
+        elif path == "/alive" and self.sharing is not None:
+            self.seen.probes.append(exchange.record)
+            await self.sharing.answer(exchange, silence, is_keyed=False)
         elif not self._may_enter(exchange, path):
             await exchange.read_body()
             await exchange.reply(401, service.JSON, b'{"error":"Unauthorized"}')
-        elif path in PROBES or path in service.PATHS or path == LEASE:
+        elif self.sharing is not None:
+            if path == LEASE:
+                self.seen.probes.append(exchange.record)
+            await self.sharing.answer(exchange, lambda: self._serve(exchange, path), is_keyed=True)
+        else:
+            await self._serve(exchange, path)
+
+    async def _serve(self, exchange: Exchange, path: str) -> None:
+        if path in PROBES or path in service.PATHS or path == LEASE:
             self.seen.probes.append(exchange.record)
             await exchange.read_body()
             await self._inform(exchange, path)
@@ -198,7 +233,11 @@ class LabReplica:
             knobs = self._next.popleft() if self._next and path not in TOKENIZING else self.knobs
             self.seen.requests.append(exchange.record)
             self.seen.changed()
-            await serve(exchange, knobs, self.seen, PlainPace if self.live is None else self.live.pace, self.die)
+            await serve(exchange, knobs, self.seen, self._pace, self.die)
+
+    def _pace(self, knobs: Knobs, asked: Asked) -> Pace:
+        pace = PlainPace(knobs, asked) if self.live is None else self.live.pace(knobs, asked)
+        return pace if self.sharing is None else SharedPace(pace, self.sharing.engine)
 
     def _may_enter(self, exchange: Exchange, path: str) -> bool:
         if not self.knobs.api_key or path.startswith(OPEN_TO_ALL):
@@ -231,7 +270,7 @@ class LabReplica:
         await exchange.reply(status, content_type, body)
 
     async def _probe_passes(self, path: str) -> bool:
-        if self.exiting or self._warming:
+        if self.exiting or self.is_warming:
             return False
         if self.live is None:
             return True
