@@ -15,7 +15,10 @@ from balancer.operate.engines.choose import AUTO, ENGINES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: done; 1: failed, with one line that says what is wrong and what to do; 2: wrong usage."""
+    """Exit status 0: done; 1: failed, with one line that says what is wrong and what to do; 2: wrong usage.
+
+    `status` has two more, for services that do not fare well (commands/show.py).
+    """
     settle()
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -154,6 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("-y", "--yes", action="store_true", help="accepted as by sky serve; nothing is ever asked")
 
     status = command("status", "show services and their replicas")
+    status.epilog = (
+        "Exit status, for the service that fares worst: 0, as many replicas are ready as it should have; 3, it serves "
+        "with fewer; 4, it does not serve, or that cannot be found out. With --endpoint: 0."
+    )
     status.add_argument("names", nargs="*", metavar="NAME", help="which services; * and ? match (default: all)")
     status.add_argument("--endpoint", action="store_true", help="print only the service's endpoint")
     status.add_argument("--admin-key", action="store_true", help="print the path of the file with its admin key")

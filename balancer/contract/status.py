@@ -32,9 +32,14 @@ class ServiceRow:
     generating_queued: int = 0
     # Why the service is FAILED, in one line; empty otherwise.
     reason: str = ""
+    # How many replicas there should be; None if there is no controller to say so.
+    wanted: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return _without_empty_reason(asdict(self))
+        row = _without_empty_reason(asdict(self))
+        if self.wanted is None:
+            del row["wanted"]
+        return row
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -134,7 +134,7 @@ def test_new_fact(tmp_path: Path) -> None:
             state = next(line for line in feed.iter_lines() if line.startswith("data: ") and '"decisions"' in line)
         assert json.loads(state.removeprefix("data: "))["replicas"][0]["node"] == "gpu-2"
         state_home = {"XDG_STATE_HOME": str(tmp_path), "GROUNDSERVE_ADMIN": admin}
-        table = altered.printed("from balancer.cli import main; sys.exit(main(['status']))", **state_home)
+        table = altered.printed("from balancer.cli import main; main(['status'])", **state_home)
     head, row = table.splitlines()[-2:]
     assert head.split()[5:8] == ["INFRA", "RESOURCES", "NODE"]
     assert "gpu-2" in row.split()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("up", "status", "scale", "update", "logs", "down", "check")
+COMMANDS = ("up", "status", "scale", "update", "logs", "events", "down", "check", "pull", "models", "export", "import")
 PROGRAMS = {
     "groundserve": ("balancer.cli",),
     **{f"groundserve {command}": ("balancer.cli", command) for command in COMMANDS},

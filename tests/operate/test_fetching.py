@@ -20,7 +20,7 @@ def test_a_download_does_not_eat_the_time_to_become_ready(groundserve: Groundser
     up.until("FETCHING")
     shown = groundserve.until("lab", lambda status: status["replicas"][0]["launched_seconds"] > 8)
     assert [(row["status"], row["reason"]) for row in shown["replicas"]] == [("FETCHING", PROGRESS)]
-    assert f"lab-1: {PROGRESS}" in groundserve("status", "lab")
+    assert f"lab-1: {PROGRESS}" in groundserve("status", "lab", code=4)
     gate.touch()
     up.until_up()
     assert "ended" not in up.text

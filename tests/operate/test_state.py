@@ -84,7 +84,7 @@ def test_down_on_another_host_says_where_and_ends_nobody_here(groundserve: Groun
             said = groundserve(*command, code=1)
             assert "lab runs on gpu7 as process" in said
             assert said.count("\n") == 1
-        assert "gpu7" in groundserve("status")
+        assert "gpu7" in groundserve("status", code=4)
     assert other.poll() is None
     other.kill()
     other.wait()
@@ -226,7 +226,7 @@ def test_broken_folders_are_no_other_ones_affair(groundserve: Groundserve, tmp_p
                 assert folder.replica_logs() == []
     with ServiceFolder(root, "fine").claim():
         for command in (("status",), ("status", "--json"), ("status", "f*")):
-            said = groundserve(*command)
+            said = groundserve(*command, code=4)
             assert "fine" in said
             assert "Traceback" not in said
         for code, command in ((1, ("logs", "nobody")), (1, ("scale", "nobody", "1")), (1, ("down", "nobody"))):
@@ -261,7 +261,7 @@ def test_status_and_down_of_others_go_on_beside_a_broken_folder(groundserve: Gro
     (root / "half/detached.json").write_text('{"listen": ')
     (root / "odd/lock").mkdir()
     (root / "a file").touch()
-    said = groundserve("status")
+    said = groundserve("status", code=4)
     assert "READY" in said
     assert f"half: {root}/half/detached.json cannot be used (it is not whole)" in said
     assert f"groundserve: odd: {root}/odd/lock cannot be used (Is a directory): remove it" in said

@@ -168,7 +168,7 @@ def test_one_of_two_given_up_leaves_a_service_that_serves(groundserve: Groundser
     status = groundserve.status("lab")
     assert (status["service"]["status"], status["service"]["ready"]) == ("READY", 1)
     assert [row["status"] for row in status["replicas"]] == ["FAILED", "READY"]
-    assert "lab-1: exited with code 2: no luck" in groundserve("status")
+    assert "lab-1: exited with code 2: no luck" in groundserve("status", code=3)
 
 
 def test_ctrl_c_lets_an_answer_finish_and_a_second_one_does_not(groundserve: Groundserve) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from balancer.contract.status import ServiceRow, Snapshot
-from balancer.contract.words import ServiceStatus, Status
+from balancer.contract.words import Phase, ServiceStatus, Status
 from balancer.errors import ConfigError
 from balancer.operate.commands.log_reader import LogReader
 from balancer.operate.commands.progress import COLOURS
@@ -28,7 +28,16 @@ from balancer.operate.state.state_file import BrokenState
 ADMIN_VARIABLE = "GROUNDSERVE_ADMIN"
 DEFAULT_ADMIN = "http://127.0.0.1:30002"
 
+# Exit codes of `groundserve status`, for scripts.
+ALL_READY = 0
+DEGRADED = 3  # it serves, with fewer ready replicas than it should have
+DOWN = 4  # it does not serve, or nobody knows whether it does
+
 LogOf = Literal["replicas", "balancer", "controller"]
+
+
+class NoSuchService(ConfigError):
+    """No service of this name is up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +51,15 @@ class Display:
 
 
 def status(patterns: Sequence[str], how: Display) -> int:
+    """Shows the services, and returns the exit code of the one that fares worst, or 0 with `endpoint_only`."""
     if not how.watch:
-        return _show(patterns, how)
+        try:
+            return _show(patterns, how)
+        except NoSuchService as failure:
+            if how.endpoint_only:
+                raise
+            warn([failure])
+            return DOWN
     console = Console(highlight=False)
     while True:
         with console.capture() as capture:
@@ -64,7 +80,8 @@ def _show(patterns: Sequence[str], how: Display, console: Console | None = None)
         if len(snapshots) != 1:
             raise ConfigError(f"--endpoint wants one service, and {len(snapshots) or 'none'} fit: give one NAME")
         print(snapshots[0].service.endpoint)
-    elif how.as_json:
+        return 0
+    if how.as_json:
         print(json.dumps([snapshot.to_json() for snapshot in snapshots], indent=2))
     else:
         text = Text(tables(snapshots, how.verbose))
@@ -72,7 +89,18 @@ def _show(patterns: Sequence[str], how: Display, console: Console | None = None)
             if word.phase in COLOURS:
                 text.highlight_regex(rf"(?<!\S){word}(?!\S)", COLOURS[word.phase])
         (console or Console(highlight=False)).print(text, soft_wrap=True)
-    return 0
+    return max([DOWN if failures else ALL_READY, *map(exit_code, snapshots)])
+
+
+def exit_code(snapshot: Snapshot) -> int:
+    """Without a controller nobody knows how many replicas there should be: then at least one, and all ready."""
+    service = snapshot.service
+    staying = sum(replica.status.phase is not Phase.LEAVING for replica in snapshot.replicas)
+    wanted = service.wanted if service.wanted is not None else max(1, staying)
+    is_leaving = service.status.phase is Phase.LEAVING
+    if service.ready >= wanted and not is_leaving and service.status is not ServiceStatus.CONTROLLER_INIT:
+        return ALL_READY
+    return DEGRADED if service.ready else DOWN
 
 
 def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | None) -> int:
@@ -115,7 +143,7 @@ def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | Non
 def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[ConfigError]]:
     """The matching services that are up, even without a controller, and an error for each matching broken folder.
 
-    Raises ConfigError if a pattern matches none.
+    Raises NoSuchService if a pattern matches none.
     """
     services: list[ServiceFolder] = []
     failures: list[ConfigError] = []
@@ -132,7 +160,7 @@ def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[Con
             failures.append(ConfigError(f"{folder.name}: {failure}"))
         matched |= matching
     if missing := [pattern for pattern in patterns if pattern not in matched]:
-        raise ConfigError(no_such_service(missing[0]))
+        raise NoSuchService(no_such_service(missing[0]))
     return services, failures
 
 

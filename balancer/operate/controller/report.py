@@ -91,6 +91,7 @@ class Report:
             or str(wanted.newest.version),
             total=len(rows),
             endpoint=self._endpoint(),  # a balancer that is about to be replaced may report an old one
+            wanted=wanted.target,
         )
         return Snapshot(service, tuple(sorted(rows, key=lambda row: row.id)))
 
@@ -107,6 +108,7 @@ class Report:
             total=len(replicas),
             queue_depth=0,
             in_flight=0,
+            wanted=wanted.target,
         )
         return Snapshot(service, tuple(self._rows(replicas, wanted, now)))
 
