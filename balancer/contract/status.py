@@ -62,6 +62,8 @@ class ReplicaRow(ReplicaFacts):
     ejected_for_seconds: float = 0.0
     cached_tokens_total: int = 0
     prompt_tokens_total: int = 0
+    # Can it continue a chat that broke at another replica? None until its chat template has been tried.
+    continues: bool | None = None
     # Of a replica that shares its GPUs: their UUIDs, and its turns of the last 15 minutes, as pairs of how long ago one
     # began and how long ago it ended, 0 while it lasts. Empty for any other replica.
     gpus: tuple[str, ...] = ()

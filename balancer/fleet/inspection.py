@@ -27,6 +27,7 @@ class Inspection:
     capacity_tokens: int | None = None
     is_whole: bool = True
     ranks: int = 1
+    reasoning_parser: str | None = None
 
 
 async def read_queue_length(connection: ProbeConnection, timeout: float) -> int | None:
@@ -48,7 +49,9 @@ async def inspect(connection: ProbeConnection, timeout: float) -> Inspection:
     of_one = _sum([info], "max_total_num_tokens")  # /server_info speaks of one rank
     capacity = _sum(ranks, "max_total_num_tokens") or (of_one and of_one * count)
     running = _sum(ranks, "max_running_requests") or _sum([info], "max_running_requests")
-    return Inspection(_identity(info), limit_of(running, capacity), capacity, is_whole, count)
+    parser = info.get("reasoning_parser")
+    parser = parser if isinstance(parser, str) else None
+    return Inspection(_identity(info), limit_of(running, capacity), capacity, is_whole, count, parser)
 
 
 async def read_lease(connection: ProbeConnection, timeout: float, balancer: str) -> Said | None:

@@ -1,5 +1,6 @@
 """One replica as the balancer knows it: separate facts, and the status that follows from them."""
 
+import asyncio
 import enum
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +105,9 @@ class Member:
     ranks: int = 1  # data-parallel ones; each has its share of the KV pool and of the requests
     identity: str | None = None
     models: tuple[dict[str, Any], ...] = ()  # that it serves, in OpenAI's form
+    continues: bool | None = None  # does its chat template let a begun answer continue? None until that is known
+    continues_known: asyncio.Event = field(default_factory=asyncio.Event)
+    reasoning_parser: str | None = None  # by which it tells reasoning from answers, in SGLang's words
     last_byte_at: float = 0.0
     alive_at: float = 0.0  # when it last answered, asked while its streams were silent, that it is working
     busy_since: float = 0.0

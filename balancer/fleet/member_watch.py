@@ -11,6 +11,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import orjson
 
 from balancer.contract.words import State
+from balancer.fleet.chat_template import continues
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.inspection import BALANCER, inspect, lease_of, read_lease, read_models, read_queue_length
 from balancer.fleet.member import Member, Verdict
@@ -23,6 +24,8 @@ log = logging.getLogger("groundserve")
 TOKEN_PATHS = ("/health", "/health_generate")
 # Seconds to the next probe while the service's probe does not pass, or failed the last time.
 SOON = 1.0
+# Seconds before each attempt to try its chat template, until one is answered.
+TEMPLATE_TRIALS = (0, 2, 10, 60)
 # However urgent it is, /ready is asked at most once in this many seconds.
 MIN_INTERVAL = 0.02
 # A replica that shares its GPUs hears from its balancer at least once in this many seconds; after 5 s without it takes
@@ -33,6 +36,7 @@ ANSWER = 5.0  # seconds that the answer to an order may take beyond the time tha
 REDIRECTING = (301, 302, 303, 307, 308)
 SAME_METHOD = (307, 308)
 MAX_REDIRECTS = 10
+NOT_CONTINUED = "its chat template does not put a begun answer right behind the prompt, or /tokenize does not say"
 SILENT = "it holds requests, is silent, and does not say that it is at work"
 
 
@@ -76,7 +80,13 @@ class MemberWatch:
         self._order_connection = connect_to(member)
         self._asked_lease: int | None = None  # the ready connection's `breaks` when it was last asked for a lease
         self._inspected: int | None = None  # the ready connection's `breaks` when we last knew which process answers
-        loops = (self._watch_ready(), self._watch_service(), self._watch_queue(), self._watch_life())
+        loops = (
+            self._watch_ready(),
+            self._watch_service(),
+            self._watch_queue(),
+            self._watch_life(),
+            self._try_template(),
+        )
         self.tasks = [asyncio.ensure_future(loop) for loop in loops]
 
     def stop(self) -> None:
@@ -237,6 +247,7 @@ class MemberWatch:
         if inspection.is_whole:  # otherwise it is inspected again after the next /ready
             self._inspected, self._was_refused = breaks, False
             member.ranks = inspection.ranks
+            member.reasoning_parser = inspection.reasoning_parser
         if said is not None:
             self._take(said, 0)
         member.identity = inspection.identity or member.identity
@@ -363,6 +374,24 @@ class MemberWatch:
             self._member.alive_at = self._fleet.clock()
         else:
             await asyncio.sleep(SOON)
+
+    # Its chat template, once
+
+    async def _try_template(self) -> None:
+        """Finds out, once it has become ready, whether it can continue a chat that another replica began."""
+        member, settings = self._member, self._fleet.settings
+        await self._came_up.wait()
+        with contextlib.closing(self._connect_to(member)) as connection:
+            for pause in TEMPLATE_TRIALS:
+                await asyncio.sleep(pause)
+                try:
+                    member.continues = await continues(connection, settings.ready_timeout)
+                    break
+                except (NoResponse, CannotProbe) as error:
+                    log.info("replica %s did not tokenize: %s", member.name, error)
+        if not member.continues:
+            log.info("replica %s cannot continue a chat that broke elsewhere: %s", member.name, NOT_CONTINUED)
+        member.continues_known.set()
 
     # Its own queue, where requests are held back here
 

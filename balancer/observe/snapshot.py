@@ -59,6 +59,7 @@ def _row(member: Member, now: float) -> ReplicaRow:
         ejected_for_seconds=round(max(0.0, member.ejected_until - now), 3),
         cached_tokens_total=member.cached_tokens_total,
         prompt_tokens_total=member.prompt_tokens_total,
+        continues=member.continues,
         reason=member.trouble(now),
         gpus=tenancy.gpus if tenancy else (),
         turns=tuple((round(now - began, 3), round(now - ended, 3)) for began, ended in turns),

@@ -6,9 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from balancer import errors
-from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.dial import Dialer
-from balancer.relay.continuation.going_on import Templates
 from balancer.relay.deaths import Deaths
 from balancer.relay.failover import RetryBudget
 from balancer.relay.places import Places
@@ -54,14 +52,9 @@ class Destination:
         self.pool = ConnectionPool(settings, loop, tls, dialer)
         self.budget = RetryBudget()
         self.deaths = Deaths(places.lives)
-        self.templates: Templates = {}
         self.replica_key = replica_key.encode() if replica_key else None
         self.service = service
         places.when_left.append(self.pool.forget)
-        places.when_left.append(self._forget)
-
-    def _forget(self, replica: ReplicaAddress) -> None:
-        self.templates.pop(replica, None)
 
 
 class Directory:

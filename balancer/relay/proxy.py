@@ -219,7 +219,7 @@ class Proxy:
         if relay.kept is None:
             raise error
         try:
-            return GoingOn(request, relay.kept.pieces, destination.templates)
+            return GoingOn(request, relay.kept.pieces)
         except CannotContinue as refusal:
             record.not_continued = refusal.reason
             raise error from None
@@ -241,7 +241,7 @@ class Proxy:
 
         try:
             async with asyncio.timeout(COUNTING):
-                asked, translation = await going.follow_up(place.replica, exchange)
+                asked, translation = await going.follow_up(place, exchange)
         except TimeoutError:
             return Outcome.SILENT
         except Unasked as unasked:

@@ -125,6 +125,16 @@ class Place:
         tenancy = self._member.tenancy
         return now - tenancy.away_since if tenancy is not None and tenancy.is_away else 0.0
 
+    @property
+    def reasoning_parser(self) -> str | None:
+        """By which the replica tells reasoning from answers, in SGLang's words."""
+        return self._member.reasoning_parser
+
+    async def continues(self) -> bool:
+        """Does its chat template let a begun answer continue? Waits until that is known, just after it became ready."""
+        await self._member.continues_known.wait()
+        return bool(self._member.continues)
+
     def doubted(self) -> None:
         """The answer is silent: ask the replica whether it is at work. Called repeatedly while the silence lasts."""
         self._fleet.doubted(self._member)

@@ -9,7 +9,7 @@ from uuid import uuid4
 import orjson
 
 from tests.lab import anthropic
-from tests.lab.asked import Asked, Kind
+from tests.lab.asked import END_OF_THINKING, THINK, Asked, Kind
 
 DATA = b"data: "
 DONE = b"data: [DONE]"
@@ -47,10 +47,15 @@ class Usage:
         return {**self.as_json(), "completion_tokens_details": None}
 
 
-def words(count: int, begin: int = 0) -> list[str]:
+def words(count: int, begin: int = 0, closes_at: int = -1, is_opened: bool = False) -> list[str]:
     """The text of `count` tokens: four bytes each, as tests/lab/prompts.py reads text, so that an answer sent back in a
-    conversation gives the same tokens again."""
-    return [WORDS[position % len(WORDS)] for position in range(begin, begin + count)]
+    conversation gives the same tokens again. The token at `closes_at` ends the reasoning; if the prompt has not opened
+    it (`is_opened`), the first token does."""
+    made = [WORDS[position % len(WORDS)] for position in range(begin, begin + count)]
+    for position, tag in ((closes_at, END_OF_THINKING), (0 if closes_at > 0 and not is_opened else -1, THINK)):
+        if begin <= position < begin + count:
+            made[position - begin] = tag
+    return made
 
 
 def error(status: int, message: str, kind: str) -> bytes:
@@ -116,7 +121,7 @@ def token(generation: Generation, position: int, usage: Usage, seconds: float) -
     word = generation.words[position]
     match generation.asked.kind:
         case "chat":
-            return _chunk(generation, [_choice(_delta(content=word), None)])
+            return _chunk(generation, [_choice(_chat_delta(generation, position), None)])
         case "messages":
             return anthropic.token(word)
         case "completion":
@@ -149,7 +154,19 @@ def _ending(generation: Generation, usage: Usage) -> list[bytes]:
     if not generation.asked.include_usage or generation.asked.kind == "generate":
         return [DONE]
     said = usage.in_full() if generation.asked.kind == "chat" else usage.as_json()
+    reasoned = min(generation.asked.closes_at + 1 - generation.asked.begin, usage.completion_tokens)
+    if generation.asked.is_parsed and reasoned > 0:
+        said |= {"reasoning_tokens": reasoned, "completion_tokens_details": {"reasoning_tokens": reasoned}}
     return [_chunk(generation, [], usage=said), DONE]
+
+
+def _chat_delta(generation: Generation, position: int) -> dict[str, Any]:
+    asked, word = generation.asked, generation.words[position]
+    if not asked.is_parsed or asked.closes_at < 0:
+        return _delta(content=word)
+    if word in (THINK, END_OF_THINKING):
+        return _delta(content="")
+    return _delta(reasoning_content=word) if asked.begin + position < asked.closes_at else _delta(content=word)
 
 
 def _delta(**said: str) -> dict[str, Any]:

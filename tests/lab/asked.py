@@ -10,7 +10,9 @@ from tests.lab.knobs import Knobs
 
 Kind = Literal["chat", "completion", "generate", "messages"]
 ORDINARY_TOKENS = 8
-_MADE = re.compile(r"(?: t\d\d)*\Z")  # the part at the end of a text that earlier answers generated
+_TOKEN = re.compile(r"</?think>| t\d\d")
+THINK, END_OF_THINKING = "<think>", "</think>"
+_MADE = re.compile(r"(?:</?think>| t\d\d)*\Z")  # the part at the end of a text that earlier answers generated
 
 
 class BadRequest(ValueError):
@@ -29,6 +31,9 @@ class Asked:
     begin: int  # tokens of the answer that are in the prompt already; the answer continues from there
     body: dict[str, Any]
     body_length: int  # bytes
+    closes_at: int  # the token of the whole answer that closes its reasoning, from 0; -1 without reasoning
+    opens_thinking: bool  # the prompt has the opening tag
+    is_parsed: bool  # reasoning is told apart
 
     @classmethod
     def read(cls, kind: Kind, data: bytes, knobs: Knobs) -> Self:
@@ -45,7 +50,7 @@ class Asked:
             wanted = ORDINARY_TOKENS
         if type(wanted) is not int or wanted < 1:
             raise BadRequest(f"max_tokens must be at least 1, got {wanted!r}")
-        begin = len(_MADE.search(_open_text(kind, body))[0]) // 4  # type: ignore[index]
+        begin = len(_TOKEN.findall(_MADE.search(_open_text(kind, body))[0]))  # type: ignore[index]
         return cls(
             kind=kind,
             model=str(body.get("model", knobs.served_model)),
@@ -55,6 +60,9 @@ class Asked:
             begin=begin,
             body=body,
             body_length=len(data),
+            closes_at=knobs.thinks + (not knobs.opens_thinking) if kind == "chat" and knobs.thinks else -1,
+            opens_thinking=kind == "chat" and knobs.opens_thinking,
+            is_parsed=bool(knobs.reasoning_parser),
         )
 
 

@@ -41,6 +41,11 @@ class Knobs:
     split: int = 0  # at most this many bytes a write; 0: whole events
     event_end: str = "\n\n"  # what ends an SSE event
 
+    # Reasoning, in chats only.
+    thinks: int = 0  # tokens of it before the answer, its closing tag not counted
+    opens_thinking: bool = False  # the chat template writes the opening tag; otherwise the model does
+    reasoning_parser: str = ""  # as /server_info has it; without one, tags and reasoning are part of the answer
+
     # Faults on serving paths.
     cut: Cut = ""  # where the connection ends
     cut_after: int = 1  # tokens sent before that (after_tokens, mid_event, mid_chunk) or body bytes (after_bytes)
@@ -56,6 +61,7 @@ class Knobs:
     keep_alive: float = 5.0  # an idle connection is closed after this long (SGLang: 5)
 
     # Probes.
+    template: Literal["continues", "ends", "hang", "404"] = "continues"  # a begun answer; or what /tokenize does
     ready: int | Literal["hang", "reset"] = 200  # /ready: 200, 503, 404, ...
     ready_delay: float = 0.0
     health: int | Literal["hang", "reset"] = 200  # /health and /health_generate

@@ -7,15 +7,15 @@ from typing import Any
 
 import orjson
 
-from tests.lab.asked import Asked, BadRequest, is_continued
+from tests.lab.asked import END_OF_THINKING, THINK, Asked, BadRequest, is_continued
 from tests.lab.radix import TOKEN
 
 SYSTEM = "You are a helpful AI assistant."
 
 
 def text_tokens(text: str) -> bytes:
-    """Four bytes of UTF-8 a token, the last one padded. Equal beginnings give equal tokens."""
-    data = text.encode()
+    """Four bytes of UTF-8 a token, the last one padded; each tag is one. Equal beginnings give equal tokens."""
+    data = text.replace(THINK, "<th>").replace(END_OF_THINKING, "</t>").encode()
     return data + bytes(-len(data) % TOKEN)
 
 
@@ -24,7 +24,7 @@ def image_tokens(image: str, count: int) -> bytes:
     return hashlib.sha256(image.encode()).digest()[:TOKEN] * count
 
 
-def tokenized(body: bytes) -> bytes | None:
+def tokenized(body: bytes, does_continue: bool = True, opens_thinking: bool = False) -> bytes | None:
     """The answer of /tokenize for a text or for messages; None if the body has neither."""
     try:
         asked = orjson.loads(body)
@@ -35,7 +35,7 @@ def tokenized(body: bytes) -> bytes | None:
     if isinstance(asked.get("prompt"), str):
         tokens = text_tokens(asked["prompt"])
     elif asked.get("messages"):
-        tokens = b"".join(_chat(asked, 1, is_continued("chat", asked)))
+        tokens = b"".join(_chat(asked, 1, does_continue and is_continued("chat", asked), opens_thinking))
     else:
         return None
     ids = [token for (token,) in struct.iter_unpack(">I", tokens)]
@@ -46,7 +46,7 @@ def prompt_tokens(asked: Asked, tokens_per_image: int) -> bytes:
     """The whole prompt. Raises BadRequest if there is none."""
     body = asked.body
     if asked.kind in ("chat", "messages"):
-        prompt = b"".join(_chat(body, tokens_per_image, is_continued(asked.kind, body)))
+        prompt = b"".join(_chat(body, tokens_per_image, is_continued(asked.kind, body), asked.opens_thinking))
     elif asked.kind == "completion":
         prompt = _flat(body.get("prompt"))
     else:
@@ -59,7 +59,7 @@ def prompt_tokens(asked: Asked, tokens_per_image: int) -> bytes:
     return prompt
 
 
-def _chat(body: dict[str, Any], tokens_per_image: int, is_continued: bool) -> Iterator[bytes]:
+def _chat(body: dict[str, Any], tokens_per_image: int, is_continued: bool, opens_thinking: bool) -> Iterator[bytes]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise BadRequest("Messages cannot be empty.")
@@ -78,6 +78,8 @@ def _chat(body: dict[str, Any], tokens_per_image: int, is_continued: bool) -> It
                 yield text_tokens(str(part.get("text", "")))
         yield text_tokens("<|end|>")
     yield text_tokens("<|assistant|>")
+    if opens_thinking:
+        yield text_tokens(THINK)
     if is_continued:
         yield text_tokens(messages[-1]["content"])
 

@@ -39,6 +39,7 @@ from tests.lab.knobs import FAITHFUL, Knobs
 from tests.lab.live import LiveModel
 from tests.lab.model import ModelSettings
 from tests.lab.pace import Pace, PlainPace
+from tests.lab.prompts import tokenized
 from tests.lab.seen import Seen
 from tests.lab.serving import TOKENIZING, serve, silence
 from tests.lab.tenant import Seat, SharedPace, Sharing
@@ -229,6 +230,9 @@ class LabReplica:
             self.seen.probes.append(exchange.record)
             await exchange.read_body()
             await self._inform(exchange, path)
+        elif path in TOKENIZING and exchange.record.header("x-request-id") is None:  # for no client
+            self.seen.probes.append(exchange.record)
+            await self._tokenize(exchange)
         else:
             knobs = self._next.popleft() if self._next and path not in TOKENIZING else self.knobs
             self.seen.requests.append(exchange.record)
@@ -238,6 +242,16 @@ class LabReplica:
     def _pace(self, knobs: Knobs, asked: Asked) -> Pace:
         pace = PlainPace(knobs, asked) if self.live is None else self.live.pace(knobs, asked)
         return pace if self.sharing is None else SharedPace(pace, self.sharing.engine)
+
+    async def _tokenize(self, exchange: Exchange) -> None:
+        await exchange.read_body()
+        template = self.knobs.template
+        if template == "hang":
+            await silence()
+        counted = (
+            None if template == "404" else tokenized(exchange.body, template == "continues", self.knobs.opens_thinking)
+        )
+        await exchange.reply(404 if counted is None else 200, service.JSON, counted or b"{}")
 
     def _may_enter(self, exchange: Exchange, path: str) -> bool:
         if not self.knobs.api_key or path.startswith(OPEN_TO_ALL):

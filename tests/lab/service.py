@@ -94,6 +94,7 @@ def _server_info(knobs: Knobs, random_seed: int, load: Load) -> dict[str, Any]:
         "model_path": knobs.served_model,
         "tokenizer_path": knobs.served_model,
         "served_model_name": knobs.served_model,
+        "reasoning_parser": knobs.reasoning_parser or None,
         "max_running_requests": None,
         "page_size": 1,
         "random_seed": random_seed,

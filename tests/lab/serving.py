@@ -143,7 +143,11 @@ async def serve(
         await _huge(sender, round(knobs.body_mib * (1 << 20)))
     elif knobs.body is not None:
         await sender.whole(knobs.status or 200, "text/plain", knobs.body.encode())
-    elif path in TOKENIZING and not knobs.early and (counted := tokenized(exchange.body)) is not None:
+    elif (
+        path in TOKENIZING
+        and not knobs.early
+        and (counted := tokenized(exchange.body, opens_thinking=knobs.opens_thinking)) is not None
+    ):
         await sender.whole(200, "application/json", counted)
     elif kind is not None and not knobs.early:
         await _generate(sender, kind, seen, pace_for)
@@ -177,7 +181,9 @@ async def _generate(sender: Sender, kind: Kind, seen: Seen, pace_for: PaceFor) -
     exchange, knobs = sender.exchange, sender.knobs
     try:
         asked = Asked.read(kind, exchange.body, knobs)
-        generation = answers.Generation(asked, words=answers.words(asked.tokens, asked.begin))
+        generation = answers.Generation(
+            asked, words=answers.words(asked.tokens, asked.begin, asked.closes_at, asked.opens_thinking)
+        )
         pace = pace_for(knobs, asked)
     except BadRequest as error:
         await sender.whole(400, "application/json", answers.bad_request(kind, str(error)))

@@ -82,10 +82,10 @@ async def test_streams_continue(path: str, fault: dict[str, Any]) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @on_uvloop
 async def test_streams_that_do_not_begin(path: str) -> None:
-    """A stream of which only the head came within first_byte_timeout continues elsewhere, even if its replica is alive."""
-    async with LabReplica() as a, LabReplica() as b, serving(a, b, idle_timeout=0.4) as house:
+    """A stream of which nothing but the head came within first_byte_timeout continues elsewhere."""
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, idle_timeout=1.5) as house:
         whole = await undisturbed(house, path)
-        house.balancer.config.settings.first_byte_timeout = 1.0
+        house.balancer.config.settings.first_byte_timeout = 2.5
         prefer(house, "a", "b")
         a.set(hang="after_head")
         answer = await house.ask(asked(path))
@@ -173,6 +173,112 @@ async def test_not_continued(case: tuple[dict[str, Any], str]) -> None:
         await house.at_rest()
         assert house.log()[-1]["not_continued"] == reason
         await until(lambda: house.balancer.tallies.not_continued == {reason: 1})
+
+
+THINKS = {"thinks": 3, "reasoning_parser": "qwen3"}
+
+
+@pytest.mark.parametrize("opens", [False, True], ids=["the model opens", "the template opens"])
+@pytest.mark.parametrize("cut", range(1, 9))
+@on_uvloop
+async def test_reasoning(opens: bool, cut: int) -> None:
+    """An answer continues once its reasoning is closed; while it is not, the client is told."""
+    thinks = THINKS | {"opens_thinking": opens}
+    async with LabReplica(**thinks) as a, LabReplica(**thinks) as b, serving(a, b) as house:
+        path = "/v1/chat/completions"
+        data = request(path=path, body=orjson.dumps(request_for(path, 9)))
+        whole = plain((await house.ask(data)).body)
+        reasoning = [said["choices"][0]["delta"].get("reasoning_content") for _, said in whole[:-2]]
+        assert len(list(filter(None, reasoning))) == 3
+        prefer(house, "a", "b")
+        a.next(1, cut="after_tokens", cut_after=cut, **thinks)
+        answer = await house.ask(data)
+        await house.at_rest()
+        if (
+            (not opens) < cut <= (not opens) + 3 + 1
+        ):  # reasoning, up to the closing tag; before it, the request is sent again
+            told_broken(answer)
+            assert house.log()[-1]["not_continued"] == "reasoning"
+        else:
+            assert answer.is_whole
+            assert spoken(plain(answer.body)) == spoken(whole)
+            assert plain(answer.body)[-2:] == whole[-2:], "usage counts the reasoning, its tags too"
+
+
+def spoken(events: list[Any]) -> list[tuple[str, str]]:
+    """What the events say, in order: reasoning and text. (SGLang sends an event without either for a tag.)"""
+    deltas = [said["choices"][0]["delta"] for _, said in events if said != "[DONE]" and said["choices"]]
+    pairs = [(delta["reasoning_content"] or "", delta.get("content") or "") for delta in deltas]
+    return [pair for pair in pairs if any(pair)]
+
+
+@pytest.mark.parametrize("parser", ["gpt-oss", ""])
+@on_uvloop
+async def test_reasoning_that_cannot_be_restored(parser: str) -> None:
+    """Reasoning whose parser rewrites the text ends a stream that breaks; without a parser it is plain text."""
+    path = "/v1/chat/completions"
+    async with LabReplica(thinks=2) as a, LabReplica(thinks=2) as b, serving(a, b) as house:
+        for replica in (a, b):
+            replica.set(reasoning_parser=parser)
+            house.member("a" if replica is a else "b").reasoning_parser = parser
+        data = request(path=path, body=orjson.dumps(request_for(path, 9)))
+        whole = await house.ask(data)
+        prefer(house, "a", "b")
+        a.next(1, cut="after_tokens", cut_after=6)
+        answer = await house.ask(data)
+        if parser:
+            told_broken(answer)
+            await house.at_rest()
+            assert house.log()[-1]["not_continued"] == "reasoning"
+        else:
+            assert answer.is_whole
+            assert spoken(plain(answer.body)) == spoken(plain(whole.body))
+
+
+def trials(replica: LabReplica) -> int:
+    return sum(seen.target == "/tokenize" for seen in replica.seen.probes)
+
+
+@pytest.mark.parametrize("template", ["ends", "404"])
+@on_uvloop
+async def test_template_that_does_not_continue(template: str) -> None:
+    """A replica whose chat template closes a begun answer continues no chat, but does continue a text."""
+    async with LabReplica() as a, LabReplica(template=template) as b, serving(a, b, ready_interval=0.05) as house:
+        await until(lambda: house.member("b").continues is False and house.member("a").continues)
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            prefer(house, "a", "b")
+            a.next(1, cut="after_tokens", cut_after=2)
+            assert not (await house.ask(asked(path))).is_whole
+            await house.at_rest()
+            assert house.log()[-1]["not_continued"] == "template"
+        prefer(house, "a", "b")
+        a.next(1, cut="after_tokens", cut_after=2)
+        assert (await house.ask(asked("/v1/completions"))).is_whole
+        await until(lambda: house.balancer.tallies.not_continued == {"template": 2})
+        assert trials(b) <= 3, "tried once"
+
+
+@on_uvloop
+async def test_template_is_tried_beside_readiness() -> None:
+    """A replica whose /tokenize hangs is ready all the same; a chat waits for it only for a while."""
+    async with LabReplica(template="hang") as a, serving(a, ready_interval=0.05) as house:
+        assert (await house.ask(asked("/v1/chat/completions"))).is_whole
+        assert house.member("a").continues is None
+
+
+@on_uvloop
+async def test_template_is_tried_once() -> None:
+    """A replica is tried once after each start, however often it is probed."""
+    async with LabReplica() as a, serving(a, ready_interval=0.02) as house:
+        await until(lambda: house.member("a").continues)
+        probes = len(a.seen.probes)
+        await until(lambda: len(a.seen.probes) > probes + 20)
+        assert trials(a) == 3
+        before = house.member("a")
+        a.random_seed += 1
+        a.drop_connections()  # as in a restart
+        await until(lambda: house.member("a") is not before and house.member("a").continues)
+        assert trials(a) == 6
 
 
 @on_uvloop

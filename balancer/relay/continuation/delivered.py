@@ -19,6 +19,7 @@ class Delivered:
     """The answer so far. `is_done`: only the end of the HTTP response was missing."""
 
     text: str = ""
+    reasoning: str = ""  # which came before the text, without its tags
     has_opened: bool = False  # the opening event, before any text, has arrived
     finish: Any = None  # why it ended, in its format's own words
     is_block_open: bool = False  # in Anthropic's format, a text block
@@ -34,7 +35,7 @@ class Delivered:
     @property
     def is_empty(self) -> bool:
         """Has the client received nothing that was generated?"""
-        return not self.text and self.finish is None and not self.completion_tokens
+        return not self.text and not self.reasoning and self.finish is None and not self.completion_tokens
 
 
 def delivered(path: str, pieces: list[bytes]) -> Delivered:
@@ -72,8 +73,10 @@ def _note_choice(so_far: Delivered, choice: dict[str, Any]) -> None:
     else:
         if delta.get("tool_calls"):
             raise CannotContinue("tools")
-        if delta.get("reasoning_content"):
-            raise CannotContinue("reasoning")
+        if reasoning := delta.get("reasoning_content"):
+            if so_far.text:
+                raise CannotContinue("reasoning")  # begun anew, in a way that its parser hides
+            so_far.reasoning += reasoning
         so_far.has_opened = so_far.has_opened or "role" in delta
         so_far.text += delta.get("content") or ""
     so_far.finish = choice.get("finish_reason") or so_far.finish

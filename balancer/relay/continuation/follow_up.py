@@ -54,6 +54,7 @@ class FollowUp:
     stops: tuple[str, ...]
     keeps_stop: bool
     tokens: int  # that the client already has
+    reasoning_tokens: int  # of these
     most: int | None  # the client's limit on tokens
     is_muted: bool
 
@@ -72,11 +73,15 @@ def read_request(pieces: list[bytes]) -> dict[str, Any]:
     return request
 
 
-def follow_up(path: str, request: dict[str, Any], so_far: Delivered, tokens: int) -> FollowUp:
-    """`tokens` is how many the client already has. Raises CannotContinue if the answer cannot continue elsewhere."""
+def follow_up(
+    path: str, request: dict[str, Any], so_far: Delivered, tokens: int, reasoned: str = "", reasoning_tokens: int = 0
+) -> FollowUp:
+    """`tokens` is how many the client already has, of which `reasoning_tokens` are reasoning; `reasoned` is that, with
+    its tags. Raises CannotContinue if the answer cannot continue elsewhere.
+    """
     try:
         check(path, request, so_far)
-        wish = _WISHES[path](request, so_far)
+        wish = _WISHES[path](request, so_far, reasoned)
     except (KeyError, TypeError, AttributeError, IndexError):
         raise CannotContinue("format") from None
     holder = wish.get("sampling_params", wish)
@@ -94,7 +99,8 @@ def follow_up(path: str, request: dict[str, Any], so_far: Delivered, tokens: int
     keeps_stop = bool(holder.get("no_stop_trim"))
     where = CHAT if path == "/v1/messages" else path
     body = orjson.dumps(wish)
-    return FollowUp(where, body, stop_strings(holder.get("stop")), keeps_stop, tokens, most, is_muted)
+    stops = stop_strings(holder.get("stop"))
+    return FollowUp(where, body, stops, keeps_stop, tokens, reasoning_tokens, most, is_muted)
 
 
 def ending(path: str, request: dict[str, Any], so_far: Delivered) -> bytes | None:
@@ -121,6 +127,8 @@ def check(path: str, request: dict[str, Any], so_far: Delivered) -> None:
         raise CannotContinue("several answers")
     if so_far.is_empty and path != "/v1/messages":
         return  # the answer is generated again from the start
+    if so_far.reasoning and not (so_far.text and _keeps_reasoning_apart(request)):
+        raise CannotContinue("reasoning")
     for name, reason in DEPENDING.items():
         value = asked.get(name)
         if value and not (reason == "tools" and asked.get("tool_choice") == "none"):
@@ -139,11 +147,16 @@ def check(path: str, request: dict[str, Any], so_far: Delivered) -> None:
         raise CannotContinue("seed")
 
 
+def _keeps_reasoning_apart(request: dict[str, Any]) -> bool:
+    """Is what the client got as reasoning, and nothing else, the model's reasoning?"""
+    return not (request.get("chat_template_kwargs") or {}).get("force_nonempty_content")
+
+
 def _is_beyond(value: Any, most: int) -> bool:
     return value is not None and value != most
 
 
-def _chat(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
+def _chat(request: dict[str, Any], so_far: Delivered, reasoned: str) -> dict[str, Any]:
     messages = list(request["messages"])
     if so_far.is_empty:
         return dict(request)
@@ -151,7 +164,7 @@ def _chat(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
         content = message.get("content")
         if isinstance(content, list) and any(part["type"] not in PARTS for part in content):
             raise CannotContinue("audio")
-    text = so_far.text
+    text = reasoned + so_far.text
     if messages[-1]["role"] == "assistant":
         # Without continue_final_message SGLang takes a final assistant message for a user message.
         if not request.get("continue_final_message") or not isinstance(messages[-1]["content"], str):
@@ -161,7 +174,7 @@ def _chat(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
     return request | {"messages": messages, "continue_final_message": True}
 
 
-def _completion(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
+def _completion(request: dict[str, Any], so_far: Delivered, _: str) -> dict[str, Any]:
     if not isinstance(request["prompt"], str) and not so_far.is_empty:
         raise CannotContinue("token ids" if _holds_ids(request["prompt"]) else "several answers")
     wish = dict(request)
@@ -171,7 +184,7 @@ def _completion(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
     return wish
 
 
-def _generate(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
+def _generate(request: dict[str, Any], so_far: Delivered, _: str) -> dict[str, Any]:
     wish = dict(request)
     if not so_far.is_empty:
         if not isinstance(request.get("text"), str):
@@ -182,8 +195,8 @@ def _generate(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
     return wish | {"sampling_params": sampling}
 
 
-def _messages(request: dict[str, Any], so_far: Delivered) -> dict[str, Any]:
-    return _chat(as_chat(request), so_far)
+def _messages(request: dict[str, Any], so_far: Delivered, reasoned: str) -> dict[str, Any]:
+    return _chat(as_chat(request), so_far, reasoned)
 
 
 def _holds_ids(prompt: Any) -> bool:

@@ -6,18 +6,17 @@ from typing import Any
 
 import orjson
 
-from balancer.fleet.address import ReplicaAddress
+from balancer.fleet.chat_template import QUESTION
 from balancer.fleet.outcome import Outcome
 from balancer.relay.continuation.delivered import CannotContinue, delivered
 from balancer.relay.continuation.follow_up import ending, follow_up, read_request
+from balancer.relay.continuation.reasoning import is_opened, tags_of
 from balancer.relay.continuation.translation import Translation
+from balancer.relay.places import Place
 from balancer.relay.request import Headers, Request
 from balancer.relay.upstream import Receiver
 
 LARGEST_COUNT = 16 << 20  # bytes of an answer from /tokenize: it contains the ids, some six bytes each
-# For testing a chat template: does an unfinished answer directly follow the opening that the template itself writes?
-TRIAL = [{"role": "user", "content": "Hello"}]
-TRIAL_TEXT = "So it is"
 
 Exchange = Callable[[Request, Receiver], Awaitable[Outcome]]
 
@@ -30,16 +29,11 @@ class Unasked(Exception):
         self.outcome = outcome
 
 
-# Whether each replica's chat template can continue an answer, for those tested so far.
-Templates = dict[ReplicaAddress, bool]
-
-
 class GoingOn:
     """One broken answer. Raises CannotContinue if it cannot continue; `pieces` are what the client received."""
 
-    def __init__(self, request: Request, pieces: list[bytes], templates: Templates) -> None:
+    def __init__(self, request: Request, pieces: list[bytes]) -> None:
         self._request = request
-        self._templates = templates
         if not request.body:
             raise CannotContinue("body")  # it was dropped to make room for others
         self._is_untouched = not pieces  # the client has at most a head, so the same request is sent again
@@ -53,27 +47,35 @@ class GoingOn:
             # Fails now if the answer cannot continue, rather than after a wait for another replica.
             follow_up(request.path, self._wish, self._so_far, 0)
 
-    async def follow_up(self, replica: ReplicaAddress, exchange: Exchange) -> tuple[Request, Translation | None]:
+    async def follow_up(self, place: Place, exchange: Exchange) -> tuple[Request, Translation | None]:
         """What to send to that replica, and how to translate its answer; raises CannotContinue or Unasked."""
         if self._is_untouched:
             return self._request, None
         request, so_far = self._request, self._so_far
-        tokens = so_far.completion_tokens
+        tokens, reasoned, reasoning_tokens = so_far.completion_tokens, "", 0
         if so_far.text and request.path != "/generate":
-            if request.path != "/v1/completions" and not await self._template_continues(replica, exchange):
+            if request.path != "/v1/completions" and not await place.continues():
                 raise CannotContinue("template")
-            tokens = len(await self._tokens(exchange, prompt=so_far.text, add_special_tokens=False))
-        follow = follow_up(request.path, self._wish, so_far, tokens)
+            reasoned, reasoning_tokens = await self._reasoned(place, exchange) if so_far.reasoning else ("", 0)
+            tokens = len(await self._ids(exchange, reasoned + so_far.text))
+        follow = follow_up(request.path, self._wish, so_far, tokens, reasoned, reasoning_tokens)
         return _posted(request, follow.path, follow.body), Translation(request.path, so_far, follow)
 
-    async def _template_continues(self, replica: ReplicaAddress, exchange: Exchange) -> bool:
-        if replica not in self._templates:
-            before = await self._tokens(exchange, messages=TRIAL)
-            begun = [*TRIAL, {"role": "assistant", "content": TRIAL_TEXT}]
-            after = await self._tokens(exchange, messages=begun, continue_final_message=True)
-            text = await self._tokens(exchange, prompt=TRIAL_TEXT, add_special_tokens=False)
-            self._templates[replica] = after == before + text
-        return self._templates[replica]
+    async def _reasoned(self, place: Place, exchange: Exchange) -> tuple[str, int]:
+        """The reasoning as the model wrote it, with its tags, and how many tokens that is."""
+        tags = tags_of(place.reasoning_parser)
+        if tags is None:
+            raise CannotContinue("reasoning")
+        how = {name: self._wish[name] for name in ("chat_template_kwargs", "reasoning_effort") if name in self._wish}
+        prompt = await self._tokens(exchange, messages=QUESTION, **how)
+        opened = is_opened(prompt, await self._ids(exchange, tags.start))
+        if opened is None:
+            raise CannotContinue("reasoning")
+        reasoned = ("" if opened else tags.start) + self._so_far.reasoning + tags.end
+        return reasoned, len(await self._ids(exchange, reasoned))
+
+    async def _ids(self, exchange: Exchange, text: str) -> list[int]:
+        return await self._tokens(exchange, prompt=text, add_special_tokens=False)
 
     async def _tokens(self, exchange: Exchange, **what: Any) -> list[int]:
         """The replica's token ids for a text or for messages."""

@@ -104,6 +104,9 @@ def _whole_usage(usage: dict[str, Any], follow: FollowUp) -> dict[str, Any]:
     prompt = usage["prompt_tokens"] - follow.tokens
     completion = follow.tokens + (0 if follow.is_muted else usage["completion_tokens"])
     whole = usage | {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    if follow.reasoning_tokens and "reasoning_tokens" in usage:
+        whole["reasoning_tokens"] = follow.reasoning_tokens
+        whole["completion_tokens_details"] = {"reasoning_tokens": follow.reasoning_tokens}
     details = usage.get("prompt_tokens_details")
     if details:
         whole["prompt_tokens_details"] = details | {"cached_tokens": min(details.get("cached_tokens", 0), prompt)}

@@ -86,7 +86,7 @@ def test_undelivered_answer(more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("delta", "reason"),
-    [({"tool_calls": [{}]}, "tools"), ({"reasoning_content": "hm"}, "reasoning"), ({"content": 7}, "unreadable")],
+    [({"tool_calls": [{}]}, "tools"), ({"content": 7}, "unreadable")],
 )
 def test_delivered_refuses(delta: dict[str, Any], reason: str) -> None:
     """What was delivered may show that the stream cannot continue."""
