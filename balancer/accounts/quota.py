@@ -14,24 +14,21 @@ MINUTE, DAY = 60.0, 86400.0
 
 
 class Bucket:
-    """`limit` per `period` seconds; it is full at first, and again after one period without use."""
+    """`limit` of `what` ("tokens per minute") in `period` seconds; full at first, and after a period without use."""
 
-    __slots__ = ("at", "left", "limit", "period")
+    __slots__ = ("at", "left", "limit", "per_request", "rate", "what")
 
-    def __init__(self, limit: int, period: float, now: float, used: int = 0) -> None:
+    def __init__(self, what: str, limit: int, period: float, now: float, used: int = 0) -> None:
+        self.what = what
+        self.per_request = what.startswith("requests")
         self.limit = limit
-        self.period = period
+        self.rate = limit / period
         self.left = float(limit - used)
         self.at = now
 
-    def fill(self, now: float) -> None:
-        self.left = min(self.limit, self.left + (now - self.at) * self.limit / self.period)
-        self.at = now
-
     def wait_for(self, amount: float) -> float:
-        """Seconds until it holds that much, or is full; 0 if it does now."""
-        lacking = min(amount, self.limit) - self.left
-        return lacking * self.period / self.limit if lacking > 1e-6 else 0.0
+        """Seconds until it holds that much, or is full, if nobody takes any more."""
+        return max(0.0, (min(amount, self.limit) - self.left) / self.rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,36 +43,39 @@ class Lacking:
 class Quota:
     """The buckets of one key. `used_today`: tokens that it used in the last 24 hours."""
 
-    __slots__ = ("day", "minute", "requests", "terms")
+    __slots__ = ("_format", "buckets", "counts_tokens", "day", "minute", "requests", "terms")
 
     def __init__(self, terms: KeyTerms, now: float, used_today: int = 0) -> None:
         self.terms = terms
         per_minute, tokens, per_day = terms.requests_per_minute, terms.tokens_per_minute, terms.tokens_per_day
-        self.requests = Bucket(per_minute, MINUTE, now) if per_minute else None
-        self.minute = Bucket(tokens, MINUTE, now) if tokens else None
-        self.day = Bucket(per_day, DAY, now, used_today) if per_day else None
-
-    @property
-    def counts_tokens(self) -> bool:
-        return self.minute is not None or self.day is not None
+        self.requests = Bucket("requests per minute", per_minute, MINUTE, now) if per_minute else None
+        self.minute = Bucket("tokens per minute", tokens, MINUTE, now) if tokens else None
+        self.day = Bucket("tokens per day", per_day, DAY, now, used_today) if per_day else None
+        self.buckets = [bucket for bucket in (self.requests, self.minute, self.day) if bucket is not None]
+        self.counts_tokens = self.minute is not None or self.day is not None
+        self._format = b"".join(
+            b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n"
+            % ((name,) * 3)
+            for name, is_there in ((b"requests", self.requests), (b"tokens", self.counts_tokens))
+            if is_there
+        )
 
     def take(self, tokens: int, now: float) -> Lacking | None:
         """Takes one request and that many tokens; or nothing, and says what is lacking."""
         worst: Lacking | None = None
-        for bucket, amount, what in (
-            (self.requests, 1, "requests per minute"),
-            (self.minute, tokens, "tokens per minute"),
-            (self.day, tokens, "tokens per day"),
-        ):
-            if bucket is not None:
-                bucket.fill(now)
+        for bucket in self.buckets:
+            limit = bucket.limit
+            left = bucket.left + (now - bucket.at) * bucket.rate
+            bucket.left = left = left if left < limit else limit
+            bucket.at = now
+            amount = 1 if bucket.per_request else tokens
+            if left < amount and left < limit - 1e-6:
                 wait = bucket.wait_for(amount)
-                if wait and (worst is None or wait > worst.wait):
-                    worst = Lacking(what, bucket.limit, wait)
+                if worst is None or wait > worst.wait:
+                    worst = Lacking(bucket.what, limit, wait)
         if worst is None:
-            if self.requests is not None:
-                self.requests.left -= 1
-            self.give_back(-tokens)
+            for bucket in self.buckets:
+                bucket.left -= 1 if bucket.per_request else tokens
         return worst
 
     def give_back(self, tokens: float) -> None:
@@ -86,29 +86,24 @@ class Quota:
 
     def fields(self) -> bytes:
         """The header lines by which OpenAI's clients learn what is left, as of the last `take`."""
-        tokens = self.minute or self.day
-        if self.minute is not None and self.day is not None and self.day.left < self.minute.left:
-            tokens = self.day
-        lines = b""
+        values: list[int | bytes] = []
         if (requests := self.requests) is not None:
-            lines = b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\n" % (
-                requests.limit,
-                max(0, requests.left),
-            ) + b"x-ratelimit-reset-requests: %b\r\n" % _span(requests.wait_for(requests.limit))
-        if tokens is not None:
-            lines += b"x-ratelimit-limit-tokens: %d\r\nx-ratelimit-remaining-tokens: %d\r\n" % (
-                tokens.limit,
-                max(0, tokens.left),
-            ) + b"x-ratelimit-reset-tokens: %b\r\n" % _span(tokens.wait_for(tokens.limit))
-        return lines
+            values += _told(requests)
+        if (tokens := self.minute or self.day) is not None:
+            if self.day is not None and self.day.left < tokens.left:
+                tokens = self.day
+            values += _told(tokens)
+        return self._format % tuple(values)
 
 
-def _span(seconds: float) -> bytes:
-    """As OpenAI writes it: 120ms, 1.5s, 6m0s, 23h59m0s."""
-    if seconds < 1:
-        return b"%dms" % math.ceil(seconds * 1000)
-    if seconds < 60:
-        return b"%gs" % (math.ceil(seconds * 10) / 10)
-    minutes, rest = divmod(math.ceil(seconds), 60)
+def _told(bucket: Bucket) -> tuple[int, int, bytes]:
+    limit, left = bucket.limit, bucket.left
+    seconds = math.ceil((limit - left) / bucket.rate)
+    return limit, int(left) if left > 0 else 0, b"%ds" % seconds if seconds < 60 else _span(seconds)
+
+
+def _span(seconds: int) -> bytes:
+    """As OpenAI writes it: 6m0s, 23h59m0s."""
+    minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
-    return (b"%dh" % hours if hours else b"") + b"%dm%ds" % (minutes, rest)
+    return (b"%dh" % hours if hours else b"") + b"%dm%ds" % (minutes, seconds)

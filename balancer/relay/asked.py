@@ -20,10 +20,15 @@ _FIELDS = re.compile(
     rb'\s*:\s*(true|false|\{|\d{1,9}(?=[,}\s])|"[^"\\]{0,256}")'
 )
 _STREAM = re.compile(rb'"stream"\s*:\s*true')
-MOST_TOKENS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens")
+MOST_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")
 MOST_ANSWERS = 1024
 USAGE = {"include_usage": True}
 MODEL_FIELDS = ("model", "lora_path")
+
+
+def may_stream(body: Sequence[bytes]) -> bool:
+    """Could the request ask for a stream? A quick look, before it is read."""
+    return len(body) != 1 or len(body[0]) > HEAVY_BODY or b'"stream"' in body[0]
 
 
 def asked(body: Sequence[bytes], size: int) -> dict[str, Any]:
@@ -54,7 +59,7 @@ def _of_ends(body: Sequence[bytes]) -> dict[str, Any]:
 def most_tokens(said: dict[str, Any]) -> int | None:
     """The most tokens that all its answers together may have; None if it sets no limit."""
     sampling = said.get("sampling_params")
-    for holder in (said, sampling if isinstance(sampling, dict) else {}):
+    for holder in (said, sampling) if isinstance(sampling, dict) else (said,):
         for name in MOST_TOKENS:
             if type(most := holder.get(name)) is int and most >= 0:
                 return most * _answers(said, holder)
@@ -77,13 +82,13 @@ def prompt_bytes(request: Request) -> int:
 
 
 def with_usage(request: Request, said: dict[str, Any]) -> bool:
-    """Has the request ask for the token counts of its stream, if it does not do so itself; returns whether it had to.
+    """Has a streaming request ask for the token counts, if it does not do so itself; returns whether it had to.
 
     The field is put last, because of two fields of one name every common parser takes the last.
     """
     options = said.get("stream_options")
     options = options if isinstance(options, dict) else {}
-    if said.get("stream") is not True or options.get("include_usage"):
+    if options.get("include_usage"):
         return False
     last = request.body[-1].rstrip() if request.body else b""
     if last[-1:] != b"}" or last == b"}":

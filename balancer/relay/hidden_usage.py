@@ -9,23 +9,24 @@ LARGEST = 1 << 20  # bytes of one event that are held back until it is whole
 
 
 class HiddenUsage:
-    """Passes on whole events; the rest of one waits until it is whole."""
+    """Passes on whole events; the rest of one waits until it is whole.
 
-    __slots__ = ("_held", "_is_over")
+    While nothing is `held`, it need not be asked about whole events without `EMPTY`, which are nearly all.
+    """
+
+    __slots__ = ("_is_over", "held")
 
     def __init__(self) -> None:
-        self._held = b""
+        self.held = b""  # an event that is not whole yet
         self._is_over = False
 
     def take(self, data: bytes) -> bytes:
-        if not self._held and data[-2:] == EVENT_END and EMPTY not in data:
-            return data
         if self._is_over:
             return data
-        data = self._held + data
+        data = self.held + data
         end = end_of_last(data)
-        whole, self._held = data[:end], data[end:]
-        if len(self._held) > LARGEST:
+        whole, self.held = data[:end], data[end:]
+        if len(self.held) > LARGEST:
             self._is_over = True
             return whole + self.rest()
         if EMPTY not in whole:
@@ -35,5 +36,5 @@ class HiddenUsage:
 
     def rest(self) -> bytes:
         """What is held of an event that has no end."""
-        held, self._held = self._held, b""
+        held, self.held = self.held, b""
         return held

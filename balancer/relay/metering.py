@@ -6,7 +6,7 @@ from collections.abc import Callable
 from balancer import errors
 from balancer.accounts.ledger import Ledger
 from balancer.observe.record import Record
-from balancer.relay.asked import asked, most_tokens, names_of_models, prompt_bytes, with_usage
+from balancer.relay.asked import asked, may_stream, most_tokens, names_of_models, prompt_bytes, with_usage
 from balancer.relay.auth import Key, Keys
 from balancer.relay.directory import Destination
 from balancer.relay.reply import Reply
@@ -35,7 +35,7 @@ class Meter:
     def begin(self, destination: Destination, request: Request, reply: Reply, record: Record) -> None:
         """Raises ServeError for a request that its key does not allow, or not now."""
         is_uncounted = request.path in COUNTED_IF_ASKED and destination.settings.count_streams
-        if not is_uncounted and self._ledger is None:
+        if self._ledger is None and not (is_uncounted and may_stream(request.body)):
             return
         said = asked(request.body, request.body_size) if request.body else {}
         if self._ledger is not None:
@@ -48,7 +48,7 @@ class Meter:
                 if key.quota is not None:
                     self._take(key, said, request, reply, record)
         if is_uncounted:
-            reply.hides_usage = with_usage(request, said)
+            reply.hides_usage = said.get("stream") is True and with_usage(request, said)
 
     def _take(self, key: Key, said: dict[str, object], request: Request, reply: Reply, record: Record) -> None:
         quota = key.quota

@@ -8,7 +8,7 @@ from time import time
 from typing import Protocol
 
 from balancer.errors import ServeError, is_anthropic
-from balancer.relay.hidden_usage import HiddenUsage
+from balancer.relay.hidden_usage import EMPTY, EVENT_END, HiddenUsage
 from balancer.relay.misfit import Misfit, fits
 from balancer.relay.paths import kind_of
 from balancer.relay.request import HOP_BY_HOP, Request
@@ -184,8 +184,9 @@ class Reply:
         tail.pieces.append(data)
         if len(tail.pieces) > tail.most or self.bytes_sent > tail.until:
             tail.trim(self.bytes_sent)
-        if self._hidden is not None:
-            shown = self._hidden.take(data)
+        hidden = self._hidden
+        if hidden is not None and (EMPTY in data or data[-2:] != EVENT_END or hidden.held):
+            shown = hidden.take(data)
             self.bytes_sent += len(shown) - len(data)
             if not shown:
                 return

@@ -14,6 +14,7 @@ from balancer.fleet.address import ReplicaAddress
 from balancer.relay.auth import Key, bearer_token
 from balancer.relay.hosts import is_host
 from balancer.relay.paths import WAITED_FOR, PathKind, kind_of
+from balancer.routing.ranked_queue import Bulk
 
 Headers = list[tuple[bytes, bytes]]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -78,7 +79,9 @@ class Request:
     @property
     def owner(self) -> str | bytes:
         """The sender for fair sharing: the name of its API key or, without keys, its client."""
-        return self.key.name if self.key else self.client
+        if (key := self.key) is None:
+            return self.client
+        return Bulk(key.name) if key.is_bulk else key.name
 
     @property
     def is_generating(self) -> bool:

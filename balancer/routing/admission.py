@@ -12,10 +12,10 @@ from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
 from balancer.routing.expected_wait import ExpectedWait
-from balancer.routing.fair_queue import FairQueue
 from balancer.routing.one_at_a_time import OneAtATime
 from balancer.routing.policies import Choice, Policy
 from balancer.routing.prompt import Prompt
+from balancer.routing.ranked_queue import RankedQueue
 from balancer.routing.shares import Shares
 
 MOMENT = 2.0  # seconds that any request waits for a replica that is about to be ready, as when one takes over
@@ -56,7 +56,7 @@ class _Queued:
     until: float
 
 
-Waiters = FairQueue[_Queued]
+Waiters = RankedQueue[_Queued]
 
 
 class Admission:

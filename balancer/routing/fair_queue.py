@@ -58,6 +58,10 @@ class FairQueue(Generic[T]):
         """All entries, in no particular order. The queue may change during the iteration."""
         return iter([entry for _, _, entry in self._again] + list(self._line_of))
 
+    def __contains__(self, entry: T) -> bool:
+        """Is it in a key's line?"""
+        return entry in self._line_of
+
     def depth(self, key: Hashable) -> int:
         """How many entries the key's line has."""
         line = self._lines.get(key)

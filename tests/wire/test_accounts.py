@@ -312,3 +312,22 @@ async def test_a_key_holds_only_so_many_at_once(tmp_path: Path) -> None:
         await lab.seen.until(lambda seen: len(seen.requests) == 1)
         assert (await at.ask(key)).error["code"] == "key_at_limit"
         client.leave()
+
+
+@on_uvloop
+async def test_bulk_waits_until_nobody_else_does(tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab, max_in_flight=1) as at:
+        bulk, other = await at.add("bulk", priority="bulk"), await at.add("other")
+        holder = await at.house.client()
+        held = chat(100_000, stream=True)
+        lab.set(token_interval=0.02)
+        await holder.send(request(body=held, headers=(("Authorization", f"Bearer {bulk}"),)))
+        await until(lambda: at.house.balancer.service.fleet.generating == 1)
+        lab.set(token_interval=0)
+        asking = []
+        for count, key in enumerate([bulk, bulk, other, other], 1):
+            asking.append(asyncio.create_task(at.ask(key, **{"X-Request-Id": f"{count}"})))
+            await until(lambda due=count: at.house.balancer.service.admission.queue_depth == due)  # type: ignore[misc]
+        holder.leave()
+        assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 4
+        assert [seen.id for seen in lab.seen.requests[1:]] == ["3", "4", "1", "2"]
