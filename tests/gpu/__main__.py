@@ -22,6 +22,7 @@ from tests.gpu import shapes
 from tests.gpu.pair import routing, surplus, two_gpus
 from tests.gpu.proof import ROW, START, Proof, chat, row
 from tests.gpu.serving import balancer, cpu_seconds, flush, load, wait_ready
+from tests.gpu.sharing import sharing
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 50), "blue": (35, 60, 220), "yellow": (240, 220, 40)}
 COLOURS |= {"black": (12, 12, 12), "white": (245, 245, 245), "orange": (245, 140, 25), "purple": (130, 40, 170)}
@@ -93,7 +94,7 @@ def image(proof: Proof) -> None:
 
 def cost(proof: Proof) -> None:
     """One replica with Llama-2-7b's shape, direct and through the balancer."""
-    flags = ["--load-format", "dummy", "--mem-fraction-static", "0.8", "--cuda-graph-max-bs", "256"]
+    flags = ["--load-format", "dummy", "--mem-fraction-static", "0.8", "--cuda-graph-max-bs-decode", "256"]
     one = proof.replica("llama", proof.llama(), flags)
     try:
         proof.say(f"Llama-2-7b's shape ready after {wait_ready(one, START):.0f} s")
@@ -171,7 +172,7 @@ def llava(proof: Proof) -> None:
 
 
 STEPS: dict[str, Callable[[Proof], None]] = {
-    step.__name__: step for step in (environment, text, image, cost, routing, two_gpus, llava)
+    step.__name__: step for step in (environment, text, image, cost, routing, two_gpus, llava, sharing)
 }
 
 

@@ -50,8 +50,8 @@ def bodies(job: dict[str, Any]) -> Iterator[bytes]:
 
 
 async def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds in all, TTFT and gaps in seconds, tokens, cached tokens, errors."""
-    waiting = bodies(job)
+    """Seconds in all, TTFT and gaps in seconds, tokens, cached tokens, errors; texts by number if the job says so."""
+    waiting = enumerate(bodies(job))
     figures: dict[str, Any] = {
         "ttft": [],
         "gaps": [],
@@ -59,14 +59,15 @@ async def run(job: dict[str, Any]) -> dict[str, Any]:
         "prompt_tokens": 0,
         "cached_tokens": 0,
         "errors": [],
+        "texts": {} if job.get("keep_texts") else None,
     }
     where = urlsplit(job["url"])
 
     async def work() -> None:
-        for body in waiting:
+        for number, body in waiting:
             try:
                 async with asyncio.timeout(LIMIT):
-                    await answer(where.hostname or "", where.port or 80, body, figures)
+                    await answer(where.hostname or "", where.port or 80, number, body, figures)
             except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError) as error:
                 figures["errors"].append(f"{type(error).__name__}: {error}"[:200])
 
@@ -75,7 +76,7 @@ async def run(job: dict[str, Any]) -> dict[str, Any]:
     return figures | {"seconds": time.monotonic() - start}
 
 
-async def answer(host: str, port: int, body: bytes, figures: dict[str, Any]) -> None:
+async def answer(host: str, port: int, number: int, body: bytes, figures: dict[str, Any]) -> None:
     """One answer on a connection of its own. Raises ValueError when it is not whole."""
     reader, writer = await asyncio.open_connection(host, port)
     try:
@@ -88,6 +89,7 @@ async def answer(host: str, port: int, body: bytes, figures: dict[str, Any]) -> 
         if b" 200 " not in head.split(b"\r\n", 1)[0]:
             raise ValueError(f"{head[:80]!r} {(await reader.read(300))!r}")
         tail = b""
+        pieces: list[bytes] = []
         first = True
         while piece := await reader.read(65536):
             now = time.monotonic()
@@ -95,13 +97,23 @@ async def answer(host: str, port: int, body: bytes, figures: dict[str, Any]) -> 
                 (figures["ttft"] if first else figures["gaps"]).append(now - (sent if first else last))
                 first, last = False, now
             tail = (tail + piece)[-2000:]
+            if figures["texts"] is not None:
+                pieces.append(piece)
         if b"data: [DONE]" not in tail:
             raise ValueError(f"the stream was cut: it ends with {tail[-100:]!r}")
         for name in ("completion_tokens", "prompt_tokens", "cached_tokens"):
             found = re.findall(rb'"%b":\s*(\d+)' % name.encode(), tail)
             figures[name] += int(found[-1]) if found else 0
+        if figures["texts"] is not None:
+            figures["texts"][number] = text(b"".join(pieces))
     finally:
         writer.close()
+
+
+def text(answered: bytes) -> str:
+    """What the events of a chunked answer say together. A chunk is an event or several, so that its lines are whole."""
+    events = [json.loads(line[6:]) for line in answered.splitlines() if line.startswith(b"data: {")]
+    return "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
 
 
 def main(path: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,20 @@ class Proof:
 
     def llama(self) -> str:
         """The folder of Llama-2-7b's shape."""
-        folder = self.work / "llama-2-7b"
+        return self._shape("llama-2-7b", shapes.LLAMA_2_7B)
+
+    def llama_3(self) -> str:
+        """The folder of Llama-3-8B's shape."""
+        return self._shape("llama-3-8b", shapes.LLAMA_3_8B)
+
+    def _shape(self, name: str, shape: Mapping[str, object]) -> str:
+        folder = self.work / name
         if not (folder / "config.json").exists():
-            shapes.llama(self.models / "smollm2-135m", folder)
+            shapes.llama(self.models / "smollm2-135m", folder, shape)
         return str(folder)
 
     def keep(self, name: str, figures: dict[str, Any]) -> None:
-        """Adds a load's figures to the report, without its gaps and with the first of its errors."""
+        """Adds a load's figures to the report, without its gaps and texts and with the first of its errors."""
         self.figures.setdefault(name, []).append(
             {k: figures[k] for k in ("seconds", "completion_tokens", "prompt_tokens", "cached_tokens", "ttft")}
             | {"errors": figures["errors"][:5], "error_count": len(figures["errors"])}

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,30 +74,40 @@ def wait_ready(process: Process, limit: float) -> float:
 
 def balancer(folder: Path, policy: str, replicas: Sequence[Process]) -> Process:
     """`python -m balancer` in front of them; ready when all of them are."""
+    flags = [part for one in replicas for part in ("--replica", one.url)]
+    return _balancer(folder, f"balancer-{policy}", [*flags, "--policy", policy], len(replicas))
+
+
+def services(folder: Path, models: Mapping[str, Process]) -> Process:
+    """`python -m balancer` in front of a service for each model; ready when one of them is, as the others may doze."""
+    flags = [part for name, one in models.items() for part in ("--replica", f"{name}={one.url}")]
+    return _balancer(folder, "balancer-services", flags, 1)
+
+
+def _balancer(folder: Path, name: str, flags: Sequence[str], ready: int) -> Process:
     port, admin = free_ports(2)
-    argv = [sys.executable, "-m", "balancer", "--listen", f"127.0.0.1:{port}", "--admin", f"127.0.0.1:{admin}"]
-    for one in replicas:
-        argv += ["--replica", one.url]
-    process = start(f"balancer-{policy}", [*argv, "--policy", policy], f"http://127.0.0.1:{port}", folder)
-    began = time.monotonic()
+    argv = [sys.executable, "-m", "balancer", "--listen", f"127.0.0.1:{port}", "--admin", f"127.0.0.1:{admin}", *flags]
+    process = start(name, argv, f"http://127.0.0.1:{port}", folder)
+    began, last = time.monotonic(), ""
     while time.monotonic() - began < 60:
         try:
-            status = httpx.get(f"http://127.0.0.1:{admin}/status", trust_env=False).json()["service"]
-            if status["ready"] == len(replicas):
+            answer = httpx.get(f"http://127.0.0.1:{admin}/status", trust_env=False)
+            last = answer.text
+            if answer.json()["service"]["ready"] >= ready:
                 return process
-        except (httpx.HTTPError, ValueError):
+        except (httpx.HTTPError, ValueError, KeyError):
             pass
         time.sleep(0.2)
     process.stop()
-    raise RuntimeError(f"the balancer did not find its replicas ready:\n{process.tail()}")
+    raise RuntimeError(f"the balancer did not find its replicas ready: {last[:2000]}\n{process.tail()}")
 
 
 def router(folder: Path, replicas: Sequence[Process]) -> Process:
-    """sglang-router with its published defaults in front of two replicas, one thread as in `make bench-routing`."""
+    """smg, routing by prefix as published, in front of two replicas, one thread as in `make bench-routing`."""
     first, second = (one.url for one in replicas)
     place = Place(*free_ports(2), (first, second), folder, folder)
-    argv = [sys.executable, "-m", "sglang_router.launch_router", *rust_router_flags(place, "cache_aware")]
-    process = start("sglang-router", argv, f"http://127.0.0.1:{place.port}", folder, **ONE_THREAD)
+    argv = [sys.executable, "-m", "smg.cli", "launch", *rust_router_flags(place, "cache_aware")]
+    process = start("smg", argv, f"http://127.0.0.1:{place.port}", folder, **ONE_THREAD)
     began = time.monotonic()
     while time.monotonic() - began < 60 and process.popen.poll() is None:
         try:
@@ -108,7 +118,7 @@ def router(folder: Path, replicas: Sequence[Process]) -> Process:
             pass
         time.sleep(0.2)
     process.stop()
-    raise RuntimeError(f"sglang-router did not find its replicas healthy:\n{process.tail()}")
+    raise RuntimeError(f"smg did not find its replicas healthy:\n{process.tail()}")
 
 
 def flush(one: Process) -> None:

@@ -6,6 +6,7 @@ published config.json files; only the vocabulary is padded to the tokenizer that
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ LLAMA_2_7B = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+# Grouped heads: a token's KV takes a quarter of Llama-2-7b's. The context is cut to what the workloads need.
+LLAMA_3_8B = LLAMA_2_7B | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
 }
 # CLIP ViT-L/14 at 336 pixels, and LLaVA-1.6's way of cutting images into tiles.
 CLIP_L_336 = {
@@ -54,10 +63,10 @@ LLAVA_1_6 = {
 }
 
 
-def llama(tokenizer: Path, out: Path) -> Path:
-    """Llama-2-7b without weights: for `--load-format dummy`."""
+def llama(tokenizer: Path, out: Path, shape: Mapping[str, object] = LLAMA_2_7B) -> Path:
+    """A Llama without weights: for `--load-format dummy`."""
     _copy_tokenizer(tokenizer, out, "smollm2-135m")
-    _write_config(out, LLAMA_2_7B)
+    _write_config(out, shape)
     return out
 
 
