@@ -21,7 +21,10 @@ PROJECT, SERVICE = "com.docker.compose.project", "com.docker.compose.service"
 
 
 def containers(project: str, service: str = "", folder: Path = FOLDER) -> list[dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(FileNotFoundError):  # it is removed meanwhile
+            found.append(json.loads(path.read_text()))
     return [one for one in found if one["labels"][PROJECT] == project and service in ("", one["labels"][SERVICE])]
 
 
@@ -49,7 +52,8 @@ def run(project: str, service: str, files: list[str]) -> None:
     id = uuid.uuid4().hex
     labels = {**overlay.get("labels", {}), PROJECT: project, SERVICE: service}
     facts = {"id": id, "pid": process.pid, "labels": labels, "started": datetime.now(UTC).isoformat()}
-    (FOLDER / f"{id}.json").write_text(json.dumps(facts))
+    (FOLDER / f"{id}.new").write_text(json.dumps(facts))
+    (FOLDER / f"{id}.new").rename(FOLDER / f"{id}.json")
 
 
 def compose(words: list[str]) -> None:
@@ -75,7 +79,7 @@ def compose(words: list[str]) -> None:
 
 def remove(container: dict[str, Any]) -> None:
     kill(container)
-    (FOLDER / f"{container['id']}.json").unlink()
+    (FOLDER / f"{container['id']}.json").unlink(missing_ok=True)
 
 
 def inspected(container: dict[str, Any]) -> dict[str, Any]:
@@ -89,6 +93,11 @@ def inspected(container: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
+    # Docker as it may be: silent, or not there.
+    if (FOLDER.parent / "silent").exists():
+        time.sleep(600)
+    if (FOLDER.parent / "away").exists():
+        sys.exit("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?")
     match words:
         case ["compose", *rest]:
             compose(rest)
@@ -110,6 +119,8 @@ def main(words: list[str]) -> None:
             else:
                 while is_alive(container):
                     time.sleep(0.01)
+                    if (FOLDER.parent / "away").exists():
+                        sys.exit("error from daemon in stream: unexpected EOF")
 
 
 if __name__ == "__main__":

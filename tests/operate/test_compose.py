@@ -1,14 +1,16 @@
 """What the Compose engine tells Docker, without a Docker engine; tests/e2e/docker/test_engine.py has one."""
 
 import asyncio
+import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,10 +23,14 @@ from balancer.operate.engines.compose import project
 from balancer.operate.engines.compose.balancer_handle import admin_key, environ
 from balancer.operate.engines.compose.engine import ComposeEngine, _Replica, project_of, replica_overlay
 from balancer.operate.engines.compose.project import Container, name_of
+from balancer.operate.engines.engine import CannotStart
 from balancer.operate.engines.fetching import Fetching
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 from balancer.spec.service_file import parse
+from tests.operate import docker_stub
+from tests.operate.command_line import PATIENCE
+from tests.support.until import until
 
 LOOPBACK = Addresses("127.0.0.1:30001", "127.0.0.1:30002")
 
@@ -247,3 +253,127 @@ def test_detached_record_without_a_controller(tmp_path: Path) -> None:
     folder.remove_detached_record()
     assert folder.detached_record is None
     folder.remove_detached_record()
+
+
+# A Docker that is silent, or away for a while
+
+
+@pytest.fixture
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The stub of tests/operate/docker_stub.py; a file `silent` or `away` in this folder makes it so."""
+    (tmp_path / "containers").mkdir()
+    (tmp_path / "docker").symlink_to(docker_stub.__file__)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("DOCKER_STUB", str(tmp_path / "containers"))
+    yield tmp_path
+    for name in ("silent", "away"):
+        (tmp_path / name).unlink(missing_ok=True)
+    for path in (tmp_path / "containers").iterdir():
+        docker_stub.kill(json.loads(path.read_text()))
+
+
+def engine_at(path: Path) -> ComposeEngine:
+    engine = ComposeEngine(folder_at(path))
+    engine.prepare(made(), AddressFlags("127.0.0.1:0", "127.0.0.1:0"))
+    return engine
+
+
+def forget(engine: ComposeEngine) -> None:
+    """Makes it look as if the starts of its replicas had raised."""
+    for replica in engine._replicas.values():
+        replica.following.cancel()
+    engine._replicas.clear()
+
+
+def containers(docker: Path) -> list[dict[str, Any]]:
+    return docker_stub.containers("groundserve-x", "replica", docker / "containers")
+
+
+def test_a_replica_of_a_docker_that_is_away_is_not_taken_for_gone(docker: Path) -> None:
+    """It runs on under live-restore, so another in its place would want its GPU too."""
+
+    async def work() -> None:
+        engine = engine_at(docker / "x")
+        await engine.start(1, made())
+        (docker / "away").touch()
+        listing = await until(lambda: (one := engine.running()[1]).reason and one, within=PATIENCE)
+        assert "it is unknown whether it runs: Cannot connect to the Docker daemon" in listing.reason
+        assert "since" in listing.reason
+        assert engine.ended() == ()
+        with pytest.raises(CannotStart, match="Cannot connect"):
+            await engine.start(2, made())
+        with pytest.raises(CannotStart, match="Cannot connect"):
+            await engine.stop(1, 0)
+        (docker / "away").unlink()
+        await until(lambda: not engine.running()[1].reason, within=PATIENCE)
+        await engine.start(2, made())
+        assert len(containers(docker)) == 2
+        (second,) = (one for one in containers(docker) if one["labels"]["groundserve.id"] == "2")
+        docker_stub.kill(second)
+        await until(lambda: len(engine.running()) == 1, within=PATIENCE)
+        assert len(engine.ended()) == 1
+        await asyncio.gather(*(engine.stop(id, 0) for id in engine.running()))
+
+    asyncio.run(work())
+
+
+def test_a_docker_that_is_silent_is_not_waited_for(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(project, "ANSWER", 0.5)
+    monkeypatch.setattr(project, "WORK", 0.5)
+
+    async def work() -> None:
+        engine = ComposeEngine(folder_at(docker / "x"))
+        engine._prepared = project_of(made(), folder_at(docker / "x"), LOOPBACK)
+        (docker / "silent").touch()
+        with pytest.raises(CannotStart, match="Docker does not answer within 0 s"):
+            await engine.start(1, made())
+        with pytest.raises(CannotStart, match="Docker does not answer"):
+            await engine.found()
+        assert not project.has_docker()
+        with pytest.raises(ConfigError, match="x: Docker does not answer"):
+            engine.take_down()
+
+    asyncio.run(work())
+
+
+def test_a_start_that_seemed_to_fail_leaves_no_second_replica(docker: Path) -> None:
+    """Docker fell silent after it had started, or created, the container."""
+
+    async def work() -> None:
+        engine = engine_at(docker / "x")
+        await engine.start(1, made())
+        forget(engine)
+        await engine.start(1, made())
+        assert len(containers(docker)) == 1
+        assert engine.running().keys() == {1}
+        docker_stub.kill(containers(docker)[0])
+        await until(lambda: not engine.running() and not containers(docker), within=PATIENCE)
+        await engine.start(2, made())
+        forget(engine)
+        docker_stub.kill(containers(docker)[0])
+        await engine.start(3, made())
+        assert [one["labels"]["groundserve.id"] for one in containers(docker)] == ["3"]
+        await engine.stop(3, 0)
+
+    asyncio.run(work())
+
+
+def test_replicas_come_back_after_a_reboot(docker: Path) -> None:
+    """The balancer's container returns by itself, the replicas with the controller, which alone starts them."""
+
+    async def work() -> None:
+        before = engine_at(docker / "x")
+        await before.start(1, made())
+        overlay = json.loads((docker / "x/replica.json").read_text())
+        assert overlay["services"]["replica"]["restart"] == "no"
+        forget(before)
+        for one in containers(docker):
+            docker_stub.kill(one)
+        after = engine_at(docker / "x")
+        assert await after.found() == ()
+        assert containers(docker) == [], "what ended with the machine is in nobody's way"
+        await after.start(1, made())
+        assert len(containers(docker)) == 1
+        await after.stop(1, 0)
+
+    asyncio.run(work())

@@ -69,6 +69,7 @@ class Controller:
         self._is_closing = False
         self._hurry = asyncio.Event()
         self._telling = asyncio.Lock()  # an older list must not arrive after a newer one
+        self._starting: dict[int, asyncio.Task[None]] = {}
         self._stopping: set[asyncio.Task[None]] = set()
         self._troubles = Troubles(lambda text: say(f"{name}: {text}"), clock)
         self._served: set[int] = set()  # versions of which a replica has been ready
@@ -227,7 +228,7 @@ class Controller:
     async def _act(self, action: Action) -> None:
         match action:
             case Start(id, version):
-                await self._start(id, version)
+                self._start(id, version)
             case Drain(id) if self.replicas[id].stage is Stage.RUNNING:
                 drained = plan.drained(self.replicas[id], self._clock())
                 if drained.version in self.wanted.hidden:
@@ -247,20 +248,30 @@ class Controller:
                 self._keep(replace(self.replicas[id], stage=Stage.REPLACING, reason=reason))
                 self._stop(id, reason)
 
-    async def _start(self, id: int, version: int) -> None:
+    def _start(self, id: int, version: int) -> None:
+        """Starts a replica without waiting for it: meanwhile the balancer has to hear of the others."""
         if id not in self.replicas:
             self._next_id = max(self._next_id, id + 1)
             self._keep(Replica(id, version))
         self._keep(plan.started(self.replicas[id], self._clock()))
-        try:
-            await self._engine.start(id, self.wanted.recipes[version])
-        except Exception as failure:  # whatever it is, this replica does not run, and the others are to
-            self._lost(Ended(id, described(failure)))
+        recipe = self.wanted.recipes[version]
+
+        async def start() -> None:
+            try:
+                await self._engine.start(id, recipe)
+            except Exception as failure:  # whatever it is, this replica does not run, and the others are to
+                self._lost(Ended(id, described(failure)))
+            self._wake.set()
+
+        task = self._starting[id] = asyncio.create_task(start())
+        task.add_done_callback(lambda _: self._starting.pop(id, None))
 
     def _stop(self, id: int, reason: str | None) -> None:
         """Stops a replica's process without waiting for its end. With a `reason` the replica then starts again."""
 
         async def stop() -> None:
+            if id in self._starting:
+                await asyncio.wait({self._starting[id]})
             grace = self.wanted.serving.spec.operation.stop_grace
             # It holds its GPU until it is gone, so another may not take its place before.
             await self._troubles.insist(
@@ -380,6 +391,7 @@ class Controller:
         await self._troubles.attempt("telling the balancer", self._tell)
         await self._troubles.attempt("stopping the balancer", lambda: self._balancer.stop(self._hurry))
         await self._readiness.close()
+        await asyncio.gather(*self._starting.values())
         await self._stop_all()
         await asyncio.gather(*self._stopping)
         self.is_cleared = await self._troubles.attempt("removing what is left", self._engine.close)

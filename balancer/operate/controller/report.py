@@ -68,6 +68,8 @@ class Report:
         listing = self._by_engine.get(replica.id) or ReplicaListing(
             f"{self._name}-{replica.id}", id=replica.id, infra=self._infra, state=State.PROVISIONING
         )
+        if state is State.RUNNING:
+            reason = reason or listing.reason
         if state is State.RUNNING and listing.state is State.FETCHING:
             state, reason = listing.state, listing.reason
         elif state is State.RUNNING and not listing.endpoint:

@@ -25,6 +25,8 @@ _PATIENCE = 5.0
 _STARTS = 3
 # Seconds that Docker waits beyond the balancer's own drain_timeout before it kills it.
 _STOP_MARGIN = 30
+# Seconds without an answer, docker compose up notwithstanding, after which the container hangs and is killed.
+_HUNG = 30.0
 
 
 def environ(where: Addresses, recipe: Recipe, folder: ServiceFolder) -> dict[str, str]:
@@ -69,6 +71,7 @@ class ComposeBalancer(BalancerHandle):
         self._where = where
         self._recipe = recipe
         self._looked_at = float("-inf")  # loop time, in seconds
+        self._heard_at = float("inf")  # likewise: its last answer, or its last end
         self._following: asyncio.Task[None] | None = None
 
     @property
@@ -87,6 +90,9 @@ class ComposeBalancer(BalancerHandle):
         self._looked_at = now
         if not self.has_answered and await self._is_hopeless():
             raise CannotStart(f"the balancer cannot start: {next(iter(tail(self._folder.balancer_log, 1)), '')}")
+        if now - self._heard_at > _HUNG:
+            self._heard_at = now
+            await self._project.compose("kill", "balancer")
         await self._up()
 
     async def renew(self, recipe: Recipe) -> None:
@@ -103,11 +109,11 @@ class ComposeBalancer(BalancerHandle):
     async def tell(self, listing: Listing) -> Snapshot | None:
         snapshot = await super().tell(listing)
         if snapshot is not None:
-            self._looked_at = asyncio.get_running_loop().time()
+            self._looked_at = self._heard_at = asyncio.get_running_loop().time()
         return snapshot
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        stopping = asyncio.create_task(self._project.compose("stop", "balancer"))
+        stopping = asyncio.create_task(self._project.compose("stop", "balancer", extra=self._stop_time))
         hurrying = asyncio.create_task(hurry.wait())
         await asyncio.wait((stopping, hurrying), return_when=asyncio.FIRST_COMPLETED)
         with contextlib.suppress(CannotStart):
@@ -120,12 +126,19 @@ class ComposeBalancer(BalancerHandle):
             await asyncio.gather(self._following, return_exceptions=True)
         await self._client.aclose()
 
+    @property
+    def _stop_time(self) -> float:
+        """Seconds that its container may take to stop, also when it is recreated."""
+        return self._recipe.spec.settings.drain_timeout + _STOP_MARGIN
+
     async def _up(self, *flags: str) -> None:
         """Starts the container if there is none, and recreates it if its settings have changed."""
         self._folder.write_service_file(service_file_for(self._recipe))
         overlay = self._folder.path / "balancer.json"
         write_whole(overlay, json.dumps({"services": {"balancer": self._overlay()}}))
-        await self._project.compose("up", "-d", "--no-deps", *flags, "balancer", overlays=[overlay])
+        await self._project.compose(
+            "up", "-d", "--no-deps", *flags, "balancer", overlays=[overlay], extra=self._stop_time
+        )
         self.starts += 1
         if self._following is None or self._following.done():
             self._following = asyncio.create_task(self._follow())

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class _Replica:
     started: float  # loop time, in seconds
     fetching: Fetching
     is_stopping: bool = False
+    # Why it is unknown whether it still runs, and since when; empty while Docker answers.
+    silence: str = ""
 
 
 class ComposeEngine:
@@ -114,6 +117,8 @@ class ComposeEngine:
     async def start(self, id: int, recipe: Recipe) -> None:
         overlay = self._folder.path / "replica.json"
         async with self._one_at_a_time:
+            if await self._left_by_an_earlier_start(id, recipe):
+                return
             # The file's default mode keeps other users out: envs may be secrets.
             write_whole(overlay, json.dumps({"services": {"replica": replica_overlay(id, recipe)}}))
             count = len(await self._project.containers("replica")) + 1
@@ -126,13 +131,34 @@ class ComposeEngine:
                 return
         raise CannotStart("docker compose started no container")
 
+    async def _left_by_an_earlier_start(self, id: int, recipe: Recipe) -> bool:
+        """Takes over what a start of this replica left that seemed to fail; removes what is of no use.
+
+        Docker may have been silent when it ended, and Compose creates a container before it starts it.
+        """
+        known = {replica.container.id for replica in self._replicas.values()}
+        for container in await self._project.containers("replica"):
+            if container.id in known or (container.is_running and container.labels.get(_ID) != str(id)):
+                continue
+            if container.is_running and container.labels.get(_DIGEST) == recipe.digest:
+                self._take(id, container)
+                return True
+            with contextlib.suppress(CannotStart):  # it is being removed already
+                await self._project.docker("rm", "--force", container.id)
+        return False
+
     async def stop(self, id: int, grace: float) -> None:
         replica = self._replicas.get(id)
         if replica is None:
             return
         replica.is_stopping = True
-        with contextlib.suppress(CannotStart):  # it has ended by itself, or an earlier call is stopping it
-            await self._project.docker("stop", "--time", str(math.ceil(grace)), replica.container.id)
+        try:
+            await self._project.docker("stop", "--time", str(math.ceil(grace)), replica.container.id, extra=grace)
+        except CannotStart:
+            # It may have ended by itself, or an earlier call is stopping it. If Docker is silent, that says so.
+            there = await self._project.inspect(replica.container.id)
+            if there is not None and there.is_running and not replica.following.done():
+                raise
         await replica.following
 
     def running(self) -> Mapping[int, ReplicaListing]:
@@ -152,7 +178,7 @@ class ComposeEngine:
             launched_seconds=asyncio.get_running_loop().time() - self._replicas[id].started,
             infra=self.name,
             state=State.FETCHING if progress else State.RUNNING,
-            reason=progress,
+            reason=progress or self._replicas[id].silence,
         )
 
     def ended(self) -> tuple[Ended, ...]:
@@ -173,7 +199,7 @@ class ComposeEngine:
     async def _follow(self, id: int, container: Container) -> None:
         """Follows the log until the container ends, then removes the container."""
         log = self._folder.replica_log(id)
-        over = await self._project.follow(container.id, log)
+        over = await self._project.follow(container.id, log, lambda why: self._silent(id, why))
         replica = self._replicas.pop(id)
         if not replica.is_stopping:
             code = over.exit_code if over is not None else 137  # the container was removed by somebody else
@@ -181,6 +207,11 @@ class ComposeEngine:
         with contextlib.suppress(CannotStart):
             await self._project.docker("rm", "--force", container.id)
         self.changed.set()
+
+    def _silent(self, id: int, why: str) -> None:
+        replica = self._replicas[id]
+        if bool(why) != bool(replica.silence):
+            replica.silence = f"since {time.strftime('%H:%M:%S')} it is unknown whether it runs: {why}" if why else ""
 
 
 def project_of(recipe: Recipe, folder: ServiceFolder, addresses: Addresses) -> Project:

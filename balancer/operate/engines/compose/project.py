@@ -1,12 +1,14 @@
 """One Compose project, driven as a person would: with `docker compose` and `docker`, never through their sockets."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +24,12 @@ from balancer.operate.recipe.recipe import Invocation
 ROOT = Path(__file__).resolve().parents[4]
 _SERVICE = "com.docker.compose.service"
 _PROJECT = "com.docker.compose.project"
+# Seconds that Docker gets to answer a question, and to start or remove what is there already. Then it is silent.
+ANSWER = 60.0
+WORK = 180.0
+# Seconds between two questions to a Docker that is silent.
+_AGAIN = 2.0
+_SILENT = "Docker does not answer within {:.0f} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +74,27 @@ class Project:
 
     def build_what_is_missing(self) -> None:
         """Builds the images if any is missing, and shows the progress. May block for minutes. Raises ConfigError."""
-        listed = subprocess.run(
-            self.command("config", "--images"), env=self._environ, capture_output=True, text=True, check=False
-        )
+        listed = _answered(self.command("config", "--images"), env=self._environ)
         if listed.returncode != 0:
             raise ConfigError(_last_line(listed.stderr))
         for image in sorted(set(listed.stdout.split())):
-            is_there = subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False)
+            is_there = _answered(["docker", "image", "inspect", image])
             if is_there.returncode != 0:
                 tell(sys.stdout, f"building {image}")
                 if subprocess.run(self.command("build"), env=self._environ, check=False).returncode != 0:
                     raise ConfigError(f"{image} could not be built: see above")
                 return
 
-    async def compose(self, *arguments: str, overlays: Sequence[Path] = ()) -> str:
-        """Returns what `docker compose` printed; raises CannotStart with its last line if it fails."""
-        return await _run(self.command(*arguments, overlays=overlays), self._environ)
+    async def compose(self, *arguments: str, overlays: Sequence[Path] = (), extra: float = 0.0) -> str:
+        """Returns what `docker compose` printed; raises CannotStart with its last line if it fails.
 
-    async def docker(self, *arguments: str) -> str:
+        `extra` seconds are granted for containers that take their time to stop.
+        """
+        return await _run(self.command(*arguments, overlays=overlays), self._environ, WORK + extra)
+
+    async def docker(self, *arguments: str, extra: float = 0.0) -> str:
         """Returns what `docker` printed; raises CannotStart with its last line if it fails."""
-        return await _run(["docker", *arguments], self._environ)
+        return await _run(["docker", *arguments], self._environ, ANSWER + extra)
 
     async def containers(self, service: str) -> list[Container]:
         """The containers of one of the project's services, including those that have ended."""
@@ -95,25 +104,44 @@ class Project:
         return [container for container in found if container is not None]
 
     async def inspect(self, id: str) -> Container | None:
-        """The container with this id; None if there is none."""
+        """The container with this id; None if there is certainly none. Raises CannotStart if Docker does not say."""
         try:
             return Container.of(json.loads(await self.docker("inspect", id))[0])
-        except CannotStart:
-            return None
+        except CannotStart as failure:
+            if "no such" in str(failure).lower():
+                return None
+            raise
 
-    async def follow(self, id: str, log: Path) -> Container | None:
-        """Appends the container's output to `log` until it ends; returns its final state, or None if it is gone."""
+    async def _certainly(self, id: str, on_silence: Callable[[str], None]) -> Container | None:
+        """The same, for as long as it takes Docker to answer."""
+        while True:
+            try:
+                container = await self.inspect(id)
+            except CannotStart as failure:
+                on_silence(str(failure))
+                await asyncio.sleep(_AGAIN)
+            else:
+                on_silence("")
+                return container
+
+    async def follow(self, id: str, log: Path, on_silence: Callable[[str], None] = lambda _: None) -> Container | None:
+        """Appends the container's output to `log` until it ends; returns its final state, or None if it is gone.
+
+        A Docker that is restarted or silent ends nothing: it is asked until it answers. Meanwhile `on_silence` has
+        been told why, and is told "" afterwards.
+        """
         since: tuple[str, ...] = ()
         while True:
-            printing = await Child.start(
-                Invocation(("docker", "logs", "--follow", *since, id), {}, ROOT), log, _nothing
-            )
-            try:
-                await printing.ended()
-            except asyncio.CancelledError:
-                await printing.kill()
-                raise
-            container = await self.inspect(id)
+            with contextlib.suppress(CannotStart):
+                printing = await Child.start(
+                    Invocation(("docker", "logs", "--follow", *since, id), {}, ROOT), log, _nothing
+                )
+                try:
+                    await printing.ended()
+                except asyncio.CancelledError:
+                    await printing.kill()
+                    raise
+            container = await self._certainly(id, on_silence)
             if container is None or not container.is_running:
                 return container
             since = ("--since", "0s")  # Docker itself was restarted, or restarted the container
@@ -138,11 +166,8 @@ def check_docker() -> None:
 
 def has_docker() -> bool:
     try:
-        return all(
-            subprocess.run(["docker", *words], capture_output=True, check=False).returncode == 0
-            for words in (("compose", "version"), ("info",))
-        )
-    except FileNotFoundError:
+        return all(_answered(["docker", *words]).returncode == 0 for words in (("compose", "version"), ("info",)))
+    except ConfigError:
         return False
 
 
@@ -151,14 +176,29 @@ def take_down(service: str) -> None:
     # Run in "/", where there is no compose file: the containers' labels hold all that is needed.
     command = ["docker", "compose", "-p", name_of(service), "down", "--remove-orphans"]
     try:
-        done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
-    except OSError as failure:
-        raise ConfigError(f"{service}: {command[0]}: {failure.strerror}") from None
+        done = _answered(command, cwd="/", timeout=WORK)
+    except ConfigError as failure:
+        raise ConfigError(f"{service}: {failure}") from None
     if done.returncode != 0:
         raise ConfigError(f"{service}: {_last_line(done.stderr)}")
 
 
-async def _run(command: Sequence[str], environ: Mapping[str, str]) -> str:
+def _answered(
+    command: Sequence[str], env: Mapping[str, str] | None = None, cwd: str | None = None, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs it to its end; raises ConfigError if it is not there, or Docker is silent."""
+    timeout = timeout or ANSWER
+    try:
+        return subprocess.run(
+            command, env=env, cwd=cwd, capture_output=True, text=True, errors="replace", check=False, timeout=timeout
+        )
+    except OSError as failure:
+        raise ConfigError(f"{command[0]}: {failure.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise ConfigError(_SILENT.format(timeout)) from None
+
+
+async def _run(command: Sequence[str], environ: Mapping[str, str], timeout: float) -> str:
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -172,10 +212,13 @@ async def _run(command: Sequence[str], environ: Mapping[str, str]) -> str:
     except OSError as failure:
         raise CannotStart(f"{command[0]}: {failure.strerror}") from None
     try:
-        out, error = await process.communicate()
-    except asyncio.CancelledError:
-        process.kill()
+        out, error = await asyncio.wait_for(process.communicate(), timeout)
+    except (asyncio.CancelledError, TimeoutError) as failure:
+        with contextlib.suppress(ProcessLookupError):  # with its plug-in, which is a process of its own
+            os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+        if isinstance(failure, TimeoutError):
+            raise CannotStart(_SILENT.format(timeout)) from None
         raise
     if process.returncode != 0:
         raise CannotStart(_last_line(error.decode(errors="replace")))
