@@ -10,7 +10,7 @@ class Outcome(enum.Enum):
     REFUSED = "refused"  # no connection, or it ended before the replica had any of the request
     UNREACHED = "unreached"  # no connection within connect_timeout
     UNKNOWN = "unknown"  # no connection, because the replica's name could not be resolved
-    LOST = "lost"  # sent, and the connection ended before the first byte of an answer
+    LOST = "lost"  # sent, and the connection ended before the whole head of an answer had come
     BUSY = "busy"  # the replica said that it is full
     SILENT = "silent"  # no byte of a body within first_byte_timeout
     MANGLED = "mangled"  # what came was not HTTP, and nothing of it was relayed

@@ -8,20 +8,23 @@ from balancer.relay.continuation.delivered import CUMULATIVE
 from balancer.relay.continuation.keeper import Keeper
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import SAFE_METHODS
+from balancer.relay.held import LARGEST, Held
 from balancer.relay.places import Place
 from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 from balancer.relay.unavailable import FULL_FOR, Unavailable, retry_after
 
 COUNTED_AT_ONCE = 16 << 10  # bytes of a stream counted ahead of keeping them, to save counting at every event
+EVENT_STREAM = b"text/event-stream"
 EVENT_END = b"\n\n"  # as SGLang ends its events
 
 
 class AnswerRelay:
     """Relays one attempt's answer to the client, piece by piece as it arrives; status, times and counts go to `record`.
 
-    A 503 may only mean that the replica is full, so it is held back until that is known. At most `most_kept` bytes of
-    a stream are kept, in case it has to continue on another replica.
+    A 503 may only mean that the replica is full, so it is held back until that is known. A short answer that is no
+    stream is held back until it is whole: if it breaks off, the client has nothing of it, and the request may be sent
+    again. At most `most_kept` bytes of a stream are kept, in case it has to continue on another replica.
     """
 
     __slots__ = (
@@ -61,7 +64,7 @@ class AnswerRelay:
         self.has_begun = False  # the client has at least the head
         self.kept: Keeper | None = None  # what the client has of a stream that can continue elsewhere
         self._inter_token: Spans | None = None
-        self._held: Unavailable | None = None
+        self._held: Held | None = None
         self._last_at = 0.0
 
     def on_head(self, status: int, headers: Headers, length: int | None) -> bool:
@@ -69,7 +72,10 @@ class AnswerRelay:
         record = self._record
         record.replica_status = status
         if status != 503:
-            self._begin(status, headers, length)
+            if length is not None and self._is_held_back(headers, length):
+                self._held = Held(headers, length)
+            else:
+                self._begin(status, headers, length)
         elif (seconds := retry_after(headers)) is not None:
             record.full_for = seconds
             return False
@@ -78,6 +84,12 @@ class AnswerRelay:
         else:
             self._held = Unavailable(headers, length)
         return True
+
+    def _is_held_back(self, headers: Headers, length: int) -> bool:
+        """Is it an answer that makes no difference to the client before it is whole?"""
+        if not 0 < length <= LARGEST or self._request.method == b"HEAD":
+            return False
+        return not any(value.startswith(EVENT_STREAM) for name, value in headers if name.lower() == b"content-type")
 
     def _begin(self, status: int, headers: Headers, length: int | None) -> None:
         record = self._record
@@ -102,7 +114,7 @@ class AnswerRelay:
         if self._reply.is_event_stream:
             self._inter_token = self._observer.inter_token(self._place.replica.name)
 
-    def _let_go(self, held: Unavailable) -> None:
+    def _let_go(self, held: Held) -> None:
         """Relays what was held back, like any other answer."""
         self._held = None
         self._begin(self._record.replica_status, held.headers, held.length)
@@ -149,7 +161,7 @@ class AnswerRelay:
     def on_end(self, seconds: float) -> bool:
         record = self._record
         if self._held is not None:
-            if self._held.says_full(self._request.path, seconds):
+            if isinstance(self._held, Unavailable) and self._held.says_full(self._request.path, seconds):
                 record.full_for = FULL_FOR
                 return False
             self._let_go(self._held)

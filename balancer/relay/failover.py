@@ -43,6 +43,8 @@ class RetryBudget:
 UNTAKEN = frozenset((Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN, Outcome.BUSY))
 # A replica may have taken the request: it goes to another one if that is harmless; GET and HEAD draw on the budget.
 PERHAPS_TAKEN = frozenset((Outcome.LOST,))
+# The answer broke off while it was held back: if the client has nothing of it, the request is as good as lost.
+HELD_BACK = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK))
 # The answer, whose head the client has, broke off: a stream may continue on another replica.
 BROKEN_OFF = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK, Outcome.SILENT, Outcome.AWAY))
 

@@ -21,7 +21,15 @@ from balancer.relay.deaths import REFUSED as REFUSED_FOR
 from balancer.relay.deaths import digest_of
 from balancer.relay.directory import Destination, Directory
 from balancer.relay.downstream import ClientConnection
-from balancer.relay.failover import PERHAPS_TAKEN, UNTAKEN, final_error, may_continue, may_repeat, only_generates
+from balancer.relay.failover import (
+    HELD_BACK,
+    PERHAPS_TAKEN,
+    UNTAKEN,
+    final_error,
+    may_continue,
+    may_repeat,
+    only_generates,
+)
 from balancer.relay.metering import Meter
 from balancer.relay.paths import MODELS, PathKind
 from balancer.relay.places import Place
@@ -171,6 +179,8 @@ class Proxy:
             if outcome not in UNTAKEN:
                 deaths += 1
                 digest = self._note_death(destination, place, request, outcome)
+            if going is None and not relay.has_begun and outcome in HELD_BACK:
+                outcome = Outcome.LOST  # as the client sees it, who has nothing of the answer
             if going is None or outcome not in UNTAKEN:  # else the client gets the error of the break
                 error = final_error(outcome, settings, record.full_for or FULL_FOR, deaths)
             if going is None and relay.has_begun:

@@ -5,31 +5,19 @@ begun to generate.
 """
 
 from balancer.errors import is_anthropic
+from balancer.relay.held import Held
 from balancer.relay.request import Headers
 
-LARGEST = 64 << 10  # bytes of such an answer that are held back until it is understood
 SOON = 5.0  # a full replica answers within this many seconds; a 503 that takes longer comes from a request it worked on
 FULL_FOR = 1  # seconds that a replica counts as full if it does not say for how long
 QUEUE_FULL = b"queue is full"
 OVERLOADED = b'"overloaded_error"'  # the Anthropic format says only this for a full queue, and for other cases
 
 
-class Unavailable:
+class Unavailable(Held):
     """A 503 without Retry-After, held back until its body is complete or too long."""
 
-    __slots__ = ("_size", "headers", "length", "pieces")
-
-    def __init__(self, headers: Headers, length: int | None) -> None:
-        self.headers = headers
-        self.length = length
-        self.pieces: list[bytes] = []
-        self._size = 0
-
-    def holds(self, data: bytes) -> bool:
-        """Keeps a piece of the body; returns False once the body is longer than `LARGEST`."""
-        self.pieces.append(data)
-        self._size += len(data)
-        return self._size <= LARGEST
+    __slots__ = ()
 
     def says_full(self, path: str, seconds: float) -> bool:
         """Does the answer mean that the replica is full? `seconds` is how long the whole answer took."""

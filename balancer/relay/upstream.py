@@ -192,11 +192,9 @@ class ReplicaConnection(asyncio.Protocol):
             self.finish(self._unanswered(error))
 
     def _unanswered(self, error: Exception | None) -> Outcome:
-        """How an exchange ends whose connection ended before the head of an answer."""
-        if self.has_answered:
-            return Outcome.MANGLED
-        if self._transport is None or self._outcome is None:
-            return Outcome.LOST  # there is no exchange
+        """How an exchange ends whose connection ended before the whole head of an answer."""
+        if self.has_answered or self._transport is None or self._outcome is None:
+            return Outcome.LOST  # in part of a head, or there is no exchange
         sock = self._transport.get_extra_info("socket")
         return Outcome.REFUSED if never_arrived(sock, self._sent_before, error) else Outcome.LOST
 

@@ -83,7 +83,8 @@ class Settings(BaseModel):
         4, gt=0, description="how long an idle connection to a replica is kept; less than SGLang's own 5 s"
     )
     retry_sent: Literal["never", "once"] = Field(
-        "once", description="how often a generating POST is sent again when its replica died before its first byte"
+        "once",
+        description="how often a generating POST is sent again when its replica died before the client had any of it",
     )
     continue_broken: bool = Field(
         True, description="continue a streamed answer at another replica when its own breaks amid it"

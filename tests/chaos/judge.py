@@ -16,18 +16,15 @@ from tests.chaos.stage import Stage, Violation
 # How long a fault may still show in requests that began after its end; seconds.
 ECHO = 0.1
 
-# The faults that may explain how an answer ended. A fault of one replica breaks no stream and loses no request, because
+# The faults that may explain how an answer ended. A fault of one replica breaks no answer and loses no request, because
 # another replica continues the stream or gets the request. Only faults of two at once do.
-CUTS = {"kill", "cut", "swap", "all gone", "poison"}
 STALLS = {"stop", "hole", "hang"}
 OF_TWO = {"swap", "all gone", "poison"}
 MAY_END: dict[tuple[str, int, str], set[str]] = {
     ("broken", 200, "stream_broken"): OF_TWO,
     ("broken", 200, "replica_lost"): OF_TWO,
     ("broken", 200, "first_byte_timeout"): OF_TWO,
-    ("cut", 200, ""): CUTS | STALLS,  # in the body of an answer that is no stream
     ("whole", 502, "replica_lost"): OF_TWO,
-    ("whole", 502, "replica_bad_answer"): CUTS,
     ("whole", 504, "first_byte_timeout"): STALLS,
     ("whole", 500, ""): {"errors"},
     ("whole", 422, "kills_replicas"): {"poison"},

@@ -303,12 +303,44 @@ async def test_repeats_of_sent_requests_stay_within_the_retry_budget() -> None:
 
 @pytest.mark.parametrize("partial", ["mid_head", "interim"])
 @in_house
-async def test_a_head_that_breaks_off_is_502_and_not_repeated(house: House, partial: str) -> None:
+async def test_a_head_that_breaks_off_is_as_good_as_none(house: House, partial: str) -> None:
     raw = {"interim": {"raw": "HTTP/1.1 100 Continue\r\n\r\n", "raw_then": "reset"}, "mid_head": {"cut": "mid_head"}}
     house.replicas[0].set(**raw[partial])
-    answer = await house.ask(GET, "GET")
-    assert (answer.status, answer.error["code"]) == (502, "replica_bad_answer")
-    assert numbers(*house.replicas) == [1, 0]
+    for ask in (house.ask(GET, "GET"), house.ask(POST)):
+        answer = await ask
+        assert (answer.status, answer.is_whole) == (200, True)
+
+
+SHORT = {"framing": "content-length", "cut": "after_bytes", "cut_after": 10}
+
+
+@pytest.mark.parametrize("by", ["reset", "close"])
+@on_uvloop
+async def test_a_short_answer_that_breaks_off_is_asked_of_another(by: str) -> None:
+    """No client has a part of it, so another replica may give it."""
+    async with LabReplica(**SHORT, cut_by=by) as a, LabReplica() as b, serving(a, b) as house:
+        answer = await house.ask(POST)
+        assert (answer.status, answer.is_whole) == (200, True)
+        assert answer.header("x-replica-id") == "b"
+        assert numbers(a, b) == [1, 1]
+        assert (await house.logged(1))[0]["retries"] == "lost"
+
+
+@on_uvloop
+async def test_a_short_answer_that_breaks_off_twice_is_502() -> None:
+    async with LabReplica(**SHORT) as a, LabReplica(**SHORT) as b, LabReplica() as c, serving(a, b, c) as house:
+        answer = await house.ask(POST)
+        assert (answer.status, answer.error["code"]) == (502, "replica_lost")
+        assert numbers(a, b, c) == [1, 1, 0]
+
+
+@on_uvloop
+async def test_a_short_answer_that_stalls_is_asked_of_another() -> None:
+    raw = 'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"'
+    async with LabReplica(raw=raw, raw_then="hang") as a, LabReplica() as b, serving(a, b, idle_timeout=0.4) as house:
+        a.set(service_status="hang", health="hang")
+        answer = await house.ask(POST)
+        assert (answer.status, answer.is_whole, answer.header("x-replica-id")) == (200, True, "b")
 
 
 HANGS = {

@@ -1,0 +1,23 @@
+"""An answer that is held back until it is whole, so that until then another replica may give one instead."""
+
+from balancer.relay.request import Headers
+
+LARGEST = 64 << 10  # bytes of a body that is held back
+
+
+class Held:
+    """The head of an answer, and its body so far."""
+
+    __slots__ = ("_size", "headers", "length", "pieces")
+
+    def __init__(self, headers: Headers, length: int | None) -> None:
+        self.headers = headers
+        self.length = length
+        self.pieces: list[bytes] = []
+        self._size = 0
+
+    def holds(self, data: bytes) -> bool:
+        """Keeps a piece of the body; returns False once the body is longer than `LARGEST`."""
+        self.pieces.append(data)
+        self._size += len(data)
+        return self._size <= LARGEST
