@@ -97,9 +97,11 @@ class Stage:
 
     @property
     def complaints(self) -> list[str]:
-        """The balancer's lines on standard error, except for those on where it listens and on unresolved names."""
+        """The balancer's lines on standard error, except for those on where it listens, what it merely notes, and
+        unresolved names.
+        """
         assert self.program is not None
-        expected = re.compile(r"(listening|admin) on |.*WARNING: DNS ")
+        expected = re.compile(r"(listening|admin) on |groundserve: INFO: |.*WARNING: DNS ")
         return [line for line in self.program.errors.read_text().splitlines() if not expected.match(line)]
 
     async def stop(self) -> None:

@@ -55,6 +55,9 @@ class _Place:
 
     def heard(self, at: float) -> None: ...
 
+    def away(self, now: float) -> float:
+        return 0.0
+
 
 @contextlib.asynccontextmanager
 async def connected() -> AsyncIterator[tuple[ReplicaConnection, Peer]]:
