@@ -126,7 +126,7 @@ def _print(way: str, report: Report) -> None:
 
 
 async def _noticing() -> list[tuple[str, float, float]]:
-    """Rows of what was measured, how long it took, and its limit, in seconds; raises Violation beyond that and SLACK."""
+    """Rows of what was measured, how long it took, and its limit, in seconds; raises Violation beyond that."""
     async with stage(2, False, has_defaults=True) as here:
         judge, load = Judge(here), Load(here.port, "", 0)
         load.runs.set()
