@@ -66,6 +66,7 @@ def _compare(name: str, seed: int, steps: int) -> int:
     beside = " | ".join(str(number) for number in (count.doubled, count.late, count.ends["refused"]))
     print(f"\nseed {seed}, {steps} steps, {count.requests} requests in {count.seconds:.0f} s")
     print("faults: " + ", ".join(f"{fault} {times}" for fault, times in sorted(count.steps.items())))
+    print("not answered: " + ", ".join(f"{why} {times}" for why, times in sorted(count.why.items())))
     print(f"a second replica took over: {count.elsewhere}; left by the client: {count.ends['left']}")
     print(
         "\n| balancer | answered | lost | broken | doubled | told late | refused | 500s passed on | replicas killed |"

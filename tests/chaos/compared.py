@@ -40,9 +40,9 @@ WELL = 8  # answers in a row after which the next fault comes
 class Count:
     """Requests by what became of them. `late` and `doubled` are counted beside that.
 
-    answered: whole, with the text that one replica makes. lost: an error, or no whole answer. broken: a stream that
-    began and was not whole, or not the text. refused: 429 or 503, to come again. passed on: a replica's own 500. left:
-    the client went away.
+    answered: whole, with the text that one replica makes. lost: an error after a replica had begun to generate, or no
+    whole answer. broken: a stream that began and was not whole, or not the text. refused: an error before any replica
+    had begun. passed on: a replica's own 500. left: the client went away.
     """
 
     ends: Counter[str] = field(default_factory=Counter)
@@ -50,12 +50,15 @@ class Count:
     doubled: int = 0
     elsewhere: int = 0  # that a second replica answered or continued
     killed: int = 0  # replicas, by requests that kill them
+    why: Counter[str] = field(default_factory=Counter)  # how those ended that were not answered, and during which fault
     steps: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
-    def add(self, got: Got, judge: Judge) -> None:
+    def add(self, got: Got, judge: Judge, fault: str) -> None:
         end = ending(got, judge)
         self.ends[end] += 1
+        if end not in ("answered", "left"):
+            self.why[f"{end}: {got.status or ''} {got.code or got.end} ({fault})"] += 1
         self.late += end in ("lost", "broken", "refused") and got.ended - got.began > LATE
         repeats = judge.repeats(got)
         self.doubled += repeats.doubled is not None
@@ -78,10 +81,9 @@ def ending(got: Got, judge: Judge) -> str:
             return "broken"
     if got.status == 200:
         return "broken" if got.wish.stream else "lost"
-    if got.status in (429, 503):
-        return "refused"
-    is_theirs = any(fault.kind == "errors" and fault.overlaps(got) for fault in judge.faults)
-    return "passed on" if got.status == 500 and is_theirs else "lost"
+    if got.status == 500 and any(fault.kind == "errors" and fault.overlaps(got) for fault in judge.faults):
+        return "passed on"
+    return "refused" if got.end == "whole" and got.wish.id not in judge.generated else "lost"
 
 
 @dataclass(slots=True)
@@ -164,7 +166,7 @@ async def compare(name: str, seed: int, steps: int, tell: Callable[[int, str, in
                 judge.read_journal()
                 for got in gots:
                     if not got.wish.id.startswith(POISON):  # nobody can answer those
-                        count.add(got, judge)
+                        count.add(got, judge, fault)
                     judge.forget(got)
                 judge.faults.clear()
                 count.steps[fault] += 1

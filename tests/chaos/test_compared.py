@@ -49,35 +49,41 @@ def got(end: End, status: int, body: str = "", stream: bool = False, took: float
         (got("no door", 0), "lost"),
         (got("whole", 502), "lost"),
         (got("whole", 500), "lost"),
-        (got("whole", 503), "refused"),
-        (got("whole", 429), "refused"),
         (got("left", 200), "left"),
     ],
 )
 def test_an_answer_counts_as_what_the_client_got(judge: Judge, seen: Got, counted: str) -> None:
     judge.generated["r"] = [{"address": "a:1"}]
     count = Count()
-    count.add(seen, judge)
+    count.add(seen, judge, "kill")
     assert count.ends == {counted: 1}
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_an_error_is_a_refusal_if_no_replica_had_begun(judge: Judge, status: int) -> None:
+    count = Count()
+    count.add(got("whole", status), judge, "all killed")
+    assert count.ends == {"refused": 1}
+    assert count.why == {f"refused: {status} whole (all killed)": 1}
 
 
 def test_a_500_is_its_replicas_only_while_one_says_so(judge: Judge) -> None:
     judge.faults.append(Fault("errors", {"replica-1"}, 10.0, 11.0))
     count = Count()
-    count.add(got("whole", 500), judge)
+    count.add(got("whole", 500), judge, "errors")
     assert count.ends == {"passed on": 1}
 
 
 def test_what_comes_late_or_twice_is_counted_beside_that(judge: Judge) -> None:
     count = Count()
-    count.add(got("whole", 504, took=LATE + 1), judge)
+    count.add(got("whole", 504, took=LATE + 1), judge, "hang")
     judge.generated["r"] = [{"address": "a:1"}, {"address": "b:1"}]
-    count.add(got("whole", 200, TEXT), judge)
+    count.add(got("whole", 200, TEXT), judge, "hang")
     judge.whole.add(("r", "a:1"))
-    count.add(got("whole", 200, TEXT, took=LATE + 1), judge)
+    count.add(got("whole", 200, TEXT, took=LATE + 1), judge, "hang")
     assert (count.late, count.elsewhere, count.doubled) == (1, 1, 1)
 
 
 def test_an_answer_that_no_replica_made_is_no_answer(judge: Judge) -> None:
     with pytest.raises(Violation, match="no replica generated it"):
-        Count().add(got("whole", 200, TEXT), judge)
+        Count().add(got("whole", 200, TEXT), judge, "hang")
