@@ -48,7 +48,6 @@ class TurnTaking:
         self._shares = False
         self._next: asyncio.TimerHandle | None = None
         self._next_at = self._looked_at = 0.0
-        self._not_before: dict[Member, float] = {}
         self._orders: set[asyncio.Task[None]] = set()
         self._is_stopped = False
 
@@ -72,11 +71,13 @@ class TurnTaking:
         await asyncio.gather(*self._orders, return_exceptions=True)
 
     def tick(self, now: float) -> None:
-        """Call it a few times a second: puts to sleep what has dozed unused for long, and looks again."""
+        """Call it a few times a second: puts to sleep who has dozed unused for long, and looks again."""
         if not self._shares:
             return
         for one in self._all():
             idle_after, tenancy = one.service.settings.idle_after, one.tenancy
+            if tenancy.cannot_wake and now >= tenancy.retry_at:
+                tenancy.cannot_wake = ""  # the next request tries again
             if idle_after is None or tenancy.state is not TenantState.DOZING or tenancy.is_told or tenancy.is_lost:
                 continue
             is_wanted = one.member.generating or one.service.admission.queue_depth
@@ -134,7 +135,7 @@ class TurnTaking:
                     continue
                 model = f"{name}, leaving: {member.name}"
                 needs[model] = Need(member.generating, tenancy.away_since, AHEAD)
-            elif now < self._not_before.get(member, 0.0) or not member.is_resting:
+            elif now < tenancy.retry_at or not member.is_resting:
                 continue
             elif member.generating:
                 waiting += member.generating
@@ -198,16 +199,15 @@ class TurnTaking:
             is_asleep = one.tenancy.state is TenantState.ASLEEP
             said = await self._tell(one, "wake", WAKE + (WITH_WEIGHTS if is_asleep else 0.0))
             if said is not None and said.state is TenantState.AWAKE:
-                self._not_before.pop(one.member, None)
                 return True
             now = asyncio.get_running_loop().time()
             if said is None or not said.problem:
-                self._not_before[one.member] = now + SOON
+                one.tenancy.retry_at = now + SOON
                 return False
             one.tenancy.told()
             if not await self._make_room(one):
                 one.tenancy.cannot_wake = said.problem
-                self._not_before[one.member] = now + LATER
+                one.tenancy.retry_at = now + LATER
                 log.warning("replica %s: %s; nobody else there can give memory back", one.member.name, said.problem)
                 return False
 

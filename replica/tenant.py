@@ -136,6 +136,7 @@ class Tenant:
         self._pool: dict[str, int] = {}
         self._weights: dict[str, int] = {}
         self._retry_at = 0.0
+        self._lacked = 0  # how many wakes failed for want of memory
         self._wished = asyncio.Event()
         self._moved = asyncio.Event()
 
@@ -160,13 +161,15 @@ class Tenant:
     async def order(self, wanted: State, within: float) -> bool:
         """Wakes, dozes or sleeps; False if that did not happen within so many seconds.
 
-        A wake that did not get the turn in time is cancelled: the replica no longer waits for it.
+        A wake that did not get the turn in time, or lacked memory, is cancelled: the replica no longer waits for it.
         """
         give_up = self._clock() + within
+        lacked = self._lacked
         self._wish(wanted)
         while not self._is_as(wanted):
             left = give_up - self._clock()
-            if left <= 0 or self.wanted is not wanted or self.state is State.BROKEN:
+            lacks_memory = wanted is State.AWAKE and self._lacked > lacked
+            if left <= 0 or lacks_memory or self.wanted is not wanted or self.state is State.BROKEN:
                 if wanted is State.AWAKE and self.wanted is wanted:
                     self._wish(self.state)
                     self._turn.stop_waiting(self._now())
@@ -279,6 +282,7 @@ class Tenant:
         if short := await self._lacking():
             self._turn.give_up()
             self._retry_at = self._clock() + _RETRY
+            self._lacked += 1
             self.problem = f"it cannot wake: {short}"
             logger.warning("%s", self.problem)
             return

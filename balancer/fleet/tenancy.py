@@ -76,9 +76,11 @@ class Tenancy:
     problem: str = ""  # why it cannot wake or doze
     starting: str = ""  # who has its GPUs in order to start
     cannot_wake: str = ""  # why the last try to wake it failed, with nothing left to try
+    retry_at: float = 0.0  # it did not wake: it is not tried again before this time
     is_lost: bool = False  # it does not answer: nothing of this is known any more
     is_told: bool = False  # it has been told to change its state, and has not answered yet
     orders: int = 0  # how often it has been told so
+    wakes: int = 0
     idle_since: float = 0.0  # since when it has had no requests
     usual: float | None = None  # seconds that its answers usually take, its absences not counted
     _away: float = 0.0  # seconds that it was away before `away_since`
@@ -107,6 +109,7 @@ class Tenancy:
             self.away_since = at
         elif self.state.is_away and not state.is_away:
             self._away += at - self.away_since
+            self.wakes += 1
         if self.state is TenantState.AWAKE:
             self._turns.append((self.since, at))
         self.state, self.since = state, at

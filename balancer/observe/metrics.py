@@ -199,8 +199,13 @@ class BalancerCollector(Collector):
         failures = _counter("replica_failures", "Failed attempts at the replica.", "replica")
         ejections = _counter("ejections", "How often the replica was ejected for its failures.", "replica")
         probes = _counter("probes", "Answers to readiness probes.", "replica", "probe", "result")
+        wakes = _counter("wakes", "How often the replica got its turn on GPUs that it shares.", "replica")
+        away = _counter("away_seconds", "Time in which the replica had no turn on GPUs that it shares.", "replica")
         for member in members:
             label = (member.name,)
+            if (tenancy := member.tenancy) is not None:
+                wakes.add_metric(label, tenancy.wakes)
+                away.add_metric(label, tenancy.away(now))
             up.add_metric(label, member.is_available(now))
             in_flight.add_metric(label, member.in_flight)
             limit.add_metric(label, member.limit)
@@ -209,7 +214,7 @@ class BalancerCollector(Collector):
             for probe, result in (("ready", member.ready), ("service", member.service)):
                 probes.add_metric((member.name, probe, "pass"), result.passes_total)
                 probes.add_metric((member.name, probe, "fail"), result.failures_total)
-        yield from (up, in_flight, limit, failures, ejections, probes)
+        yield from (up, in_flight, limit, failures, ejections, probes, wakes, away)
 
     def _queues(self) -> Iterator[Family]:
         depth = _gauge("queue_depth", "Requests that wait for a replica.", "service")

@@ -14,6 +14,7 @@ import pytest
 
 from balancer.operate.engines.ports import free_ports
 from tests.e2e.running import Balancer, Replica, is_running
+from tests.support.program import BalancerProgram
 from tests.support.until import wait_until
 
 PROMPT = "The history of Rome began"
@@ -100,16 +101,88 @@ def test_two_endpoints(seat: tuple[Tenant, Tenant], tmp_path: Path) -> None:
     balancers = [Balancer(tmp_path / f"balancer-{tenant.port}.log", [tenant], *flags) for tenant in seat]
     try:
         for balancer in balancers:
-            balancer.wait_all_ready()
+            wait_until(lambda: serves(balancer), lambda: balancer.statuses())  # noqa: B023
         with ThreadPoolExecutor(6) as at_once:
             post = [(f"{balancer.url}/generate", _asking(8)) for balancer in balancers * 3]
             answers = list(at_once.map(lambda asked: httpx.post(asked[0], json=asked[1], timeout=300), post))
         assert [answer.status_code for answer in answers] == [200] * 6
         assert len({answer.json()["text"] for answer in answers}) == 1  # it is the same model
-        assert {status for balancer in balancers for status in balancer.statuses()} == {"READY"}
+        assert all(serves(balancer) for balancer in balancers)
     finally:
         for balancer in balancers:
             balancer.close()
+
+
+def serves(balancer: Balancer) -> bool:
+    return balancer.check_alive() and set(balancer.statuses()) <= {"READY", "DOZING"}
+
+
+class OneEndpoint(BalancerProgram):
+    """A balancer that has a service for each of the two, `one` and `two`, and orders their turns."""
+
+    def __init__(self, seat: tuple[Tenant, Tenant], folder: Path) -> None:
+        (folder / "key").write_text(Tenant.key)
+        urls = [f"{name}={tenant.url}" for name, tenant in zip(("one", "two"), seat, strict=True)]
+        flags = ("--replica-key", str(folder / "key"), "--set", "gpu_slice=1")
+        super().__init__(urls, *flags, log=folder / "balancer.log")
+        wait_until(self.is_listening, "the balancer listens", 30)
+        wait_until(lambda: sorted(map(self.status, ("one", "two"))) == ["DOZING", "READY"], self.tail, 120)
+
+    def status(self, service: str) -> str:
+        said = httpx.get(f"{self.admin_url}/status?service={service}", timeout=10).json()
+        return str(said["replicas"][0]["status"]) if said["replicas"] else ""
+
+    def generate(self, service: str, tokens: int) -> str:
+        asked = {"json": _asking(tokens), "headers": {"X-Model": service}}
+        answer = httpx.post(f"{self.url}/generate", timeout=300, **asked)  # type: ignore[arg-type]
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["text"])
+
+    def stream(self, service: str, tokens: int, pieces: list[str]) -> None:
+        """Reads a stream into `pieces`, the last of which is the whole text."""
+        asked = {"json": _asking(tokens, stream=True), "headers": {"X-Model": service}}
+        with httpx.stream("POST", f"{self.url}/generate", timeout=300, **asked) as answer:  # type: ignore[arg-type]
+            pieces.extend(json.loads(line[6:])["text"] for line in answer.iter_lines() if line.startswith("data: {"))
+
+
+def test_one_endpoint(seat: tuple[Tenant, Tenant], tmp_path: Path) -> None:
+    """The balancer orders the turns: by turns, at once, and with a stream that is interrupted, all texts are whole."""
+    whole = seat[0].generate(60)
+    with OneEndpoint(seat, tmp_path) as balancer:
+        for _ in range(3):
+            assert all(whole.startswith(balancer.generate(service, 12)) for service in ("one", "two"))
+        with ThreadPoolExecutor(6) as at_once:
+            texts = list(at_once.map(lambda service: balancer.generate(service, 12), ("one", "two") * 3))
+        assert len(set(texts)) == 1
+        assert whole.startswith(texts[0])
+        pieces: list[str] = []
+        reader = threading.Thread(target=balancer.stream, args=("one", 60, pieces))
+        reader.start()
+        wait_until(lambda: len(pieces) > 5, "the stream has begun", 120)
+        assert whole.startswith(balancer.generate("two", 6))
+        reader.join()
+        assert pieces[-1] == whole
+        assert seat[0].client.get("/lease").json()["ordered_by"].startswith("one-")
+
+
+def test_balancer_killed(seat: tuple[Tenant, Tenant], tmp_path: Path) -> None:
+    """When the balancer is killed amid a turn, nobody is stuck, and the next one orders on."""
+    with OneEndpoint(seat, tmp_path) as balancer:
+        balancer.generate("one", 6)
+        with ThreadPoolExecutor(2) as beside:
+            cut = beside.submit(balancer.generate, "one", 500)
+            waits = beside.submit(seat[1].generate, 6)
+            wait_until(lambda: sum(one.client.get("/lease").json()["requests"] for one in seat) == 2, "both have one")
+            balancer.process.kill()
+            assert waits.result()
+            with pytest.raises(httpx.HTTPError):
+                cut.result()
+        assert seat[0].generate(6)
+        balancer.wait()
+        balancer.log.write_text("")
+        balancer.restart()
+        wait_until(balancer.is_listening, "the balancer listens again", 30)
+        assert [bool(balancer.generate(service, 6)) for service in ("one", "two")] == [True, True]
 
 
 def test_preempted_stream(
@@ -170,6 +243,29 @@ def test_doze_while_grammars_compile(
             one.order("doze")
             one.order("wake")
         assert [answer.result().status_code for answer in asked] == [200] * 4
+
+
+@pytest.mark.last
+def test_killed_awake_behind_balancer(seat: tuple[Tenant, Tenant], tmp_path: Path) -> None:
+    """One killed amid the turn that the balancer gave it leaves the seat to the other."""
+    one, two = seat
+    with OneEndpoint(seat, tmp_path) as balancer, ThreadPoolExecutor(2) as beside:
+        balancer.generate("two", 4)
+        cut = beside.submit(balancer.generate, "two", 500)
+        wait_until(lambda: two.client.get("/lease").json()["requests"] == 1, "it generates", 60)
+        waiting = beside.submit(balancer.generate, "one", 4)
+        two.process.kill()
+        killed = time.monotonic()
+        wait_until(lambda: one.state() == "AWAKE", "the other is awake", 30)
+        assert time.monotonic() - killed < 15  # a second, on a machine with nothing else to do
+        assert waiting.result()
+        with pytest.raises(AssertionError, match=r"50[23]"):
+            cut.result()
+        two.wait()
+        two.restart()
+        two.wait_ready()
+        wait_until(lambda: balancer.status("two") in ("READY", "DOZING"), "it is back", 60)
+        assert balancer.generate("two", 4)
 
 
 @pytest.mark.last

@@ -52,6 +52,7 @@ def test_longer_slices() -> None:
     assert turns.slice(awake("x", in_flight=3), {"y": asked(waiting=1)}, "y") == 6.0
     assert turns.slice(awake("x", in_flight=1), {"y": asked(waiting=5)}, "y") == 2.0
     assert turns.slice(awake("x", in_flight=1), {"x": asked(waiting=0, priority=1), "y": asked()}, "y") == 4.0
+    assert turns.slice(awake("x", in_flight=1), {"x": asked(waiting=0, priority=9999), "y": asked(waiting=9)}, "y") == 2
     assert turns.slice(awake("x", in_flight=50), {"x": asked(waiting=9, priority=3), "y": asked()}, "y") == 8.0
 
 

@@ -19,18 +19,29 @@ from tests.lab.serving import serve
 GPU = "GPU-of-the-lab"
 
 
+class Card:
+    """The memory of `GPU`, in some unit. `others`: what strangers have of it."""
+
+    WEIGHTS, POOL = 2, 4
+
+    def __init__(self, models: int) -> None:
+        self.size = models * self.WEIGHTS + self.POOL
+        self.others = 0
+        self.taken: dict[Sharer, int] = {}
+
+    def free(self) -> int:
+        return self.size - self.others - sum(self.taken.values())
+
+
 class Sharer(LabReplica):
-    """A replica that shares `GPU`. It falls if a token is made, or memory released, when its real one would die.
+    """A replica that shares `GPU`, whose tokens and memory are counted: what would kill its real one fails the test."""
 
-    `short`: how many of its next wakes lack memory. It falls asleep in no time.
-    """
-
-    def __init__(self, folder: Path, gpu_slice: float = 0.5, **knobs: Any) -> None:
+    def __init__(self, folder: Path, card: Card, gpu_slice: float = 0.5, **knobs: Any) -> None:
         super().__init__(**knobs)
         self.folder = folder
         self.running = asyncio.Event()
         self.has_memory = True
-        self.short = 0
+        self.card = card
         self.swaps: list[str] = []
         self._limits = Limits(gpu_slice=gpu_slice, memory=0.05)
         self._life: asyncio.Task[None] | None = None
@@ -44,6 +55,7 @@ class Sharer(LabReplica):
         while not turn.take(loop.time()):  # noqa: ASYNC110 - as a replica waits that starts
             await asyncio.sleep(0.01)
         self.running.set()
+        self.card.taken[self] = Card.WEIGHTS + Card.POOL
         await super().__aenter__()
         self._life = asyncio.ensure_future(self.tenant.live())
         return self
@@ -59,6 +71,7 @@ class Sharer(LabReplica):
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
             self._life = None
+            self.card.taken.pop(self)
             self.turn.leave()
 
     # What its tenant asks of SGLang
@@ -80,10 +93,13 @@ class Sharer(LabReplica):
     async def release(self, what: Sequence[str]) -> None:
         assert not self.running.is_set()
         self.has_memory = False
+        self.card.taken[self] -= Card.WEIGHTS if "weights" in what else Card.POOL
         self.swaps.append(f"release {' '.join(what)}")
 
     async def resume(self, what: Sequence[str]) -> None:
         self.has_memory = True
+        self.card.taken[self] = Card.WEIGHTS + Card.POOL
+        assert self.card.free() >= 0
         self.swaps.append("resume")
 
     async def go_on(self) -> None:
@@ -91,7 +107,7 @@ class Sharer(LabReplica):
         self.running.set()
 
     def free_memory(self, gpu: str) -> int | None:
-        return None
+        return self.card.free()
 
     # What the network sees
 
@@ -154,8 +170,9 @@ async def seat(folder: Path, *models: str, **knobs: Any) -> AsyncIterator[list[S
     """A replica for each of these models, started one after the other."""
     async with contextlib.AsyncExitStack() as stack:
         sharers: list[Sharer] = []
+        card = Card(len(models))
         for model in models:
             for other in sharers:
                 await other.tenant.order(State.DOZING, 5)
-            sharers.append(await stack.enter_async_context(Sharer(folder, served_model=model, **knobs)))
+            sharers.append(await stack.enter_async_context(Sharer(folder, card, served_model=model, **knobs)))
         yield sharers

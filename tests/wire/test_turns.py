@@ -15,11 +15,12 @@ from balancer.contract.listing import ReplicaListing
 from balancer.fleet.member import Member
 from balancer.routing.turns import Rules, Turns
 from balancer.spec.settings import Settings
+from tests.lab.replica import LabReplica
 from tests.support.client import CHAT
 from tests.support.program import BalancerProgram
 from tests.support.until import until
 from tests.wire.running import NOT_AWAITED, House, on_uvloop, serving
-from tests.wire.seat import Sharer, seat
+from tests.wire.seat import Card, Sharer, seat
 
 BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 
@@ -258,3 +259,38 @@ async def test_what_needs_no_gpu_wakes_nobody(tmp_path: Path) -> None:
         assert counted.status_code == 200, counted.text
         assert states(house) == ["DOZING", "READY"]
         assert (await client.get("/ready")).status_code == 200
+
+
+@on_uvloop
+async def test_short_of_memory(tmp_path: Path) -> None:
+    """Where memory is short, one that dozes unused falls asleep; where nobody can, the client is told the numbers."""
+    async with seat(tmp_path, "a", "b", "c") as sharers, sharing(sharers) as (house, client):
+        for model in "cba":
+            await ask(client, model)
+        card = sharers[0].card
+        card.others = Card.WEIGHTS  # somebody else takes as much as a model's weights
+        assert await ask(client, "b")
+        assert states(house) == ["DOZING", "READY", "ASLEEP"]
+        card.others = 3 * Card.WEIGHTS + 1
+        house.complaints.clear()
+        refused = await client.post(CHAT, json=BODY | {"model": "c"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_not_awake")
+        assert "free and it takes" in refused.json()["error"]["message"]
+        assert "nobody else there can give memory back" in house.complaints[-1]
+        card.others = 0
+        fleet = house.balancer.services.all[2].fleet
+        await until(lambda: not fleet.why_away(), "it may be tried again", 20)
+        assert [bool(await ask(client, model)) for model in "abc"]
+        house.complaints.clear()
+
+
+@on_uvloop
+async def test_strict_model() -> None:
+    """A strict service refuses models that it has not, though it is the only one."""
+    async with LabReplica() as replica, serving(replica, strict_model=True) as house:
+        await until(lambda: house.balancer.service.has_told_models, "it says what it serves")
+        async with httpx.AsyncClient(base_url=house.url, trust_env=False) as client:
+            unknown = await client.post(CHAT, json=BODY | {"model": "gpt-5"})
+            assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+            assert (await client.post(CHAT, json=BODY | {"model": "lab"})).status_code == 200
+            assert (await client.post("/generate", json={"text": "Hi"})).status_code == 200
