@@ -44,6 +44,7 @@ class Seat:
     doze: float = 0.01
     wake: float = 0.01
     move: float = 0.1  # of the weights, either way
+    memory: float = 5.0  # longest wait of a wake for others' memory
     card: float = 80.0
     weights: float = 13.5
     pool: float = 30.0
@@ -160,7 +161,7 @@ class Sharing:
         self._turn = turn
         self._cards = {gpu: Held(seat.directory, gpu, round(seat.card * GIB)) for gpu in turn.gpus}
         self.engine = Engine(replica, seat, self._cards)
-        self.tenant = Tenant(turn, self.engine, Limits(gpu_slice=seat.gpu_slice))
+        self.tenant = Tenant(turn, self.engine, Limits(gpu_slice=seat.gpu_slice, memory=seat.memory))
         self._life: asyncio.Task[None] | None = None
 
     @classmethod

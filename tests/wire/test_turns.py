@@ -15,25 +15,37 @@ from balancer.contract.listing import ReplicaListing
 from balancer.fleet.member import Member
 from balancer.routing.turns import Rules, Turns
 from balancer.spec.settings import Settings
+from replica.tenant import State
+from tests.lab.card import Held
 from tests.lab.replica import LabReplica
+from tests.lab.tenant import GIB, Seat
 from tests.support.client import CHAT
 from tests.support.program import BalancerProgram
 from tests.support.until import until
 from tests.wire.running import NOT_AWAITED, House, on_uvloop, serving
-from tests.wire.seat import Card, Sharer, seat
 
+GPU = "GPU-a"
 BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 
 
 @contextlib.asynccontextmanager
-async def sharing(sharers: list[Sharer], **settings: Any) -> AsyncIterator[tuple[House, httpx.AsyncClient]]:
+async def seat(folder: Path, *models: str, **knobs: Any) -> AsyncIterator[list[LabReplica]]:
+    """A replica for each of these models, started one after the other on one GPU."""
+    size = len(models) * 10 + 30.0
+    place = Seat(folder, (GPU,), gpu_slice=0.5, card=size, weights=10.0, pool=30.0, memory=0.1)
+    async with contextlib.AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(LabReplica(served_model=model, seat=place, **knobs)) for model in models]
+
+
+@contextlib.asynccontextmanager
+async def sharing(sharers: list[LabReplica], **settings: Any) -> AsyncIterator[tuple[House, httpx.AsyncClient]]:
     """A service for each of these replicas, behind one endpoint. `settings` of a list are one for each service."""
     ours = {"ready_interval": 0.05, "gpu_slice": 0.3}
 
     def of(number: int) -> dict[str, Any]:
         return ours | {name: value[number] if isinstance(value, list) else value for name, value in settings.items()}
 
-    def listed(sharer: Sharer) -> tuple[ReplicaListing, ...]:
+    def listed(sharer: LabReplica) -> tuple[ReplicaListing, ...]:
         return (ReplicaListing(f"{sharer.knobs.served_model}-1", sharer.url, id=1),)
 
     others = tuple(
@@ -47,6 +59,11 @@ async def sharing(sharers: list[Sharer], **settings: Any) -> AsyncIterator[tuple
         await until(lambda: all(one.fleet.serving() for one in services), lambda: states(house))
         async with httpx.AsyncClient(base_url=house.url, trust_env=False, timeout=20) as client:
             yield house, client
+
+
+async def doze(sharer: LabReplica) -> None:
+    assert sharer.sharing is not None
+    assert await sharer.sharing.tenant.order(State.DOZING, 10)
 
 
 def members(house: House) -> list[Member]:
@@ -76,7 +93,7 @@ async def test_alternating_and_at_once(tmp_path: Path) -> None:
         assert await asyncio.gather(*(ask(client, model) for model in "abc" * 5)) == whole * 5
         assert house.balancer.services.turn_taking.swaps_total >= 11
         rows = (await client.get(f"{house.balancer.admin_endpoint}/status?service=a")).json()["replicas"]
-        assert rows[0]["gpus"] == ["GPU-of-the-lab"]
+        assert rows[0]["gpus"] == [GPU]
         assert rows[0]["turns"]
 
 
@@ -113,7 +130,8 @@ async def test_preempted_stream(tmp_path: Path) -> None:
         assert await ask(client, "b", 5)
         assert len(pieces) < 95
         assert await stream == whole
-        assert sum("release" in swap for swap in sharers[0].swaps) >= 2
+        assert sharers[0].sharing is not None
+        assert sharers[0].sharing.tenant.swaps.wakes >= 1
         assert members(house)[0].failures_total == 0
 
 
@@ -161,7 +179,8 @@ async def test_idle_after(tmp_path: Path) -> None:
     async with seat(tmp_path, "a", "b") as sharers, sharing(sharers, idle_after=[0.3, None]) as (house, client):
         await ask(client, "b")
         await until(lambda: states(house) == ["ASLEEP", "READY"], lambda: states(house))
-        assert sharers[0].swaps[-1] == "release weights"
+        assert sharers[0].sharing is not None
+        assert "weights" in sharers[0].sharing.engine.released
         assert await ask(client, "a")
         assert states(house) == ["READY", "DOZING"]
 
@@ -172,11 +191,11 @@ async def test_killed_amid_its_turn(tmp_path: Path) -> None:
     async with seat(tmp_path, "a", "b", token_interval=0.05) as sharers, sharing(sharers, gpu_slice=30) as (_, client):
         await ask(client, "a", 2)
         lost = asyncio.ensure_future(client.post(CHAT, json=BODY | {"model": "a", "max_tokens": 2000}))
-        await until(lambda: sharers[0].requests() == 1, "it generates")
+        await until(lambda: sharers[0].generating == 1, "it generates")
         waiting = asyncio.ensure_future(ask(client, "b"))
         await asyncio.sleep(0.1)
         killed = time.monotonic()
-        await sharers[0].kill()
+        sharers[0].fall()
         assert await waiting
         assert time.monotonic() - killed < 5
         assert (await lost).status_code in (502, 503)
@@ -186,7 +205,7 @@ async def test_killed_amid_its_turn(tmp_path: Path) -> None:
 async def test_killed_while_it_dozes(tmp_path: Path) -> None:
     async with seat(tmp_path, "a", "b") as sharers, sharing(sharers) as (house, client):
         await ask(client, "b")
-        await sharers[0].kill()
+        sharers[0].fall()
         await until(lambda: states(house) == ["NOT_READY", "READY"], lambda: states(house))
         assert (await client.post(CHAT, json=BODY | {"model": "a"})).status_code == 503
         assert await ask(client, "b")
@@ -267,17 +286,19 @@ async def test_short_of_memory(tmp_path: Path) -> None:
     async with seat(tmp_path, "a", "b", "c") as sharers, sharing(sharers) as (house, client):
         for model in "cba":
             await ask(client, model)
-        card = sharers[0].card
-        card.others = Card.WEIGHTS  # somebody else takes as much as a model's weights
+        stranger = Held(tmp_path, GPU, 60 * GIB)
+        await doze(sharers[0])
+        stranger.take(10 * GIB)  # as much as a model's weights
         assert await ask(client, "b")
         assert states(house) == ["DOZING", "READY", "ASLEEP"]
-        card.others = 3 * Card.WEIGHTS + 1
+        await doze(sharers[1])
+        stranger.take(11 * GIB)  # more than the weights of the two that doze
         house.complaints.clear()
         refused = await client.post(CHAT, json=BODY | {"model": "c"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_not_awake")
         assert "free and it takes" in refused.json()["error"]["message"]
         assert "nobody else there can give memory back" in house.complaints[-1]
-        card.others = 0
+        stranger.close()
         fleet = house.balancer.services.all[2].fleet
         await until(lambda: not fleet.why_away(), "it may be tried again", 20)
         assert [bool(await ask(client, model)) for model in "abc"]
