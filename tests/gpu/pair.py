@@ -45,6 +45,9 @@ class Pair:
 
     def start(self, place: int) -> float:
         """Starts the replica of that place (0 or 1), in the place of one that ended; seconds until it was ready."""
+        return wait_ready(self.launch(place), START)
+
+    def launch(self, place: int) -> Process:
         # SGLang's share is of all the GPU's memory (0.5.16: of what is free at its start), so the second one on a GPU
         # must be allowed what the first one has as well. The pool is the same: --max-total-tokens caps it.
         share = NEED * 1024 / self.total * (place + 1 if self.on_one else 1)
@@ -53,7 +56,7 @@ class Pair:
         self._started += 1
         one = self.proof.replica(f"pair-{self._started}", self.proof.llama_3(), flags, **self.environ)
         self.members[place : place + 1] = [one]
-        return wait_ready(one, START)
+        return one
 
     def stop(self) -> None:
         for one in self.members:
@@ -84,11 +87,11 @@ def two_gpus(proof: Proof) -> None:
     environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(one.index) for one in two)
     pair = Pair(proof, two[0].memory_total, on_one=False, environ=environ)
     try:
-        seconds = [pair.start(0), pair.start(1)]
+        seconds = [wait_ready(one, START) for one in (pair.launch(0), pair.launch(1))]
         own_gpus(proof, pair.members, seconds, [one.uuid for one in two])
         surplus(proof, "surplus-third", proof.llama(), **environ | {"LEASE_WAIT": "2"})
-        compare(proof, "two_gpus", pair.members)
         leave(proof, "a GPU each", pair)
+        compare(proof, "two_gpus", pair.members)
     finally:
         pair.stop()
     proof.write()
