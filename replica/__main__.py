@@ -21,6 +21,9 @@ from replica.store.cache import Cache
 from replica.store.errors import StoreError
 from replica.weights import WeighError, weigh
 
+# The service whose replica it is and its priority, as groundserve tells them (balancer/operate/recipe/recipe.py).
+SERVICE, PRIORITY = "GROUNDSERVE_SERVICE", "GROUNDSERVE_PRIORITY"
+
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     """Becomes SGLang; returns only for --list-gpus and --dry-run."""
@@ -53,11 +56,11 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     if options.gpu_share and not gpus and not options.dry_run:
         gpus = [gpu.CPU_SEAT]
     if on_gpu or gpus:
-        note = f"{preset.name} on port {options.port}"
+        note = _note(preset.name, options, environ)
         count = 1 if gpus == [gpu.CPU_SEAT] else options.gpus
         want = placement.Want(count, options.gpu_kinds, preset.gpu_gib / options.gpus)
         held = lease.take(
-            gpus, want, options.lease_dir, wait=options.lease_wait, note=note, is_shared=options.gpu_share
+            gpus, want, options.lease_dir, wait=options.lease_wait, note=note, is_shared=options.gpu_share, tell=say
         )
         if on_gpu and not options.dry_run and not pretended:
             share = sharing.share_gib(options.sglang_args, held.gpus[0].memory_total) if options.gpu_share else 0.0
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None or options.dry_run,
         detects_parsers=machine.detects_parsers() or options.dry_run,
     )
-    where = ", ".join(f"GPU {one.index} ({one.uuid})" for one in held.gpus) if held else "CPU"
+    where = _leased(held, options) if held else "CPU"
     print(f"replica: {where}: {becomes}", flush=True)
     if not options.dry_run:
         around = surroundings.with_scratch(environ, options.host)
@@ -108,7 +111,7 @@ def fetch(preset: presets.Preset, options: Options, environ: Mapping[str, str]) 
         return
     for repo, with_weights in preset.hub_parts.items():
         revision = flags.get("--revision", "main") if repo == preset.model else "main"
-        pull(repo, cache, options.hf_token, lambda line: print(f"replica: {line}", flush=True), revision, with_weights)
+        pull(repo, cache, options.hf_token, say, revision, with_weights)
 
 
 def is_on(environ: Mapping[str, str], name: str) -> bool:
@@ -120,12 +123,10 @@ def become(options: Options, gpus: Sequence[gpu.Gpu], environ: Mapping[str, str]
     visible = {"CUDA_VISIBLE_DEVICES": ""}
     if gpus:
         want = placement.Want(options.gpus, options.gpu_kinds)
-        held = lease.take(
-            gpus, want, options.lease_dir, wait=options.lease_wait, note=f"{options.command[0]} on port {options.port}"
-        )
+        note = _note(options.command[0], options, environ)
+        held = lease.take(gpus, want, options.lease_dir, wait=options.lease_wait, note=note, tell=say)
         visible = command.visible(held.gpus)
-        where = ", ".join(f"GPU {one.index} ({one.uuid})" for one in held.gpus)
-        print(f"replica: {where}: {options.command[0]}", flush=True)
+        print(f"replica: {_leased(held, options)}: {options.command[0]}", flush=True)
     if options.dry_run:
         return
     try:
@@ -190,6 +191,27 @@ def _gib(options: Options) -> float:
         return presets.resolve(options.model).gpu_gib / options.gpus if options.model else 0.0
     except presets.ModelError:
         return 0.0
+
+
+def _note(what: str, options: Options, environ: Mapping[str, str]) -> str:
+    """Who this is, for others that look for a GPU: its service with its priority, what it runs, and where."""
+    priority = environ.get(PRIORITY, "0")
+    service = environ.get(SERVICE, "") + (f" (priority {priority})" if priority != "0" else "")
+    return f"{service}{': ' if service else ''}{what} on port {options.port}"
+
+
+def _leased(held: lease.Lease, options: Options) -> str:
+    """`GPU 0 (L4, GPU-...)`, by the wanted kind that it belongs to, else by the driver's name."""
+
+    def kind(one: gpu.Gpu) -> str:
+        fits = (kind for kind in options.gpu_kinds if is_of_kind(one.name, kind, one.memory_total))
+        return next(fits, one.name.removeprefix("NVIDIA "))
+
+    return ", ".join(f"GPU {one.index} ({kind(one)}, {one.uuid})" for one in held.gpus)
+
+
+def say(line: str) -> None:
+    print(f"replica: {line}", flush=True)
 
 
 def warn(line: str) -> None:

@@ -69,6 +69,7 @@ def take(
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
     now: Callable[[], float] = time.time,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Lease:
     """Leases `want.count` of `gpus`: an aligned group (0-1, 2-3, ... for two), all of it or nothing.
 
@@ -76,7 +77,7 @@ def take(
     what both need would wait for each other for ever. Among the free groups, those with enough free memory come first,
     then those on which no replica failed to start recently (placement.best_first). If the machine has GPUs of the
     wanted kinds, only those are leased. Waits up to `wait` seconds. `note` tells others who holds the lease. Raises
-    LeaseError.
+    LeaseError. `tell` gets a line once it has to wait: for what, and who has it.
 
     is_shared: share the GPUs with other replicas that share; those with the fewest tenants come first. Also waits for
     its turn there.
@@ -85,6 +86,7 @@ def take(
         raise LeaseError(_too_many(gpus, want))
     _make_shared(directory)
     give_up = clock() + max(wait, _GLANCE)
+    is_told = False
     while True:
         ranked = best_first(gpus, want, directory, now())
         if is_shared:
@@ -97,15 +99,18 @@ def take(
                 _sign(descriptors, note, now())
                 return Lease(tuple(group), descriptors)
             try:
-                first = _first_turn(group, directory, note, give_up, clock, pause, now)
+                first = _first_turn(group, directory, note, give_up, clock, pause, now, tell)
             except LeaseError:
                 Lease(tuple(group), descriptors).release()
                 raise
             return Lease(tuple(group), descriptors, first)
+        whole = [gpu for gpu in gpus if not gpu.mig]
+        kinds = _of_kind(gpus, want)
+        if not is_told and wait > _GLANCE:
+            tell(f"waits for {_gpus(want.count)}{kinds} ({_holders(whole, directory)})")
+            is_told = True
         if clock() >= give_up:
-            whole = [gpu for gpu in gpus if not gpu.mig]
-            holders = "; ".join(f"GPU {gpu.index}: {_state(gpu, directory)}" for gpu in whole)
-            kinds = _of_kind(gpus, want)
+            holders = _holders(whole, directory)
             raise AllHeldError(
                 f"no {_gpus(want.count)} free{kinds} among this machine's {len(whole)} after {wait:g} s ({holders}): "
                 "run fewer replicas, or give each fewer GPUs"
@@ -121,13 +126,18 @@ def _first_turn(
     clock: Callable[[], float],
     pause: Callable[[float], None],
     now: Callable[[], float],
+    tell: Callable[[str], None],
 ) -> Turn:
     """Waits for the turn, as loading takes the GPU's memory just as serving does. `give_up`: a time of `clock`."""
     try:
         mine = Turn.join(directory, [gpu.uuid for gpu in group], note, now())
+        is_told = False
         while not mine.take(now()):
+            there = "; ".join(f"GPU {gpu.index}: {', '.join(_others(gpu, mine))}" for gpu in group)
+            if not is_told:
+                tell(f"waits for its turn to start ({there})")
+                is_told = True
             if clock() >= give_up:
-                there = "; ".join(f"GPU {gpu.index}: {', '.join(_others(gpu, mine))}" for gpu in group)
                 mine.leave()
                 raise AllHeldError(f"it is not this replica's turn yet ({there})")
             pause(_TURN_POLL)
@@ -155,6 +165,10 @@ def _failed_at(said: Mapping[str, Any], now: float) -> float:
 def _time(said: Mapping[str, Any], name: str) -> float:
     value = said.get(name)
     return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _holders(gpus: Sequence[Gpu], directory: Path) -> str:
+    return "; ".join(f"GPU {gpu.index}: {_state(gpu, directory)}" for gpu in gpus)
 
 
 def _state(gpu: Gpu, directory: Path) -> str:

@@ -37,6 +37,7 @@ class ReplicaFacts:
     infra: str = "-"  # where it runs: "local", "compose"
     resources: str = "-"  # on what: "1x CPU", "1x L4"
     reason: str = ""  # why it is in its state, in one line; empty if there is nothing to say
+    leased: str = ""  # the GPUs that it has: "GPU 0 (L4, GPU-...)"; empty if none, or unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ class ServiceRow:
     wanted: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        row = _without_empty_reason(asdict(self))
+        row = _without_empty(asdict(self))
         if self.wanted is None:
             del row["wanted"]
         return row
@@ -75,7 +75,7 @@ class ReplicaRow(ReplicaFacts):
         return cls(**{field.name: getattr(facts, field.name) for field in fields(ReplicaFacts)} | own)
 
     def to_json(self) -> dict[str, Any]:
-        row = {"id": self.id, **_without_empty_reason(asdict(self))}
+        row = {"id": self.id, **_without_empty(asdict(self))}
         if not self.gpus:
             del row["gpus"], row["turns"]
         return row
@@ -110,10 +110,9 @@ class Snapshot:
         return cls(ServiceRow.from_json(service), tuple(ReplicaRow.from_json(replica) for replica in replicas))
 
 
-def _without_empty_reason(row: dict[str, Any]) -> dict[str, Any]:
-    if not row["reason"]:
-        del row["reason"]
-    return row
+def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the words that there are only sometimes."""
+    return {name: value for name, value in row.items() if value or name not in ("reason", "leased")}
 
 
 def _known(row: type[ServiceRow] | type[ReplicaRow], data: Mapping[str, Any]) -> dict[str, Any]:

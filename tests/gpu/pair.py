@@ -118,7 +118,7 @@ def own_gpus(proof: Proof, members: Sequence[Process], seconds: Sequence[float],
 
 
 def lease(one: Process) -> str:
-    """What its first line says that it leased: `GPU 0 (GPU-...)`."""
+    """What its first line says that it leased: `GPU 0 (L4, GPU-...)`."""
     found = re.search(r"^replica: (.*?): ", one.log.read_text(), re.MULTILINE)
     if found is None:
         raise RuntimeError(f"{one.name} does not say what it leased:\n{one.tail()}")

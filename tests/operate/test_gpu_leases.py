@@ -28,9 +28,26 @@ def test_who_finds_no_gpu_waits_for_one_and_is_not_given_up(one_gpu: Groundserve
     assert said.count("replica: ") == 0
     shown = one_gpu.until("second", lambda status: bool(status["replicas"][0].get("reason")))
     assert shown["replicas"][0]["status"] == "PROVISIONING"
+    (holder,) = one_gpu.status("first")["replicas"]
+    assert (holder["leased"], holder["resources"]) == ("GPU 0 (pretended GPU, GPU-pretended-0)", "1x pretended GPU")
+    assert "leased" not in shown["replicas"][0]
     assert first.end(signal.SIGTERM) == 0
     second.until_up()
     assert second.text.count("waits for a GPU") == 1
+
+
+def test_status_says_who_waits_for_which_kind(one_gpu: Groundserve) -> None:
+    one_gpu.environ["LEASE_WAIT"] = "60"
+    first = one_gpu.up(one_gpu.service("first", LEASED, replicas=1)).until_up()
+    script = LEASED.replace("--gpus 1", "--gpus 1 --gpu-kinds pretended")
+    second = one_gpu.up(one_gpu.service("second", script, replicas=1))
+    second.until("PROVISIONING")
+    shown = one_gpu.until("second", lambda status: bool(status["replicas"][0].get("reason")))
+    (row,) = shown["replicas"]
+    assert row["status"] == "PROVISIONING"
+    assert row["reason"].startswith("waits for GPU of kind pretended (GPU 0: ")
+    assert first.end(signal.SIGTERM) == 0
+    second.until_up()
 
 
 def test_update_without_a_free_gpu(one_gpu: Groundserve) -> None:

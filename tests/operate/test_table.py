@@ -76,8 +76,8 @@ def test_verbose_adds_columns_and_keeps_the_others() -> None:
     short, long = tables([SNAPSHOT]).splitlines(), tables([SNAPSHOT], verbose=True).splitlines()
     assert long[1].split() == [*short[1].split(), "LOAD_BALANCING_POLICY", "IN_FLIGHT", "QUEUED"]
     assert long[2].endswith("round_robin            3          0")
-    assert long[5].split()[8:] == ["IN_FLIGHT", "REQUESTS", "FAILURES", "PROMPT_TOKENS", "CACHED_TOKENS"]
-    assert long[6].split()[-5:] == ["3", "70", "1", "1200", "900"]
+    assert long[5].split()[8:] == ["IN_FLIGHT", "REQUESTS", "FAILURES", "PROMPT_TOKENS", "CACHED_TOKENS", "GPU"]
+    assert long[6].split()[-6:] == ["3", "70", "1", "1200", "900", "-"]
 
 
 @pytest.mark.parametrize(

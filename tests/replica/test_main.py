@@ -52,7 +52,7 @@ def test_a_dry_run_on_gpus_prints_lease_and_command(tmp_path: Path) -> None:
     )
     assert answer.returncode == 0, answer.stderr
     (line,) = answer.stdout.splitlines()
-    assert line.startswith("replica: GPU 0 (GPU-pretended-0), GPU 1 (GPU-pretended-1): ")
+    assert line.startswith("replica: GPU 0 (pretended GPU, GPU-pretended-0), GPU 1 (pretended GPU, GPU-pretended-1): ")
     assert "--model-path liuhaotian/llava-v1.6-vicuna-7b" in line
     assert line.endswith("--tp-size 2 --mem-fraction-static 0.8")
 

@@ -20,6 +20,7 @@ const FACTS = [
   ({ endpoint }) => endpoint,
   ({ infra }) => infra,
   ({ resources }) => resources,
+  ({ leased }) => leased,
   ({ launched_seconds: age }) => `launched ${span(age)} ago`,
   ({ reason }) => reason,
 ];

@@ -40,6 +40,7 @@ _REPLICA = (
     _Column("FAILURES", lambda replica: replica.failures_total, is_ours=True),
     _Column("PROMPT_TOKENS", lambda replica: replica.prompt_tokens_total, is_ours=True),
     _Column("CACHED_TOKENS", lambda replica: replica.cached_tokens_total, is_ours=True),
+    _Column("GPU", lambda replica: replica.leased or "-", is_ours=True),
 )
 
 _UNITS = (("week", 604800), ("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))

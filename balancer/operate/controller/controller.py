@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from balancer.contract.status import Snapshot
-from balancer.contract.words import Phase, ServiceStatus, State
+from balancer.contract.words import Phase, ServiceStatus
 from balancer.errors import ConfigError
 from balancer.operate.controller import happened, plan
 from balancer.operate.controller.plan import Action, Drain, Forget, Replace, Replica, Stage, Start, Stop
@@ -346,8 +346,8 @@ class Controller:
         patience, operation = probe.initial_delay_seconds, coming.spec.operation
         for replica, is_ready in zip(asked, answers, strict=True):
             listing = running.get(replica.id)
-            is_fetching = listing is not None and listing.state is State.FETCHING
-            self._keep(plan.probed(replica, is_ready, is_fetching, self._clock(), patience, operation))
+            is_before_start = listing is not None and listing.state.is_before_start
+            self._keep(plan.probed(replica, is_ready, is_before_start, self._clock(), patience, operation))
 
     async def _renew_balancer(self, recipe: Recipe) -> None:
         await self._balancer.renew(recipe)

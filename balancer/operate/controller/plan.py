@@ -173,10 +173,10 @@ def observed(replica: Replica, status: Status, in_flight: int, now: float, opera
 
 
 def probed(
-    replica: Replica, is_ready: bool, is_fetching: bool, now: float, patience: float, operation: Operation
+    replica: Replica, is_ready: bool, is_before_start: bool, now: float, patience: float, operation: Operation
 ) -> Replica:
     """The replica after a probe by the controller, which alone knows of it. It fails after `patience` seconds."""
-    if is_ready or is_fetching:
+    if is_ready or is_before_start:
         replica = replace(replica, awaited_since=now)
     if is_ready:
         status = Status.READY

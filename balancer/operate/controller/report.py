@@ -70,14 +70,17 @@ class Report:
         )
         if state is State.RUNNING:
             reason = reason or listing.reason
-        if state is State.RUNNING and listing.state is State.FETCHING:
+        if state is State.RUNNING and listing.state.is_before_start and listing.reason:
             state, reason = listing.state, listing.reason
         elif state is State.RUNNING and not listing.endpoint:
             state = State.PROVISIONING  # as far as the balancer is concerned
+        has_process = replica.stage not in (Stage.WAITING, Stage.GIVEN_UP)
+        leased = listing if has_process and listing.leased else None
         return replace(
             listing,
             version=replica.version,
-            resources=wanted.recipes[replica.version].resources,
+            resources=leased.resources if leased else wanted.recipes[replica.version].resources,
+            leased=leased.leased if leased else "",
             launched_seconds=max(0.0, now - replica.launched_at) if replica.launched_at else 0.0,
             state=state,
             reason=reason,

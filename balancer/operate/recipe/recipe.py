@@ -22,6 +22,8 @@ GPUS = "SKYPILOT_NUM_GPUS_PER_NODE"
 PORT = "GROUNDSERVE_PORT"
 LEASE_WAIT = "LEASE_WAIT"
 GPU_SHARE = "GPU_SHARE"
+# For others that look for a GPU: whose replica has one.
+SERVICE, PRIORITY = "GROUNDSERVE_SERVICE", "GROUNDSERVE_PRIORITY"
 # Seconds that one start waits for a GPU. The controller keeps trying, and can report the reason in between.
 LEASE_WAIT_HERE = "3"
 # Seconds that it waits for its turn on a shared GPU, where other replicas first finish their requests.
@@ -99,6 +101,8 @@ class Recipe:
             own[GPU_SHARE] = "yes"
         if self.gpus or shares:
             own[LEASE_WAIT] = os.environ.get(LEASE_WAIT) or (TURN_WAIT_HERE if shares else LEASE_WAIT_HERE)
+        if self.gpus or shares:
+            own |= {SERVICE: self.spec.name, PRIORITY: str(self.spec.settings.priority)}
         return {**self.spec.envs, **own, **(self.launch.at_port(port).envs if self.launch else {})}
 
     def arguments(self, port: int) -> tuple[str, ...]:
@@ -119,7 +123,9 @@ class Recipe:
     @property
     def digest(self) -> str:
         """A hash that is equal for recipes that start replicas in the same way; reveals none of its input."""
-        made = json.dumps([self.arguments(0) if self.launch else self.spec.run, sorted(self.envs(0, 0).items())])
+        # Whose replica it is changes nothing about its start.
+        told = {name: value for name, value in self.envs(0, 0).items() if name not in (SERVICE, PRIORITY)}
+        made = json.dumps([self.arguments(0) if self.launch else self.spec.run, sorted(told.items())])
         return hashlib.sha256(made.encode()).hexdigest()[:16]
 
 

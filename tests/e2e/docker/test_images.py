@@ -168,7 +168,7 @@ def test_the_gpu_image_prints_lease_and_command(lab_images: Project) -> None:
     """docker/replica.Dockerfile upon a stand-in for SGLang's image: all but SGLang and a GPU is real."""
     run = ("run", "--rm", "--no-deps", "-T")
     said = lab_images.compose(*run, "-e", "MODEL=llava-v1.6-vicuna-7b", "replica", "--dry-run", GPUS_PER_REPLICA="2")
-    assert said.startswith("replica: GPU 0 (GPU-pretended-0), GPU 1 (GPU-pretended-1): ")
+    assert said.startswith("replica: GPU 0 (pretended GPU, GPU-pretended-0), GPU 1 (pretended GPU, GPU-pretended-1): ")
     assert "-m sglang.launch_server --model-path liuhaotian/llava-v1.6-vicuna-7b" in said
     assert "--host 0.0.0.0 --port 8000" in said
     assert "--tp-size 2" in said

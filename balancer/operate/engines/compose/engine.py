@@ -26,7 +26,7 @@ from balancer.operate.engines.compose import project
 from balancer.operate.engines.compose.balancer_handle import ComposeBalancer, environ
 from balancer.operate.engines.compose.project import ROOT, Container, Project, check_docker, has_docker
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
-from balancer.operate.engines.fetching import Fetching
+from balancer.operate.engines.first_words import FirstWords
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 from balancer.operate.state.state_file import write_whole
@@ -41,7 +41,7 @@ class _Replica:
     container: Container
     following: asyncio.Task[None]
     started: float  # loop time, in seconds
-    fetching: Fetching
+    words: FirstWords
     is_stopping: bool = False
     # Why it is unknown whether it still runs, and since when; empty while Docker answers.
     silence: str = ""
@@ -110,12 +110,13 @@ class ComposeEngine:
             if id is None or not container.is_running:
                 await self._project.docker("rm", "--force", container.id)
                 continue
-            self._take(int(id), container)
+            self._take(int(id), container, FirstWords.of_running(self._folder.replica_log(int(id))))
             survivors.append(Survivor(int(id), self._listing(int(id)), container.labels[_DIGEST]))
         return tuple(survivors)
 
     async def start(self, id: int, recipe: Recipe) -> None:
         overlay = self._folder.path / "replica.json"
+        words = FirstWords(self._folder.replica_log(id))
         async with self._one_at_a_time:
             if await self._left_by_an_earlier_start(id, recipe):
                 return
@@ -127,7 +128,7 @@ class ComposeEngine:
             containers = await self._project.containers("replica")
         for container in containers:
             if container.labels.get(_ID) == str(id):
-                self._take(id, container)
+                self._take(id, container, words)
                 return
         raise CannotStart("docker compose started no container")
 
@@ -141,7 +142,7 @@ class ComposeEngine:
             if container.id in known or (container.is_running and container.labels.get(_ID) != str(id)):
                 continue
             if container.is_running and container.labels.get(_DIGEST) == recipe.digest:
-                self._take(id, container)
+                self._take(id, container, FirstWords.of_running(self._folder.replica_log(id)))
                 return True
             with contextlib.suppress(CannotStart):  # it is being removed already
                 await self._project.docker("rm", "--force", container.id)
@@ -165,7 +166,8 @@ class ComposeEngine:
         return {id: self._listing(id) for id in self._replicas}
 
     def _listing(self, id: int) -> ReplicaListing:
-        container, progress = self._replicas[id].container, self._replicas[id].fetching.progress()
+        container, words = self._replicas[id].container, self._replicas[id].words
+        state, reason = words.state()
         if not container.address:  # it ended before we could inspect its address
             name, version = f"{self._folder.name}-{id}", int(container.labels[_VERSION])
             return ReplicaListing(name, id=id, version=version, infra=self.name, state=State.PROVISIONING)
@@ -177,8 +179,10 @@ class ComposeEngine:
             version=int(container.labels[_VERSION]),
             launched_seconds=asyncio.get_running_loop().time() - self._replicas[id].started,
             infra=self.name,
-            state=State.FETCHING if progress else State.RUNNING,
-            reason=progress or self._replicas[id].silence,
+            resources=words.resources or "-",
+            leased=words.leased,
+            state=state,
+            reason=reason or self._replicas[id].silence,
         )
 
     def ended(self) -> tuple[Ended, ...]:
@@ -189,12 +193,11 @@ class ComposeEngine:
         """Removes the network and the balancer's container; the volumes (models, kernels, leases) stay."""
         await self._project.compose("down", "--remove-orphans")
 
-    def _take(self, id: int, container: Container) -> None:
+    def _take(self, id: int, container: Container, words: FirstWords) -> None:
         self._folder.trim_replica_logs({id, *self._replicas})
         started = asyncio.get_running_loop().time() - container.age
-        fetching = Fetching(self._folder.replica_log(id))
         following = asyncio.create_task(self._follow(id, container))
-        self._replicas[id] = _Replica(container, following, started, fetching)
+        self._replicas[id] = _Replica(container, following, started, words)
 
     async def _follow(self, id: int, container: Container) -> None:
         """Follows the log until the container ends, then removes the container."""

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from balancer.contract.listing import ReplicaListing
-from balancer.contract.words import State
 from balancer.errors import ConfigError
 from balancer.operate.engines import capacity
 from balancer.operate.engines.addresses import Addresses, AddressFlags, Listeners, open_listeners
 from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.engines.child import Child, tail
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
-from balancer.operate.engines.fetching import Fetching
+from balancer.operate.engines.first_words import FirstWords
 from balancer.operate.engines.local.balancer_handle import LocalBalancer
 from balancer.operate.engines.local.joined import Host, JoinedBalancer
 from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
@@ -29,7 +28,7 @@ class _Replica:
     child: Child
     endpoint: str
     started: float
-    fetching: Fetching
+    words: FirstWords
 
 
 class LocalEngine:
@@ -95,9 +94,9 @@ class LocalEngine:
         if self._key_file is not None and recipe.launch is not None:
             invocation = replace(invocation, envs={**invocation.envs, keys.KEY_FILE: str(self._key_file)})
         self._folder.trim_replica_logs({id, *self._replicas})
-        fetching = Fetching(self._folder.replica_log(id))
+        words = FirstWords(self._folder.replica_log(id))
         child = await Child.start(invocation, self._folder.replica_log(id), self.changed.set)
-        self._replicas[id] = _Replica(child, f"http://127.0.0.1:{port}", time.monotonic(), fetching)
+        self._replicas[id] = _Replica(child, f"http://127.0.0.1:{port}", time.monotonic(), words)
 
     async def stop(self, id: int, grace: float) -> None:
         replica = self._replicas.get(id)
@@ -113,15 +112,17 @@ class LocalEngine:
         return {id: self._listing(id, replica) for id, replica in self._replicas.items() if replica.child.code is None}
 
     def _listing(self, id: int, replica: _Replica) -> ReplicaListing:
-        progress = replica.fetching.progress()
+        state, reason = replica.words.state()
         return ReplicaListing(
             f"{self._folder.name}-{id}",
             replica.endpoint,
             id=id,
             launched_seconds=time.monotonic() - replica.started,
             infra=self.name,
-            state=State.FETCHING if progress else State.RUNNING,
-            reason=progress,
+            resources=replica.words.resources or "-",
+            leased=replica.words.leased,
+            state=state,
+            reason=reason,
         )
 
     def ended(self) -> tuple[Ended, ...]:

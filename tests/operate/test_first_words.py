@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from balancer.operate.engines.fetching import Fetching
+from balancer.contract.words import State
+from balancer.operate.engines.first_words import FirstWords
 from tests.operate.command_line import LAB, Groundserve
 
 PROGRESS = "fetching org/one: 1.0 GB of 2.0 GB (50 %), 200 MB/s, about 5 s left"
@@ -39,16 +40,34 @@ def test_a_download_does_not_eat_the_time_to_become_ready(groundserve: Groundser
 def test_the_last_line_of_this_life_tells(lines: tuple[str, ...], progress: str, tmp_path: Path) -> None:
     log = tmp_path / "replica.log"
     log.write_text("replica: fetching org/one: of an earlier life\n")
-    fetching = Fetching(log)
+    words = FirstWords(log)
     with log.open("a") as out:
         out.writelines(f"{line}\n" for line in lines)
-    assert fetching.progress() == progress
+    assert words.state() == ((State.FETCHING, progress) if progress else (State.RUNNING, ""))
 
 
 def test_nobody_looks_once_sglang_has_begun(tmp_path: Path) -> None:
     log = tmp_path / "replica.log"
-    fetching = Fetching(log)
-    assert fetching.progress() == ""
-    for line in ("loading weights", f"replica: {PROGRESS}"):
-        log.write_text(f"{line}\n")
-        assert fetching.progress() == ""
+    words = FirstWords(log)
+    assert words.state() == (State.RUNNING, "")
+    with log.open("a") as out:
+        for line in ("loading weights", f"replica: {PROGRESS}"):
+            out.write(f"{line}\n")
+            out.flush()
+            assert words.state() == (State.RUNNING, "")
+
+
+WAITS = "waits for 1 GPU of kind L4 (GPU 0: held by other: llava on port 8001)"
+
+
+def test_what_it_waits_for_and_what_it_leased(tmp_path: Path) -> None:
+    log = tmp_path / "replica.log"
+    words = FirstWords(log)
+    log.write_text(f"replica: {WAITS}\n")
+    assert (words.state(), words.leased) == ((State.PROVISIONING, WAITS), "")
+    with log.open("a") as out:
+        out.write("replica: GPU 2 (L4, GPU-a1), GPU 3 (L4, GPU-b2): python -m sglang.launch_server --x (y)\nloading\n")
+    assert words.state() == (State.RUNNING, "")
+    assert (words.leased, words.resources) == ("GPU 2 (L4, GPU-a1), GPU 3 (L4, GPU-b2)", "2x L4")
+    later = FirstWords.of_running(log)
+    assert (later.state(), later.resources) == ((State.RUNNING, ""), "2x L4")
