@@ -24,7 +24,7 @@ from balancer.operate.engines.compose.balancer_handle import admin_key, environ
 from balancer.operate.engines.compose.engine import ComposeEngine, _Replica, project_of, replica_overlay
 from balancer.operate.engines.compose.project import Container, name_of
 from balancer.operate.engines.engine import CannotStart
-from balancer.operate.engines.fetching import Fetching
+from balancer.operate.engines.first_words import FirstWords
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 from balancer.spec.service_file import parse
@@ -110,7 +110,7 @@ def test_a_container_is_listed_with_its_address_or_without(
     async def listed() -> ReplicaListing:
         following = asyncio.create_task(asyncio.sleep(0))
         started = asyncio.get_running_loop().time()
-        engine._replicas[7] = _Replica(container, following, started, Fetching(tmp_path / "log"))
+        engine._replicas[7] = _Replica(container, following, started, FirstWords(tmp_path / "log"))
         return replace(engine.running()[7], launched_seconds=None)
 
     assert asyncio.run(listed()) == listing
