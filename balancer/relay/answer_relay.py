@@ -136,7 +136,7 @@ class AnswerRelay:
         self._last_at = now
         if (kept := self.kept) is not None:
             size = kept.size + len(data)
-            if size > self._counted or kept.held or kept.is_cumulative or data[-2:] != EVENT_END:
+            if size > self._counted or kept.held or kept.is_cumulative or not data.endswith(EVENT_END):
                 data = self._keep(kept, data)
                 if not data:
                     return

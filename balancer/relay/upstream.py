@@ -83,7 +83,6 @@ class ReplicaConnection(asyncio.Protocol):
         """
         if self._transport is None or self._transport.is_closing():
             return Outcome.REFUSED
-        self._count(head, body)
         self.has_answered = self.has_head = self.has_begun = self._can_be_kept = False
         self._has_no_body = is_head
         self._unfruitful = 0
@@ -93,9 +92,15 @@ class ReplicaConnection(asyncio.Protocol):
         self.sent_at = self.last_byte_at = self.heard_at = self._pool.loop.time()
         self.sent_away = self.heard_away = place.away(self.sent_at)
         self._pool.busy.add(self)
+        if self.replica.is_https:  # what TLS makes of it is longer
+            self._sent = acknowledged(self._transport.get_extra_info("socket")) or 0
+        self._sent_before = self._sent
         if len(body) == 1 and len(body[0]) <= COPIED:
-            self._transport.write(head + body[0])
+            whole = head + body[0]
+            self._sent += len(whole)
+            self._transport.write(whole)
         else:
+            self._sent += len(head) + sum(map(len, body))
             self._transport.writelines((head, *body))
         try:
             return await self._outcome
@@ -107,13 +112,6 @@ class ReplicaConnection(asyncio.Protocol):
                 self._pool.keep(self)
             else:
                 self._transport.abort()
-
-    def _count(self, head: bytes, body: Sequence[bytes]) -> None:
-        self._sent_before = self._sent
-        self._sent += len(head) + sum(map(len, body))
-        if self.replica.is_https:  # TLS sends more than that
-            assert self._transport is not None
-            self._sent_before = acknowledged(self._transport.get_extra_info("socket")) or 0
 
     def finish(self, outcome: Outcome) -> None:
         """Ends the exchange, if there is one; later bytes are not part of its answer."""

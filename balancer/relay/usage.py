@@ -15,7 +15,7 @@ import orjson
 LARGEST = 1 << 20
 KEPT_EVENTS = 4  # at the end of a stream: after the event with the counts come a stop, a [DONE], a comment
 SOON = 64 << 10  # trim after at least this many more bytes,
-FEW = 16  # or after at least this many more pieces
+FEW = 64  # or after at least this many more pieces
 # Events before the first token of a stream, by its path.
 OPENING_EVENTS = {"/v1/chat/completions": 1, "/v1/messages": 2, "/v1/responses": 4}
 NO_TOKEN = (b":", b"event: error", b'data: {"error"')  # beginnings of pieces that we or a failing server add
