@@ -23,6 +23,11 @@ def is_anthropic(path: str) -> bool:
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
+def is_ollama(path: str) -> bool:
+    """Does this path belong to Ollama's API, whose clients expect a text as the error?"""
+    return path.startswith("/api/")
+
+
 class ConfigError(Exception):
     """A setting, file or command line that cannot be used. The message is one line that says what to change."""
 
@@ -61,7 +66,9 @@ class ServeError(Exception):
         return orjson.dumps({"error": error})
 
     def body_at(self, path: str, request_id: bytes) -> bytes:
-        """The JSON body that clients of `path` expect: Anthropic's shape under /v1/messages, OpenAI's elsewhere."""
+        """The JSON body that clients of `path` expect: Anthropic's, Ollama's or OpenAI's shape."""
+        if is_ollama(path):
+            return orjson.dumps({"error": self.message})
         if not is_anthropic(path):
             return self.body
         kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
@@ -117,6 +124,11 @@ def model_not_allowed(model: str, allowed: Sequence[str]) -> ServeError:
 
 def not_found(path: str) -> ServeError:
     message = f"{path} is not served here. Serving paths are /v1/..., /generate and SGLang's other inference paths."
+    return ServeError(404, "not_found", message)
+
+
+def nothing_kept(path: str) -> ServeError:
+    message = f"{path} is not served here: nothing is kept between requests. Send what belongs together in one request."
     return ServeError(404, "not_found", message)
 
 

@@ -91,6 +91,11 @@ class Service:
         """Has any of its replicas listed its models yet?"""
         return bool(self.fleet.models)
 
+    @property
+    def has_replica(self) -> bool:
+        """Could one of its replicas get a request now?"""
+        return bool(self.fleet.available())
+
     async def stop(self) -> None:
         """Stops watching the replicas."""
         if self.discovery is not None:

@@ -23,6 +23,10 @@ class Named(Protocol):
     def has_told_models(self) -> bool:
         """Has any of its replicas reported yet which models it serves?"""
 
+    @property
+    def has_replica(self) -> bool:
+        """Could one of its replicas get a request now?"""
+
     def names(self) -> Collection[str]:
         """All names that requests may use for it, as far as they are known."""
 
@@ -68,6 +72,12 @@ class Directory:
     def has_several(self) -> bool:
         """Are there several services, so that the model decides?"""
         return len(self._destinations) > 1
+
+    @property
+    def lists_models(self) -> bool:
+        """Is GET /v1/models answered from what is known here? For several services, or while no replica is ready."""
+        service = self.first.service
+        return self.has_several or (service is not None and service.has_told_models and not service.has_replica)
 
     def find(self, request: Request) -> Destination:
         """The service that the request is for. Raises ServeError for a model that none has.

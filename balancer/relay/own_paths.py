@@ -18,6 +18,8 @@ from balancer.service import Service
 PATIENCE = 5.0  # seconds that one replica has to answer
 SOON = 5.0  # seconds after which no further replica is asked
 
+OLLAMA_VERSION = "0.9.0"  # whose API SGLang 0.5.23 follows
+
 SECRET_WORDS = ("api_key", "password", "secret", "hf_token", "ssl_key", "authorization")
 
 
@@ -57,6 +59,11 @@ def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAP
             if isinstance(info, dict):
                 return JSONResponse(without_secrets(info), headers={"X-Replica-Id": member.name})
         return _refusal(errors.no_replica())
+
+    @app.api_route("/api/version", methods=["GET", "HEAD"])
+    async def ollama_version() -> Response:
+        """Ollama's clients ask for it first, and take a newer one for granted. SGLang has no such path."""
+        return JSONResponse({"version": OLLAMA_VERSION})
 
     @app.api_route(MODELS, methods=["GET", "HEAD"])
     async def models() -> Response:

@@ -17,23 +17,29 @@ class PathKind(enum.Enum):
 
 
 MODELS = "/v1/models"
-GENERATING = {"/generate", "/classify", "/encode", "/rerank", "/score"}
-PLAIN = {"/tokenize", "/detokenize", "/v1/tokenize", "/v1/detokenize", "/v1/messages/count_tokens"}
-PLAIN |= {MODELS, "/model_info", "/get_model_info"}
-# Worth minutes of waiting while a replica starts, because the answer takes long anyway. All other paths are asked by
-# pages and programs that want to know what is there, and would rather hear at once that there is nothing yet.
-WAITED_FOR = GENERATING | {
+# Of SGLang 0.5.23, and of other servers that speak OpenAI's API. Whatever else is under /v1/ may change a server, as
+# vLLM's /v1/load_lora_adapter does, or would be answered by no replica.
+GENERATING = {"/generate", "/classify", "/encode", "/rerank", "/score", "/api/chat", "/api/generate"} | {
     f"/v1/{name}"
     for name in (
         "chat/completions", "completions", "responses", "messages", "embeddings", "classify", "rerank", "score",
-        "audio/transcriptions", "audio/translations", "audio/speech", "images/generations", "images/edits",
+        "decisions", "systemone", "realtime", "audio/transcriptions", "audio/translations", "audio/speech",
+        "images/generations", "images/edits", "images/variations", "videos", "moderations",
     )
 }  # fmt: skip
-OWN = {"/health", "/ready", "/server_info", "/get_server_info"}
+PLAIN = {"/tokenize", "/detokenize", "/v1/tokenize", "/v1/detokenize", "/v1/messages/count_tokens"}
+PLAIN |= {MODELS, "/model_info", "/get_model_info", "/api/tags", "/api/show"}
+# Worth minutes of waiting while a replica starts, because the answer takes long anyway. All other paths are asked by
+# pages and programs that want to know what is there, and would rather hear at once that there is nothing yet.
+WAITED_FOR = GENERATING - {"/v1/realtime", "/v1/moderations"}
+OWN = {"/health", "/ready", "/server_info", "/get_server_info", "/api/version"}
 _ENCODED = re.compile(rb"%[0-9A-Fa-f]{2}")
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-# Under /v1/, but about one replica's own state: any other replica would give a wrong answer.
-NOT_SERVED = re.compile(r"/v1/loads(/.*)?|/v1/responses/.+")
+# What OpenAI's servers keep for their clients. Replicas keep nothing, and each would know of its own only.
+_KEPT = re.compile(
+    r"/v1/(files|uploads|batches|conversations|responses/.+|assistants|threads|vector_stores|fine_tuning|evals|containers)"
+    r"(/.*)?"
+)
 
 
 def normalise(raw: bytes) -> str:
@@ -50,6 +56,11 @@ def kind_of(raw: bytes) -> tuple[str, PathKind, bytes]:
 def _kind_of(raw: bytes) -> tuple[str, PathKind, bytes]:
     path = normalise(raw)
     return *_sorted(path), _sent(raw, path)
+
+
+def is_of_a_store(path: str) -> bool:
+    """Does OpenAI keep something under this path: files, batches, conversations, answers?"""
+    return _KEPT.fullmatch(path) is not None
 
 
 def _sent(raw: bytes, path: str) -> bytes:
@@ -72,7 +83,7 @@ def _sorted(path: str) -> tuple[str, PathKind]:
         return path, PathKind.OWN
     if path in PLAIN or path.startswith("/v1/models/"):
         return path, PathKind.PLAIN
-    if path in GENERATING or (path.startswith("/v1/") and not NOT_SERVED.fullmatch(path)):
+    if path in GENERATING:
         return path, PathKind.GENERATING
     return path, PathKind.ADMIN
 

@@ -31,7 +31,7 @@ from balancer.relay.failover import (
     only_generates,
 )
 from balancer.relay.metering import Meter
-from balancer.relay.paths import MODELS, PathKind
+from balancer.relay.paths import MODELS, PathKind, is_of_a_store
 from balancer.relay.places import Place
 from balancer.relay.reply import Reply
 from balancer.relay.request import Request
@@ -86,7 +86,8 @@ class Proxy:
         if request.kind is PathKind.ADMIN:
             is_admin = any(bears(credential, self._admin_key) for credential in request.credentials)
             if not is_admin or not self._directory.first.settings.admin_paths:
-                raise errors.not_found(request.path)
+                refused = errors.nothing_kept if is_of_a_store(request.path) else errors.not_found
+                raise refused(request.path)
             request.authorization = b""
             return
         if request.kind is PathKind.OWN and request.method not in OWN_METHODS:
@@ -119,7 +120,7 @@ class Proxy:
             if request.asks_for_method and self.cors.is_preflight(request):
                 reply.extra_fields += self.cors.preflight(request)
                 reply.whole(204, (), b"")
-            elif request.kind is PathKind.OWN or (request.path == MODELS and self._directory.has_several):
+            elif request.kind is PathKind.OWN or (request.path == MODELS and self._directory.lists_models):
                 await self._answer_own(request, reply)
             else:
                 destination = self._directory.find(request)

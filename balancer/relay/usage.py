@@ -23,6 +23,7 @@ MOST = 10**15  # a token count this large is not believed
 # SGLang's own paths report each text of a batch separately. No field name there is chosen by a user or a model, and
 # quotes within a text are escaped, so whatever looks like a field is one.
 NATIVE = frozenset(("/generate", "/encode"))
+OLLAMA = frozenset(("/api/chat", "/api/generate"))  # their streams are lines of JSON, and the last one counts
 _FIELD = re.compile(rb'"(prompt|completion|cached)_tokens":\s*(\d{1,15})(?=[,}\s])')
 _LONGEST_FIELD = 64
 _UNFINISHED = re.compile(rb'"finish_reason":\s*null')
@@ -121,6 +122,7 @@ class Tail:
 
     def counts(self) -> Counts:
         """The counts of the whole answer. Call it once: it empties the tail."""
+        pieces = self._joined + len(self.pieces)
         body = b"".join(self.pieces)
         self.pieces = []
         if self._is_stream and self._path in NATIVE:
@@ -128,6 +130,8 @@ class Tail:
             return _sum((self._finals or {}).values())
         if self._is_stream:
             return _of_events(self._opening + body, is_told_twice=self._path == "/v1/messages")
+        if self._path in OLLAMA:
+            return _of_lines(body, pieces)
         if self._path in NATIVE:
             self._count_native(body)
             return self._native if self._native and self._native.texts else Counts()
@@ -240,6 +244,16 @@ def _of_whole(body: bytes, is_cut: bool) -> Counts:
     items = said if isinstance(said, list) else []
     metas = [meta for item in items if isinstance(item, dict) and isinstance(meta := item.get("meta_info"), dict)]
     return _sum(map(_of_usage, metas))
+
+
+def _of_lines(body: bytes, pieces: int) -> Counts:
+    """The counts of an Ollama answer's last line. SGLang tells none in streams, so there each line is a token."""
+    said = _parsed(body.rstrip().rpartition(b"\n")[2])
+    if not isinstance(said, dict):
+        return Counts()
+    completion = _figure(said, "eval_count")
+    is_uncounted = completion is None and said.get("done") is True and pieces > 1
+    return Counts(_figure(said, "prompt_eval_count"), pieces - 1 if is_uncounted else completion)
 
 
 def _parsed(data: bytes) -> Any:

@@ -71,7 +71,7 @@ def wish(chance: random.Random, id: str, paths: tuple[str, ...], others: float) 
     """A random request of a client."""
     kind = chance.random()
     if kind < others:
-        return Wish(id, chance.choice(["GET", "HEAD"]), "/v1/whatever")
+        return Wish(id, chance.choice(["GET", "HEAD"]), "/v1/models/whatever")
     path = chance.choice(paths)
     stream = chance.random() < 0.65
     tokens = chance.choice([1, 3, 8, 8, 20, 40])

@@ -102,7 +102,7 @@ async def test_the_endpoint_speaks_https(authority: Authority, pair: Pair) -> No
         assert answer.text.endswith("data: [DONE]\n\n")
         assert lab.seen.last.header("x-forwarded-proto") == "https"
         large = b"x" * (5 << 20)
-        echoed = await https.post("/v1/echo", content=large)
+        echoed = await https.post("/v1/models/echo", content=large)
         assert echoed.content == large
         status = (await https.get(house.balancer.admin_endpoint + "/status")).json()
         assert status["service"]["endpoint"] == house.url
@@ -269,7 +269,7 @@ async def slow_client(house: House, authority: Authority) -> AsyncIterator[tuple
 async def test_who_takes_the_last_answer_late_gets_all_of_it(authority: Authority, pair: Pair) -> None:
     async with LabReplica() as lab, secured(pair, lab) as house, slow_client(house, authority) as (client, _):
         body = b"x" * (32 << 10)
-        asked = request(path="/v1/echo", body=body, headers=(("Connection", "close"),))
+        asked = request(path="/v1/models/echo", body=body, headers=(("Connection", "close"),))
         sent = asyncio.ensure_future(asyncio.to_thread(client.sendall, asked))
         await lab.seen.until(lambda seen: len(seen.requests) == 1)
         await sent

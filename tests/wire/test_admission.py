@@ -168,7 +168,7 @@ WHAT_IS_THERE = {
     "all models": request("GET", "/v1/models"),
     "tokens of a text": request("POST", "/v1/tokenize", b"{}"),
     "tokens of a message": request("POST", "/v1/messages/count_tokens", b"{}"),
-    "a file, which no replica takes": request("POST", "/v1/files", b"{}"),
+    "a check that takes no time": request("POST", "/v1/moderations", b"{}"),
     "not even a method of the path": request("GET", "/v1/chat/completions"),
 }
 

@@ -58,7 +58,8 @@ async def test_refusals_have_anthropics_shape(house: House, row: tuple[bytes, in
 
 @in_house
 async def test_all_else_has_openais_shape(house: House) -> None:
-    for path in ("/v1/messagesx", "/v1/chat/completions", "/v1/responses"):
+    assert (await house.ask(request(path="/v1/messagesx", body=chat()))).error["code"] == "not_found"
+    for path in ("/v1/score", "/v1/chat/completions", "/v1/responses"):
         answer = await house.ask(request(path=path, body=chat()))
         assert (answer.status, answer.error["type"]) == (401, "authentication_error")
         assert answer.header("request-id") is None

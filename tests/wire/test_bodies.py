@@ -24,7 +24,7 @@ def house() -> Iterator[House]:
         yield house
 
 
-def upload(size: int, path: str = "/v1/files", *headers: tuple[str, str]) -> bytes:
+def upload(size: int, path: str = "/v1/images/edits", *headers: tuple[str, str]) -> bytes:
     return request("POST", path, headers=(("Content-Length", str(size)), *headers))
 
 
@@ -37,9 +37,9 @@ async def test_a_body_arrives_byte_for_byte(house: House, framing: str, size: in
     body = random.Random(size).randbytes(size)
     piece = {"one chunk": size or 1, "many chunks": 1000, "tiny chunks": 1}.get(framing, 1)
     if framing == "length":
-        data = request("PUT", "/v1/files/x", body)
+        data = request("PUT", "/v1/models/x", body)
     else:
-        data = request("PUT", "/v1/files/x", headers=CHUNKED)
+        data = request("PUT", "/v1/models/x", headers=CHUNKED)
         data += chunks(*(body[start : start + piece] for start in range(0, size, piece)))
     answer = await house.ask(data)
     assert (answer.status, answer.body) == (200, body)
@@ -53,7 +53,7 @@ async def test_a_body_arrives_byte_for_byte(house: House, framing: str, size: in
 async def test_extensions_and_trailers_of_a_chunked_body_are_dropped(house: House) -> None:
     body = b'5;name="v;x"\r\nhello\r\n0;last\r\nX-Trailer: 1\r\nHost: evil\r\n\r\n'
     client = await house.client()
-    await client.send(request(path="/v1/files", headers=CHUNKED) + body + POST)
+    await client.send(request(path="/v1/images/edits", headers=CHUNKED) + body + POST)
     assert (await client.answer()).body == b"hello"
     assert (await client.answer()).status == 200
     first = house.replicas[0].seen.requests[0]
@@ -65,15 +65,15 @@ async def test_extensions_and_trailers_of_a_chunked_body_are_dropped(house: Hous
 async def test_a_request_without_a_body_gets_no_length(house: House) -> None:
     assert (await house.ask(request("GET", "/v1/models/lab"), "GET")).status == 200
     assert house.replicas[0].seen.last.header("content-length") is None
-    assert (await house.ask(request("DELETE", "/v1/files/x"))).status == 200
-    assert (await house.ask(request("GET", "/v1/files/x", b"a body"), "GET")).body == b"a body"
+    assert (await house.ask(request("DELETE", "/v1/models/x"))).status == 200
+    assert (await house.ask(request("GET", "/v1/models/x", b"a body"), "GET")).body == b"a body"
 
 
 @on_uvloop
 async def test_bodies_of_64_mib_pass() -> None:
     body = random.Random(64).randbytes(MIB) * 64
     async with LabReplica() as a, serving(a) as house:
-        for data in (upload(len(body)) + body, request(path="/v1/files", headers=CHUNKED) + chunks(body)):
+        for data in (upload(len(body)) + body, request(path="/v1/images/edits", headers=CHUNKED) + chunks(body)):
             client = await house.client()
             sending = asyncio.ensure_future(client.send(data))
             status, headers = await client.head()
@@ -107,7 +107,8 @@ async def test_chunks_over_the_limit(house: House) -> None:
     """Chunks over the limit get a 413, which a client that is still sending can read."""
     client = await house.client()
     await client.send(
-        request(path="/v1/files", headers=CHUNKED) + b"".join(b"10000\r\n" + b"x" * 65536 + b"\r\n" for _ in range(32))
+        request(path="/v1/images/edits", headers=CHUNKED)
+        + b"".join(b"10000\r\n" + b"x" * 65536 + b"\r\n" for _ in range(32))
     )
     answer = await client.answer()
     assert (answer.status, answer.error["code"], answer.is_last) == (413, "body_too_large", True)
@@ -123,7 +124,7 @@ async def test_bodies_over_the_common_limit(house: House) -> None:
     for client in holders:
         await client.send(upload(MIB) + b"x" * (MIB - 1))
     await until(lambda: house.balancer.doors.buffered == 8 * (MIB - 1))
-    answer = await house.ask(request(path="/v1/files", body=b"x" * MIB))
+    answer = await house.ask(request(path="/v1/images/edits", body=b"x" * MIB))
     assert (answer.status, answer.error["code"], answer.is_last) == (503, "buffers_full", True)
     assert answer.header("retry-after") == "1"
     for client in holders:
@@ -140,7 +141,7 @@ async def test_body_in_tiny_chunks(house: House) -> None:
     """
     client = await house.client()
     count = MIB // 4
-    await client.send(request(path="/v1/files", headers=CHUNKED) + b"2\r\nxx\r\n" * count)
+    await client.send(request(path="/v1/images/edits", headers=CHUNKED) + b"2\r\nxx\r\n" * count)
     await until(lambda: house.balancer.doors.buffered == 2 * count)
     (connection,) = house.balancer.doors.connections
     assert connection._reading is not None
@@ -161,7 +162,7 @@ ENDLESS = {
 @in_house
 async def test_what_is_neither_head_nor_body_has_an_end(house: House, endless: bytes) -> None:
     client = await house.client()
-    await client.send(request(path="/v1/files", headers=CHUNKED) + b"5\r\nhello\r\n" + endless)
+    await client.send(request(path="/v1/images/edits", headers=CHUNKED) + b"5\r\nhello\r\n" + endless)
     answer = await client.answer()
     assert answer.status in (400, 431)
     assert answer.is_last
@@ -204,7 +205,7 @@ async def is_silent(client: Client) -> bool:
 @in_house
 async def test_a_client_that_waits_to_be_asked_is_asked(house: House, headers: tuple[str, str]) -> None:
     client = await house.client()
-    await client.send(request(path="/v1/files", headers=(headers, EXPECT)))
+    await client.send(request(path="/v1/images/edits", headers=(headers, EXPECT)))
     assert await client.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     await client.send(b"hello" if headers[1] == "5" else chunks(b"hello"))
     answer = await client.answer()
@@ -213,8 +214,8 @@ async def test_a_client_that_waits_to_be_asked_is_asked(house: House, headers: t
 
 
 @pytest.mark.parametrize(("data", "status"), [
-    (upload(MIB + 1, "/v1/files", EXPECT), 413), (upload(5, "/flush_cache", EXPECT), 404),
-    (request("TRACE", "/v1/files", headers=(("Content-Length", "5"), EXPECT)), 405),
+    (upload(MIB + 1, "/v1/images/edits", EXPECT), 413), (upload(5, "/flush_cache", EXPECT), 404),
+    (request("TRACE", "/v1/images/edits", headers=(("Content-Length", "5"), EXPECT)), 405),
 ])  # fmt: skip
 @in_house
 async def test_a_client_that_waits_is_refused_without_its_body(house: House, data: bytes, status: int) -> None:
@@ -230,7 +231,7 @@ async def test_a_client_that_waits_in_a_pipeline_is_asked_in_its_turn(house: Hou
     a = house.replicas[0]
     a.next(1, head_delay=0.2)
     client = await house.client()
-    await client.send(POST + upload(5, "/v1/files", EXPECT))
+    await client.send(POST + upload(5, "/v1/images/edits", EXPECT))
     first = await client.answer()
     assert (first.status, first.interim) == (200, ())
     assert await client.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -242,14 +243,14 @@ async def test_a_client_that_waits_in_a_pipeline_is_asked_in_its_turn(house: Hou
 @in_house
 async def test_a_client_that_does_not_wait_to_be_asked_is_served(house: House) -> None:
     client = await house.client()
-    await client.send(POST + upload(5, "/v1/files", EXPECT) + b"hello" + POST)
+    await client.send(POST + upload(5, "/v1/images/edits", EXPECT) + b"hello" + POST)
     assert [(await client.answer()).status for _ in range(3)] == [200, 200, 200]
 
 
 @in_house
 async def test_an_http_1_0_client_is_not_asked(house: House) -> None:
     client = await house.client()
-    await client.send(request(path="/v1/files", headers=(("Content-Length", "5"), EXPECT), version="1.0"))
+    await client.send(request(path="/v1/images/edits", headers=(("Content-Length", "5"), EXPECT), version="1.0"))
     assert await is_silent(client)
     await client.send(b"hello")
     assert (await client.answer()).body == b"hello"
@@ -258,6 +259,6 @@ async def test_an_http_1_0_client_is_not_asked(house: House) -> None:
 @in_house
 async def test_another_expectation_is_no_reason_to_refuse(house: House) -> None:
     client = await house.client()
-    await client.send(request("POST", "/v1/files", b"hello", (("Expect", "a miracle"),)))
+    await client.send(request("POST", "/v1/images/edits", b"hello", (("Expect", "a miracle"),)))
     answer = await client.answer()
     assert (answer.body, answer.interim) == (b"hello", ())

@@ -20,7 +20,7 @@ POST = request(body=chat())
 def unfinished(sent: int = MIB - 1, size: int = MIB, key: str = "") -> bytes:
     """An upload of `size` bytes of which only `sent` are sent."""
     headers = (("Content-Length", str(size)), *((("Authorization", f"Bearer {key}"),) if key else ()))
-    return request("POST", "/v1/files", headers=headers) + b"x" * sent
+    return request("POST", "/v1/images/edits", headers=headers) + b"x" * sent
 
 
 async def uploading(house: House, count: int, source: str = "", key: str = "") -> list[Client]:
@@ -61,7 +61,7 @@ async def test_slow_uploads_harm_no_other() -> None:
             assert (await client.answer()).status == 200
             client.leave()
         large = await house.client(source=ONE)
-        await large.send(request("POST", "/v1/files", b"x" * MIB))
+        await large.send(request("POST", "/v1/images/edits", b"x" * MIB))
         assert (await large.answer()).status == 200
         told = await refused(hogs)
         assert 1 <= len(told) <= 3, "no more give way than there has to be room for"
@@ -141,7 +141,7 @@ async def test_shares_of_keys(tmp_path: Path) -> None:
         assert (await client.answer()).error["code"] == "buffers_full"
         one = await house.client()
         body = b"x" * MIB
-        await one.send(request("POST", "/v1/files", body, headers=(("Authorization", "Bearer secret-one"),)))
+        await one.send(request("POST", "/v1/images/edits", body, headers=(("Authorization", "Bearer secret-one"),)))
         assert (await one.answer()).status == 200
         assert 1 <= len(await refused(hogs)) <= 2
 
@@ -169,7 +169,7 @@ async def test_slow_bodies(every: float, piece: int, status: int, monkeypatch: p
     monkeypatch.setattr(downstream, "SLOW_START", 0.5)
     async with LabReplica() as a, serving(a, body_timeout=2) as house:
         client = await house.client()
-        await client.send(request("POST", "/v1/files", headers=(("Content-Length", str(40 * piece)),)))
+        await client.send(request("POST", "/v1/images/edits", headers=(("Content-Length", str(40 * piece)),)))
         loop = asyncio.get_running_loop()
         began = loop.time()
 
@@ -195,7 +195,7 @@ async def test_only_reading_time_counts(monkeypatch: pytest.MonkeyPatch) -> None
         a.next(1, head_delay=1.5)
         client = await house.client()
         fields = (("Content-Length", "5"), ("Expect", "100-continue"))
-        await client.send(POST + request("POST", "/v1/files", headers=fields))
+        await client.send(POST + request("POST", "/v1/images/edits", headers=fields))
         assert (await client.answer()).status == 200
         await client.until(b"100 Continue\r\n\r\n")
         await client.send(b"hello")

@@ -223,7 +223,7 @@ async def test_what_is_read_ahead_is_bounded() -> None:
         client = await house.client()
         await client.send(POST)
         await a.seen.until(lambda seen: seen.generations_started == 1)
-        sending = asyncio.ensure_future(client.send(request(path="/v1/files", body=b"x" * 500_000) * 100))
+        sending = asyncio.ensure_future(client.send(request(path="/v1/images/edits", body=b"x" * 500_000) * 100))
         await until(lambda: house.balancer.doors.buffered > 1 << 20)
         await asyncio.sleep(0.1)  # whatever could arrive would have arrived
         assert house.balancer.doors.buffered < 2 << 20
@@ -316,7 +316,7 @@ async def test_a_body_that_is_not_read_for_our_own_sake_is_not_late() -> None:
     async with LabReplica() as a, serving(a, body_timeout=0.3) as house:
         client = await house.client()
         a.next(1, head_delay=1.0)
-        big = request(path="/v1/files", body=b"x" * 900_000)
+        big = request(path="/v1/images/edits", body=b"x" * 900_000)
         sending = asyncio.ensure_future(client.send(POST + big * 4))
         answers = [(await client.answer()).status for _ in range(5)]
         await sending
@@ -336,13 +336,13 @@ async def test_slow_end_of_an_answer(house: House, less: int) -> None:
     a = house.replicas[0]
     a.next(1, body_mib=64.0)
     probing = await house.client(receive_buffer=4096)
-    await probing.send(request("GET", "/v1/big"))
+    await probing.send(request("GET", "/v1/models/big"))
     await until(lambda: any(upstream.is_paused for upstream in house.balancer.destination.pool.busy), "held back")
     probing.leave("reset")
     size = (await house.logged(1))[0]["bytes_out"] - less * 1024  # so that its last bytes are held back
     a.next(1, body_mib=size / (1 << 20))
     client = await house.client(receive_buffer=4096)
-    await client.send(request("GET", "/v1/big") + MODELS + POST)
+    await client.send(request("GET", "/v1/models/big") + MODELS + POST)
     await a.seen.until(lambda seen: len(seen.requests) > 1 and seen.requests[1].status)
     await asyncio.sleep(0.02)  # paused, or read to the end: no event says which
     assert (await house.ask(MODELS, "GET")).status == 200

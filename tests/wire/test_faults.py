@@ -257,8 +257,8 @@ async def test_reset_moves_harmless_requests(house: House, method: str, path: st
 STAYS = {
     "a service that wants none": ({"retry_sent": "never"}, request(body=chat())),
     "an answer that is stored": ({}, request(path="/v1/responses", body=b'{"input":"hi"}')),
-    "no path that is known": ({}, request(path="/v1/files", body=b"{}")),
-    "no method that only asks": ({}, request("DELETE", "/v1/whatever")),
+    "no path that is known": ({}, request(path="/v1/moderations", body=b"{}")),
+    "no method that only asks": ({}, request("DELETE", "/v1/models/whatever")),
 }
 
 
@@ -476,7 +476,7 @@ async def test_a_503_that_does_not_say_full_is_an_answer(house: House, row: tupl
 async def test_what_only_asks_goes_elsewhere_from_any_503(house: House, method: str) -> None:
     """An answer to HEAD has no body that could say why; and a read generates nothing twice."""
     house.replicas[0].set(status=503, body="Request running timeout reached.")
-    answer = await house.ask(request(method, "/v1/whatever"), method)
+    answer = await house.ask(request(method, "/v1/models/whatever"), method)
     assert (answer.status, answer.header("x-replica-id")) == (200, "b")
     assert numbers(*house.replicas) == [1, 1]
     assert house.member("a").full_until == 0.0, "it is not full"

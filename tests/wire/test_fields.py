@@ -25,14 +25,14 @@ def house() -> Iterator[House]:
 async def test_every_method_passes_with_and_without_a_body(house: House, method: str, body: bytes | None) -> None:
     client = await house.client()
     for _ in range(2):
-        await client.send(request(method, "/v1/files/x?a=%2F", body))
+        await client.send(request(method, "/v1/models/x?a=%2F", body))
         answer = await client.answer(method)
         assert (answer.status, answer.is_last) == (200, False)
         assert answer.body == (b"" if method == "HEAD" else body or b"")
         seen = house.replicas[0].seen.last
         assert (seen.method, seen.target, seen.version, seen.body) == (
             method,
-            "/v1/files/x?a=%2F",
+            "/v1/models/x?a=%2F",
             "HTTP/1.1",
             body or b"",
         )
@@ -182,9 +182,9 @@ async def test_a_host_is_a_name_or_an_address_with_or_without_a_port(house: Hous
 @pytest.mark.parametrize(
     ("target", "host", "seen"),
     [
-        ("http://other.test/v1/files", "other.test", "/v1/files"),
-        ("http://other.test:8000/v1/files?a=/b", "other.test:8000", "/v1/files?a=/b"),
-        ("HTTPS://[::1]:1/v1/files", "[::1]:1", "/v1/files"),
+        ("http://other.test/v1/images/edits", "other.test", "/v1/images/edits"),
+        ("http://other.test:8000/v1/images/edits?a=/b", "other.test:8000", "/v1/images/edits?a=/b"),
+        ("HTTPS://[::1]:1/v1/images/edits", "[::1]:1", "/v1/images/edits"),
     ],
 )
 @in_house

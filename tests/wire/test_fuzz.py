@@ -39,9 +39,12 @@ def test_mutated_answers(odd_house: House, seed: int) -> None:
 
 WHOLE = {
     "length": (request(body=chat(), headers=(("X-A", "b"),)), 1),
-    "chunks": (request("PUT", "/v1/files", headers=CHUNKED) + chunks(b"hello", b"world"), 1),
-    "pipelined": (request("GET", "/v1/files") + request("GET", "/nowhere") + request("OPTIONS", "/v1/files"), 3),
-    "upgrade": (REQUESTS[9] + request("GET", "/v1/files"), 2),
+    "chunks": (request("PUT", "/v1/images/edits", headers=CHUNKED) + chunks(b"hello", b"world"), 1),
+    "pipelined": (
+        request("GET", "/v1/images/edits") + request("GET", "/nowhere") + request("OPTIONS", "/v1/images/edits"),
+        3,
+    ),
+    "upgrade": (REQUESTS[9] + request("GET", "/v1/images/edits"), 2),
 }
 
 

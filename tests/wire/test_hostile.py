@@ -18,7 +18,7 @@ def house() -> Iterator[House]:
         yield house
 
 
-def head(*lines: bytes, first: bytes = b"POST /v1/files HTTP/1.1", host: bytes = b"Host: wire.test") -> bytes:
+def head(*lines: bytes, first: bytes = b"POST /v1/images/edits HTTP/1.1", host: bytes = b"Host: wire.test") -> bytes:
     return b"\r\n".join((first, *([host] if host else []), *lines)) + b"\r\n\r\n"
 
 
@@ -45,9 +45,9 @@ FRAMING = {
     "chunked with a tab before it": head(b"Transfer-Encoding: \x0bchunked") + b"0\r\n\r\n",
     "an empty coding": head(b"Transfer-Encoding:") + b"0\r\n\r\n",
     "identity": head(b"Transfer-Encoding: identity") + b"0\r\n\r\n",
-    "chunked in HTTP/1.0": head(b"Transfer-Encoding: chunked", first=b"POST /v1/files HTTP/1.0") + b"0\r\n\r\n",
+    "chunked in HTTP/1.0": head(b"Transfer-Encoding: chunked", first=b"POST /v1/images/edits HTTP/1.0") + b"0\r\n\r\n",
     "chunked in HTTP/1.0 with keep-alive": head(
-        b"Transfer-Encoding: chunked", b"Connection: keep-alive", first=b"POST /v1/files HTTP/1.0"
+        b"Transfer-Encoding: chunked", b"Connection: keep-alive", first=b"POST /v1/images/edits HTTP/1.0"
     )
     + b"0\r\n\r\n",
 }
@@ -86,13 +86,13 @@ FIELDS = {
     "a NUL in a value": head(b"A: b\0c"),
     "a control character in a value": head(b"A: b\x01c"),
     "a bare LF in the head": head(b"A: b\nC: d"),
-    "a bare LF at its end": b"POST /v1/files HTTP/1.1\nHost: wire.test\n\n",
+    "a bare LF at its end": b"POST /v1/images/edits HTTP/1.1\nHost: wire.test\n\n",
     "a bare CR in a value": head(b"A: b\rC: d"),
     "a bare CR before the colon": head(b"A\r: b"),
     "folding": head(b"A: b", b" c"),
     "folding with a tab": head(b"A: b", b"\tc"),
     "a folded length": head(b"Content-Length:", b" 5") + b"hello",
-    "a space before the first field": b"POST /v1/files HTTP/1.1\r\n Host: wire.test\r\n\r\n",
+    "a space before the first field": b"POST /v1/images/edits HTTP/1.1\r\n Host: wire.test\r\n\r\n",
 }
 
 LINES = {
@@ -145,13 +145,13 @@ async def test_what_came_before_it_is_answered_first(house: House, data: bytes) 
 
 UPGRADE = (("Connection", "upgrade"), ("Upgrade", "h2c"))
 HIDDEN = {
-    "in a body": request(path="/v1/files", body=SMUGGLED),
+    "in a body": request(path="/v1/images/edits", body=SMUGGLED),
     "in chunks": head(b"Transfer-Encoding: chunked") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED),
-    "in a body that looks like its end": request(path="/v1/files", body=b"0\r\n\r\n" + SMUGGLED),
+    "in a body that looks like its end": request(path="/v1/images/edits", body=b"0\r\n\r\n" + SMUGGLED),
     "in an extension": head(b"Transfer-Encoding: chunked") + b'5;a="GET /v1/smuggled"\r\nhello\r\n0\r\n\r\n',
-    "in a value": request(path="/v1/files", body=b"", headers=(("A", "b%0d%0aGET /v1/smuggled"),)),
+    "in a value": request(path="/v1/images/edits", body=b"", headers=(("A", "b%0d%0aGET /v1/smuggled"),)),
     "behind Upgrade": head(b"Connection: upgrade", b"Upgrade: h2c", b"Content-Length: 0"),
-    "behind Upgrade, in a body": request(path="/v1/files", body=SMUGGLED, headers=UPGRADE),
+    "behind Upgrade, in a body": request(path="/v1/images/edits", body=SMUGGLED, headers=UPGRADE),
     "behind Upgrade, in chunks": head(b"Connection: upgrade", b"Upgrade: websocket", b"Transfer-Encoding: chunked")
     + b"%x\r\n%b\r\n0\r\nA: b\r\n\r\n" % (len(SMUGGLED), SMUGGLED),
     "behind HTTP2-Settings": head(
@@ -166,7 +166,7 @@ async def test_a_request_hidden_in_another_stays_a_part_of_it(house: House, data
     client = await house.client()
     await client.send(data + POST)
     assert [(await client.answer()).status for _ in range(2)] == [200, 200]
-    assert [r.target for r in house.replicas[0].seen.requests] == ["/v1/files", "/v1/chat/completions"]
+    assert [r.target for r in house.replicas[0].seen.requests] == ["/v1/images/edits", "/v1/chat/completions"]
     assert house.replicas[0].seen.requests[0].header("upgrade") is None
 
 
@@ -175,7 +175,7 @@ async def test_content_length_that_connection_names_is_not_dropped(house: House)
     """If it were dropped, the body would be read as the next request."""
     fields = (("Connection", "content-length, host, transfer-encoding, x-request-id"), ("Content-Length", "41"))
     client = await house.client()
-    await client.send(request(path="/v1/files", headers=fields) + SMUGGLED + POST)
+    await client.send(request(path="/v1/images/edits", headers=fields) + SMUGGLED + POST)
     assert (await client.answer()).body == SMUGGLED
     assert (await client.answer()).status == 200
     assert house.replicas[0].seen.requests[0].header("content-length") == str(len(SMUGGLED))
@@ -185,7 +185,10 @@ async def test_content_length_that_connection_names_is_not_dropped(house: House)
 @in_house
 async def test_a_body_behind_upgrade_is_the_requests_however_it_comes(house: House, cut: int) -> None:
     """Its first bytes arrive with the head, later, or one by one; the next request asks for an upgrade as well."""
-    head_of_it, body = request(path="/v1/files", headers=(*UPGRADE, ("Transfer-Encoding", "chunked"))), chunks(b"hello")
+    head_of_it, body = (
+        request(path="/v1/images/edits", headers=(*UPGRADE, ("Transfer-Encoding", "chunked"))),
+        chunks(b"hello"),
+    )
     client = await house.client()
     for piece in (head_of_it + body[:cut], body[cut : cut + 1], body[cut + 1 :] + head_of_it + body):
         await client.send(piece)

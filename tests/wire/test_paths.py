@@ -7,14 +7,23 @@ import pytest
 
 from tests.lab.replica import LabReplica
 from tests.support.client import chat, request
+from tests.support.until import until
 from tests.wire.running import House, in_house, kept, on_uvloop, serving
 
 SERVED = [
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
-    "/v1/responses", "/v1/rerank", "/v1/score", "/v1/models", "/v1/models/org%2Fname", "/v1/tokenize", "/v1/files",
+    "/v1/responses", "/v1/rerank", "/v1/score", "/v1/classify", "/v1/decisions", "/v1/models", "/v1/models/org%2Fname",
+    "/v1/tokenize", "/v1/audio/transcriptions", "/v1/images/edits",
     "/generate", "/classify", "/encode", "/rerank", "/score", "/tokenize", "/detokenize", "/model_info",
-    "/get_model_info", "/v1/x%2Fy?a=%2F&b=//../c",
-    "/v1/%20x", "/v1/models?key=flush_cache", "/v1/a;b=c", "/v1/~x", "/v1/%C3%A4",
+    "/get_model_info", "/v1/models/x%2Fy?a=%2F&b=//../c",
+    "/v1/models/%20x", "/v1/models?key=flush_cache", "/v1/models/a;b=c", "/v1/models/~x", "/v1/models/%C3%A4",
+]  # fmt: skip
+
+# What OpenAI keeps for its clients, and no replica does.
+KEPT = [
+    "/v1/files", "/v1/files/file-1/content", "/v1/uploads", "/v1/batches", "/v1/batches/b/cancel", "/v1/conversations",
+    "/v1/conversations/c/items", "/v1/assistants", "/v1/threads/t/runs", "/v1/vector_stores", "/v1/fine_tuning/jobs",
+    "/v1/responses/abc", "/v1/responses/abc/cancel", "/v1/responses/abc/input_items",
 ]  # fmt: skip
 
 # Every route of SGLang's that is not public (sglang.srt.entrypoints.http_server), and some that do not exist.
@@ -24,8 +33,9 @@ ADMIN = [
     "/get_weights_by_name", "/release_memory_occupation", "/resume_memory_occupation", "/slow_down",
     "/configure_logging", "/load_lora_adapter", "/unload_lora_adapter", "/open_session", "/close_session",
     "/pause_generation", "/continue_generation", "/set_internal_state", "/get_load", "/health_generate",
-    "/start_expert_distribution_record", "/v1/loads", "/v1/responses/abc", "/v1/responses/abc/cancel", "/", "/docs",
-    "/openapi.json", "/v1", "/v2/models", "/lab/knobs",
+    "/start_expert_distribution_record", "/v1/loads", "/", "/docs",
+    "/openapi.json", "/v1", "/v2/models", "/lab/knobs", "/v1/whatever",
+    "/v1/load_lora_adapter", "/v1/chat", "/v1/filesystem",
 ]  # fmt: skip
 
 SPELLINGS = [
@@ -38,7 +48,7 @@ SPELLINGS = [
     "//wire.test/flush_cache", "http://wire.test/flush_cache", "HTTP://wire.test//flush_cache",
     "http://wire.test/v1/../flush_cache", "http://wire.test:80/%66lush_cache", "https://user@wire.test/flush_cache",
     "http://wire.test", "http://wire.test?/v1", "/v1/loads/", "/v1/%6Coads", "/v1//loads", "/v1/./loads",
-    "/v1/loads?include=core", "/v1/loads/x", "/v1/responses/abc/", "/v1/responses//abc", "/V1/loads",
+    "/v1/loads?include=core", "/v1/loads/x", "/V1/loads",
 ]  # fmt: skip
 
 
@@ -61,16 +71,16 @@ async def test_a_serving_path_is_relayed_as_it_was_spelled(house: House, target:
 @pytest.mark.parametrize(
     ("target", "sent"),
     [
-        ("/v1//files", "/v1/files"),
-        ("//v1/files", "/v1/files"),
-        ("/v1/files/", "/v1/files"),
-        ("/v1/files//?a=//b/", "/v1/files?a=//b/"),
-        ("/v1/./files/x/..", "/v1/files"),
-        ("/v1/%66iles", "/v1/files"),
-        ("/v1/%2e%2e/v1/%66iles", "/v1/files"),
-        ("/v1/files/%25%3f%20//x", "/v1/files/%25%3F%20/x"),
-        ("/v1\\files", "/v1/files"),
-        ("http://wire.test//v1/files", "/v1/files"),
+        ("/v1//score", "/v1/score"),
+        ("//v1/score", "/v1/score"),
+        ("/v1/score/", "/v1/score"),
+        ("/v1/score//?a=//b/", "/v1/score?a=//b/"),
+        ("/v1/./score/x/..", "/v1/score"),
+        ("/v1/%73core", "/v1/score"),
+        ("/v1/%2e%2e/v1/%73core", "/v1/score"),
+        ("/v1/models/%25%3f%20//x", "/v1/models/%25%3F%20/x"),
+        ("/v1\\score", "/v1/score"),
+        ("http://wire.test//v1/score", "/v1/score"),
     ],
 )
 @in_house
@@ -79,11 +89,11 @@ async def test_what_a_replica_gets_is_what_was_decided_on(house: House, target: 
     assert house.replicas[0].seen.last.target == sent
 
 
-@pytest.mark.parametrize("target", ["http://wire.test/v1/files?a=/b", "HTTPS://wire.test:1/v1/files?a=/b"])
+@pytest.mark.parametrize("target", ["http://wire.test/v1/score?a=/b", "HTTPS://wire.test:1/v1/score?a=/b"])
 @in_house
 async def test_an_absolute_target_is_relayed_as_its_path(house: House, target: str) -> None:
     assert (await house.ask(request("GET", target), "GET")).status == 200
-    assert house.replicas[0].seen.last.target == "/v1/files?a=/b"
+    assert house.replicas[0].seen.last.target == "/v1/score?a=/b"
 
 
 @pytest.mark.parametrize("target", ADMIN + SPELLINGS)
@@ -111,6 +121,31 @@ async def test_other_methods_are_405_and_say_which_are_not(house: House, method:
     assert (answer.status, answer.error["code"]) == (405, "method_not_allowed")
     assert answer.header("allow") == "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
     assert house.replicas[0].seen.requests == []
+
+
+@pytest.mark.parametrize("target", [*KEPT, "/v1/responses/abc/", "/v1/responses//abc", "/v1/./files"])
+@in_house
+async def test_what_nobody_keeps_is_404_in_the_common_shape(house: House, target: str) -> None:
+    for method in ("GET", "POST", "DELETE"):
+        answer = await house.ask(request(method, target), method)
+        assert (answer.status, answer.error["code"]) == (404, "not_found")
+        assert "nothing is kept" in answer.error["message"]
+    assert house.replicas[0].seen.requests == []
+
+
+@on_uvloop
+async def test_without_a_replica_some_paths_are_answered_at_once() -> None:
+    async with LabReplica() as a, serving(a) as house:
+        await until(lambda: house.balancer.service.has_told_models)
+        a.set(ready=503)
+        await house.ready(0)
+        for path in ("/v1/whatever", "/v1/files"):
+            assert (await house.ask(request("POST", path, b"{}"))).status == 404
+        answer = await house.ask(request("GET", "/v1/models"), "GET")
+        assert answer.status == 200
+        assert [model["id"] for model in orjson.loads(answer.body)["data"]] == [a.knobs.served_model, "groundserve"]
+        assert [line["path"] for line in await house.logged(3)] == ["/v1/whatever", "/v1/files", "/v1/models"]
+        assert all(line["duration"] < 1.5 for line in house.log())
 
 
 # The balancer's own
@@ -172,3 +207,25 @@ async def test_admin_paths_need_the_admin_key(key: str, status: int) -> None:
 @in_house
 async def test_a_generating_path_is_counted_by_its_normalised_form(house: House) -> None:
     assert (await house.ask(request("POST", "/v1//chat/./completions", chat()))).status == 200
+
+
+@on_uvloop
+async def test_the_paths_of_ollama_are_passed_on_and_counted() -> None:
+    """SGLang serves them itself; of a stream it tells no counts."""
+    whole = b'{"model":"m","done":true,"prompt_eval_count":9,"eval_count":4}'
+    async with LabReplica(body=whole.decode()) as a, serving(a) as house:
+        assert (await house.ask(request("POST", "/api/chat", b'{"model":"m","stream":false}'))).body == whole
+        assert (await house.ask(request("POST", "/api/generate", b"{}"))).status == 200
+        assert (await house.ask(request("GET", "/api/tags"), "GET")).status == 200
+        assert (await house.ask(request("POST", "/api/show", b"{}"))).status == 200
+        version = await house.ask(request("GET", "/api/version"), "GET")
+        assert orjson.loads(version.body)["version"]
+        missing = await house.ask(request("POST", "/api/pull", b"{}"))
+        assert missing.status == 404
+        assert "is not served here" in orjson.loads(missing.body)["error"]
+        assert [seen.target for seen in a.seen.requests] == ["/api/chat", "/api/generate", "/api/tags", "/api/show"]
+        lines = await house.logged(6)
+        assert [(line["path"], line.get("completion_tokens")) for line in lines][:2] == [
+            ("/api/chat", 4),
+            ("/api/generate", 4),
+        ]
