@@ -20,8 +20,8 @@ log = logging.getLogger("groundserve")
 
 LEAST_PAUSE = 0.01  # seconds between two looks, however much happens
 # How many seconds an order may take. A doze waits for the present step of the model, on a CPU up to a minute; a wake
-# waits for the turn, which a replica that this balancer does not know may have.
-DOZE, WAKE = 70.0, 10.0
+# waits for the turn, which a replica may have that this balancer does not know, or not yet, as while it starts.
+DOZE, WAKE = 70.0, 3.0
 WITH_WEIGHTS = 70.0  # more, where weights are moved
 # Seconds until a replica that did not wake is tried again: because of others' turn, and because it lacks memory.
 SOON, LATER = 0.25, 5.0

@@ -162,6 +162,7 @@ class Tenant:
         """Wakes, dozes or sleeps; False if that did not happen within so many seconds.
 
         A wake that did not get the turn in time, or lacked memory, is cancelled: the replica no longer waits for it.
+        One that has the turn is not cancelled, however long it takes.
         """
         give_up = self._clock() + within
         lacked = self._lacked
@@ -169,13 +170,14 @@ class Tenant:
         while not self._is_as(wanted):
             left = give_up - self._clock()
             lacks_memory = wanted is State.AWAKE and self._lacked > lacked
-            if left <= 0 or lacks_memory or self.wanted is not wanted or self.state is State.BROKEN:
+            is_late = left <= 0 and not (wanted is State.AWAKE and self._turn.is_mine)
+            if is_late or lacks_memory or self.wanted is not wanted or self.state is State.BROKEN:
                 if wanted is State.AWAKE and self.wanted is wanted:
                     self._wish(self.state)
                     self._turn.stop_waiting(self._now())
                 return self._is_as(wanted)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._moved.wait(), min(left, _LOOK))
+                await asyncio.wait_for(self._moved.wait(), min(left, _LOOK) if left > 0 else _LOOK)
         return True
 
     def to_json(self) -> dict[str, Any]:

@@ -31,7 +31,9 @@ MIN_INTERVAL = 0.02
 # A replica that shares its GPUs hears from its balancer at least once in this many seconds; after 5 s without it takes
 # turns by itself.
 HEARTBEAT = 2.0
-ANSWER = 5.0  # seconds that the answer to an order may take beyond the time that the order gives it
+# Seconds that the answer to an order may take beyond the time that the order gives: a wake that has its turn is waited
+# for, on a CPU up to a minute.
+ANSWER = 70.0
 
 REDIRECTING = (301, 302, 303, 307, 308)
 SAME_METHOD = (307, 308)

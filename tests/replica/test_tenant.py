@@ -371,6 +371,53 @@ def test_wake_without_memory(stage: Stage) -> None:
     assert tenant.problem == ""
 
 
+def test_order_without_memory(stage: Stage) -> None:
+    """An order to wake is answered as soon as memory is known to be missing, not when its time is over."""
+    tenant, _ = stage.tenant("mine", memory=0.0)
+
+    async def life() -> None:
+        tenant.wanted = State.DOZING
+        await tenant.step()
+        stage.gpu.free = 5 * GIB
+        living = asyncio.create_task(tenant.live())
+        async with asyncio.timeout(20):
+            assert not await tenant.order(State.AWAKE, 600)
+        living.cancel()
+
+    run(life())
+    assert (tenant.state, tenant.wanted) == (State.DOZING, State.DOZING)
+    assert "it cannot wake" in tenant.problem
+
+
+def test_order_outlasts_its_time_with_the_turn(stage: Stage) -> None:
+    """A wake that has its turn is not cancelled because its order's time is over."""
+    tenant, engine = stage.tenant("mine")
+    may_resume = asyncio.Event()
+    resume = engine.resume
+
+    async def slow(what: Sequence[str]) -> None:
+        await may_resume.wait()
+        await resume(what)
+
+    async def life() -> None:
+        tenant.wanted = State.DOZING
+        await tenant.step()
+        engine.resume = slow  # type: ignore[method-assign]
+        order = asyncio.create_task(tenant.order(State.AWAKE, 1.0))
+        living = asyncio.create_task(tenant.live())
+        while not stage.turns[0].is_mine:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        stage.later(2.0)
+        await asyncio.sleep(0.3)
+        assert not order.done()
+        may_resume.set()
+        async with asyncio.timeout(20):
+            assert await order
+        living.cancel()
+
+    run(life())
+
+
 def test_busy_after_pause(stage: Stage) -> None:
     """One that runs on after a pause is not made to release."""
     tenant, engine = stage.tenant("mine")
