@@ -3,11 +3,13 @@
 A lock is a flock on an inheritable descriptor: it survives exec, and the kernel releases it when its process ends.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,22 @@ def lock(path: Path, *, is_shared: bool = False) -> int | None:
         pass
     os.close(descriptor)
     return None
+
+
+@contextlib.contextmanager
+def held(path: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """Holds the lock of a file of our own while the block runs; `wait` is called first if another process has it.
+
+    Makes the folder if there is none. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def is_at(descriptor: int, path: Path) -> bool:

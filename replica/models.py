@@ -9,7 +9,6 @@ tiny-llava: the same language model behind toy eyes (replica/tiny_llava.py).
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from replica import plugin
+from replica import lock_file, plugin
 from replica.options import models_dir
 from replica.presets import PRESETS
 
@@ -44,19 +43,17 @@ def ensure(name: str, folder: Path) -> Path:
     made = folder / name
     if made.is_dir():
         return made
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise MakingError(
-            f"cannot make {name} in {folder} ({error.strerror}): set MODELS_DIR to a writable folder"
-        ) from None
-    with lock, _progress() as progress:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with _progress() as progress, contextlib.ExitStack() as stack:
+
+        def wait() -> None:
             progress("waiting for another replica that is making the embedded models", 0, 1)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+
+        try:
+            stack.enter_context(lock_file.held(folder / ".lock", wait))
+        except OSError as error:
+            raise MakingError(
+                f"cannot make {name} in {folder} ({error.strerror}): set MODELS_DIR to a writable folder"
+            ) from None
         if made.is_dir():
             return made
         # Left by a process that was killed while building: we hold the lock, so nobody uses them.

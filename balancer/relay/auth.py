@@ -61,6 +61,8 @@ class Keys:
         self._path = path
         self._watch = FileWatch(path) if path is not None else None
         self._in_file = read_keys(path) if path is not None else {}
+        # Keys that were taken out of the file while they had requests: those still count if they come back.
+        self._leaving: dict[bytes, Key] = {}
         self._issued: dict[bytes, Key] = {}
         self._gather()
 
@@ -94,8 +96,7 @@ class Keys:
             return False
         if self._watch.is_cut_off:
             # There is no way to know which keys are still valid, and one of them may have been revoked.
-            self._in_file = {}
-            self._gather()
+            self._replace({})
             log.error("--api-keys %s: none of its keys counts until this is mended: %s", self._path, MOUNT_ITS_FOLDER)
             return True
         try:
@@ -103,14 +104,20 @@ class Keys:
         except ConfigError as error:
             log.warning("%s; the keys stay as they were", error)
             return False
-        for digest, key in fresh.items():
-            if known := self._in_file.get(digest):
-                known.name, known.limit = key.name, key.limit
-                fresh[digest] = known
-        self._in_file = fresh
-        self._gather()
+        self._replace(fresh)
         log.info("%s: %d keys taken up", self._path, len(fresh))
         return True
+
+    def _replace(self, fresh: dict[bytes, Key]) -> None:
+        """These are the file's keys now; one that was known keeps its count of requests."""
+        before = self._leaving | self._in_file
+        for digest, key in fresh.items():
+            if known := before.pop(digest, None):
+                known.name, known.limit = key.name, key.limit
+                fresh[digest] = known
+        self._leaving = {digest: key for digest, key in before.items() if key.in_flight}
+        self._in_file = fresh
+        self._gather()
 
     def take_up(self, issued: Sequence[IssuedKey], now: float, used_today: Mapping[str, int] | None = None) -> None:
         """These are the keys that are issued now (loop time, seconds); each keeps its counts if it was known before."""

@@ -38,11 +38,10 @@ class Misfit:
         self._status = status
         self._is_chunked = is_chunked
         self._failed = failed
-        self._body = b""
+        self._body = bytearray()
 
     def write(self, data: bytes) -> None:
-        if len(self._body) < LARGEST:
-            self._body += data[:LARGEST]
+        self._body += data[: LARGEST - len(self._body)]
 
     send = write
 
@@ -66,7 +65,7 @@ class Misfit:
         return error.event(path, self._request.id)
 
 
-def _object(body: bytes) -> dict[str, Any] | None:
+def _object(body: bytes | bytearray) -> dict[str, Any] | None:
     try:
         said = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -1,12 +1,12 @@
 """Fetches a model to this machine, only once for all processes, after a check of access and of disk space."""
 
 import contextlib
-import fcntl
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from replica import lock_file
 from replica.store import hub
 from replica.store.cache import Cache, File, Manifest
 from replica.store.download import download
@@ -30,7 +30,9 @@ def pull(
     If several processes need the same model, one fetches it and the others wait. Raises StoreError.
     """
     try:
-        with _locked(cache.lock(repo), lambda: say(f"{repo} is being fetched by another process: waiting for it")):
+        with lock_file.held(
+            cache.lock(repo), lambda: say(f"{repo} is being fetched by another process: waiting for it")
+        ):
             return _pull(repo, cache, token, say, revision, with_weights)
     except OSError as error:
         raise StoreError(f"{repo} cannot be kept in {cache.folder}: {error.strerror or error}") from None
@@ -101,15 +103,3 @@ def _partly(blob: Path) -> int:
     with contextlib.suppress(OSError):
         return blob.with_name(f"{blob.name}.groundserve.incomplete").stat().st_size
     return 0
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            wait()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

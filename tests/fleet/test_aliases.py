@@ -5,8 +5,9 @@ import asyncio
 import pytest
 
 from balancer.contract.listing import ReplicaListing
+from balancer.fleet import aliases
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Member
+from balancer.fleet.member import Member, Verdict
 from tests.fleet.test_discovery import discovering
 from tests.fleet.watched import watched
 from tests.lab.replica import LabReplica
@@ -113,3 +114,24 @@ def test_replica_listed_twice() -> None:
             assert [member.name for member in fleet.available()] == ["r2"]
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("identity", ["7", SURE])
+def test_a_thousand_replicas_with_one_identity(identity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not compared each with each."""
+    fleet, members = found(Clock(), *(f"10.0.{n // 250}.{n % 250}" for n in range(1000)))
+    for member in members.values():
+        member.identity = identity
+        member.ready.verdict = member.service.verdict = Verdict.PASSING
+    compared = 0
+    stock = aliases._is_same
+
+    def count(first: Member, other: Member) -> bool:
+        nonlocal compared
+        compared += 1
+        return stock(first, other)
+
+    monkeypatch.setattr(aliases, "_is_same", count)
+    aliases.sort_out(fleet.members.values())
+    assert compared < 10_000
+    assert len(fleet.shown()) == (1000 if identity == "7" else 1)

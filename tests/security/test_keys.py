@@ -453,3 +453,16 @@ async def test_the_log_has_the_keys_name_and_nothing_of_the_key(keys: Path) -> N
         lines = await house.logged(3)
         assert [line.get("key") for line in lines] == ["alice", "line-4", None]
         assert not re.search("sk-|" + hashed(ALICE)[:16], repr(lines))
+
+
+def test_a_key_that_comes_back_still_has_its_requests(keys: Path) -> None:
+    """Taken out of the file and put back while a request is in progress, it has no second set of places."""
+    text = keys.read_text()
+    known = Keys(keys)
+    known.admit(f"Bearer {ALICE}".encode()).in_flight += 1
+    keys.write_text(BOB)
+    assert known.reload()
+    keys.write_text(text)
+    assert known.reload()
+    with pytest.raises(ServeError, match="1 requests in flight"):
+        known.admit(f"Bearer {ALICE}".encode())
