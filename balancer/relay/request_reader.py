@@ -181,6 +181,8 @@ class RequestReader(asyncio.BufferedProtocol):
         if self._is_body_unseen:
             self._is_body_unseen = False
             return
+        if base := self._settings.base_path:
+            self._url = _without(base.encode(), self._url)
         request = Request(parser.get_method(), self._url, parser.get_http_version(), doors.loop.time())
         request.keeps_alive = parser.should_keep_alive()
         self._reading = request
@@ -300,6 +302,12 @@ class RequestReader(asyncio.BufferedProtocol):
         # Without this, bytes after a request with `Connection: close` are an error; we ignore them.
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
         return parser
+
+
+def _without(base: bytes, target: bytes) -> bytes:
+    """The target without that beginning of its path, if it has it."""
+    rest = target.removeprefix(base)
+    return rest if rest[:1] in (b"/", b"?") and len(rest) < len(target) else target
 
 
 def _head_before_the_body_of(request: Request) -> bytes:

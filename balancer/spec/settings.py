@@ -97,6 +97,11 @@ class Settings(BaseModel):
         description="ask replicas for the token counts of streams whose clients do not, and keep that event from them",
     )
     admin_paths: bool = Field(False, description="relay SGLang's admin paths to holders of the admin key")
+    base_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]*[A-Za-z0-9_~-])*$",
+        description="a path under which all paths are served too, such as /llm, for proxies that keep it",
+    )
     trusted_proxies: tuple[str, ...] = Field(
         (), description="addresses or networks of proxies whose X-Forwarded-* fields are kept"
     )

@@ -210,6 +210,18 @@ async def test_a_generating_path_is_counted_by_its_normalised_form(house: House)
 
 
 @on_uvloop
+async def test_a_base_path_is_taken_off() -> None:
+    async with LabReplica() as a, serving(a, base_path="/llm") as house:
+        for path in ("/llm/v1/chat/completions", "/v1/chat/completions", "/llm//v1/chat/./completions"):
+            assert (await house.ask(request(path=path, body=chat()))).status == 200
+        assert {seen.target for seen in a.seen.requests} == {"/v1/chat/completions"}
+        assert (await house.ask(request("GET", "/llm/health?x=y"), "GET")).status == 200
+        for path in ("/llmv1/chat/completions", "/llm/flush_cache", "/llm/../flush_cache", "/llm/llm/health", "/llm"):
+            assert (await house.ask(request("GET", path), "GET")).status == 404, path
+        assert len(a.seen.requests) == 3
+
+
+@on_uvloop
 async def test_the_paths_of_ollama_are_passed_on_and_counted() -> None:
     """SGLang serves them itself; of a stream it tells no counts."""
     whole = b'{"model":"m","done":true,"prompt_eval_count":9,"eval_count":4}'

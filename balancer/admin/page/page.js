@@ -4,6 +4,7 @@ import { change } from "./admin.js";
 import { draw, spark } from "./spark.js";
 import { startPlayground } from "./playground.js";
 import { about, showServices } from "./service.js";
+import { showUsage } from "./usage.js";
 
 const history = { kept: 180, service: [], replicas: new Map() };
 const statuses = new Map();
@@ -176,4 +177,5 @@ function watch() {
 $("service-sparks").append(...SERVICE_SPARKS.map(([title]) => spark(title)));
 watch();
 showServices();
+showUsage();
 startPlayground();
