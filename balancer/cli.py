@@ -8,7 +8,7 @@ from pathlib import Path
 
 from balancer.errors import ConfigError
 from balancer.inherited import settle
-from balancer.operate.commands import accounts, change, events, models, show, sky_flags, variables
+from balancer.operate.commands import accounts, boot, change, events, models, show, sky_flags, variables
 from balancer.operate.commands.admin_port import AdminPort
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, ENGINES
@@ -60,6 +60,10 @@ def _run(options: argparse.Namespace) -> int:
             if len(sources) > 1:
                 return change.up_together(sources, flags, options.on, is_detached=options.detach)
             return change.up(sources[0], flags, options.on, is_detached=options.detach)
+        case "enable":
+            return boot.enable(options.name, is_users=options.user, secret_files=options.secret_file)
+        case "disable":
+            return boot.disable(options.name, is_users=options.user)
         case "check":
             return change.check([_source(options, path) for path in options.service])
         case "status":
@@ -238,6 +242,18 @@ def _parser() -> argparse.ArgumentParser:
 
     take_in = command("import", "take in the models of such a file")
     take_in.add_argument("file", metavar="FILE.tar")
+
+    for word, text in (
+        ("enable", "bring a service up at boot, and again whenever it ends, by a systemd unit"),
+        ("disable", "leave a service down at boot"),
+    ):
+        booted = command(word, text)
+        booted.add_argument("name", metavar="NAME", help="a service that has been up here")
+        booted.add_argument("--user", action="store_true", help="by your own systemd, not the machine's")
+        if word == "enable":
+            booted.add_argument(
+                "--secret-file", action="append", default=[], type=Path, metavar="FILE", help="its secrets, K=V lines"
+            )
 
     check = command(
         "check", "say what a service file would do here, or how several would share a GPU, and start nothing"

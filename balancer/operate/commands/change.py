@@ -5,21 +5,24 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from balancer.errors import ConfigError
 from balancer.inherited import ending, tell
 from balancer.operate.commands import up as service_up
+from balancer.operate.commands.boot import said_of
 from balancer.operate.commands.detach import detached
 from balancer.operate.commands.progress import Lines
 from balancer.operate.commands.show import check_host, no_such_service, snapshot_of, up_folders, warn
 from balancer.operate.engines import shared_memory
-from balancer.operate.engines.addresses import AddressFlags
+from balancer.operate.engines.addresses import Addresses, AddressFlags
 from balancer.operate.engines.choose import AUTO, choose_engine, take_down_detached
 from balancer.operate.engines.engine import Engine
 from balancer.operate.recipe.launch import masked
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state import control_socket
+from balancer.operate.state.beginning import Beginning
 from balancer.operate.state.service_folder import AlreadyUp, DetachedRecord, ServiceFolder, state_root
 from balancer.spec.service_file import load, read
 
@@ -74,11 +77,34 @@ def up(source: Source, flags: AddressFlags, on: str, is_detached: bool) -> int:
             folder.sign(lock)
             if engine.outlives_controller:
                 folder.write_detached_record(DetachedRecord(engine.name, addresses.listen, addresses.admin))
+            _beginning(source, recipe, flags, addresses, engine.name).write(folder.beginning_file)
             return service_up.run(recipe, folder, engine, progress, came_up)
 
         if is_detached:
             return detached(lambda came_up: work(Lines(sys.stdout), came_up), folder.controller_log)
         return work(service_up.on_terminal(folder), lambda: None)
+
+
+def _beginning(source: Source, recipe: Recipe, flags: AddressFlags, addresses: Addresses, engine: str) -> Beginning:
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path else None
+
+    spec = recipe.spec
+    return Beginning(
+        str(Path(source.path).absolute()),
+        spec.name,
+        str(Path.cwd()),
+        engine,
+        dict(source.envs),
+        tuple(source.secrets),
+        addresses.listen,
+        addresses.admin,
+        flags.is_open,
+        absolute(flags.api_keys),
+        absolute(flags.admin_key),
+        flags.join,
+        spec.settings.drain_timeout + spec.operation.stop_grace,
+    )
 
 
 def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_detached: bool) -> int:
@@ -174,8 +200,9 @@ def down(names: Sequence[str], replica_id: int | None, is_balancer: bool = False
     for folder in found:
         # A service that cannot be taken down is reported, and does not keep the others up.
         try:
+            again = said_of(folder.name)
             _take_down(folder)
-            print(f"{folder.name} is down")
+            print(f"{folder.name} is down{again}")
         except ConfigError as failure:
             failures.append(failure)
     warn(failures)

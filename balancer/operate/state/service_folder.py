@@ -47,6 +47,7 @@ class ServiceFolder:
         self.event_log = self.path / "events.jsonl"
         self.admin_key_file = self.path / "admin.key"
         self.replica_key_file = self.path / "replica.key"
+        self.beginning_file = self.path / "up.json"
         self._lock_file = self.path / "lock"
         # Exists while the service would outlive its controller, or has outlived it.
         self._detached_file = self.path / "detached.json"
