@@ -51,12 +51,13 @@ class Status(enum.StrEnum):
 
 
 class ServiceStatus(enum.StrEnum):
-    """SkyServe's statuses of a service."""
+    """SkyServe's statuses of a service, and one of ours (NO_BALANCER)."""
 
     CONTROLLER_INIT = "CONTROLLER_INIT"
     REPLICA_INIT = "REPLICA_INIT"
     READY = "READY"
     NO_REPLICA = "NO_REPLICA"
+    NO_BALANCER = "NO_BALANCER"
     SHUTTING_DOWN = "SHUTTING_DOWN"
     FAILED = "FAILED"
 
@@ -84,6 +85,7 @@ _SERVICE_PHASES = {
     ServiceStatus.CONTROLLER_INIT: Phase.PENDING,
     ServiceStatus.REPLICA_INIT: Phase.PENDING,
     ServiceStatus.NO_REPLICA: Phase.PENDING,
+    ServiceStatus.NO_BALANCER: Phase.UNAVAILABLE,
     ServiceStatus.READY: Phase.READY,
     ServiceStatus.SHUTTING_DOWN: Phase.LEAVING,
     ServiceStatus.FAILED: Phase.FAILED,

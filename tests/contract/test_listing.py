@@ -97,7 +97,7 @@ def test_others_need_none(state: State) -> None:
 def test_phases() -> None:
     """Every status has a phase, and every phase a status."""
     assert {status.phase for status in Status} == set(Phase)
-    assert {status.phase for status in ServiceStatus} == set(Phase) - {Phase.UNAVAILABLE}
+    assert {status.phase for status in ServiceStatus} == set(Phase)
 
 
 def test_row() -> None:

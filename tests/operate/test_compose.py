@@ -289,7 +289,7 @@ def containers(docker: Path) -> list[dict[str, Any]]:
     return docker_stub.containers("groundserve-x", "replica", docker / "containers")
 
 
-def test_a_replica_of_a_docker_that_is_away_is_not_taken_for_gone(docker: Path) -> None:
+def test_a_replica_under_a_docker_that_is_away_is_not_gone(docker: Path) -> None:
     """It runs on under live-restore, so another in its place would want its GPU too."""
 
     async def work() -> None:

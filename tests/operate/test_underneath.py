@@ -127,6 +127,20 @@ def test_a_version_that_served_is_never_given_up() -> None:
         now = replica.start_at
 
 
+def test_a_balancer_that_hangs_is_shown_and_replaced(groundserve: Groundserve) -> None:
+    groundserve.up(groundserve.service("lab", replicas=1)).until_up()
+    endpoint = groundserve.status("lab")["service"]["endpoint"]
+    (balancer,) = processes(groundserve, "-m balancer ")
+    os.kill(balancer, signal.SIGSTOP)
+    hung = groundserve.until("lab", lambda status: status["service"]["status"] == "NO_BALANCER")
+    assert "its balancer has not answered since" in hung["service"]["reason"]
+    assert hung["service"]["ready"] == 0
+    groundserve("status", code=4)
+    wait_until(lambda: processes(groundserve, "-m balancer "), fits=lambda found: found and balancer not in found)
+    groundserve.until("lab", lambda status: status["service"]["ready"] == 1 and not status["service"].get("reason"))
+    assert httpx.get(f"{endpoint}/health", timeout=60).status_code == 200
+
+
 # Work of the controller that fails
 
 

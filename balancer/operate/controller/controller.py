@@ -12,7 +12,7 @@ from balancer.errors import ConfigError
 from balancer.operate.controller import happened, plan
 from balancer.operate.controller.plan import Action, Drain, Forget, Replace, Replica, Stage, Start, Stop
 from balancer.operate.controller.readiness import Readiness
-from balancer.operate.controller.report import Report
+from balancer.operate.controller.report import Report, silent
 from balancer.operate.controller.rollout import Mode
 from balancer.operate.controller.traffic import Traffic
 from balancer.operate.controller.troubles import Troubles, described
@@ -372,6 +372,9 @@ class Controller:
             if snapshot is None:
                 if not self._balancer.has_answered:
                     self.snapshot = self._report.alone(self.replicas.values(), self.wanted, now)
+                    self._show(self.snapshot)
+                elif (silence := self._clock() - self._heard_at) > _SILENCE:
+                    self.snapshot = silent(self.snapshot, silence, reason)
                     self._show(self.snapshot)
                 return
             self._heard_at = now

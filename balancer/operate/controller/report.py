@@ -1,5 +1,6 @@
 """The list of replicas that the controller sends to the balancer, and the snapshot that the user sees."""
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
@@ -121,3 +122,16 @@ class Report:
         for replica in replicas:
             status = replica.status if replica.stage is Stage.RUNNING else None
             yield ReplicaRow.of(self._replica(replica, wanted, now), status=status or _STATUSES[replica.stage])
+
+
+def silent(snapshot: Snapshot, seconds: float, reason: str) -> Snapshot:
+    """The last snapshot of a balancer that has not answered for some time, and what else is wrong."""
+    since = time.strftime("%H:%M:%S", time.localtime(time.time() - seconds))
+    service = replace(
+        snapshot.service,
+        status=ServiceStatus.NO_BALANCER,
+        uptime_seconds=None,
+        ready=0,
+        reason="; ".join(filter(None, (f"its balancer has not answered since {since}", reason))),
+    )
+    return replace(snapshot, service=service)

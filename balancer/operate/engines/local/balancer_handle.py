@@ -30,6 +30,8 @@ _LONGEST_BACKOFF = 10.0
 _FIRST_WORDS = 0.2
 # Maximum number of seconds for which a new process keeps clients waiting until it knows a replica that is ready.
 _UNTIL_READY = 10.0
+# Seconds without an answer of a process that has answered before, after which it hangs and is killed.
+_HUNG = 30.0
 
 
 class LocalBalancer(BalancerHandle):
@@ -60,6 +62,7 @@ class LocalBalancer(BalancerHandle):
         self._started = 0.0
         self._introduction: asyncio.Task[None] | None = None
         self._answers = False  # whether the current process has answered yet
+        self._heard_at = 0.0  # when it last did
         self._is_outdated = False  # the current process is to be replaced
         self._has_ready_replica = False
         self._leaving: set[asyncio.Task[None]] = set()
@@ -80,6 +83,8 @@ class LocalBalancer(BalancerHandle):
 
         Raises CannotStart if the balancer ended before it ever answered, as another start would end the same way.
         """
+        if self._child is not None and self._answers and time.monotonic() - self._heard_at > _HUNG:
+            await self._child.kill()
         if self._child is not None and self._child.code is not None:
             self._child = None
             if not self.has_answered:
@@ -142,6 +147,7 @@ class LocalBalancer(BalancerHandle):
         if _is_leaving(snapshot, listing):
             await self.replace()  # somebody stopped that process, but the service is to go on
             return None
+        self._heard_at = time.monotonic()
         self._failures = 0
         self._has_ready_replica = snapshot.service.ready > 0
         return snapshot
@@ -157,7 +163,7 @@ class LocalBalancer(BalancerHandle):
         async def introduce() -> None:
             snapshot = await BalancerHandle.tell(self, listing)
             if snapshot is not None and not _is_leaving(snapshot, listing):
-                self._answers = True
+                self._answers, self._heard_at = True, time.monotonic()
                 self._on_change()
 
         self._introduction = asyncio.create_task(introduce())
