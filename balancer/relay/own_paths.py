@@ -90,8 +90,11 @@ def listed(service: Service) -> list[dict[str, Any]]:
 
     `service` and `status` are our additions. Until a replica has reported its models, the service's own name stands in.
     """
-    snapshot = take_snapshot(service.facts, service.fleet, service.admission)
-    ours = {"service": service.facts.name, "status": snapshot.service.status}
+    fleet = service.fleet
+    status: str = take_snapshot(service.facts, fleet, service.admission).service.status
+    if not fleet.available() and (resting := fleet.resting()):
+        status = resting[0].status(fleet.clock())
+    ours = {"service": service.facts.name, "status": status}
     models = list(service.fleet.models.values())
     root = str(models[0]["id"]) if models else service.facts.name
     other = [name for name in (service.facts.name, *service.settings.aliases) if name not in service.fleet.models]

@@ -88,6 +88,8 @@ async def test_alternating_and_at_once(tmp_path: Path) -> None:
         assert sorted(states(house)) == ["DOZING", "DOZING", "READY"]
         whole = [await ask(client, model) for model in "abc"]
         assert len(set(whole)) == 1
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [(entry["id"], entry["status"]) for entry in listed] == list(zip("abc", states(house), strict=True))
         for _ in range(3):
             assert [await ask(client, model) for model in "abc"] == whole
         assert await asyncio.gather(*(ask(client, model) for model in "abc" * 5)) == whole * 5
