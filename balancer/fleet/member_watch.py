@@ -383,14 +383,14 @@ class MemberWatch:
         """Finds out, once it has become ready, whether it can continue a chat that another replica began."""
         member, settings = self._member, self._fleet.settings
         await self._came_up.wait()
-        with contextlib.closing(self._connect_to(member)) as connection:
-            for pause in TEMPLATE_TRIALS:
-                await asyncio.sleep(pause)
-                try:
+        for pause in TEMPLATE_TRIALS:
+            await asyncio.sleep(pause)
+            try:
+                with contextlib.closing(self._connect_to(member)) as connection:
                     member.continues = await continues(connection, settings.ready_timeout)
-                    break
-                except (NoResponse, CannotProbe) as error:
-                    log.info("replica %s did not tokenize: %s", member.name, error)
+                break
+            except (NoResponse, CannotProbe) as error:
+                log.info("replica %s did not tokenize: %s", member.name, error)
         if not member.continues:
             log.info("replica %s cannot continue a chat that broke elsewhere: %s", member.name, NOT_CONTINUED)
         member.continues_known.set()

@@ -118,9 +118,8 @@ def _print(way: str, report: Report) -> None:
     print("  answers: " + ", ".join(f"{end} {count}" for end, count in sorted(report.ends.items())))
     print(f"  attempts beyond the first: {report.attempts}; sent again after the keep-alive race: {report.sent_again}")
     print(f"  answers that a second replica continued, or made: {report.elsewhere}")
-    print(
-        f"  left behind: nothing beyond {len(report.descriptors)} descriptors and {report.tasks or 'uncounted'} tasks"
-    )
+    tasks = len(report.tasks) or "uncounted"
+    print(f"  left behind: nothing beyond {len(report.descriptors)} descriptors and {tasks} tasks")
     print("  seconds                                     times   median      max")
     for name, took in sorted(report.measured.items()):
         print(f"    {name:40} {len(took):6} {statistics.median(took):8.3f} {max(took):8.3f}")

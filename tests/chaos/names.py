@@ -2,7 +2,7 @@
 
 `python -m tests.chaos.names CONFIG`, a JSON file: {"names": FILE, "discover": "dns://...", "settings": {...},
 "readiness": {...}}. FILE holds {"addresses": [...]} or {"error": "nxdomain" | "servfail" | "timeout"} and may change
-at any time. On SIGUSR1 it writes the number of tasks in its event loop to FILE.tasks.
+at any time. On SIGUSR1 it writes the tasks in its event loop to FILE.tasks, a JSON list of what each runs.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class Names:
 async def serve(file: Path, config: Config) -> None:
     def tell() -> None:
         spare = file.with_suffix(".new")
-        spare.write_text(str(len(asyncio.all_tasks())))
+        spare.write_text(json.dumps([getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks()]))
         spare.replace(file.with_suffix(".tasks"))
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)

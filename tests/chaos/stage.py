@@ -167,6 +167,8 @@ class Stage:
             f"socket:[{row[9]}]": f"{_address(row[1])} to {_address(row[2])}, {STATES.get(row[3], row[3])}"
             for row in rows
         }
+        pairs = (line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+        sockets |= {f"socket:[{inode}]": "a Unix socket" for inode in pairs}
         found = []
         for link in Path(f"/proc/{self.program.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
@@ -174,14 +176,14 @@ class Stage:
                 found.append(sockets.get(what, what))
         return sorted(found)
 
-    async def tasks(self) -> int:
-        """The number of tasks in its event loop; only with `is_dns`, because only that balancer writes it."""
+    async def tasks(self) -> list[str]:
+        """What each task in its event loop runs; only with `is_dns`, because only that balancer writes it."""
         assert self.program is not None
         told = self.folder / "names.tasks"
         told.unlink(missing_ok=True)
         self.program.signal(signal.SIGUSR1)
         await until(told.exists, "the balancer tells its tasks")
-        return int(told.read_text())
+        return sorted(json.loads(told.read_text()))
 
 
 def _address(told: str) -> str:
