@@ -42,7 +42,7 @@ def test_json_has_exactly_the_promised_fields() -> None:
     )
     promised_replica = (
         "id name endpoint version launched_seconds infra resources status in_flight requests_total failures_total "
-        "ejected_for_seconds cached_tokens_total prompt_tokens_total"
+        "ejected_for_seconds cached_tokens_total prompt_tokens_total continues"
     )
     shape = Snapshot(SERVICE, (REPLICA,)).to_json()
     assert list(shape) == ["service", "replicas"]
