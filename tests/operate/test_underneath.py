@@ -13,6 +13,7 @@ import pytest
 from balancer.contract.listing import Listing, ReplicaListing
 from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
 from balancer.contract.words import ServiceStatus, Status
+from balancer.operate.commands import change
 from balancer.operate.controller import plan
 from balancer.operate.controller.controller import Controller
 from balancer.operate.controller.plan import Replica, Stage
@@ -139,6 +140,17 @@ def test_a_balancer_that_hangs_is_shown_and_replaced(groundserve: Groundserve) -
     wait_until(lambda: processes(groundserve, "-m balancer "), fits=lambda found: found and balancer not in found)
     groundserve.until("lab", lambda status: status["service"]["ready"] == 1 and not status["service"].get("reason"))
     assert httpx.get(f"{endpoint}/health", timeout=60).status_code == 200
+
+
+def test_a_controller_that_hangs_is_taken_down(groundserve: Groundserve, monkeypatch: pytest.MonkeyPatch) -> None:
+    up = groundserve.up(groundserve.service("lab", replicas=1)).until_up()
+    up.signal(signal.SIGSTOP)
+    monkeypatch.setenv("XDG_STATE_HOME", groundserve.environ["XDG_STATE_HOME"])
+    for name in ("_SILENCE", "_LOOK", "_PATIENCE"):
+        monkeypatch.setattr(change, name, 1.0)
+    assert change.down(["lab"], None) == 0
+    assert up.wait() == -signal.SIGKILL
+    groundserve.until_nothing_runs()
 
 
 # Work of the controller that fails

@@ -1,7 +1,9 @@
 """The `groundserve` commands that change something, and `check`. Each returns the exit code."""
 
+import contextlib
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +30,9 @@ from balancer.spec.service_file import load, read
 
 # Seconds that a controller which does not answer gets to end after each signal (SIGTERM, then SIGKILL).
 _PATIENCE = 10.0
+# While it ends: seconds between two questions whether it is alive, and of silence after which it is not.
+_LOOK = 2.0
+_SILENCE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +218,7 @@ def _take_down(folder: ServiceFolder) -> None:
     if folder.is_detached:
         take_down_detached(folder)
         return
-    try:
-        control_socket.ask(folder.socket, {"do": "down"}, timeout=None)
-    except control_socket.NotUp:
+    if not _asked_to_end(folder):
         # It is starting, or it hangs. Its children end with it, however it ends.
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not _is_ended(folder, number):
@@ -223,6 +226,29 @@ def _take_down(folder: ServiceFolder) -> None:
     _wait_until(lambda: not folder.is_up(), _PATIENCE)
     if folder.is_up():
         raise ConfigError(f"{folder.name} does not end: see who has {folder.path / 'lock'} open")
+
+
+def _asked_to_end(folder: ServiceFolder) -> bool:
+    """Asks the controller to end, and waits for as long as it answers other questions; returns whether it ended so."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(control_socket.NotUp):
+            control_socket.ask(folder.socket, {"do": "down"}, timeout=None)
+            answers.append(True)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    while asking.is_alive():
+        asking.join(_LOOK)
+        try:
+            if asking.is_alive():
+                control_socket.ask(folder.socket, {"do": "status"}, timeout=_SILENCE)
+        except control_socket.NotUp:
+            continue  # it no longer takes questions: it is about to end
+        except ConfigError:
+            return False
+    return bool(answers)
 
 
 def _is_ended(folder: ServiceFolder, number: signal.Signals) -> bool:

@@ -11,6 +11,9 @@ from balancer.operate.engines import limits
 from balancer.operate.recipe.recipe import GPU_SHARE, Recipe, for_kind, python, with_packages
 from balancer.spec.service_file import NOTHING, Spec
 
+# Seconds that `python -m replica` may take to look at this machine; nvidia-smi alone has a minute of them.
+_ANSWER = 180.0
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -224,13 +227,19 @@ def _gpus(count: int) -> str:
 
 
 def _replica(*flags: str, envs: Mapping[str, str] = NOTHING) -> str:
-    answer = subprocess.run(
-        [*python("replica"), *flags],
-        env={**os.environ, **with_packages({}), **envs},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        answer = subprocess.run(
+            [*python("replica"), *flags],
+            env={**os.environ, **with_packages({}), **envs},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_ANSWER,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"this machine's GPUs are not listed within {_ANSWER:.0f} s: the NVIDIA driver hangs; a reboot mostly helps"
+        ) from None
     if answer.returncode != 0:
         said = answer.stderr.strip().splitlines() or ["python -m replica failed and said nothing"]
         raise ConfigError(said[-1].removeprefix("replica: "))
