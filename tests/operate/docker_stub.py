@@ -52,6 +52,7 @@ def run(project: str, service: str, files: list[str]) -> None:
     id = uuid.uuid4().hex
     labels = {**overlay.get("labels", {}), PROJECT: project, SERVICE: service}
     facts = {"id": id, "pid": process.pid, "labels": labels, "started": datetime.now(UTC).isoformat()}
+    facts["sources"] = [volume.partition(":")[0] for volume in overlay.get("volumes", [])]
     (FOLDER / f"{id}.new").write_text(json.dumps(facts))
     (FOLDER / f"{id}.new").rename(FOLDER / f"{id}.json")
 
@@ -103,8 +104,10 @@ def main(words: list[str]) -> None:
             compose(rest)
         case ["ps", *filters]:
             wanted = dict(word.removeprefix("label=").split("=") for word in filters if "=" in word)
-            for one in containers(wanted[PROJECT], wanted[SERVICE]):
-                print(one["id"])
+            source = next((word.removeprefix("volume=") for word in filters if word.startswith("volume=")), None)
+            for one in containers(wanted[PROJECT], wanted.get(SERVICE, "")):
+                if source is None or source in one["sources"]:
+                    print(one["id"])
         case ["inspect" | "logs" | "stop" | "rm" as verb, *_, id]:
             path = FOLDER / f"{id}.json"
             if not path.is_file():

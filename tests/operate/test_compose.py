@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -116,11 +117,31 @@ def test_a_container_is_listed_with_its_address_or_without(
     assert asyncio.run(listed()) == listing
 
 
-@pytest.mark.parametrize(
-    ("service", "project"), [("sglang-llava", "groundserve-sglang-llava"), ("My.Model_2", "groundserve-my-model_2")]
-)
-def test_a_projects_name_is_one_that_compose_takes(service: str, project: str) -> None:
-    assert name_of(service) == project
+def test_name_of_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose takes it, and no two services have the same: by name, folder or user."""
+    places = [tmp_path / "a/llama.v1", tmp_path / "a/llama-v1", tmp_path / "a/Llama-v1", tmp_path / "b/llama.v1"]
+    names = [name_of(ServiceFolder(place.parent, place.name)) for place in places]
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    names.append(name_of(ServiceFolder(places[0].parent, places[0].name)))
+    assert len(set(names)) == 5
+    assert all(re.fullmatch(r"groundserve-llama-v1-\d+-[0-9a-f]{8}", name) for name in names)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_project_of_an_earlier_version(docker: Path, is_ours: bool) -> None:
+    """Its name is kept while its balancer reads our folder; another user's project of that name is left alone."""
+    folder = folder_at(docker / "My.Model")
+    source = folder.service_file.parent if is_ours else docker / "bobs/My.Model/balancer"
+    overlay = docker / "balancer.json"
+    overlay.write_text(json.dumps({"services": {"balancer": {"volumes": [f"{source}:/service:ro"]}}}))
+    command = ["docker", "compose", "-p", "groundserve-my-model", "-f", str(overlay), "up", "-d", "balancer"]
+    subprocess.run(command, check=True)
+    assert project.name_in_use(folder) == ("groundserve-my-model" if is_ours else name_of(folder))
+    project.take_down(folder)
+    left = docker_stub.containers("groundserve-my-model", "balancer", docker / "containers")
+    assert bool(left) is not is_ours
+    for one in left:
+        docker_stub.kill(one)
 
 
 # The balancer's container
@@ -212,13 +233,13 @@ def test_compose_file_of_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
     """COMPOSE_FILE of the environment comes before our own overlay."""
     folder = folder_at(tmp_path / "x")
     monkeypatch.delenv("COMPOSE_FILE", raising=False)
-    usual = project_of(made(), folder, LOOPBACK).command("ps", overlays=[tmp_path / "ours.json"])
+    usual = project_of(made(), folder, LOOPBACK, "groundserve-x").command("ps", overlays=[tmp_path / "ours.json"])
     files = [usual[at + 1] for at, word in enumerate(usual) if word == "-f"]
     assert [Path(file).name for file in files] == ["compose.yaml", "compose.cpu.yaml", "ours.json"]
-    on_gpus = project_of(made(gpus=1), folder, LOOPBACK).command("ps")
+    on_gpus = project_of(made(gpus=1), folder, LOOPBACK, "groundserve-x").command("ps")
     assert [Path(word).name for word in on_gpus if word.endswith(".yaml")] == ["compose.yaml"]
     monkeypatch.setenv("COMPOSE_FILE", "compose.yaml:mine.yaml")
-    mine = project_of(made(), folder, LOOPBACK).command("ps")
+    mine = project_of(made(), folder, LOOPBACK, "groundserve-x").command("ps")
     assert [Path(word).name for word in mine if word.endswith(".yaml")] == ["compose.yaml", "mine.yaml"]
 
 
@@ -286,7 +307,7 @@ def forget(engine: ComposeEngine) -> None:
 
 
 def containers(docker: Path) -> list[dict[str, Any]]:
-    return docker_stub.containers("groundserve-x", "replica", docker / "containers")
+    return docker_stub.containers(name_of(ServiceFolder(docker, "x")), "replica", docker / "containers")
 
 
 def test_a_replica_under_a_docker_that_is_away_is_not_gone(docker: Path) -> None:
@@ -323,7 +344,7 @@ def test_a_docker_that_is_silent_is_not_waited_for(docker: Path, monkeypatch: py
 
     async def work() -> None:
         engine = ComposeEngine(folder_at(docker / "x"))
-        engine._prepared = project_of(made(), folder_at(docker / "x"), LOOPBACK)
+        engine._prepared = project_of(made(), folder_at(docker / "x"), LOOPBACK, name_of(folder_at(docker / "x")))
         (docker / "silent").touch()
         with pytest.raises(CannotStart, match="Docker does not answer within 0 s"):
             await engine.start(1, made())

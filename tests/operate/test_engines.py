@@ -205,7 +205,7 @@ def test_balancer_of_an_engine(case: Case) -> None:
 def balancers(case: Case) -> set[str]:
     """Who is the balancer now, and before: its processes, or its containers that run."""
     if case.engine.name == "compose":
-        name = project.name_of(case.folder.name)
+        name = project.name_of(case.folder)
         found = docker_stub.containers(name, "balancer", Path(os.environ["DOCKER_STUB"]))
         return {one["id"] for one in found if docker_stub.is_alive(one)}
     mark = f"--service\0{case.folder.path}/".encode()

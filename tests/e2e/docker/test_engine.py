@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from balancer.operate.engines.compose.project import name_of
+from balancer.operate.state.service_folder import ServiceFolder
 from tests.e2e.docker.conftest import CPU_FILES, LAB_FILES
 from tests.e2e.docker.project import ROOT, TAG, Project, docker
 from tests.operate.command_line import Groundserve
@@ -22,6 +24,10 @@ NAME = "test-engine"
 LEASES = {"LEASE_VOLUME": "groundserve-test-engine-leases"}
 FLAGS = "--start-delay 0.5 --token-interval 0.03"
 RUN = "python -m replica --model lab/lab"
+
+
+def project_of(command: Groundserve) -> str:
+    return name_of(ServiceFolder(command.folder / "state/groundserve", NAME))
 
 
 class OnCompose(Groundserve):
@@ -39,7 +45,7 @@ class OnCompose(Groundserve):
 
     def containers(self, service: str = "replica") -> list[str]:
         """The ids of the project's containers, ended ones too."""
-        labels = (f"com.docker.compose.project=groundserve-{NAME}", f"com.docker.compose.service={service}")
+        labels = (f"com.docker.compose.project={project_of(self)}", f"com.docker.compose.service={service}")
         return docker(
             "ps", "-aq", "--no-trunc", *(part for one in labels for part in ("--filter", f"label={one}"))
         ).split()
@@ -69,7 +75,7 @@ def groundserve(lab_images: Project, tmp_path: Path) -> Iterator[OnCompose]:
     for service in ("replica", "balancer"):
         if left := command.containers(service):
             docker("rm", "--force", *left)
-    Project(f"groundserve-{NAME}", LAB_FILES, LEASES).down()
+    Project(project_of(command), LAB_FILES, LEASES).down()
 
 
 def test_up_scale_replace_logs_and_down_are_as_on_the_host(groundserve: OnCompose) -> None:
@@ -223,4 +229,4 @@ def test_real_sglang_comes_up_answers_and_goes_down(cpu_images: Project, tmp_pat
         assert f"{NAME} is down" in up.text
     finally:
         command.stop_all()
-        Project(f"groundserve-{NAME}", CPU_FILES, LEASES).down()
+        Project(project_of(command), CPU_FILES, LEASES).down()

@@ -81,7 +81,7 @@ class ComposeEngine:
         return capacity.placement(recipe)
 
     def take_down(self) -> None:
-        project.take_down(self._folder.name)
+        project.take_down(self._folder)
 
     def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
         if flags.join is not None:
@@ -90,7 +90,7 @@ class ComposeEngine:
                 "docker/compose.two-models.yaml"
             )
         self._addresses = choose_addresses(flags, record)
-        self._prepared = project_of(recipe, self._folder, self._addresses)
+        self._prepared = project_of(recipe, self._folder, self._addresses, project.name_in_use(self._folder))
         self._prepared.build_what_is_missing()
         return self._addresses
 
@@ -217,9 +217,9 @@ class ComposeEngine:
             replica.silence = f"since {time.strftime('%H:%M:%S')} it is unknown whether it runs: {why}" if why else ""
 
 
-def project_of(recipe: Recipe, folder: ServiceFolder, addresses: Addresses) -> Project:
-    """The Compose project of a service; raises ConfigError for addresses that it cannot publish."""
-    return Project(recipe.spec.name, _files(recipe, os.environ), environ(addresses, recipe, folder))
+def project_of(recipe: Recipe, folder: ServiceFolder, addresses: Addresses, name: str) -> Project:
+    """The Compose project of a service, by this name; raises ConfigError for addresses that it cannot publish."""
+    return Project(name, _files(recipe, os.environ), environ(addresses, recipe, folder))
 
 
 def _files(recipe: Recipe, environ: Mapping[str, str]) -> list[Path]:

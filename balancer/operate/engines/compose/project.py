@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from balancer.inherited import tell
 from balancer.operate.engines.child import Child
 from balancer.operate.engines.engine import CannotStart
 from balancer.operate.recipe.recipe import Invocation
+from balancer.operate.state.service_folder import ServiceFolder
 
 # The checkout: compose.yaml builds its images from it.
 ROOT = Path(__file__).resolve().parents[4]
@@ -63,8 +65,8 @@ class Container:
 class Project:
     """A project of Compose files. `environ` holds the variables that they use, on top of our own environment."""
 
-    def __init__(self, service: str, files: Sequence[Path], environ: Mapping[str, str]) -> None:
-        self.name = name_of(service)
+    def __init__(self, name: str, files: Sequence[Path], environ: Mapping[str, str]) -> None:
+        self.name = name
         self._files = tuple(files)
         self._environ = {**os.environ, **environ}
 
@@ -148,9 +150,29 @@ class Project:
             await asyncio.sleep(1)
 
 
-def name_of(service: str) -> str:
-    """The project's name: Compose allows only lower case letters, digits, '-' and '_'."""
-    return "groundserve-" + re.sub(r"[^a-z0-9_-]", "-", service.lower())
+def name_of(folder: ServiceFolder) -> str:
+    """The project's name. All who may use the Docker engine share its projects, and Compose allows only lower case
+    letters, digits, '-' and '_'; the user and the service's folder tell apart services whose names then read alike.
+    """
+    digest = hashlib.sha256(os.fsencode(folder.path.resolve())).hexdigest()[:8]
+    return f"{_earlier_name_of(folder)}-{os.getuid()}-{digest}"
+
+
+def _earlier_name_of(folder: ServiceFolder) -> str:
+    """What earlier versions called it."""
+    return "groundserve-" + re.sub(r"[^a-z0-9_-]", "-", folder.name.lower())
+
+
+def name_in_use(folder: ServiceFolder) -> str:
+    """The name by which the service's containers are found: the earlier one if a balancer of that project reads our
+    folder, else `name_of`. Raises ConfigError if Docker cannot tell.
+    """
+    earlier = _earlier_name_of(folder)
+    filters = (f"label={_PROJECT}={earlier}", f"volume={folder.service_file.parent}")
+    asked = _answered(["docker", "ps", "-aq", *(part for one in filters for part in ("--filter", one))])
+    if asked.returncode != 0:
+        raise ConfigError(_last_line(asked.stderr))
+    return earlier if asked.stdout.split() else name_of(folder)
 
 
 def check_docker() -> None:
@@ -171,16 +193,16 @@ def has_docker() -> bool:
         return False
 
 
-def take_down(service: str) -> None:
+def take_down(folder: ServiceFolder) -> None:
     """Stops and removes a service's containers and network when its controller is gone; raises ConfigError."""
     # Run in "/", where there is no compose file: the containers' labels hold all that is needed.
-    command = ["docker", "compose", "-p", name_of(service), "down", "--remove-orphans"]
     try:
+        command = ["docker", "compose", "-p", name_in_use(folder), "down", "--remove-orphans"]
         done = _answered(command, cwd="/", timeout=WORK)
     except ConfigError as failure:
-        raise ConfigError(f"{service}: {failure}") from None
+        raise ConfigError(f"{folder.name}: {failure}") from None
     if done.returncode != 0:
-        raise ConfigError(f"{service}: {_last_line(done.stderr)}")
+        raise ConfigError(f"{folder.name}: {_last_line(done.stderr)}")
 
 
 def _answered(
