@@ -140,7 +140,7 @@ class Balancer:
 
     def _admin_app(self) -> Guard:
         config = self.config
-        app = admin_app(self.services.all, config.admin_key, self.services, self.accounts)
+        app = admin_app(self.services.all, config.admin_key, self.services, self.accounts, self._client)
         app.include_router(metrics_router(registry_of(self.figures)))
         add_page(app, self.services.feeds)
         app.include_router(playground_router(listen.reachable(self.endpoint), self._own_client))

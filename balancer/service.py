@@ -92,6 +92,11 @@ class Service:
         return bool(self.fleet.models)
 
     @property
+    def replica_key(self) -> str | None:
+        """The API key that its replicas ask for."""
+        return self.config.replica_key
+
+    @property
     def has_replica(self) -> bool:
         """Could one of its replicas get a request now?"""
         return bool(self.fleet.available())

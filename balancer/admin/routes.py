@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Protocol
 
+import httpx
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -11,6 +12,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from balancer.accounts.accounts import Accounts
 from balancer.admin.account_routes import add_accounts
+from balancer.admin.everywhere import add_everywhere
 from balancer.contract.listing import Listing, ReplicaListing
 from balancer.errors import ConfigError, ServeError
 from balancer.fleet.fleet import Fleet
@@ -91,6 +93,7 @@ def admin_app(
     key: str | None,
     guests: Guests | None = None,
     accounts: Accounts | None = None,
+    client: httpx.AsyncClient | None = None,
 ) -> FastAPI:
     """The admin port's app. Requests are about the first service unless they name another (`?service=NAME`)."""
     # FastAPI's own pages load scripts from a CDN, so they are empty on a machine without internet access.
@@ -183,6 +186,9 @@ def admin_app(
 
     absent = error_responses(status_404="neither keys nor usage are kept here (--state)")
     add_accounts(app, accounts, changing, key is not None, UNCHANGED | absent)
+    if client is not None:
+        partly = error_responses(status_502="not every replica accepted it")
+        add_everywhere(app, chosen, changing, client, UNCHANGED | NO_SUCH_SERVICE | partly)
     if guests is not None:
         add_guests(app, guests, changing)
     return app
