@@ -74,6 +74,7 @@ class MemberWatch:
         self._balancer = balancer
         self._came_up = asyncio.Event()  # /ready began to pass: run the service's probe now
         self._was_refused = False
+        self._said_503 = False  # the last answer of /ready, by a replica that shares its GPUs
         self._trouble = ""  # why it could not be probed, as last logged
         self._ready_connection = connect_to(member, when_broken=self._hurry.set)
         self._service_connection = connect_to(member)
@@ -140,11 +141,16 @@ class MemberWatch:
         if response.status == 503:
             if await self._is_away():
                 return
+            if member.tenancy is not None and not self._said_503:
+                self._said_503 = True  # it may have dozed and woken since: it is asked once more
+                self._hurry.set()
+                return
             member.refusing = True
             fleet.note_probe(member, not was_refusing)
         elif response.status not in (200, 404):
             fleet.note_probe(member, member.ready.failed(fleet.clock(), f"GET /ready got {response.status}"))
         elif not await self._is_another():
+            self._said_503 = False
             # 404 is an older SGLang without /ready: there the service's probe alone decides.
             member.refusing = False
             fleet.note_probe(member, member.ready.passed(fleet.clock()) or was_refusing)
@@ -178,6 +184,7 @@ class MemberWatch:
         self._take(said, orders)
         if not self._rests():
             return True
+        self._said_503 = False
         fleet.note_probe(member, member.ready.passed(fleet.clock()))
         return False
 
