@@ -58,6 +58,9 @@ def test_too_few_gpus_are_refused_with_what_there_is() -> None:
         "2 replicas of x want 2 GPUs each (L4, A100); this machine has 3: run fewer replicas"
     )
     assert refusal(wants, 1, (), 99).endswith("this machine has none: smollm2 and tiny-llava run without")
+    assert refusal(wants, 1, seated((L4,), 2, "L4", "A100"), 99).endswith(
+        "this machine has 1: give each replica fewer GPUs"
+    )
     assert "this machine has none and 1 split by MIG" in refusal(wants, 1, seated((MIG,)), 99)
     lost = replace(L4, index=1, problem="GPU is lost")
     assert "this machine has 1, and GPU 1 (GPU is lost) cannot be used: run fewer replicas" in refusal(

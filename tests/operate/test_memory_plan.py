@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from balancer.operate.engines import capacity
+from balancer.operate.engines.local.engine import LocalEngine
+from balancer.operate.engines.shared_memory import fractions
 from balancer.operate.recipe.memory_plan import CONTEXT, LEAST_POOL, WORK, Share, plan, shown
+from balancer.operate.recipe.recipe import fraction, recipe
+from balancer.operate.state.service_folder import ServiceFolder
+from balancer.spec.service_file import load
 from tests.operate.command_line import Groundserve
 
 SEVEN = 13.5  # GiB of a 7B model in bfloat16
@@ -69,13 +75,48 @@ def one_gpu(groundserve: Groundserve, tmp_path: Path) -> Groundserve:
     return groundserve
 
 
-def test_check_of_several_files(one_gpu: Groundserve, tmp_path: Path) -> None:
-    """The plan is a table; a file that asks for more is warned of."""
-    folder = tmp_path / "model"
+def model(folder: Path, gib: int) -> Path:
+    """A folder whose headers tell of so many GiB of weights, in steps of two."""
     folder.mkdir()
-    header = json.dumps({"a": {"dtype": "BF16", "shape": [10, 1 << 30], "data_offsets": [0, 0]}}).encode()
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [gib // 2, 1 << 30], "data_offsets": [0, 0]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_up_passes_the_plan_on(one_gpu: Groundserve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who says no fraction gets the one that check prints, also when its file is read again; who says one keeps it."""
+    for name in ("REPLICA_PRETEND_GPUS", "LEASE_DIR"):
+        monkeypatch.setenv(name, one_gpu.environ[name])
+    run = f"sglang serve --model-path {model(tmp_path / 'model', 20)}"
+    runs = {"a": f"{run} --mem-fraction-static 0.9", "b": run}
+    files = {name: one_gpu.service(name, run, replicas=1, gpu_share=True) for name, run in runs.items()}
+    made = {name: recipe(load(str(file))) for name, file in files.items()}
+    assert fractions([capacity.fit(one)[0] for one in made.values()]) == {"b": 0.667}
+    ServiceFolder(tmp_path, "b").write_planned_fraction(0.667)
+    for name, share in (("a", 0.9), ("b", 0.667)):
+        fitted, _ = LocalEngine(ServiceFolder(tmp_path, name)).fit(made[name])
+        assert fraction(fitted) == share
+        assert fitted.arguments(1)[-2:] == ("--mem-fraction-static", f"{share:g}")
+
+
+def test_up_of_what_does_not_fit(one_gpu: Groundserve, tmp_path: Path) -> None:
+    """It is told with the numbers, before anything starts."""
+    sizes = {"a": 40, "b": 60}
+    files = [
+        one_gpu.service(
+            name, f"sglang serve --model-path {model(tmp_path / f'model-{name}', size)}", replicas=1, gpu_share=True
+        )
+        for name, size in sizes.items()
+    ]
+    said = one_gpu("up", "-d", *files, code=1)
+    assert "b does not fit on GPU 0 (80 GiB): it takes 63.0 GiB at the least, and 35.4 GiB are left beside a" in said
+    assert one_gpu("status").startswith("No existing services.")
+
+
+def test_check_of_several_files(one_gpu: Groundserve, tmp_path: Path) -> None:
+    """The plan is a table; a file that asks for more is warned of."""
+    folder = model(tmp_path / "model", 20)
     runs = {
         "a": f"sglang serve --model-path {folder} --mem-fraction-static 0.9",
         "b": f"sglang serve --model-path {folder}",

@@ -17,12 +17,12 @@ from balancer.operate.commands.boot import said_of
 from balancer.operate.commands.detach import detached
 from balancer.operate.commands.progress import Lines
 from balancer.operate.commands.show import check_host, no_such_service, snapshot_of, up_folders, warn
-from balancer.operate.engines import shared_memory
+from balancer.operate.engines import capacity, shared_memory
 from balancer.operate.engines.addresses import Addresses, AddressFlags
 from balancer.operate.engines.choose import AUTO, choose_engine, take_down_detached
 from balancer.operate.engines.engine import Engine
 from balancer.operate.recipe.launch import masked
-from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.operate.recipe.recipe import FRACTION, Recipe, recipe
 from balancer.operate.state import control_socket
 from balancer.operate.state.beginning import Beginning
 from balancer.operate.state.service_folder import AlreadyUp, DetachedRecord, ServiceFolder, state_root
@@ -117,9 +117,12 @@ def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_deta
 
     In the foreground it then waits for Ctrl-C or a signal to end, and takes them down.
     """
-    names = [load(s.path, name=s.name, envs=s.envs, secrets=s.secrets).name for s in sources]
+    specs = [load(s.path, name=s.name, envs=s.envs, secrets=s.secrets) for s in sources]
+    names = [spec.name for spec in specs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two services are called {min(twice)}: give one of the files another `name:`")
+    if any(spec.operation.gpu_share for spec in specs):
+        _divide_gpus([recipe(spec) for spec in specs])
     started: list[str] = []
     try:
         for name, source in zip(names, sources, strict=True):
@@ -139,6 +142,16 @@ def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_deta
         if not is_detached and started:
             down(list(reversed(started)), None)
     return 0
+
+
+def _divide_gpus(unfitted: Sequence[Recipe]) -> None:
+    """Gives each service that says none itself its share of the GPUs that they share. Raises ConfigError."""
+    folders = {one.spec.name: ServiceFolder(state_root(), one.spec.name) for one in unfitted}
+    there = [capacity.fit(one)[0] for one in unfitted]
+    for name, share in shared_memory.fractions(there).items():
+        if not folders[name].is_up():
+            folders[name].write_planned_fraction(share)
+            print(f"{name}: {FRACTION} {share:g}, as planned for all that share its GPU", flush=True)
 
 
 def check(sources: Sequence[Source]) -> int:

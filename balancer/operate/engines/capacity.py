@@ -190,7 +190,7 @@ def fitted(
     groups = seats(there)
     if each and len(groups) < count:
         raise ConfigError(
-            f"{_replicas(count)} of {spec.name} want {_gpus(each)} each{_too_few(there, mine, known, spec, each)}"
+            f"{_replicas(count)} of {spec.name} want {_gpus(each)} each{_too_few(there, mine, known, spec, len(groups))}"
         )
     if each:
         fits = len(groups) if fits is None else min(fits, len(groups))
@@ -207,7 +207,7 @@ def fitted(
     return replace(recipe, gpus=each, resources=resources, fits=fits), warnings
 
 
-def _too_few(there: tuple[Gpu, ...], mine: list[Gpu], known: list[str], spec: Spec, each: int) -> str:
+def _too_few(there: tuple[Gpu, ...], mine: list[Gpu], known: list[str], spec: Spec, seats: int) -> str:
     """The rest of the error message: what is wanted, what this machine has, and what to do about it."""
     wanted = f" ({', '.join(spec.accelerators)})" if spec.accelerators else ""
     has = f"this machine has {len(mine) or 'none'}{f' of {known[0]}' if known and len(mine) < len(there) else ''}"
@@ -215,7 +215,11 @@ def _too_few(there: tuple[Gpu, ...], mine: list[Gpu], known: list[str], spec: Sp
         has += f" and {split} split by MIG"
     if failed := [f"GPU {gpu.index} ({gpu.problem})" for gpu in there if gpu.problem]:
         has += f", and {', '.join(failed)} cannot be used"
-    return f"{wanted}; {has}: {'run fewer replicas' if len(mine) >= each else 'smollm2 and tiny-llava run without'}"
+    if seats:
+        advice = "run fewer replicas"
+    else:
+        advice = "give each replica fewer GPUs" if mine else "smollm2 and tiny-llava run without"
+    return f"{wanted}; {has}: {advice}"
 
 
 def _replicas(count: int) -> str:

@@ -1,17 +1,25 @@
 """For the user: which of several service files share which GPU of this machine, and how much memory each may use."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from balancer.errors import ConfigError
 from balancer.operate.engines import capacity
 from balancer.operate.engines.capacity import Gpu
-from balancer.operate.recipe.memory_plan import Share, plan, shown
-from balancer.operate.recipe.recipe import Recipe
-
-_FRACTION = "--mem-fraction-static"
+from balancer.operate.recipe.memory_plan import Row, Share, plan, shown
+from balancer.operate.recipe.recipe import FRACTION, Recipe, fraction
 
 
-def described(recipes: Sequence[Recipe]) -> list[str]:
-    """The plan for services with `gpu_share`, one table per GPU; empty if there is no such service or no free GPU."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the services that share one GPU divide it; no rows if the driver does not say how much memory it has."""
+
+    gpu: Gpu
+    rows: tuple[Row, ...]
+
+
+def plans(recipes: Sequence[Recipe]) -> list[Plan]:
+    """One for each GPU that services with `gpu_share` would share; recipes are fitted. Raises ConfigError."""
     sharing = [recipe for recipe in recipes if recipe.spec.operation.gpu_share and recipe.launch is not None]
     there: dict[int, Gpu] = {}
     tenants: dict[int, list[Recipe]] = {}
@@ -25,39 +33,51 @@ def described(recipes: Sequence[Recipe]) -> list[str]:
             for index in group:
                 tenants.setdefault(index, []).append(recipe)
     shares = {recipe.spec.name: _share(recipe) for recipe in sharing} if tenants else {}
+    return [
+        Plan(gpu, tuple(plan(gpu.memory_total / 1024, [shares[recipe.spec.name] for recipe in tenants[index]])))
+        if (gpu := there[index]).memory_total
+        else Plan(gpu, ())
+        for index in sorted(tenants)
+    ]
+
+
+def described(recipes: Sequence[Recipe]) -> list[str]:
+    """The plans as tables; empty if no service shares, or no GPU is free."""
+    said = {recipe.spec.name: fraction(recipe) for recipe in recipes}
     lines: list[str] = []
-    for index in sorted(tenants):
-        gpu = there[index]
-        size = gpu.memory_total / 1024
-        if not size:
-            lines.append(f"GPU {index} ({gpu.name}): the driver does not say how much memory it has")
+    for made in plans(recipes):
+        gpu = made.gpu
+        if not made.rows:
+            lines.append(f"GPU {gpu.index} ({gpu.name}): the driver does not say how much memory it has")
             continue
-        rows = plan(size, [shares[recipe.spec.name] for recipe in tenants[index]])
-        lines += shown(f"GPU {index} ({gpu.name}, {size:.0f} GiB)", rows)
-        said = {recipe.spec.name: _said(recipe) for recipe in tenants[index]}
+        lines += shown(f"GPU {gpu.index} ({gpu.name}, {gpu.memory_total / 1024:.0f} GiB)", made.rows)
         lines += [
-            f"{row.name}: {_FRACTION} {said[row.name]:g} in its file is more than the others leave it"
-            for row in rows
+            f"{row.name}: {FRACTION} {said[row.name]:g} in its file is more than the others leave it"
+            for row in made.rows
             if not row.problem and said[row.name] > row.fraction
         ]
     return lines
+
+
+def fractions(recipes: Sequence[Recipe]) -> dict[str, float]:
+    """What to give as --mem-fraction-static to each service that shares and says none itself, by its name.
+
+    Raises ConfigError, with the numbers, if one of these does not fit.
+    """
+    mute = {recipe.spec.name for recipe in recipes if not fraction(recipe)}
+    given: dict[str, float] = {}
+    for made in plans(recipes):
+        for row in made.rows:
+            if row.name not in mute:
+                continue
+            if row.problem:
+                size = made.gpu.memory_total / 1024
+                raise ConfigError(f"{row.name} does not fit on GPU {made.gpu.index} ({size:.0f} GiB): {row.problem}")
+            given[row.name] = min(row.fraction, given.get(row.name, 1.0))
+    return given
 
 
 def _share(recipe: Recipe) -> Share:
     weights, kv = capacity.weight(recipe)
     each = max(1, recipe.gpus)
     return Share(recipe.spec.name, weights / each / 2**30 if weights is not None else None, kv // each)
-
-
-def _said(recipe: Recipe) -> float:
-    """The --mem-fraction-static in the service file; 0 if there is none."""
-    flags = recipe.launch.flags if recipe.launch else ()
-    said = 0.0
-    for at, flag in enumerate(flags):
-        name, has_value, value = flag.partition("=")
-        if name == _FRACTION:
-            try:
-                said = float(value if has_value else "".join(flags[at + 1 : at + 2]))
-            except ValueError:
-                said = 0.0
-    return said

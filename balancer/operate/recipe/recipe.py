@@ -22,6 +22,8 @@ GPUS = "SKYPILOT_NUM_GPUS_PER_NODE"
 PORT = "GROUNDSERVE_PORT"
 LEASE_WAIT = "LEASE_WAIT"
 GPU_SHARE = "GPU_SHARE"
+# SGLang's flag, by which a service says how much of each GPU is its own during its turn.
+FRACTION = "--mem-fraction-static"
 # For others that look for a GPU: whose replica has one.
 SERVICE, PRIORITY = "GROUNDSERVE_SERVICE", "GROUNDSERVE_PRIORITY"
 # Seconds that one start waits for a GPU. The controller keeps trying, and can report the reason in between.
@@ -171,6 +173,27 @@ def for_kind(made: Recipe, kind: str) -> Recipe:
     """The recipe for replicas on GPUs of this kind; the file may ask for a different number of each kind."""
     spec = replace(made.spec, accelerators={kind: made.spec.accelerators[kind]})
     return replace(recipe(spec, made.version), resources=made.resources, fits=made.fits)
+
+
+def fraction(recipe: Recipe) -> float:
+    """The --mem-fraction-static in the service file; 0 if there is none."""
+    flags = recipe.launch.flags if recipe.launch else ()
+    said = 0.0
+    for at, flag in enumerate(flags):
+        name, has_value, value = flag.partition("=")
+        if name == FRACTION:
+            try:
+                said = float(value if has_value else "".join(flags[at + 1 : at + 2]))
+            except ValueError:
+                said = 0.0
+    return said
+
+
+def with_fraction(made: Recipe, share: float | None) -> Recipe:
+    """The recipe with this share of each GPU that it shares, if there is one and its file says none."""
+    if made.launch is None or not made.spec.operation.gpu_share or share is None or fraction(made):
+        return made
+    return replace(made, launch=replace(made.launch, flags=(*made.launch.flags, FRACTION, f"{share:g}")))
 
 
 def _launch(spec: Spec, gpus: int) -> tuple[Launch | None, str]:

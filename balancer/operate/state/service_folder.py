@@ -51,6 +51,7 @@ class ServiceFolder:
         self._lock_file = self.path / "lock"
         # Exists while the service would outlive its controller, or has outlived it.
         self._detached_file = self.path / "detached.json"
+        self._plan_file = self.path / "mem-fraction"
 
     def claim(self) -> TextIO:
         """Creates the folder and locks it for as long as the returned file stays open, however the process ends.
@@ -126,6 +127,23 @@ class ServiceFolder:
             self._detached_file.unlink(missing_ok=True)
         except OSError as failure:
             raise broken(self._detached_file, failure.strerror) from None
+
+    @property
+    def planned_fraction(self) -> float | None:
+        """Its share of each GPU that it shares, as planned with those that it came up with. Raises BrokenState."""
+        text = read_whole(self._plan_file)
+        try:
+            return None if text is None else float(text)
+        except ValueError:
+            raise broken(self._plan_file, "it is no number") from None
+
+    def write_planned_fraction(self, share: float) -> None:
+        """Raises BrokenState."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as failure:
+            raise broken(self.path, failure.strerror) from None
+        write_whole(self._plan_file, f"{share:g}")
 
     def write_service_file(self, text: str) -> Path:
         """Replaces the file atomically, because a running balancer rereads it.

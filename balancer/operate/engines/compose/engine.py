@@ -27,7 +27,7 @@ from balancer.operate.engines.compose.balancer_handle import ComposeBalancer, en
 from balancer.operate.engines.compose.project import ROOT, Container, Project, check_docker, has_docker
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
 from balancer.operate.engines.first_words import FirstWords
-from balancer.operate.recipe.recipe import Recipe
+from balancer.operate.recipe.recipe import Recipe, with_fraction
 from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 from balancer.operate.state.state_file import write_whole
 
@@ -75,7 +75,8 @@ class ComposeEngine:
                 "image: use --on local"
             )
         check_docker()
-        return capacity.fit(recipe, running)
+        made, warnings = capacity.fit(recipe, running)
+        return with_fraction(made, self._folder.planned_fraction), warnings
 
     def placement(self, recipe: Recipe) -> list[str]:
         return capacity.placement(recipe)

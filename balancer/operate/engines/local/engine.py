@@ -18,7 +18,7 @@ from balancer.operate.engines.first_words import FirstWords
 from balancer.operate.engines.local.balancer_handle import LocalBalancer
 from balancer.operate.engines.local.joined import Host, JoinedBalancer
 from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
-from balancer.operate.recipe.recipe import Recipe
+from balancer.operate.recipe.recipe import Recipe, with_fraction
 from balancer.operate.state import keys
 from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
 
@@ -58,7 +58,8 @@ class LocalEngine:
                 f"{recipe.spec.name}: its replicas ask for a key of this service, and now `run:` brings one of its "
                 "own: take it down and up again"
             )
-        return capacity.fit(recipe, running)
+        made, warnings = capacity.fit(recipe, running)
+        return with_fraction(made, self._folder.planned_fraction), warnings
 
     def placement(self, recipe: Recipe) -> list[str]:
         return capacity.placement(recipe)
