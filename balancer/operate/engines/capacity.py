@@ -189,9 +189,8 @@ def fitted(
     each = recipe.gpus or (1 if mine and recipe.launch else 0)
     groups = seats(there)
     if each and len(groups) < count:
-        raise ConfigError(
-            f"{_replicas(count)} of {spec.name} want {_gpus(each)} each{_too_few(there, mine, known, spec, len(groups))}"
-        )
+        why = _too_few(there, mine, known, spec, len(groups))
+        raise ConfigError(f"{_replicas(count)} of {spec.name} want {_gpus(each)} each{why}")
     if each:
         fits = len(groups) if fits is None else min(fits, len(groups))
         if not running and (free := len(_free(groups))) < count:
