@@ -379,14 +379,28 @@ def test_a_start_that_seemed_to_fail_leaves_no_second_replica(docker: Path) -> N
     asyncio.run(work())
 
 
+def test_no_file_keeps_a_secret(docker: Path) -> None:
+    """Whether a replica could be started or not: its overlay with its envs goes when Compose has read it."""
+
+    async def work() -> None:
+        engine = engine_at(docker / "x")
+        await engine.start(1, made(more="envs: {HF_TOKEN: s3cr3t}"))
+        with pytest.raises(CannotStart):
+            await engine.start(2, made("sglang serve --model-path a/BROKEN", more="envs: {HF_TOKEN: s3cr3t}"))
+        files = [path for path in (docker / "x").rglob("*") if path.is_file()]
+        assert not [path for path in files if b"s3cr3t" in path.read_bytes()]
+        await engine.stop(1, 0)
+
+    asyncio.run(work())
+
+
 def test_replicas_come_back_after_a_reboot(docker: Path) -> None:
     """The balancer's container returns by itself, the replicas with the controller, which alone starts them."""
 
     async def work() -> None:
         before = engine_at(docker / "x")
         await before.start(1, made())
-        overlay = json.loads((docker / "x/replica.json").read_text())
-        assert overlay["services"]["replica"]["restart"] == "no"
+        assert replica_overlay(1, made())["restart"] == "no"
         forget(before)
         for one in containers(docker):
             docker_stub.kill(one)

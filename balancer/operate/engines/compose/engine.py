@@ -121,11 +121,14 @@ class ComposeEngine:
         async with self._one_at_a_time:
             if await self._left_by_an_earlier_start(id, recipe):
                 return
-            # The file's default mode keeps other users out: envs may be secrets.
-            write_whole(overlay, json.dumps({"services": {"replica": replica_overlay(id, recipe)}}))
             count = len(await self._project.containers("replica")) + 1
             scale = ("up", "-d", "--no-recreate", "--no-deps", "--scale", f"replica={count}", "replica")
-            await self._project.compose(*scale, overlays=[overlay])
+            try:
+                # Envs may be secrets: the file's default mode keeps other users out, and it goes when it has been read.
+                write_whole(overlay, json.dumps({"services": {"replica": replica_overlay(id, recipe)}}))
+                await self._project.compose(*scale, overlays=[overlay])
+            finally:
+                overlay.unlink(missing_ok=True)
             containers = await self._project.containers("replica")
         for container in containers:
             if container.labels.get(_ID) == str(id):
