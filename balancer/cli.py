@@ -1,4 +1,4 @@
-"""groundserve: up, status, scale, update, down, logs, check, keys, usage, models. Parsing only; operate does it."""
+"""The command groundserve: parsing only; balancer/operate does what it says."""
 
 import argparse
 import os
@@ -10,6 +10,7 @@ from balancer.errors import ConfigError
 from balancer.inherited import settle
 from balancer.operate.commands import accounts, boot, change, events, models, show, sky_flags, variables
 from balancer.operate.commands.admin_port import AdminPort
+from balancer.operate.commands.begin import Source
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, ENGINES
 
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("down: --replica-id wants the NAME of one service")
         if options.balancer and (len(options.names) != 1 or options.replica_id is not None):
             parser.error("down: --balancer wants the NAME of one service and nothing else")
+    if options.command == "update" and bool(options.service) == options.abort:
+        parser.error("update: give a SERVICE.yaml, or --abort")
     if options.command == "check" and options.service_name and len(options.service) > 1:
         parser.error("check: -n names one service, and there are several files")
     if options.command == "up":
@@ -74,6 +77,8 @@ def _run(options: argparse.Namespace) -> int:
         case "scale":
             return change.scale(options.name, options.replicas)
         case "update":
+            if options.abort:
+                return change.abort(options.name)
             return change.update(options.name, _source(options), options.mode)
         case "keys":
             port = AdminPort.of(options.service_name, options.admin_key)
@@ -89,6 +94,10 @@ def _run(options: argparse.Namespace) -> int:
         case "usage":
             port = AdminPort.of(options.service_name, None)
             return accounts.usage(port, options.by, options.since, options.form)
+        case "rollback":
+            return change.rollback(options.name, options.version, options.mode)
+        case "restart":
+            return change.restart(options.name, options.replica_id)
         case "pull":
             return models.keep("pull", [f"--revision={options.revision}", "--", *options.models])
         case "models":
@@ -109,7 +118,7 @@ def _wish(options: argparse.Namespace) -> accounts.Wish:
     return accounts.Wish(**{name: getattr(options, name) for name in accounts.Wish.__dataclass_fields__})
 
 
-def _source(options: argparse.Namespace, one: str | None = None) -> change.Source:
+def _source(options: argparse.Namespace, one: str | None = None) -> Source:
     """The file that was given, or one of several."""
     envs: dict[str, str] = {}
     for path in options.env_file:
@@ -119,7 +128,7 @@ def _source(options: argparse.Namespace, one: str | None = None) -> change.Sourc
     for path in options.secret_file:
         secrets |= variables.of_file("--secret-file", path)
     secrets |= dict(variables.pair(text, "--secret") for text in options.secret)
-    return change.Source(one or options.service, getattr(options, "service_name", None), envs, secrets)
+    return Source(one or options.service, getattr(options, "service_name", None), envs, secrets)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         return parser
 
     up = command("up", "start a service and stay in the foreground as its controller")
-    _add_source(up, several=True)
+    _add_source(
+        up, "a SkyServe service file; or the name of a service that is meant to run, to resume it", several=True
+    )
     _add_name(up)
     up.add_argument("--join", metavar="NAME", help="share the endpoint of this service, which is up")
     up.add_argument(
@@ -180,11 +191,21 @@ def _parser() -> argparse.ArgumentParser:
         "update", "update a running service from a file, and roll back if the new version does not become ready"
     )
     update.add_argument("name", metavar="NAME")
-    _add_source(update)
-    update.add_argument(
-        "--mode", type=str.lower, choices=("rolling", "blue_green"), default="rolling", help="default: rolling"
-    )
+    _add_source(update, is_optional=True)
+    _add_mode(update)
+    update.add_argument("--abort", action="store_true", help="go back from the update that is under way instead")
     update.add_argument("-y", "--yes", action="store_true", help="accepted as by sky serve; nothing is ever asked")
+
+    rollback = command("rollback", "update a running service to the file of an earlier version")
+    rollback.add_argument("name", metavar="NAME")
+    rollback.add_argument(
+        "version", metavar="VERSION", type=_count, nargs="?", help="default: the one that served before"
+    )
+    _add_mode(rollback)
+
+    restart = command("restart", "replace the replicas of a service by new ones, one after the other")
+    restart.add_argument("name", metavar="NAME")
+    restart.add_argument("--replica-id", type=_count, metavar="N", help="only this replica")
 
     logs = command("logs", "show what the replicas of a service print")
     logs.add_argument("name", metavar="NAME")
@@ -297,9 +318,21 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--service-name", metavar="NAME", help="default: the file's `name`, else its stem")
 
 
-def _add_source(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    count = "+" if several else None
-    parser.add_argument("service", metavar="SERVICE.yaml", nargs=count, help="a SkyServe service file")
+def _add_mode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mode", type=str.lower, choices=("rolling", "blue_green"), default="rolling", help="default: rolling"
+    )
+
+
+def _add_source(
+    parser: argparse.ArgumentParser,
+    text: str = "a SkyServe service file",
+    *,
+    several: bool = False,
+    is_optional: bool = False,
+) -> None:
+    count = "+" if several else "?" if is_optional else None
+    parser.add_argument("service", metavar="SERVICE.yaml", nargs=count, help=text)
     parser.add_argument("--env", action="append", default=[], metavar="K=V", help="set one of the file's envs")
     parser.add_argument(
         "--env-file", action="append", default=[], type=Path, metavar="FILE", help="a file of K=V lines"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from balancer import cli
@@ -22,7 +23,8 @@ from balancer.operate.engines.engine import Ended, Survivor
 from balancer.operate.engines.local.balancer_handle import LocalBalancer
 from balancer.operate.engines.ports import free_ports
 from balancer.operate.recipe.recipe import Recipe
-from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
+from balancer.operate.state.desired import Desired
+from balancer.operate.state.service_folder import ServiceFolder
 
 
 class MadeUpEngine:
@@ -48,12 +50,12 @@ class MadeUpEngine:
         return []
 
     def take_down(self) -> None:
-        for pid, _ in self._written().values():
+        for pid, *_ in self._written().values():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
         self._file.unlink(missing_ok=True)
 
-    def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None) -> Addresses:
+    def prepare(self, recipe: Recipe, flags: AddressFlags, left: Desired | None) -> Addresses:
         self._ports = open_listeners(flags)
         return self._ports[0]
 
@@ -62,7 +64,11 @@ class MadeUpEngine:
         return LocalBalancer(self._folder, *self._ports, recipe, None, self.changed.set)
 
     async def found(self) -> tuple[Survivor, ...]:
-        return ()
+        listings = self.running()
+        return tuple(
+            Survivor(id, replace(listings[id], version=version), digest)
+            for id, (_, _, version, digest) in self._written().items()
+        )
 
     async def start(self, id: int, recipe: Recipe) -> None:
         self._start(id, recipe)
@@ -80,18 +86,19 @@ class MadeUpEngine:
             stderr=nothing,
             start_new_session=True,
         )
-        self._write({**self._written(), id: (process.pid, port)})
+        self._write({**self._written(), id: (process.pid, port, recipe.version, recipe.digest)})
 
     async def stop(self, id: int, grace: float) -> None:
         written = self._written()
         if id in written:
-            os.kill(written.pop(id)[0], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(written.pop(id)[0], signal.SIGKILL)
             self._write(written)
 
     def running(self) -> Mapping[int, ReplicaListing]:
         return {
             id: ReplicaListing(f"made-up-{id}", f"http://127.0.0.1:{port}", id=id, launched_seconds=0, infra=self.name)
-            for id, (_, port) in self._written().items()
+            for id, (_, port, _, _) in self._written().items()
         }
 
     def ended(self) -> tuple[Ended, ...]:
@@ -100,13 +107,13 @@ class MadeUpEngine:
     async def close(self) -> None:
         self._file.unlink(missing_ok=True)
 
-    def _written(self) -> dict[int, tuple[int, int]]:
-        """The process and the port of each replica."""
+    def _written(self) -> dict[int, tuple[int, int, int, str]]:
+        """The process and the port of each replica, its version, and the digest of its recipe."""
         if not self._file.exists():
             return {}
-        return {int(id): (pid, port) for id, (pid, port) in json.loads(self._file.read_text()).items()}
+        return {int(id): tuple(facts) for id, facts in json.loads(self._file.read_text()).items()}
 
-    def _write(self, replicas: Mapping[int, tuple[int, int]]) -> None:
+    def _write(self, replicas: Mapping[int, tuple[int, int, int, str]]) -> None:
         self._file.write_text(json.dumps(replicas))
 
 

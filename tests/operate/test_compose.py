@@ -27,10 +27,11 @@ from balancer.operate.engines.compose.project import Container, name_of
 from balancer.operate.engines.engine import CannotStart
 from balancer.operate.engines.first_words import FirstWords
 from balancer.operate.recipe.recipe import Recipe, recipe
-from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
+from balancer.operate.state.service_folder import ServiceFolder
 from balancer.spec.service_file import parse
 from tests.operate import docker_stub
 from tests.operate.command_line import PATIENCE
+from tests.operate.meant import desired
 from tests.support.until import until
 
 LOOPBACK = Addresses("127.0.0.1:30001", "127.0.0.1:30002")
@@ -247,33 +248,21 @@ def test_compose_file_of_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_service_comes_up_again_where_it_was_left() -> None:
-    record = DetachedRecord("compose", "127.0.0.1:1234", "127.0.0.1:1235")
+    left = desired(engine="compose", is_left=True, listen="127.0.0.1:1234", admin="127.0.0.1:1235")
     same = AddressFlags("127.0.0.1:1234")
-    assert choose_addresses(AddressFlags(), record) == Addresses("127.0.0.1:1234", "127.0.0.1:1235")
-    assert choose_addresses(same, record).listen == "127.0.0.1:1234", "its own port is not in its way"
-    another = choose_addresses(AddressFlags("127.0.0.1:0"), record)
+    assert choose_addresses(AddressFlags(), left) == Addresses("127.0.0.1:1234", "127.0.0.1:1235")
+    assert choose_addresses(same, left).listen == "127.0.0.1:1234", "its own port is not in its way"
+    another = choose_addresses(AddressFlags("127.0.0.1:0"), left)
     assert another.listen != "127.0.0.1:1234", "unless another is asked for"
 
 
 def test_a_service_comes_up_again_on_the_engine_that_runs_it(tmp_path: Path) -> None:
     folder = ServiceFolder(tmp_path, "x")
     with folder.claim():
-        folder.write_detached_record(DetachedRecord("compose", "a:1", "b:2"))
+        folder.write_desired(desired(engine="compose", is_left=True))
     assert choose_engine("auto", made(), folder).name == "compose"
     with pytest.raises(ConfigError, match="x serves on without its controller, on compose: groundserve down x ends it"):
         choose_engine("local", made(), folder)
-
-
-def test_detached_record_without_a_controller(tmp_path: Path) -> None:
-    """What a controller left behind is known while no controller holds the folder."""
-    folder = ServiceFolder(tmp_path, "x")
-    with folder.claim():
-        folder.write_detached_record(DetachedRecord("compose", "a:1", "b:2"))
-        assert folder.detached_record is None, "it has its controller"
-    assert folder.detached_record == DetachedRecord("compose", "a:1", "b:2")
-    folder.remove_detached_record()
-    assert folder.detached_record is None
-    folder.remove_detached_record()
 
 
 # A Docker that is silent, or away for a while

@@ -286,9 +286,9 @@ def test_what_it_left_is_taken_down_through_its_own_door(made_up: WithMadeUp) ->
     lock = json.loads((made_up.folder / "state/groundserve/lab/lock").read_text())
     os.kill(lock["pid"], signal.SIGKILL)
     folder = ServiceFolder(made_up.folder / "state/groundserve", "lab")
-    record = wait_until(lambda: folder.detached_record)
-    assert record is not None
-    assert record.engine == "made-up"
+    wait_until(lambda: folder.is_detached)
+    assert folder.desired is not None
+    assert folder.desired.engine == "made-up"
     with pytest.raises(ConfigError, match="lab: there is no engine made-up, only local and compose"):
         choose.take_down_detached(folder)
     assert made_up("down", "lab") == "lab is down\n"

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from balancer.operate.state.holder import Holder
-from balancer.operate.state.service_folder import AlreadyUp, DetachedRecord, ServiceFolder, folders
+from balancer.operate.state.service_folder import AlreadyUp, ServiceFolder, folders
 from balancer.operate.state.state_file import BrokenState, read_whole, write_whole
 from tests.operate.command_line import Groundserve
+from tests.operate.meant import desired
 from tests.support.until import wait_until
 
 
@@ -161,7 +162,7 @@ def test_a_lock_that_is_held_keeps_others_out(tmp_path: Path) -> None:
 
 
 def test_a_file_is_new_or_old_but_never_half(tmp_path: Path) -> None:
-    file = tmp_path / "detached.json"
+    file = tmp_path / "desired.json"
     write_whole(file, "old")
     is_over = threading.Event()
     seen = set()
@@ -177,18 +178,18 @@ def test_a_file_is_new_or_old_but_never_half(tmp_path: Path) -> None:
     is_over.set()
     reader.join()
     assert {len(text or "") for text in seen} <= {3, 10_000, 20_000}
-    assert [path.name for path in tmp_path.iterdir()] == ["detached.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["desired.json"]
     assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    file = tmp_path / "detached.json"
+    file = tmp_path / "desired.json"
     write_whole(file, "old")
     with pytest.raises(UnicodeEncodeError):
         write_whole(file, "\ud800")
     assert read_whole(file) == "old"
-    (tmp_path / "detached.json.new").mkdir()
-    with pytest.raises(BrokenState, match=r"detached\.json cannot be written: Is a directory"):
+    (tmp_path / "desired.json.new").mkdir()
+    with pytest.raises(BrokenState, match=r"desired\.json cannot be written: Is a directory"):
         write_whole(file, "new")
     assert read_whole(file) == "old"
 
@@ -197,26 +198,26 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 def test_a_broken_left_file_is_said_in_one_line(tmp_path: Path, make: Callable[[Path], None]) -> None:
     folder = ServiceFolder(tmp_path, "x")
     folder.claim().close()
-    make(folder.path / "detached.json")
-    with pytest.raises(BrokenState, match=r"detached\.json cannot be used"):
-        print(folder.detached_record)
+    make(folder.path / "desired.json")
+    with pytest.raises(BrokenState, match=r"desired\.json cannot be used"):
+        print(folder.desired)
     assert folder.is_detached
 
 
 def test_where_it_was_left_is_found_again(tmp_path: Path) -> None:
     folder = ServiceFolder(tmp_path, "x")
     with folder.claim():
-        folder.write_detached_record(DetachedRecord("compose", "127.0.0.1:1", "127.0.0.1:2"))
-        assert folder.detached_record is None
-    assert folder.detached_record == DetachedRecord("compose", "127.0.0.1:1", "127.0.0.1:2")
-    folder.remove_detached_record()
-    assert folder.detached_record is None
+        folder.write_desired(desired(is_left=True))
+        assert not folder.is_detached
+    assert folder.is_detached
+    folder.write_desired(desired(is_left=False))
+    assert not folder.is_detached
 
 
 def test_broken_folders_are_no_other_ones_affair(groundserve: Groundserve, tmp_path: Path) -> None:
     """Each of their files in each way, and nothing of it is up; the next test has a service that is."""
     root = tmp_path / "state/groundserve"
-    for name in ("detached.json", "lock", "control.sock", "admin.key", "replica-1.log", "replica-x.log", "balancer"):
+    for name in ("desired.json", "lock", "control.sock", "admin.key", "replica-1.log", "replica-x.log", "balancer"):
         for number, make in enumerate(BROKEN):
             folder = ServiceFolder(root, f"broken-{name}-{number}")
             folder.claim().close()
@@ -254,16 +255,16 @@ def test_a_start_that_a_broken_file_stops_says_so_in_one_line(
 def test_status_and_down_of_others_go_on_beside_a_broken_folder(groundserve: Groundserve, tmp_path: Path) -> None:
     groundserve.up(groundserve.service("fine", replicas=1)).until_up()
     root = tmp_path / "state/groundserve"
-    for name, file in (("half", "detached.json"), ("odd", "lock")):
+    for name, file in (("half", "desired.json"), ("odd", "lock")):
         (root / name).mkdir()
         (root / name / "lock").touch()
         (root / name / file).unlink(missing_ok=True)
-    (root / "half/detached.json").write_text('{"listen": ')
+    (root / "half/desired.json").write_text('{"listen": ')
     (root / "odd/lock").mkdir()
     (root / "a file").touch()
     said = groundserve("status", code=4)
     assert "READY" in said
-    assert f"half: {root}/half/detached.json cannot be used (it is not whole)" in said
+    assert f"half: {root}/half/desired.json cannot be used (it is not whole)" in said
     assert f"groundserve: odd: {root}/odd/lock cannot be used (Is a directory): remove it" in said
     assert "Traceback" not in said
     assert "fine is down" in groundserve("down", "fine")

@@ -236,7 +236,7 @@ def test_nobody_sees_an_unseen_version_that_is_given_up() -> None:
     assert wanted.hidden == frozenset()
 
 
-def test_an_update_of_a_sleeping_service_starts_one_replica_to_see() -> None:
+def test_an_update_of_a_sleeping_service_starts_one_replica() -> None:
     wanted = Wanted(made(service=AUTOSCALED))
     wanted.update(made(2, "b $GROUNDSERVE_PORT", AUTOSCALED), "rolling")
     assert wanted.counts([], Load(), 0.0) == ({1: 0, 2: 1}, None)

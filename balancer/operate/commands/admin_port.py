@@ -36,8 +36,8 @@ class AdminPort:
         if not folders:
             return cls(os.environ.get(ADMIN_VARIABLE, DEFAULT_ADMIN).rstrip("/"), given)
         folder = folders[0]
-        if (record := folder.detached_record) is not None:
-            return cls(f"http://{record.admin}", given or folder.admin_key_file)
+        if folder.is_detached and (left := folder.desired) is not None:
+            return cls(f"http://{left.admin}", given or folder.admin_key_file)
         try:
             where = control_socket.ask(folder.socket, {"do": "balancer"})
         except control_socket.NotUp:

@@ -6,13 +6,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from balancer.errors import ConfigError
 from balancer.inherited import ending, tell
 from balancer.operate.commands import up as service_up
+from balancer.operate.commands.begin import Source, beginning
 from balancer.operate.commands.boot import said_of
 from balancer.operate.commands.detach import detached
 from balancer.operate.commands.progress import Lines
@@ -25,7 +26,7 @@ from balancer.operate.recipe.launch import masked
 from balancer.operate.recipe.recipe import FRACTION, Recipe, recipe
 from balancer.operate.state import control_socket
 from balancer.operate.state.beginning import Beginning
-from balancer.operate.state.service_folder import AlreadyUp, DetachedRecord, ServiceFolder, state_root
+from balancer.operate.state.service_folder import AlreadyUp, ServiceFolder, state_root
 from balancer.spec.service_file import load, read
 
 # Seconds that a controller which does not answer gets to end after each signal (SIGTERM, then SIGKILL).
@@ -33,16 +34,6 @@ _PATIENCE = 10.0
 # While it ends: seconds between two questions whether it is alive, and of silence after which it is not.
 _LOOK = 2.0
 _SILENCE = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A service file, and what the command line overrides in it."""
-
-    path: str
-    name: str | None = None
-    envs: Mapping[str, str] = field(default_factory=dict, repr=False)
-    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def fitted(source: Source, on: str = AUTO) -> tuple[Recipe, Engine]:
@@ -59,10 +50,8 @@ def fitted(source: Source, on: str = AUTO) -> tuple[Recipe, Engine]:
 
 
 def up(source: Source, flags: AddressFlags, on: str, is_detached: bool) -> int:
-    recipe, engine = fitted(source, on)
-    name = recipe.spec.name
-    folder = ServiceFolder(state_root(), name)
-    record = folder.detached_record if engine.outlives_controller else None
+    begin = beginning(source, flags, on)
+    name, folder = begin.name, begin.folder
     try:
         lock = folder.claim()
     except AlreadyUp:
@@ -76,14 +65,14 @@ def up(source: Source, flags: AddressFlags, on: str, is_detached: bool) -> int:
             f"{failure.filename or folder.path}: {failure.strerror}: set XDG_STATE_HOME to a folder that can be written"
         ) from None
     with lock:
-        addresses = engine.prepare(recipe, flags, record)
+        addresses = begin.engine.prepare(begin.wanted.serving, begin.flags, begin.left)
 
         def work(progress: Lines, came_up: Callable[[], None]) -> int:
             folder.sign(lock)
-            if engine.outlives_controller:
-                folder.write_detached_record(DetachedRecord(engine.name, addresses.listen, addresses.admin))
-            _beginning(source, recipe, flags, addresses, engine.name).write(folder.beginning_file)
-            return service_up.run(recipe, folder, engine, progress, came_up)
+            if not source.is_name:
+                made = _beginning(source, begin.wanted.newest, begin.flags, addresses, begin.engine.name)
+                made.write(folder.beginning_file)
+            return service_up.run(begin, addresses, progress, came_up)
 
         if is_detached:
             return detached(lambda came_up: work(Lines(sys.stdout), came_up), folder.controller_log)
@@ -117,8 +106,10 @@ def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_deta
 
     In the foreground it then waits for Ctrl-C or a signal to end, and takes them down.
     """
-    specs = [load(s.path, name=s.name, envs=s.envs, secrets=s.secrets) for s in sources]
-    names = [spec.name for spec in specs]
+    files = [source for source in sources if not source.is_name]
+    specs = [load(s.path, name=s.name, envs=s.envs, secrets=s.secrets) for s in files]
+    named = iter(specs)
+    names = [source.path if source.is_name else next(named).name for source in sources]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two services are called {min(twice)}: give one of the files another `name:`")
     if any(spec.operation.gpu_share for spec in specs):
@@ -198,7 +189,37 @@ def update(name: str, source: Source, mode: str) -> int:
         "secrets": dict(source.secrets),
         "mode": mode,
     }
-    print(_ask(name, request, timeout=None))
+    return _followed(name, request)
+
+
+def abort(name: str) -> int:
+    print(_ask(name, {"do": "abort"}))
+    return 0
+
+
+def rollback(name: str, version: int | None, mode: str) -> int:
+    """Back to this version's file, or to the one before the current version's."""
+    return _followed(name, {"do": "rollback", "version": version, "mode": mode})
+
+
+def restart(name: str, replica_id: int | None) -> int:
+    """Replaces all replicas, one after the other, or only the one with this id."""
+    return _replace(name, replica_id) if replica_id is not None else _followed(name, {"do": "restart"})
+
+
+def _followed(name: str, request: Mapping[str, Any]) -> int:
+    """Asks for an update, and shows how it goes."""
+    try:
+        print(_ask(name, request, timeout=None))
+    except KeyboardInterrupt:
+        print(f"\nit goes on: groundserve status {name} shows how far it is, groundserve update {name} --abort ends it")
+        return 130
+    return 0
+
+
+def _replace(name: str, replica_id: int) -> int:
+    _ask(name, {"do": "replace", "id": replica_id})
+    print(f"{name}: replica {replica_id} finishes what it has and ends; another takes its place")
     return 0
 
 
@@ -209,10 +230,8 @@ def down(names: Sequence[str], replica_id: int | None, is_balancer: bool = False
         print(f"{names[0]}: its balancer finishes what it has and ends; another takes its place")
         return 0
     if replica_id is not None:
-        _ask(names[0], {"do": "replace", "id": replica_id})
-        print(f"{names[0]}: replica {replica_id} finishes what it has and ends; another takes its place")
-        return 0
-    found, failures = up_folders(names)
+        return _replace(names[0], replica_id)
+    found, failures = up_folders(names, with_meant=True)
     if not found and not failures:
         print("No existing services.")
     for folder in found:
@@ -228,8 +247,8 @@ def down(names: Sequence[str], replica_id: int | None, is_balancer: bool = False
 
 
 def _take_down(folder: ServiceFolder) -> None:
-    if folder.is_detached:
-        take_down_detached(folder)
+    if not folder.is_up():
+        _forget(folder)
         return
     if not _asked_to_end(folder):
         # It is starting, or it hangs. Its children end with it, however it ends.
@@ -239,6 +258,14 @@ def _take_down(folder: ServiceFolder) -> None:
     _wait_until(lambda: not folder.is_up(), _PATIENCE)
     if folder.is_up():
         raise ConfigError(f"{folder.name} does not end: see who has {folder.path / 'lock'} open")
+    _forget(folder)
+
+
+def _forget(folder: ServiceFolder) -> None:
+    """Whatever its controller could not stop goes too."""
+    if folder.is_detached:
+        take_down_detached(folder)
+    folder.remove_desired()
 
 
 def _asked_to_end(folder: ServiceFolder) -> bool:
@@ -280,9 +307,7 @@ def _is_ended(folder: ServiceFolder, number: signal.Signals) -> bool:
 def _ask(name: str, request: Mapping[str, Any], timeout: float | None = 10) -> Any:
     folder = ServiceFolder(state_root(), name)
     if folder.is_detached:
-        raise ConfigError(
-            f"{name} serves on, but its controller is gone: groundserve up with its file takes it up again"
-        )
+        raise ConfigError(f"{name} serves on, but its controller is gone: groundserve up {name} takes it up again")
     if not folder.is_up():
         raise ConfigError(no_such_service(name))
     try:

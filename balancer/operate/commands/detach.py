@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from balancer.errors import ConfigError
 from balancer.operate.engines.rotation import RotatedLog
 
 # What the background process sends once its service is up.
@@ -58,6 +59,9 @@ def _in_background(work: Callable[[Callable[[], None]], int], writing: int, log:
 
     try:
         return work(came_up)
+    except ConfigError as failure:
+        print(f"groundserve: {failure}")
+        return 1
     except Exception:
         sys.excepthook(*sys.exc_info())
         return 1

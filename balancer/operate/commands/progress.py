@@ -45,6 +45,18 @@ class Lines:
         """Call it once the service is up: from then on, every change is a line."""
 
 
+class Told(Lines):
+    """The same for somebody who has asked for a change and is told how it goes: no line for what was so before."""
+
+    def __init__(self, before: Snapshot, say: Callable[[str], None]) -> None:
+        super().__init__(sys.stdout)
+        self._statuses = {row.name: row.status for row in before.replicas}
+        self._tell = say
+
+    def say(self, text: str) -> None:
+        self._tell(text)
+
+
 class Moving(Lines):
     """Progress on a terminal, until the service is up: a row per replica with its age and the last line of its log."""
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from balancer.contract.status import ServiceRow, Snapshot
 from balancer.contract.words import Phase, ServiceStatus, Status
 from balancer.errors import ConfigError
+from balancer.operate.commands.begin import is_meant
 from balancer.operate.commands.log_reader import LogReader
 from balancer.operate.commands.progress import COLOURS
 from balancer.operate.commands.table import tables
@@ -71,9 +72,10 @@ def status(patterns: Sequence[str], how: Display) -> int:
 
 
 def _show(patterns: Sequence[str], how: Display, console: Console | None = None) -> int:
-    services, failures = up_folders(patterns)
+    found, failures = up_folders(patterns, with_meant=True)
     warn(failures)
-    snapshots = [snapshot_of(folder) for folder in services]
+    meant = [folder.name for folder in found if not folder.is_up() and not folder.is_detached]
+    snapshots = [snapshot_of(folder) for folder in found if folder.name not in meant]
     if not snapshots and not patterns and not failures:
         snapshots = _from_default_admin_port()
     if how.endpoint_only:
@@ -89,7 +91,9 @@ def _show(patterns: Sequence[str], how: Display, console: Console | None = None)
             if word.phase in COLOURS:
                 text.highlight_regex(rf"(?<!\S){word}(?!\S)", COLOURS[word.phase])
         (console or Console(highlight=False)).print(text, soft_wrap=True)
-    return max([DOWN if failures else ALL_READY, *map(exit_code, snapshots)])
+        for name in meant:
+            (console or Console(highlight=False)).print(no_such_service(name), soft_wrap=True)
+    return max([DOWN if failures or meant else ALL_READY, *map(exit_code, snapshots)])
 
 
 def exit_code(snapshot: Snapshot) -> int:
@@ -140,10 +144,11 @@ def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | Non
     return 0
 
 
-def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[ConfigError]]:
+def up_folders(patterns: Collection[str], with_meant: bool = False) -> tuple[list[ServiceFolder], list[ConfigError]]:
     """The matching services that are up, even without a controller, and an error for each matching broken folder.
 
-    Raises NoSuchService if a pattern matches none.
+    `with_meant` adds those of which nothing runs although they are meant to. Raises NoSuchService if a pattern matches
+    none.
     """
     services: list[ServiceFolder] = []
     failures: list[ConfigError] = []
@@ -153,7 +158,7 @@ def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[Con
         if patterns and not matching:
             continue
         try:
-            if not folder.is_up() and not folder.is_detached:
+            if not folder.is_up() and not folder.is_detached and not (with_meant and is_meant(folder)):
                 continue
             services.append(folder)
         except BrokenState as failure:
@@ -166,6 +171,10 @@ def up_folders(patterns: Collection[str]) -> tuple[list[ServiceFolder], list[Con
 
 def no_such_service(name: str) -> str:
     """The error message for the name of a service that is not up."""
+    if is_meant(ServiceFolder(state_root(), name)):
+        return (
+            f"{name} is meant to run and does not: groundserve up {name} resumes it, groundserve down {name} ends that"
+        )
     names = ", ".join(folder.name for folder in up_folders([])[0] if not folder.is_detached)
     return f"no service {name} is up here; {f'there is {names}' if names else 'none is'}"
 
@@ -196,8 +205,8 @@ def admin_keys(patterns: Sequence[str]) -> int:
 def snapshot_of(folder: ServiceFolder) -> Snapshot:
     """A service's snapshot from its controller, or from its balancer if the controller is gone."""
     try:
-        if (record := folder.detached_record) is not None:
-            return _from_admin_port(f"http://{record.admin}") or _bare(folder, ServiceStatus.FAILED)
+        if folder.is_detached and (left := folder.desired) is not None:
+            return _from_admin_port(f"http://{left.admin}") or _bare(folder, ServiceStatus.FAILED)
         return Snapshot.from_json(control_socket.ask(folder.socket, {"do": "status"}))
     except BrokenState as failure:
         return _bare(folder, ServiceStatus.FAILED, str(failure))

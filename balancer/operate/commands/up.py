@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,32 +17,29 @@ from balancer.contract.status import ReplicaRow, Snapshot
 from balancer.contract.words import Phase, ServiceStatus, Status
 from balancer.errors import ConfigError
 from balancer.inherited import ending
-from balancer.operate.commands.progress import Lines, Moving
+from balancer.operate.commands.begin import Beginning, spec_of
+from balancer.operate.commands.progress import Lines, Moving, Told
 from balancer.operate.controller.controller import Controller
-from balancer.operate.controller.wanted import Wanted
+from balancer.operate.controller.rollout import Mode
+from balancer.operate.engines.addresses import Addresses
 from balancer.operate.engines.child import tail
-from balancer.operate.engines.engine import CannotStart, Engine
-from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.operate.engines.engine import CannotStart
+from balancer.operate.recipe.recipe import recipe
 from balancer.operate.state import control_socket
+from balancer.operate.state.desired import Desired, Version, Versions
 from balancer.operate.state.event_log import EventLog
 from balancer.operate.state.service_folder import ServiceFolder
-from balancer.spec.service_file import parse
+from balancer.operate.state.state_file import BrokenState
 
 
-def run(
-    first: Recipe,
-    folder: ServiceFolder,
-    engine: Engine,
-    progress: Lines,
-    on_up: Callable[[], None],
-) -> int:
+def run(begin: Beginning, addresses: Addresses, progress: Lines, on_up: Callable[[], None]) -> int:
     """Runs the service until it is asked to end, and returns the exit code. The caller holds the folder's lock.
 
-    `engine` must be prepared. `on_up` is called once, when the service is up and the messages about it are printed.
+    The engine must be prepared. `on_up` is called once, when the service is up and the messages about it are printed.
     """
 
     async def serve() -> int:
-        return await _Up(first, folder, engine, progress, on_up).run()
+        return await _Up(begin, addresses, progress, on_up).run()
 
     return asyncio.run(serve())
 
@@ -55,34 +55,36 @@ def on_terminal(folder: ServiceFolder) -> Lines:
 class _Up:
     """One service from its start to its end."""
 
-    def __init__(
-        self,
-        first: Recipe,
-        folder: ServiceFolder,
-        engine: Engine,
-        progress: Lines,
-        on_up: Callable[[], None],
-    ) -> None:
+    def __init__(self, begin: Beginning, addresses: Addresses, progress: Lines, on_up: Callable[[], None]) -> None:
+        first = begin.wanted.serving
         self._recipe = first
-        self._folder = folder
-        self._engine = engine
+        self._begin = begin
+        self._addresses = addresses
+        self._folder = begin.folder
+        self._engine = begin.engine
         self._progress = progress
         self._on_up = on_up
         self._is_up = False
+        self._is_wanted_no_more = False
         self._failure = ""
-        self._version = first.version
         self._began = time.monotonic()
         self._ended = asyncio.Event()
-        self._balancer = engine.balancer(first)
-        self._events = EventLog(folder.event_log, progress.say)
+        self._versions = Versions(begin.versions, begin.wanted.newest.version)
+        self._secrets = dict(begin.secrets)
+        self._written: Desired | None = None
+        self._is_unwritten = False
+        self._watching: set[Told] = set()
+        self._balancer = self._engine.balancer(first)
+        self._events = EventLog(self._folder.event_log, progress.say)
         self._controller = Controller(
-            first.spec.name, Wanted(first), engine, self._balancer, progress.say, self._look, self._events.add
+            begin.name, begin.wanted, self._engine, self._balancer, progress.say, self._look, self._events.add
         )
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in ending():
-            loop.add_signal_handler(number, self._signalled)
+            loop.add_signal_handler(number, self._signalled, number)
+        self._folder.write_desired(self._desired())
         async with control_socket.serving(self._folder.socket, self._answer):
             try:
                 await self._controller.run()
@@ -90,8 +92,7 @@ class _Up:
                 self._failure = str(failure)
             finally:
                 self._progress.finish()
-                if self._engine.outlives_controller and self._controller.is_cleared:
-                    self._folder.remove_detached_record()
+                self._write_the_end()
                 self._events.close()
                 self._ended.set()
         if self._failure:
@@ -100,7 +101,9 @@ class _Up:
         self._progress.say(f"{self._recipe.spec.name} is down")
         return 0
 
-    def _signalled(self) -> None:
+    def _signalled(self, number: signal.Signals) -> None:
+        # The others also come from a machine that shuts down.
+        self._is_wanted_no_more |= number is signal.SIGINT
         self._progress.finish()
         self._progress.say("stopping: answers in flight are finished first; once more ends at once")
         self._controller.close()
@@ -108,6 +111,9 @@ class _Up:
     def _look(self, snapshot: Snapshot) -> None:
         """Shows the snapshot, and notices when the service is up or has failed."""
         self._progress.show(snapshot)
+        for watching in self._watching:
+            watching.show(snapshot)
+        self._write()
         if self._is_up or self._failure:
             return
         service = snapshot.service
@@ -179,7 +185,14 @@ class _Up:
                 return None
             case {"do": "update"}:
                 return await self._update(request, say)
+            case {"do": "abort"}:
+                return self._abort()
+            case {"do": "rollback", "version": int() | None as number, "mode": "rolling" | "blue_green" as mode}:
+                return await self._roll_back(number, mode, say)
+            case {"do": "restart"}:
+                return await self._restart(say)
             case {"do": "down"}:
+                self._is_wanted_no_more = True
                 self._controller.close()
                 await self._ended.wait()
                 return None
@@ -188,28 +201,119 @@ class _Up:
         )
 
     async def _update(self, request: Mapping[str, Any], say: control_socket.Say) -> str:
-        name, running = self._recipe.spec.name, self._controller.wanted.target
         try:
-            spec = parse(
-                request["text"],
-                source=request["source"],
-                name=name,
-                envs=request["envs"],
-                secrets=request["secrets"],
-                # The folder where `up` was run: with the one of this update, every replica would restart there.
-                base=self._recipe.spec.base,
-            )
-            mode = request["mode"]
+            secrets, mode = request["secrets"], request["mode"]
+            version = Version(0, request["text"], request["source"], request["envs"], tuple(sorted(secrets)))
         except KeyError as missing:
+            name = self._begin.name
             raise ConfigError(f"{name} runs under another version of groundserve: it wants {missing}") from None
-        self._version = max(self._version, self._controller.wanted.newest.version) + 1
-        fitted, warnings = await asyncio.to_thread(self._engine.fit, recipe(spec, self._version), running)
+        return await self._roll_out(version, secrets, mode, say)
+
+    def _abort(self) -> str:
+        result = self._controller.abort()
+        self._write()
+        version = self._controller.wanted.serving.version
+        return f"{self._begin.name} goes back to version {version}: the update to version {result.version} is aborted"
+
+    async def _roll_back(self, number: int | None, mode: Mode, say: control_socket.Say) -> str:
+        name, wanted = self._begin.name, self._controller.wanted
+        if number is None and wanted.coming is not None:
+            return self._abort()
+        version = self._versions.earlier(wanted.serving.version, number)
+        if version is None:
+            known = ", ".join(map(str, self._versions.served)) or "none"
+            which = "no earlier version" if number is None else f"no version {number}"
+            raise ConfigError(f"{name} has {which} to go back to; these have served: {known}")
+        say(f"{name} gets the file of version {version.number} again")
+        return await self._roll_out(version, self._secrets, mode, say)
+
+    async def _restart(self, say: control_socket.Say) -> str:
+        serving = self._controller.wanted.serving.version
+        version = self._versions.file_of(serving)
+        done = await self._roll_out(version, self._secrets, "rolling", say, is_restart=True)
+        self._versions.replaced(serving)
+        self._write()
+        return done
+
+    async def _roll_out(
+        self,
+        file: Version,
+        secrets: Mapping[str, str],
+        mode: Mode,
+        say: control_socket.Say,
+        is_restart: bool = False,
+    ) -> str:
+        """Makes this file the next version, and returns what came of it."""
+        name, wanted = self._begin.name, self._controller.wanted
+        # The folder where `up` was run: with the one of this update, every replica would restart there.
+        spec = spec_of(file, name, secrets, self._recipe.spec.base)
+        number = self._versions.next_number(wanted.newest.version)
+        fitted, warnings = await asyncio.to_thread(self._engine.fit, recipe(spec, number), wanted.target)
         for warning in warnings:
             say(f"warning: {warning}")
-        say(f"{name} goes from version {self._controller.wanted.serving.version} to {self._version}, {mode}")
-        result = await self._controller.update(fitted, mode)
+        watching = Told(self._controller.snapshot, say)
+        self._versions.add(replace(file, number=number))
+        self._secrets |= secrets
+        say(f"{name} goes from version {wanted.serving.version} to {number}, {mode}")
+        self._watching.add(watching)
+        try:
+            result = await self._controller.update(fitted, mode, is_restart)
+        finally:
+            self._watching.discard(watching)
+        self._write()
         if result.superseded_by is not None:
-            raise ConfigError(f"{name}: version {result.version} gave way to version {result.superseded_by}")
+            raise ConfigError(f"{name}: version {number} gave way to version {result.superseded_by}")
         if result.failure:
-            raise ConfigError(f"{name} stays at version {self._controller.wanted.serving.version}: {result.failure}")
-        return f"{name} is at version {result.version}"
+            raise ConfigError(f"{name} stays at version {wanted.serving.version}: {result.failure}")
+        return f"{name} is at version {number}"
+
+    def _desired(self) -> Desired:
+        wanted, where = self._controller.wanted, self._addresses
+        coming = wanted.coming.version if wanted.coming is not None else None
+        return Desired(
+            engine=self._engine.name,
+            is_left=self._engine.outlives_controller,
+            listen=where.listen,
+            admin=where.admin,
+            is_open=where.is_open,
+            api_keys=_absolute(where.api_keys),
+            admin_key=_absolute(where.admin_key),
+            join=self._begin.flags.join,
+            base=str(self._recipe.spec.base),
+            serving=wanted.serving.version,
+            target=wanted.target,
+            before=wanted.before,
+            coming=coming,
+            mode=wanted.mode,
+            versions=self._versions.to_keep(wanted.serving.version, coming),
+        )
+
+    def _write(self) -> None:
+        """Writes down what the service is meant to be, if that has changed. Without room on the disk it says so."""
+        desired = self._desired()
+        if desired == self._written or self._ended.is_set():
+            return
+        try:
+            self._folder.write_desired(desired)
+        except BrokenState as failure:
+            if not self._is_unwritten:
+                self._progress.say(f"if the controller ended now, groundserve up would know an older state: {failure}")
+            self._is_unwritten = True
+        else:
+            self._written, self._is_unwritten = desired, False
+
+    def _write_the_end(self) -> None:
+        """The service stays meant to exist unless it was taken down, or never came up, and nothing of it runs."""
+        is_left = self._engine.outlives_controller and not self._controller.is_cleared
+        try:
+            meant = self._desired() if self._is_up or is_left else self._begin.before
+            if meant is None or (self._is_wanted_no_more and not is_left):
+                self._folder.remove_desired()
+            else:
+                self._folder.write_desired(replace(meant, is_left=is_left))
+        except BrokenState as failure:
+            self._progress.say(f"groundserve: {failure}")
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())

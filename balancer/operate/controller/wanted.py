@@ -142,7 +142,7 @@ class Wanted:
         None if there is none, or `is_restart`: then all are replaced. Raises ConfigError if it cannot be rolled out in
         this mode.
         """
-        total = self.target if recipe.spec.autoscales else recipe.spec.min_replicas
+        total = self.target if recipe.spec.autoscales or is_restart else recipe.spec.min_replicas
         has_new_probe = recipe.readiness_probe != self.serving.readiness_probe and not recipe.starts_like(self.serving)
         obstacle = self._obstacle(recipe, 2 * total)
         if has_new_probe and obstacle:

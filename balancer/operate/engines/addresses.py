@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from balancer.errors import ConfigError
 from balancer.operate.engines.ports import free_ports, is_free, listen_on, user_of
 from balancer.operate.recipe.recipe import Recipe
-from balancer.operate.state.service_folder import DetachedRecord
+from balancer.operate.state.desired import Desired
 from balancer.spec.loopback import is_loopback_name
 
 # SkyServe's first port for endpoints. Each service takes the first free pair.
@@ -89,15 +89,15 @@ def open_listeners(flags: AddressFlags) -> tuple[Addresses, Listeners]:
     raise ConfigError(f"no two ports are free between {_FIRST_PORT} and {_LAST_PORT}: give --listen and --admin")
 
 
-def choose_addresses(flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
-    """Addresses for a balancer that opens its ports itself, later: those requested, else those in the record, else the
+def choose_addresses(flags: AddressFlags, left: Desired | None = None) -> Addresses:
+    """Addresses for a balancer that opens its ports itself, later: those requested, else those that it has, else the
     first free pair from 30001 on.
 
     Raises ConfigError if a requested port is taken, or if --admin is beyond loopback without a key or --open.
     """
     _check_admin(flags)
-    if record is not None and flags.listen in (None, record.listen) and flags.admin in (None, record.admin):
-        return flags.resolved(record.listen, record.admin)  # the service itself uses these ports already
+    if left is not None and flags.listen in (None, left.listen) and flags.admin in (None, left.admin):
+        return flags.resolved(left.listen, left.admin)  # the service itself uses these ports already
     listen, admin = (
         None if address is None else _free(flag, address)
         for flag, address in (("--listen", flags.listen), ("--admin", flags.admin))

@@ -12,7 +12,7 @@ from balancer.operate.state.state_file import BrokenState
 
 AUTO = "auto"
 
-# The engines by the name that --on and a detached record use. AUTO picks the first one that suits the service.
+# The engines by their names for --on. AUTO picks the first one that suits the service.
 ENGINES: dict[str, Callable[[ServiceFolder], Engine]] = {"local": LocalEngine, "compose": ComposeEngine}
 
 
@@ -21,13 +21,13 @@ def choose_engine(name: str, recipe: Recipe, folder: ServiceFolder) -> Engine:
 
     Raises ConfigError if there is no such engine, or if another one runs the service.
     """
-    if (record := folder.detached_record) is not None:
-        if name not in (AUTO, record.engine):
+    if folder.is_detached and (left := folder.desired) is not None:
+        if name not in (AUTO, left.engine):
             raise ConfigError(
-                f"{folder.name} serves on without its controller, on {record.engine}: groundserve down {folder.name} "
-                f"ends it, --on {record.engine} takes it up again"
+                f"{folder.name} serves on without its controller, on {left.engine}: groundserve down {folder.name} "
+                f"ends it, --on {left.engine} takes it up again"
             )
-        return _named(record.engine, folder)
+        return _named(left.engine, folder)
     if name != AUTO:
         return _named(name, folder)
     engines = [make(folder) for make in ENGINES.values()]
@@ -37,14 +37,14 @@ def choose_engine(name: str, recipe: Recipe, folder: ServiceFolder) -> Engine:
 def take_down_detached(folder: ServiceFolder) -> None:
     """Takes down a service that still serves although its controller is gone; raises ConfigError."""
     try:
-        record = folder.detached_record
+        desired = folder.desired
     except BrokenState:
         names = list(ENGINES)  # it may belong to any engine
     else:
-        names = [record.engine] if record is not None else []
+        names = [desired.engine] if desired is not None else []
     for name in names:
         _named(name, folder).take_down()
-    folder.remove_detached_record()
+    folder.remove_desired()
 
 
 def _named(name: str, folder: ServiceFolder) -> Engine:

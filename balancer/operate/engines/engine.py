@@ -10,7 +10,7 @@ from balancer.contract.listing import ReplicaListing
 from balancer.operate.engines.addresses import Addresses, AddressFlags
 from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.recipe.recipe import Recipe
-from balancer.operate.state.service_folder import DetachedRecord
+from balancer.operate.state.desired import Desired
 
 
 class CannotStart(Exception):
@@ -57,9 +57,9 @@ class Engine(Protocol):
     before any method below it, and `found` before the first `start`.
     """
 
-    # Its name for --on, in the detached record and in the status tables.
+    # Its name for --on, in what is written down of a service, and in the status tables.
     name: str
-    # Do its replicas and balancer keep running if the controller is killed? Then a detached record says where they are.
+    # Do its replicas and balancer keep running if the controller is killed?
     outlives_controller: bool
     # Set whenever a replica or the balancer has ended.
     changed: asyncio.Event
@@ -79,10 +79,10 @@ class Engine(Protocol):
     def take_down(self) -> None:
         """Stops and removes all that is left of a service whose controller is gone; raises ConfigError."""
 
-    def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None) -> Addresses:
+    def prepare(self, recipe: Recipe, flags: AddressFlags, left: Desired | None) -> Addresses:
         """Does what must be done before the first start, and returns the addresses of the service.
 
-        `record` is what an earlier controller left if it was killed. May take minutes and print progress. Raises
+        `left` describes what an earlier controller left running. May take minutes and print progress. Raises
         ConfigError.
         """
 

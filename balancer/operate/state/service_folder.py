@@ -1,15 +1,14 @@
 """The folder of one service under XDG_STATE_HOME: its lock, control socket, logs, keys, and the balancer's file."""
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
 from balancer.operate.engines import rotation
+from balancer.operate.state.desired import Desired
 from balancer.operate.state.holder import Holder
 from balancer.operate.state.state_file import BrokenState, broken, read_whole, write_whole
 
@@ -21,15 +20,6 @@ _GONE_LOGS = 20
 
 class AlreadyUp(Exception):
     """Another `groundserve up` runs this service."""
-
-
-@dataclass(frozen=True, slots=True)
-class DetachedRecord:
-    """How to find a service that has outlived its controller: its engine's name and two addresses, HOST:PORT."""
-
-    engine: str
-    listen: str
-    admin: str
 
 
 class ServiceFolder:
@@ -49,8 +39,8 @@ class ServiceFolder:
         self.replica_key_file = self.path / "replica.key"
         self.beginning_file = self.path / "up.json"
         self._lock_file = self.path / "lock"
-        # Exists while the service would outlive its controller, or has outlived it.
-        self._detached_file = self.path / "detached.json"
+        # Exists while the service is meant to.
+        self._desired_file = self.path / "desired.json"
         self._plan_file = self.path / "mem-fraction"
 
     def claim(self) -> TextIO:
@@ -99,34 +89,36 @@ class ServiceFolder:
 
     @property
     def is_detached(self) -> bool:
-        """Is the service still serving although its controller is gone? Raises BrokenState."""
-        return os.path.lexists(self._detached_file) and not self.is_up()
+        """May the service still serve although its controller is gone? Raises BrokenState if that is unknown."""
+        if not os.path.lexists(self._desired_file) or self.is_up():
+            return False
+        try:
+            desired = self.desired
+        except BrokenState:
+            return True
+        return desired is not None and desired.is_left
 
     @property
-    def detached_record(self) -> DetachedRecord | None:
-        """The record of a service that has outlived its controller; None if this one has not. Raises BrokenState."""
-        text = read_whole(self._detached_file) if self.is_detached else None
+    def desired(self) -> Desired | None:
+        """What the service is meant to be; None if it is not meant to exist. Raises BrokenState."""
+        text = read_whole(self._desired_file) if os.path.lexists(self._desired_file) else None
         if text is None:
             return None
-        try:
-            fields = json.loads(text)
-            values = [fields[name] for name in ("engine", "listen", "admin")]
-        except (ValueError, TypeError, LookupError):
-            raise self._broken_record("it is not whole") from None
-        if not all(isinstance(value, str) for value in values):
-            raise self._broken_record("it is none of ours")
-        return DetachedRecord(*values)
+        desired = Desired.from_text(text)
+        if desired is None:
+            raise BrokenState(f"{self._desired_file} cannot be used (it is not whole): groundserve down {self.name}")
+        return desired
 
-    def write_detached_record(self, record: DetachedRecord) -> None:
+    def write_desired(self, desired: Desired) -> None:
         """Call it before anything is started that outlives the controller. Raises BrokenState."""
-        write_whole(self._detached_file, json.dumps(asdict(record)))
+        write_whole(self._desired_file, desired.to_text())
 
-    def remove_detached_record(self) -> None:
-        """Call it when nothing of the service is running any more. Raises BrokenState."""
+    def remove_desired(self) -> None:
+        """Call it when the service is not meant to exist any more, and nothing of it is running. Raises BrokenState."""
         try:
-            self._detached_file.unlink(missing_ok=True)
+            self._desired_file.unlink(missing_ok=True)
         except OSError as failure:
-            raise broken(self._detached_file, failure.strerror) from None
+            raise broken(self._desired_file, failure.strerror) from None
 
     @property
     def planned_fraction(self) -> float | None:
@@ -195,9 +187,6 @@ class ServiceFolder:
             return Holder.from_text(read_whole(self._lock_file) or "")
         except BrokenState:
             return None
-
-    def _broken_record(self, why: str) -> BrokenState:
-        return BrokenState(f"{self._detached_file} cannot be used ({why}): groundserve down {self.name}, or remove it")
 
 
 def state_root(environ: Mapping[str, str] = os.environ) -> Path:

@@ -28,7 +28,8 @@ from balancer.operate.engines.compose.project import ROOT, Container, Project, c
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
 from balancer.operate.engines.first_words import FirstWords
 from balancer.operate.recipe.recipe import Recipe, with_fraction
-from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
+from balancer.operate.state.desired import Desired
+from balancer.operate.state.service_folder import ServiceFolder
 from balancer.operate.state.state_file import write_whole
 
 # The port on which a replica listens in its container, as in docker/*.Dockerfile and the balancer's DNS name.
@@ -84,13 +85,13 @@ class ComposeEngine:
     def take_down(self) -> None:
         project.take_down(self._folder)
 
-    def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
+    def prepare(self, recipe: Recipe, flags: AddressFlags, left: Desired | None = None) -> Addresses:
         if flags.join is not None:
             raise ConfigError(
                 f"--join {flags.join}: containers of another service's network cannot be reached: use --on local, or "
                 "docker/compose.two-models.yaml"
             )
-        self._addresses = choose_addresses(flags, record)
+        self._addresses = choose_addresses(flags, left)
         self._prepared = project_of(recipe, self._folder, self._addresses, project.name_in_use(self._folder))
         self._prepared.build_what_is_missing()
         return self._addresses

@@ -20,7 +20,8 @@ from balancer.operate.engines.local.joined import Host, JoinedBalancer
 from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
 from balancer.operate.recipe.recipe import Recipe, with_fraction
 from balancer.operate.state import keys
-from balancer.operate.state.service_folder import DetachedRecord, ServiceFolder
+from balancer.operate.state.desired import Desired
+from balancer.operate.state.service_folder import ServiceFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class LocalEngine:
     def take_down(self) -> None:
         """Nothing is left: children do not outlive their controller."""
 
-    def prepare(self, recipe: Recipe, flags: AddressFlags, record: DetachedRecord | None = None) -> Addresses:
+    def prepare(self, recipe: Recipe, flags: AddressFlags, left: Desired | None = None) -> Addresses:
         self._key_file = keys.for_replicas(recipe, self._folder.replica_key_file)
         if flags.join is not None:
             self._host = Host.find(ServiceFolder(self._folder.path.parent, flags.join))

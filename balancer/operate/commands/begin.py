@@ -1,0 +1,167 @@
+"""What `groundserve up` begins with: the service of a file, or one that is meant to exist and is resumed."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from balancer.errors import ConfigError
+from balancer.inherited import tell
+from balancer.operate.controller.rollout import Mode
+from balancer.operate.controller.wanted import Wanted
+from balancer.operate.engines.addresses import AddressFlags
+from balancer.operate.engines.choose import AUTO, choose_engine
+from balancer.operate.engines.engine import Engine
+from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.operate.state.desired import Desired, Version
+from balancer.operate.state.service_folder import ServiceFolder, folders, state_root
+from balancer.operate.state.state_file import BrokenState
+from balancer.spec.service_file import Spec, parse, read
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A service file, and what the command line overrides in it; or the name of a service that is meant to exist."""
+
+    path: str
+    name: str | None = None
+    envs: Mapping[str, str] = field(default_factory=dict, repr=False)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_name(self) -> bool:
+        return not self.path.endswith((".yaml", ".yml")) and "/" not in self.path and not Path(self.path).is_file()
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """A service as it is about to come up. `versions` holds the files of its versions by their numbers."""
+
+    folder: ServiceFolder
+    engine: Engine
+    flags: AddressFlags
+    wanted: Wanted
+    versions: Mapping[int, Version]
+    # What it was meant to be until now, if it was meant to exist.
+    before: Desired | None
+    secrets: Mapping[str, str] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def left(self) -> Desired | None:
+        """What an earlier controller left running, if anything."""
+        return self.before if self.before is not None and self.before.is_left else None
+
+
+def beginning(source: Source, flags: AddressFlags, on: str) -> Beginning:
+    """Raises ConfigError if the service cannot run here. Warnings go to stderr."""
+    return _resumed(source, flags, on) if source.is_name else _from_file(source, flags, on)
+
+
+def _from_file(source: Source, flags: AddressFlags, on: str) -> Beginning:
+    text = read(source.path)
+    spec = parse(text, source=source.path, name=source.name, envs=source.envs, secrets=source.secrets)
+    unfitted = recipe(spec)
+    folder = ServiceFolder(state_root(), spec.name)
+    engine = choose_engine(on, unfitted, folder)
+    before = folder.desired
+    if before is not None and folder.is_up():
+        before = None
+    left = before if before is not None and before.is_left else None
+    served = {version.number: version for version in before.versions} if before is not None else {}
+    file = Version(1, text, source.path, dict(source.envs), tuple(sorted(source.secrets)))
+    if before is not None:
+        newest = served[before.coming or before.serving]
+        number = newest.number if replace(newest, number=1) == file else max(served) + 1
+        file = replace(file, number=number)
+    made = _fit(replace(unfitted, version=file.number), engine, left)
+    wanted = Wanted(made)
+    if before is not None and before.coming is None and file.number == before.serving:
+        wanted = Wanted(made, before.target)
+    elif left is not None and (old := _old(left, engine, spec, source.secrets)) is not None:
+        target = left.target if spec.autoscales else spec.min_replicas
+        wanted = Wanted(old, target, made, _mode(old, made, target + left.target), before=left.target)
+    return Beginning(folder, engine, flags, wanted, {**served, file.number: file}, before, source.secrets)
+
+
+def _resumed(source: Source, flags: AddressFlags, on: str) -> Beginning:
+    folder = ServiceFolder(state_root(), source.path)
+    if source.envs or source.name is not None:
+        raise ConfigError(
+            f"{folder.name} is resumed as it was: bring it up, then change it with groundserve update {folder.name}"
+        )
+    desired = folder.desired
+    if desired is None:
+        names = ", ".join(other.name for other in folders(state_root()) if is_meant(other))
+        there = f"there is {names}" if names else "none is"
+        raise ConfigError(f"{source.path}: no such file, and no service of that name is meant to run here; {there}")
+    left = desired if desired.is_left and not folder.is_up() else None
+    base = Path(desired.base)
+    served = {version.number: version for version in desired.versions}
+    serving = recipe(spec_of(served[desired.serving], folder.name, source.secrets, base), desired.serving)
+    engine = choose_engine(desired.engine if on == AUTO else on, serving, folder)
+    coming = None
+    if desired.coming is not None:
+        try:
+            spec = spec_of(served[desired.coming], folder.name, source.secrets, base)
+            coming = _fit(recipe(spec, desired.coming), engine, left)
+        except ConfigError as failure:
+            tell(sys.stderr, f"warning: version {desired.coming}, which was coming, is left out: {failure}")
+    mode: Mode = desired.mode
+    wanted = Wanted(_fit(serving, engine, left), desired.target, coming, mode, desired.before)
+    flags = AddressFlags(
+        flags.listen or (desired.listen if desired.join is None else None),
+        flags.admin or (desired.admin if desired.join is None else None),
+        flags.is_open or desired.is_open,
+        flags.api_keys or desired.api_keys,
+        flags.admin_key or desired.admin_key,
+        flags.join or desired.join,
+    )
+    return Beginning(folder, engine, flags, wanted, served, desired, source.secrets)
+
+
+def spec_of(version: Version, name: str, secrets: Mapping[str, str], base: Path) -> Spec:
+    """The service file of a version. Raises ConfigError if one of its secrets is not among these."""
+    if missing := [secret for secret in version.secrets if secret not in secrets]:
+        raise ConfigError(
+            f"{name}: version {version.number} wants {missing[0]}, which is a secret and so was not written down: give "
+            f"it again, with --secret {missing[0]} or --secret-file"
+        )
+    mine = {secret: secrets[secret] for secret in version.secrets}
+    return parse(version.text, source=version.source, name=name, envs=version.envs, secrets=mine, base=base)
+
+
+def is_meant(folder: ServiceFolder) -> bool:
+    """Is the service meant to exist although nothing of it is up?"""
+    try:
+        return folder.desired is not None and not folder.is_up()
+    except BrokenState:
+        return False
+
+
+def _old(left: Desired, engine: Engine, spec: Spec, secrets: Mapping[str, str]) -> Recipe | None:
+    """The recipe of what an earlier controller left running; None if it cannot be made any more."""
+    version = left.version(left.serving)
+    assert version is not None
+    try:
+        made = recipe(spec_of(version, spec.name, secrets, Path(left.base)), version.number)
+        return engine.fit(made, left.target)[0]
+    except ConfigError:
+        return None
+
+
+def _mode(old: Recipe, new: Recipe, both: int) -> Mode:
+    """The balancer probes all its replicas alike, so that another probe wants both versions side by side."""
+    has_new_probe = old.readiness_probe != new.readiness_probe and not new.starts_like(old)
+    has_room = (new.fits is None or new.fits >= both) and new.fixed_port is None
+    return "blue_green" if has_new_probe and has_room else "rolling"
+
+
+def _fit(made: Recipe, engine: Engine, left: Desired | None) -> Recipe:
+    fitted, warnings = engine.fit(made, left.target if left is not None else 0)
+    for warning in warnings:
+        tell(sys.stderr, f"warning: {warning}")
+    return fitted
