@@ -90,7 +90,7 @@ class Stage:
             command += ["--service", str(config)]
             command += [word for replica in self.replicas for word in ("--replica", replica.url)]
         self.program = program = Program(*command, name="the balancer", log=self.log, has_own_errors=True)
-        await until(lambda: program.check_alive() and program.said("admin on "), "the balancer listens", 30)
+        await until(lambda: program.check_alive() and program.said("admin on "), "the balancer listens", 120)
         self.port, self.admin_port = (
             int(program.said(start).rpartition(":")[2]) for start in ("listening on ", "admin on ")
         )
