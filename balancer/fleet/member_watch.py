@@ -75,6 +75,7 @@ class MemberWatch:
         self._came_up = asyncio.Event()  # /ready began to pass: run the service's probe now
         self._was_refused = False
         self._said_503 = False  # the last answer of /ready, by a replica that shares its GPUs
+        self._is_stopped = False
         self._trouble = ""  # why it could not be probed, as last logged
         self._ready_connection = connect_to(member, when_broken=self._hurry.set)
         self._service_connection = connect_to(member)
@@ -93,6 +94,7 @@ class MemberWatch:
         self.tasks = [asyncio.ensure_future(loop) for loop in loops]
 
     def stop(self) -> None:
+        self._is_stopped = True
         for task in self.tasks:
             task.cancel()
         self._order_connection.close()
@@ -430,6 +432,10 @@ class MemberWatch:
                 self._trouble = str(error)
                 is_bug = type(error) is not CannotProbe
                 log.warning("replica %s could not be asked: %s", self._member.name, error, exc_info=is_bug)
+        if self._is_stopped:
+            # A probe that finds another process stops its own watch. asyncio.timeout would take a cancellation that is
+            # still on its way for its own, if the loop is late.
+            raise asyncio.CancelledError
 
     def _jittered(self, seconds: float) -> float:
         return seconds * self._jitter.uniform(0.8, 1.0)

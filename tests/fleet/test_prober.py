@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,9 +12,11 @@ from balancer.contract.words import State, Status
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import SHOWN_AFTER, Verdict
+from balancer.fleet.member_watch import MemberWatch
+from balancer.fleet.probe_connection import NoResponse
 from tests.fleet.watched import INTERVAL, TIMEOUT, probes, statuses, until_ready, until_status, watched
 from tests.lab.replica import LabReplica
-from tests.support.fleets import Chosen, claimed
+from tests.support.fleets import Chosen, claimed, fleet_of
 from tests.support.until import until
 
 
@@ -733,3 +736,32 @@ def test_after_a_pass_there_is_nothing_to_say() -> None:
             assert member.trouble(fleet.clock() + 1000) == ""
 
     asyncio.run(play())
+
+
+# A watch that ends
+
+
+def test_a_watch_that_its_own_probe_stops_ends_on_a_late_loop() -> None:
+    """It stops as its probe finds another process; the pause that follows is over before the cancellation comes."""
+
+    class Silent:
+        breaks = 0
+
+        async def request(self, *_: Any, **__: Any) -> None:
+            watch.stop()
+            raise NoResponse("")
+
+        def close(self) -> None: ...
+
+    async def stop() -> None:
+        nonlocal watch
+        fleet = fleet_of(1, asyncio.get_running_loop().time, ready_interval=1e-9)
+        (member,) = fleet.members.values()
+        watch = MemberWatch(member, fleet, lambda *_, **__: Silent(), random.Random(1), "")
+        _, going_on = await asyncio.wait(watch.tasks, timeout=3)
+        for task in going_on:
+            task.cancel()
+        assert not going_on
+
+    watch: MemberWatch
+    asyncio.run(stop())
