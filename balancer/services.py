@@ -11,6 +11,7 @@ from balancer.config import Config, for_service
 from balancer.errors import ConfigError
 from balancer.fleet.dial import Dialer
 from balancer.fleet.discovery import Resolve
+from balancer.fleet.fleet import Fleet
 from balancer.observe.history import History
 from balancer.observe.tally import Tallies
 from balancer.relay.directory import Destination
@@ -131,6 +132,9 @@ class Services:
         log.info("%s is not served here any more", name)
         return 0
 
+    def _fleets(self) -> dict[str, Fleet]:
+        return {service.facts.name: service.fleet for service in self.all}
+
     def _check_joined(self, service: Service) -> None:
         if service in self._own:
             raise ConfigError(f"{service.facts.name} is what this balancer was started for: it goes with the process")
@@ -146,7 +150,7 @@ class Services:
         self.all.append(service)
         self.destinations.append(destination)
         self.histories.append(history)
-        self.feeds.append(Feed(service.facts, service.fleet, service.admission, self._tallies, history))
+        self.feeds.append(Feed(service.facts, service.fleet, service.admission, self._tallies, history, self._fleets))
         steps: tuple[Job, ...] = (destination.pool.sweep, lambda _: service.admission.expire(), history.take)
         self.jobs |= {job.format(config.name): step for job, step in zip(_JOBS, steps, strict=True)}
         return service

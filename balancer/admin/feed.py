@@ -1,7 +1,7 @@
 """What the page shows, live: server-sent events with the service, its replicas, and its routing decisions."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -18,6 +18,7 @@ from balancer.service import ServiceFacts
 
 PERIOD = 1.0  # seconds between two events
 MAX_VIEWERS = 64
+SHOWN_TURNS = 300.0  # seconds of turns on shared GPUs
 MAX_TEXT = 120  # characters of a path or a reason
 
 
@@ -25,13 +26,21 @@ class Feed:
     """The events for each viewer: `history` once, then `state` every second and `sample` every five."""
 
     def __init__(
-        self, facts: ServiceFacts, fleet: Fleet, admission: Admission, tallies: Tallies, history: History
+        self,
+        facts: ServiceFacts,
+        fleet: Fleet,
+        admission: Admission,
+        tallies: Tallies,
+        history: History,
+        fleets: Callable[[], Mapping[str, Fleet]] = dict,
     ) -> None:
+        """`fleets`: those of all services behind the endpoint, by name, which may share GPUs with this one."""
         self._facts = facts
         self._fleet = fleet
         self._admission = admission
         self._tallies = tallies
         self._history = history
+        self._fleets = fleets
         self._closing = asyncio.Event()
         self._viewers = 0
         self._state_event = b""
@@ -88,10 +97,33 @@ class Feed:
             row["limit"] = member.limit
             row["draining"] = member.draining
             row |= {} if history is None else {**history.lately().to_json(), "in_flight": member.in_flight}
+            row.pop("turns", None)
+        state["turns"] = self._turns(now)
         self._tallies.count()
         newest_first = enumerate(reversed(self._tallies.recent))
         state["decisions"] = [_decision(self._tallies.routed - n, record, now) for n, record in newest_first]
         return state
+
+    def _turns(self, now: float) -> list[dict[str, Any]]:
+        """Who had which of this service's shared GPUs, and how many seconds ago each turn began and ended."""
+        mine = {gpu for member in self._fleet.members.values() if member.tenancy for gpu in member.tenancy.gpus}
+        return [
+            {
+                "gpu": gpu,
+                "service": name,
+                "replica": member.name,
+                "turns": [
+                    (round(now - began, 1), round(now - ended, 1))
+                    for began, ended in tenancy.turns(now)
+                    if now - ended < SHOWN_TURNS
+                ],
+            }
+            for name, fleet in (self._fleets().items() if mine else ())
+            for member in fleet.members.values()
+            if (tenancy := member.tenancy) is not None
+            for gpu in tenancy.gpus
+            if gpu in mine
+        ]
 
     def _whole_history(self) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 import { $, arrange, element, facts, number, say, seconds, share, span } from "./dom.js";
 import { change } from "./admin.js";
 import { draw, spark } from "./spark.js";
+import { showTurns } from "./turns.js";
 import { startPlayground } from "./playground.js";
 import { about, showServices } from "./service.js";
 import { showUsage } from "./usage.js";
@@ -153,9 +154,10 @@ function noteSample({ data }) {
 }
 
 function show({ data }) {
-  const { service, replicas, decisions } = JSON.parse(data);
+  const { service, replicas, turns, decisions } = JSON.parse(data);
   showService(service);
   showReplicas(replicas);
+  showTurns($("turns"), $("strips"), turns);
   showDecisions(decisions);
   document.body.dataset.live = "yes";
 }

@@ -21,6 +21,7 @@ from tests.e2e.page.pictures import keep, png
 from tests.lab.knobs import Knobs
 from tests.lab.model import ModelSettings
 from tests.lab.replica import LabReplica
+from tests.lab.tenant import Seat
 from tests.observe.serving import CHAT, chat, client_of, run, serving, stream
 from tests.support.until import until
 
@@ -83,6 +84,19 @@ def test_it_shows_a_new_fact_by_one_line_more(tmp_path: Path) -> None:
     with altered.balancer() as admin:
         httpx.put(f"{admin}/replicas", json=altered.told(), trust_env=False).raise_for_status()
         run(main(admin))
+
+
+def test_it_shows_who_had_a_shared_gpu(tmp_path: Path) -> None:
+    async def main() -> None:
+        seat = Seat(tmp_path / "leases", note="mine")
+        seat.directory.mkdir()
+        async with page(tmp_path, LabReplica(seat=seat)) as (_, tab):
+            await tab.until("document.querySelector('#strips .lane path')?.getAttribute('d').includes('M')")
+            assert await tab.text("#strips figcaption") == "GPU-a"
+            label = await tab.run("return document.querySelector('#strips svg').getAttribute('aria-label')")
+            assert label.startswith("replica-1 has it now, and had it for ")
+
+    run(main())
 
 
 def test_requests_with_one_id_are_a_row_each(tmp_path: Path) -> None:
