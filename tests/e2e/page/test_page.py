@@ -90,7 +90,7 @@ def test_it_shows_who_had_a_shared_gpu(tmp_path: Path) -> None:
     async def main() -> None:
         seat = Seat(tmp_path / "leases", note="mine")
         seat.directory.mkdir()
-        async with page(tmp_path, LabReplica(seat=seat)) as (_, tab):
+        async with page(tmp_path, LabReplica(seat=seat), expected="/usage") as (_, tab):  # it keeps no accounts
             await tab.until("document.querySelector('#strips .lane path')?.getAttribute('d').includes('M')")
             assert await tab.text("#strips figcaption") == "GPU-a"
             label = await tab.run("return document.querySelector('#strips svg').getAttribute('aria-label')")
