@@ -6,6 +6,7 @@ they are used.
 
 import asyncio
 import contextlib
+import importlib
 import importlib.util
 import os
 import pkgutil
@@ -74,6 +75,8 @@ def hook(hooks: Mapping[str, Callable[..., Any]]) -> None:
     HookRegistry.apply_hooks()
     for target in hooks:
         if _found(target) is stock[target]:
+            if broken := _broken_import(target):
+                sys.exit(f"replica: SGLang cannot be imported: {broken}")
             sys.exit(
                 f"replica: this SGLang has no {target} to hold on to, so it is not served: SGLang 0.5.23 is needed"
             )
@@ -84,6 +87,25 @@ def _found(target: str) -> object:
         return pkgutil.resolve_name(target)
     except (ImportError, AttributeError):
         return None
+
+
+def _broken_import(target: str) -> str:
+    """What keeps the function's module from being imported, such as a package that is missing; empty if nothing does.
+
+    pkgutil reports only that the module's package lacks such an attribute.
+    """
+    module = target
+    while module := module.rpartition(".")[0]:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{target}.".startswith(f"{error.name}."):
+                return f"{module}: {error}"
+        except Exception as error:
+            return f"{module}: {type(error).__name__}: {error}"
+        else:
+            return ""
+    return ""
 
 
 def _on_cpu() -> bool:

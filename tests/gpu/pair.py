@@ -91,6 +91,7 @@ def two_gpus(proof: Proof) -> None:
         own_gpus(proof, pair.members, seconds, [one.uuid for one in two])
         surplus(proof, "surplus-third", proof.llama(), **environ | {"LEASE_WAIT": "2"})
         leave(proof, "a GPU each", pair)
+        pair.start(1)  # in the place of the one that was killed
         compare(proof, "two_gpus", pair.members)
     finally:
         pair.stop()

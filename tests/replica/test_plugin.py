@@ -19,7 +19,7 @@ import torch
 from balancer.spec.schema import Operation
 from replica.gpu import Gpu
 from replica.lease import holder
-from replica.plugin import DRAIN_GRACE, drain, encode_as_projected, fill_in_key, mask_keys
+from replica.plugin import DRAIN_GRACE, _broken_import, drain, encode_as_projected, fill_in_key, mask_keys
 
 
 class Status(enum.Enum):
@@ -281,6 +281,25 @@ def test_media_are_held_in_everywhere(seen: dict[str, Any]) -> None:
 
 def test_an_sglang_without_what_is_hooked_is_not_served(seen: dict[str, Any]) -> None:
     assert "no sglang.srt.utils.common.no_such_function to hold on to" in seen["not there"]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("halfway.inner.Server.run", "halfway.inner: No module named 'no_such_package'"),
+        ("halfway.outer.Server.run", ""),
+        ("halfway.other.run", ""),
+        ("no_such_package.run", ""),
+    ],
+)
+def test_broken_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, said: str) -> None:
+    """A package that is missing behind a hooked function is named; a function that is not there is another matter."""
+    (tmp_path / "halfway").mkdir()
+    (tmp_path / "halfway/__init__.py").touch()
+    (tmp_path / "halfway/inner.py").write_text("import no_such_package\n")
+    (tmp_path / "halfway/outer.py").write_text("class Server: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _broken_import(target) == said
 
 
 def test_a_vision_tower_computes_in_the_projectors_number_type() -> None:
