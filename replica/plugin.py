@@ -100,9 +100,9 @@ def _broken_import(target: str) -> str:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{target}.".startswith(f"{error.name}."):
-                return f"{module}: {error}"
+                return str(error)
         except Exception as error:
-            return f"{module}: {type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}"
         else:
             return ""
     return ""

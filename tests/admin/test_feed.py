@@ -179,13 +179,13 @@ def test_last_decisions() -> None:
     async def main() -> None:
         async with LabReplica() as lab, serving(lab) as balancer, client_of(balancer) as client:
             for number in range(REMEMBERED + 10):
-                await client.post(f"/v1/{number}", json=chat())
-            await client.post("/v1/" + "x" * 500, json=chat())
+                await client.post(f"/v1/models/{number}", json=chat())
+            await client.post("/v1/models/" + "x" * 500, json=chat())
             feed = events(client, balancer.admin_endpoint)
             decisions = (await next_state(feed))["decisions"]
             assert len(decisions) == REMEMBERED
             assert len(decisions[0]["path"]) == 120
-            assert decisions[1]["path"] == f"/v1/{REMEMBERED + 9}"
+            assert decisions[1]["path"] == f"/v1/models/{REMEMBERED + 9}"
             await feed.aclose()  # type: ignore[attr-defined]
 
     run(main())
