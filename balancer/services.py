@@ -150,7 +150,18 @@ class Services:
         self.all.append(service)
         self.destinations.append(destination)
         self.histories.append(history)
-        self.feeds.append(Feed(service.facts, service.fleet, service.admission, self._tallies, history, self._fleets))
+        facts, fleet, admission = service.facts, service.fleet, service.admission
+        self.feeds.append(
+            Feed(
+                facts,
+                fleet,
+                admission,
+                self._tallies,
+                history,
+                self._fleets,
+                keeps_usage=self._config.state is not None,
+            )
+        )
         steps: tuple[Job, ...] = (destination.pool.sweep, lambda _: service.admission.expire(), history.take)
         self.jobs |= {job.format(config.name): step for job, step in zip(_JOBS, steps, strict=True)}
         return service

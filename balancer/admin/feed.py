@@ -33,14 +33,20 @@ class Feed:
         tallies: Tallies,
         history: History,
         fleets: Callable[[], Mapping[str, Fleet]] = dict,
+        *,
+        keeps_usage: bool = False,
     ) -> None:
-        """`fleets`: those of all services behind the endpoint, by name, which may share GPUs with this one."""
+        """`fleets`: those of all services behind the endpoint, by name, which may share GPUs with this one.
+
+        `keeps_usage`: the balancer has an answer to GET /usage.
+        """
         self._facts = facts
         self._fleet = fleet
         self._admission = admission
         self._tallies = tallies
         self._history = history
         self._fleets = fleets
+        self._keeps_usage = keeps_usage
         self._closing = asyncio.Event()
         self._viewers = 0
         self._state_event = b""
@@ -99,6 +105,7 @@ class Feed:
             row |= {} if history is None else {**history.lately().to_json(), "in_flight": member.in_flight}
             row.pop("turns", None)
         state["turns"] = self._turns(now)
+        state["keeps_usage"] = self._keeps_usage
         self._tallies.count()
         newest_first = enumerate(reversed(self._tallies.recent))
         state["decisions"] = [_decision(self._tallies.routed - n, record, now) for n, record in newest_first]

@@ -153,8 +153,14 @@ function noteSample({ data }) {
   }
 }
 
+let asksForUsage = false;
+
 function show({ data }) {
-  const { service, replicas, turns, decisions } = JSON.parse(data);
+  const { service, replicas, turns, decisions, keeps_usage } = JSON.parse(data);
+  if (keeps_usage && !asksForUsage) {
+    asksForUsage = true;
+    showUsage();
+  }
   showService(service);
   showReplicas(replicas);
   showTurns($("turns"), $("strips"), turns);
@@ -179,5 +185,4 @@ function watch() {
 $("service-sparks").append(...SERVICE_SPARKS.map(([title]) => spark(title)));
 watch();
 showServices();
-showUsage();
 startPlayground();

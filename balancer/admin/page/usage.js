@@ -1,4 +1,4 @@
-// What was used, by key and model. Nothing is shown where the balancer keeps no usage.
+// What was used, by key and model, for a balancer that keeps it.
 import { $, arrange, element, number, say } from "./dom.js";
 
 const EVERY = 30_000; // milliseconds
@@ -17,7 +17,6 @@ function updateRow(row, used) {
 export async function showUsage() {
   try {
     const answer = await fetch("usage?by=key,model&since=30d");
-    if (answer.status === 404) return;
     if (answer.ok) {
       const { data } = await answer.json();
       $("usage").hidden = data.length === 0;

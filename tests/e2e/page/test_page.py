@@ -90,7 +90,7 @@ def test_it_shows_who_had_a_shared_gpu(tmp_path: Path) -> None:
     async def main() -> None:
         seat = Seat(tmp_path / "leases", note="mine")
         seat.directory.mkdir()
-        async with page(tmp_path, LabReplica(seat=seat), expected="/usage") as (_, tab):  # it keeps no accounts
+        async with page(tmp_path, LabReplica(seat=seat)) as (_, tab):
             await tab.until("document.querySelector('#strips .lane path')?.getAttribute('d').includes('M')")
             assert await tab.text("#strips figcaption") == "GPU-a"
             label = await tab.run("return document.querySelector('#strips svg').getAttribute('aria-label')")
@@ -295,7 +295,7 @@ def test_what_replicas_and_clients_say_never_becomes_markup(tmp_path: Path) -> N
         answer = f"data: {json.dumps(delta)}\n\ndata: [DONE]\n\n"
         lab = LabReplica(Knobs(served_model=HOSTILE))
         async with page(tmp_path, lab, name=HOSTILE) as (balancer, tab), client_of(balancer) as client:
-            await client.get(f"/v1/{HOSTILE}", params={"q": HOSTILE})
+            await client.get(f"/v1/models/{HOSTILE}", params={"q": HOSTILE})
             lab.next(1, body=answer, content_type="text/event-stream")
             await tab.type("#prompt", HOSTILE)
             await tab.click("#send")
