@@ -14,13 +14,29 @@ import httpx
 import pytest
 
 from balancer.operate.commands.boot import unit
-from balancer.operate.state.beginning import Beginning
+from balancer.operate.state.desired import Desired, Version
 from tests.operate.command_line import ANY_PORT, LAB, PATIENCE, ROOT, Groundserve
 from tests.support.until import wait_until
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
-ODD = Beginning(
-    "/a b/100% $HOME.yaml", "it's", "/", "local", {"PRICE": '5$ "off" 10%d'}, (), "127.0.0.1:1", "127.0.0.1:2"
+FILE = "name: odd\nservice: {replicas: 1, readiness_probe: /health}\nrun: serve $GROUNDSERVE_PORT\n"
+NAME = "odd"
+ODD = Desired(
+    engine="local",
+    is_left=False,
+    listen="127.0.0.1:1",
+    admin="127.0.0.1:2",
+    is_open=False,
+    api_keys=None,
+    admin_key=None,
+    join=None,
+    base="/a b/100%",
+    serving=1,
+    target=1,
+    before=1,
+    coming=None,
+    mode="rolling",
+    versions=(Version(1, FILE, "/a b/odd.yaml", {}, ()),),
 )
 
 
@@ -54,10 +70,10 @@ def verified(path: Path) -> None:
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path, is_users: bool) -> None:
     secrets = [tmp_path / "a secret 5%.env"]
     path = tmp_path / "groundserve-odd.service"
-    path.write_text(unit(ODD, is_users=is_users, secret_files=secrets))
+    path.write_text(unit(NAME, ODD, is_users=is_users, secret_files=secrets))
     verified(path)
     text = path.read_text()
-    for line in ("KillMode=mixed", "Restart=always", "OOMPolicy=continue", "TimeoutStopSec=30"):
+    for line in ("KillMode=mixed", "Restart=always", "OOMPolicy=continue", "WorkingDirectory=/a b/100%%"):
         assert line in text.splitlines()
     path.write_text(text.replace("KillMode=mixed", "KillMode=mixd"))
     with pytest.raises(AssertionError):
@@ -77,15 +93,15 @@ def read(text: str, credentials: Path) -> tuple[list[str], dict[str, str]]:
     return [word(part) for part in shlex.split(start)], dict(v.replace("%%", "%").split("=", 1) for v in variables)
 
 
-def test_a_unit_says_what_up_was_told(tmp_path: Path) -> None:
-    command, _ = read(unit(ODD, is_users=False, secret_files=[tmp_path / "s"]), tmp_path)
-    assert command[command.index("up") :] == [*ODD.arguments(), "--secret-file", f"{tmp_path}/secrets1"]
+def test_a_unit_resumes_the_service(tmp_path: Path) -> None:
+    command, _ = read(unit(NAME, ODD, is_users=False, secret_files=[tmp_path / "s"]), tmp_path)
+    assert command[command.index("up") :] == ["up", NAME, "--secret-file", f"{tmp_path}/secrets1"]
 
 
 def test_secrets_are_in_no_unit(booted: Groundserve) -> None:
     file = booted.service("lab", replicas=1, more="secrets: {TOKEN: null}")
     booted("up", "-d", file, "--secret", "TOKEN=s3cr3t", *ANY_PORT)
-    state = booted.folder / "state/groundserve/lab/up.json"
+    state = booted.folder / "state/groundserve/lab/desired.json"
     assert "s3cr3t" not in state.read_text()
     assert "lab has secrets (TOKEN), which are kept nowhere" in booted("enable", "lab", "--user", code=1)
     kept = booted.folder / "kept.env"
@@ -98,7 +114,7 @@ def test_secrets_are_in_no_unit(booted: Groundserve) -> None:
 
 
 def test_enable_and_disable(booted: Groundserve) -> None:
-    assert "lab has never been up here" in booted("enable", "lab", "--user", code=1)
+    assert "lab is not meant to run here" in booted("enable", "lab", "--user", code=1)
     booted("up", "-d", booted.service("lab", replicas=1), *ANY_PORT)
     assert "lab comes up at boot" in booted("enable", "lab", "--user")
     folder = booted.folder / "config/systemd/user"
@@ -177,6 +193,17 @@ def test_a_restart_under_systemd_cuts_no_stream_off(under_systemd: Unit, grounds
         assert ready(groundserve) == before, "clients find it where it was"
         with client.stream("POST", f"{before}/v1/chat/completions", json=CHAT) as answer:
             assert "data: [DONE]" in list(answer.iter_lines())
+    under_systemd.stop()
+
+
+def test_an_update_outlives_a_boot(under_systemd: Unit, booted: Groundserve) -> None:
+    """The unit brings up the version that served last, not the file of the first `up`."""
+    under_systemd.start()
+    ready(booted)
+    booted("update", "lab", booted.service("lab", f"{LAB} --tokens 3", replicas=2, more="# another file"))
+    under_systemd.stop()
+    under_systemd.start()
+    wait_until(lambda: ready(booted) and [row["version"] for row in booted.status("lab")["replicas"]] == [2, 2])
     under_systemd.stop()
 
 

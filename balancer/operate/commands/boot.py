@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balancer.errors import ConfigError
+from balancer.operate.commands.begin import spec_of
 from balancer.operate.recipe.recipe import python, with_packages
-from balancer.operate.state.beginning import Beginning
+from balancer.operate.state.desired import Desired
 from balancer.operate.state.service_folder import ServiceFolder, state_root
 from balancer.operate.state.state_file import write_whole
 
@@ -24,12 +25,13 @@ _CREDENTIAL = "secrets"
 
 def enable(name: str, *, is_users: bool, secret_files: Sequence[Path]) -> int:
     folder = ServiceFolder(state_root(), name)
-    beginning = Beginning.read(folder.beginning_file)
-    if beginning is None:
-        raise ConfigError(f"{name} has never been up here: groundserve up with its file first, then enable it")
-    if beginning.secrets and not secret_files:
+    desired = folder.desired
+    if desired is None:
+        raise ConfigError(f"{name} is not meant to run here: groundserve up with its file first, then enable it")
+    wanted = [version for version in desired.versions if version.number in (desired.serving, desired.coming)]
+    if (named := sorted({secret for version in wanted for secret in version.secrets})) and not secret_files:
         raise ConfigError(
-            f"{name} has secrets ({', '.join(beginning.secrets)}), which are kept nowhere: write K=V lines into a file "
+            f"{name} has secrets ({', '.join(named)}), which are kept nowhere: write K=V lines into a file "
             "that only you can read, and give it with --secret-file"
         )
     path = unit_file(name, is_users)
@@ -38,7 +40,7 @@ def enable(name: str, *, is_users: bool, secret_files: Sequence[Path]) -> int:
     except OSError as failure:
         raise ConfigError(f"{failure.filename or path}: {failure.strerror}") from None
     try:
-        write_whole(path, unit(beginning, is_users=is_users, secret_files=secret_files), 0o644)
+        write_whole(path, unit(name, desired, is_users=is_users, secret_files=secret_files), 0o644)
     except ConfigError as failure:
         hint = "" if is_users or os.geteuid() == 0 else ": be root, or say --user"
         raise ConfigError(f"{failure}{hint}") from None
@@ -70,6 +72,11 @@ def disable(name: str, *, is_users: bool) -> int:
     return 0
 
 
+def is_enabled(name: str) -> bool:
+    """Does systemd bring the service up at boot? Then it stays meant to exist after `down`."""
+    return any(unit_file(name, is_users).exists() for is_users in (False, True))
+
+
 def said_of(name: str) -> str:
     """What `down` has to add for a service that systemd starts again; empty for any other."""
     for is_users in (False, True):
@@ -88,18 +95,18 @@ def unit_file(name: str, is_users: bool) -> Path:
     return folder / f"groundserve-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.service"
 
 
-def unit(beginning: Beginning, *, is_users: bool, secret_files: Sequence[Path] = ()) -> str:
+def unit(name: str, desired: Desired, *, is_users: bool, secret_files: Sequence[Path] = ()) -> str:
     """The unit's text. Secrets come as credentials, which only the service can read, and in no argument."""
-    command = [*python("balancer.cli"), *beginning.arguments()]
+    command = [*python("balancer.cli"), "up", name]
     variables = {"PATH": os.environ.get("PATH", os.defpath), **with_packages({})}
     if state := os.environ.get("XDG_STATE_HOME"):
         variables["XDG_STATE_HOME"] = state
     credentials = [f"{_CREDENTIAL}{number}" for number, _ in enumerate(secret_files, 1)]
     start = " ".join([*map(_quoted, command), *(f"--secret-file %d/{credential}" for credential in credentials)])
-    host = f" groundserve-{beginning.join}.service" if beginning.join else ""
+    host = f" {unit_file(desired.join, is_users).name}" if desired.join else ""
     lines = [
         "[Unit]",
-        f"Description=groundserve {_literal(beginning.name)}",
+        f"Description=groundserve {_literal(name)}",
         "Wants=network-online.target",
         f"After=network-online.target docker.service nvidia-persistenced.service{host}",
         "# However long what it needs is away, it is tried again.",
@@ -108,7 +115,7 @@ def unit(beginning: Beginning, *, is_users: bool, secret_files: Sequence[Path] =
         "[Service]",
         "Type=exec",
         f"ExecStart={start}",
-        f"WorkingDirectory={_literal(beginning.folder)}",
+        f"WorkingDirectory={_literal(desired.base)}",
         *(f"Environment={_quoted(f'{name}={value}', is_command=False)}" for name, value in variables.items()),
         *(
             f"LoadCredential={credential}:{_literal(str(path.absolute()))}"
@@ -116,7 +123,7 @@ def unit(beginning: Beginning, *, is_users: bool, secret_files: Sequence[Path] =
         ),
         "# The controller alone is asked to end: it lets the answers in flight finish, and then ends the others.",
         "KillMode=mixed",
-        f"TimeoutStopSec={beginning.stop_seconds + _STOP_MARGIN:.0f}",
+        f"TimeoutStopSec={_stop_seconds(name, desired) + _STOP_MARGIN:.0f}",
         "Restart=always",
         "RestartSec=5",
         "# A replica that runs out of memory is the controller's affair.",
@@ -128,6 +135,14 @@ def unit(beginning: Beginning, *, is_users: bool, secret_files: Sequence[Path] =
         f"WantedBy={'default.target' if is_users else 'multi-user.target'}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _stop_seconds(name: str, desired: Desired) -> float:
+    """How long it may take to end: answers in flight are finished, then the replicas stop."""
+    version = desired.version(desired.serving)
+    assert version is not None
+    spec = spec_of(version, name, dict.fromkeys(version.secrets, "unknown"), Path(desired.base))
+    return spec.settings.drain_timeout + spec.operation.stop_grace
 
 
 def _literal(text: str) -> str:

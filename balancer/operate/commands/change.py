@@ -7,26 +7,25 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from balancer.errors import ConfigError
 from balancer.inherited import ending, tell
 from balancer.operate.commands import up as service_up
 from balancer.operate.commands.begin import Source, beginning
-from balancer.operate.commands.boot import said_of
+from balancer.operate.commands.boot import is_enabled, said_of
 from balancer.operate.commands.detach import detached
 from balancer.operate.commands.progress import Lines
 from balancer.operate.commands.show import check_host, no_such_service, snapshot_of, up_folders, warn
 from balancer.operate.engines import capacity, shared_memory
-from balancer.operate.engines.addresses import Addresses, AddressFlags
+from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, choose_engine, take_down_detached
 from balancer.operate.engines.engine import Engine
 from balancer.operate.recipe.launch import masked
 from balancer.operate.recipe.recipe import FRACTION, Recipe, recipe
 from balancer.operate.state import control_socket
-from balancer.operate.state.beginning import Beginning
 from balancer.operate.state.service_folder import AlreadyUp, ServiceFolder, state_root
+from balancer.operate.state.state_file import BrokenState
 from balancer.spec.service_file import load, read
 
 # Seconds that a controller which does not answer gets to end after each signal (SIGTERM, then SIGKILL).
@@ -69,36 +68,11 @@ def up(source: Source, flags: AddressFlags, on: str, is_detached: bool) -> int:
 
         def work(progress: Lines, came_up: Callable[[], None]) -> int:
             folder.sign(lock)
-            if not source.is_name:
-                made = _beginning(source, begin.wanted.newest, begin.flags, addresses, begin.engine.name)
-                made.write(folder.beginning_file)
             return service_up.run(begin, addresses, progress, came_up)
 
         if is_detached:
             return detached(lambda came_up: work(Lines(sys.stdout), came_up), folder.controller_log)
         return work(service_up.on_terminal(folder), lambda: None)
-
-
-def _beginning(source: Source, recipe: Recipe, flags: AddressFlags, addresses: Addresses, engine: str) -> Beginning:
-    def absolute(path: str | None) -> str | None:
-        return str(Path(path).absolute()) if path else None
-
-    spec = recipe.spec
-    return Beginning(
-        str(Path(source.path).absolute()),
-        spec.name,
-        str(Path.cwd()),
-        engine,
-        dict(source.envs),
-        tuple(source.secrets),
-        addresses.listen,
-        addresses.admin,
-        flags.is_open,
-        absolute(flags.api_keys),
-        absolute(flags.admin_key),
-        flags.join,
-        spec.settings.drain_timeout + spec.operation.stop_grace,
-    )
 
 
 def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_detached: bool) -> int:
@@ -263,9 +237,16 @@ def _take_down(folder: ServiceFolder) -> None:
 
 def _forget(folder: ServiceFolder) -> None:
     """Whatever its controller could not stop goes too."""
+    try:
+        stays = folder.desired if is_enabled(folder.name) else None
+    except BrokenState:
+        stays = None
     if folder.is_detached:
         take_down_detached(folder)
-    folder.remove_desired()
+    if stays is None:
+        folder.remove_desired()
+    else:
+        folder.write_desired(replace(stays, is_left=False))
 
 
 def _asked_to_end(folder: ServiceFolder) -> bool:

@@ -18,6 +18,7 @@ from balancer.contract.words import Phase, ServiceStatus, Status
 from balancer.errors import ConfigError
 from balancer.inherited import ending
 from balancer.operate.commands.begin import Beginning, spec_of
+from balancer.operate.commands.boot import is_enabled
 from balancer.operate.commands.progress import Lines, Moving, Told
 from balancer.operate.controller.controller import Controller
 from balancer.operate.controller.rollout import Mode
@@ -307,7 +308,7 @@ class _Up:
         is_left = self._engine.outlives_controller and not self._controller.is_cleared
         try:
             meant = self._desired() if self._is_up or is_left else self._begin.before
-            if meant is None or (self._is_wanted_no_more and not is_left):
+            if meant is None or (self._is_wanted_no_more and not is_left and not is_enabled(self._begin.name)):
                 self._folder.remove_desired()
             else:
                 self._folder.write_desired(replace(meant, is_left=is_left))

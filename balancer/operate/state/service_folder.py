@@ -37,7 +37,6 @@ class ServiceFolder:
         self.event_log = self.path / "events.jsonl"
         self.admin_key_file = self.path / "admin.key"
         self.replica_key_file = self.path / "replica.key"
-        self.beginning_file = self.path / "up.json"
         self._lock_file = self.path / "lock"
         # Exists while the service is meant to.
         self._desired_file = self.path / "desired.json"
