@@ -269,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
         ("disable", "leave a service down at boot"),
     ):
         booted = command(word, text)
-        booted.add_argument("name", metavar="NAME", help="a service that has been up here")
+        booted.add_argument("name", metavar="NAME", help="a service that is up, or meant to run here")
         booted.add_argument("--user", action="store_true", help="by your own systemd, not the machine's")
         if word == "enable":
             booted.add_argument(

@@ -21,6 +21,7 @@ class Delivered:
     text: str = ""
     reasoning: str = ""  # which came before the text, without its tags
     has_opened: bool = False  # the opening event, before any text, has arrived
+    has_usage: bool = False  # the event with the usage has arrived, which nothing follows but the end
     finish: Any = None  # why it ended, in its format's own words
     is_block_open: bool = False  # in Anthropic's format, a text block
     blocks: int = 0  # in Anthropic's format, text blocks begun
@@ -58,6 +59,7 @@ def delivered(path: str, pieces: list[bytes]) -> Delivered:
 
 def _note_openai(so_far: Delivered, said: dict[str, Any]) -> None:
     so_far.names = so_far.names or {name: said[name] for name in ("id", "created", "model") if name in said}
+    so_far.has_usage = so_far.has_usage or not said["choices"]
     for choice in said["choices"]:
         if choice["index"]:
             raise CannotContinue("several answers")

@@ -112,7 +112,7 @@ def ending(path: str, request: dict[str, Any], so_far: Delivered) -> bytes | Non
     if path == "/v1/messages":
         return b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
     options = request.get("stream_options")
-    if path != "/generate" and isinstance(options, dict) and options.get("include_usage"):
+    if path != "/generate" and isinstance(options, dict) and options.get("include_usage") and not so_far.has_usage:
         return None
     return b"data: [DONE]\n\n"
 

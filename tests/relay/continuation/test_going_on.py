@@ -58,6 +58,18 @@ def test_cut_anywhere(path: str, tokens: int, data: st.DataObject) -> None:
     assert plain(first + rest) == plain(whole)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_cut_before_the_last_event(path: str) -> None:
+    """Usage that the client has is not sent again."""
+    request = request_for(path, 3)
+    whole = b"".join(events(path, orjson.dumps(request)))
+    last = b"data: [DONE]\n\n"
+    assert whole.endswith(last)
+    assert b'"usage":{' in whole
+    first, pieces = kept(path, whole.removesuffix(last), 100)
+    assert (first + last, ending(path, request, delivered(path, pieces))) == (whole, last)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_names(path: str) -> None:
     """Every event has the id of the first answer, and no second beginning."""
