@@ -184,8 +184,8 @@ class TurnTaking:
     async def _carry_out(self, wakes: _One, doze: list[_One]) -> None:
         began = asyncio.get_running_loop().time()
         try:
-            await asyncio.gather(*(self._tell(one, "doze", DOZE) for one in doze))
-            if any(not one.tenancy.is_lost and not one.tenancy.state.is_away for one in doze):
+            answers = await asyncio.gather(*(self._tell(one, "doze", DOZE) for one in doze))
+            if any(said is not None and not said.state.is_away for said in answers):
                 return  # it could not, and keeps its turn
             if await self._wake(wakes):
                 self.swaps_total += 1

@@ -186,8 +186,10 @@ class MemberWatch:
         self._take(said, orders)
         if not self._rests():
             return True
-        self._said_503 = False
-        fleet.note_probe(member, member.ready.passed(fleet.clock()))
+        # A balancer that has just begun may find it away, and must know which models it serves in order to wake it.
+        if not await self._is_another():
+            self._said_503 = False
+            fleet.note_probe(member, member.ready.passed(fleet.clock()))
         return False
 
     async def _is_away(self) -> bool:

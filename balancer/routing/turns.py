@@ -95,7 +95,9 @@ class Turns:
     def decide(self, now: float, tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> list[Swap]:
         """The swaps to begin now. Until a swap is done, pass its tenants as BUSY."""
         self.due_in = math.inf
-        holders = {gpu: tenant for tenant in tenants if tenant.stage is not Stage.DOZING for gpu in tenant.gpus}
+        # Where one is awake and another is about to be, nobody else may ask for the GPU: who is BUSY stands for both.
+        up = sorted((one for one in tenants if one.stage is not Stage.DOZING), key=lambda one: one.stage is Stage.BUSY)
+        holders = {gpu: tenant for tenant in up for gpu in tenant.gpus}
         pinned = _pinned(tenants, needs)
         claimed: set[str] = set()
         swaps: list[Swap] = []

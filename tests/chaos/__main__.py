@@ -1,6 +1,7 @@
 """python -m tests.chaos: many seeded steps, then how soon the balancer notices faults with default settings.
 
-With --peer, the same faults at replicas behind another balancer, and a row of counts of what clients got.
+With --peer, the same faults at replicas behind another balancer, and a row of counts of what clients got. With
+--tenants, steps among models that share a GPU (tests/chaos/tenants.py).
 """
 
 import argparse
@@ -11,7 +12,10 @@ import statistics
 import sys
 import time
 
+import uvloop
+
 from tests.bench.install import Unavailable
+from tests.chaos import tenants
 from tests.chaos.compared import NAMES, compare
 from tests.chaos.faults import Faults
 from tests.chaos.judge import Judge
@@ -29,7 +33,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
     parser.add_argument("--by", choices=("both", "list", "dns"), default="both", help="how replicas are discovered")
     parser.add_argument("--peer", choices=NAMES, help="count what becomes of requests behind this balancer instead")
+    parser.add_argument("--tenants", action="store_true", help="play among models that share a GPU instead")
     flags = parser.parse_args()
+    if flags.tenants:
+        return _play_tenants(flags.seed, flags.steps)
     if flags.peer:
         return _compare(flags.peer, flags.seed, flags.steps)
     half = flags.steps // 2
@@ -53,6 +60,20 @@ def main() -> int:
         return 1
     for name, took, bound in noticed:
         print(f"  {name:42} {took:7.3f}   at most {bound:g}")
+    return 0
+
+
+def _play_tenants(seed: int, steps: int) -> int:
+    print(f"seed {seed}: {steps} steps among tenants")
+    try:
+        report = uvloop.run(tenants.play(seed, steps, Teller("tenants", steps)))
+    except Violation as violation:
+        print(f"\n{violation}\n\nagain: python -m tests.chaos --tenants --seed {seed} --steps {steps}")
+        return 1
+    print(f"\n{steps} steps, {report.requests} requests in {report.seconds:.0f} s, clean")
+    print("  steps: " + ", ".join(f"{name} {count}" for name, count in sorted(report.steps.items())))
+    print("  answers: " + ", ".join(f"{end} {count}" for end, count in sorted(report.ends.items())))
+    print(f"  longest wait for a turn: {report.longest_wait:.2f} s; the bound: {report.bound:.2f} s")
     return 0
 
 

@@ -61,6 +61,11 @@ class Engine:
         self._goes_on.set()
         self.released: set[str] = set()
         self.died_of = ""
+        # What a test asks for: seconds that a doze or wake takes more, whether something still runs after a pause, and
+        # what the next release or resume fails with.
+        self.more = 0.0
+        self.is_unruly = False
+        self.fails = ""
 
     @property
     def is_paused(self) -> bool:
@@ -81,12 +86,13 @@ class Engine:
         self._goes_on.clear()
         if self._replica.live is not None:
             self._replica.live.pause()
-        await asyncio.sleep(self._seat.doze)
-        return True
+        await asyncio.sleep(self._seat.doze + self.more)
+        return not self.is_unruly
 
     async def release(self, what: Sequence[str]) -> None:
         if not self.is_paused and self.requests():
             self._crash("release_memory_occupation should be called only when server is idle")
+        self._fail()
         if WEIGHTS[0] in what:
             await asyncio.sleep(self._seat.move)
         self.released |= set(what)
@@ -94,7 +100,8 @@ class Engine:
             card.give_back(self._size(what))
 
     async def resume(self, what: Sequence[str]) -> None:
-        await asyncio.sleep(self._seat.wake + (self._seat.move if WEIGHTS[0] in what else 0.0))
+        self._fail()
+        await asyncio.sleep(self._seat.wake + self.more + (self._seat.move if WEIGHTS[0] in what else 0.0))
         try:
             for card in self._cards.values():
                 card.take(self._size(what))
@@ -120,6 +127,10 @@ class Engine:
         if self.released:
             self._crash("CUDA error: an illegal memory access was encountered")
             await asyncio.Event().wait()
+
+    def _fail(self) -> None:
+        if self.fails:
+            raise RuntimeError(self.fails)
 
     def _crash(self, why: str) -> None:
         self.died_of = self.died_of or why

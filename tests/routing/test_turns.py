@@ -252,3 +252,10 @@ def test_swap_share(count: int, swap: float, runs: float) -> None:
     assert simulation.swapping <= 0.1 * simulation.now + swap * count
     served = [model.served for model in models]
     assert min(served) > 0
+
+
+def test_one_awake_and_one_told() -> None:
+    """Who has just refused to doze is still awake beside who was to wake instead: no third is woken meanwhile."""
+    told = Tenant("x", "x", A, Stage.BUSY, 0.0)
+    for tenants in ([told, awake("y", in_flight=0), dozing("z")], [awake("y", in_flight=0), told, dozing("z")]):
+        assert Turns(RULES).decide(100, tenants, {"z": asked()}) == []

@@ -151,6 +151,17 @@ async def test_clocks_stand_still(tmp_path: Path) -> None:
 
 
 @on_uvloop
+async def test_balancer_started_anew(tmp_path: Path) -> None:
+    """A new balancer knows at once which models those serve that doze for the one before it."""
+    async with seat(tmp_path, "a", "b") as sharers:
+        for _ in range(2):
+            async with sharing(sharers) as (house, client):
+                assert states(house) == ["DOZING", "READY"]
+                assert await ask(client, "a")
+                assert await ask(client, "b")
+
+
+@on_uvloop
 async def test_wait_beyond_start_wait(tmp_path: Path) -> None:
     """A wait for a turn ends clearly, in the queue and amid a stream, and says when to come back."""
     async with (
