@@ -63,5 +63,5 @@ def test_secrets_reach_the_replica_and_are_shown_nowhere(groundserve: Groundserv
     files = [file for file in (tmp_path / "state").rglob("*") if file.is_file()]
     assert {"replica-1.log", "balancer.log", "service.yaml"} <= {file.name for file in files}
     # The balancer's own file has the headers, in a folder that is its owner's alone.
-    assert {file.name for file in files if "hush-" in file.read_text()} == {"service.yaml"}
+    assert {file.name for file in files if b"hush-" in file.read_bytes()} == {"service.yaml"}
     assert (tmp_path / "state/groundserve/lab").stat().st_mode & 0o077 == 0
