@@ -53,6 +53,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
             fetch(preset, options, environ)
 
     held = None
+    share = 0.0  # GiB
     if options.gpu_share and not gpus and not options.dry_run:
         gpus = [gpu.CPU_SEAT]
     if on_gpu or gpus:
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
             gpus, want, options.lease_dir, wait=options.lease_wait, note=note, is_shared=options.gpu_share, tell=say
         )
         if on_gpu and not options.dry_run and not pretended:
-            share = sharing.share_gib(options.sglang_args, held.gpus[0].memory_total) if options.gpu_share else 0.0
+            if options.gpu_share:
+                share = sharing.share_gib(options.sglang_args, held.gpus[0].memory_total)
             machine.wait_for_memory(held.gpus, share or preset.gpu_gib)
         if on_gpu and options.gpu_share:
             options = replace(
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     print(f"replica: {where}: {becomes}", flush=True)
     if not options.dry_run:
         around = surroundings.with_scratch(environ, options.host)
-        turn = held.turn.environ() if held and held.turn else {}
+        turn = {**held.turn.environ(), sharing.SHARE: str(round(share * 2**30))} if held and held.turn else {}
         os.execve(becomes.argv[0], becomes.argv, {**around, **becomes.environ, **turn})
 
 

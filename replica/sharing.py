@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 FRACTION = "--mem-fraction-static"
+# The variable that tells a replica that shares, after exec, how many bytes of each GPU are its own while it is awake.
+SHARE = "REPLICA_SHARE"
 _GIB = 1024  # MiB
 # MiB that SGLang's process takes of a GPU before it measures how much is free.
 _CONTEXT = 512

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 LIGHT = ("kv_cache", "cuda_graph")
 WEIGHTS = ("weights",)
 
+# Bytes of a GPU that CUDA graphs take at most, which the share does not count.
+_GRAPHS = 4 << 30
+
 # Once a balancer has been silent for this many seconds, the tenant takes turns by itself.
 HEARD_FOR = 5.0
 _LOOK = 0.1  # seconds between two checks of what to do next
@@ -74,13 +77,16 @@ class Engine(Protocol):
 @dataclass(frozen=True)
 class Limits:
     """Times in seconds. gpu_slice: minimum length of a busy turn while others wait. give_back, take_back: maximum time
-    for a doze and for a wake; sleep: added to either if weights are moved. memory: maximum wait for others' memory."""
+    for a doze and for a wake; sleep: added to either if weights are moved. memory: maximum wait for others' memory.
+
+    share: bytes of each GPU for its weights and KV cache; 0: unknown."""
 
     gpu_slice: float = 2.0
     give_back: float = 5.0
     take_back: float = 5.0
     sleep: float = 60.0
     memory: float = 5.0
+    share: int = 0
 
 
 @dataclass
@@ -307,6 +313,9 @@ class Tenant:
         need = {gpu: self._pool.get(gpu, 0) for gpu in self._turn.gpus}
         if WEIGHTS[0] in self._released:
             need = {gpu: size + self._weights.get(gpu, 0) for gpu, size in need.items()}
+        if self._limits.share:
+            # Sizes measured while a tenant that was killed lost its memory are too large; no wake would correct them.
+            need = {gpu: min(size, self._limits.share + _GRAPHS) for gpu, size in need.items()}
         give_up = self._clock() + self._limits.memory
         while True:
             free = {gpu: self._engine.free_memory(gpu) for gpu in need}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from replica import nvml
+from replica import nvml, sharing
 from replica.tenant import Limits, Tenant
 from replica.tenant_api import Alive, Gate
 from replica.turn import HELD, Turn
@@ -46,7 +46,8 @@ def serve_as_tenant(stock: Callable[..., Any], server_args: Any, manager: Any, *
 
     on_cpu = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
     slow = {"give_back": _ON_CPU, "take_back": _ON_CPU} if on_cpu else {}
-    limits = Limits(gpu_slice=float(os.environ.get(GPU_SLICE) or Limits.gpu_slice), **slow)
+    gpu_slice, share = float(os.environ.get(GPU_SLICE) or Limits.gpu_slice), int(os.environ.get(sharing.SHARE) or 0)
+    limits = Limits(gpu_slice=gpu_slice, share=share, **slow)
     tenant = Tenant(Turn.inherit(os.environ), Server(manager), limits)
     _kept.append(tenant)
     # SGLang will wrap its check of the key around the middleware added so far; /alive has to come before that check.

@@ -172,7 +172,8 @@ class Sharing:
         self._turn = turn
         self._cards = {gpu: Held(seat.directory, gpu, round(seat.card * GIB)) for gpu in turn.gpus}
         self.engine = Engine(replica, seat, self._cards)
-        self.tenant = Tenant(turn, self.engine, Limits(gpu_slice=seat.gpu_slice, memory=seat.memory))
+        share = round((seat.pool + seat.weights) * GIB)
+        self.tenant = Tenant(turn, self.engine, Limits(seat.gpu_slice, memory=seat.memory, share=share))
         self._life: asyncio.Task[None] | None = None
 
     @classmethod

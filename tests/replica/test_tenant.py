@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class FakeEngine:
         self.is_paused = False
         self.is_busy_after_pause = False
         self.fails = ""
+        self.meanwhile: Callable[[], None] = lambda: None
         self.released: set[str] = set()
         self.done: list[str] = []
         self.is_dead = False
@@ -65,6 +66,7 @@ class FakeEngine:
         return not self.is_busy_after_pause
 
     async def release(self, what: Sequence[str]) -> None:
+        self.meanwhile()
         self._do(f"release {'+'.join(what)}")
         assert self.is_paused
         self.released |= set(what)
@@ -106,7 +108,7 @@ class Stage:
         self.directory = directory
         self.turns: list[Turn] = []
 
-    def tenant(self, note: str, **limits: float) -> tuple[Tenant, FakeEngine]:
+    def tenant(self, note: str, **limits: Any) -> tuple[Tenant, FakeEngine]:
         turn = Turn.join(self.directory, ["GPU-a"], note, self.clock())
         assert turn.take(self.clock())
         self.turns.append(turn)
@@ -369,6 +371,27 @@ def test_wake_without_memory(stage: Stage) -> None:
     run(life())
     assert tenant.state is State.AWAKE
     assert tenant.problem == ""
+
+
+def test_sizes_measured_while_another_was_killed(stage: Stage) -> None:
+    """Memory that a killed tenant loses amid a sleep is not taken for one's own for ever."""
+    tenant, engine = stage.tenant("mine", memory=0.0, share=FakeEngine.POOL + FakeEngine.WEIGHT)
+
+    async def life() -> None:
+        tenant.wanted = State.DOZING
+        await tenant.step()
+        stage.gpu.free -= 30 * GIB  # another's
+        engine.meanwhile = lambda: setattr(stage.gpu, "free", stage.gpu.free + 30 * GIB)
+        tenant.wanted = State.ASLEEP
+        while tenant.state is not State.ASLEEP:
+            await tenant.step()
+        stage.gpu.free = 50 * GIB
+        tenant.wanted = State.AWAKE
+        await tenant.step()
+
+    run(life())
+    assert tenant.problem == ""
+    assert tenant.state is State.AWAKE
 
 
 def test_order_without_memory(stage: Stage) -> None:
