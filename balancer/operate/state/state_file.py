@@ -43,7 +43,7 @@ def read_whole(path: Path) -> str | None:
     """The content of the file, or None if there is no file; raises BrokenState."""
     try:
         return path.read_text("utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as failure:
         raise broken(path, getattr(failure, "strerror", None) or "it is not text") from None
