@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from balancer.relay.request import Request
-from balancer.relay.requested_model import FORM_FIELD, fields_in_json
+from balancer.relay.requested_model import fields_in_json, models_in_form
 from balancer.routing.body import HEAVY_BODY, without_images
 
 END = 2 << 10  # bytes at each end of a large body
@@ -100,12 +100,16 @@ def with_usage(request: Request, said: dict[str, Any]) -> bool:
 
 
 def names_of_models(request: Request) -> Iterator[Any]:
-    """Everything by which the request may choose a model or an adapter, duplicates included; reads the whole body."""
+    """Everything by which the request may choose a model or an adapter, duplicates included; reads the whole body.
+
+    False stands for what cannot be read here. Replicas also read JSON with a byte order mark, in UTF-16 and in UTF-32.
+    """
     if request.model:
         yield request.model.decode("latin-1")
     body = b"".join(request.body)
-    if body.lstrip()[:1] == b"{":
+    if body.lstrip()[:1] == b"{" and b"\0" not in body[:4]:
         yield from fields_in_json(body, MODEL_FIELDS)
     elif body.startswith(b"--"):
-        for found in FORM_FIELD.finditer(body):
-            yield found[1].decode("utf-8", "replace")
+        yield from models_in_form(body)
+    elif body.strip():
+        yield False

@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote_to_bytes
 class PathKind(enum.Enum):
     """What a path is to the balancer."""
 
-    GENERATING = "generating"  # a POST there generates tokens: it counts against a replica's limit
+    GENERATING = "generating"  # a POST or PUT there generates tokens: it counts against a replica's limit
     PLAIN = "plain"  # relayed without ever waiting for room
     ADMIN = "admin"  # SGLang's own admin routes: relayed only where the service allows it
     OWN = "own"  # answered by the balancer itself

@@ -23,6 +23,7 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade http2-settings".split()
 )
+GENERATING_METHODS = (b"POST", b"PUT")  # SGLang takes both for /generate, /encode, /classify and /v1/rerank
 _AUTHORITY_ENDS = re.compile(rb"[/?#]")
 MAX_FORWARDED = 256  # only this many bytes at the end of X-Forwarded-For are read
 MAX_DIGITS = 20  # of the parser's largest Content-Length; it would accept any number of leading zeros
@@ -85,12 +86,12 @@ class Request:
 
     @property
     def is_generating(self) -> bool:
-        return self.kind is PathKind.GENERATING and self.method == b"POST"
+        return self.kind is PathKind.GENERATING and self.method in GENERATING_METHODS
 
     @property
     def is_waited_for(self) -> bool:
         """May it wait for minutes while a replica starts?"""
-        return self.path in WAITED_FOR and self.method == b"POST"
+        return self.path in WAITED_FOR and self.method in GENERATING_METHODS
 
     def head_for(self, replica: ReplicaAddress, api_key: bytes | None) -> bytes:
         """The request's head for this replica; the body follows unchanged."""

@@ -7,11 +7,17 @@ import orjson
 
 from balancer.relay.request import Request
 
-# A string, with the colon after it if it is a key; or a bracket.
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"(\s*:)?|[{}\[\]]', re.DOTALL)
-_STRING = re.compile(rb'\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
+# A string, with the colon after it if it is a key; or a bracket. A string without an end takes all that follows, and
+# nothing is tried twice: the time is linear in the body, whatever is in it.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"(\s*+:)?|\\?\Z)|[{}\[\]]', re.DOTALL)
+_STRING = re.compile(rb'\s*+("[^"\\]*+(?:\\.[^"\\]*+)*+")', re.DOTALL)
+MOST_TOKENS = 500_000  # strings and brackets that are looked at: a third of a second
 _NULL = re.compile(rb"\s*null\b")
-FORM_FIELD = re.compile(rb'\bname="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)', re.IGNORECASE)
+# A part's disposition, and the first line of its content. More header lines than these no client sends.
+_PART = re.compile(
+    rb"^content-disposition:([^\r\n]*+)\r\n(?:[^\r\n]++\r\n){0,16}+\r\n([^\r\n]*+)", re.IGNORECASE | re.MULTILINE
+)
+_NAMES_MODEL = re.compile(rb'\bname="?model"?', re.IGNORECASE)
 
 
 def requested_model(request: Request) -> str:
@@ -23,8 +29,7 @@ def requested_model(request: Request) -> str:
     body = request.body[0] if len(request.body) == 1 else b"".join(request.body)
     if body.lstrip()[:1] == b"{":
         return model_in_json(body)
-    found = FORM_FIELD.search(body) if body.startswith(b"--") else None
-    return found[1].decode("utf-8", "replace") if found else ""
+    return next(models_in_form(body), "") if body.startswith(b"--") else ""
 
 
 def model_in_json(body: bytes) -> str:
@@ -35,10 +40,13 @@ def model_in_json(body: bytes) -> str:
 
 def fields_in_json(body: bytes, names: Collection[str]) -> Iterator[str | bool | None]:
     """The values under these keys of the outermost JSON object, duplicates included: a string, None for null, or False
-    for anything else.
+    for anything else. The last is False if the body is too long to be looked through.
     """
     depth = 0
-    for token in _TOKEN.finditer(body):
+    for count, token in enumerate(_TOKEN.finditer(body)):
+        if count == MOST_TOKENS:
+            yield False
+            return
         first = token[0][:1]
         if first in b"{[":
             depth += 1
@@ -47,6 +55,13 @@ def fields_in_json(body: bytes, names: Collection[str]) -> Iterator[str | bool |
         elif depth == 1 and token[1] is not None and _text(token[0][: -len(token[1])]) in names:
             value = _STRING.match(body, token.end())
             yield _text(value[1]) if value else None if _NULL.match(body, token.end()) else False
+
+
+def models_in_form(body: bytes) -> Iterator[str]:
+    """The values of all fields of a form whose names begin with "model"."""
+    for part in _PART.finditer(body):
+        if _NAMES_MODEL.search(part[1]):
+            yield part[2].decode("utf-8", "replace")
 
 
 def _text(literal: bytes) -> str:

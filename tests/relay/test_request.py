@@ -44,9 +44,11 @@ def test_made_ids_are_unique_and_could_be_a_clients() -> None:
         assert read((b"X-Request-Id", one)).id == one
 
 
-@pytest.mark.parametrize(("value", "is_generating"), [(b"POST", True), (b"GET", False), (b"OPTIONS", False)])
-def test_only_posts_generate(value: bytes, is_generating: bool) -> None:
-    assert read(method=value).is_generating is is_generating
+@pytest.mark.parametrize(
+    ("value", "is_generating"), [(b"POST", True), (b"PUT", True), (b"GET", False), (b"OPTIONS", False)]
+)
+def test_posts_and_puts_generate(value: bytes, is_generating: bool) -> None:
+    assert read(method=value, target=b"/generate").is_generating is is_generating
     assert not read(method=value, target=b"/v1/models").is_generating
 
 

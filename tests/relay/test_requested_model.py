@@ -1,6 +1,7 @@
 """Which model a request asks for."""
 
 import json
+import time
 from typing import Any
 
 import orjson
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from balancer.relay.asked import names_of_models
 from balancer.relay.request import Request
 from balancer.relay.requested_model import model_in_json, requested_model
 
@@ -47,6 +49,33 @@ def asking(body: bytes = b"", path: str = "/v1/chat/completions", model: bytes =
 )
 def test_the_model_is_found(request_: Request, model: str) -> None:
     assert requested_model(request_) == model
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a": "' + b'\\"' * 500_000,
+        b'{"a": ' + b"[" * 5_000_000,
+        b'{"a": ' + b'"model":' * 300_000,
+        b"--x\r\n" + b"name=model\r\n" * 100_000,
+        b"--x\r\n" + b"name=model " * 100_000,
+        b"--x\r\n" + b"content-disposition: form-data; name=model\r\n" * 20_000,
+        b"--x\r\n" + b"content-disposition: form-data; name=model; " * 20_000,
+    ],
+    ids=["string without end", "brackets", "keys", "lines", "one line", "headers", "header"],
+)
+def test_no_body_keeps_all_others_waiting(body: bytes) -> None:
+    began = time.process_time()
+    requested_model(asking(body))
+    list(names_of_models(asking(body)))
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_json_that_only_a_replica_reads_names_anything(encoding: str) -> None:
+    body = '{"model": "base:adapter"}'.encode(encoding)
+    assert json.loads(body) == {"model": "base:adapter"}
+    assert list(names_of_models(asking(body))) == [False]
 
 
 JSON = st.recursive(
