@@ -1,5 +1,6 @@
 """The keys that are issued here, and what is used with them: what the admin port asks and changes."""
 
+import asyncio
 import secrets
 import sqlite3
 import time
@@ -25,6 +26,8 @@ class Accounts:
         self.when_changed: list[Callable[[Sequence[IssuedKey]], None]] = []
         self.before_reading: list[Callable[[], None]] = []
         self._store = store
+        self._changing = asyncio.Lock()
+        self._changes: set[asyncio.Task[None]] = set()
         try:
             self.issued = store.issued()
             self.has_keys = store.has_keys()
@@ -66,11 +69,21 @@ class Accounts:
         await self.ledger.close()
 
     async def _changed(self, change: Callable[[], None]) -> None:
-        await self._asked(change)
-        self.issued = await self._asked(self._store.issued)
-        self.has_keys = True
-        for hook in self.when_changed:
-            hook(self.issued)
+        """Changes the keys, even if whoever asked for it gives up meanwhile: a revoked key must not go on counting."""
+        task = asyncio.ensure_future(self._change(change))
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        await asyncio.shield(task)
+
+    async def _change(self, change: Callable[[], None]) -> None:
+        async with self._changing:  # else keys that were read before another change could be taken up after it
+            try:
+                await self._asked(change)
+            finally:  # after a failure, too: an earlier change may have been made and not been taken up
+                self.issued = await self._asked(self._store.issued)
+                self.has_keys = self.has_keys or bool(self.issued)
+                for hook in self.when_changed:
+                    hook(self.issued)
 
     async def _asked(self, work: Callable[[], T]) -> T:
         try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 
@@ -97,7 +98,7 @@ class Store:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own, so that a long query holds no writer up."""
-        with contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", BUSY, uri=True)) as connection:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro", BUSY, uri=True)) as connection:
             yield connection
 
     # Keys

@@ -1,9 +1,10 @@
 """Routes of the admin port for keys and their usage."""
 
 import asyncio
+import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Path, Query
@@ -39,25 +40,25 @@ def add_accounts(
     @app.get("/keys", responses=responses)
     async def keys(accounts: Kept) -> Response:
         """All keys with their limits, revoked ones too."""
-        async with asyncio.timeout(PATIENCE):
+        async with _in_time():
             return JSONResponse([row.to_json() for row in await accounts.keys()])
 
     @app.post("/keys/{name}", dependencies=changes, responses=responses)
     async def add(name: Name, terms: KeyTerms, accounts: Kept) -> Response:
         """Issues a key. Its secret is in this answer and nowhere else."""
-        async with asyncio.timeout(PATIENCE):
+        async with _in_time():
             return _secret(name, await accounts.add(name, terms))
 
     @app.post("/keys/{name}/rotate", dependencies=changes, responses=responses)
     async def rotate(name: Name, accounts: Kept) -> Response:
         """Gives a key a new secret; the old one is refused from now on."""
-        async with asyncio.timeout(PATIENCE):
+        async with _in_time():
             return _secret(name, await accounts.rotate(name))
 
     @app.delete("/keys/{name}", dependencies=changes, responses=responses)
     async def revoke(name: Name, accounts: Kept) -> dict[str, str]:
         """Refuses the key from now on; what it has under way is finished."""
-        async with asyncio.timeout(PATIENCE):
+        async with _in_time():
             await accounts.revoke(name)
         return {"revoked": name}
 
@@ -69,9 +70,19 @@ def add_accounts(
     ) -> Response:
         """What was used, summed by these."""
         groups = [name for name in by.split(",") if name]
-        async with asyncio.timeout(PATIENCE):
+        async with _in_time():
             rows = await accounts.usage(list(dict.fromkeys(groups)), began(since, time.time()))
         return JSONResponse({"object": "list", "data": rows})
+
+
+@contextlib.asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield
+    except TimeoutError:
+        why = f"The disk with keys and usage gave no answer in {PATIENCE:g} s; a change may still be made: see to it."
+        raise HTTPException(503, why) from None
 
 
 def began(since: str, now: float) -> float:

@@ -47,7 +47,8 @@ def add_everywhere(
         body = await request.body()
         if len(body) > LARGEST:
             raise HTTPException(413, f"The body is over {LARGEST} bytes: none of these requests is so large.")
-        members = sorted(service.fleet.members.values(), key=lambda member: member.id)
+        # A replica that is listed at two addresses is asked once: it would refuse the same adapter the second time.
+        members = [member for _, member in sorted(service.fleet.members.items()) if not member.alias_of]
         key = service.replica_key
         told = await asyncio.gather(*(one(member, key, what, body) for member in members))
         is_done = bool(told) and all(said["status"] is not None and said["status"] < 300 for said in told)
