@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("up", "status", "scale", "update", "logs", "events", "down", "check", "pull", "models", "export", "import")
+COMMANDS = (
+    *("up", "status", "scale", "update", "rollback", "restart", "logs", "events", "down", "check"),
+    *("enable", "disable", "keys", "keys add", "usage", "pull", "models", "export", "import"),
+)
 PROGRAMS = {
     "groundserve": ("balancer.cli",),
-    **{f"groundserve {command}": ("balancer.cli", command) for command in COMMANDS},
+    **{f"groundserve {command}": ("balancer.cli", *command.split()) for command in COMMANDS},
     "python -m balancer": ("balancer",),
     "python -m replica": ("replica",),
 }
