@@ -4,6 +4,7 @@ A small body is parsed. Of a large one only the ends are looked at, where client
 quotes within a text are escaped, so whatever looks like a field is one, though perhaps of an inner object.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,7 +49,8 @@ def _of_ends(body: Sequence[bytes]) -> dict[str, Any]:
     for part in (head, tail):
         for found in _FIELDS.finditer(part):
             name = found[1].decode()
-            said.setdefault(name, {} if found[2] == b"{" else orjson.loads(found[2]))
+            with contextlib.suppress(orjson.JSONDecodeError):  # no JSON: the replica will say so
+                said.setdefault(name, {} if found[2] == b"{" else orjson.loads(found[2]))
     if "stream" not in said:
         said["stream"] = any(map(_STREAM.search, body))
     if "stream_options" in said:

@@ -1,8 +1,11 @@
 """Takes out of a stream the event with the token counts that we asked for and the client did not."""
 
+import re
+
 from balancer.relay.continuation.events import end_of_last
 
 EVENT_END = b"\n\n"
+_EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
 EMPTY = b'"choices":[]'  # as SGLang and vLLM write it; quotes within a text are escaped
 USAGE = b'"usage":{'
 LARGEST = 1 << 20  # bytes of one event that are held back until it is whole
@@ -31,8 +34,8 @@ class HiddenUsage:
             return whole + self.rest()
         if EMPTY not in whole:
             return whole
-        events = whole.split(EVENT_END)
-        return EVENT_END.join(event for event in events if not (EMPTY in event and USAGE in event))
+        events = _EVENT.findall(whole)
+        return b"".join(event for event in events if not (EMPTY in event and USAGE in event))
 
     def rest(self) -> bytes:
         """What is held of an event that has no end."""
