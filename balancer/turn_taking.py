@@ -200,14 +200,13 @@ class TurnTaking:
             said = await self._tell(one, "wake", WAKE + (WITH_WEIGHTS if is_asleep else 0.0))
             if said is not None and said.state is TenantState.AWAKE:
                 return True
-            now = asyncio.get_running_loop().time()
             if said is None or not said.problem:
-                one.tenancy.retry_at = now + SOON
+                one.tenancy.retry_at = asyncio.get_running_loop().time() + SOON
                 return False
             one.tenancy.told()
             if not await self._make_room(one):
                 one.tenancy.cannot_wake = said.problem
-                one.tenancy.retry_at = now + LATER
+                one.tenancy.retry_at = asyncio.get_running_loop().time() + LATER  # that may have taken minutes
                 log.warning("replica %s: %s; nobody else there can give memory back", one.member.name, said.problem)
                 return False
 

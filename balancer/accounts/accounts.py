@@ -6,7 +6,9 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import TypeVar
+
+import orjson
 
 from balancer.accounts.ledger import Ledger
 from balancer.accounts.off_loop import off_loop
@@ -56,12 +58,12 @@ class Accounts:
         """Requests under way are finished. Raises ConfigError."""
         await self._changed(lambda: self._store.revoke(name, time.time()))
 
-    async def usage(self, by: Sequence[str], since: float) -> list[dict[str, Any]]:
-        """What was used from that time on (seconds since 1970), up to now. Raises ConfigError."""
+    async def usage(self, by: Sequence[str], since: float) -> bytes:
+        """A JSON list of what was used from that time on (seconds since 1970), up to now. Raises ConfigError."""
         for hook in self.before_reading:
             hook()
         await self.ledger.written()
-        return await self._asked(lambda: self._store.usage(by, since))
+        return await self._asked(lambda: orjson.dumps(self._store.usage(by, since)))
 
     async def close(self) -> None:
         for hook in self.before_reading:

@@ -24,6 +24,7 @@ from balancer.spec.local_disk import network_type
 FILE = "accounts.sqlite"
 HOUR = 3600
 BUSY = 5.0  # seconds that a writer waits for another process's lock
+MOST_ROWS = 100_000  # of usage in one answer, which is put together in memory
 FIGURES = ("requests", "failed", "prompt_tokens", "completion_tokens", "cached_tokens")
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS keys (
@@ -163,7 +164,8 @@ class Store:
     def usage(self, by: Sequence[str], since: float) -> list[dict[str, Any]]:
         """The sums from that time on (seconds since 1970), in the order of what they are grouped by.
 
-        Whole hours only, so the first may begin earlier. Raises ConfigError for an unknown group.
+        Whole hours only, so the first may begin earlier. Raises ConfigError for an unknown group and
+        for too many rows.
         """
         if unknown := [name for name in by if name not in GROUPS]:
             raise ConfigError(f"usage is not kept by {unknown[0][:40]!r}: there is {', '.join(BY)}")
@@ -171,9 +173,11 @@ class Store:
         columns = [f"{GROUPS[name]} AS {name}" for name in by] + [f"sum({name})" for name in FIGURES]
         query = f"SELECT {', '.join(columns)} FROM usage WHERE hour >= ?"
         if by:
-            query += f" GROUP BY {grouped} ORDER BY {grouped}"
+            query += f" GROUP BY {grouped} ORDER BY {grouped} LIMIT {MOST_ROWS + 1}"
         with self._reading() as connection:
             rows = connection.execute(query, (int(since) // HOUR,)).fetchall()
+        if len(rows) > MOST_ROWS:
+            raise ConfigError(f"that is over {MOST_ROWS} rows: sum by less, or ask for a shorter time")
         names = (*by, *FIGURES)
         return [dict(zip(names, row, strict=True)) for row in rows if row[-1] is not None]
 

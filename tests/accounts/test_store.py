@@ -90,6 +90,8 @@ def test_a_year_of_use_is_told_within_a_second(store: Store) -> None:
     assert len(told) == pytest.approx(20 * 366, abs=20)
     assert sum(row["requests"] for row in told) == len(rows) * 1800
     assert min(took) < 1.0
+    with pytest.raises(ConfigError, match="over 100000 rows: sum by less"):
+        store.usage(["key", "model", "hour"], 0)
     assert sum(file.stat().st_size for file in store.path.parent.iterdir()) < 64 << 20
 
 
