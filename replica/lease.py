@@ -156,15 +156,10 @@ def _others(gpu: Gpu, mine: Turn) -> list[str]:
 
 def _failed_at(said: Mapping[str, Any], now: float) -> float:
     """When a replica last failed to start on a GPU, according to its lease file; 0 if not recently."""
-    if 0 <= now - _time(said, "started_at") < _FAILED_WITHIN:
-        return _time(said, "started_at")
-    failed_at = _time(said, "failed_at")
+    if 0 <= now - lock_file.number(said, "started_at") < _FAILED_WITHIN:
+        return lock_file.number(said, "started_at")
+    failed_at = lock_file.number(said, "failed_at")
     return failed_at if 0 <= now - failed_at < _FAILURE_STANDS else 0.0
-
-
-def _time(said: Mapping[str, Any], name: str) -> float:
-    value = said.get(name)
-    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _holders(gpus: Sequence[Gpu], directory: Path) -> str:

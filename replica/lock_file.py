@@ -7,9 +7,10 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,16 @@ def read(descriptor: int) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return said if isinstance(said, dict) else {}
+
+
+def number(said: Mapping[str, Any], name: str) -> float:
+    """The finite number of that name; 0 if there is none. Others write into these files."""
+    value = said.get(name)
+    try:
+        found = float(value) if isinstance(value, int | float) else 0.0
+    except OverflowError:
+        return 0.0
+    return found if math.isfinite(found) else 0.0
 
 
 def read_at(path: Path) -> dict[str, Any]:

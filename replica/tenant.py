@@ -219,9 +219,14 @@ class Tenant:
             self._wished.clear()
             try:
                 await self.step()
-            except OSError as error:
-                self.problem = f"cannot take turns: {error.strerror}"
-                logger.warning("%s", self.problem)
+            except Exception as error:
+                if self._is_as(State.BROKEN):
+                    raise
+                # Whatever it is, it is tried again: nothing else would ever wake this replica.
+                problem = f"cannot take turns: {getattr(error, 'strerror', None) or repr(error)}"
+                if problem != self.problem:
+                    logger.warning("%s", problem, exc_info=not isinstance(error, OSError))
+                self.problem = problem
             pause = _TURN_POLL if self._turn.waiting_since else _LOOK
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wished.wait(), pause)

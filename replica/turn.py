@@ -203,17 +203,13 @@ def neighbours(directory: Path, gpu: str, leave_out: set[str] | None = None) -> 
 
 
 def _neighbour(gpu: str, said: Mapping[str, Any]) -> Neighbour:
-    def number(name: str) -> float:
-        value = said.get(name)
-        return float(value) if isinstance(value, int | float) else 0.0
-
     def text(name: str) -> str:
         value = said.get(name)
         return value if isinstance(value, str) else ""
 
     note = text("note") or "a replica that has just started"
-    times = number("waiting_since"), number("said_at")
-    return Neighbour(gpu, note, int(number("pid")), text("host"), text("state"), text("by"), *times)
+    pid, *times = (lock_file.number(said, name) for name in ("pid", "waiting_since", "said_at"))
+    return Neighbour(gpu, note, int(pid), text("host"), text("state"), text("by"), *times)
 
 
 def _places(gpu: str) -> list[str]:

@@ -412,6 +412,26 @@ def test_order_without_memory(stage: Stage) -> None:
     assert "it cannot wake" in tenant.problem
 
 
+def test_a_step_that_fails_is_tried_again(stage: Stage) -> None:
+    tenant, _ = stage.tenant("mine")
+    step, failures = tenant.step, [ValueError("what nobody expected"), OSError(5, "Input/output error")]
+
+    async def fails_at_first() -> None:
+        if failures:
+            raise failures.pop()
+        await step()
+
+    async def life() -> None:
+        tenant.step = fails_at_first  # type: ignore[method-assign]
+        living = asyncio.create_task(tenant.live())
+        async with asyncio.timeout(20):
+            assert await tenant.order(State.DOZING, 600)
+        living.cancel()
+
+    run(life())
+    assert not failures
+
+
 def test_order_outlasts_its_time_with_the_turn(stage: Stage) -> None:
     """A wake that has its turn is not cancelled because its order's time is over."""
     tenant, engine = stage.tenant("mine")

@@ -204,7 +204,13 @@ def test_what_a_tenant_says_of_itself_is_read_by_others(directory: Path) -> None
     other.leave()
 
 
-@pytest.mark.parametrize("written", [b"", b"[1]", b"{", b"\xff", b'{"note": 1, "waiting_since": "x"}', b"9" * 5000])
+@pytest.mark.parametrize(
+    "written",
+    [
+        *(b"", b"[1]", b"{", b"\xff", b'{"note": 1, "waiting_since": "x"}', b"9" * 5000),
+        *(b'{"pid": 1e999}', b'{"pid": NaN}', b'{"waiting_since": Infinity}', b'{"said_at": ' + b"9" * 4000 + b"}"),
+    ],
+)
 def test_what_others_wrote_into_a_tenants_file_does_no_harm(directory: Path, written: bytes) -> None:
     mine = Turn.join(_made(directory), ["GPU-a"], "mine", 1000.0)
     (directory / "GPU-a.tenant-0").write_bytes(written)
