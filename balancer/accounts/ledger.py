@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import sqlite3
 import time
 from collections.abc import Callable
 
@@ -68,7 +67,7 @@ class Ledger:
         rows, self._rows = self._rows, {}
         try:
             await off_loop(lambda: self._store.count((*row, *sums) for row, sums in rows.items()))  # type: ignore[misc]
-        except (sqlite3.Error, OSError) as failure:
+        except Exception as failure:  # a thread too many, too
             self._take_back(rows)
             now = asyncio.get_running_loop().time()
             self._next = now + AFTER_FAILURE

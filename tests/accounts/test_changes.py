@@ -61,6 +61,21 @@ async def test_a_revocation_that_was_not_taken_up_is_later(tmp_path: Path) -> No
     assert accounts.issued == []
 
 
+@on_uvloop
+async def test_counts_outlive_a_write_without_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accounts = Accounts(store := Store(tmp_path / "state"))
+    accounts.ledger.note("alice", "m", 1, 0, 10, 5, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", _no_thread)
+        await accounts.ledger.written()
+    await accounts.ledger.written()
+    assert [row["requests"] for row in store.usage(["key"], 0)] == [1]
+
+
+def _no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a%41b", "a b"])
 def test_any_folder_will_do(tmp_path: Path, name: str) -> None:
     store = Store(tmp_path / name)
