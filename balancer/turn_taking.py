@@ -23,9 +23,9 @@ LEAST_PAUSE = 0.01  # seconds between two looks, however much happens
 # waits for the turn, which a replica may have that this balancer does not know, or not yet, as while it starts.
 DOZE, WAKE = 70.0, 3.0
 WITH_WEIGHTS = 70.0  # more, where weights are moved
-# Seconds until a replica that did not wake is tried again: because of others' turn, and because it lacks memory.
+# Seconds until a failed wake is tried again: after another had the turn, and after memory was short.
 SOON, LATER = 0.25, 5.0
-AHEAD = 1 << 10  # the priority of a replica that is to leave and has requests
+AHEAD = 1 << 10  # the priority of a replica that is leaving and still has requests
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class TurnTaking:
         await asyncio.gather(*self._orders, return_exceptions=True)
 
     def tick(self, now: float) -> None:
-        """Call it a few times a second: puts to sleep who has dozed unused for long, and looks again."""
+        """Puts replicas to sleep that have dozed unused for long, and looks again. Call it a few times a second."""
         if not self._shares:
             return
         for one in self._all():
@@ -206,7 +206,7 @@ class TurnTaking:
             one.tenancy.told()
             if not await self._make_room(one):
                 one.tenancy.cannot_wake = said.problem
-                one.tenancy.retry_at = asyncio.get_running_loop().time() + LATER  # that may have taken minutes
+                one.tenancy.retry_at = asyncio.get_running_loop().time() + LATER  # making room may have taken minutes
                 log.warning("replica %s: %s; nobody else there can give memory back", one.member.name, said.problem)
                 return False
 

@@ -1,4 +1,4 @@
-"""The keys that are issued here, and what is used with them: what the admin port asks and changes."""
+"""Issued keys and their usage, as the admin port reads and changes them."""
 
 import asyncio
 import secrets
@@ -78,10 +78,10 @@ class Accounts:
         await asyncio.shield(task)
 
     async def _change(self, change: Callable[[], None]) -> None:
-        async with self._changing:  # else keys that were read before another change could be taken up after it
+        async with self._changing:  # so that keys read before another change cannot replace those read after it
             try:
                 await self._asked(change)
-            finally:  # after a failure, too: an earlier change may have been made and not been taken up
+            finally:  # even after a failure: the keys of an earlier change may not have been read
                 self.issued = await self._asked(self._store.issued)
                 self.has_keys = self.has_keys or bool(self.issued)
                 for hook in self.when_changed:

@@ -1,4 +1,4 @@
-"""Sums up what was used, and writes the sums to the store now and then, off the event loop."""
+"""Adds up usage in memory and writes the sums to the store once a second, off the event loop."""
 
 import asyncio
 import logging
@@ -67,7 +67,7 @@ class Ledger:
         rows, self._rows = self._rows, {}
         try:
             await off_loop(lambda: self._store.count((*row, *sums) for row, sums in rows.items()))  # type: ignore[misc]
-        except Exception as failure:  # a thread too many, too
+        except Exception as failure:  # such as a disk that is full, or no thread to be had
             self._take_back(rows)
             now = asyncio.get_running_loop().time()
             self._next = now + AFTER_FAILURE

@@ -1,4 +1,4 @@
-"""Runs what may block on the disk beside the event loop, in a daemon thread that holds up no exit."""
+"""Runs work that may block on the disk in a thread, off the event loop. The thread does not delay the exit."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 async def off_loop(work: Callable[[], T]) -> T:
-    """What `work` returns or raises. If the waiting is cancelled, the work still goes on to its end."""
+    """Returns or raises what `work` does. If the caller is cancelled, the work is still finished."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 

@@ -1,8 +1,8 @@
 """What one key may still use: requests and tokens, in buckets that fill again as time passes. Pure data; the clock is
 passed in.
 
-A request takes what it will probably use before it starts, and its answer settles the difference: a bucket may then
-hold less than nothing. One that would take more than a bucket holds when full is let in when it is full.
+A request takes what it will probably use before it starts, and its answer settles the difference, after which a bucket
+may hold less than nothing. A request for more than a full bucket holds is let in once the bucket is full.
 """
 
 import math
@@ -27,7 +27,7 @@ class Bucket:
         self.at = now
 
     def wait_for(self, amount: float) -> float:
-        """Seconds until it holds that much, or is full, if nobody takes any more."""
+        """Seconds until it holds that much or is full, if nobody takes from it meanwhile."""
         return max(0.0, (min(amount, self.limit) - self.left) / self.rate)
 
 
@@ -79,7 +79,7 @@ class Quota:
         return worst
 
     def give_back(self, tokens: float) -> None:
-        """Puts tokens back that were taken and not used; a negative number takes what was used beyond."""
+        """Puts back tokens that were taken but not used; a negative number takes those used beyond that."""
         for bucket in (self.minute, self.day):
             if bucket is not None:
                 bucket.left = min(bucket.limit, bucket.left + tokens)

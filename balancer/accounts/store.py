@@ -44,7 +44,7 @@ GROUPS = {
     "day": "strftime('%Y-%m-%d', hour * 3600, 'unixepoch')",
     "hour": "strftime('%Y-%m-%dT%H:00Z', hour * 3600, 'unixepoch')",
 }
-# By which column the rows are grouped: a string for each row would be made first, at ten times the cost.
+# The columns to group by. Grouping by the text above would first make a string for each row, at ten times the cost.
 _GROUPED = {"key": "key", "model": "model", "day": "hour / 24", "hour": "hour"}
 
 Usage = tuple[int, str, str, int, int, int, int, int]  # hour, key, model, and FIGURES

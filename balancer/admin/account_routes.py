@@ -23,7 +23,7 @@ Name = Annotated[KeyName, Path()]
 def add_accounts(
     app: FastAPI, accounts: Accounts | None, changing: Sequence[Any], is_guarded: bool, responses: dict[int | str, Any]
 ) -> None:
-    """`changing` are what every change depends on; without an admin key (`is_guarded`) nobody can change keys."""
+    """Every change depends on `changing`. Unless there is an admin key (`is_guarded`), nobody can change keys."""
 
     def kept() -> Accounts:
         if accounts is None:
@@ -57,7 +57,7 @@ def add_accounts(
 
     @app.delete("/keys/{name}", dependencies=changes, responses=responses)
     async def revoke(name: Name, accounts: Kept) -> dict[str, str]:
-        """Refuses the key from now on; what it has under way is finished."""
+        """Refuses the key from now on; its requests under way are finished."""
         async with _in_time():
             await accounts.revoke(name)
         return {"revoked": name}

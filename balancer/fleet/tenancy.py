@@ -25,7 +25,7 @@ class TenantState(enum.StrEnum):
 
     @property
     def is_away(self) -> bool:
-        """Do others have its GPUs, or may they take them?"""
+        """Are its GPUs free for others to take, or taken?"""
         return self in (TenantState.DOZING, TenantState.ASLEEP)
 
 
@@ -75,8 +75,8 @@ class Tenancy:
     away_since: float = 0.0  # when it was last awake, while it is away
     problem: str = ""  # why it cannot wake or doze
     starting: str = ""  # who has its GPUs in order to start
-    cannot_wake: str = ""  # why the last try to wake it failed, with nothing left to try
-    retry_at: float = 0.0  # it did not wake: it is not tried again before this time
+    cannot_wake: str = ""  # why the last attempt to wake it failed, if nothing else could be tried
+    retry_at: float = 0.0  # after a failed wake, the earliest time of the next attempt
     is_lost: bool = False  # it does not answer: nothing of this is known any more
     is_told: bool = False  # it has been told to change its state, and has not answered yet
     orders: int = 0  # how often it has been told so
@@ -115,7 +115,7 @@ class Tenancy:
         self.state, self.since = state, at
 
     def told(self) -> None:
-        """It is told to change its state: until it has answered, nothing else that it says counts."""
+        """It is told to change its state. Until it answers that order, nothing else that it says counts."""
         self.is_told = True
         self.orders += 1
 

@@ -1,4 +1,4 @@
-"""What the other host has acknowledged of what was sent: what it never acknowledged, it never read."""
+"""How much of what we sent the other host has acknowledged: the rest it has never read."""
 
 import socket
 import struct

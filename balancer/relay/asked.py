@@ -1,4 +1,4 @@
-"""What a generating request asks for, as far as its price goes: model, stream, most tokens, number of answers.
+"""What a generating request asks for, as far as it affects the cost: model, stream, token limit, number of answers.
 
 A small body is parsed. Of a large one only the ends are looked at, where clients put these fields, beside `messages`:
 quotes within a text are escaped, so whatever looks like a field is one, though perhaps of an inner object.
@@ -49,7 +49,7 @@ def _of_ends(body: Sequence[bytes]) -> dict[str, Any]:
     for part in (head, tail):
         for found in _FIELDS.finditer(part):
             name = found[1].decode()
-            with contextlib.suppress(orjson.JSONDecodeError):  # no JSON: the replica will say so
+            with contextlib.suppress(orjson.JSONDecodeError):  # not JSON: refusing the body is left to the replica
                 said.setdefault(name, {} if found[2] == b"{" else orjson.loads(found[2]))
     if "stream" not in said:
         said["stream"] = any(map(_STREAM.search, body))
@@ -84,9 +84,9 @@ def prompt_bytes(request: Request) -> int:
 
 
 def with_usage(request: Request, said: dict[str, Any]) -> bool:
-    """Has a streaming request ask for the token counts, if it does not do so itself; returns whether it had to.
+    """Makes a streaming request ask for token counts if it does not; returns whether it had to be changed.
 
-    The field is put last, because of two fields of one name every common parser takes the last.
+    The field is put last: where a name occurs twice, every common parser takes the last.
     """
     options = said.get("stream_options")
     options = options if isinstance(options, dict) else {}

@@ -1,4 +1,4 @@
-"""Takes out of a stream the event with the token counts that we asked for and the client did not."""
+"""Removes the event with token counts from a stream whose client did not ask for it; we did."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What a generating request may use before it starts, and what it did use when it is over."""
+"""Checks what a generating request may use before it starts, and records what it used once it is over."""
 
 import fnmatch
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Request
 
 COUNTED_IF_ASKED = frozenset(("/v1/chat/completions", "/v1/completions"))  # a stream there tells no counts by itself
-# What a request is taken to use before anything was measured, and the limits of what was.
+# Assumed until answers have been measured, and the bounds of what is believed of a measurement.
 BYTES_PER_TOKEN, LEAST_BYTES, MOST_BYTES = 4.0, 1.0, 16.0
 TOKENS_PER_ANSWER = 256.0
 LATEST = 200  # requests that a mean is made of
@@ -70,7 +70,7 @@ class Meter:
         if not record.model or self._ledger is None:
             return
         prompt, completion = record.prompt_tokens, record.completion_tokens
-        if prompt is None:  # its client left, or the replica: what was delivered counts, and the prompt that led to it
+        if prompt is None:  # the client or the replica left: what was delivered counts, with its prompt
             prompt = int(record.bytes_in / self._bytes_per_token) if completion else 0
         elif prompt:
             self._learn(record.bytes_in / prompt, completion)
@@ -81,7 +81,7 @@ class Meter:
         self._ledger.note(record.key, record.model, 1, is_failed, prompt, completion or 0, record.cached_tokens or 0)
 
     def _learn(self, bytes_per_token: float, completion: int | None) -> None:
-        if LEAST_BYTES <= bytes_per_token <= MOST_BYTES:  # else it is an image that makes most of the body
+        if LEAST_BYTES <= bytes_per_token <= MOST_BYTES:  # outside of that, most of the body is an image
             self._bytes_per_token += (bytes_per_token - self._bytes_per_token) / LATEST
         if completion:
             self._tokens_per_answer += (completion - self._tokens_per_answer) / LATEST

@@ -154,7 +154,7 @@ def _old(left: Desired, engine: Engine, spec: Spec, secrets: Mapping[str, str]) 
 
 
 def _mode(old: Recipe, new: Recipe, both: int) -> Mode:
-    """The balancer probes all its replicas alike, so that another probe wants both versions side by side."""
+    """Blue-green if the readiness probe changes, because the balancer probes all its replicas alike."""
     has_new_probe = old.readiness_probe != new.readiness_probe and not new.starts_like(old)
     has_room = (new.fits is None or new.fits >= both) and new.fixed_port is None
     return "blue_green" if has_new_probe and has_room else "rolling"

@@ -14,11 +14,11 @@ from balancer.operate.state.service_folder import ServiceFolder, state_root
 from balancer.operate.state.state_file import write_whole
 
 _SYSTEM = Path("/etc/systemd/system")
-# There while a systemd is process 1.
+# Exists while systemd is process 1.
 _RUNNING = Path("/run/systemd/system")
 # Seconds that systemctl may take.
 _PATIENCE = 60.0
-# Seconds beyond those that the service itself may take to end, before systemd kills it.
+# Seconds that systemd waits beyond those that the service may take to end, before it kills it.
 _STOP_MARGIN = 30.0
 _CREDENTIAL = "secrets"
 
@@ -159,7 +159,7 @@ def _quoted(text: str, is_command: bool = True) -> str:
 
 
 def _is_running(is_users: bool) -> bool:
-    """Is there a systemd that can be told?"""
+    """Is a systemd running that can take commands?"""
     if not is_users:
         return _RUNNING.is_dir()
     return Path(os.environ.get("XDG_RUNTIME_DIR", "/nowhere"), "systemd/private").exists()

@@ -72,7 +72,7 @@ class Troubles:
 
 
 def described(failure: Exception) -> str:
-    """The failure in one line; where in our code it happened, if it is one that nobody expected."""
+    """The failure in one line; if nobody expected it, with the place in our code."""
     if isinstance(failure, CannotStart | ConfigError):
         return str(failure)
     if isinstance(failure, OSError):

@@ -35,7 +35,7 @@ class FirstWords:
         return words
 
     def state(self) -> tuple[State, str]:
-        """Its state, and what it says about that; RUNNING without a word once it has all that it needs."""
+        """Its state and what it says about it; RUNNING, with nothing said, once it has all that it needs."""
         if not self._is_over and self._size() > self._at:
             for line in self._read(self._at):
                 self._note(line)

@@ -1,4 +1,4 @@
-"""What a service is meant to be, as it is written down for whoever resumes it after its controller has ended."""
+"""What a service is meant to be, written down so that it can be resumed after its controller has ended."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
