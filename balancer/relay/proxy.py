@@ -185,7 +185,7 @@ class Proxy:
             if going is None or outcome not in UNTAKEN:  # else the client gets the error of the break
                 error = final_error(outcome, settings, record.full_for or FULL_FOR, deaths)
             if going is None and relay.has_begun:
-                going = self._going_on(destination, relay, request, record, error)
+                going = self._going_on(relay, request, reply, record, error)
                 if going.ending is not None:
                     destination.deaths.acquit(digest)
                     reply.body(going.ending)
@@ -224,13 +224,13 @@ class Proxy:
     # Answers that break
 
     def _going_on(
-        self, destination: Destination, relay: AnswerRelay, request: Request, record: Record, error: ServeError
+        self, relay: AnswerRelay, request: Request, reply: Reply, record: Record, error: ServeError
     ) -> GoingOn:
         """Prepares a broken answer to continue on another replica; raises `error` if it cannot."""
         if relay.kept is None:
             raise error
         try:
-            return GoingOn(request, relay.kept.pieces)
+            return GoingOn(request, relay.kept.pieces, reply.hides_usage)
         except CannotContinue as refusal:
             record.not_continued = refusal.reason
             raise error from None

@@ -30,9 +30,12 @@ class Unasked(Exception):
 
 
 class GoingOn:
-    """One broken answer. Raises CannotContinue if it cannot continue; `pieces` are what the client received."""
+    """One broken answer. Raises CannotContinue if it cannot continue; `pieces` are what the client received.
 
-    def __init__(self, request: Request, pieces: list[bytes]) -> None:
+    `hides_usage`: the client does not get the token counts, so it does not lack them either.
+    """
+
+    def __init__(self, request: Request, pieces: list[bytes], hides_usage: bool = False) -> None:
         self._request = request
         if not request.body:
             raise CannotContinue("body")  # it was dropped to make room for others
@@ -41,6 +44,7 @@ class GoingOn:
         if self._is_untouched:
             return
         self._so_far = delivered(request.path, pieces)
+        self._so_far.has_usage |= hides_usage
         self._wish = read_request(request.body)
         self.ending = ending(request.path, self._wish, self._so_far)
         if self.ending is None:

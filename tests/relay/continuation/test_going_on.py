@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from balancer.relay.continuation.delivered import CONTINUED, CUMULATIVE, Delivered, delivered
 from balancer.relay.continuation.events import data_of
 from balancer.relay.continuation.follow_up import FollowUp, ending, follow_up
+from balancer.relay.continuation.going_on import GoingOn
 from balancer.relay.continuation.keeper import Keeper
 from balancer.relay.continuation.translation import Translation
+from balancer.relay.request import Request
 from tests.relay.continuation.answering import events, plain, request_for
 
 PATHS = sorted(CONTINUED)
@@ -68,6 +70,18 @@ def test_cut_before_the_last_event(path: str) -> None:
     assert b'"usage":{' in whole
     first, pieces = kept(path, whole.removesuffix(last), 100)
     assert (first + last, ending(path, request, delivered(path, pieces))) == (whole, last)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_cut_before_usage_that_only_we_want(path: str) -> None:
+    """A client that lacks only counts that it did not ask for lacks nothing; one that asked waits for them."""
+    body = orjson.dumps(request_for(path, 3))
+    whole = b"".join(events(path, body))
+    first = whole[: whole.index(b"\n\n", whole.index(b'"finish_reason":"')) + 2]
+    assert b'"choices":[]' not in first
+    request = Request(b"POST", path.encode(), "1.1", 0.0, path=path, body=[body], body_size=len(body))
+    assert GoingOn(request, [first], hides_usage=True).ending == b"data: [DONE]\n\n"
+    assert GoingOn(request, [first]).ending is None
 
 
 @pytest.mark.parametrize("path", PATHS)
