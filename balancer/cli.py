@@ -124,7 +124,7 @@ def _source(options: argparse.Namespace, one: str | None = None) -> Source:
     for path in options.env_file:
         envs |= variables.of_file("--env-file", path)
     envs |= dict(variables.pair(text, "--env") for text in options.env)
-    secrets: dict[str, str] = {}
+    secrets = {name: envs.pop(name) for name in list(envs) if variables.is_secret(name)}
     for path in options.secret_file:
         secrets |= variables.of_file("--secret-file", path)
     secrets |= dict(variables.pair(text, "--secret") for text in options.secret)

@@ -154,6 +154,19 @@ def test_secrets_are_not_written_down(groundserve: Groundserve) -> None:
     groundserve.up("lab", "--secret", "TOKEN=hidden-away", ports=()).until_up()
 
 
+def test_a_token_given_by_env_is_a_secret(groundserve: Groundserve) -> None:
+    """SkyServe's own examples give one so."""
+    path = groundserve.service("lab", replicas=1, more="envs: {HF_TOKEN: , SIZE: }")
+    up = groundserve.up(path, "--env", "HF_TOKEN=hf_x", "--env", "SIZE=7b").until_up()
+    kept = (groundserve.folder / "state/groundserve/lab/desired.json").read_text()
+    assert "hf_x" not in kept
+    assert '"7b"' in kept
+    up.process.kill()
+    groundserve.until_nothing_runs()
+    assert "wants HF_TOKEN, which is a secret" in groundserve("up", "lab", code=1)
+    groundserve.up("lab", "--env", "HF_TOKEN=hf_x").until_up()
+
+
 def test_an_update_goes_on_where_it_was_cut_off(groundserve: Groundserve) -> None:
     groundserve.up(groundserve.service("lab", replicas=1)).until_up()
     may_go_on = groundserve.folder / "may-go-on"
