@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI, HTTPException, Path, Query
 from fastapi.responses import JSONResponse, Response
 
 from balancer.accounts.accounts import Accounts
-from balancer.contract.account import KeyName, KeyTerms
+from balancer.contract.account import KeyName, KeyTerms, moment
 from balancer.errors import ConfigError
 
 PATIENCE = 20.0  # seconds for the disk
@@ -90,8 +90,8 @@ def began(since: str, now: float) -> float:
     if found := _SPAN.fullmatch(since):
         return now - int(found[1]) * UNITS[found[2]]
     try:
-        return KeyTerms(expires=since).expires_at() or 0.0
-    except ConfigError:
+        return moment(since)
+    except ValueError:
         raise ConfigError(f"since: {since!r} is no time: write it like 24h, 30d, 4w or 2027-01-31") from None
 
 

@@ -10,10 +10,17 @@ from balancer.contract.listing import StrictInt
 from balancer.errors import ConfigError
 
 Count = Annotated[StrictInt, Field(ge=1, le=10**15)]
-KeyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+KEY_NAME = r"[A-Za-z0-9_.-]{1,64}"
+KeyName = Annotated[str, Field(pattern=f"^{KEY_NAME}$")]
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 Priority = Literal["interactive", "bulk"]
 BY = ("key", "model", "day", "hour")  # what usage can be summed by
+
+
+def moment(text: str) -> float:
+    """Seconds since 1970 of an ISO date or time, UTC unless it says otherwise. Raises ValueError."""
+    when = datetime.fromisoformat(text)
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +47,9 @@ class KeyTerms:
         if self.expires is None:
             return None
         try:
-            when = datetime.fromisoformat(self.expires)
+            return moment(self.expires)
         except ValueError:
             raise ConfigError(f"expires: {self.expires[:40]!r} is no date: write it like 2027-01-31") from None
-        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

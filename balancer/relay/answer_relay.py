@@ -5,6 +5,7 @@ import re
 from balancer.fleet.address import ReplicaAddress
 from balancer.observe.record import Record, RequestObserver, Spans
 from balancer.relay.continuation.delivered import CUMULATIVE
+from balancer.relay.continuation.events import EVENT_END
 from balancer.relay.continuation.keeper import Keeper
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import SAFE_METHODS
@@ -16,7 +17,6 @@ from balancer.relay.unavailable import FULL_FOR, Unavailable, retry_after
 
 COUNTED_AT_ONCE = 16 << 10  # bytes of a stream counted ahead of keeping them, to save counting at every event
 EVENT_STREAM = b"text/event-stream"
-EVENT_END = b"\n\n"  # as SGLang ends its events
 
 
 class AnswerRelay:

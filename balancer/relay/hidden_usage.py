@@ -4,7 +4,6 @@ import re
 
 from balancer.relay.continuation.events import end_of_last
 
-EVENT_END = b"\n\n"
 _EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
 EMPTY = b'"choices":[]'  # as SGLang and vLLM write it; quotes within a text are escaped
 USAGE = b'"usage":{'

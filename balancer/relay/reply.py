@@ -8,7 +8,8 @@ from time import time
 from typing import Protocol
 
 from balancer.errors import ServeError, is_anthropic
-from balancer.relay.hidden_usage import EMPTY, EVENT_END, HiddenUsage
+from balancer.relay.continuation.events import EVENT_END
+from balancer.relay.hidden_usage import EMPTY, HiddenUsage
 from balancer.relay.misfit import Misfit, fits
 from balancer.relay.paths import kind_of
 from balancer.relay.request import HOP_BY_HOP, Request

@@ -14,30 +14,15 @@ import httpx
 import pytest
 
 from balancer.operate.commands.boot import unit
-from balancer.operate.state.desired import Desired, Version
+from balancer.operate.state.desired import Version
 from tests.operate.command_line import ANY_PORT, LAB, PATIENCE, ROOT, Groundserve
+from tests.operate.meant import desired
 from tests.support.until import wait_until
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 FILE = "name: odd\nservice: {replicas: 1, readiness_probe: /health}\nrun: serve $GROUNDSERVE_PORT\n"
 NAME = "odd"
-ODD = Desired(
-    engine="local",
-    is_left=False,
-    listen="127.0.0.1:1",
-    admin="127.0.0.1:2",
-    is_open=False,
-    api_keys=None,
-    admin_key=None,
-    join=None,
-    base="/a b/100%",
-    serving=1,
-    target=1,
-    before=1,
-    coming=None,
-    mode="rolling",
-    versions=(Version(1, FILE, "/a b/odd.yaml", {}, ()),),
-)
+ODD = desired(base="/a b/100%", serving=1, versions=(Version(1, FILE, "/a b/odd.yaml", {}, ()),))
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from balancer.contract.account import KeyTerms
+from balancer.contract.account import KEY_NAME, KeyTerms, moment
 from balancer.errors import ConfigError
 from balancer.operate.commands.admin_port import AdminPort
+from balancer.operate.commands.table import aligned
 
 _COUNT = re.compile(r"(\d{1,15})([kMG]?)")
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -64,7 +64,7 @@ def revoke(port: AdminPort, name: str) -> int:
 
 
 def _checked(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or not name.strip("."):
+    if not re.fullmatch(KEY_NAME, name) or not name.strip("."):
         raise ConfigError(f"{name[:80]!r} is no name for a key: up to 64 letters, digits, dots, hyphens, underscores")
     return name
 
@@ -76,15 +76,14 @@ def show_keys(port: AdminPort, as_json: bool) -> int:
         return 0
     head = ("NAME", "STATUS", "IN_FLIGHT", "REQUESTS/MIN", "TOKENS/MIN", "TOKENS/DAY", "PRIORITY", "MODELS", "EXPIRES")
     now = datetime.now(UTC).timestamp()
-    _table(head, [(row["name"], _status(row, now), *_limits(row)) for row in rows] or [("(none)",) + ("",) * 8])
+    print(aligned(head, [(row["name"], _status(row, now), *_limits(row)) for row in rows] or [("(none)",) + ("",) * 8]))
     return 0
 
 
 def _status(row: dict[str, Any], now: float) -> str:
     if row["revoked"]:
         return "revoked"
-    expires = KeyTerms(expires=row["expires"]).expires_at()
-    return "expired" if expires is not None and expires <= now else "in use"
+    return "expired" if row["expires"] is not None and moment(row["expires"]) <= now else "in use"
 
 
 def _limits(row: dict[str, Any]) -> tuple[str, ...]:
@@ -104,14 +103,8 @@ def usage(port: AdminPort, by: str, since: str, form: str) -> int:
         out.writerow(head)
         out.writerows([[row[name] for name in head] for row in rows])
     else:
-        _table([name.upper() for name in head], [[str(row[name]) or "-" for name in head] for row in rows])
+        print(aligned([name.upper() for name in head], [[str(row[name]) or "-" for name in head] for row in rows]))
     return 0
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _show_secret(secret: str, what: str) -> int:

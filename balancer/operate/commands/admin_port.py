@@ -57,6 +57,6 @@ class AdminPort:
         if answer.is_success:
             return said
         why = said.get("error", {}).get("message", "") if isinstance(said, dict) else ""
-        if answer.status_code == 404 and "/" in path and not why.startswith("No keys"):
+        if answer.status_code == 404 and not why.startswith("No keys"):
             why = f"the balancer at {self.url} knows no keys and no usage: it is of an older version"
         raise ConfigError(why or f"the admin port answered {answer.status_code}")

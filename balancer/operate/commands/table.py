@@ -63,10 +63,10 @@ def tables(snapshots: Sequence[Snapshot], verbose: bool = False) -> str:
             replicas.append([service.name, *(column.of(replica) for column in replica_columns)])
             if replica.reason and replica.reason != service.reason:
                 reasons.append(f"{replica.name}: {replica.reason}")
-    text = "Services\n" + _aligned([column.heading for column in service_columns], services)
+    text = "Services\n" + aligned([column.heading for column in service_columns], services)
     text += "\n\nService Replicas\n"
     headings = ["SERVICE_NAME", *(column.heading for column in replica_columns)]
-    text += _aligned(headings, replicas) if replicas else "No existing replicas."
+    text += aligned(headings, replicas) if replicas else "No existing replicas."
     return "\n\n".join([text, *(["\n".join(reasons)] if reasons else [])])
 
 
@@ -93,7 +93,8 @@ def ago(seconds: float) -> str:
     return "< 1 sec ago"
 
 
-def _aligned(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def aligned(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Lines with a column for each word of the head, as wide as its longest cell."""
     cells = [list(head), *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(

@@ -304,7 +304,10 @@ class _Up:
             self._written, self._is_unwritten = desired, False
 
     def _write_the_end(self) -> None:
-        """The service stays meant to exist unless it was taken down, or never came up, and nothing of it runs."""
+        """The service stays meant to exist unless nothing of it runs, and it was taken down or never came up.
+
+        One that systemd brings up at boot stays so after `down`, too.
+        """
         is_left = self._engine.outlives_controller and not self._controller.is_cleared
         try:
             meant = self._desired() if self._is_up or is_left else self._begin.before

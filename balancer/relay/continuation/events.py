@@ -6,7 +6,8 @@ from typing import Any
 import orjson
 
 DONE = b"[DONE]"
-ENDS = (b"\n\n", b"\r\n\r\n")
+EVENT_END = b"\n\n"  # as SGLang ends its events
+ENDS = (EVENT_END, b"\r\n\r\n")
 
 
 def end_of_last(data: bytes) -> int:
