@@ -21,48 +21,47 @@ Name = Annotated[KeyName, Path()]
 
 
 def add_accounts(
-    app: FastAPI, accounts: Accounts | None, changing: Sequence[Any], is_guarded: bool, responses: dict[int | str, Any]
+    app: FastAPI,
+    accounts: Accounts | None,
+    with_key: Sequence[Any],
+    guarded: Sequence[Any],
+    responses: dict[int | str, Any],
 ) -> None:
-    """Every change depends on `changing`. Unless there is an admin key (`is_guarded`), nobody can change keys."""
+    """To look depends on `with_key`, to change on `guarded`: see admin_app."""
 
     def kept() -> Accounts:
         if accounts is None:
             raise HTTPException(404, "No keys and no usage are kept here: start the balancer with --state FOLDER.")
         return accounts
 
-    def guarded() -> None:
-        if not is_guarded:
-            raise HTTPException(403, "Without an admin key nobody may change keys: start it with --admin-key FILE.")
-
     Kept = Annotated[Accounts, Depends(kept)]  # noqa: N806 - a type
-    changes = [Depends(guarded), *changing]
 
-    @app.get("/keys", responses=responses)
+    @app.get("/keys", dependencies=with_key, responses=responses)
     async def keys(accounts: Kept) -> Response:
         """All keys with their limits, revoked ones too."""
         async with _in_time():
             return JSONResponse([row.to_json() for row in await accounts.keys()])
 
-    @app.post("/keys/{name}", dependencies=changes, responses=responses)
+    @app.post("/keys/{name}", dependencies=guarded, responses=responses)
     async def add(name: Name, terms: KeyTerms, accounts: Kept) -> Response:
         """Issues a key. Its secret is in this answer and nowhere else."""
         async with _in_time():
             return _secret(name, await accounts.add(name, terms))
 
-    @app.post("/keys/{name}/rotate", dependencies=changes, responses=responses)
+    @app.post("/keys/{name}/rotate", dependencies=guarded, responses=responses)
     async def rotate(name: Name, accounts: Kept) -> Response:
         """Gives a key a new secret; the old one is refused from now on."""
         async with _in_time():
             return _secret(name, await accounts.rotate(name))
 
-    @app.delete("/keys/{name}", dependencies=changes, responses=responses)
+    @app.delete("/keys/{name}", dependencies=guarded, responses=responses)
     async def revoke(name: Name, accounts: Kept) -> dict[str, str]:
         """Refuses the key from now on; its requests under way are finished."""
         async with _in_time():
             await accounts.revoke(name)
         return {"revoked": name}
 
-    @app.get("/usage", responses=responses)
+    @app.get("/usage", dependencies=with_key, responses=responses)
     async def usage(
         accounts: Kept,
         by: Annotated[str, Query(description="what to sum by: key, model, day, hour", max_length=64)] = "key,model,day",

@@ -26,9 +26,9 @@ class Everywhere(Protocol):
 
 
 def add_everywhere(
-    app: FastAPI, chosen: Any, changing: list[Any], client: httpx.AsyncClient, responses: dict[int | str, Any]
+    app: FastAPI, chosen: Any, guarded: list[Any], client: httpx.AsyncClient, responses: dict[int | str, Any]
 ) -> None:
-    """`chosen` finds the service that a request is about; `client` asks the replicas."""
+    """`chosen` finds the service that a request is about; `client` asks the replicas, with their key."""
 
     async def one(member: Member, key: str | None, what: str, body: bytes) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -38,7 +38,7 @@ def add_everywhere(
             return {"replica": member.name, "status": None, "answer": f"{type(failure).__name__}: {failure}"}
         return {"replica": member.name, "status": answer.status_code, "answer": answer.text[:LARGEST]}
 
-    @app.post("/everywhere/{what}", dependencies=changing, responses=responses)
+    @app.post("/everywhere/{what}", dependencies=guarded, responses=responses)
     async def everywhere(what: What, request: Request, service: Annotated[Everywhere, Depends(chosen)]) -> Response:
         """Sends the body to this path of every replica that has joined. 200 if all of them accepted it, else 502.
 

@@ -14,6 +14,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# Who uses the service, and how much: more than everybody who reaches the port needs to see.
+PRIVATE = ("/keys", "/usage")
 # Its requests are passed on to the serving port, which has limits and keys of its own.
 PLAYGROUND = "/playground/"
 MAX_BODY = 1 << 20
@@ -81,14 +83,17 @@ class Guard:
         if self._is_loopback and not is_loopback_name(host):
             # DNS rebinding: another site's name may point at this machine, and its pages would count as same-origin.
             return _forbidden(f"This port answers to this machine only, not to {host!r}: ask for http://localhost.")
+        is_open = self._is_loopback or self._has_key
         if scope["method"] in SAFE_METHODS:
-            return None
+            if is_open or not scope["path"].startswith(PRIVATE):
+                return None
+            return _forbidden("Others can reach this port, so keys and usage want a key: start it with --admin-key.")
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return _forbidden("A page of another site may change nothing here.")
         if scope["path"].startswith(PLAYGROUND):
             return None
-        if not self._has_key and not self._is_loopback:
+        if not is_open:
             return _forbidden("Others can reach this port, so changes want a key: start the balancer with --admin-key.")
         length = headers.get(b"content-length", "0")
         if b"transfer-encoding" in headers or not length.isdecimal() or int(length) > MAX_BODY:

@@ -95,7 +95,11 @@ def admin_app(
     accounts: Accounts | None = None,
     client: httpx.AsyncClient | None = None,
 ) -> FastAPI:
-    """The admin port's app. Requests are about the first service unless they name another (`?service=NAME`)."""
+    """The admin port's app. Requests are about the first service unless they name another (`?service=NAME`).
+
+    Changes, keys and usage want the admin key if there is one. Keys and what replicas have loaded cannot be changed
+    without one, because then every user of the machine could.
+    """
     # FastAPI's own pages load scripts from a CDN, so they are empty on a machine without internet access.
     app = FastAPI(title="groundserve admin", docs_url=None, redoc_url=None, responses=FORBIDDEN)
 
@@ -104,7 +108,14 @@ def admin_app(
         if key is not None and not any(bears(value.encode("latin-1"), key) for value in values):
             raise HTTPException(401, "This wants the admin key: 'Authorization: Bearer KEY'.")
 
+    def only_with_key() -> None:
+        if key is None:
+            raise HTTPException(
+                403, "Without an admin key nobody may do this: start the balancer with --admin-key FILE."
+            )
+
     changing = [Depends(with_key)]
+    guarded = [Depends(only_with_key), *changing]
 
     @app.exception_handler(AnyHTTPException)
     async def refused(_: Any, error: AnyHTTPException) -> Response:
@@ -185,10 +196,10 @@ def admin_app(
         return JSONResponse(_snapshot(service))
 
     absent = error_responses(status_404="neither keys nor usage are kept here (--state)")
-    add_accounts(app, accounts, changing, key is not None, UNCHANGED | absent)
+    add_accounts(app, accounts, changing, guarded, UNCHANGED | absent)
     if client is not None:
         partly = error_responses(status_502="not every replica accepted it")
-        add_everywhere(app, chosen, changing, client, UNCHANGED | NO_SUCH_SERVICE | partly)
+        add_everywhere(app, chosen, guarded, client, UNCHANGED | NO_SUCH_SERVICE | partly)
     if guests is not None:
         add_guests(app, guests, changing)
     return app

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 from balancer.contract.listing import Listing, ReplicaListing
 from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
 from balancer.contract.words import ServiceStatus, Status
+from balancer.errors import ConfigError
 from balancer.operate.commands import change
 from balancer.operate.controller import plan
 from balancer.operate.controller.controller import Controller
@@ -172,6 +174,10 @@ class Underneath:
         self.broken: dict[str, Exception] = {}
         self.replicas: dict[int, ReplicaListing] = {}
         self.drained: set[int] = set()
+        self.is_renewing = False
+        self.renewed: list[int] = []
+        self.holds_renewals = asyncio.Event()
+        self.holds_renewals.set()
 
     def _may(self, work: str) -> None:
         if work in self.broken:
@@ -204,7 +210,15 @@ class Underneath:
         self._may("keep_up")
 
     async def renew(self, recipe: Recipe) -> None:
-        self._may("renew")
+        assert not self.is_renewing, "older settings may arrive after newer ones"
+        self.is_renewing = True
+        try:
+            await asyncio.sleep(0)
+            await self.holds_renewals.wait()
+            self._may(f"renew {recipe.version}")
+        finally:
+            self.is_renewing = False
+        self.renewed.append(recipe.version)
 
     async def replace(self) -> None:
         pass
@@ -301,6 +315,40 @@ def test_a_replica_that_cannot_be_stopped_is_tried_again() -> None:
         await until(lambda: any("stopping x-1" in line for line in said), within=30)
         under.broken.clear()
         await until(lambda: under.replicas.keys() == {2, 3}, within=30)
+
+    controlled(work)
+
+
+def test_settings_reach_the_balancer_one_after_the_other() -> None:
+    async def work(made: Controller, under: Underneath, _: list[str]) -> None:
+        await until(lambda: made.snapshot.service.ready == 2)
+        under.holds_renewals.clear()
+        first = made.wanted.serving
+        updates = [asyncio.create_task(made.update(replace(first, version=number), "rolling")) for number in (2, 3)]
+        await until(lambda: under.is_renewing)
+        await asyncio.sleep(0.1)
+        under.holds_renewals.set()
+        await asyncio.gather(*updates)
+        assert under.renewed == [2, 3]
+        assert made.wanted.serving.version == 3
+
+    controlled(work)
+
+
+def test_a_failed_renewal_takes_no_later_version_back() -> None:
+    async def work(made: Controller, under: Underneath, _: list[str]) -> None:
+        await until(lambda: made.snapshot.service.ready == 2)
+        under.holds_renewals.clear()
+        under.broken["renew 2"] = OSError(28, "No space left on device")
+        first = made.wanted.serving
+        updates = [asyncio.create_task(made.update(replace(first, version=number), "rolling")) for number in (2, 3)]
+        await until(lambda: under.is_renewing)
+        under.holds_renewals.set()
+        with pytest.raises(ConfigError, match="No space left"):
+            await updates[0]
+        await updates[1]
+        assert made.wanted.serving.version == 3
+        await until(lambda: under.renewed[-1:] == [3])
 
     controlled(work)
 

@@ -145,30 +145,57 @@ async def test_changes_want_the_admin_key() -> None:
         assert "sesame" not in (await ask(house, "GET", "/metrics")).text
 
 
+@on_uvloop
+async def test_keys_and_usage_are_shown_to_who_has_the_key(tmp_path: Any) -> None:
+    config = {"admin_key": "open sesame", "state": tmp_path / "state"}
+    async with LabReplica() as lab, serving(lab, config=config) as house:
+        for key, status in ((None, 401), ("wrong", 401), ("open sesame", 200)):
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            for path in ("/keys", "/usage"):
+                assert (await ask(house, "GET", path, headers=headers)).status_code == status, (key, path)
+
+
+@on_uvloop
+async def test_without_a_key_nobody_changes_replicas(tmp_path: Any) -> None:
+    """Nor issues keys: the balancer would lend its replica key to every user of the machine."""
+    config = {"replica_key": "sk-replica", "state": tmp_path / "state"}
+    async with LabReplica() as lab, serving(lab, config=config) as house:
+        for method, path in (("POST", "/everywhere/flush_cache"), ("POST", "/keys/a"), ("DELETE", "/keys/a")):
+            answer = await ask(house, method, path)
+            assert answer.status_code == 403, path
+            assert "--admin-key" in answer.json()["error"]["message"]
+        assert lab.seen.requests == []
+        assert (await ask(house, "GET", "/usage")).status_code == 200, "on loopback, looking is free"
+
+
 async def through(_: Message, __: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"through"})
 
 
 @pytest.mark.parametrize(
-    ("is_loopback", "has_key", "method", "status"),
+    ("is_loopback", "has_key", "method", "path", "status"),
     [
-        (True, False, "POST", 200),
-        (True, True, "POST", 200),
-        (False, True, "POST", 200),
-        (False, False, "POST", 403),  # as in a container: reachable from elsewhere, and nobody could be told apart
-        (False, False, "PUT", 403),
-        (False, False, "DELETE", 403),
-        (False, False, "GET", 200),
+        (True, False, "POST", "/replicas/1/drain", 200),
+        (True, True, "POST", "/replicas/1/drain", 200),
+        (False, True, "POST", "/replicas/1/drain", 200),
+        # As in a container: reachable from elsewhere, and nobody could be told apart.
+        (False, False, "POST", "/replicas/1/drain", 403),
+        (False, False, "PUT", "/replicas", 403),
+        (False, False, "DELETE", "/services/a", 403),
+        (False, False, "GET", "/status", 200),
+        (False, False, "GET", "/keys", 403),
+        (False, False, "GET", "/usage", 403),
+        (True, False, "GET", "/usage", 200),
     ],
 )
 def test_where_others_reach_the_port_changes_need_a_key_to_exist(
-    is_loopback: bool, has_key: bool, method: str, status: int
+    is_loopback: bool, has_key: bool, method: str, path: str, status: int
 ) -> None:
     async def main() -> None:
         transport = httpx.ASGITransport(Guard(through, is_loopback, has_key))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:30002") as client:
-            answer = await client.request(method, "/replicas/1/drain")
+            answer = await client.request(method, path)
         assert answer.status_code == status
         if status == 403:
             assert "--admin-key" in answer.json()["error"]["message"]

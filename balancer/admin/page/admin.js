@@ -1,4 +1,4 @@
-// Changes on the admin port. The admin key is asked for when it is wanted, and kept in memory only.
+// What the admin port asks a key for. The admin key is asked for when it is wanted, and kept in memory only.
 import { $ } from "./dom.js";
 
 let adminKey = "";
@@ -17,20 +17,21 @@ function askForKey() {
   });
 }
 
-// POSTs to `path`; asks for the key as often as it is wrong. Returns what went wrong in words, or "".
-export async function change(path) {
+// Asks for the key as often as it is wrong. Returns the answer, or in `failure` what went wrong in words ("": nothing,
+// the user gave no key).
+export async function ask(path, method = "GET") {
   for (;;) {
     let answer;
     try {
-      answer = await fetch(path, { method: "POST", headers: adminKey ? { Authorization: `Bearer ${adminKey}` } : {} });
+      answer = await fetch(path, { method, headers: adminKey ? { Authorization: `Bearer ${adminKey}` } : {} });
     } catch {
-      return "The balancer does not answer.";
+      return { failure: "The balancer does not answer." };
     }
-    if (answer.ok) return "";
+    if (answer.ok) return { answer };
     if (answer.status !== 401) {
       const said = await answer.json().catch(() => null);
-      return said?.error?.message ?? `The balancer said ${answer.status}.`;
+      return { failure: said?.error?.message ?? `The balancer said ${answer.status}.` };
     }
-    if (!(await askForKey())) return "";
+    if (!(await askForKey())) return { failure: "" };
   }
 }

@@ -1,11 +1,11 @@
 // The service, its replicas and its routing decisions, from the feed, every second.
 import { $, arrange, element, facts, number, say, seconds, share, span } from "./dom.js";
-import { change } from "./admin.js";
+import { ask } from "./admin.js";
 import { draw, spark } from "./spark.js";
 import { showTurns } from "./turns.js";
 import { startPlayground } from "./playground.js";
 import { about, showServices } from "./service.js";
-import { showUsage } from "./usage.js";
+import { offerUsage } from "./usage.js";
 
 const history = { kept: 180, service: [], replicas: new Map() };
 const statuses = new Map();
@@ -63,7 +63,7 @@ function makeCard(replica) {
   const button = element("button", { type: "button" });
   button.addEventListener("click", async () => {
     button.disabled = true;
-    const failure = await change(about(`replicas/${replica.id}/${button.dataset.verb}`));
+    const { failure = "" } = await ask(about(`replicas/${replica.id}/${button.dataset.verb}`), "POST");
     button.disabled = false;
     const place = card.querySelector(".failure");
     place.hidden = !failure;
@@ -153,14 +153,9 @@ function noteSample({ data }) {
   }
 }
 
-let asksForUsage = false;
-
 function show({ data }) {
   const { service, replicas, turns, decisions, keeps_usage } = JSON.parse(data);
-  if (keeps_usage && !asksForUsage) {
-    asksForUsage = true;
-    showUsage();
-  }
+  if (keeps_usage) offerUsage();
   showService(service);
   showReplicas(replicas);
   showTurns($("turns"), $("strips"), turns);

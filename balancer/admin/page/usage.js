@@ -1,5 +1,6 @@
-// What was used, by key and model, for a balancer that keeps it.
+// What was used, by key and model, for a balancer that keeps it. It may want the admin key, so it is shown on demand.
 import { $, arrange, element, number, say } from "./dom.js";
+import { ask } from "./admin.js";
 
 const EVERY = 30_000; // milliseconds
 const FIGURES = ["requests", "failed", "prompt_tokens", "cached_tokens", "completion_tokens"];
@@ -14,16 +15,21 @@ function updateRow(row, used) {
     .forEach((text, index) => say(row.children[index], text));
 }
 
-export async function showUsage() {
-  try {
-    const answer = await fetch("usage?by=key,model&since=30d");
-    if (answer.ok) {
-      const { data } = await answer.json();
-      $("usage").hidden = data.length === 0;
-      arrange($("used"), data, ({ key, model }) => JSON.stringify([key, model]), makeRow, updateRow);
-    }
-  } catch {
-    // The balancer does not answer now, which the page says elsewhere.
+async function showUsage() {
+  const { answer, failure } = await ask("usage?by=key,model&since=30d");
+  $("usage-failure").hidden = !failure;
+  say($("usage-failure"), failure ?? "");
+  if (answer) {
+    const { data } = await answer.json();
+    arrange($("used"), data, ({ key, model }) => JSON.stringify([key, model]), makeRow, updateRow);
   }
-  setTimeout(showUsage, EVERY);
+  $("usage-table").hidden = !answer && !$("used").children.length;
+  $("show-usage").hidden = !$("usage-table").hidden;
+  if (!$("usage-table").hidden) setTimeout(showUsage, EVERY);
+}
+
+export function offerUsage() {
+  if (!$("usage").hidden) return;
+  $("usage").hidden = false;
+  $("show-usage").addEventListener("click", showUsage);
 }

@@ -69,6 +69,7 @@ class Controller:
         self._is_closing = False
         self._hurry = asyncio.Event()
         self._telling = asyncio.Lock()  # an older list must not arrive after a newer one
+        self._renewing = asyncio.Lock()  # nor older settings after newer ones
         self._starting: dict[int, asyncio.Task[None]] = {}
         self._stopping: set[asyncio.Task[None]] = set()
         self._troubles = Troubles(lambda text: say(f"{name}: {text}"), clock)
@@ -138,9 +139,12 @@ class Controller:
             try:
                 await self._renew_balancer(recipe)
             except Exception as failure:
-                self.wanted.update(serving, "rolling")
-                self.wanted.target, self.wanted.before = numbers
-                self._renumber(recipe.version, serving.version)
+                # The balancer may have a part of it; and what a later update has made of it in the meantime stays.
+                self._is_renewal_due = True
+                if self.wanted.serving is recipe and self.wanted.coming is None:
+                    self.wanted.update(serving, "rolling")
+                    self.wanted.target, self.wanted.before = numbers
+                    self._renumber(recipe.version, serving.version)
                 why = described(failure)
                 self._record(Event(What.UPDATE_FAILED, f"version {recipe.version}: {why}"))
                 raise ConfigError(f"{self.name} stays at version {serving.version}: {why}") from None
@@ -193,8 +197,9 @@ class Controller:
         await self._troubles.attempt("looking after the replicas", self._look_after_replicas)
 
     async def _catch_up(self) -> None:
-        await self._renew_balancer(self.wanted.serving)
-        self._is_renewal_due = False
+        serving = self.wanted.serving
+        await self._renew_balancer(serving)
+        self._is_renewal_due = self.wanted.serving is not serving
 
     async def _look_after_replicas(self) -> None:
         for over in self._engine.ended():
@@ -350,7 +355,8 @@ class Controller:
             self._keep(plan.probed(replica, is_ready, is_before_start, self._clock(), patience, operation))
 
     async def _renew_balancer(self, recipe: Recipe) -> None:
-        await self._balancer.renew(recipe)
+        async with self._renewing:
+            await self._balancer.renew(recipe)
         # A certificate makes the endpoint https, and the process with the certificate may need a moment to start.
         service = replace(self.snapshot.service, endpoint=self._balancer.endpoint)
         self.snapshot = replace(self.snapshot, service=service)

@@ -273,6 +273,23 @@ def test_drain_and_undrain_want_the_admin_key(tmp_path: Path) -> None:
     run(main())
 
 
+def test_usage_is_shown_to_who_has_the_admin_key(tmp_path: Path) -> None:
+    async def main() -> None:
+        shown = page(tmp_path, LabReplica(), admin_key="sesame", state=tmp_path / "state", expected="status of 401")
+        async with shown as (balancer, tab), client_of(balancer) as client:
+            await client.post(CHAT, json=chat())
+            await balancer.accounts.usage(["key"], 0)  # type: ignore[union-attr]
+            await tab.click("#show-usage")
+            await tab.until("document.getElementById('admin').open")
+            assert await tab.texts("#used tr") == []
+            await tab.type("#admin-key", "sesame")
+            await tab.press("\ue007")
+            await tab.until("document.querySelectorAll('#used tr').length === 1")
+            assert (await tab.texts("#used tr"))[0].split()[:3] == ["–", "lab", "1"]
+
+    run(main())
+
+
 def test_a_change_that_is_refused_says_why(tmp_path: Path) -> None:
     async def main() -> None:
         async with page(tmp_path, LabReplica(), expected="status of 404") as (balancer, tab):
