@@ -34,10 +34,13 @@ class ReplicaFacts:
     id: Annotated[StrictInt, Field(ge=1)] | None = None
     version: StrictInt = 1
     launched_seconds: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)] | None = None  # its age
-    infra: str = "-"  # where it runs: "local", "compose"
+    infra: str = "-"  # what runs it: "local", "compose", "slurm (gpu)" with the partition
     resources: str = "-"  # on what: "1x CPU", "1x L4"
     reason: str = ""  # why it is in its state, in one line; empty if there is nothing to say
     leased: str = ""  # the GPUs that it has: "GPU 0 (L4, GPU-...)"; empty if none, or unknown
+    node: str = ""  # which of several hosts it runs on; empty where there is only one, or while it has none
+    # How long until its engine ends it, as Slurm does at a job's time limit; None if nothing does.
+    ends_in_seconds: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,8 +111,9 @@ class Snapshot:
 
 
 def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the words that there are only sometimes."""
-    return {name: value for name, value in row.items() if value or name not in ("reason", "leased")}
+    """Without what there is only sometimes."""
+    rare = {"reason", "leased", "node", "ends_in_seconds"}
+    return {name: value for name, value in row.items() if value not in ("", None) or name not in rare}
 
 
 def _known(row: type[ServiceRow] | type[ReplicaRow], data: Mapping[str, Any]) -> dict[str, Any]:

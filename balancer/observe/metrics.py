@@ -201,8 +201,10 @@ class BalancerCollector(Collector):
         probes = _counter("probes", "Answers to readiness probes.", "replica", "probe", "result")
         wakes = _counter("wakes", "How often the replica got its turn on GPUs that it shares.", "replica")
         away = _counter("away_seconds", "Time in which the replica had no turn on GPUs that it shares.", "replica")
+        where = InfoMetricFamily("groundserve_replica", "What runs the replica, and where.", labels=("replica",))
         for member in members:
             label = (member.name,)
+            where.add_metric(label, {"infra": member.listing.infra, "node": member.listing.node})
             if (tenancy := member.tenancy) is not None:
                 wakes.add_metric(label, tenancy.wakes)
                 away.add_metric(label, tenancy.away(now))
@@ -214,7 +216,7 @@ class BalancerCollector(Collector):
             for probe, result in (("ready", member.ready), ("service", member.service)):
                 probes.add_metric((member.name, probe, "pass"), result.passes_total)
                 probes.add_metric((member.name, probe, "fail"), result.failures_total)
-        yield from (up, in_flight, limit, failures, ejections, probes, wakes, away)
+        yield from (where, up, in_flight, limit, failures, ejections, probes, wakes, away)
 
     def _queues(self) -> Iterator[Family]:
         depth = _gauge("queue_depth", "Requests that wait for a replica.", "service")

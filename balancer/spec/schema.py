@@ -196,6 +196,11 @@ class Operation(_Section):
         10, ge=0, description="time a replica of a new version has to stay ready before an update counts it"
     )
     stop_grace: float = Field(20, ge=0, description="time an idle replica has to end after SIGTERM; then SIGKILL")
+    successor_lead: float = Field(
+        1800,
+        ge=0,
+        description="time before a replica's time limit at which its successor starts; at most half of what it has",
+    )
     gpu_share: bool = Field(False, description="replicas share their GPUs, by turns, with other services that say so")
     target_in_flight_per_replica: float | None = Field(
         None, gt=0, description="autoscaling by generating requests in flight and waiting, instead of requests a second"

@@ -347,7 +347,7 @@ def test_formats_and_names() -> None:
             open_names = {family.name for family in parse_openmetrics(answer.text)}
             ours = {name for name in plain if name.startswith("groundserve_")}
             assert len(ours) > 20
-            assert ours - {"groundserve_balancer_info"} <= open_names
+            assert ours - {"groundserve_balancer_info", "groundserve_replica_info"} <= open_names
             for name in ours:
                 family = plain[name]
                 assert family.documentation.endswith("."), name

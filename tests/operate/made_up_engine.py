@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +103,9 @@ class MadeUpEngine:
 
     def ended(self) -> tuple[Ended, ...]:
         return ()
+
+    def lost(self, suspects: Collection[int]) -> Mapping[int, str]:
+        return {}
 
     async def close(self) -> None:
         self._file.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import pytest
 
 from balancer.contract.words import Status
 from balancer.operate.controller import plan
-from balancer.operate.controller.plan import Drain, Forget, Replace, Replica, Stage, Start, Stop
+from balancer.operate.controller.plan import Abandon, Drain, Forget, Replace, Replica, Stage, Start, Stop
 from balancer.operate.engines.engine import Ended
 from balancer.spec.schema import Operation
 
@@ -201,3 +201,51 @@ def test_only_what_has_no_process_is_forgotten() -> None:
         assert decide(replace(READY, stage=stage), wanted={}) == [Drain(1)]
     for stage in (Stage.WAITING, Stage.GIVEN_UP):
         assert decide(replace(READY, stage=stage), wanted={}) == [Forget(1)]
+
+
+# Hosts that are lost, and ends that are known beforehand.
+
+
+def test_a_replica_on_a_lost_host_is_made_up_for_at_once() -> None:
+    """Another starts in the same step, under a number of its own, because the lost one may take long to be gone."""
+    lost = replace(READY, status=Status.NOT_READY)
+    actions = plan.decide([lost, replace(READY, id=2)], {1: 2}, 9, 0.0, 100, lost={1: "h1 does not answer"})
+    assert actions == [Abandon(1, "h1 does not answer"), Start(9, 1)]
+
+
+def test_what_drains_on_a_lost_host_is_abandoned_too() -> None:
+    draining = replace(READY, stage=Stage.DRAINING, status=Status.DRAINING)
+    assert plan.decide([draining], {1: 0}, 9, 0.0, 100, lost={1: "gone"}) == [Abandon(1, "gone")]
+
+
+def test_a_successor_starts_before_a_time_limit() -> None:
+    """It starts `successor_lead` before the end, and the old one drains only when the new one is ready."""
+    operation = Operation(successor_lead=600)
+    limited = plan.ending(READY, 3600, now=0, operation=operation)
+    assert decide(limited, wanted={1: 1}) == []
+    outgoing = plan.ending(limited, 600, now=3000, operation=operation)
+    assert outgoing.is_outgoing
+    assert decide(outgoing, wanted={1: 1}, now=3000) == [Start(9, 1)]
+    coming = replace(READY, id=9, status=Status.STARTING)
+    assert decide(outgoing, coming, wanted={1: 1}, now=3001) == []
+    assert decide(outgoing, replace(coming, status=Status.READY), wanted={1: 1}, now=3002) == [Drain(1)]
+
+
+def test_half_of_a_short_time_limit_is_the_successors() -> None:
+    operation = Operation(successor_lead=600)
+    limited = plan.ending(READY, 100, now=0, operation=operation)
+    assert not plan.ending(limited, 51, now=49, operation=operation).is_outgoing
+    assert plan.ending(limited, 50, now=50, operation=operation).is_outgoing
+
+
+def test_an_outgoing_one_goes_though_its_limit_grows() -> None:
+    outgoing = plan.ending(plan.ending(READY, 100, 0, OPERATION), 40, 60, OPERATION)
+    assert plan.ending(outgoing, 9000, 61, OPERATION).is_outgoing
+
+
+def test_an_end_without_blame_is_no_failure() -> None:
+    """It starts again at once; one that was never ready counts, or a limit shorter than the start would go round."""
+    over = Ended(1, "time limit", is_blameless=True)
+    again = plan.ended(READY, over, 10, OPERATION)
+    assert (again.stage, again.start_at, again.failures) == (Stage.WAITING, 10, 0)
+    assert plan.ended(replace(READY, was_ready=False), over, 10, OPERATION).failures == 1

@@ -76,8 +76,17 @@ def test_verbose_adds_columns_and_keeps_the_others() -> None:
     short, long = tables([SNAPSHOT]).splitlines(), tables([SNAPSHOT], verbose=True).splitlines()
     assert long[1].split() == [*short[1].split(), "LOAD_BALANCING_POLICY", "IN_FLIGHT", "QUEUED"]
     assert long[2].endswith("round_robin            3          0")
-    assert long[5].split()[8:] == ["IN_FLIGHT", "REQUESTS", "FAILURES", "PROMPT_TOKENS", "CACHED_TOKENS", "GPU"]
-    assert long[6].split()[-6:] == ["3", "70", "1", "1200", "900", "-"]
+    counts = ["IN_FLIGHT", "REQUESTS", "FAILURES", "PROMPT_TOKENS", "CACHED_TOKENS"]
+    assert long[5].split()[8:] == [*counts, "GPU", "NODE", "ENDS_IN"]
+    assert long[6].split()[-8:] == ["3", "70", "1", "1200", "900", "-", "-", "-"]
+
+
+def test_nodes_are_shown_where_there_are_several() -> None:
+    """Of all services in the table; on one machine the column would say nothing."""
+    placed = replace(SNAPSHOT, replicas=(replace(REPLICA, node="h1"), replace(REPLICA, id=2, name="second")))
+    lines = tables([placed]).splitlines()
+    assert lines[5].endswith("STATUS  NODE")
+    assert [line.split()[-1] for line in lines[6:8]] == ["h1", "-"]
 
 
 @pytest.mark.parametrize(

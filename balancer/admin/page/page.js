@@ -23,6 +23,8 @@ const FACTS = [
   ({ infra }) => infra,
   ({ resources }) => resources,
   ({ leased }) => leased,
+  ({ node }) => node && `on ${node}`,
+  ({ ends_in_seconds: left }) => left != null && `ends in ${span(left)}`,
   ({ launched_seconds: age }) => `launched ${span(age)} ago`,
   ({ reason }) => reason,
 ];

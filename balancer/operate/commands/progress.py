@@ -35,7 +35,7 @@ class Lines:
         for name, row in rows.items():
             if self._statuses.get(name) != row.status:
                 seconds = time.monotonic() - self._began
-                why = f"  {row.reason}" if row.status.phase is Phase.FAILED else ""
+                why = f"  {row.reason}" if row.reason and row.status.phase in (Phase.FAILED, Phase.PENDING) else ""
                 self.say(f"{name}  {row.status:<13} {seconds:6.1f} s{why}")
         for name in self._statuses.keys() - rows.keys():
             self.say(f"{name}  gone")

@@ -14,6 +14,8 @@ class _Column:
     heading: str
     of: Callable[[Any], object]
     is_ours: bool = False
+    # Shown, too, where any row has something to say.
+    is_rare: bool = False
 
 
 _SERVICE = (
@@ -41,6 +43,8 @@ _REPLICA = (
     _Column("PROMPT_TOKENS", lambda replica: replica.prompt_tokens_total, is_ours=True),
     _Column("CACHED_TOKENS", lambda replica: replica.cached_tokens_total, is_ours=True),
     _Column("GPU", lambda replica: replica.leased or "-", is_ours=True),
+    _Column("NODE", lambda replica: replica.node or "-", is_ours=True, is_rare=True),
+    _Column("ENDS_IN", lambda replica: uptime(replica.ends_in_seconds), is_ours=True),
 )
 
 _UNITS = (("week", 604800), ("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
@@ -52,7 +56,12 @@ def tables(snapshots: Sequence[Snapshot], verbose: bool = False) -> str:
     if not snapshots:
         return "No existing services."
     service_columns = [column for column in _SERVICE if verbose or not column.is_ours]
-    replica_columns = [column for column in _REPLICA if verbose or not column.is_ours]
+    rows = [replica for snapshot in snapshots for replica in snapshot.replicas]
+
+    def is_shown(column: _Column) -> bool:
+        return verbose or not column.is_ours or (column.is_rare and any(column.of(row) != "-" for row in rows))
+
+    replica_columns = [column for column in _REPLICA if is_shown(column)]
     services, replicas, reasons = [], [], []
     for snapshot in snapshots:
         service = snapshot.service

@@ -128,11 +128,15 @@ class _Up:
             self._greeting = asyncio.create_task(self._greet(service.ready))
 
     def _is_settled(self, row: ReplicaRow) -> bool:
-        """Is its status unlikely to change soon? While others serve, a replica may wait for a GPU indefinitely."""
+        """Is its status unlikely to change soon?
+
+        While others serve, a replica may wait for a GPU indefinitely: here, or in its engine's queue.
+        """
         if row.status.phase is Phase.READY or row.status is Status.FAILED:
             return True
         replica = self._controller.replicas.get(row.id)
-        return replica is not None and replica.waits_for_gpu and self._controller.snapshot.service.ready > 0
+        is_waiting = replica is not None and (replica.waits_for_gpu or replica.is_queued)
+        return is_waiting and self._controller.snapshot.service.ready > 0
 
     async def _greet(self, ready: int) -> None:
         name = self._recipe.spec.name

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from balancer.contract.status import Snapshot
-from balancer.contract.words import Phase, ServiceStatus
+from balancer.contract.words import Phase, ServiceStatus, State
 from balancer.errors import ConfigError
 from balancer.operate.controller import happened, plan
-from balancer.operate.controller.plan import Action, Drain, Forget, Replace, Replica, Stage, Start, Stop
+from balancer.operate.controller.plan import Abandon, Action, Drain, Forget, Replace, Replica, Stage, Start, Stop
 from balancer.operate.controller.readiness import Readiness
 from balancer.operate.controller.report import Report, silent
 from balancer.operate.controller.rollout import Mode
@@ -207,6 +207,8 @@ class Controller:
         await self._tell()
         await self._probe_hidden()
         now = self._clock()
+        self._note_places(now)
+        lost = self._engine.lost([r.id for r in self.replicas.values() if r.stage is Stage.RUNNING and not r.is_ready])
         before, load = self.wanted.target, self._traffic.take()
         counts, result = self.wanted.counts(self.replicas.values(), load, now)
         if self.wanted.target != before:
@@ -215,7 +217,7 @@ class Controller:
         if result is not None:
             await self._updated(result)
         timeout = self.wanted.serving.spec.settings.drain_timeout
-        actions = plan.decide(self.replicas.values(), counts, self._next_id, now, timeout, self._condemned)
+        actions = plan.decide(self.replicas.values(), counts, self._next_id, now, timeout, self._condemned, lost)
         self._condemned.clear()
         # A new balancer process knows nothing of earlier drains, so they are repeated.
         for replica in self.replicas.values():
@@ -252,6 +254,29 @@ class Controller:
             case Replace(id, reason):
                 self._keep(replace(self.replicas[id], stage=Stage.REPLACING, reason=reason))
                 self._stop(id, reason)
+            case Abandon(id, reason):
+                self._say(f"{self.name}-{id} is lost, another takes its place: {reason}")
+                self._record(Event(What.LOST, reason, id))
+                self._keep(replace(self.replicas[id], stage=Stage.STOPPING, reason=reason))
+                self._stop(id, None)
+
+    def _note_places(self, now: float) -> None:
+        """Remembers which replicas wait in the engine's queue, and when the engine will end the others."""
+        for id, listing in self._engine.running().items():
+            replica = self.replicas.get(id)
+            if replica is None or replica.stage not in (Stage.RUNNING, Stage.DRAINING):
+                continue
+            operation = self.wanted.recipes[replica.version].spec.operation
+            is_queued = listing.state is State.PROVISIONING and not listing.endpoint and bool(listing.reason)
+            changed = plan.ending(replace(replica, is_queued=is_queued), listing.ends_in_seconds, now, operation)
+            if changed.is_outgoing and not replica.is_outgoing:
+                left = f"it ends in {listing.ends_in_seconds:.0f} s, and a successor starts"
+                self._say(f"{self.name}-{id}: {left}")
+                self._record(Event(What.OUTGOING, left, id))
+            if is_queued and not replica.is_queued:
+                self._record(Event(What.WAITS_FOR_GPU, listing.reason, id))
+            if changed != replica:
+                self._keep(changed)
 
     def _start(self, id: int, version: int) -> None:
         """Starts a replica without waiting for it: meanwhile the balancer has to hear of the others."""

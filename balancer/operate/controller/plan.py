@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from balancer.contract.words import Phase, Status
 from balancer.operate.engines.engine import Ended
@@ -12,6 +13,7 @@ from balancer.spec.schema import Operation
 FIRST_STARTS = 3
 # Seconds between two attempts to lease a GPU; each attempt itself waits for a few seconds (recipe.py).
 GPU_INTERVAL = 2.0
+NONE: Mapping[int, str] = MappingProxyType({})
 
 
 class Stage(enum.Enum):
@@ -50,13 +52,20 @@ class Replica:
     failures: int = 0
     # Why its last process ended.
     reason: str = ""
+    # When its engine ends it, and since how long before that another takes its place; None if nothing ends it.
+    ends_at: float | None = None
+    lead: float = 0.0
+    # Its end is near: it serves on, and its successor is on its way.
+    is_outgoing: bool = False
+    # It waits in its engine's queue.
+    is_queued: bool = False
     # It ended because others hold every GPU that it could use. True until it is ready, or ends for another reason.
     waits_for_gpu: bool = False
 
     @property
     def is_wanted(self) -> bool:
         """Does it count towards the wanted number of replicas?"""
-        return self.stage not in (Stage.DRAINING, Stage.STOPPING)
+        return self.stage not in (Stage.DRAINING, Stage.STOPPING) and not self.is_outgoing
 
     @property
     def is_ready(self) -> bool:
@@ -97,13 +106,21 @@ class Replace:
 
 
 @dataclass(frozen=True, slots=True)
+class Abandon:
+    """Stop a replica whose host is gone, without waiting for it; another takes its place elsewhere."""
+
+    id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Drop a replica that has no process."""
 
     id: int
 
 
-Action = Start | Drain | Stop | Replace | Forget
+Action = Start | Drain | Stop | Replace | Abandon | Forget
 
 
 def backoff(failures: int, operation: Operation) -> float:
@@ -121,7 +138,19 @@ def started(replica: Replica, now: float) -> Replica:
         status=None,
         ready_since=None,
         is_proven=False,
+        ends_at=None,
+        is_outgoing=False,
+        is_queued=False,
     )
+
+
+def ending(replica: Replica, ends_in: float | None, now: float, operation: Operation) -> Replica:
+    """The replica with what its engine says of its end, in `ends_in` seconds. Once it is outgoing, it stays so."""
+    if ends_in is None:
+        return replace(replica, ends_at=None) if replica.ends_at is not None else replica
+    lead = replica.lead if replica.ends_at is not None else min(operation.successor_lead, ends_in / 2)
+    is_near = replica.stage is Stage.RUNNING and ends_in <= lead
+    return replace(replica, ends_at=now + ends_in, lead=lead, is_outgoing=replica.is_outgoing or is_near)
 
 
 def ended(replica: Replica, over: Ended, now: float, operation: Operation, *, has_served: bool = False) -> Replica:
@@ -141,6 +170,8 @@ def ended(replica: Replica, over: Ended, now: float, operation: Operation, *, ha
     )
     if over.waits_for_gpu:
         return replace(changed, stage=Stage.WAITING, start_at=now + GPU_INTERVAL)
+    if over.is_blameless and replica.was_ready:
+        return replace(changed, stage=Stage.WAITING, start_at=now)
     failures = replica.failures + 1
     changed = replace(changed, failures=failures)
     limit = operation.restart_limit if replica.was_ready else min(FIRST_STARTS, operation.restart_limit)
@@ -189,21 +220,29 @@ def probed(
 
 
 def decide(
-    replicas: Iterable[Replica],
+    replicas: Collection[Replica],
     wanted: Mapping[int, int],
     next_id: int,
     now: float,
     drain_timeout: float,
     condemned: Collection[int] = (),
+    lost: Mapping[int, str] = NONE,
 ) -> list[Action]:
     """The actions that bring the replicas closer to `wanted`, the number of each version; at most one per replica.
 
-    `next_id` is the first free id. Replicas in `condemned` have to go, and new ones take their places.
+    `next_id` is the first free id. Replicas in `condemned` have to go, and new ones take their places; so do those in
+    `lost`, whose host is gone, for the reason given there.
     """
-    replicas = list(replicas)
-    actions: list[Action] = []
+    gone = [r for r in replicas if r.id in lost and r.stage in (Stage.RUNNING, Stage.DRAINING)]
+    actions: list[Action] = [Abandon(replica.id, lost[replica.id]) for replica in gone]
+    replicas = [replica for replica in replicas if replica not in gone]
+    ready = sum(replica.is_wanted and replica.is_ready for replica in replicas)
     for replica in replicas:
-        if replica.stage is Stage.RUNNING and replica.is_unusable:
+        if replica.is_outgoing and replica.stage is Stage.RUNNING:
+            # It serves until those that are to be there without it are; if they come too late, its engine ends it.
+            if ready >= sum(wanted.values()) or replica.id in condemned:
+                actions.append(Drain(replica.id))
+        elif replica.stage is Stage.RUNNING and replica.is_unusable:
             actions.append(Replace(replica.id, f"it was {replica.status}"))
         elif replica.stage is Stage.DRAINING:
             # SHUTTING_DOWN: it is draining and has no requests left. None: the balancer never knew it.

@@ -47,7 +47,7 @@ def next_step(mode: Mode, replicas: Iterable[Replica], version: int, total: int,
     if mode == "blue_green":
         # The old version serves alone until all replicas of the new one are ready.
         return RolloutStep(total, total, RolloutStatus.IN_PROGRESS)
-    if any(replica.waits_for_gpu for replica in new):
+    if any(replica.waits_for_gpu or replica.is_queued for replica in new):
         surge = 0  # a GPU that looked free is in use, so an old replica has to go first after all
     room = total + surge - len(replicas)
     # Start as many at a time as fit beside the old ones, or one if an old one has to go first.

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -35,6 +35,8 @@ class Ended:
     is_hopeless: bool = False
     # It did not fail: others hold every GPU that it could use.
     waits_for_gpu: bool = False
+    # It did not fail: its engine ended it, for a time limit, a host that failed, or somebody who goes first.
+    is_blameless: bool = False
 
     @classmethod
     def by(cls, id: int, code: int, last_words: str) -> Self:
@@ -103,10 +105,21 @@ class Engine(Protocol):
         """Stops a replica, kills it after `grace` seconds, and returns when it is gone; at once if it is unknown."""
 
     def running(self) -> Mapping[int, ReplicaListing]:
-        """The running replicas by id, with all that the engine knows of each."""
+        """The running replicas by id, with all that the engine knows of each.
+
+        One that waits in the engine's queue is PROVISIONING, has no endpoint, and `reason` is the engine's own word
+        for why.
+        """
 
     def ended(self) -> tuple[Ended, ...]:
         """The replicas that ended since the last call without being stopped."""
+
+    def lost(self, suspects: Collection[int]) -> Mapping[int, str]:
+        """Those of these replicas, which the balancer does not reach, whose host is gone: a line each that says so.
+
+        Called twice a second, so it answers from what is known, and finds out more meanwhile. What is lost is replaced
+        at once; `stop` then has to take care that it never comes back.
+        """
 
     async def close(self) -> None:
         """Removes what is left after all replicas and the balancer are gone."""

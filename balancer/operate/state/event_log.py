@@ -35,6 +35,8 @@ class What(enum.StrEnum):
     FAILED = "failed"
     GIVEN_UP = "given_up"
     WAITS_FOR_GPU = "waits_for_gpu"
+    LOST = "lost"
+    OUTGOING = "outgoing"
     DRAINING = "draining"
     STOPPED = "stopped"
     EVENTS_DROPPED = "events_dropped"

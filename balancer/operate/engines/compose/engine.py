@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -193,6 +193,10 @@ class ComposeEngine:
     def ended(self) -> tuple[Ended, ...]:
         ended, self._ended = self._ended, []
         return tuple(ended)
+
+    def lost(self, suspects: Collection[int]) -> Mapping[int, str]:
+        """None: they are on this host."""
+        return {}
 
     async def close(self) -> None:
         """Removes the network and the balancer's container; the volumes (models, kernels, leases) stay."""

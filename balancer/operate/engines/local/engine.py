@@ -3,7 +3,7 @@
 import asyncio
 import importlib.util
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -135,6 +135,10 @@ class LocalEngine:
                 del self._replicas[id]
                 unasked.append(Ended.by(id, child.code or 0, next(iter(tail(child.log, 1)), "")))
         return tuple(unasked)
+
+    def lost(self, suspects: Collection[int]) -> Mapping[int, str]:
+        """None: they are on this host."""
+        return {}
 
     async def close(self) -> None:
         """Closes the ports if the balancer has not done so."""
