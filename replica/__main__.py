@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from replica import command, gpu, lease, machine, models, placement, presets, sharing, surroundings
+from replica import command, families, gpu, lease, machine, models, placement, presets, sharing, surroundings
 from replica.kinds import is_of_kind
 from replica.options import Options, OptionsError, read
 from replica.store.cache import Cache
 from replica.store.errors import StoreError
-from replica.weights import WeighError, weigh
+from replica.weights import WeighError, config_of, longest_context, weigh
 
 # The service whose replica it is and its priority, as groundserve tells them (balancer/operate/recipe/recipe.py).
 SERVICE, PRIORITY = "GROUNDSERVE_SERVICE", "GROUNDSERVE_PRIORITY"
@@ -71,6 +71,13 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
             options = replace(
                 options, sglang_args=tuple(_share_of_free_memory(options.sglang_args, held.gpus, environ))
             )
+    folder = folder_of(preset, options, environ)
+    family = families.family_of(preset.model or preset.name, config_of(folder) if folder else None)
+    chosen = families.parsers(family) if machine.detects_parsers() or options.dry_run else None
+    context = 0
+    if folder and held and on_gpu and not options.gpu_share:
+        memory = sum(one.memory_total for one in held.gpus) << 20
+        context = longest_context(folder, options.sglang_args, memory)
     becomes = command.build(
         options,
         preset,
@@ -79,8 +86,13 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         environ=environ,
         cpu_dtype=machine.cpu_dtype(),
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None or options.dry_run,
-        detects_parsers=machine.detects_parsers() or options.dry_run,
+        parsers=chosen,
+        context=context,
     )
+    if chosen and not preset.is_embedded and not options.dry_run:
+        tell_parsers(chosen, family, options)
+    if context and not options.dry_run:
+        say(f"the GPU has room for {context} tokens at the most: --context-length {context}")
     where = _leased(held, options) if held else "CPU"
     print(f"replica: {where}: {becomes}", flush=True)
     if not options.dry_run:
@@ -173,18 +185,30 @@ def describe_gpus(options: Options, environ: Mapping[str, str]) -> str:
 def describe_weights(options: Options, environ: Mapping[str, str]) -> str:
     """A JSON object: bytes of weights in total, and of KV cache per token; nulls and a `problem` if unknown."""
     preset = presets.resolve(options.model or "smollm2-135m")
-    if preset.is_embedded:
-        folder = options.models_dir / preset.name
-    else:
-        named = preset.model or ""
-        snapshots = Cache.of(environ).of_repo(named) / "snapshots"
-        kept = sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime)
-        folder = Path(named) if Path(named).is_absolute() or not kept else kept[-1]
     try:
-        found = weigh(folder, options.sglang_args)
+        found = weigh(folder_of(preset, options, environ) or Path(preset.model or ""), options.sglang_args)
     except WeighError as error:
         return json.dumps({"weights": None, "kv_per_token": None, "problem": str(error)})
     return json.dumps({"weights": found.size, "kv_per_token": found.kv or None})
+
+
+def folder_of(preset: presets.Preset, options: Options, environ: Mapping[str, str]) -> Path | None:
+    """The folder that the model is loaded from; None for one that is not on this machine yet."""
+    if preset.model is None:
+        return options.models_dir / preset.name
+    if Path(preset.model).is_absolute():
+        return Path(preset.model)
+    snapshots = Cache.of(environ).of_repo(preset.model) / "snapshots"
+    return max(snapshots.glob("*"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def tell_parsers(chosen: tuple[str, str], family: families.Family | None, options: Options) -> None:
+    """Says which parsers were chosen, and how to choose others, unless somebody did."""
+    if any(flag.startswith(("--tool-call-parser", "--reasoning-parser")) for flag in options.sglang_args):
+        return
+    by = f"as a model of the family {family.title}" if family else "by its chat template"
+    flags = f"--tool-call-parser {chosen[0]} --reasoning-parser {chosen[1]}"
+    say(f"its answers are parsed {by} ({flags}); the same flags in SGLANG_ARGS choose others")
 
 
 def _gib(options: Options) -> float:

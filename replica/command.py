@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from replica.families import AUTO
 from replica.gpu import Gpu
 from replica.options import Options
 from replica.presets import Preset
@@ -53,14 +54,16 @@ def build(
     environ: Mapping[str, str],
     cpu_dtype: str = "float32",
     has_flashinfer: bool = True,
-    detects_parsers: bool = True,
+    parsers: tuple[str, str] | None = (AUTO, AUTO),
+    context: int = 0,
 ) -> Command:
     """SGLang's command for `preset` on the leased `gpus`; without GPUs, on the CPU.
 
     seed: a new random number for each start, by which the balancer distinguishes a restarted replica from its
     predecessor. The user's flags come last, so that they win. cpu_dtype: the type that the CPU multiplies fastest; only
     the embedded models are small enough to be converted to it. Without FlashInfer, CUDA uses Triton's and torch's own
-    kernels. detects_parsers: this SGLang detects by itself how the model writes tool calls and reasoning.
+    kernels. parsers: how the model writes tool calls and reasoning; None for an SGLang that knows no `auto`. context:
+    the longest conversation in tokens, where the memory sets a limit; 0 where the model does.
     """
     folder = str(options.models_dir / preset.name) if preset.model is None else preset.model
     flags = [
@@ -73,9 +76,11 @@ def build(
     if preset.overrides:
         overrides = {key: value.format(folder=folder) for key, value in preset.overrides.items()}
         flags += ["--json-model-override-args", json.dumps(overrides)]
-    if detects_parsers and not preset.is_embedded:
+    if parsers and not preset.is_embedded:
         # Without a parser an agent's tool calls come back as plain text.
-        flags += ["--tool-call-parser", "auto", "--reasoning-parser", "auto"]
+        flags += ["--tool-call-parser", parsers[0], "--reasoning-parser", parsers[1]]
+    if context:
+        flags += ["--context-length", str(context)]
     if not gpus:
         flags += [*_CPU_FLAGS, *preset.cpu_flags]
         if preset.is_embedded:

@@ -15,6 +15,11 @@ _LONGEST_HEADER = 100 << 20  # bytes; safetensors' own limit
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _WIDE = {"F64", "F32"}
 _HALF = {"F16", "BF16"}
+# Of a model with layers that keep a state instead of keys and values, or only some of these.
+_PARTIAL = {"mamba_d_state", "ssm_state_size", "linear_num_key_heads", "linear_attn_config", "layers_block_type"}
+_PARTIAL |= {"hybrid_override_pattern", "attn_type_list", "index_topk", "attention_chunk_size"}
+# Flags by which what is kept takes another place, or another size, than the files say.
+_ELSEWHERE = {"--cpu-offload-gb", "--kv-cache-dtype", "--quantization", "--load-format"}
 # Quantisations that SGLang applies while it loads, and the bytes that each number of a matrix then takes.
 _QUANTISED = {"fp8": 1, "w8a8_fp8": 1, "w8a8_int8": 1, "mxfp8": 1}
 
@@ -37,7 +42,7 @@ def weigh(folder: Path, flags: Sequence[str] = ()) -> Weights:
     if not files:
         raise WeighError(f"{folder} has no safetensors files, whose headers say how large the weights are")
     given = _given(flags)
-    config = _config(folder)
+    config = config_of(folder)
     keeps_wide = given.get("--dtype") in ("float32", "float")
     quantised = None if "quantization_config" in config else _QUANTISED.get(given.get("--quantization", ""))
     size = sum(
@@ -47,6 +52,28 @@ def weigh(folder: Path, flags: Sequence[str] = ()) -> Weights:
     )
     each = 1 if "fp8" in given.get("--kv-cache-dtype", "") else 4 if keeps_wide else 2
     return Weights(math.ceil(size), each * _numbers_a_token(config))
+
+
+def longest_context(folder: Path, flags: Sequence[str], memory: int) -> int:
+    """The tokens for which there is room at the most, if that is fewer than the model's own limit; else 0.
+
+    memory: bytes of all GPUs. 0 too where that cannot be told: some layers keep only part of a conversation, or weights
+    lie elsewhere.
+    """
+    config = config_of(folder)
+    nested = config.get("text_config")
+    of = {**config, **nested} if isinstance(nested, dict) else config
+    kinds = of.get("layer_types")
+    keeps_all = set(kinds) == {"full_attention"} if isinstance(kinds, list) else not of.get("sliding_window")
+    own = of.get("max_position_embeddings")
+    if not keeps_all or _PARTIAL & of.keys() or not isinstance(own, int) or _ELSEWHERE & _given(flags).keys():
+        return 0
+    try:
+        weights = weigh(folder, flags)
+    except WeighError:
+        return 0
+    room = (memory - weights.size) // weights.kv if weights.kv else 0
+    return room if 0 < room < own else 0
 
 
 def tensors(file: Path) -> list[tuple[str, tuple[int, ...]]]:
@@ -92,7 +119,8 @@ def _numbers_a_token(config: Mapping[str, Any]) -> int:
         return 0
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> dict[str, Any]:
+    """The model's config.json; empty if it cannot be read."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):

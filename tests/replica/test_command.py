@@ -153,9 +153,19 @@ def test_parsers_are_chosen_by_the_model_where_sglang_can() -> None:
     argv = build(told, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={}).argv
     assert value(argv, "--reasoning-parser") == "auto"
     assert [argv[i + 1] for i, flag in enumerate(argv) if flag == "--tool-call-parser"] == ["auto", "hermes"]
-    old = build(told, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={}, detects_parsers=False).argv
+    old = build(told, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={}, parsers=None).argv
     assert "auto" not in old
+    qwen = build(TOLD, resolve("Qwen/Qwen2.5-7B-Instruct"), GPUS[:1], seed=1, environ={}, parsers=("qwen", "auto"))
+    assert value(qwen.argv, "--tool-call-parser") == "qwen"
     assert "auto" not in build(told, PRESETS["smollm2-135m"], (), seed=1, environ={}).argv
+
+
+def test_context_length_that_memory_limits() -> None:
+    """Where the memory sets the limit it is said, and a person's own comes last."""
+    told = Options(models_dir=Path("/models"), sglang_args=("--context-length", "512"))
+    argv = build(told, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={}, context=9000).argv
+    assert [argv[i + 1] for i, flag in enumerate(argv) if flag == "--context-length"] == ["9000", "512"]
+    assert "--context-length" not in build(TOLD, PRESETS["llama-2-7b-chat"], GPUS[:1], seed=1, environ={}).argv
 
 
 def test_sharing_flags() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from replica.weights import WeighError, Weights, weigh
+from replica.weights import WeighError, Weights, longest_context, weigh
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
@@ -54,6 +54,31 @@ def test_weigh(tmp_path: Path, flags: list[str], size: int) -> None:
 def test_kv_per_token(tmp_path: Path, config: dict[str, Any], flags: list[str], kv: int) -> None:
     """Bytes of KV cache a token, by the config; 0 where it does not say."""
     assert weigh(model(tmp_path, config, a=("BF16", [1])), flags) == Weights(2, kv)
+
+
+LONG = {**LLAMA, "max_position_embeddings": 131072}
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "tokens"),
+    [
+        (LONG, [], 50_000),
+        ({**LONG, "max_position_embeddings": 8192}, [], 0),
+        ({**LONG, "layer_types": ["full_attention", "full_attention"]}, [], 50_000),
+        ({**LONG, "layer_types": ["full_attention", "sliding_attention"]}, [], 0),
+        ({**LONG, "sliding_window": 4096}, [], 0),
+        ({**LONG, "mamba_d_state": 128}, [], 0),
+        (LONG, ["--kv-cache-dtype", "fp8_e5m2"], 0),
+        (LONG, ["--cpu-offload-gb=8"], 0),
+        (LLAMA, [], 0),
+    ],
+)
+def test_longest_context(tmp_path: Path, config: dict[str, Any], flags: list[str], tokens: int) -> None:
+    """As many tokens as there is room for beside the weights, if all layers keep all; 0 for the model's own limit."""
+    folder = model(tmp_path, config, a=("BF16", [1000, 1000]))
+    memory = 2 * 1000 * 1000 + 50_000 * (2 * 32 * 8 * 128 * 2)
+    assert longest_context(folder, flags, memory) == tokens
+    assert longest_context(folder, flags, 1000) == 0, "weights that do not fit are SGLang's to tell"
 
 
 @pytest.mark.parametrize("written", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b"\x09" + b"\0" * 7 + b'{"a": {}}'])
