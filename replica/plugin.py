@@ -6,6 +6,7 @@ they are used.
 
 import asyncio
 import contextlib
+import hmac
 import importlib
 import importlib.util
 import os
@@ -53,6 +54,9 @@ def register_hooks() -> None:
     hooks["sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"] = drain
     hooks["sglang.srt.entrypoints.engine._server_args_for_logging"] = mask_keys
     hooks["sglang.srt.managers.load_snapshot.shm_path_for"] = remember_shared_memory
+    hooks[
+        "sglang.srt.entrypoints.openai.serving_transcription.OpenAIServingTranscription.handle_websocket"
+    ] = ask_for_key
     if _on_cpu():
         hooks["sglang.srt.models.llava.LlavaBaseForCausalLM.encode_images"] = encode_as_projected
         if os.environ.get(ATTENTION_HOOK, "1") != "0":
@@ -154,6 +158,16 @@ def mask_keys(stock: Callable[..., dict[str, Any]], *more: Any) -> dict[str, Any
         name: "***" if value and re.search(r"(api_key|password)$", name) else value
         for name, value in stock(*more).items()
     }
+
+
+async def ask_for_key(stock: Callable[[Any, Any], Awaitable[None]], serving: Any, websocket: Any) -> None:
+    """Wraps /v1/realtime: SGLang asks for its API key on HTTP requests, and lets every WebSocket in."""
+    key = serving.tokenizer_manager.server_args.api_key
+    given = websocket.headers.get("authorization", "")
+    if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        await websocket.close(1008)  # before it is open: its client gets a 403
+        return
+    await stock(serving, websocket)
 
 
 def remember_shared_memory(stock: Callable[[str], str], name: str) -> str:

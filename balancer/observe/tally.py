@@ -24,7 +24,7 @@ LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 MISJUDGED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 
 PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/generate", "/v1/embeddings"}
-PATHS |= {"/v1/models", "/v1/score", "/v1/rerank", "/health", "/ready"}
+PATHS |= {"/v1/models", "/v1/realtime", "/v1/score", "/v1/rerank", "/health", "/ready"}
 STATUSES = tuple(f"{hundreds}xx" for hundreds in range(10))
 CLIENT_LEFT = 499
 PIECE = 250  # requests counted per call

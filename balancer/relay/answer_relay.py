@@ -92,16 +92,7 @@ class AnswerRelay:
         return not any(value.startswith(EVENT_STREAM) for name, value in headers if name.lower() == b"content-type")
 
     def _begin(self, status: int, headers: Headers, length: int | None) -> None:
-        record = self._record
-        own = b"X-Replica-Id: %b\r\n" % self._place.replica.name.encode("latin-1", "replace")
-        if self._request.wants_explanation:
-            matched = b"" if record.matched is None else b"; matched=%.2f" % record.matched
-            own += b"X-Route-Reason: %b%b; attempts=%d; queued=%.3f\r\n" % (
-                record.reason.encode(),
-                matched,
-                record.attempts,
-                record.queued,
-            )
+        own = self._own_fields()
         if 300 <= status < 400:
             headers = _relative_redirects(headers, self._place.replica)
         self._reply.begin(status, headers, length, own)
@@ -113,6 +104,20 @@ class AnswerRelay:
             self._client.release(self._request)
         if self._reply.is_event_stream:
             self._inter_token = self._observer.inter_token(self._place.replica.name)
+
+    def _own_fields(self) -> bytes:
+        """The header lines that say who answers, and why."""
+        record = self._record
+        own = b"X-Replica-Id: %b\r\n" % self._place.replica.name.encode("latin-1", "replace")
+        if self._request.wants_explanation:
+            matched = b"" if record.matched is None else b"; matched=%.2f" % record.matched
+            own += b"X-Route-Reason: %b%b; attempts=%d; queued=%.3f\r\n" % (
+                record.reason.encode(),
+                matched,
+                record.attempts,
+                record.queued,
+            )
+        return own
 
     def _let_go(self, held: Held) -> None:
         """Relays what was held back, like any other answer."""

@@ -38,7 +38,8 @@ class Cors:
 
         The rules are those of Go's CrossOriginProtection: a browser says where the page is from, in Sec-Fetch-Site or,
         if it is old or does not use https, in Origin; other programs send neither. Requests with credentials pass,
-        because a page cannot send a key without a preflight.
+        because a page cannot send a key without a preflight. A WebSocket, though, it opens without one, names what it
+        likes as a key there, and reads what comes.
         """
         if self._is_for_all:
             return
@@ -48,7 +49,8 @@ class Cors:
             raise errors.foreign_host(host.decode("latin-1"))
         if not request.origin and not request.fetch_site:
             return
-        if request.credentials or (request.method in READING and not request.asks_for_method):
+        is_harmless = request.credentials or (request.method in READING and not request.asks_for_method)
+        if is_harmless and not request.opens_websocket:
             return
         if request.fetch_site in OWN_SITE or self._allowed(request) is not None:
             return

@@ -7,7 +7,7 @@ from balancer import errors
 from balancer.relay.doors import Doors
 from balancer.relay.reply import Reply
 from balancer.relay.request import Peer, Request
-from balancer.relay.request_reader import CONTINUE, RequestReader
+from balancer.relay.request_reader import CONTINUE, Frames, RequestReader
 from balancer.relay.vanished import UNACKNOWLEDGED, expect_life, has_vanished
 
 HELD_SHARE = 0.5  # share of max_buffered_bytes: above it no more of a stream is kept, to leave room for new requests
@@ -16,6 +16,7 @@ MAX_UNSENT = 64 << 10  # bytes that TLS buffers for a slow client before its rep
 LONGEST_TICK = 1.0  # seconds counted between two checks at most: if more passed, this process was stalled
 LEAST_RATE = 1 << 10  # bytes per second that a body must average after SLOW_START
 SLOW_START = 30.0  # seconds
+GOING_AWAY = 1001  # why a WebSocket closes (RFC 6455 section 7.4)
 LOOK = 5.0  # seconds between two checks whether a client that waits for an answer is still there
 
 
@@ -97,7 +98,7 @@ class ClientConnection(RequestReader):
             self._task.cancel()
         self._drop_requests()
         self._unwritten.clear()
-        self._source = None
+        self._source = self._frames = None
 
     def pause_writing(self) -> None:
         self._is_blocked = True
@@ -156,9 +157,32 @@ class ClientConnection(RequestReader):
         if self._is_blocked:
             source.pause()
 
+    def carry(self, frames: Frames) -> None:
+        """From now on the connection carries a WebSocket: `frames` gets what the client sends."""
+        self._frames = frames
+        early, self._unparsed = self._unparsed, b""
+        self._doors.buffered -= len(early)
+        self.read_on()
+        if early:
+            frames.from_client(early)
+
+    def hold_back(self) -> None:
+        """Reads nothing from the client of a WebSocket for now: its replica is slow."""
+        if self._transport is not None and not self._is_over and self._transport.is_reading():
+            self._transport.pause_reading()
+
+    def read_on(self) -> None:
+        if self._transport is not None and not self._is_over and not self._transport.is_reading():
+            self._transport.resume_reading()
+
+    @property
+    def is_to_close(self) -> bool:
+        """Is this process about to stop?"""
+        return self._doors.facts.is_leaving or self._doors.is_closed
+
     def answered(self, keep: bool) -> None:
         """The current reply is over: starts the next request, or ends the connection."""
-        self._task = self._reply = self._source = None
+        self._task = self._reply = self._source = self._frames = None
         if not self._queue:
             return  # the client has just left
         self.release(self._queue.popleft())
@@ -259,6 +283,8 @@ class ClientConnection(RequestReader):
         """Ends the answer in progress, if any, as broken, or with a 503 if it has not begun; then the connection."""
         if self._task is not None and self._reply is not None:
             reply, task = self._reply, self._task
+            if self._frames is not None:
+                self._frames.close(GOING_AWAY, why)
             reply.refuse(errors.stream_broken(why) if reply.has_begun else errors.shutting_down())
             task.cancel()
         else:

@@ -17,6 +17,7 @@ class PathKind(enum.Enum):
 
 
 MODELS = "/v1/models"
+REALTIME = "/v1/realtime"
 # Of SGLang 0.5.23, and of other servers that speak OpenAI's API. Whatever else is under /v1/ may change a server, as
 # vLLM's /v1/load_lora_adapter does, or would be answered by no replica.
 GENERATING = {"/generate", "/classify", "/encode", "/rerank", "/score", "/api/chat", "/api/generate"} | {

@@ -37,6 +37,7 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Request
 from balancer.relay.unavailable import FULL_FOR
 from balancer.relay.upstream import Receiver
+from balancer.relay.websocket import WebSocketRelay
 from balancer.routing.admission import Waiter
 from balancer.routing.prompt import Prompt
 
@@ -161,10 +162,15 @@ class Proxy:
         destination.budget.deposit()
         while True:
             place = await places.claim(waiter)
+            relay: AnswerRelay
             record.member, record.reason, record.matched = place.replica.name, place.reason, place.matched
             record.attempts += 1
             record.queued += place.waited
-            relay = AnswerRelay(place, request, reply, record, client, self.observer, most_kept)
+            if request.opens_websocket:
+                idle = settings.websocket_idle_timeout
+                relay = WebSocketRelay(place, request, reply, record, client, self.observer, loop=self._loop, idle=idle)
+            else:
+                relay = AnswerRelay(place, request, reply, record, client, self.observer, most_kept)
             outcome = None
             try:
                 if going is None:

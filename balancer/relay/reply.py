@@ -148,6 +148,26 @@ class Reply:
         self.status = status
         self._wire.write(b"".join(lines))
 
+    def switch(self, headers: Iterable[tuple[bytes, bytes]], own: bytes) -> None:
+        """Writes the head of a 101: from here on the connection carries a WebSocket."""
+        lines = [STATUS_LINES[101]]
+        lines += [b"%b: %b\r\n" % field for field in headers if field[0].lower() not in NOT_PASSED_ON]
+        lines.append(b"Upgrade: websocket\r\nConnection: Upgrade\r\n")
+        lines.append(b"X-Request-Id: %b\r\n%b%b\r\n" % (self.request.id, own, self.extra_fields))
+        self.status = 101
+        self._wire.send(b"".join(lines))
+
+    def frames(self, data: bytes) -> None:
+        """Passes on a piece of a WebSocket."""
+        self.bytes_sent += len(data)
+        self._wire.send(data)
+
+    def close(self) -> None:
+        """Ends a WebSocket, whose closing has been said in its frames."""
+        if not self.is_over:
+            self.is_over = True
+            self._wire.answered(False)
+
     def begin_early(self) -> None:
         """Writes the head of an event stream before any replica has begun to answer."""
         self.begin(200, [(b"Content-Type", b"text/event-stream; charset=utf-8"), (b"Cache-Control", b"no-cache")], None)

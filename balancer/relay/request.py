@@ -7,13 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from urllib.parse import unquote_to_bytes
 
 from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.address import ReplicaAddress
 from balancer.relay.auth import Key, bearer_token
 from balancer.relay.hosts import is_host
-from balancer.relay.paths import WAITED_FOR, PathKind, kind_of
+from balancer.relay.paths import REALTIME, WAITED_FOR, PathKind, kind_of
 from balancer.routing.ranked_queue import Bulk
 
 Headers = list[tuple[bytes, bytes]]
@@ -27,6 +28,8 @@ GENERATING_METHODS = (b"POST", b"PUT")  # SGLang takes both for /generate, /enco
 _AUTHORITY_ENDS = re.compile(rb"[/?#]")
 MAX_FORWARDED = 256  # only this many bytes at the end of X-Forwarded-For are read
 MAX_DIGITS = 20  # of the parser's largest Content-Length; it would accept any number of leading zeros
+KEY_PROTOCOL = b"openai-insecure-api-key."
+_MODEL = re.compile(rb"[?&]model=([^&]{1,512})")
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 # The Via field for a request, by its HTTP version (RFC 9110 section 7.6.3).
 VIA = {"1.0": b"1.0 groundserve", "1.1": b"1.1 groundserve"}
@@ -69,7 +72,8 @@ class Request:
     expects_continue: bool = False
     keeps_alive: bool = True
     wants_explanation: bool = False
-    model: bytes = b""  # as named by the X-Model field; most requests name it in the body
+    opens_websocket: bool = False  # from its answer on, the connection carries WebSocket frames
+    model: bytes = b""  # as named by the X-Model field or a WebSocket's query; most requests name it in the body
     key: Key | None = None
     client: bytes = b""  # its IPv4 address or IPv6 /64, packed
     body: list[bytes] = field(default_factory=list)
@@ -86,7 +90,7 @@ class Request:
 
     @property
     def is_generating(self) -> bool:
-        return self.kind is PathKind.GENERATING and self.method in GENERATING_METHODS
+        return self.kind is PathKind.GENERATING and (self.method in GENERATING_METHODS or self.opens_websocket)
 
     @property
     def is_waited_for(self) -> bool:
@@ -163,6 +167,7 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
     forwarded: dict[bytes, bytes] = {}
     authorizations: tuple[bytes, ...] = ()
     api_keys: tuple[bytes, ...] = ()
+    upgrade = protocols = b""
     for name, value in headers:
         lowered = name.lower()
         action = _ACTIONS.get(lowered)
@@ -177,6 +182,10 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
             request.length = int(value)
         elif action == "encoding":
             encoding += value.strip().lower()  # two fields form a list, which is more than 'chunked' alone
+        elif action == "upgrade":
+            upgrade = value.strip().lower()
+        elif action == "protocols":
+            protocols += b", " + value
         elif action == "connection":
             dropped.update(token.strip().lower() for token in value.split(b","))
         elif action == "forwarded" and peer.is_trusted:
@@ -218,6 +227,8 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
         raise errors.bad_request("A request needs exactly one Host field.")
     if request.host and not is_host(request.host):
         raise errors.bad_request("The Host field is no name or address with or without a port.")
+    if protocols:
+        api_keys += _protocols(protocols, kept)
     if authorizations or api_keys:
         request.credentials = borne = authorizations + api_keys
         request.authorization = borne[0] if len(borne) == 1 else next(filter(bearer_token, borne), borne[0])
@@ -228,6 +239,8 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
         # Connection only removes fields that would be passed on; it cannot hide those that the balancer itself reads.
         kept = [line for line in kept if line.partition(b":")[0].lower() not in dropped]
     _read_target(request)
+    if upgrade == b"websocket" and b"upgrade" in dropped and request.path == REALTIME:
+        _open_websocket(request, kept)
     kept.append(_forwarded(request, forwarded, peer))
     request.fields = b"".join(kept)
 
@@ -252,6 +265,28 @@ def _read_target(request: Request) -> None:
         request.target = sent + mark + query
 
 
+def _protocols(protocols: bytes, kept: list[bytes]) -> tuple[bytes, ...]:
+    """Passes on a WebSocket's subprotocols; returns the credentials among them, as OpenAI's browser clients send them:
+    a page cannot set other fields of this request.
+    """
+    names = [name for part in protocols.split(b",") if (name := part.strip())]
+    others = [name for name in names if not name.startswith(KEY_PROTOCOL)]
+    if others:
+        kept.append(b"Sec-WebSocket-Protocol: %b\r\n" % b", ".join(others))
+    return tuple(b"Bearer " + name[len(KEY_PROTOCOL) :] for name in names if name.startswith(KEY_PROTOCOL))
+
+
+def _open_websocket(request: Request, kept: list[bytes]) -> None:
+    """Marks a request that opens a WebSocket. Whatever else asks for an upgrade is an ordinary request."""
+    if request.method != b"GET" or request.version != "1.1" or request.length or request.is_chunked:
+        return
+    request.opens_websocket = True
+    request.keeps_alive = False  # frames may follow, or their client sends some too early: no further request
+    if not request.model and (named := _MODEL.search(request.target)):
+        request.model = unquote_to_bytes(named[1])
+    kept.append(b"Upgrade: websocket\r\nConnection: Upgrade\r\n")
+
+
 def _forwarded(request: Request, known: dict[bytes, bytes], peer: Peer) -> bytes:
     """The request's id, Via and X-Forwarded-* lines, for the replica's log; what a trusted proxy sent is kept."""
     if not known:
@@ -269,6 +304,8 @@ def _forwarded(request: Request, known: dict[bytes, bytes], peer: Peer) -> bytes
 _ACTIONS: dict[bytes, str] = {
     **dict.fromkeys(HOP_BY_HOP, "drop"),
     **dict.fromkeys(HEARSAY, "hearsay"),
+    b"upgrade": "upgrade",
+    b"sec-websocket-protocol": "protocols",
     b"connection": "connection",
     b"transfer-encoding": "encoding",
     b"content-length": "length",

@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Iterator
+from typing import Protocol
 
 import httptools
 
@@ -18,6 +19,14 @@ HEAD_COST = 1 << 10  # bytes of memory that a request takes in addition to its c
 LEAST_PIECE = 1 << 10  # smaller pieces of a body are merged: each piece costs memory, and time to send
 MAX_SWALLOWED = 64 << 10  # a refused request's body up to this size is read, to keep the connection usable
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Frames(Protocol):
+    """A WebSocket, as far as its client's connection needs it."""
+
+    def from_client(self, data: bytes) -> None: ...
+
+    def close(self, code: int, why: str) -> None: ...
 
 
 class RequestReader(asyncio.BufferedProtocol):
@@ -56,7 +65,8 @@ class RequestReader(asyncio.BufferedProtocol):
         self._reads_on_soon = False
 
         # The end
-        self._is_deaf = False  # whatever else this client sends is ignored
+        self._is_deaf = False  # whatever else this client sends is ignored, or belongs to a WebSocket
+        self._frames: Frames | None = None  # takes it then
         self._is_over = False  # nothing more will be written
 
     def write(self, data: bytes) -> None:
@@ -82,6 +92,10 @@ class RequestReader(asyncio.BufferedProtocol):
             self._keep_unparsed(self._doors.incoming[:count])  # TLS may still deliver bytes after reading was paused
         elif not self._is_deaf:
             self._parse(self._doors.incoming[:count])
+        elif self._frames is not None:
+            self._frames.from_client(bytes(self._doors.incoming[:count]))
+        elif self._queue and self._queue[-1].opens_websocket:
+            self._keep_early(self._doors.incoming[:count])
 
     def _parse(self, data: memoryview) -> None:
         """Parses one morsel, or one request with its body: one read may bring thousands, and other clients wait."""
@@ -95,6 +109,8 @@ class RequestReader(asyncio.BufferedProtocol):
             if not data or self._reading is None or self._completed != completed:
                 break
         if self._is_deaf:
+            if self._queue and self._queue[-1].opens_websocket:
+                self._keep_early(data)
             return
         if data:
             self._keep_unparsed(data)
@@ -117,9 +133,12 @@ class RequestReader(asyncio.BufferedProtocol):
                 self._parser.feed_data(data)
                 break
             except httptools.HttpParserUpgrade as upgrade:
-                # We never upgrade: what follows this head is its body, or the next request.
-                self._parser = self._new_parser()
                 data = data[upgrade.args[0] :]
+                if self._queue and self._queue[-1].opens_websocket:
+                    self._keep_early(data)
+                    return
+                # No other upgrade is made: what follows this head is its body, or the next request.
+                self._parser = self._new_parser()
                 if self._is_body_unseen and self._reading is not None:
                     self._parser.feed_data(_head_before_the_body_of(self._reading))
             except httptools.HttpParserError as error:
@@ -137,6 +156,12 @@ class RequestReader(asyncio.BufferedProtocol):
         self._unparsed += data
         self._doors.buffered += len(data)
 
+    def _keep_early(self, data: memoryview) -> None:
+        """Keeps what follows the opening of a WebSocket until that is answered; more is not read meanwhile."""
+        if data and not self._is_over:
+            self._keep_unparsed(data)
+            self._transport.pause_reading()  # type: ignore[union-attr]
+
     def _read_on_soon(self) -> None:
         if not self._reads_on_soon:
             self._reads_on_soon = True
@@ -151,7 +176,7 @@ class RequestReader(asyncio.BufferedProtocol):
         self._doors.buffered -= len(unparsed)
         self._is_full = False
         self._parse(memoryview(unparsed))
-        if not self._is_full:
+        if not self._is_full and not self._unparsed:
             self._transport.resume_reading()  # type: ignore[union-attr]
 
     # Callbacks of the parser

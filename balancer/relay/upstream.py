@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import httptools
 
@@ -14,6 +14,7 @@ from balancer.relay.vanished import expect_life
 
 Headers = list[tuple[bytes, bytes]]
 
+SWITCHING = 101
 HANDSHAKE = 1  # what TCP's handshake counts among the bytes acknowledged
 LARGEST_HEAD = 64 << 10  # bytes of header fields, or of anything else that arrives without any part of a body
 COPIED = 16 << 10  # up to this many bytes, copying a body behind the head is cheaper than sending them separately
@@ -34,6 +35,21 @@ class Receiver(Protocol):
 
     def on_end(self, seconds: float) -> bool:
         """Ends the answer, `seconds` after the request was sent. Returns False if it says that the replica is full."""
+
+
+@runtime_checkable
+class FrameReceiver(Receiver, Protocol):
+    """Takes what comes on a connection that the replica has switched to WebSocket, if it does so."""
+
+    def on_switch(self, headers: Headers, connection: "ReplicaConnection") -> None: ...
+
+    def on_frames(self, data: bytes, now: float) -> None: ...
+
+    def on_lost(self) -> None:
+        """The connection has ended."""
+
+    def on_slow(self, is_slow: bool) -> None:
+        """The replica takes no more for now, or does so again."""
 
 
 class Owner(Protocol):
@@ -63,6 +79,7 @@ class ReplicaConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._receiver: Receiver | None = None
+        self._frames: FrameReceiver | None = None  # once the connection carries a WebSocket
         self._outcome: asyncio.Future[Outcome] | None = None
         self._headers: Headers = []
         self._sent = HANDSHAKE  # bytes sent, as `acknowledged` counts them
@@ -155,21 +172,51 @@ class ReplicaConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._receiver is None or self._parser is None:
-            self.close()  # bytes that belong to no request: the connection is out of step
+            if self._frames is None:
+                self.close()  # bytes that belong to no request: the connection is out of step
+            else:
+                self.last_byte_at = self._pool.loop.time()
+                self._frames.on_frames(data, self.last_byte_at)
             return
         self.last_byte_at = self._pool.loop.time()
         self.has_answered = True
         self._unfruitful += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.finish(Outcome.BROKEN if self.has_head else Outcome.MANGLED)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._switch(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, Exception) and not isinstance(error.__context__, Unwanted):
                 raise  # an error in our callbacks, not in what the replica sent
             self._give_up()
         if self._unfruitful > LARGEST_HEAD:
             self._give_up()  # an endless head, or endless interim answers, trailers or chunk extensions
+
+    def _switch(self, early: bytes) -> None:
+        """The replica switches protocols, which it may only if asked for a WebSocket; `early` are its first frames."""
+        receiver, parser = self._receiver, self._parser
+        if self.has_head or not isinstance(receiver, FrameReceiver) or parser.get_status_code() != SWITCHING:  # type: ignore[union-attr]
+            self.finish(Outcome.BROKEN if self.has_head else Outcome.MANGLED)
+            return
+        self._frames, self._parser = receiver, None
+        self.has_head = self.has_begun = True
+        self._pool.busy.discard(self)  # its silence means nothing
+        receiver.on_switch(self._headers, self)
+        if early:
+            receiver.on_frames(early, self.last_byte_at)
+
+    def send(self, data: bytes) -> None:
+        """Sends frames of a WebSocket."""
+        if self.is_open():
+            self._transport.write(data)  # type: ignore[union-attr]
+
+    def pause_writing(self) -> None:
+        if self._frames is not None:
+            self._frames.on_slow(True)
+
+    def resume_writing(self) -> None:
+        if self._frames is not None:
+            self._frames.on_slow(False)
 
     def _give_up(self) -> None:
         """Ends the exchange: what arrived is not HTTP, too long, or not wanted."""
@@ -182,6 +229,9 @@ class ReplicaConnection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._parser = None  # breaks the reference cycle with the parser
         self._can_be_kept = False
+        if self._frames is not None:
+            self._frames.on_lost()
+            self._frames = None
         if self._receiver is not None and self.has_head and self._ends_with_connection and error is None:
             self._finish_whole(self._receiver)
         elif self.has_head:

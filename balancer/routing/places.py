@@ -126,6 +126,11 @@ class Place:
         return now - tenancy.away_since if tenancy is not None and tenancy.is_away else 0.0
 
     @property
+    def is_leaving(self) -> bool:
+        """Is the replica drained, or out of the fleet already?"""
+        return self._member.is_leaving or not self._fleet.has(self._member)
+
+    @property
     def reasoning_parser(self) -> str | None:
         """By which the replica tells reasoning from answers, in SGLang's words."""
         return self._member.reasoning_parser

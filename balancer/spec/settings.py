@@ -76,6 +76,9 @@ class Settings(BaseModel):
         gt=0,
         description="silence inside an answer without a sign of life from its replica; beyond: a broken stream",
     )
+    websocket_idle_timeout: float = Field(
+        300, gt=0, description="time a WebSocket may be silent in both directions before it is closed"
+    )
     keep_alive_comments: float = Field(
         0, ge=0, description="time between comment lines to a client whose stream has not begun; 0: none"
     )

@@ -134,7 +134,7 @@ class Connection(asyncio.Protocol):
         del self._buffer[: end + 4]
         return parse_head(head)
 
-    async def _take(self, count: int) -> bytes:
+    async def take(self, count: int) -> bytes:
         """1 to `count` bytes."""
         while not self._buffer:
             await self._wait()
@@ -154,7 +154,7 @@ class Connection(asyncio.Protocol):
         if not head.chunked:
             left = head.length
             while left:
-                data = await self._take(left)
+                data = await self.take(left)
                 left -= len(data)
                 keep(data)
             return
@@ -166,7 +166,7 @@ class Connection(asyncio.Protocol):
             if left == 0:
                 break
             while left:
-                data = await self._take(left)
+                data = await self.take(left)
                 left -= len(data)
                 keep(data)
             if await self._line() != b"":

@@ -11,6 +11,7 @@ from tests.lab.knobs import Knobs
 from tests.lab.model import QueueFull
 from tests.lab.pace import Pace, usage
 from tests.lab.prompts import tokenized
+from tests.lab.realtime import REALTIME, converse
 from tests.lab.seen import Seen
 
 GENERATING: dict[str, Kind] = {
@@ -149,6 +150,8 @@ async def serve(
         and (counted := tokenized(exchange.body, opens_thinking=knobs.opens_thinking)) is not None
     ):
         await sender.whole(200, "application/json", counted)
+    elif path == REALTIME and exchange.record.header("upgrade") == "websocket":
+        await converse(exchange, knobs)
     elif kind is not None and not knobs.early:
         await _generate(sender, kind, seen, pace_for)
     else:
