@@ -54,9 +54,9 @@ def register_hooks() -> None:
     hooks["sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"] = drain
     hooks["sglang.srt.entrypoints.engine._server_args_for_logging"] = mask_keys
     hooks["sglang.srt.managers.load_snapshot.shm_path_for"] = remember_shared_memory
-    hooks[
-        "sglang.srt.entrypoints.openai.serving_transcription.OpenAIServingTranscription.handle_websocket"
-    ] = ask_for_key
+    hooks["sglang.srt.entrypoints.openai.serving_transcription.OpenAIServingTranscription.handle_websocket"] = (
+        ask_for_key
+    )
     if _on_cpu():
         hooks["sglang.srt.models.llava.LlavaBaseForCausalLM.encode_images"] = encode_as_projected
         if os.environ.get(ATTENTION_HOOK, "1") != "0":
