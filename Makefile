@@ -3,7 +3,7 @@
 .PHONY: help install up down test docker-test check chaos bench bench-features bench-sizes bench-routing bench-autoscale simulate lock fuzz docs
 
 # The first of these that runs (a version manager may have a stub for a Python that is not installed).
-PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
 BIN := .venv/bin
 
 # For make up: the model (smollm2 answers questions, tiny-llava names colours in images), and the number of replicas.
@@ -25,6 +25,7 @@ install: ## create .venv from the lock files if it is missing or out of date
 
 up: install ## serve MODEL (or MODELS, behind one endpoint) with REPLICAS replicas on http://localhost:30001, on this machine, without Docker
 	@for service in $(SERVICES); do test -f services/$$service.yaml || { echo "make up: no service for $$service; there are: $$(cd services && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 1; }; done
+	@$(BIN)/python -c 'import importlib.util as i, sys; i.find_spec("sglang") or sys.exit("make up: this Python has no SGLang: remove .venv and say make up PYTHON=/path/to/python3.11, or give groundserve up a file whose run: starts something else")'
 	@$(if $(EMBEDDED),$(BIN)/python -m replica.models $(EMBEDDED))
 	@$(BIN)/groundserve up $(SERVICES:%=services/%.yaml) --env REPLICAS=$(REPLICAS)
 

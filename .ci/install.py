@@ -19,6 +19,9 @@ VENV = ROOT / ".venv"
 STAMP = VENV / ".installed"
 ERRORS = ROOT / ".venv.log"
 LOCKS = ["balancer/requirements.lock", "tests/requirements.lock", "replica/requirements-cpu.lock"]
+# SGLang's packages are locked for these. Elsewhere it is the balancer and the command alone.
+WITH_SGLANG = ("3.11", "3.12")
+WITHOUT_SGLANG = ("3.13",)
 TORCH = "replica/requirements-torch.txt"
 # pip's words, and what a person can do about each. The first that fits is said.
 KNOWN = [
@@ -56,12 +59,16 @@ def fail(message):
     sys.exit("make install: " + message)
 
 
+def version_of_python():
+    return "%d.%d" % sys.version_info[:2]
+
+
 def check_python():
-    version = "%d.%d" % sys.version_info[:2]
-    if version not in ("3.11", "3.12"):
+    version = version_of_python()
+    if version not in WITH_SGLANG + WITHOUT_SGLANG:
         fail(
-            "found Python %s (%s), but 3.11 or 3.12 is needed: install it, or say PYTHON=/path/to/python3.11"
-            % (version, sys.executable)
+            "found Python %s (%s), but 3.11 or 3.12 is needed (3.13 without SGLang): install it, or say "
+            "PYTHON=/path/to/python3.11" % (version, sys.executable)
         )
     try:
         import ensurepip  # noqa: F401
@@ -113,12 +120,24 @@ def install():
         print("[1/4] making .venv with Python %d.%d" % sys.version_info[:2], flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     print("[2/4] installing the locked packages" + (" (a minute or two)" if fresh else ""), flush=True)
-    pip("--no-deps", "--require-hashes", *[part for name in LOCKS for part in ("-r", name)])
-    print("[3/4] installing torch, the biggest of them", flush=True)
-    pip("-r", TORCH)
+    has_sglang = version_of_python() in WITH_SGLANG
+    locks = LOCKS if has_sglang else LOCKS[:1]
+    pip("--no-deps", "--require-hashes", *[part for name in locks for part in ("-r", name)])
+    if has_sglang:
+        print("[3/4] installing torch, the biggest of them", flush=True)
+        pip("-r", TORCH)
+    else:
+        print(
+            "[3/4] no SGLang with Python %s: this balancer and command serve replicas that `run:` starts by another "
+            "program, that run in Docker, or elsewhere. For SGLang on this machine's CPU, and for the tests, install "
+            "Python 3.11 or 3.12, remove .venv and try again" % version_of_python(),
+            flush=True,
+        )
     print("[4/4] installing groundserve itself", flush=True)
-    pip("--no-deps", "--no-build-isolation", "--editable", ".")
-    fill_gaps()
+    # What builds it is among SGLang's packages; without them pip fetches it.
+    pip("--no-deps", *(["--no-build-isolation"] if has_sglang else []), "--editable", ".")
+    if has_sglang:
+        fill_gaps()
 
 
 def fill_gaps():

@@ -222,10 +222,10 @@ def _parser() -> argparse.ArgumentParser:
     told.add_argument("-f", "--follow", action=argparse.BooleanOptionalAction, help="keep printing new events")
     told.add_argument(
         "--since",
-        type=events.moment,
+        type=events.start,
         default=0.0,
         metavar="WHEN",
-        help="only what happened since: an age as 90s, 10m, 2h or 7d, or a time as 2026-03-01T14:30",
+        help="only what happened since: an age as 90s, 10m, 2h, 7d or 4w, or a time as 2026-03-01T14:30",
     )
     told.add_argument("--json", action="store_true", help="print JSON, an event a line")
 
@@ -245,7 +245,12 @@ def _parser() -> argparse.ArgumentParser:
     usage.add_argument(
         "--by", default="key,model,day", metavar="WHAT", help="key, model, day, hour (default: %(default)s)"
     )
-    usage.add_argument("--since", default="30d", metavar="WHEN", help="24h, 30d, 4w or a date (default: %(default)s)")
+    usage.add_argument(
+        "--since",
+        default="30d",
+        metavar="WHEN",
+        help="an age as 24h, 30d or 4w, or a date or time (UTC, as the days are) (default: %(default)s)",
+    )
     for form in ("json", "csv"):
         usage.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
     usage.set_defaults(form="table")

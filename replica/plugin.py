@@ -31,6 +31,12 @@ DRAIN_GRACE = 5.0  # seconds that a replica serves as usual after its /ready has
 _HUNG = 60.0  # seconds without a token after which an unhealthy server is considered hung
 _TICK = 0.1
 
+# Functions that SGLang 0.5.19, the last for CUDA 12, does not have. Without the first it logs its keys, so it may have
+# none; without the second a refused image of a stream is told as an event instead of a 400.
+_LISTING_FOR_LOG = "sglang.srt.entrypoints.engine._server_args_for_logging"
+_MAY_LACK = (_LISTING_FOR_LOG, "sglang.srt.entrypoints.http_server.serve_generate_request")
+_KEY_FLAGS = ("--api-key", "--admin-api-key")
+
 _kept: list[object] = []  # a torch.library.Library undoes its definitions when it is garbage-collected
 
 
@@ -52,7 +58,7 @@ def register_hooks() -> None:
         sys.exit(f"replica: {error}")
     end_forks_with_parent()
     hooks["sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"] = drain
-    hooks["sglang.srt.entrypoints.engine._server_args_for_logging"] = mask_keys
+    hooks[_LISTING_FOR_LOG] = mask_keys
     hooks["sglang.srt.managers.load_snapshot.shm_path_for"] = remember_shared_memory
     hooks["sglang.srt.entrypoints.openai.serving_transcription.OpenAIServingTranscription.handle_websocket"] = (
         ask_for_key
@@ -63,7 +69,10 @@ def register_hooks() -> None:
             hooks[
                 "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend"
             ] = extend_new_rows
-    hook(hooks)
+    lacking = {target for target in _MAY_LACK if _is_lacking(target)}
+    if _LISTING_FOR_LOG in lacking and any(part.split("=", 1)[0] in _KEY_FLAGS for part in sys.argv):
+        sys.exit("replica: this SGLang would write its key into its log, so it gets none: SGLang 0.5.23 is needed")
+    hook({target: around for target, around in hooks.items() if target not in lacking})
 
 
 def hook(hooks: Mapping[str, Callable[..., Any]]) -> None:
@@ -91,6 +100,11 @@ def _found(target: str) -> object:
         return pkgutil.resolve_name(target)
     except (ImportError, AttributeError):
         return None
+
+
+def _is_lacking(target: str) -> bool:
+    """Does the function's module work, and has no such function?"""
+    return _found(target) is None and not _broken_import(target)
 
 
 def _broken_import(target: str) -> str:

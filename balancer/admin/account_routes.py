@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
@@ -11,12 +10,11 @@ from fastapi import Depends, FastAPI, HTTPException, Path, Query
 from fastapi.responses import JSONResponse, Response
 
 from balancer.accounts.accounts import Accounts
-from balancer.contract.account import KeyName, KeyTerms, moment
+from balancer.contract.account import KeyName, KeyTerms
+from balancer.contract.moment import since
 from balancer.errors import ConfigError
 
 PATIENCE = 20.0  # seconds for the disk
-UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
-_SPAN = re.compile(r"(\d{1,6})([hdw])")
 Name = Annotated[KeyName, Path()]
 
 
@@ -65,12 +63,18 @@ def add_accounts(
     async def usage(
         accounts: Kept,
         by: Annotated[str, Query(description="what to sum by: key, model, day, hour", max_length=64)] = "key,model,day",
-        since: Annotated[str, Query(description="24h, 30d, 4w, or a date", max_length=32)] = "30d",
+        began: Annotated[
+            str, Query(alias="since", description="24h, 30d, 4w, or a date or time (UTC)", max_length=32)
+        ] = "30d",
     ) -> Response:
         """What was used, summed by these."""
         groups = [name for name in by.split(",") if name]
+        try:
+            start = since(began, time.time())
+        except ValueError as error:
+            raise ConfigError(f"since: {error}") from None
         async with _in_time():
-            rows = await accounts.usage(list(dict.fromkeys(groups)), began(since, time.time()))
+            rows = await accounts.usage(list(dict.fromkeys(groups)), start)
         return Response(b'{"object":"list","data":%b}' % rows, media_type="application/json")
 
 
@@ -82,16 +86,6 @@ async def _in_time() -> AsyncIterator[None]:
     except TimeoutError:
         why = f"The disk with keys and usage gave no answer in {PATIENCE:g} s; a change may still be made: see to it."
         raise HTTPException(503, why) from None
-
-
-def began(since: str, now: float) -> float:
-    """When a span like 30d, 24h or 4w began that ends now, or a date (seconds since 1970). Raises ConfigError."""
-    if found := _SPAN.fullmatch(since):
-        return now - int(found[1]) * UNITS[found[2]]
-    try:
-        return moment(since)
-    except ValueError:
-        raise ConfigError(f"since: {since!r} is no time: write it like 24h, 30d, 4w or 2027-01-31") from None
 
 
 def _secret(name: str, secret: str) -> Response:

@@ -1,12 +1,12 @@
 """What a key may do, and what was used with it: the admin port's /keys and /usage, and the commands of that name."""
 
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from balancer.contract.listing import StrictInt
+from balancer.contract.moment import moment
 from balancer.errors import ConfigError
 
 Count = Annotated[StrictInt, Field(ge=1, le=10**15)]
@@ -15,12 +15,6 @@ KeyName = Annotated[str, Field(pattern=f"^{KEY_NAME}$")]
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 Priority = Literal["interactive", "bulk"]
 BY = ("key", "model", "day", "hour")  # what usage can be summed by
-
-
-def moment(text: str) -> float:
-    """Seconds since 1970 of an ISO date or time, UTC unless it says otherwise. Raises ValueError."""
-    when = datetime.fromisoformat(text)
-    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

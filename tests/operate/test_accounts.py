@@ -37,7 +37,8 @@ def test_keys_and_usage_of_a_service_that_is_up(groundserve: Groundserve) -> Non
     assert "there is no key alice in use" in groundserve("keys", "revoke", "alice", code=1)
     assert "no name for a key" in groundserve("keys", "add", "a/rotate", code=1)
     assert "usage is not kept by 'week'" in groundserve("usage", "--by", "week", code=1)
-    assert "no time: write it like" in groundserve("usage", "--since", "tomorrow", code=1)
+    assert "since: 'tomorrow' is neither an age" in groundserve("usage", "--since", "tomorrow", code=1)
+    assert "alice" in groundserve("usage", "--since", "90s")
 
 
 def test_without_a_service_it_says_where_it_looked(groundserve: Groundserve) -> None:

@@ -113,6 +113,18 @@ def test_enable_and_disable(booted: Groundserve) -> None:
     booted("down", "lab")
 
 
+def test_what_ends_an_enabled_service_that_is_down(booted: Groundserve) -> None:
+    booted("up", "-d", booted.service("lab", replicas=1), *ANY_PORT)
+    booted("enable", "lab", "--user")
+    booted("down", "lab")
+    said = booted("status", code=4)
+    assert "groundserve disable lab --user && groundserve down lab ends that" in said
+    booted("disable", "lab", "--user")
+    assert "resumes it, groundserve down lab ends that" in booted("status", code=4)
+    booted("down", "lab")
+    assert "meant to run" not in booted("status")
+
+
 class Unit:
     """A service under a unit, with what systemd does: main process in a group of its own, SIGTERM to it alone, and
     SIGKILL to all that is left.

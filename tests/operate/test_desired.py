@@ -75,7 +75,8 @@ def test_only_so_many_versions_are_kept() -> None:
     for number in range(2, 40):
         assert versions.next_number(number - 1) == number
         versions.add(version(number))
-        kept = versions.to_keep(number, None)
+        versions.note_serving(number)
+    kept = versions.to_keep(number, None)
     assert [one.number for one in kept] == list(range(29, 40))
     assert versions.earlier(39, None) == version(38)
     assert versions.earlier(39, 29) == version(29)
@@ -84,10 +85,12 @@ def test_only_so_many_versions_are_kept() -> None:
 
 def test_versions_that_never_served_are_not_gone_back_to() -> None:
     versions = Versions({1: version(1)}, 1)
-    versions.to_keep(1, None)
+    versions.note_serving(1)
     versions.add(version(2))
     assert [one.number for one in versions.to_keep(1, 2)] == [1, 2]
     assert [one.number for one in versions.to_keep(1, None)] == [1]
+    assert [one.number for one in versions.to_keep(2, None)] == [1, 2]
+    assert versions.served == [1], "asking changes nothing"
     assert versions.earlier(1, 2) is versions.earlier(1, None) is None
 
 

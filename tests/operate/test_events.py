@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from balancer.contract.moment import since
 from balancer.contract.words import Status
-from balancer.operate.commands.events import moment
 from balancer.operate.controller.happened import between
 from balancer.operate.controller.plan import Replica, Stage
 from balancer.operate.engines import rotation
@@ -185,11 +185,24 @@ def test_no_such_service_in_events(groundserve: Groundserve) -> None:
     assert "no service llava ever ran here" in groundserve("events", "llava", code=1)
 
 
-@pytest.mark.parametrize(("text", "age"), [("90s", 90), ("10m", 600), ("2h", 7200), ("7d", 604800)])
+@pytest.mark.parametrize(("text", "age"), [("90s", 90), ("10m", 600), ("2h", 7200), ("7d", 604800), ("4w", 2419200)])
 def test_since_an_age(text: str, age: float) -> None:
-    assert time.time() - moment(text) == pytest.approx(age, abs=5)
+    assert since(text, now=5e9) == 5e9 - age
 
 
-@pytest.mark.parametrize("text", ["yesterday", "10", "-5m", "1w"])
+def test_since_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times without a zone are this machine's where times are shown so, and UTC where days are."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert since("1970-01-02", 0.0, zone=None) == 86400 - 9 * 3600
+        assert since("1970-01-02", 0.0) == 86400
+        assert since("1970-01-01T01:00:00+01:00", 0.0, zone=None) == 0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize("text", ["yesterday", "10", "-5m", "1y", "0001-01-01"])
 def test_since_nonsense(groundserve: Groundserve, text: str) -> None:
     assert "neither an age" in groundserve("events", f"--since={text}", code=2)

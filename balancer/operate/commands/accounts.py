@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from balancer.contract.account import KEY_NAME, KeyTerms, moment
+from balancer.contract.account import KEY_NAME, KeyTerms
+from balancer.contract.moment import moment
 from balancer.errors import ConfigError
+from balancer.operate.columns import aligned
 from balancer.operate.commands.admin_port import AdminPort
-from balancer.operate.commands.table import aligned
 
 _COUNT = re.compile(r"(\d{1,15})([kMG]?)")
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -76,7 +77,8 @@ def show_keys(port: AdminPort, as_json: bool) -> int:
         return 0
     head = ("NAME", "STATUS", "IN_FLIGHT", "REQUESTS/MIN", "TOKENS/MIN", "TOKENS/DAY", "PRIORITY", "MODELS", "EXPIRES")
     now = datetime.now(UTC).timestamp()
-    print(aligned(head, [(row["name"], _status(row, now), *_limits(row)) for row in rows] or [("(none)",) + ("",) * 8]))
+    cells = [(row["name"], _status(row, now), *_limits(row)) for row in rows] or [("(none)",) + ("",) * 8]
+    print(*aligned(head, cells), sep="\n")
     return 0
 
 
@@ -103,7 +105,8 @@ def usage(port: AdminPort, by: str, since: str, form: str) -> int:
         out.writerow(head)
         out.writerows([[row[name] for name in head] for row in rows])
     else:
-        print(aligned([name.upper() for name in head], [[str(row[name]) or "-" for name in head] for row in rows]))
+        cells = [[str(row[name]) or "-" for name in head] for row in rows]
+        print(*aligned([name.upper() for name in head], cells), sep="\n")
     return 0
 
 

@@ -74,7 +74,13 @@ def disable(name: str, *, is_users: bool) -> int:
 
 def is_enabled(name: str) -> bool:
     """Does systemd bring the service up at boot? Then it stays meant to exist after `down`."""
-    return any(unit_file(name, is_users).exists() for is_users in (False, True))
+    return bool(how_to_disable(name))
+
+
+def how_to_disable(name: str) -> str:
+    """The commands that end it; empty if it is not enabled."""
+    flags = [flag for flag, is_users in (("", False), (" --user", True)) if unit_file(name, is_users).exists()]
+    return " && ".join(f"groundserve disable {name}{flag}" for flag in flags)
 
 
 def said_of(name: str) -> str:

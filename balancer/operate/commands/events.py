@@ -5,11 +5,11 @@ import contextlib
 import fnmatch
 import heapq
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 
+from balancer.contract.moment import since
 from balancer.errors import ConfigError
 from balancer.operate.commands.log_reader import LogReader
 from balancer.operate.commands.show import warn
@@ -17,27 +17,21 @@ from balancer.operate.engines import rotation
 from balancer.operate.state.event_log import Line, What
 from balancer.operate.state.service_folder import ServiceFolder, folders, state_root
 
-_AGE = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _LOOK = 0.2  # seconds between two looks for new events
 
 # An event, and the name of the service that it happened to.
 Told = tuple[str, Line]
 
 
-def moment(text: str) -> float:
-    """For argparse: an age or a time, in seconds since the epoch. A time without a zone is this machine's."""
-    if age := _AGE.fullmatch(text):
-        return time.time() - int(age[1]) * _SECONDS[age[2]]
+def start(text: str) -> float:
+    """For argparse: an age or a time, of this machine's zone as the times in the table; seconds since 1970."""
     try:
-        return datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither an age, as 90s, 10m, 2h or 7d, nor a time, as 2026-03-01T14:30"
-        ) from None
+        return since(text, time.time(), zone=None)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def events(patterns: Sequence[str], follow: bool, since: float, as_json: bool) -> int:
+def events(patterns: Sequence[str], follow: bool, began: float, as_json: bool) -> int:
     """Prints the events of these services, or of all that ever ran here; raises ConfigError if a pattern fits none."""
     chosen = _chosen(patterns)
     table = _Table([folder.name for folder in chosen])
@@ -54,7 +48,7 @@ def events(patterns: Sequence[str], follow: bool, since: float, as_json: bool) -
         warn(failures)
 
         def show(of: Callable[[LogReader], Iterable[str]]) -> None:
-            each = [_told(name, of(reader), since) for name, reader in readers.items()]
+            each = [_told(name, of(reader), began) for name, reader in readers.items()]
             for service, line in heapq.merge(*each, key=lambda told: told[1].time):
                 as_text = json.dumps({"service": service, **line.to_json()}) if as_json else table.row(service, line)
                 print(as_text, flush=follow)
@@ -77,10 +71,10 @@ def _chosen(patterns: Sequence[str]) -> list[ServiceFolder]:
     return [f for f in known if not patterns or any(fnmatch.fnmatchcase(f.name, pattern) for pattern in patterns)]
 
 
-def _told(service: str, lines: Iterable[str], since: float) -> Iterator[Told]:
+def _told(service: str, lines: Iterable[str], began: float) -> Iterator[Told]:
     for text in lines:
         line = Line.of(text)
-        if line is not None and line.time >= since:
+        if line is not None and line.time >= began:
             yield service, line
 
 

@@ -18,6 +18,7 @@ from balancer.contract.status import ServiceRow, Snapshot
 from balancer.contract.words import Phase, ServiceStatus, Status
 from balancer.errors import ConfigError
 from balancer.operate.commands.begin import is_meant
+from balancer.operate.commands.boot import how_to_disable
 from balancer.operate.commands.log_reader import LogReader
 from balancer.operate.commands.progress import COLOURS
 from balancer.operate.commands.table import tables
@@ -172,9 +173,8 @@ def up_folders(patterns: Collection[str], with_meant: bool = False) -> tuple[lis
 def no_such_service(name: str) -> str:
     """The error message for the name of a service that is not up."""
     if is_meant(ServiceFolder(state_root(), name)):
-        return (
-            f"{name} is meant to run and does not: groundserve up {name} resumes it, groundserve down {name} ends that"
-        )
+        ends = " && ".join(filter(None, (how_to_disable(name), f"groundserve down {name}")))
+        return f"{name} is meant to run and does not: groundserve up {name} resumes it, {ends} ends that"
     names = ", ".join(folder.name for folder in up_folders([])[0] if not folder.is_detached)
     return f"no service {name} is up here; {f'there is {names}' if names else 'none is'}"
 

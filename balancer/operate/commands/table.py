@@ -1,10 +1,11 @@
 """Snapshots as the two tables that `sky serve status` prints."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from balancer.contract.status import Snapshot
+from balancer.operate.columns import aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,13 @@ def tables(snapshots: Sequence[Snapshot], verbose: bool = False) -> str:
             replicas.append([service.name, *(column.of(replica) for column in replica_columns)])
             if replica.reason and replica.reason != service.reason:
                 reasons.append(f"{replica.name}: {replica.reason}")
-    text = "Services\n" + aligned([column.heading for column in service_columns], services)
-    text += "\n\nService Replicas\n"
     headings = ["SERVICE_NAME", *(column.heading for column in replica_columns)]
-    text += aligned(headings, replicas) if replicas else "No existing replicas."
-    return "\n\n".join([text, *(["\n".join(reasons)] if reasons else [])])
+    blocks = [
+        ["Services", *aligned([column.heading for column in service_columns], services)],
+        ["Service Replicas", *(aligned(headings, replicas) if replicas else ["No existing replicas."])],
+        *([reasons] if reasons else []),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks)
 
 
 def uptime(seconds: float | None) -> str:
@@ -100,12 +103,3 @@ def ago(seconds: float) -> str:
             count = int(seconds // length)
             return f"{count} {_SHORT.get(unit, unit)}{'s' * (count > 1)} ago"
     return "< 1 sec ago"
-
-
-def aligned(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Lines with a column for each word of the head, as wide as its longest cell."""
-    cells = [list(head), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    )

@@ -295,6 +295,7 @@ class _Up:
 
     def _write(self) -> None:
         """Writes down what the service is meant to be, if that has changed. Without room on the disk it says so."""
+        self._versions.note_serving(self._controller.wanted.serving.version)
         desired = self._desired()
         if desired == self._written or self._ended.is_set():
             return

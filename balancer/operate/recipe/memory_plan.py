@@ -7,6 +7,8 @@ whose turn it is, so its size is the same for all.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from balancer.operate.columns import aligned
+
 # GiB that a replica's process takes on each GPU besides weights and KV cache, asleep or awake; measured 1.7.
 CONTEXT = 2.0
 # GiB of working memory for the service whose turn it is, and GiB that the driver reserves on each card.
@@ -73,7 +75,7 @@ def shown(card: str, rows: Sequence[Row]) -> list[str]:
     """The plan as a table, and a line for each service that does not fit."""
     lines = [f"{card}, shared by turns:"]
     head = ("SERVICE", "WEIGHTS", "KV CACHE", "--mem-fraction-static")
-    cells = [head]
+    cells: list[tuple[str, ...]] = []
     for row in rows:
         weights = "?" if row.weights is None else f"{row.weights:.1f} GiB"
         if row.problem:
@@ -81,6 +83,8 @@ def shown(card: str, rows: Sequence[Row]) -> list[str]:
         else:
             tokens = f" ({row.tokens:,} tokens)" if row.tokens else ""
             cells.append((row.name, weights, f"{row.pool:.1f} GiB{tokens}", f"{row.fraction:.3f}"))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return [*lines, *(f"  {line}" for line in table), *(f"{row.name}: {row.problem}" for row in rows if row.problem)]
+    return [
+        *lines,
+        *(f"  {line}" for line in aligned(head, cells)),
+        *(f"{row.name}: {row.problem}" for row in rows if row.problem),
+    ]

@@ -98,14 +98,17 @@ class Versions:
         if number in self.served:
             self.served.remove(number)
 
+    def note_serving(self, number: int) -> None:
+        """This version serves, so it can be gone back to. Forgets files that can neither be gone back to nor come."""
+        if number not in self.served:
+            self.served = sorted({*self.served, number})[-HISTORY - 1 :]
+        self._files[number] = self.file_of(number)
+        self._files = {n: f for n, f in self._files.items() if n in self.served or n > number or n == self._newest}
+
     def to_keep(self, serving: int, coming: int | None) -> tuple[Version, ...]:
         """The files worth keeping while this version serves and that one is coming."""
-        if serving not in self.served:
-            self.served = sorted({*self.served, serving})[-HISTORY - 1 :]
         known = sorted({*self.served, serving, *([coming] if coming is not None else [])})
-        kept = {number: self.file_of(number) for number in known}
-        self._files = {**{n: f for n, f in self._files.items() if n > serving or n == self._newest}, **kept}
-        return tuple(kept.values())
+        return tuple(self.file_of(number) for number in known)
 
 
 _DESIRED = TypeAdapter(Desired)
