@@ -101,6 +101,7 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
         tls_key=tls_key,
         replica_ca=_path(options.replica_ca),
         is_log_json=options.log_format == "json",
+        otlp=options.otlp,
     )
     return replace(
         config,
@@ -202,6 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     flag("--tls-key", metavar="FILE", help="the certificate's private key, PEM")
     flag("--replica-ca", metavar="FILE", help="certificates, PEM, that https replicas are checked by")
     flag("--log-format", "text", choices=("text", "json"), help="of the line a request (default: %(default)s)")
+    flag(
+        "--otlp", metavar="URL", help="an OpenTelemetry collector that gets a trace of each request, by OTLP over HTTP"
+    )
     return parser
 
 

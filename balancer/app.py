@@ -27,6 +27,7 @@ from balancer.observe.access_log import AccessLog
 from balancer.observe.metrics import BalancerCollector, metrics_router, registry_of
 from balancer.observe.record import Record
 from balancer.observe.tally import Tallies
+from balancer.observe.tracing import Tracing
 from balancer.relay import asgi, listen
 from balancer.relay.auth import Keys
 from balancer.relay.cors import Cors
@@ -75,6 +76,9 @@ class Balancer:
 
         # The services, and the counts of what happens there
         self.tallies = Tallies()
+        self.tracing = Tracing(config.otlp, config.name) if config.otlp else None
+        if self.tracing is not None:
+            self.tallies.when_counted.append(self.tracing.finished)
         self.lateness = Lateness(loop, self.tallies.loop_lag.note)
         self.dialer = Dialer(look_up, self.lateness.within)
         self.services = Services(config, loop, self.dialer, replica_tls, look_up, self.tallies)
@@ -93,6 +97,7 @@ class Balancer:
             self.keys,
             config.admin_key,
             self._meter(),
+            is_traced=self.tracing is not None,
         )
         trusted = _networks(service.settings.trusted_proxies)
         self.doors = Doors(service.settings, loop, self.proxy, service.facts, trusted)
@@ -235,6 +240,9 @@ class Balancer:
         await self._own_client.aclose()
         if self.accounts is not None:
             await self.accounts.close()
+        if self.tracing is not None:
+            self.tallies.count()
+            await asyncio.to_thread(self.tracing.close)
         self.access_log.flush()
 
     def _jobs(self) -> dict[str, Job]:

@@ -36,6 +36,7 @@ class Config:
     tls_key: Path | None = None
     replica_ca: Path | None = None  # CA certificates for https replicas; None: the machine's own
     is_log_json: bool = False
+    otlp: str | None = None  # URL of an OpenTelemetry collector; None: nothing is traced
     # Further services behind the same endpoint; their fields that concern the whole process are ignored.
     others: tuple["Config", ...] = ()
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from balancer.observe.trace_context import Trace
+
 
 @dataclass(slots=True)
 class Record:
@@ -39,6 +41,8 @@ class Record:
     not_continued: str = ""  # why no other replica could, for an answer that broke
     model: str = ""  # that answered it, where usage is kept
     reserved: int = 0  # tokens that its key's limits hold for it until they are settled
+    trace: Trace | None = None
+    sent_at: float = 0.0  # when the last attempt was sent, where there was one
     texts: int = 1  # prompts that the token counts add up, as far as the answer tells
 
 

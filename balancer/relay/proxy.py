@@ -9,6 +9,7 @@ from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.dial import OUR_OWN_LIMITS, Unresolved
 from balancer.fleet.outcome import Outcome
+from balancer.observe import trace_context
 from balancer.observe.record import Record, RequestObserver
 from balancer.relay.answer_relay import AnswerRelay
 from balancer.relay.auth import OPEN_PATHS, Keys, bears
@@ -67,6 +68,7 @@ class Proxy:
         keys: Keys | None = None,
         admin_key: str | None = None,
         meter: Meter | None = None,
+        is_traced: bool = False,
     ) -> None:
         self.cors = cors
         self._directory = directory
@@ -76,6 +78,7 @@ class Proxy:
         self._keys = keys
         self._admin_key = admin_key
         self._meter = meter or Meter(loop.time)
+        self._is_traced = is_traced
 
     def check(self, request: Request) -> None:
         """Checks a request's head before its body is read; raises ServeError to refuse it."""
@@ -125,6 +128,8 @@ class Proxy:
                 await self._answer_own(request, reply)
             else:
                 destination = self._directory.find(request)
+                if self._is_traced:
+                    _trace(request, record)
                 if request.is_generating:
                     self._meter.begin(destination, request, reply, record)
                 every = destination.settings.keep_alive_comments
@@ -289,7 +294,10 @@ class Proxy:
         is_head = request.method == b"HEAD"
         if connection := pool.idle_connection(replica):
             client.take_from(connection)
-            outcome = await connection.exchange(place, head, request.body, is_head, relay)
+            try:
+                outcome = await connection.exchange(place, head, request.body, is_head, relay)
+            finally:
+                record.sent_at = connection.sent_at
             if outcome is not Outcome.REFUSED:
                 return outcome
             record.retries += (RACE,)
@@ -306,7 +314,10 @@ class Proxy:
             return Outcome.REFUSED
         record.connect = connection.connected_in
         client.take_from(connection)
-        return await connection.exchange(place, head, request.body, is_head, relay)
+        try:
+            return await connection.exchange(place, head, request.body, is_head, relay)
+        finally:
+            record.sent_at = connection.sent_at
 
     def _record(self, request: Request) -> Record:
         path = request.path[:MAX_PATH]
@@ -325,6 +336,15 @@ class Proxy:
         if reply.error is not None:
             record.error = reply.error.code
         self.observer.finished(record)
+
+
+def _trace(request: Request, record: Record) -> None:
+    """Makes the replica's spans children of ours, unless the client wants no record of this request."""
+    record.trace = trace = trace_context.begin(request.traceparent)
+    if trace is not None:
+        request.replace_field(b"traceparent", trace.traceparent)
+        if not trace.parent_id:
+            request.replace_field(b"tracestate", None)  # it belonged to no trace, or to one that cannot be read
 
 
 def _may_go_on(request: Request) -> bool:

@@ -72,6 +72,7 @@ class Request:
     expects_continue: bool = False
     keeps_alive: bool = True
     wants_explanation: bool = False
+    traceparent: bytes = b""  # W3C trace context, as the client sent it
     opens_websocket: bool = False  # from its answer on, the connection carries WebSocket frames
     model: bytes = b""  # as named by the X-Model field or a WebSocket's query; most requests name it in the body
     key: Key | None = None
@@ -96,6 +97,11 @@ class Request:
     def is_waited_for(self) -> bool:
         """May it wait for minutes while a replica starts?"""
         return self.path in WAITED_FOR and self.method in GENERATING_METHODS
+
+    def replace_field(self, name: bytes, value: bytes | None) -> None:
+        """Passes on this value of a field instead of the client's; None: no such field."""
+        lines = [line for line in self.fields.splitlines(keepends=True) if line.partition(b":")[0].lower() != name]
+        self.fields = b"".join(lines) + (b"" if value is None else b"%b: %b\r\n" % (name, value))
 
     def head_for(self, replica: ReplicaAddress, api_key: bytes | None) -> bytes:
         """The request's head for this replica; the body follows unchanged."""
@@ -207,6 +213,9 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
             request.expects_continue = value.strip().lower() == b"100-continue" and request.version == "1.1"
         elif action == "fetch-site":
             request.fetch_site = value.strip()
+            kept.append(b"%b: %b\r\n" % (name, value))
+        elif action == "traceparent":
+            request.traceparent = b"-" if request.traceparent else value.strip()  # two of them are none
             kept.append(b"%b: %b\r\n" % (name, value))
         elif action == "asks-for-method":
             request.asks_for_method = True
@@ -322,4 +331,5 @@ _ACTIONS: dict[bytes, str] = {
     b"x-model": "model",
     b"sec-fetch-site": "fetch-site",
     b"access-control-request-method": "asks-for-method",
+    b"traceparent": "traceparent",
 }
