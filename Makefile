@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` lists the targets. CI runs the same targets as people do.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test docker-test check chaos bench bench-features bench-sizes bench-routing bench-autoscale simulate lock fuzz docs
+.PHONY: help install up down test docker-test check chaos bench bench-features bench-sizes bench-routing bench-autoscale simulate lock fuzz docs compiled compiled-test
 
 # The first of these that runs (a version manager may have a stub for a Python that is not installed).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -43,6 +43,12 @@ check: install ## check formatting, lint and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+compiled: install ## compile what every request goes through into .compiled, for make compiled-test and make bench
+	@.ci/compile
+
+compiled-test: compiled ## the tests of the data path, on the compiled modules
+	@cd .compiled && ../$(BIN)/python -m pytest tests/compiled.py $(or $(TESTS),tests/relay tests/routing tests/wire)
 
 fuzz: install ## send hostile bytes for a minute (ARGS="--seconds 600 --seed 7")
 	@$(BIN)/python -m tests.wire.fuzz --seconds 60 $(ARGS)

@@ -185,7 +185,7 @@ def _read_line(words: list[str], where: str, number: int) -> Key:
     for option in options:
         if not (found := LIMIT.fullmatch(option)):
             raise ConfigError(f"{where}: after the key only max_in_flight=N may stand")
-        limit = int(found[1])
+        limit = float(found[1])
     if found := HASHED.fullmatch(secret):
         return Key(found[1], bytes.fromhex(found[2]), limit)
     if PLAIN.fullmatch(secret):

@@ -34,10 +34,10 @@ from balancer.relay.failover import (
 from balancer.relay.metering import Meter
 from balancer.relay.paths import MODELS, PathKind, is_of_a_store
 from balancer.relay.places import Place
+from balancer.relay.receiver import Receiver
 from balancer.relay.reply import Reply
 from balancer.relay.request import Request
 from balancer.relay.unavailable import FULL_FOR
-from balancer.relay.upstream import Receiver
 from balancer.relay.websocket import WebSocketRelay
 from balancer.routing.admission import Waiter
 from balancer.routing.prompt import Prompt
@@ -167,23 +167,24 @@ class Proxy:
         destination.budget.deposit()
         while True:
             place = await places.claim(waiter)
-            relay: AnswerRelay
             record.member, record.reason, record.matched = place.replica.name, place.reason, place.matched
             record.attempts += 1
             record.queued += place.waited
+            relay: AnswerRelay
             if request.opens_websocket:
                 idle = settings.websocket_idle_timeout
-                relay = WebSocketRelay(place, request, reply, record, client, self.observer, loop=self._loop, idle=idle)
+                relay = WebSocketRelay(place, request, reply, record, client, self.observer, self._loop, idle)
             else:
                 relay = AnswerRelay(place, request, reply, record, client, self.observer, most_kept)
-            outcome = None
             try:
                 if going is None:
                     outcome = await self._attempt(destination, place, request, client, relay, record)
                 else:
                     outcome = await self._go_on(going, destination, place, request, reply, client, record)
-            finally:
-                place.end(outcome, record)
+            except BaseException:  # the client left, or something failed here
+                place.end(None, record)
+                raise
+            place.end(outcome, record)
             if outcome is Outcome.ANSWERED:
                 if digest:
                     destination.deaths.acquit(digest)

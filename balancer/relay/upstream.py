@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import httptools
 
@@ -10,46 +10,13 @@ from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.outcome import Outcome
 from balancer.relay.acknowledged import acknowledged, never_arrived
 from balancer.relay.places import Place
+from balancer.relay.receiver import FrameReceiver, Headers, Receiver, Unwanted
 from balancer.relay.vanished import expect_life
-
-Headers = list[tuple[bytes, bytes]]
 
 SWITCHING = 101
 HANDSHAKE = 1  # what TCP's handshake counts among the bytes acknowledged
 LARGEST_HEAD = 64 << 10  # bytes of header fields, or of anything else that arrives without any part of a body
 COPIED = 16 << 10  # up to this many bytes, copying a body behind the head is cheaper than sending them separately
-
-
-class Unwanted(Exception):
-    """Raised by a receiver during a body: the rest of this answer is not wanted, so its connection is closed."""
-
-
-class Receiver(Protocol):
-    """Takes a replica's answer piece by piece as it arrives."""
-
-    def on_head(self, status: int, headers: Headers, length: int | None) -> bool:
-        """Takes the head, with the body's length in bytes or None. Returns False if the rest is not wanted."""
-
-    def on_body(self, data: bytes, now: float) -> None:
-        """Takes a piece of the body, and when it was read (loop time, seconds)."""
-
-    def on_end(self, seconds: float) -> bool:
-        """Ends the answer, `seconds` after the request was sent. Returns False if it says that the replica is full."""
-
-
-@runtime_checkable
-class FrameReceiver(Receiver, Protocol):
-    """Takes what comes on a connection that the replica has switched to WebSocket, if it does so."""
-
-    def on_switch(self, headers: Headers, connection: "ReplicaConnection") -> None: ...
-
-    def on_frames(self, data: bytes, now: float) -> None: ...
-
-    def on_lost(self) -> None:
-        """The connection has ended."""
-
-    def on_slow(self, is_slow: bool) -> None:
-        """The replica takes no more for now, or does so again."""
 
 
 class Owner(Protocol):

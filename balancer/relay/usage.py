@@ -28,6 +28,7 @@ _FIELD = re.compile(rb'"(prompt|completion|cached)_tokens":\s*(\d{1,15})(?=[,}\s
 _LONGEST_FIELD = 64
 _UNFINISHED = re.compile(rb'"finish_reason":\s*null')
 _TRIES = 8
+_BACKSLASH = 0x5C
 
 
 @dataclass(slots=True)
@@ -232,7 +233,9 @@ def _of_whole(body: bytes, is_cut: bool) -> Counts:
         end = body.rfind(b'"usage":', 0, end)
         if end < 0:
             break
-        said = _parsed(b"{" + body[end:]) if body[end - 1 : end] != b"\\" else None
+        if end and body[end - 1] == _BACKSLASH:
+            continue
+        said = _parsed(b"{" + body[end:])
         if isinstance(said, dict) and isinstance(usage := said.get("usage"), dict):
             return _of_usage(usage)
     if is_cut or b'_tokens"' not in body:  # quotes within a text are escaped

@@ -1,12 +1,15 @@
 """A WebSocket on its way between a client and a replica: bytes both ways, with an end that both understand."""
 
 import asyncio
-from typing import Any
 
 from balancer.fleet.outcome import Outcome
+from balancer.observe.record import Record, RequestObserver
 from balancer.relay.answer_relay import AnswerRelay
+from balancer.relay.downstream import ClientConnection
 from balancer.relay.frames import BadFrame, FrameReader, close_frame
-from balancer.relay.request import Headers
+from balancer.relay.places import Place
+from balancer.relay.reply import Reply
+from balancer.relay.request import Headers, Request
 from balancer.relay.upstream import ReplicaConnection
 
 # Why a WebSocket closes (RFC 6455 section 7.4).
@@ -25,8 +28,18 @@ class WebSocketRelay(AnswerRelay):
 
     __slots__ = ("_at_client", "_at_replica", "_connection", "_idle", "_leaves_since", "_loop", "_moved_at", "_timer")
 
-    def __init__(self, *more: Any, loop: asyncio.AbstractEventLoop, idle: float) -> None:
-        super().__init__(*more)
+    def __init__(
+        self,
+        place: Place,
+        request: Request,
+        reply: Reply,
+        record: Record,
+        client: ClientConnection,
+        observer: RequestObserver,
+        loop: asyncio.AbstractEventLoop,
+        idle: float,
+    ) -> None:
+        super().__init__(place, request, reply, record, client, observer)
         self._loop = loop
         self._idle = idle
         self._connection: ReplicaConnection | None = None

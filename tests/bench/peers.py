@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,6 +60,24 @@ def groundserve(place: Place, policy: str = "round_robin") -> Launch:
         command += ["--replica", url]
     census = Census(f"http://127.0.0.1:{place.side_port}/status", lambda status: status["service"]["ready"])
     return Launch(command, "this checkout", "on", census=census)
+
+
+COMPILED = ROOT / ".compiled"
+
+
+def compiled(place: Place) -> Launch:
+    """The same, with what `make compiled` makes of it."""
+    launch = groundserve(place)
+    mine = {path.relative_to(ROOT): path.read_bytes() for path in ROOT.glob("balancer/**/*.py")}
+    if not any(COMPILED.glob("balancer/relay/proxy.*.so")):
+        raise Unavailable("nothing is compiled: make compiled")
+    if mine != {path.relative_to(COMPILED): path.read_bytes() for path in COMPILED.glob("balancer/**/*.py")}:
+        raise Unavailable("what is compiled is not this checkout: make compiled")
+    # -P: not the modules of the working folder, which come before PYTHONPATH.
+    command = [sys.executable, "-P", *launch.command[1:]]
+    return replace(
+        launch, command=command, version="this checkout, compiled", environment={"PYTHONPATH": str(COMPILED)}
+    )
 
 
 def nginx(place: Place, each: str = "", pool: str = "", passing: str = "") -> Launch:
@@ -233,6 +251,7 @@ def skyserve(place: Place) -> Launch:
 
 PEERS: dict[str, Callable[[Place], Launch]] = {
     "groundserve": groundserve,
+    "groundserve-compiled": compiled,
     "nginx": nginx,
     "envoy": envoy,
     "smg": partial(smg, settings=ONE_THREAD),

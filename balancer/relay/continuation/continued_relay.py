@@ -6,10 +6,10 @@ from balancer.relay.continuation.keeper import Keeper
 from balancer.relay.continuation.translation import Translation
 from balancer.relay.misfit import fits
 from balancer.relay.places import Place
+from balancer.relay.receiver import Unwanted
 from balancer.relay.reply import Reply
 from balancer.relay.request import Headers
 from balancer.relay.unavailable import FULL_FOR, retry_after
-from balancer.relay.upstream import Unwanted
 
 
 class ContinuedRelay:

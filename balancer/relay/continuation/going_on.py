@@ -13,8 +13,8 @@ from balancer.relay.continuation.follow_up import ending, follow_up, read_reques
 from balancer.relay.continuation.reasoning import is_opened, tags_of
 from balancer.relay.continuation.translation import Translation
 from balancer.relay.places import Place
+from balancer.relay.receiver import Receiver
 from balancer.relay.request import Headers, Request
-from balancer.relay.upstream import Receiver
 
 LARGEST_COUNT = 16 << 20  # bytes of an answer from /tokenize: it contains the ids, some six bytes each
 
