@@ -100,6 +100,7 @@ def _json_line(at: float, record: Record) -> bytes:
         "cached_tokens": record.cached_tokens,
         "reason": record.reason or None,
         "matched": None if record.matched is None else round(record.matched, 3),
+        "client": record.client or None,
         "key": record.key or None,
         "error": record.error or None,
     }
@@ -138,6 +139,8 @@ def _text_line(at: float, record: Record) -> bytes:
         words.append(f"reason={_our_word(record.reason)}")
     if record.matched is not None:
         words.append(f"matched={record.matched:.3f}")
+    if record.client:
+        words.append(f"client={record.client}")
     if record.key:
         words.append(f"key={_our_word(record.key)}")
     if record.error:

@@ -33,6 +33,7 @@ class Record:
     cached_tokens: int | None = None
     reason: str = ""
     matched: float | None = None  # share of the prompt that the policy expected to find in the replica's cache
+    client: str = ""  # its address; the one that a trusted proxy names
     key: str = ""
     error: str = ""
     replica_status: int = 0  # the replica's own, of the last attempt that was answered; `status` is the client's

@@ -77,6 +77,7 @@ class Request:
     model: bytes = b""  # as named by the X-Model field or a WebSocket's query; most requests name it in the body
     key: Key | None = None
     client: bytes = b""  # its IPv4 address or IPv6 /64, packed
+    address: bytes = b""  # the client's whole address, as text
     body: list[bytes] = field(default_factory=list)
     body_size: int = 0
     held: int = 0  # bytes that it adds to the total of buffered bytes over all requests
@@ -152,13 +153,17 @@ def _origin(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bytes:
 
 
 @lru_cache(maxsize=4096)
-def _origin_said(forwarded_for: bytes) -> bytes:
-    """The client that a trusted proxy names: the last address is the one that connected to the proxy."""
+def _client_said(forwarded_for: bytes) -> tuple[bytes, bytes]:
+    """The client that a trusted proxy names, and its address as text, empty if that is none.
+
+    The last address is the one that connected to the proxy.
+    """
     address = forwarded_for.rpartition(b",")[2].strip()
     try:
-        return _origin(_parsed(address.decode()))
+        parsed = _parsed(address.decode())
     except ValueError:
-        return address[:64]  # some proxies write something else, which still identifies one client
+        return address[:64], b""  # some proxies write something else, which still identifies one client
+    return _origin(parsed), str(parsed).encode()
 
 
 def read_head(request: Request, headers: Headers, peer: Peer) -> None:
@@ -243,7 +248,8 @@ def read_head(request: Request, headers: Headers, peer: Peer) -> None:
         request.authorization = borne[0] if len(borne) == 1 else next(filter(bearer_token, borne), borne[0])
     request.is_from_proxy = peer.is_trusted
     said = forwarded.get(b"x-forwarded-for")
-    request.client = _origin_said(said[-MAX_FORWARDED:]) if said else peer.origin
+    request.client, address = _client_said(said[-MAX_FORWARDED:]) if said else (peer.origin, b"")
+    request.address = address or peer.address
     if dropped and not dropped <= _ACTIONS.keys():
         # Connection only removes fields that would be passed on; it cannot hide those that the balancer itself reads.
         kept = [line for line in kept if line.partition(b":")[0].lower() not in dropped]

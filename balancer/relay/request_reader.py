@@ -283,7 +283,7 @@ class RequestReader(asyncio.BufferedProtocol):
         """Refuses what is being read and stops reading: where it ends is unknown, or not worth waiting for."""
         if self._is_deaf:
             return
-        request = self._reading or Request(b"-", b"", "1.1", self._doors.loop.time())
+        request = self._reading or Request(b"-", b"", "1.1", self._doors.loop.time(), address=self._peer.address)
         request.id = request.id or new_request_id()
         request.refusal = error
         self.release(request)

@@ -45,6 +45,24 @@ async def test_a_line_tells_all_of_a_request(house: House) -> None:
     assert line["time"] > 1_700_000_000
 
 
+@pytest.mark.parametrize(
+    ("trusted", "said", "client"),
+    [
+        ([], "203.0.113.7", "127.0.0.1"),
+        (["127.0.0.0/8"], "203.0.113.7", "203.0.113.7"),
+        (["127.0.0.0/8"], "198.51.100.1, 2001:DB8::7", "2001:db8::7"),
+        (["127.0.0.0/8"], "unknown status=500", "127.0.0.1"),
+    ],
+)
+@on_uvloop
+async def test_a_line_tells_the_clients_address(trusted: list[str], said: str, client: str) -> None:
+    """As a trusted proxy names it; what is no address is not copied from a field."""
+    async with LabReplica() as a, serving(a, trusted_proxies=trusted) as house:
+        await house.ask(request(body=chat(), headers=(("X-Forwarded-For", said),)))
+        await house.ask(b"nonsense\r\n\r\n")
+        assert [line["client"] for line in await house.logged(2)] == [client, "127.0.0.1"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @in_house
 async def test_tokens_are_counted_in_anthropics_format_too(house: House, stream: bool) -> None:
@@ -171,7 +189,7 @@ async def test_a_path_stays_within_its_field_and_line_of_text_too() -> None:
 
 WHOLE = Record(
     "an-id", "POST", CHAT, 5.0, 200, "a", 2, 0.25, None, ("busy",), True, 0.5, 1.5, 10, 20, 30, 40, 20, "in turn", 0.75,
-    "a caller", "stream_broken",
+    "192.0.2.1", "a caller", "stream_broken",
 )  # fmt: skip
 BARE = Record("an-id", "-", "/", 5.0)
 
