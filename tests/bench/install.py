@@ -20,12 +20,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundserve-bench"
 
 
-def environment(name: str, cache: Path) -> Path:
-    """The virtual environment with exactly what pins/NAME.txt lists; a change there makes another one.
+def environment(name: str, cache: Path, pinned: Path = PINS) -> Path:
+    """The virtual environment with exactly what NAME.txt in `pinned` lists; a change there makes another one.
 
     Raises Unavailable when it cannot be made; what is half made is removed.
     """
-    pins = PINS / f"{name}.txt"
+    pins = pinned / f"{name}.txt"
     folder = cache / f"{name}-{hashlib.sha256(pins.read_bytes()).hexdigest()[:12]}"
     if (folder / "complete").exists():
         return folder
