@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` lists the targets. CI runs the same targets as people do.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test docker-test check chaos bench bench-features bench-sizes bench-routing bench-autoscale simulate lock fuzz docs compiled compiled-test
+.PHONY: help install up down test docker-test client-test check chaos bench bench-features bench-sizes bench-routing bench-autoscale simulate lock fuzz docs compiled compiled-test
 
 # The first of these that runs (a version manager may have a stub for a Python that is not installed).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -38,6 +38,9 @@ test: install ## all tests that need neither GPU nor Docker, with the real SGLan
 docker-test: install ## all tests of the images and compose.yaml; needs Docker, builds the images, takes minutes
 	@docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1 || { echo "make docker-test: no Docker engine with Compose v2 answers: start it, or get it from docs.docker.com/engine/install" >&2; exit 1; }
 	@$(BIN)/python -m pytest -m docker --durations=5 tests/e2e/docker
+
+client-test: install ## agents, SDKs and suites of others, against a real SGLang; needs Node, installs them once (ARGS="--only agents")
+	@$(BIN)/python -m tests.clients $(ARGS)
 
 check: install ## check formatting, lint and types
 	@$(BIN)/ruff format --check .
