@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.install import Unavailable
-from tests.clients import agents, http1, install, page, suites
+from tests.clients import agents, http1, install, page, proxies, suites
 from tests.clients.known import KNOWN, judge
 from tests.clients.outcome import Outcome
 from tests.clients.stage import stage
@@ -78,6 +78,7 @@ def _tell(outcomes: list[Outcome], is_written: bool, is_whole: bool) -> int:
 
 
 RUNS: dict[str, Callable[[Asked], Iterable[Outcome]]] = {
+    "proxies": lambda asked: proxies.run(asked.folder, install.cache_folder()),
     "http1": lambda asked: http1.run(asked.url),
     "python": lambda asked: suites.python_sdks(asked.url, asked.model, asked.python),
     "node": lambda asked: suites.node_sdks(asked.url, asked.model, asked.node),

@@ -20,9 +20,11 @@ CONFIG = {
     "num_key_value_heads": 1,
     "num_hidden_layers": 1,
     "max_position_embeddings": CONTEXT,
-    "vocab_size": 49152,
+    "vocab_size": 49154,
     "dtype": "float32",
 }
+# SmolLM2 has no reasoning; a server's grammars begin at the token that ends it.
+THINK = {"<think>": 49152, "</think>": 49153}
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 <tools>
@@ -54,8 +56,11 @@ def make(smollm2: Path, parent: Path) -> Path:
     """Makes the folder NAME in `parent`, with the tokenizer of the folder `smollm2`."""
     folder = parent / NAME
     folder.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(smollm2 / name, folder / name)
+    shutil.copy(smollm2 / "tokenizer_config.json", folder)
+    tokenizer = json.loads((smollm2 / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokenizer["added_tokens"] += [{"id": id, "content": text, **plain} for text, id in THINK.items()]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder

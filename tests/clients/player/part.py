@@ -11,13 +11,16 @@ FEW = 3
 _WANTED = re.compile(r"CALL (\S+) (\{.*?\}) END", re.DOTALL)
 _SAY = re.compile(r"SAY (.*?) END", re.DOTALL)
 TURN = "<|im_start|>assistant\n"
-THOUGHTS = "<think>\nThis is a play.\n</think>\n\n"
+THOUGHTS = "<think>\nThis is a play.\n</think>"
 ANSWER = "The capital of France is Paris."
 
 
 def part(prompt: str) -> str:
     """The text that comes after this prompt, thoughts first where the template leaves room for them."""
-    return (THOUGHTS if prompt.endswith(TURN) else "") + _part(prompt)
+    said = _part(prompt)
+    if not prompt.endswith(TURN) or said.startswith("<think>"):
+        return said
+    return THOUGHTS + ("" if said.startswith("<tool_call>") else "\n\n") + said
 
 
 def _part(prompt: str) -> str:
