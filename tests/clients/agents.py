@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tests.clients import loopback
 from tests.clients.outcome import Outcome
 
 PAGE = Path(__file__).parents[2] / "docs/agents.md"
@@ -53,6 +54,7 @@ def run(url: str, model: str, node: Path, folder: Path) -> Iterator[Outcome]:
 
 def _problem(command: str, home: Path, work: Path, node: Path) -> str:
     environ = {
+        **loopback.ENVIRON,
         "HOME": str(home),
         "PATH": f"{node / 'node_modules/.bin'}{os.pathsep}{os.environ['PATH']}",
         "LANG": "C.UTF-8",

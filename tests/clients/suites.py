@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tests.clients import loopback
 from tests.clients.outcome import Outcome
 
 PROGRAMS = Path(__file__).with_name("programs")
@@ -73,7 +74,7 @@ def _lines(command: list[str], suite: str) -> Iterator[Outcome]:
 def _said(command: list[str], more: Mapping[str, str] | None = None) -> str:
     """The program's output, less that of an environment meant for others; what it said so far if it takes too long."""
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    environ = {**keep, "LANGSMITH_TRACING": "false", **(more or {})}
+    environ = {**keep, **loopback.ENVIRON, **(more or {})}
     try:
         done = subprocess.run(
             command,

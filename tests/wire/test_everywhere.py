@@ -4,6 +4,7 @@ from typing import Any
 
 import httpx
 import orjson
+import pytest
 
 from tests.lab.replica import LabReplica
 from tests.wire.running import House, on_uvloop, serving
@@ -31,6 +32,25 @@ async def test_an_adapter_is_loaded_by_every_replica() -> None:
             (seen,) = replica.seen.requests
             assert (seen.target, orjson.loads(seen.body)) == ("/load_lora_adapter", ADAPTER)
             assert seen.header("authorization") == "Bearer the-replicas-key"
+
+
+@pytest.mark.parametrize(
+    ("what", "body"),
+    [
+        ("unload_lora_adapter", {"lora_name": "poems"}),
+        ("abort_request", {"rid": "a-request"}),
+        ("abort_request", {"abort_all": True}),
+        ("flush_cache", {}),
+    ],
+)
+@on_uvloop
+async def test_what_an_admin_says_reaches_all(what: str, body: dict[str, Any]) -> None:
+    """An abort too: the replica that has the request ends it, and the others know of none."""
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, config={"admin_key": "the-admin-key"}) as house:
+        assert (await say(house, what, json=body)).status_code == 200
+        for replica in (a, b):
+            (seen,) = replica.seen.requests
+            assert (seen.target, orjson.loads(seen.body)) == (f"/{what}", body)
 
 
 @on_uvloop
