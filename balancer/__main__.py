@@ -23,6 +23,9 @@ from balancer.spec import service_file, text_file
 from balancer.spec.loopback import is_loopback_name
 from balancer.spec.settings import PolicyName, ReadinessProbe, Settings
 from balancer.spec.tree import value_of
+from balancer.workers import supervisor
+
+MOST_WORKERS = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("groundserve").setLevel(logging.INFO)
     try:
         _take_over_addresses(options)
-        uvloop.run(process.run(config_from(options), reread=lambda: config_from(options, patience=0)))
+        config = config_from(options)
+        if config.workers > 1:
+            return supervisor.run(config, reread=lambda: config_from(options, patience=0))
+        uvloop.run(process.run(config, reread=lambda: config_from(options, patience=0)))
     except ConfigError as error:
         print(f"groundserve: {error}", file=sys.stderr)
         return 1
@@ -102,6 +108,7 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
         replica_ca=_path(options.replica_ca),
         is_log_json=options.log_format == "json",
         otlp=options.otlp,
+        workers=options.workers,
     )
     return replace(
         config,
@@ -202,6 +209,13 @@ def _parser() -> argparse.ArgumentParser:
     flag("--tls-cert", metavar="FILE", help="the endpoint's certificate chain, PEM; with --tls-key it speaks https")
     flag("--tls-key", metavar="FILE", help="the certificate's private key, PEM")
     flag("--replica-ca", metavar="FILE", help="certificates, PEM, that https replicas are checked by")
+    flag(
+        "--workers",
+        "1",
+        type=_workers,
+        metavar="N",
+        help="processes that relay, each on a core of its own; auto: one for each core (default: %(default)s)",
+    )
     flag("--log-format", "text", choices=("text", "json"), help="of the line a request (default: %(default)s)")
     flag(
         "--otlp", metavar="URL", help="an OpenTelemetry collector that gets a trace of each request, by OTLP over HTTP"
@@ -225,6 +239,13 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds < math.inf:
         raise ValueError
     return seconds
+
+
+def _workers(text: str) -> int:
+    count = len(os.sched_getaffinity(0)) if text == "auto" else int(text)
+    if not 1 <= count <= MOST_WORKERS:
+        raise ValueError
+    return count
 
 
 def _target_qps(described: service_file.Spec | None) -> dict[str, float]:

@@ -24,8 +24,8 @@ from balancer.fleet.dial import Dialer
 from balancer.fleet.discovery import Resolve, resolve
 from balancer.fleet.lateness import Lateness
 from balancer.observe.access_log import AccessLog
-from balancer.observe.metrics import BalancerCollector, metrics_router, registry_of
-from balancer.observe.record import Record
+from balancer.observe.metrics import BalancerCollector, Clients, metrics_router, registry_of
+from balancer.observe.record import Record, RequestObserver
 from balancer.observe.tally import Tallies
 from balancer.observe.tracing import Tracing
 from balancer.relay import asgi, listen
@@ -42,6 +42,7 @@ from balancer.relay.sweep import Job, Sweep
 from balancer.relay.tls import Certificate, replica_context
 from balancer.services import Services
 from balancer.spec.loopback import is_loopback_name
+from balancer.spec.settings import Settings
 
 log = logging.getLogger("groundserve")
 
@@ -88,18 +89,20 @@ class Balancer:
         # The relay, from its clients to the replicas
         self._client = _client_of_replicas(replica_tls)
         self.destination = self.services.destinations[0]
+        self.meter = self._meter()
+        self.own_app = public_app(self.services.all, self._client)
         self.proxy = Proxy(
             Directory(self.services.destinations),
             loop,
-            _Observer(self.access_log, self.tallies),
-            functools.partial(asgi.answer, public_app(self.services.all, self._client)),
-            self._cors(),
+            Observer(self.access_log, self.tallies),
+            functools.partial(asgi.answer, self.own_app),
+            cors_of(config, self.keys),
             self.keys,
             config.admin_key,
-            self._meter(),
+            self.meter,
             is_traced=self.tracing is not None,
         )
-        trusted = _networks(service.settings.trusted_proxies)
+        trusted = networks(service.settings.trusted_proxies)
         self.doors = Doors(service.settings, loop, self.proxy, service.facts, trusted)
 
         # The ports
@@ -110,7 +113,7 @@ class Balancer:
         self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # the URL for clients
         self.admin_endpoint = listen.url_of(self._sockets[1])
         self._own_client = _client_of(self.certificate.own_context if self.certificate else replica_tls)
-        self.figures = BalancerCollector(self.services.all, self.tallies, self.keys, self.doors)
+        self.figures = BalancerCollector(self.services.all, self.tallies, self.keys, self._clients())
         self._admin_server = listen.server(self._admin_app(), AdminConnection)
         self._listener: listen.Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -128,7 +131,7 @@ class Balancer:
         def changed(issued: Sequence[IssuedKey]) -> None:
             keys.take_up(issued, self.loop.time())
             self.tallies.keep_keys({key.name for key in keys})
-            self.proxy.cors = self._cors()
+            self.proxy.cors = cors_of(self.config, keys)
 
         accounts.when_changed.append(changed)
         if keys.are_wanted and not any(keys):
@@ -142,6 +145,10 @@ class Balancer:
             self.tallies.when_counted.append(meter.finished)
             self.accounts.before_reading.append(self.tallies.count)
         return meter
+
+    def _clients(self) -> Clients:
+        """Whose connections the metrics count."""
+        return self.doors
 
     def _admin_app(self) -> Guard:
         config = self.config
@@ -163,7 +170,10 @@ class Balancer:
         self._tasks.append(asyncio.ensure_future(self._sweep.run()))
         while not self._admin_server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
-        await self._until_ready(leaving or asyncio.Event())
+        await self._open_doors(leaving or asyncio.Event())
+
+    async def _open_doors(self, leaving: asyncio.Event) -> None:
+        await self._until_ready(leaving)
         context = self.certificate.context if self.certificate else None
         self._listener = await listen.accept(self.doors, self._sockets[0], context)
 
@@ -172,7 +182,7 @@ class Balancer:
         while self.loop.time() < deadline and not leaving.is_set():
             if any(service.fleet.serving() for service in self.services.all):
                 return
-            await _wait(leaving, 0.02)
+            await wait_for(leaving, 0.02)
 
     def release_ports(self) -> None:
         """Stops accepting on both ports: another process, which shares our sockets, takes over."""
@@ -189,18 +199,13 @@ class Balancer:
         Addresses, the list of replicas, and the files of keys and certificates stay as they were at the start. Raises
         ConfigError, and changes nothing, if the new configuration cannot be used.
         """
-        trusted = _networks(config.settings.trusted_proxies)
+        trusted = networks(config.settings.trusted_proxies)
         before, self.config = self.config, config
         self.services.renew(config)
         self.doors.trust(trusted)
-        self.proxy.cors = self._cors()
+        self.proxy.cors = cors_of(config, self.keys)
         if (config.tls_cert, config.tls_key) != (before.tls_cert, before.tls_key):
             log.warning("another certificate file is taken up at the next start only")
-
-    def _cors(self) -> Cors:
-        config = self.config
-        has_keys = self.keys is not None and self.keys.are_wanted
-        return Cors(config.settings.cors_origins, has_keys, is_loopback_name(config.listen[0]))
 
     async def leave(self, hurry: asyncio.Event) -> None:
         """Drains in three steps: reports not ready with the port still open (`drain_grace`); closes the port and lets
@@ -210,18 +215,8 @@ class Balancer:
         """
         settings = self.service.settings
         self.services.leave()
-        await _wait(hurry, settings.drain_grace)
-        if self._listener is not None:
-            self._listener.close()
         last_call = LAST_CALL if self.config.listen_fd is None else LAST_CALL_OF_SHARED
-        await _wait(hurry, settings.drain_timeout and last_call)
-        self.doors.close()
-        deadline = self.loop.time() + settings.drain_timeout
-        while self.doors.connections and self.loop.time() < deadline and not hurry.is_set():
-            await _wait(hurry, min(0.05, settings.drain_timeout))
-        for connection in list(self.doors.connections):
-            connection.break_off("the balancer is shutting down.")
-        await asyncio.sleep(0.05)
+        await close_doors(self.doors, self._listener, settings, last_call, hurry)
 
     async def stop(self) -> None:
         """Ends every loop and closes every socket."""
@@ -279,10 +274,10 @@ class Balancer:
             log.info("%s: taken up", self.config.service_file)
 
 
-class _Observer:
+class Observer:
     """Passes the record of each finished request to the access log and the metrics."""
 
-    def __init__(self, log: AccessLog, tallies: Tallies) -> None:
+    def __init__(self, log: AccessLog, tallies: RequestObserver) -> None:
         self.inter_token = tallies.inter_token
         self._log = log
         self._tallies = tallies
@@ -290,6 +285,23 @@ class _Observer:
     def finished(self, record: Record) -> None:
         self._log.finished(record)
         self._tallies.finished(record)
+
+
+async def close_doors(
+    doors: Doors, listener: listen.Listener | None, settings: Settings, last_call: float, hurry: asyncio.Event
+) -> None:
+    """The three steps of `Balancer.leave`, from the moment that it reports not ready."""
+    await wait_for(hurry, settings.drain_grace)
+    if listener is not None:
+        listener.close()
+    await wait_for(hurry, settings.drain_timeout and last_call)
+    doors.close()
+    deadline = doors.loop.time() + settings.drain_timeout
+    while doors.connections and doors.loop.time() < deadline and not hurry.is_set():
+        await wait_for(hurry, min(0.05, settings.drain_timeout))
+    for connection in list(doors.connections):
+        connection.break_off("the balancer is shutting down.")
+    await asyncio.sleep(0.05)
 
 
 def _socket(address: tuple[str, int], descriptor: int | None, flag: str) -> socket.socket:
@@ -307,14 +319,20 @@ def _client_of(tls: ssl.SSLContext) -> httpx.AsyncClient:
     return httpx.AsyncClient(verify=tls, trust_env=False, timeout=httpx.Timeout(None, connect=5), limits=limits)
 
 
-def _networks(texts: tuple[str, ...]) -> tuple[Network, ...]:
+def cors_of(config: Config, keys: Keys | None) -> Cors:
+    """Which web pages may use the endpoint."""
+    has_keys = keys is not None and keys.are_wanted
+    return Cors(config.settings.cors_origins, has_keys, is_loopback_name(config.listen[0]))
+
+
+def networks(texts: tuple[str, ...]) -> tuple[Network, ...]:
     try:
         return tuple(ipaddress.ip_network(text, strict=False) for text in texts)
     except ValueError as error:
         raise ConfigError(f"trusted_proxies: {error}; write addresses or networks like 10.0.0.0/8") from None
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
+async def wait_for(event: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()

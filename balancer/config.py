@@ -37,6 +37,7 @@ class Config:
     replica_ca: Path | None = None  # CA certificates for https replicas; None: the machine's own
     is_log_json: bool = False
     otlp: str | None = None  # URL of an OpenTelemetry collector; None: nothing is traced
+    workers: int = 1  # processes that relay; with more than one, another one coordinates them
     # Further services behind the same endpoint; their fields that concern the whole process are ignored.
     others: tuple["Config", ...] = ()
 

@@ -81,10 +81,7 @@ class Service:
 
     def model_of(self, asked: object) -> str:
         """The model that answers a request which names this one: SGLang serves its own to whoever names another."""
-        models = self.fleet.models
-        if isinstance(asked, str) and (asked in models or asked in self.settings.aliases):
-            return asked
-        return next(iter(models), self.facts.name)
+        return answering(asked, self.fleet.models, self.settings.aliases, self.facts.name)
 
     @property
     def has_told_models(self) -> bool:
@@ -123,6 +120,13 @@ class Service:
             self.admission.policy = policy_of(config)
         if config.name != before.name:
             self.facts.name = config.name
+
+
+def answering(asked: object, models: Collection[str], aliases: Collection[str], name: str) -> str:
+    """Which model of a service answers a request that names `asked`. `name` is the service's own."""
+    if isinstance(asked, str) and (asked in models or asked in aliases):
+        return asked
+    return next(iter(models), name)
 
 
 def policy_of(config: Config) -> Policy:

@@ -54,7 +54,7 @@ class Services:
         self._process = (
             f"{config.name}-{secrets.token_hex(4)}"  # unique: two may share a GPU without knowing each other
         )
-        self.turn_taking = TurnTaking(self._still_here, self._rules)
+        self.turn_taking = TurnTaking(self.still_here, self._rules)
         self.jobs["turns on shared GPUs"] = self.turn_taking.tick
         self._leaving: dict[str, tuple[Service, Destination]] = {}  # finishing their requests
         self._own = [self._add(one) for one in (config, *config.others)]
@@ -69,6 +69,10 @@ class Services:
         self._endpoint = endpoint
         for service in self.all:
             self._start(service)
+
+    def ident(self, service: Service) -> str:
+        """What other processes call the service: it stays the same when this one is started anew."""
+        return str(self._own.index(service)) if service in self._own else f"+{service.facts.name}"
 
     def renew(self, config: Config) -> None:
         """Applies a changed configuration to the process's own services; controllers send that of the others."""
@@ -166,7 +170,7 @@ class Services:
         self.jobs |= {job.format(config.name): step for job, step in zip(_JOBS, steps, strict=True)}
         return service
 
-    def _still_here(self) -> Iterator[Service]:
+    def still_here(self) -> Iterator[Service]:
         """All services that have, or may have, requests."""
         yield from self.all
         yield from (service for service, _ in self._leaving.values())

@@ -23,7 +23,9 @@ ORDER = [
     {"relay"},
     {"admin"},
     {"operate", "services", "turn_taking"},
-    {"app", "process"},
+    {"app"},
+    {"process"},
+    {"workers"},
     {"cli", "__main__"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}

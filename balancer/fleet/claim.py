@@ -89,6 +89,11 @@ class Claim(Generic[C]):
         now = self._fleet.clock()
         return now - tenancy.away(now)
 
+    @property
+    def is_pending(self) -> bool:
+        """Does it count as a request whose answer the member has not begun?"""
+        return self._is_pending
+
     def begun(self, is_computed: bool = True) -> None:
         """The member has begun to answer, so the next may be sent; `is_computed`: it has computed the prompt."""
         if is_computed:

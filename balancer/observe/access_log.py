@@ -55,7 +55,9 @@ class AccessLog:
             if not self._poll.poll(0):
                 return False  # the reader is slow: the lines wait
             try:
-                written = os.write(self._descriptor, self._unwritten[:SAFE_WRITE])
+                # Whole lines, because other processes may write to it as well.
+                size = self._unwritten.rfind(b"\n", 0, SAFE_WRITE) + 1 or SAFE_WRITE
+                written = os.write(self._descriptor, self._unwritten[:size])
             except BlockingIOError:
                 return False  # a terminal may accept less than poll promised
             except OSError:  # the reader is gone

@@ -1,9 +1,8 @@
 """Answers a request through an ASGI app: how FastAPI serves the few paths that are the balancer's own."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
-from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 
 Message = MutableMapping[str, Any]
@@ -13,7 +12,15 @@ App = Callable[
 ]
 
 
-async def answer(app: App, request: Request, reply: Reply) -> None:
+class Answer(Protocol):
+    """What an answer is written to; a Reply, as a rule."""
+
+    extra_fields: bytes
+
+    def whole(self, status: int, headers: Headers, body: bytes) -> None: ...
+
+
+async def answer(app: App, request: Request, reply: Answer) -> None:
     """Runs the app on a whole request and sends its answer in one piece."""
     status = 500
     headers: Headers = []

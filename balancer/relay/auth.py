@@ -136,12 +136,12 @@ class Keys:
         self._gather()
 
     def named(self, name: str) -> Key | None:
-        """The issued key of that name."""
+        """The key of that name; of two, the issued one."""
         return self._by_name.get(name)
 
     def _gather(self) -> None:
         self._known = self._issued | self._in_file
-        self._by_name = {key.name: key for key in self._issued.values()}
+        self._by_name = {key.name: key for key in (*self._in_file.values(), *self._issued.values())}
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._known.values())

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Protocol
 
 from balancer.errors import ServeError
@@ -82,10 +82,18 @@ class Doors:
         self.connections: set[Connection] = set()
         self.origins: Counter[bytes] = Counter()  # open connections by client
         self.buffered = 0  # bytes held for all connections: unparsed input, requests, and kept parts of streams
+        # What other processes have that serve the same endpoint: open connections by client, and bytes held.
+        self.origins_elsewhere: Mapping[bytes, int] = {}
+        self.buffered_elsewhere = 0
         self.is_closed = False
         self.incoming = memoryview(bytearray(READ_SIZE))  # each read's bytes, until they are parsed
         self._unflushed: list[Connection] = []
         self._hog: str | bytes | None = None  # the owner that held the most when room ran out, until the next sweep
+
+    @property
+    def is_full(self) -> bool:
+        """Is more than max_buffered_bytes held?"""
+        return self.buffered + self.buffered_elsewhere > self.settings.max_buffered_bytes
 
     def make_room(self, owner: str | bytes) -> bool:
         """Once more than max_buffered_bytes are held, frees memory of those who hold more than `owner`, largest first.
@@ -95,7 +103,7 @@ class Doors:
         """
         if owner == self._hog:
             return False
-        most = self.settings.max_buffered_bytes
+        most = self.settings.max_buffered_bytes - self.buffered_elsewhere
         totals: Counter[str | bytes] = Counter()
         holders: defaultdict[str | bytes, dict[Connection, int]] = defaultdict(dict)
         for connection in self.connections:

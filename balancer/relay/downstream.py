@@ -73,7 +73,8 @@ class ClientConnection(RequestReader):
         self._doors.connections.add(self)
         origin, limit = self._peer.origin, self._settings.max_connections_per_client
         self._doors.origins[origin] += 1
-        if self._doors.origins[origin] > limit and not self._peer.is_trusted:
+        here, elsewhere = self._doors.origins[origin], self._doors.origins_elsewhere.get(origin, 0)
+        if here + elsewhere > limit and not self._peer.is_trusted:
             self._refuse_now(errors.too_many_connections(limit))
         elif self._doors.is_closed:
             transport.close()
@@ -203,7 +204,8 @@ class ClientConnection(RequestReader):
             return False  # the request is over, or its body was dropped
         request.held += count
         self._doors.buffered += count
-        return self._doors.buffered <= self._settings.max_buffered_bytes * HELD_SHARE
+        doors = self._doors
+        return doors.buffered + doors.buffered_elsewhere <= self._settings.max_buffered_bytes * HELD_SHARE
 
     # Closing
 

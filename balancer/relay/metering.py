@@ -1,10 +1,11 @@
 """Checks what a generating request may use before it starts, and records what it used once it is over."""
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from balancer import errors
 from balancer.accounts.ledger import Ledger
+from balancer.accounts.quota import Lacking, Quota
 from balancer.observe.record import Record
 from balancer.relay.asked import asked, may_stream, most_tokens, names_of_models, prompt_bytes, with_usage
 from balancer.relay.auth import Key, Keys
@@ -29,16 +30,21 @@ class Meter:
         self._clock = clock
         self._keys = keys
         self._ledger = ledger
+        self.keeps_usage = ledger is not None
         self._bytes_per_token = BYTES_PER_TOKEN
         self._tokens_per_answer = TOKENS_PER_ANSWER
 
-    def begin(self, destination: Destination, request: Request, reply: Reply, record: Record) -> None:
-        """Raises ServeError for a request that its key does not allow, or not now."""
+    def begin(self, destination: Destination, request: Request, reply: Reply, record: Record) -> Awaitable[None] | None:
+        """Raises ServeError for a request that its key does not allow, or not now.
+
+        Returns what else has to be awaited before the request may go on, if anything.
+        """
+        waits = None
         is_uncounted = request.path in COUNTED_IF_ASKED and destination.settings.count_streams
-        if self._ledger is None and not (is_uncounted and may_stream(request.body)):
-            return
+        if not self.keeps_usage and not (is_uncounted and may_stream(request.body)):
+            return None
         said = asked(request.body, request.body_size) if request.body else {}
-        if self._ledger is not None:
+        if self.keeps_usage:
             named = request.model.decode("latin-1") or said.get("model")
             service = destination.service
             record.model = service.model_of(named) if service is not None else ""
@@ -46,24 +52,31 @@ class Meter:
                 if key.models:
                     _check_models(key, request, destination, record.model)
                 if key.quota is not None:
-                    self._take(key, said, request, reply, record)
+                    waits = self._take(key, said, request, reply, record)
         if is_uncounted:
             reply.hides_usage = said.get("stream") is True and with_usage(request, said)
+        return waits
 
-    def _take(self, key: Key, said: dict[str, object], request: Request, reply: Reply, record: Record) -> None:
+    def _take(
+        self, key: Key, said: dict[str, object], request: Request, reply: Reply, record: Record
+    ) -> Awaitable[None] | None:
         quota = key.quota
         assert quota is not None
+        sizes = (prompt_bytes(request), most_tokens(said)) if quota.counts_tokens else (0, 0)
+        tokens, lacking = self.take(quota, *sizes)
+        settle(tokens, lacking, quota.fields(), reply, record)
+        return None
+
+    def take(self, quota: Quota, prompt: int, answer: int | None) -> tuple[int, Lacking | None]:
+        """Takes what a request will probably use, by the bytes of its prompt and the most tokens that it asks for.
+
+        Returns how many tokens that is, and what is lacking for it, if anything.
+        """
         tokens = 0
         if quota.counts_tokens:
-            answer = most_tokens(said)
-            tokens = int(prompt_bytes(request) / self._bytes_per_token)
+            tokens = int(prompt / self._bytes_per_token)
             tokens += int(self._tokens_per_answer) if answer is None else answer
-        lacking = quota.take(tokens, self._clock())
-        reply.extra_fields += quota.fields()
-        if lacking is not None:
-            record.model = ""  # it used nothing
-            raise errors.rate_limited(lacking.what, lacking.limit, lacking.wait)
-        record.reserved = tokens
+        return tokens, quota.take(tokens, self._clock())
 
     def finished(self, record: Record) -> None:
         """Settles what the request took, and notes what it used. Called some time after its end."""
@@ -85,6 +98,15 @@ class Meter:
             self._bytes_per_token += (bytes_per_token - self._bytes_per_token) / LATEST
         if completion:
             self._tokens_per_answer += (completion - self._tokens_per_answer) / LATEST
+
+
+def settle(tokens: int, lacking: Lacking | None, fields: bytes, reply: Reply, record: Record) -> None:
+    """Notes what was taken for a request; raises ServeError if something was lacking."""
+    reply.extra_fields += fields
+    if lacking is not None:
+        record.model = ""  # it used nothing
+        raise errors.rate_limited(lacking.what, lacking.limit, lacking.wait)
+    record.reserved = tokens
 
 
 def _check_models(key: Key, request: Request, destination: Destination, model: str) -> None:

@@ -1,7 +1,7 @@
 """The relay's interface to a service's replicas: a place for each attempt, given back with the attempt's outcome.
 
-This process's own fleet implements it today (balancer/routing/places.py). The relay needs nothing else from the fleet
-and stores nothing about a replica, so that another process could implement it.
+The process's own fleet implements it (balancer/routing/places.py), or another process does (balancer/workers). The
+relay needs nothing else from the fleet, and stores nothing about a replica.
 """
 
 from collections.abc import Callable, Hashable
@@ -55,6 +55,6 @@ class Places(Protocol):
 
     def lives(self, replica: ReplicaAddress, since: float) -> bool: ...
 
-    def may_go_on(self, waiter: Waiter) -> bool: ...
+    async def may_go_on(self, waiter: Waiter) -> bool: ...
 
     async def read(self, prompt: Prompt, key: Hashable) -> None: ...

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 from balancer import errors
 from balancer.errors import ServeError
@@ -12,7 +13,7 @@ from balancer.fleet.outcome import Outcome
 from balancer.observe import trace_context
 from balancer.observe.record import Record, RequestObserver
 from balancer.relay.answer_relay import AnswerRelay
-from balancer.relay.auth import OPEN_PATHS, Keys, bears
+from balancer.relay.auth import OPEN_PATHS, Key, Keys, bears
 from balancer.relay.comments import STREAMING, Comments
 from balancer.relay.continuation.continued_relay import ContinuedRelay
 from balancer.relay.continuation.delivered import CONTINUED, CannotContinue
@@ -55,6 +56,16 @@ MAX_PATH = 1024  # characters of a path that a record keeps: 20,000 records with
 AnswerOwn = Callable[[Request, Reply], Coroutine[Any, Any, None]]
 
 
+class SharedLimits(Protocol):
+    """Where several processes serve the same keys: who has how many requests in progress in all of them."""
+
+    async def enter(self, request: Request, key: Key) -> None:
+        """Counts a request whose key has a limit; raises ServeError if it is reached."""
+
+    def left(self, request: Request) -> None:
+        """The request is over, whether it was counted or not."""
+
+
 class Proxy:
     """Takes whole requests from client connections and sees each to its end."""
 
@@ -69,6 +80,7 @@ class Proxy:
         admin_key: str | None = None,
         meter: Meter | None = None,
         is_traced: bool = False,
+        limits: SharedLimits | None = None,
     ) -> None:
         self.cors = cors
         self._directory = directory
@@ -79,6 +91,7 @@ class Proxy:
         self._admin_key = admin_key
         self._meter = meter or Meter(loop.time)
         self._is_traced = is_traced
+        self._limits = limits
 
     def check(self, request: Request) -> None:
         """Checks a request's head before its body is read; raises ServeError to refuse it."""
@@ -121,6 +134,8 @@ class Proxy:
             key.in_flight += 1
         comments = None
         try:
+            if self._limits is not None and key is not None and key.limit < math.inf:
+                await self._limits.enter(request, key)
             if request.asks_for_method and self.cors.is_preflight(request):
                 reply.extra_fields += self.cors.preflight(request)
                 reply.whole(204, (), b"")
@@ -131,7 +146,9 @@ class Proxy:
                 if self._is_traced:
                     _trace(request, record)
                 if request.is_generating:
-                    self._meter.begin(destination, request, reply, record)
+                    waits = self._meter.begin(destination, request, reply, record)
+                    if waits is not None:
+                        await waits
                 every = destination.settings.keep_alive_comments
                 if every and request.path in STREAMING and request.is_generating:
                     comments = Comments(self._loop, every, request, reply, destination.places.read)
@@ -150,6 +167,8 @@ class Proxy:
                 comments.stop()
             if key is not None:
                 key.in_flight -= 1
+                if self._limits is not None:
+                    self._limits.left(request)
             self._finish(record, request, reply)
 
     async def _relay(
@@ -203,7 +222,7 @@ class Proxy:
                     reply.body(going.ending)
                     reply.end()
                     return
-            if not places.may_go_on(waiter):
+            if not await places.may_go_on(waiter):
                 raise error
             if going is not None:
                 if not may_continue(outcome, deaths, settings):

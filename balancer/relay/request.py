@@ -43,6 +43,15 @@ _START = os.urandom(6).hex().encode()
 _count = itertools.count(1)
 
 
+def _forked() -> None:
+    """Requests of processes that have the same parent need identifiers of their own."""
+    global _START
+    _START = os.urandom(6).hex().encode()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def new_request_id() -> bytes:
     """A counter makes it unique in this process, a random prefix drawn at start makes it unique elsewhere."""
     return b"%b-%x" % (_START, next(_count))

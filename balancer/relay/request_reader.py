@@ -230,7 +230,7 @@ class RequestReader(asyncio.BufferedProtocol):
 
     def _hold_behind_others(self, request: Request) -> None:
         self._count_head(request)
-        if self._doors.buffered > self._settings.max_buffered_bytes and not self._doors.make_room(request.owner):
+        if self._doors.is_full and not self._doors.make_room(request.owner):
             raise errors.buffers_full()
 
     def _count_head(self, request: Request) -> None:
@@ -254,7 +254,7 @@ class RequestReader(asyncio.BufferedProtocol):
         self._doors.buffered += len(data)
         if request.body_size > self._settings.max_body_bytes:
             self._refuse_now(errors.body_too_large(self._settings.max_body_bytes))
-        elif self._doors.buffered > self._settings.max_buffered_bytes and not self._doors.make_room(request.owner):
+        elif self._doors.is_full and not self._doors.make_room(request.owner):
             self._refuse_now(errors.buffers_full())
 
     def on_message_complete(self) -> None:

@@ -20,11 +20,11 @@ _PAUSE = 1.0  # seconds without accepting, once the system has no descriptors le
 
 
 class TlsListener:
-    """An open TLS port. A client may have at most `max_connections_per_client` handshakes in progress, unless it is a
-    trusted proxy.
+    """An open port, with TLS if there is a `context`. A client may have at most `max_connections_per_client`
+    handshakes in progress, unless it is a trusted proxy.
     """
 
-    def __init__(self, doors: Doors, listener: socket.socket, context: ssl.SSLContext) -> None:
+    def __init__(self, doors: Doors, listener: socket.socket, context: ssl.SSLContext | None) -> None:
         self._doors = doors
         self._listener = listener
         self._context = context
@@ -43,7 +43,7 @@ class TlsListener:
             self._doors.loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
-        for _ in range(_AT_ONCE):
+        for _ in range(self._accept_some()):
             try:
                 accepted, address = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -52,7 +52,7 @@ class TlsListener:
                 self._doors.loop.remove_reader(self._listener)
                 self._doors.loop.call_later(_PAUSE, self._open)
                 return
-            peer = Peer.of(address[0], True, self._doors.trusted)
+            peer = Peer.of(address[0], self._context is not None, self._doors.trusted)
             if self._under_way[peer.origin] >= self._doors.settings.max_connections_per_client and not peer.is_trusted:
                 accepted.close()
                 continue
@@ -62,6 +62,10 @@ class TlsListener:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _accept_some(self) -> int:
+        """How many connections to accept now."""
+        return _AT_ONCE
+
     async def _shake_hands(self, accepted: socket.socket, origin: bytes) -> None:
         try:
             # A client that does not speak TLS, breaks the handshake off or takes too long is simply disconnected.
@@ -70,9 +74,9 @@ class TlsListener:
                     lambda: ClientConnection(self._doors),
                     accepted,
                     ssl=self._context,
-                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
+                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT if self._context else None,
                     # How long TLS waits at the end for the client to take what was sent.
-                    ssl_shutdown_timeout=self._doors.settings.send_timeout,
+                    ssl_shutdown_timeout=self._doors.settings.send_timeout if self._context else None,
                 )
         finally:
             self._under_way[origin] -= 1

@@ -59,7 +59,22 @@ class Places:
         place.waited = self._fleet.clock() - asked_at
         return place
 
-    def may_go_on(self, waiter: Waiter) -> bool:
+    def claim_now(self, waiter: Waiter) -> "Place | None":
+        """A place at once for a prompt that has been read, or None where it is `claim` that finds out more."""
+        claim = self._admission.claim_now(waiter)
+        if claim is None:
+            return None
+        if not (waiter.tried or waiter.rounds):
+            self._admission.arrived_total += waiter.is_generating
+        return Place(self._fleet, self._admission, waiter, claim)
+
+    def hold(self, member: Member, is_generating: bool) -> "Place":
+        """A place that a request has there already, given by a process that is gone."""
+        waiter = Waiter(Prompt.of([], False), is_generating)
+        claim = Claim(self._fleet, Choice(member, "held before"), is_generating)
+        return Place(self._fleet, self._admission, waiter, claim)
+
+    async def may_go_on(self, waiter: Waiter) -> bool:
         """May it claim another place, at a replica that it has not tried or, if all are full, at any replica later?"""
         if self._fleet.has_other(waiter.tried) or (waiter.is_generating and self._fleet.can_wake(waiter.tried)):
             return True
@@ -107,6 +122,20 @@ class Place:
         self.reason = claim.choice.reason
         self.matched = claim.choice.matched
         self.waited = 0.0
+
+    @property
+    def member(self) -> Member:
+        return self._member
+
+    @property
+    def number(self) -> int:
+        """The claim's: it tells this request from others at the same replica."""
+        return self._claim.number
+
+    @property
+    def wants_begun(self) -> bool:
+        """Does anything depend on when its answer begins?"""
+        return self._claim.is_pending or self._claim.choice.coming is not None or self._member.said_full_to != 0
 
     # Reports on the attempt, as it proceeds
 

@@ -37,6 +37,13 @@ class Prompt:
         self.is_streamed = False
         self._blocks: list[int] | None = None
 
+    @classmethod
+    def of(cls, blocks: list[int], is_streamed: bool) -> "Prompt":
+        """A prompt that was read elsewhere, and whose body stayed there."""
+        prompt = cls("", [])
+        prompt._blocks, prompt.is_streamed = blocks, is_streamed
+        return prompt
+
     @property
     def is_heavy(self) -> bool:
         """May making the blocks take milliseconds? Then make them in a turn of their own."""

@@ -82,7 +82,7 @@ class FewPlaces:
     def lives(self, replica: ReplicaAddress, since: float) -> bool:
         return False
 
-    def may_go_on(self, waiter: Waiter) -> bool:
+    async def may_go_on(self, waiter: Waiter) -> bool:
         return bool(self._left)
 
     async def read(self, prompt: Prompt, key: object) -> None:

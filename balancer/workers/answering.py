@@ -1,0 +1,531 @@
+"""The coordinator's end of its links to the relays: gives them places, and adds up what they saw."""
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from balancer import errors
+from balancer.accounts.store import IssuedKey
+from balancer.errors import ServeError
+from balancer.fleet.member import Member, Verdict
+from balancer.fleet.outcome import Outcome
+from balancer.observe.tally import Tallies
+from balancer.relay import asgi
+from balancer.relay.auth import Keys
+from balancer.relay.metering import Meter
+from balancer.relay.request import Headers, Request
+from balancer.routing.admission import Waiter
+from balancer.routing.places import Place
+from balancer.routing.prompt import Prompt
+from balancer.service import Service
+from balancer.services import Services
+from balancer.workers.link import Link, Message
+from balancer.workers.messages import Asked, Told, add_to, error_fields, owner_of, record_of, restore
+
+log = logging.getLogger("groundserve")
+
+OUTCOMES = {outcome.value: outcome for outcome in Outcome}
+FEW = 64  # connections: a client with no more is not told of to other relays
+_CREDENTIALS = struct.Struct("3i")  # process, user and group of a peer
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """Implements balancer.routing.places.Attempt."""
+
+    replica_status: int
+    full_for: int | None
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    texts: int
+
+
+class Answering:
+    """All relays. `app` answers the balancer's own paths; `changed` is called when a relay came, left or accepts."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        services: Services,
+        tallies: Tallies,
+        keys: Keys | None,
+        meter: Meter,
+        app: asgi.App,
+        changed: Callable[[], None],
+    ) -> None:
+        self.loop = loop
+        self.tallies = tallies
+        self.keys = keys
+        self.meter = meter
+        self.app = app
+        self.relays: set[Relay] = set()
+        self.entered: Counter[str] = Counter()  # requests in progress by the name of their key, if that has a limit
+        self.members: dict[int, Member] = {}
+        self.changed = changed
+        self._services = services
+        self._numbers: dict[Member, int] = {}
+        self._last_number = 0
+        self._facts: dict[int, list[Any]] = {}
+        self._states: dict[str, dict[str, Any]] = {}
+        self._watched: dict[str, Service] = {}
+        self._issued: Sequence[IssuedKey] = ()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, listener: socket.socket) -> None:
+        self._look_at_services()
+        self._server = await self.loop.create_unix_server(self._relay, sock=listener)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for relay in list(self.relays):
+            relay.link.close()
+
+    def _relay(self) -> Link:
+        relay = Relay(self)
+        return relay.link
+
+    def tell(self, message: Message, but: "Relay | None" = None) -> None:
+        """Tells all relays but one."""
+        for relay in self.relays:
+            if relay is not but:
+                relay.link.send(message)
+
+    # What is told to a relay
+
+    def introduce(self, relay: "Relay") -> None:
+        """Tells everything to a relay that has just come."""
+        self._look_at_services()
+        send = relay.link.send
+        for ident, state in self._states.items():
+            send([Told.SERVICE, ident, state])
+        if self.keys is not None:
+            send(self._keys_message(self.keys))
+        for number, facts in self._facts.items():
+            send([Told.REPLICA, number, *facts])
+        send([Told.ALL])
+
+    def keys_changed(self, issued: Sequence[IssuedKey]) -> None:
+        self._issued = issued
+        if self.keys is not None:
+            self.tell(self._keys_message(self.keys))
+
+    def _keys_message(self, keys: Keys) -> Message:
+        return [Told.KEYS, keys.are_wanted, [[k.name, k.digest.hex(), k.terms.to_json()] for k in self._issued]]
+
+    def tick(self, _now: float) -> None:
+        """Tells what has changed. Call it a few times a second."""
+        self._look_at_services()
+        for number, member in list(self.members.items()):
+            self._tell_facts(number, member, self._facts[number][0])
+        self._tell_origins()
+
+    def service(self, ident: str) -> Service | None:
+        if ident not in self._watched:
+            self._look_at_services()
+        return self._watched.get(ident)
+
+    def _look_at_services(self) -> None:
+        staying = {self._services.ident(service): service for service in self._services.still_here()}
+        for ident, service in staying.items():
+            if self._watched.get(ident) is not service:
+                self._watched[ident] = service
+                self._watch(ident, service)
+        for ident in self._watched.keys() - staying.keys():
+            del self._watched[ident]
+        states = {self._services.ident(service): _state_of(service) for service in self._services.all}
+        for ident, state in states.items():
+            if self._states.get(ident) != state:
+                self.tell([Told.SERVICE, ident, state])
+        for ident in self._states.keys() - states.keys():
+            self.tell([Told.PARTED, ident])
+        self._states = states
+
+    def _watch(self, ident: str, service: Service) -> None:
+        def joined(member: Member) -> None:
+            self.number_of(member, ident)
+            for relay in self.relays:
+                relay.house(ident, service)
+
+        service.fleet.when_left.append(self._left)
+        service.fleet.when_joined.append(joined)
+        for member in service.fleet.members.values():
+            self.number_of(member, ident)
+
+    def number_of(self, member: Member, ident: str) -> int:
+        """What messages call the member. All relays know it by the time that they hear of this number."""
+        if (number := self._numbers.get(member)) is None:
+            self._last_number += 1
+            number = self._numbers[member] = self._last_number
+            self.members[number] = member
+            self._tell_facts(number, member, ident)
+        return number
+
+    def _tell_facts(self, number: int, member: Member, ident: str) -> None:
+        facts = _facts_of(member, ident)
+        if self._facts.get(number) != facts:
+            self._facts[number] = facts
+            self.tell([Told.REPLICA, number, *facts])
+
+    def _left(self, member: Member) -> None:
+        if (number := self._numbers.pop(member, None)) is not None:
+            del self.members[number], self._facts[number]
+            self.tell([Told.GONE, number])
+
+    def _tell_origins(self) -> None:
+        totals: Counter[str] = Counter()
+        for relay in self.relays:
+            totals.update(relay.origins)
+        many = {origin: count for origin, count in totals.items() if count > FEW}
+        for relay in self.relays:
+            relay.tell_origins({origin: count - relay.origins.get(origin, 0) for origin, count in many.items()})
+
+    # What relays say together
+
+    def count_keys(self) -> None:
+        """Adds up the requests in progress by key."""
+        if self.keys is not None:
+            totals: Counter[str] = Counter()
+            for relay in self.relays:
+                totals.update(relay.by_key)
+            for key in self.keys:
+                key.in_flight = totals[key.name]
+
+
+class Relay:
+    """One relay, and what it holds."""
+
+    def __init__(self, all_relays: Answering) -> None:
+        self.number = -1
+        self.is_accepting = False
+        self.origins: Mapping[str, int] = {}
+        self.by_key: Mapping[str, int] = {}
+        self.link = Link(all_relays.loop, self._take, self._ended)
+        self._all = all_relays
+        self._places: dict[int, Place] = {}
+        self._homeless: dict[int, list[Any]] = {}  # places at replicas that this coordinator does not know yet
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._entries: dict[int, str] = {}
+        self._origins_told: Mapping[str, int] = {}
+        self._does: dict[int, Callable[..., None]] = {
+            Asked.CLAIM: self._claim,
+            Asked.END: self._end,
+            Asked.BEGUN: self._begun,
+            Asked.LEAVE: self._leave,
+            Asked.MAY_GO_ON: self._may_go_on,
+            Asked.DOUBTED: self._doubted,
+            Asked.CONTINUES: self._continues,
+            Asked.OWN_PATH: self._own_path,
+            Asked.ENTER: self._enter,
+            Asked.LEFT: self._left,
+            Asked.TAKE: self._take_from_quota,
+            Asked.DIED: self._died,
+            Asked.ACQUITTED: self._acquitted,
+            Asked.TOLD: self._told,
+            Asked.SEEN: self._seen,
+            Asked.ACCEPTING: self._accepting,
+            Asked.HELLO: self._hello,
+        }
+
+    def _take(self, message: Message) -> None:
+        if self.number < 0 and not (message[0] == Asked.HELLO and self._is_ours()):
+            self.link.close()
+            return
+        try:
+            self._does[message[0]](*message[1:])
+        except Exception:
+            log.exception("a relay's message failed here")
+
+    def _is_ours(self) -> bool:
+        """Does the other end belong to our user? Everybody on the machine sees the address."""
+        peer = self.link.peer
+        if peer is None:
+            return False
+        _, user, _ = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        return bool(user == os.getuid())
+
+    def _hello(self, number: int, places: list[list[Any]], entries: list[tuple[int, str]]) -> None:
+        everyone = self._all
+        self.number = number
+        everyone.relays.add(self)
+        everyone.introduce(self)
+        for place in places:
+            self._homeless[place[0]] = place
+        for ident in {place[1] for place in places}:
+            if (service := everyone.service(ident)) is not None:
+                self.house(ident, service)
+        for call, key in entries:
+            self._entries[call] = key
+            everyone.entered[key] += 1
+        everyone.changed()
+
+    def house(self, ident: str, service: Service) -> None:
+        """Counts the places at replicas of this service that are known by now."""
+        if not self._homeless:
+            return
+        members = {(member.name, member.url): member for member in service.fleet.members.values()}
+        for number, where, name, url, is_generating in list(self._homeless.values()):
+            if where == ident and (member := members.get((name, url))) is not None:
+                del self._homeless[number]
+                self._places[number] = service.places.hold(member, is_generating)
+
+    def _ended(self) -> None:
+        everyone = self._all
+        everyone.relays.discard(self)
+        for task in list(self._tasks.values()):
+            task.cancel()
+        for place in self._places.values():
+            place.end(None, _NOTHING)
+        self._places.clear()
+        everyone.entered.subtract(self._entries.values())
+        everyone.count_keys()
+        everyone.changed()
+
+    def _accepting(self) -> None:
+        self.is_accepting = True
+        self._all.changed()
+
+    # Places
+
+    def _claim(
+        self,
+        number: int,
+        ident: str,
+        is_generating: bool,
+        is_waited_for: bool,
+        owner: str,
+        arrived_at: float,
+        blocks: list[int] | None,
+        is_streamed: bool,
+        again: list[Any] | None,
+    ) -> None:
+        service = self._all.service(ident)
+        if service is None:
+            self._refuse(number, errors.no_replica())
+            return
+        prompt = Prompt.of(blocks or [], is_streamed)
+        waiter = Waiter(prompt, is_generating, [], is_waited_for, owner_of(owner), arrived_at)
+        if again is not None:
+            self._restore(waiter, again)
+        place = service.places.claim_now(waiter)
+        if place is not None:
+            self._give(number, place, ident)
+        else:
+            self._start(number, self._wait_for(number, service, ident, waiter))
+
+    def _restore(self, waiter: Waiter, again: list[Any]) -> None:
+        restore(waiter, again)
+        members = self._all.members
+        waiter.tried = [members[number] for number in again[0] if number in members]
+
+    def _give(self, number: int, place: Place, ident: str) -> None:
+        self._places[number] = place
+        replica = self._all.number_of(place.member, ident)
+        self.link.send(
+            [Told.PLACE, number, replica, place.reason, place.matched, place.waited, place.number, place.wants_begun]
+        )
+
+    async def _wait_for(self, number: int, service: Service, ident: str, waiter: Waiter) -> None:
+        try:
+            place = await service.places.claim(waiter)
+        except ServeError as error:
+            self._refuse(number, error)
+        else:
+            self._give(number, place, ident)
+
+    def _refuse(self, number: int, error: ServeError) -> None:
+        self.link.send([Told.REFUSED, number, error_fields(error)])
+
+    def _start(self, number: int, work: Any) -> None:
+        task = self._all.loop.create_task(self._guarded(number, work))
+        self._tasks[number] = task
+        task.add_done_callback(lambda _: self._tasks.pop(number, None))
+
+    async def _guarded(self, number: int, work: Any) -> None:
+        try:
+            await work
+        except Exception:
+            log.exception("a relay's question failed here")
+            failed = ServeError(500, "internal_error", "The balancer failed on this request; its log says why.")
+            self.link.send([Told.ERROR, number, error_fields(failed)])
+
+    def _leave(self, number: int) -> None:
+        if (place := self._places.pop(number, None)) is not None:
+            place.end(None, _NOTHING)
+        elif (task := self._tasks.get(number)) is not None:
+            task.cancel()
+
+    def _begun(self, number: int, is_computed: bool) -> None:
+        if (place := self._places.get(number)) is not None:
+            place.begun(is_computed)
+
+    def _end(
+        self,
+        number: int,
+        outcome: str | None,
+        status: int,
+        full_for: int | None,
+        prompt: int | None,
+        cached: int | None,
+        texts: int,
+    ) -> None:
+        place = self._places.pop(number, None)
+        if place is None:
+            self._homeless.pop(number, None)
+        else:
+            attempt = _Attempt(status, full_for, prompt, cached, texts)
+            place.end(None if outcome is None else OUTCOMES[outcome], attempt)
+
+    def _may_go_on(self, call: int, ident: str, is_generating: bool, again: list[Any]) -> None:
+        service = self._all.service(ident)
+        if service is None:
+            self.link.send([Told.ANSWER, call, [False, None]])
+            return
+        waiter = Waiter(Prompt.of([], False), is_generating)
+        self._restore(waiter, again)
+
+        async def answer() -> None:
+            may = await service.places.may_go_on(waiter)
+            state = [waiter.waited, waiter.held_until, waiter.rounds, waiter.number, waiter.full_for]
+            self.link.send([Told.ANSWER, call, [may, [bool(waiter.tried), *state]]])
+
+        self._start(call, answer())
+
+    def _doubted(self, number: int) -> None:
+        if (place := self._places.get(number)) is not None:
+            place.doubted()
+
+    def _continues(self, call: int, number: int) -> None:
+        async def answer() -> None:
+            place = self._places.get(number)
+            self.link.send([Told.ANSWER, call, place is not None and await place.continues()])
+
+        self._start(call, answer())
+
+    # The balancer's own paths
+
+    def _own_path(self, call: int, method: str, target: str, version: str, path: str, host: str, fields: str) -> None:
+        request = Request(method.encode("latin-1"), target.encode("latin-1"), version, self._all.loop.time())
+        request.path, request.host, request.fields = path, host.encode("latin-1"), fields.encode("latin-1")
+
+        async def answer() -> None:
+            answered = _Answered()
+            await asgi.answer(self._all.app, request, answered)
+            self.link.send([Told.ANSWER, call, answered.to_json()])
+
+        self._start(call, answer())
+
+    # Keys
+
+    def _enter(self, call: int, name: str) -> None:
+        everyone = self._all
+        key = everyone.keys.named(name) if everyone.keys is not None else None
+        if key is not None and everyone.entered[name] >= key.limit:
+            self.link.send([Told.ERROR, call, error_fields(errors.key_at_limit(key.limit))])
+            return
+        everyone.entered[name] += 1
+        self._entries[call] = name
+        self.link.send([Told.ANSWER, call, None])
+
+    def _left(self, call: int) -> None:
+        if (name := self._entries.pop(call, None)) is not None:
+            self._all.entered[name] -= 1
+
+    def _take_from_quota(self, call: int, name: str, prompt: int, answer: int | None) -> None:
+        everyone = self._all
+        key = everyone.keys.named(name) if everyone.keys is not None else None
+        said: list[Any] = [0, None, ""]
+        if key is not None and (quota := key.quota) is not None:
+            tokens, lacking = everyone.meter.take(quota, prompt, answer)
+            why = None if lacking is None else [lacking.what, lacking.limit, lacking.wait]
+            said = [tokens, why, quota.fields().decode("latin-1")]
+        self.link.send([Told.ANSWER, call, said])
+
+    # What it saw
+
+    def _died(self, ident: str, replica: int, digest: str) -> None:
+        self._all.tell([Told.DIED, ident, replica, digest], but=self)
+
+    def _acquitted(self, ident: str, digest: str) -> None:
+        self._all.tell([Told.ACQUITTED, ident, digest], but=self)
+
+    def _told(self, records: Iterable[list[Any]]) -> None:
+        finished = self._all.tallies.finished
+        for fields in records:
+            finished(record_of(fields))
+
+    def _seen(self, seen: dict[str, Any]) -> None:
+        everyone = self._all
+        for number, at in seen["heard"]:
+            if (member := everyone.members.get(number)) is not None:
+                member.last_byte_at = max(at, member.last_byte_at)
+        for name, (counted, together) in seen["inter_token"].items():
+            histogram = everyone.tallies.inter_token(name)
+            histogram.together += together
+            if counted is not None:
+                add_to(histogram, counted)
+        if seen["loop_lag"] is not None:
+            add_to(everyone.tallies.loop_lag, seen["loop_lag"])
+        self.origins, self.by_key = seen["origins"], seen["keys"]
+        everyone.count_keys()
+
+    def tell_origins(self, elsewhere: Mapping[str, int]) -> None:
+        if elsewhere != self._origins_told:
+            self._origins_told = elsewhere
+            self.link.send([Told.ORIGINS, elsewhere])
+
+
+class _Answered:
+    """Takes an app's answer, as balancer.relay.reply.Reply does."""
+
+    def __init__(self) -> None:
+        self.extra_fields = b""
+        self._whole: list[Any] = []
+
+    def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        fields = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+        self._whole = [status, fields, body.decode("latin-1")]
+
+    def to_json(self) -> list[Any]:
+        return [*self._whole, self.extra_fields.decode("latin-1")]
+
+
+_NOTHING = _Attempt(0, None, None, None, 1)
+
+
+def _state_of(service: Service) -> dict[str, Any]:
+    return {
+        "name": service.facts.name,
+        "settings": service.settings.model_dump(mode="json"),
+        "models": list(service.fleet.models),
+        "has_replica": service.has_replica,
+        "reads_prompts": service.admission.policy.reads_prompts,
+        "replica_key": service.replica_key,
+    }
+
+
+def _facts_of(member: Member, ident: str) -> list[Any]:
+    tenancy = member.tenancy
+    before, away_since, is_resting = 0.0, None, False
+    if tenancy is not None:
+        away_since = tenancy.away_since if tenancy.state.is_away else None
+        before, is_resting = tenancy.away(tenancy.away_since), tenancy.is_away
+    is_passing = member.ready.verdict is Verdict.PASSING
+    return [
+        ident,
+        member.name,
+        member.url,
+        member.alive_at,
+        member.last_byte_at,
+        is_passing,
+        before,
+        away_since,
+        is_resting,
+        member.reasoning_parser,
+    ]

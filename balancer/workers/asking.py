@@ -1,0 +1,221 @@
+"""The relay's end of its link to the coordinator. A coordinator that was restarted is told what the relay holds."""
+
+import asyncio
+import contextlib
+import itertools
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from balancer import errors
+from balancer.errors import ServeError
+from balancer.fleet.address import ReplicaAddress
+from balancer.workers.known import KnownReplica
+from balancer.workers.link import Link, Message
+from balancer.workers.messages import Asked, Told, error_of
+
+AGAIN = 0.02  # seconds between two attempts to connect
+
+
+class Holding(Protocol):
+    """A place, as far as a new coordinator is told of it."""
+
+    @property
+    def holding(self) -> list[Any]: ...
+
+
+class Listener(Protocol):
+    """Is told what is not an answer."""
+
+    def told(self, message: Message) -> None: ...
+
+    def left(self, replica: KnownReplica) -> None: ...
+
+
+class Asking:
+    """`relay` is this relay's number, `address` the coordinator's Unix address. `listener` must be set before `run`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, relay: int, address: str) -> None:
+        self.held: dict[int, Holding] = {}
+        self.entries: dict[int, str] = {}  # requests with limited keys, by the call that let them in
+        self.replicas: dict[int, KnownReplica] = {}
+        self.by_address: dict[ReplicaAddress, KnownReplica] = {}
+        self.listener: Listener | None = None
+        self.is_accepting = False
+        self.is_leaving = False
+        self.knows_all = asyncio.Event()
+        self._loop = loop
+        self._relay = relay
+        self._address = address
+        self._numbers = itertools.count(1)
+        self._link: Link | None = None
+        self._ended = asyncio.Event()
+        # What has not been answered yet: the message, its future, and what takes a place
+        self._waiting: dict[int, tuple[Message, asyncio.Future[Any], Callable[[Message], bool] | None]] = {}
+        self._heard: dict[KnownReplica, float] = {}
+
+    async def run(self) -> None:
+        """Keeps the link up until it is cancelled."""
+        while True:
+            self._ended.clear()
+            sock = socket.socket(socket.AF_UNIX)
+            sock.setblocking(False)
+            try:
+                sock.connect(self._address)  # uvloop does not know abstract addresses
+            except OSError:  # too many connect at once
+                sock.close()
+                await asyncio.sleep(AGAIN)
+                continue
+            _, link = await self._loop.create_unix_connection(self._new_link, sock=sock)
+            self._greet(link)
+            await self._ended.wait()
+            self._link = None
+            self.knows_all.clear()
+            if self.is_leaving:
+                self._give_up()
+                return
+
+    def _new_link(self) -> Link:
+        return Link(self._loop, self._take, self._ended.set)
+
+    def _give_up(self) -> None:
+        """The balancer is about to end, and its coordinator has ended already: no other will come."""
+        for number in list(self._waiting):
+            self._answer(number, errors.shutting_down())
+
+    def _greet(self, link: Link) -> None:
+        self._link = link
+        for known in self.replicas.values():
+            known.number = -1  # until the coordinator of now names it
+        self.replicas.clear()
+        places = [place.holding for place in self.held.values()]
+        link.send([Asked.HELLO, self._relay, places, list(self.entries.items())])
+        if self.is_accepting:
+            link.send([Asked.ACCEPTING])
+        for message, _, _ in self._waiting.values():
+            link.send(message)
+
+    # Asking
+
+    def new_number(self) -> int:
+        return next(self._numbers)
+
+    def send(self, message: Message) -> None:
+        """Nobody hears it if there is no coordinator at the moment: the next one is told what is held then."""
+        if self._link is not None:
+            self._link.send(message)
+
+    def wait(
+        self,
+        number: int,
+        message: Message,
+        answer: "asyncio.Future[Any]",
+        take: Callable[[Message], bool] | None = None,
+    ) -> None:
+        """Sends what is asked again should the coordinator be restarted before it answers."""
+        self._waiting[number] = (message, answer, take)
+        self.send(message)
+        if self.is_leaving and self._link is None:
+            self._give_up()
+
+    def leave(self, number: int) -> None:
+        """Whoever asked for a place has left."""
+        if self._waiting.pop(number, None) is not None:
+            self.send([Asked.LEAVE, number])
+
+    def forget(self, number: int) -> None:
+        """Nobody waits for that answer any more."""
+        self._waiting.pop(number, None)
+
+    async def ask(self, kind: Asked, *said: Any) -> Any:
+        """The coordinator's answer. Raises ServeError if that is one."""
+        number = self.new_number()
+        answer = self._loop.create_future()
+        self.wait(number, [kind, number, *said], answer)
+        try:
+            return await answer
+        finally:
+            self.forget(number)
+
+    def heard(self, known: KnownReplica, at: float) -> None:
+        """A replica's bytes came at that loop time; told with the next figures."""
+        known.last_byte_at = self._heard[known] = max(at, known.last_byte_at)
+
+    def heard_since(self) -> list[tuple[int, float]]:
+        """What `heard` noted since the last call."""
+        heard, self._heard = self._heard, {}
+        return [(known.number, at) for known, at in heard.items() if known.number >= 0]
+
+    @property
+    def is_up(self) -> bool:
+        return self._link is not None
+
+    def flush(self) -> None:
+        if self._link is not None:
+            self._link.flush()
+
+    # What the coordinator says
+
+    def _take(self, message: Message) -> None:
+        match message[0]:
+            case Told.PLACE:
+                _, _, take = self._waiting.pop(message[1], (None, None, None))
+                if take is not None and not take(message):
+                    self.send([Asked.LEAVE, message[1]])
+            case Told.REFUSED | Told.ERROR:
+                self._answer(message[1], error_of(message[2]))
+            case Told.ANSWER:
+                self._answer(message[1], message[2])
+            case Told.REPLICA:
+                self._meet(message)
+            case Told.GONE:
+                if (gone := self.replicas.pop(message[1], None)) is not None:
+                    self._forget(gone)
+            case Told.ALL:
+                for known in [known for known in self.by_address.values() if known.number < 0]:
+                    self._forget(known)
+                self.knows_all.set()
+            case _:
+                assert self.listener is not None
+                self.listener.told(message)
+
+    def _answer(self, number: int, said: Any) -> None:
+        _, answer, _ = self._waiting.pop(number, (None, None, None))
+        if answer is None or answer.done():
+            return
+        if isinstance(said, ServeError):
+            answer.set_exception(said)
+        else:
+            answer.set_result(said)
+
+    def _meet(self, message: Message) -> None:
+        _, number, service, name, url, *facts = message
+        known = self.replicas.get(number)
+        if known is None:
+            known = next((one for one in self.by_address.values() if _is_same(one, service, name, url)), None)
+            if known is None:
+                known = KnownReplica(number, service, url, ReplicaAddress.of(name, url))
+                self.by_address[known.address] = known
+            known.number = number
+            self.replicas[number] = known
+        known.take(facts)
+
+    def _forget(self, known: KnownReplica) -> None:
+        known.number = -1
+        self.by_address.pop(known.address, None)
+        assert self.listener is not None
+        self.listener.left(known)
+
+    async def close(self) -> None:
+        """Says what is still to be said, and ends the link."""
+        if self._link is not None:
+            self._link.flush()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await self._ended.wait()
+            self._link.close()
+
+
+def _is_same(known: KnownReplica, service: str, name: str, url: str) -> bool:
+    """Is it a replica that another coordinator told of?"""
+    return known.number < 0 and (known.service, known.name, known.url) == (service, name, url)

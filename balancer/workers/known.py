@@ -1,0 +1,65 @@
+"""What a relay knows of the services and their replicas, as the coordinator last told it."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from balancer.fleet.address import ReplicaAddress
+from balancer.service import answering
+from balancer.spec.settings import Settings
+
+
+@dataclass(slots=True, eq=False)
+class KnownReplica:
+    """One life of a replica. `number` is the coordinator's for it, -1 once it has left. Times are the loop's."""
+
+    number: int
+    service: str
+    url: str
+    address: ReplicaAddress
+    alive_at: float = 0.0
+    last_byte_at: float = 0.0
+    is_passing: bool = False
+    away_before: float = 0.0  # seconds without a turn on GPUs that it shares, before `away_since`
+    away_since: float | None = None
+    is_resting: bool = False  # waits for its turn
+    reasoning_parser: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.address.name
+
+    def take(self, facts: list[Any]) -> None:
+        """Takes over the facts of a Told.REPLICA."""
+        self.alive_at, last_byte_at, self.is_passing, *away, self.reasoning_parser = facts
+        self.away_before, self.away_since, self.is_resting = away
+        self.last_byte_at = max(self.last_byte_at, last_byte_at)
+
+
+class KnownService:
+    """One service, which messages call `ident`. `settings` is renewed in place."""
+
+    def __init__(self, ident: str, settings: Settings) -> None:
+        self.ident = ident
+        self.name = ""
+        self.settings = settings
+        self.models: Collection[str] = ()
+        self.has_replica = False
+        self.reads_prompts = False
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Takes over the state of a Told.SERVICE."""
+        self.settings.renew(Settings.model_validate(state["settings"]))
+        self.name, self.models = state["name"], state["models"]
+        self.has_replica = state["has_replica"]
+        self.reads_prompts = state["reads_prompts"]
+
+    @property
+    def has_told_models(self) -> bool:
+        return bool(self.models)
+
+    def names(self) -> Collection[str]:
+        return {self.name, *self.settings.aliases, *self.models}
+
+    def model_of(self, asked: object) -> str:
+        return answering(asked, self.models, self.settings.aliases, self.name)

@@ -1,0 +1,125 @@
+"""What relays and the coordinator tell each other: the kinds of messages, and how what they carry is written.
+
+A message is a list: its kind, then what the kind's comment names.
+"""
+
+import enum
+from collections.abc import Hashable
+from operator import attrgetter
+from typing import Any
+
+from balancer.errors import ServeError
+from balancer.observe.record import Record
+from balancer.observe.tally import Histogram
+from balancer.routing.admission import Waiter
+from balancer.routing.ranked_queue import Bulk
+
+
+class Asked(enum.IntEnum):
+    """What a relay says. `call` is a number that the answer repeats."""
+
+    HELLO = 0  # number of the relay, its places: [id, service, replica's name, URL, is generating], its entries
+    CLAIM = 1  # id of the place, service, is generating, may wait, owner, arrival, blocks or None, is streamed, again
+    LEAVE = 2  # id: the client left while it waited
+    BEGUN = 3  # id, is computed
+    END = 4  # id, outcome or None, status, full for, prompt tokens, cached tokens, texts
+    MAY_GO_ON = 5  # call, service, is generating, again
+    DOUBTED = 6  # id
+    CONTINUES = 7  # call, id
+    OWN_PATH = 8  # call, method, target, version, path, host, fields
+    ENTER = 9  # call, name of the key
+    LEFT = 10  # the call that entered
+    TAKE = 11  # call, name of the key, bytes of the prompt, most tokens of the answer
+    DIED = 12  # service, number of the replica, digest
+    ACQUITTED = 13  # service, digest
+    TOLD = 14  # records
+    SEEN = 15  # figures that are no request's, as a mapping
+    ACCEPTING = 16  # nothing: it has opened its doors
+
+
+class Told(enum.IntEnum):
+    """What the coordinator says."""
+
+    PLACE = 0  # id, number of the replica, reason, matched, waited, number of the claim, wants begun
+    REFUSED = 1  # id, error
+    ANSWER = 2  # call, value
+    ERROR = 3  # call, error
+    REPLICA = 4  # number, service, name, URL, and the facts that change: alive at, last byte at, is passing, away
+    #              before, away since or None, is resting, its reasoning parser
+    GONE = 5  # number of the replica
+    SERVICE = 6  # name, state as a mapping
+    PARTED = 7  # name
+    KEYS = 8  # are wanted, issued keys: [name, digest, terms]
+    DIED = 9  # service, number of the replica, digest
+    ACQUITTED = 10  # service, digest
+    ORIGINS = 11  # connections of clients at other relays
+    ALL = 12  # nothing: all that there is to know was told
+
+
+# Owners: the names of keys, with or without bulk priority, and the addresses of clients
+
+
+def owner_text(owner: Hashable) -> str:
+    if isinstance(owner, bytes):
+        return "c" + owner.decode("latin-1")
+    return f"b{owner}" if isinstance(owner, Bulk) else f"k{owner}"
+
+
+def owner_of(text: str) -> str | bytes:
+    kind, rest = text[0], text[1:]
+    return rest.encode("latin-1") if kind == "c" else Bulk(rest) if kind == "b" else rest
+
+
+# What a waiter has been through
+
+Again = list[Any]
+
+
+def again_of(waiter: Waiter, tried: list[int]) -> Again | None:
+    """None for one that is new."""
+    if not (waiter.tried or waiter.rounds or waiter.waited or waiter.number):
+        return None
+    return [tried, waiter.waited, waiter.held_until, waiter.rounds, waiter.number, waiter.full_for]
+
+
+def restore(waiter: Waiter, again: Again) -> None:
+    """Everything but the members that it has tried, which each side knows differently."""
+    _, waiter.waited, waiter.held_until, waiter.rounds, waiter.number, waiter.full_for = again
+
+
+# Errors
+
+
+def error_fields(error: ServeError) -> list[Any]:
+    return [error.status, error.code, error.message, error.kind, error.retry_after, error.closes, error.allow]
+
+
+def error_of(fields: list[Any]) -> ServeError:
+    status, code, message, kind, retry_after, closes, allow = fields
+    return ServeError(status, code, message, kind=kind, retry_after=retry_after, closes=closes, allow=allow)
+
+
+# Records and histograms
+
+record_fields = attrgetter(*Record.__dataclass_fields__)
+_RETRIES = list(Record.__dataclass_fields__).index("retries")
+
+
+def record_of(fields: list[Any]) -> Record:
+    fields[_RETRIES] = tuple(fields[_RETRIES])
+    return Record(*fields)
+
+
+def taken_out(histogram: Histogram) -> list[Any] | None:
+    """What was counted since the last call, or None if nothing was."""
+    if not any(histogram.counts):
+        return None
+    counts, histogram.counts = histogram.counts, [0] * len(histogram.counts)
+    total, histogram.total = histogram.total, 0.0
+    return [counts, total]
+
+
+def add_to(histogram: Histogram, counted: list[Any]) -> None:
+    counts, total = counted
+    histogram.counts = [a + b for a, b in zip(histogram.counts, counts, strict=True)]
+    histogram.total += total

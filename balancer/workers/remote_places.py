@@ -1,0 +1,227 @@
+"""Places at replicas for one relay of several: the coordinator gives them."""
+
+import asyncio
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from balancer.fleet.address import ReplicaAddress
+from balancer.fleet.outcome import Outcome
+from balancer.relay.deaths import Deaths
+from balancer.routing.admission import Waiter
+from balancer.routing.one_at_a_time import OneAtATime
+from balancer.routing.places import STALE, Attempt
+from balancer.routing.prompt import Prompt
+from balancer.workers.asking import Asking
+from balancer.workers.known import KnownReplica, KnownService
+from balancer.workers.messages import Again, Asked, again_of, owner_text, restore
+
+
+class RemotePlaces:
+    """Implements balancer.relay.places.Places for one service."""
+
+    def __init__(self, service: KnownService, asking: Asking, loop: asyncio.AbstractEventLoop) -> None:
+        self.when_left: list[Callable[[ReplicaAddress], None]] = []
+        self._service = service
+        self._asking = asking
+        self._loop = loop
+        self._reading = OneAtATime()
+
+    async def claim(self, waiter: Waiter) -> "RemotePlace":
+        asking, prompt, again = self._asking, waiter.prompt, _again(waiter)
+        blocks = None
+        if self._service.reads_prompts:
+            if again is None and prompt.is_heavy:
+                await self.read(prompt, waiter.key)
+            blocks = prompt.blocks
+        number = asking.new_number()
+        given: asyncio.Future[RemotePlace] = self._loop.create_future()
+
+        def take(said: list[Any]) -> bool:
+            """Returns False if nobody wants the place any more."""
+            if given.done():
+                return False
+            replica = asking.replicas[said[2]]
+            place = RemotePlace(asking, number, replica, self._service.ident, waiter, said)
+            asking.held[number] = place
+            given.set_result(place)
+            return True
+
+        asking.wait(
+            number,
+            [
+                Asked.CLAIM,
+                number,
+                self._service.ident,
+                waiter.is_generating,
+                waiter.is_waited_for,
+                owner_text(waiter.key),
+                waiter.arrived_at,
+                blocks,
+                prompt.is_streamed,
+                again,
+            ],
+            given,
+            take,
+        )
+        try:
+            place = await given
+        except asyncio.CancelledError:
+            if given.done() and not given.cancelled() and not given.exception():
+                given.result().end(None, NOTHING)
+            else:
+                asking.leave(number)
+            raise
+        waiter.waited += place.waited
+        return place
+
+    async def may_go_on(self, waiter: Waiter) -> bool:
+        may, again = await self._asking.ask(
+            Asked.MAY_GO_ON, self._service.ident, waiter.is_generating, _again(waiter) or again_of_new(waiter)
+        )
+        if again is not None:
+            if not again[0]:
+                waiter.tried.clear()
+            restore(waiter, again)
+        return bool(may)
+
+    def lives(self, replica: ReplicaAddress, since: float) -> bool:
+        known = self._asking.by_address.get(replica)
+        if known is None or known.number < 0:
+            return False
+        if max(known.last_byte_at, known.alive_at) > since + STALE:
+            return True
+        is_asked = self._loop.time() > since + STALE + 2 * self._service.settings.ready_interval
+        return is_asked and known.is_passing
+
+    async def read(self, prompt: Prompt, key: Hashable) -> None:
+        async with self._reading.of(key):
+            prompt.read()
+            await asyncio.sleep(0)
+
+
+def _again(waiter: Waiter) -> Again | None:
+    return again_of(waiter, [known.number for known in waiter.tried])  # type: ignore[attr-defined]
+
+
+def again_of_new(waiter: Waiter) -> Again:
+    return [[], waiter.waited, waiter.held_until, waiter.rounds, waiter.number, waiter.full_for]
+
+
+class Nothing:
+    """Of an attempt that was never made."""
+
+    replica_status = 0
+    full_for: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    texts = 1
+
+
+NOTHING = Nothing()
+
+
+class RemotePlace:
+    """Implements balancer.relay.places.Place."""
+
+    __slots__ = (
+        "_asking",
+        "_claim",
+        "_heard_at",
+        "_known",
+        "_waiter",
+        "_wants_begun",
+        "id",
+        "matched",
+        "reason",
+        "replica",
+        "service",
+        "waited",
+    )
+
+    def __init__(
+        self, asking: Asking, number: int, known: KnownReplica, service: str, waiter: Waiter, said: list[Any]
+    ) -> None:
+        self.id = number
+        self.service = service
+        self._asking = asking
+        self._known = known
+        self._waiter = waiter
+        self.replica = known.address
+        _, _, _, self.reason, self.matched, self.waited, self._claim, self._wants_begun = said
+
+    @property
+    def holding(self) -> list[Any]:
+        """What a new coordinator is told of it."""
+        known = self._known
+        return [self.id, self.service, known.name, known.url, self._waiter.is_generating]
+
+    @property
+    def alive_at(self) -> float:
+        return self._known.alive_at
+
+    def away(self, now: float) -> float:
+        known = self._known
+        return known.away_before + (now - known.away_since if known.away_since is not None else 0.0)
+
+    def away_for(self, now: float) -> float:
+        known = self._known
+        return now - known.away_since if known.is_resting and known.away_since is not None else 0.0
+
+    @property
+    def reasoning_parser(self) -> str | None:
+        return self._known.reasoning_parser
+
+    async def continues(self) -> bool:
+        return bool(await self._asking.ask(Asked.CONTINUES, self.id))
+
+    def doubted(self) -> None:
+        self._asking.send([Asked.DOUBTED, self.id])
+
+    def heard(self, at: float) -> None:
+        self._asking.heard(self._known, at)
+
+    def begun(self, is_computed: bool) -> None:
+        if self._wants_begun:
+            self._asking.send([Asked.BEGUN, self.id, is_computed])
+
+    def end(self, outcome: Outcome | None, attempt: Attempt) -> None:
+        waiter = self._waiter
+        said = None if outcome is None else outcome.value
+        counts = (attempt.full_for, attempt.prompt_tokens, attempt.cached_tokens, attempt.texts)
+        self._asking.send([Asked.END, self.id, said, attempt.replica_status, *counts])
+        self._asking.held.pop(self.id, None)
+        if outcome is None or outcome is Outcome.ANSWERED:
+            return
+        waiter.tried.append(self._known)  # type: ignore[arg-type]
+        if outcome is Outcome.BUSY and attempt.full_for is not None and not self._known.is_resting:
+            waiter.number = waiter.number or self._claim
+            waiter.full_for = min(attempt.full_for, waiter.full_for or attempt.full_for)
+
+    def __repr__(self) -> str:
+        return f"<RemotePlace at {self.replica.name}: {self.reason}>"
+
+
+class SharedDeaths(Deaths):
+    """Deaths that every relay hears of, so that a request which kills replicas is refused by all."""
+
+    def __init__(self, places: RemotePlaces, service: str, asking: Asking) -> None:
+        super().__init__(places.lives)
+        self._service = service
+        self._asking = asking
+
+    def note(self, replica: ReplicaAddress, request: bytes, now: float) -> None:
+        super().note(replica, request, now)
+        if (known := self._asking.by_address.get(replica)) is not None:
+            self._asking.send([Asked.DIED, self._service, known.number, request.hex()])
+
+    def acquit(self, request: bytes) -> None:
+        super().acquit(request)
+        self._asking.send([Asked.ACQUITTED, self._service, request.hex()])
+
+    def noted(self, replica: ReplicaAddress, request: bytes, now: float) -> None:
+        """Another relay noted it."""
+        super().note(replica, request, now)
+
+    def acquitted(self, request: bytes) -> None:
+        """Another relay noted it."""
+        super().acquit(request)
