@@ -25,8 +25,19 @@ from balancer.routing.places import Place
 from balancer.routing.prompt import Prompt
 from balancer.service import Service
 from balancer.services import Services
+from balancer.workers import counts
 from balancer.workers.link import Link, Message
-from balancer.workers.messages import Asked, Told, add_to, error_fields, owner_of, record_of, restore
+from balancer.workers.messages import (
+    GENERATING,
+    STREAMED,
+    WAITED_FOR,
+    Asked,
+    Told,
+    error_fields,
+    owner_of,
+    record_of,
+    restore,
+)
 
 log = logging.getLogger("groundserve")
 
@@ -227,7 +238,7 @@ class Relay:
             Asked.TAKE: self._take_from_quota,
             Asked.DIED: self._died,
             Asked.ACQUITTED: self._acquitted,
-            Asked.TOLD: self._told,
+            Asked.USED: self._used,
             Asked.SEEN: self._seen,
             Asked.ACCEPTING: self._accepting,
             Asked.HELLO: self._hello,
@@ -297,19 +308,18 @@ class Relay:
         self,
         number: int,
         ident: str,
-        is_generating: bool,
-        is_waited_for: bool,
+        flags: int,
         owner: str,
         arrived_at: float,
-        blocks: list[int] | None,
-        is_streamed: bool,
-        again: list[Any] | None,
+        blocks: list[int] | None = None,
+        again: list[Any] | None = None,
     ) -> None:
         service = self._all.service(ident)
         if service is None:
             self._refuse(number, errors.no_replica())
             return
-        prompt = Prompt.of(blocks or [], is_streamed)
+        prompt = Prompt.of(blocks or [], flags & STREAMED != 0)
+        is_generating, is_waited_for = flags & GENERATING != 0, flags & WAITED_FOR != 0
         waiter = Waiter(prompt, is_generating, [], is_waited_for, owner_of(owner), arrived_at)
         if again is not None:
             self._restore(waiter, again)
@@ -455,23 +465,16 @@ class Relay:
     def _acquitted(self, ident: str, digest: str) -> None:
         self._all.tell([Told.ACQUITTED, ident, digest], but=self)
 
-    def _told(self, records: Iterable[list[Any]]) -> None:
-        finished = self._all.tallies.finished
+    def _used(self, records: Iterable[list[Any]]) -> None:
         for fields in records:
-            finished(record_of(fields))
+            self._all.meter.finished(record_of(fields))
 
     def _seen(self, seen: dict[str, Any]) -> None:
         everyone = self._all
         for number, at in seen["heard"]:
             if (member := everyone.members.get(number)) is not None:
                 member.last_byte_at = max(at, member.last_byte_at)
-        for name, (counted, together) in seen["inter_token"].items():
-            histogram = everyone.tallies.inter_token(name)
-            histogram.together += together
-            if counted is not None:
-                add_to(histogram, counted)
-        if seen["loop_lag"] is not None:
-            add_to(everyone.tallies.loop_lag, seen["loop_lag"])
+        counts.add(everyone.tallies, seen["counts"])
         self.origins, self.by_key = seen["origins"], seen["keys"]
         everyone.count_keys()
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import itertools
 import socket
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from balancer import errors
@@ -17,17 +16,23 @@ from balancer.workers.messages import Asked, Told, error_of
 AGAIN = 0.02  # seconds between two attempts to connect
 
 
-class Holding(Protocol):
-    """A place, as far as a new coordinator is told of it."""
+class Claimed(Protocol):
+    """A place that is asked for, then held."""
 
     @property
-    def holding(self) -> list[Any]: ...
+    def holding(self) -> list[Any]:
+        """What a new coordinator is told of it."""
+
+    def given(self, known: KnownReplica, said: Message) -> None:
+        """The coordinator gives it, at this replica."""
 
 
 class Listener(Protocol):
     """Is told what is not an answer."""
 
     def told(self, message: Message) -> None: ...
+
+    def met(self, replica: KnownReplica) -> None: ...
 
     def left(self, replica: KnownReplica) -> None: ...
 
@@ -36,7 +41,7 @@ class Asking:
     """`relay` is this relay's number, `address` the coordinator's Unix address. `listener` must be set before `run`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, relay: int, address: str) -> None:
-        self.held: dict[int, Holding] = {}
+        self.held: dict[int, Claimed] = {}
         self.entries: dict[int, str] = {}  # requests with limited keys, by the call that let them in
         self.replicas: dict[int, KnownReplica] = {}
         self.by_address: dict[ReplicaAddress, KnownReplica] = {}
@@ -51,7 +56,7 @@ class Asking:
         self._link: Link | None = None
         self._ended = asyncio.Event()
         # What has not been answered yet: the message, its future, and what takes a place
-        self._waiting: dict[int, tuple[Message, asyncio.Future[Any], Callable[[Message], bool] | None]] = {}
+        self._waiting: dict[int, tuple[Message, asyncio.Future[Any], Claimed | None]] = {}
         self._heard: dict[KnownReplica, float] = {}
 
     async def run(self) -> None:
@@ -105,15 +110,20 @@ class Asking:
         if self._link is not None:
             self._link.send(message)
 
+    def send_later(self, message: Message) -> None:
+        """The same for what may wait a moment."""
+        if self._link is not None:
+            self._link.send_later(message)
+
     def wait(
         self,
         number: int,
         message: Message,
         answer: "asyncio.Future[Any]",
-        take: Callable[[Message], bool] | None = None,
+        place: Claimed | None = None,
     ) -> None:
         """Sends what is asked again should the coordinator be restarted before it answers."""
-        self._waiting[number] = (message, answer, take)
+        self._waiting[number] = (message, answer, place)
         self.send(message)
         if self.is_leaving and self._link is None:
             self._give_up()
@@ -159,9 +169,7 @@ class Asking:
     def _take(self, message: Message) -> None:
         match message[0]:
             case Told.PLACE:
-                _, _, take = self._waiting.pop(message[1], (None, None, None))
-                if take is not None and not take(message):
-                    self.send([Asked.LEAVE, message[1]])
+                self._give(message)
             case Told.REFUSED | Told.ERROR:
                 self._answer(message[1], error_of(message[2]))
             case Told.ANSWER:
@@ -178,6 +186,18 @@ class Asking:
             case _:
                 assert self.listener is not None
                 self.listener.told(message)
+
+    def _give(self, message: Message) -> None:
+        number = message[1]
+        _, answer, place = self._waiting.pop(number, (None, None, None))
+        if answer is None or place is None:
+            return
+        if answer.done():  # its client has just left
+            self.send([Asked.LEAVE, number])
+            return
+        self.held[number] = place
+        place.given(self.replicas[message[2]], message)
+        answer.set_result(None)
 
     def _answer(self, number: int, said: Any) -> None:
         _, answer, _ = self._waiting.pop(number, (None, None, None))
@@ -198,6 +218,8 @@ class Asking:
                 self.by_address[known.address] = known
             known.number = number
             self.replicas[number] = known
+            assert self.listener is not None
+            self.listener.met(known)
         known.take(facts)
 
     def _forget(self, known: KnownReplica) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 Message = list[Any]
+MOMENT = 0.001  # seconds
 
 
 class Link(asyncio.Protocol):
@@ -23,6 +24,8 @@ class Link(asyncio.Protocol):
         self._ended = ended
         self._transport: asyncio.Transport | None = None
         self._out: list[Message] = []
+        self._is_due = False  # `_out` leaves at the end of this round
+        self._timer: asyncio.TimerHandle | None = None
         self._part = b""  # of a line whose end has not come yet
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -35,12 +38,23 @@ class Link(asyncio.Protocol):
 
     def send(self, message: Message) -> None:
         """Sends at the end of this round of the loop."""
-        if not self._out:
+        if not self._is_due:
+            self._is_due = True
             self._loop.call_soon(self.flush)
+        self._out.append(message)
+
+    def send_later(self, message: Message) -> None:
+        """Sends with the next message, or after a moment: nobody waits for it, and a write of its own costs more."""
+        if not self._is_due and self._timer is None:
+            self._timer = self._loop.call_later(MOMENT, self.flush)
         self._out.append(message)
 
     def flush(self) -> None:
         out, self._out = self._out, []
+        self._is_due = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if out and self._transport is not None and not self._transport.is_closing():
             self._transport.write(orjson.dumps(out, option=orjson.OPT_APPEND_NEWLINE))
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from balancer.errors import ServeError
 from balancer.observe.record import Record
-from balancer.observe.tally import Histogram
 from balancer.routing.admission import Waiter
 from balancer.routing.ranked_queue import Bulk
 
@@ -19,7 +18,7 @@ class Asked(enum.IntEnum):
     """What a relay says. `call` is a number that the answer repeats."""
 
     HELLO = 0  # number of the relay, its places: [id, service, replica's name, URL, is generating], its entries
-    CLAIM = 1  # id of the place, service, is generating, may wait, owner, arrival, blocks or None, is streamed, again
+    CLAIM = 1  # id of the place, service, flags, owner, arrival; unless they are None: blocks, again
     LEAVE = 2  # id: the client left while it waited
     BEGUN = 3  # id, is computed
     END = 4  # id, outcome or None, status, full for, prompt tokens, cached tokens, texts
@@ -32,9 +31,13 @@ class Asked(enum.IntEnum):
     TAKE = 11  # call, name of the key, bytes of the prompt, most tokens of the answer
     DIED = 12  # service, number of the replica, digest
     ACQUITTED = 13  # service, digest
-    TOLD = 14  # records
-    SEEN = 15  # figures that are no request's, as a mapping
+    USED = 14  # records of requests whose use is kept
+    SEEN = 15  # what it counted and saw since it last told, as a mapping
     ACCEPTING = 16  # nothing: it has opened its doors
+
+
+# Flags of a claim
+GENERATING, WAITED_FOR, STREAMED = 1, 2, 4
 
 
 class Told(enum.IntEnum):
@@ -99,7 +102,7 @@ def error_of(fields: list[Any]) -> ServeError:
     return ServeError(status, code, message, kind=kind, retry_after=retry_after, closes=closes, allow=allow)
 
 
-# Records and histograms
+# Records
 
 record_fields = attrgetter(*Record.__dataclass_fields__)
 _RETRIES = list(Record.__dataclass_fields__).index("retries")
@@ -108,18 +111,3 @@ _RETRIES = list(Record.__dataclass_fields__).index("retries")
 def record_of(fields: list[Any]) -> Record:
     fields[_RETRIES] = tuple(fields[_RETRIES])
     return Record(*fields)
-
-
-def taken_out(histogram: Histogram) -> list[Any] | None:
-    """What was counted since the last call, or None if nothing was."""
-    if not any(histogram.counts):
-        return None
-    counts, histogram.counts = histogram.counts, [0] * len(histogram.counts)
-    total, histogram.total = histogram.total, 0.0
-    return [counts, total]
-
-
-def add_to(histogram: Histogram, counted: list[Any]) -> None:
-    counts, total = counted
-    histogram.counts = [a + b for a, b in zip(histogram.counts, counts, strict=True)]
-    histogram.total += total

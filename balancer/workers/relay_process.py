@@ -17,7 +17,7 @@ from balancer.fleet.discovery import Resolve
 from balancer.fleet.lateness import Lateness
 from balancer.observe.access_log import AccessLog
 from balancer.observe.record import Record
-from balancer.observe.tally import LAG, Histogram, InterTokenHistogram
+from balancer.observe.tally import MemberTally, Tallies
 from balancer.relay.asked import most_tokens, prompt_bytes
 from balancer.relay.auth import Key, Keys
 from balancer.relay.directory import Destination, Directory
@@ -29,38 +29,23 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Request
 from balancer.relay.sweep import Sweep
 from balancer.relay.tls import Certificate, replica_context
+from balancer.workers import counts
 from balancer.workers.asking import Asking
 from balancer.workers.board import Board
 from balancer.workers.known import KnownReplica, KnownService
 from balancer.workers.link import Message
-from balancer.workers.messages import Asked, Told, record_fields, taken_out
+from balancer.workers.messages import Asked, Told, record_fields
 from balancer.workers.orders import Orders
 from balancer.workers.remote_places import RemotePlaces, SharedDeaths
 from balancer.workers.shared_doors import SharedDoors, SharedListener
 
 AT_ONCE = 250  # records told in one message
-MOST_UNTOLD = 100_000  # records kept while there is no coordinator
+MOST_USED = 100_000  # records kept while there is no coordinator
 
 
 @dataclass(slots=True)
 class _Facts:
     is_leaving: bool = False
-
-
-class _Untold:
-    """What the coordinator is to count: the records of requests, and the times between the pieces of streams."""
-
-    def __init__(self) -> None:
-        self.records: deque[Record] = deque(maxlen=MOST_UNTOLD)
-        self.spans: dict[str, InterTokenHistogram] = {}
-
-    def finished(self, record: Record) -> None:
-        self.records.append(record)
-
-    def inter_token(self, replica: str) -> InterTokenHistogram:
-        if (spans := self.spans.get(replica)) is None:
-            spans = self.spans[replica] = InterTokenHistogram()
-        return spans
 
 
 class RelayProcess:
@@ -83,10 +68,12 @@ class RelayProcess:
         self.asking = Asking(loop, number, address)
         self.asking.listener = self
         self._tls = replica_context(config.replica_ca)
-        self._loop_lag = Histogram(LAG)
-        self.lateness = Lateness(loop, self._loop_lag.note)
+        self.tallies = Tallies()  # of what the coordinator has not been told yet
+        self._used: deque[Record] = deque(maxlen=MOST_USED)
+        if config.state is not None:
+            self.tallies.when_counted.append(self._note_use)
+        self.lateness = Lateness(loop, self.tallies.loop_lag.note)
         self.dialer = Dialer(look_up, self.lateness.within)
-        self._untold = _Untold()
         self.access_log = AccessLog(1, config.is_log_json)
         self.destinations: list[Destination] = []
         self._by_ident: dict[str, tuple[KnownService, Destination]] = {}
@@ -94,7 +81,7 @@ class RelayProcess:
         for ident in map(str, range(1 + len(config.others))):
             self._add(ident)
         limits = _Limits(self.asking)
-        observer = Observer(self.access_log, self._untold)
+        observer = Observer(self.access_log, self.tallies)
         self.proxy = Proxy(
             Directory(self.destinations),
             loop,
@@ -160,7 +147,7 @@ class RelayProcess:
 
     def _jobs(self) -> dict[str, Any]:
         jobs: dict[str, Any] = {
-            "client connections": self._sweep_doors,
+            "client connections": self.doors.sweep,
             "the access log": lambda _: self.access_log.flush_some(),
             "connections to replicas": self._sweep_pools,
             "what the coordinator counts": lambda _: self._tell(),
@@ -170,10 +157,6 @@ class RelayProcess:
         if (certificate := self.certificate) is not None:
             jobs["the certificate"] = lambda _: certificate.reload()
         return jobs
-
-    def _sweep_doors(self, now: float) -> None:
-        self.doors.sweep(now)
-        self.doors.count_connections()
 
     def _sweep_pools(self, now: float) -> None:
         for destination in self.destinations:
@@ -188,28 +171,29 @@ class RelayProcess:
         """Tells the coordinator what there is to count, in pieces. Returns whether there is more."""
         if not self.asking.is_up:
             return False
-        untold = self._untold
-        if untold.records:
-            some = [untold.records.popleft() for _ in range(min(AT_ONCE, len(untold.records)))]
-            self.asking.send([Asked.TOLD, [record_fields(record) for record in some]])
+        if self.tallies.count_some():
+            return True
+        if used := self._used:
+            some = [used.popleft() for _ in range(min(AT_ONCE, len(used)))]
+            self.asking.send([Asked.USED, [record_fields(record) for record in some]])
             self.asking.flush()
-            if untold.records:
+            if used:
                 return True
-        spans = {}
-        for name, histogram in list(untold.spans.items()):
-            together, histogram.together = histogram.together, 0
-            counted = taken_out(histogram)
-            if together or counted:
-                spans[name] = (counted, together)
         seen = {
+            "counts": counts.take_out(self.tallies),
             "heard": self.asking.heard_since(),
-            "inter_token": spans,
-            "loop_lag": taken_out(self._loop_lag),
             "origins": {origin.decode("latin-1"): count for origin, count in self.doors.origins.items()},
             "keys": {key.name: key.in_flight for key in self.keys or () if key.in_flight},
         }
         self.asking.send([Asked.SEEN, seen])
+        staying = {known.name for known in self.asking.replicas.values()}
+        for name in self.tallies.members.keys() - staying:
+            del self.tallies.members[name]
         return False
+
+    def _note_use(self, record: Record) -> None:
+        if record.model:
+            self._used.append(record)
 
     # What the coordinator tells
 
@@ -234,6 +218,9 @@ class RelayProcess:
         deaths = self._by_ident[ident][1].deaths
         assert isinstance(deaths, SharedDeaths)
         return deaths
+
+    def met(self, replica: KnownReplica) -> None:
+        self.tallies.members.setdefault(replica.name, MemberTally())
 
     def left(self, replica: KnownReplica) -> None:
         if (found := self._by_ident.get(replica.service)) is not None:

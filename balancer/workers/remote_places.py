@@ -13,7 +13,16 @@ from balancer.routing.places import STALE, Attempt
 from balancer.routing.prompt import Prompt
 from balancer.workers.asking import Asking
 from balancer.workers.known import KnownReplica, KnownService
-from balancer.workers.messages import Again, Asked, again_of, owner_text, restore
+from balancer.workers.messages import (
+    GENERATING,
+    STREAMED,
+    WAITED_FOR,
+    Again,
+    Asked,
+    again_of,
+    owner_text,
+    restore,
+)
 
 
 class RemotePlaces:
@@ -34,40 +43,18 @@ class RemotePlaces:
                 await self.read(prompt, waiter.key)
             blocks = prompt.blocks
         number = asking.new_number()
-        given: asyncio.Future[RemotePlace] = self._loop.create_future()
-
-        def take(said: list[Any]) -> bool:
-            """Returns False if nobody wants the place any more."""
-            if given.done():
-                return False
-            replica = asking.replicas[said[2]]
-            place = RemotePlace(asking, number, replica, self._service.ident, waiter, said)
-            asking.held[number] = place
-            given.set_result(place)
-            return True
-
-        asking.wait(
-            number,
-            [
-                Asked.CLAIM,
-                number,
-                self._service.ident,
-                waiter.is_generating,
-                waiter.is_waited_for,
-                owner_text(waiter.key),
-                waiter.arrived_at,
-                blocks,
-                prompt.is_streamed,
-                again,
-            ],
-            given,
-            take,
-        )
+        flags = waiter.is_generating * GENERATING | waiter.is_waited_for * WAITED_FOR | prompt.is_streamed * STREAMED
+        message = [Asked.CLAIM, number, self._service.ident, flags, owner_text(waiter.key), waiter.arrived_at]
+        if blocks is not None or again is not None:
+            message += (blocks, again)
+        place = RemotePlace(asking, number, self._service.ident, waiter)
+        given: asyncio.Future[None] = self._loop.create_future()
+        asking.wait(number, message, given, place)
         try:
-            place = await given
+            await given
         except asyncio.CancelledError:
-            if given.done() and not given.cancelled() and not given.exception():
-                given.result().end(None, NOTHING)
+            if number in asking.held:
+                place.end(None, NOTHING)  # it was given while the client was leaving
             else:
                 asking.leave(number)
             raise
@@ -138,14 +125,14 @@ class RemotePlace:
         "waited",
     )
 
-    def __init__(
-        self, asking: Asking, number: int, known: KnownReplica, service: str, waiter: Waiter, said: list[Any]
-    ) -> None:
+    def __init__(self, asking: Asking, number: int, service: str, waiter: Waiter) -> None:
         self.id = number
         self.service = service
         self._asking = asking
-        self._known = known
         self._waiter = waiter
+
+    def given(self, known: KnownReplica, said: list[Any]) -> None:
+        self._known = known
         self.replica = known.address
         _, _, _, self.reason, self.matched, self.waited, self._claim, self._wants_begun = said
 
@@ -188,7 +175,7 @@ class RemotePlace:
         waiter = self._waiter
         said = None if outcome is None else outcome.value
         counts = (attempt.full_for, attempt.prompt_tokens, attempt.cached_tokens, attempt.texts)
-        self._asking.send([Asked.END, self.id, said, attempt.replica_status, *counts])
+        self._asking.send_later([Asked.END, self.id, said, attempt.replica_status, *counts])
         self._asking.held.pop(self.id, None)
         if outcome is None or outcome is Outcome.ANSWERED:
             return

@@ -12,6 +12,8 @@ from balancer.workers.board import CONNECTIONS, HELD, Board
 
 # A relay that has more connections than another leaves a new one to it for so long, in seconds, and then takes it.
 COURTESY = 0.002
+# Bytes by which what a relay holds may change before it tells the others, other than four times a second.
+NOTICEABLE = 64 << 10
 
 
 class SharedDoors(Doors):
@@ -29,25 +31,25 @@ class SharedDoors(Doors):
     ) -> None:
         self.board = board
         self.relay = relay
-        self._buffered = 0
+        self._published = 0  # bytes held, as the others know
         super().__init__(settings, loop, server, facts, trusted)
 
     @property
-    def buffered(self) -> int:
-        return self._buffered
+    def is_full(self) -> bool:
+        held = self.buffered
+        if abs(held - self._published) > NOTICEABLE:
+            self._publish()
+        return held + self.buffered_elsewhere > self.settings.max_buffered_bytes
 
-    @buffered.setter
-    def buffered(self, count: int) -> None:
-        self._buffered = count
-        self.board.set(self.relay, HELD, count)
+    def _publish(self) -> None:
+        self._published = self.buffered
+        self.board.set(self.relay, HELD, self.buffered)
+        self.buffered_elsewhere = self.board.elsewhere(self.relay, HELD)
 
-    @property
-    def buffered_elsewhere(self) -> int:
-        return self.board.elsewhere(self.relay, HELD)
-
-    @buffered_elsewhere.setter
-    def buffered_elsewhere(self, count: int) -> None:
-        """It is what the board says."""
+    def sweep(self, now: float) -> None:
+        super().sweep(now)
+        self._publish()
+        self.count_connections()
 
     def count_connections(self, opening: int = 0) -> None:
         self.board.set(self.relay, CONNECTIONS, len(self.connections) + opening)

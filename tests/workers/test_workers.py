@@ -1,0 +1,262 @@
+"""A balancer of several processes behaves as one: whatever is promised of one process holds for all together."""
+
+import asyncio
+import contextlib
+import signal
+from pathlib import Path
+
+import orjson
+import pytest
+
+from tests.lab.replica import LabReplica
+from tests.relay.continuation.answering import plain, request_for
+from tests.support.client import CHAT, Ended, chat, request
+from tests.support.until import until
+from tests.wire.running import on_uvloop
+from tests.workers.running import ADMIN_KEY, Workers, relay_of, workers
+
+LONG = request(body=chat(stream=True, tokens=200))
+LONG_PROMPT = "All requests here begin with this sentence, which is long enough for a block. " * 20
+
+
+def generated(replica: LabReplica) -> int:
+    return sum(one.generated for one in replica.seen.requests)
+
+
+async def counted(at: Workers, count: int) -> None:
+    async def is_counted() -> bool:
+        return await at.requests() == count
+
+    await at.until(is_counted)
+
+
+@on_uvloop
+async def test_all_is_counted_and_shown_as_if_by_one_process() -> None:
+    """Metrics, status, access log and the balancer's own paths are whole, whichever relay had a request."""
+    async with LabReplica() as a, LabReplica() as b, workers(a.url, b.url) as at:
+        answers = [await at.ask() for _ in range(8)]
+        assert {answer.status for answer in answers} == {200}
+        assert len({relay_of(answer) for answer in answers}) == 2
+        assert len({answer.header("x-request-id") for answer in answers}) == 8
+        assert generated(a) == generated(b) == 4  # round robin over both relays
+        await counted(at, 8)
+        service = await at.service()
+        assert (service["arrived_total"], service["in_flight"], service["ready"]) == (8, 0, 2)
+        lines = [orjson.loads(line) for line in at.balancer.printed.splitlines()]
+        assert sum(line["path"] == "/v1/chat/completions" for line in lines) == 8
+        info = await at.ask(request("GET", "/server_info"), "GET")
+        assert info.status == 200
+        assert info.header("x-replica-id") in ("replica-1", "replica-2")
+        assert orjson.loads((await at.ask(request("GET", "/health"), "GET")).body)["ready"] == 2
+
+
+@on_uvloop
+async def test_a_prefix_is_found_from_every_relay() -> None:
+    """prefix_aware's index is one: relays send hashes of the prompt, and the other relay's request matches."""
+    body = orjson.dumps({"messages": [{"role": "user", "content": LONG_PROMPT}], "max_tokens": 2})
+    asked = request(body=body, headers=(("X-Route-Explain", "1"),))
+    arguments = ("--policy", "prefix_aware")
+    async with LabReplica() as a, LabReplica() as b, workers(a.url, b.url, arguments=arguments) as at:
+        replicas, reasons = set(), []
+        for client in await at.one_each():
+            await client.send(asked)
+            answer = await client.answer()
+            replicas.add(answer.header("x-replica-id"))
+            reasons.append(str(answer.header("x-route-reason")).partition(";")[0])
+        assert reasons == ["room", "prefix"]
+        assert len(replicas) == 1
+
+
+@on_uvloop
+async def test_the_queue_is_one_for_all_relays() -> None:
+    """A request at one relay waits for the place that one at the other has; a client that leaves frees its turn."""
+    async with LabReplica(token_interval=0.02) as a, workers(a.url, max_in_flight=1) as at:
+        first, second = await at.one_each()
+        third = await at.balancer.client()
+        await first.send(request(body=chat(stream=True, tokens=40)))
+        await first.until(b"t00")
+        await third.send(request(body=chat()))
+        await at.shows(queue_depth=1)
+        third.leave()
+        await at.shows(queue_depth=0)
+        await second.send(request(body=chat()))
+        assert (await second.answer()).status == 200
+        assert generated(a) == 2
+
+
+@on_uvloop
+async def test_limits_of_keys_hold_for_all_relays(tmp_path: Path) -> None:
+    """max_in_flight, requests a minute and usage are those of the key, not of the key at one relay."""
+    admin = tmp_path / "admin"
+    admin.write_text(ADMIN_KEY)
+    arguments = ("--state", str(tmp_path / "state"), "--admin-key", str(admin))
+    async with LabReplica(token_interval=0.02) as a, workers(a.url, arguments=arguments) as at:
+
+        async def issue(name: str, **terms: int) -> tuple[tuple[str, str], ...]:
+            answer = await at.admin.post(f"/keys/{name}", json=terms)
+            return (("Authorization", f"Bearer {answer.json()['key']}"),)
+
+        alice = await issue("alice", max_in_flight=2)
+        await at.ask(request("GET", "/v1/models", headers=alice), "GET")
+        streams = []
+        for _ in range(2):
+            client = await at.balancer.client()
+            await client.send(request(body=chat(stream=True, tokens=100), headers=alice))
+            await client.until(b"t00")
+            streams.append(client)
+        for _ in range(2):  # at either relay
+            answer = await at.ask(request(body=chat(), headers=alice))
+            assert (answer.status, answer.error["code"]) == (429, "key_at_limit")
+        for client in streams:
+            client.leave()
+
+        async def has_room() -> bool:
+            return (await at.ask(request(body=chat(), headers=alice))).status == 200
+
+        await at.until(has_room)
+
+        bob = await issue("bob", requests_per_minute=3)
+        statuses = [(await at.ask(request(body=chat(), headers=bob))).status for _ in range(5)]
+        assert sorted(statuses) == [200, 200, 200, 429, 429]
+
+        async def is_noted() -> bool:
+            rows = (await at.admin.get("/usage", params={"by": "key"})).json()["data"]
+            return sum(row["requests"] for row in rows if row["key"] == "bob") == 3
+
+        await at.until(is_noted)
+
+
+@on_uvloop
+async def test_a_relay_that_is_killed_takes_only_its_connections() -> None:
+    """The other relay's streams go on, counts stay, its places are given back, and another takes its place."""
+    async with LabReplica(token_interval=0.02) as a, workers(a.url) as at:
+        for _ in range(4):
+            await at.ask()
+        await counted(at, 4)
+        clients = await at.one_each()
+        for client in clients:
+            await client.send(LONG)
+            await client.until(b"t00")
+        await at.kill(at.relays[0])
+        ends = []
+        for client in clients:
+            with contextlib.suppress(Ended, ConnectionError):
+                await client.until(b"data: [DONE]\n\n")
+                ends.append(client)
+        assert len(ends) == 1
+        await counted(at, 5)
+        await at.shows(in_flight=0)
+        first, second = await at.one_each()  # both relays serve again
+        for client in (first, second):
+            await client.send(request(body=chat()))
+            assert (await client.answer()).status == 200
+
+
+@on_uvloop
+async def test_a_coordinator_that_is_killed_is_told_what_is_held() -> None:
+    """Streams go on, requests that come meanwhile wait, and the places of both relays count at the next coordinator."""
+    async with LabReplica(token_interval=0.02) as a, workers(a.url, max_in_flight=2) as at:
+        clients = await at.one_each()
+        for client in clients:
+            await client.send(LONG)
+            await client.until(b"t00")
+        waiting = await at.balancer.client()
+        await waiting.send(request(body=chat()))  # in the queue: both places are taken
+        await at.shows(queue_depth=1)
+        await at.kill(at.coordinator)
+        await at.shows(in_flight=2, queue_depth=1)
+        assert generated(a) == 2
+        assert (await waiting.answer()).status == 200
+        for client in clients:
+            await client.until(b"data: [DONE]\n\n")
+        await at.shows(in_flight=0)
+
+
+@on_uvloop
+async def test_kills_under_load_lose_only_what_the_killed_had() -> None:
+    """With a coordinator killed thrice under load, no request fails; nothing is left counted at the end."""
+    async with LabReplica() as a, LabReplica() as b, workers(a.url, b.url) as at:
+        statuses: list[int] = []
+        is_over = False
+
+        async def ask() -> None:
+            client = await at.balancer.client()
+            while not is_over:
+                await client.send(request(body=chat(stream=True, tokens=3)))
+                statuses.append((await client.answer()).status)
+
+        load = [asyncio.ensure_future(ask()) for _ in range(8)]
+        for _ in range(3):
+            before = len(statuses)
+            await until(lambda before=before: len(statuses) > before + 20, "requests are answered", 30)
+            await at.kill(at.coordinator)
+            at.coordinator = at.children()[-1]
+        before = len(statuses)
+        await until(lambda: len(statuses) > before + 20, "requests are answered", 30)
+        is_over = True
+        await asyncio.gather(*load)
+        assert set(statuses) == {200}
+        await at.shows(in_flight=0)
+
+
+@on_uvloop
+async def test_a_stream_goes_on_elsewhere_and_a_killer_is_refused() -> None:
+    """Continuation works through the coordinator; what killed two replicas is refused by every relay."""
+    async with LabReplica() as a, LabReplica() as b, LabReplica() as c, workers(a.url, b.url, c.url) as at:
+        stream = request(body=orjson.dumps(request_for(CHAT, 6)))
+        whole = plain((await at.ask(stream)).body)
+        a.set(cut="after_tokens", cut_after=3)
+        answers = [await at.ask(stream) for _ in range(3)]
+        assert sum(b": continued on " in answer.body for answer in answers) == 1
+        for answer in answers:
+            assert answer.is_whole
+            assert plain(answer.body) == whole
+        for replica in (a, b, c):
+            replica.set(cut="", poison="bad")
+        bad = request(body=chat(padding="bad"))
+        killed = await at.ask(bad)
+        assert killed.status in (502, 503)
+        codes = []
+        for _ in range(4):
+            refused = await at.ask(bad)
+            codes.append((refused.status, refused.error["code"], relay_of(refused)))
+        assert {code[:2] for code in codes} == {(422, "kills_replicas")}
+        assert len({relay for *_, relay in codes}) == 2
+
+
+@on_uvloop
+async def test_settings_reach_every_relay(tmp_path: Path) -> None:
+    file = tmp_path / "service.yaml"
+    text = "service:\n  readiness_probe: /health\n  replicas: 1\nx-groundserve:\n  max_body_bytes: {}\nrun: sglang\n"
+    file.write_text(text.format(100_000))
+    async with LabReplica() as a, workers(a.url, arguments=("--service", str(file))) as at:
+        big = request(body=chat(padding="x" * 2_000))
+        clients = await at.one_each()
+        for client in clients:
+            await client.send(big)
+            assert (await client.answer()).status == 200
+        file.write_text(text.format(1_000))
+
+        async def is_refused() -> bool:
+            refused = [await at.ask(big) for _ in range(4)]
+            by_relay = {relay_of(answer) for answer in refused if answer.status == 413}
+            return len(by_relay) == 2 and {answer.status for answer in refused} == {413}
+
+        await at.until(is_refused)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@on_uvloop
+async def test_no_process_is_left_behind(number: signal.Signals) -> None:
+    """SIGTERM drains: a stream is finished, and the status is 0. A supervisor that is killed takes all along."""
+    async with LabReplica(token_interval=0.01) as a, workers(a.url, drain_grace=0.1) as at:
+        client = await at.balancer.client()
+        await client.send(request(body=chat(stream=True, tokens=50)))
+        await client.until(b"t00")
+        children = at.children()
+        at.balancer.signal(number)
+        if number == signal.SIGTERM:
+            await client.until(b"data: [DONE]\n\n")
+            client.leave()
+        assert await at.balancer.end() == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+        await until(lambda: not any(Path(f"/proc/{pid}/stat").exists() for pid in children), "all have ended", 10)
