@@ -530,5 +530,6 @@ def _facts_of(member: Member, ident: str) -> list[Any]:
         before,
         away_since,
         is_resting,
+        member.is_leaving,
         member.reasoning_parser,
     ]

@@ -178,6 +178,7 @@ class Asking:
                 self._meet(message)
             case Told.GONE:
                 if (gone := self.replicas.pop(message[1], None)) is not None:
+                    gone.is_leaving = True
                     self._forget(gone)
             case Told.ALL:
                 for known in [known for known in self.by_address.values() if known.number < 0]:

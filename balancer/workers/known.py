@@ -23,6 +23,7 @@ class KnownReplica:
     away_before: float = 0.0  # seconds without a turn on GPUs that it shares, before `away_since`
     away_since: float | None = None
     is_resting: bool = False  # waits for its turn
+    is_leaving: bool = False  # is drained, or has left
     reasoning_parser: str | None = None
 
     @property
@@ -31,7 +32,7 @@ class KnownReplica:
 
     def take(self, facts: list[Any]) -> None:
         """Takes over the facts of a Told.REPLICA."""
-        self.alive_at, last_byte_at, self.is_passing, *away, self.reasoning_parser = facts
+        self.alive_at, last_byte_at, self.is_passing, *away, self.is_leaving, self.reasoning_parser = facts
         self.away_before, self.away_since, self.is_resting = away
         self.last_byte_at = max(self.last_byte_at, last_byte_at)
 

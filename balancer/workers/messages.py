@@ -48,7 +48,7 @@ class Told(enum.IntEnum):
     ANSWER = 2  # call, value
     ERROR = 3  # call, error
     REPLICA = 4  # number, service, name, URL, and the facts that change: alive at, last byte at, is passing, away
-    #              before, away since or None, is resting, its reasoning parser
+    #              before, away since or None, is resting, is leaving, its reasoning parser
     GONE = 5  # number of the replica
     SERVICE = 6  # name, state as a mapping
     PARTED = 7  # name
@@ -104,10 +104,10 @@ def error_of(fields: list[Any]) -> ServeError:
 
 # Records
 
-record_fields = attrgetter(*Record.__dataclass_fields__)
-_RETRIES = list(Record.__dataclass_fields__).index("retries")
+_NAMES = [name for name in Record.__dataclass_fields__ if name != "trace"]  # traces are the relays' own
+record_fields = attrgetter(*_NAMES)
 
 
 def record_of(fields: list[Any]) -> Record:
-    fields[_RETRIES] = tuple(fields[_RETRIES])
-    return Record(*fields)
+    said = dict(zip(_NAMES, fields, strict=True))
+    return Record(**said | {"retries": tuple(said["retries"])})

@@ -18,6 +18,7 @@ from balancer.fleet.lateness import Lateness
 from balancer.observe.access_log import AccessLog
 from balancer.observe.record import Record
 from balancer.observe.tally import MemberTally, Tallies
+from balancer.observe.tracing import Tracing
 from balancer.relay.asked import most_tokens, prompt_bytes
 from balancer.relay.auth import Key, Keys
 from balancer.relay.directory import Destination, Directory
@@ -72,6 +73,9 @@ class RelayProcess:
         self._used: deque[Record] = deque(maxlen=MOST_USED)
         if config.state is not None:
             self.tallies.when_counted.append(self._note_use)
+        self.tracing = Tracing(config.otlp, config.name) if config.otlp else None
+        if self.tracing is not None:
+            self.tallies.when_counted.append(self.tracing.finished)
         self.lateness = Lateness(loop, self.tallies.loop_lag.note)
         self.dialer = Dialer(look_up, self.lateness.within)
         self.access_log = AccessLog(1, config.is_log_json)
@@ -91,6 +95,7 @@ class RelayProcess:
             self.keys,
             config.admin_key,
             _RemoteMeter(self.asking, loop, self.keys, config.state is not None),
+            self.tracing is not None,
             limits,
         )
         trusted = networks(self.settings.trusted_proxies)
@@ -143,6 +148,8 @@ class RelayProcess:
             destination.pool.close()
         await self.dialer.close()
         self.lateness.stop()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
         self.access_log.flush()
 
     def _jobs(self) -> dict[str, Any]:

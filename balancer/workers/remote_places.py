@@ -155,6 +155,10 @@ class RemotePlace:
         return now - known.away_since if known.is_resting and known.away_since is not None else 0.0
 
     @property
+    def is_leaving(self) -> bool:
+        return self._known.is_leaving
+
+    @property
     def reasoning_parser(self) -> str | None:
         return self._known.reasoning_parser
 
