@@ -124,7 +124,7 @@ def test_every_metric_of_ours_is_on_the_dashboard(live: Series) -> None:
     shown = {name for _, query in queries() for name, _ in SELECTOR.findall(query)}
     ours = {re.sub(r"_(bucket|count|sum)$", "", name) for name in live if name.startswith("groundserve_")}
     missing = {name for name in ours if not {name, name + "_bucket"} & shown}
-    assert missing == {"groundserve_balancer_info", "groundserve_replica_up"}
+    assert missing == {"groundserve_balancer_info", "groundserve_replica_info", "groundserve_replica_up"}
 
 
 def test_alerts_say_what_to_do_and_speak_of_errors_that_exist() -> None:
