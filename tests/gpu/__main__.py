@@ -19,10 +19,12 @@ from replica import gpu
 from tests.bench.stats import median
 from tests.bench.workload import png
 from tests.gpu import shapes
-from tests.gpu.pair import routing, surplus, two_gpus
+from tests.gpu.cold import cold
+from tests.gpu.eight import eight, ten
+from tests.gpu.pair import beside_smg, routing, surplus, two_gpus
 from tests.gpu.proof import ROW, START, Proof, chat, row
 from tests.gpu.serving import balancer, cpu_seconds, flush, load, wait_ready
-from tests.gpu.sharing import sharing
+from tests.gpu.sharing import sharing, split
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 50), "blue": (35, 60, 220), "yellow": (240, 220, 40)}
 COLOURS |= {"black": (12, 12, 12), "white": (245, 245, 245), "orange": (245, 140, 25), "purple": (130, 40, 170)}
@@ -172,7 +174,8 @@ def llava(proof: Proof) -> None:
 
 
 STEPS: dict[str, Callable[[Proof], None]] = {
-    step.__name__: step for step in (environment, text, image, cost, routing, two_gpus, llava, sharing)
+    step.__name__: step
+    for step in (environment, text, image, cost, cold, routing, two_gpus, beside_smg, llava, sharing, split, ten, eight)
 }
 
 

@@ -1,4 +1,4 @@
-"""Sends streamed chat requests, so many at a time, and times every piece that comes back.
+"""Sends streamed chat requests, so many at a time or at rates, and times every piece that comes back.
 
 A process of its own (`python3 -m tests.gpu.load JOB.json`), so that its work is not the balancer's.
 """
@@ -9,7 +9,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import uvloop
 
 WORDS = "time year people way day man thing woman life child world school state family student group country".split()  # noqa: SIM905
-LIMIT = 120.0  # seconds for one answer
+LIMIT = 120.0  # seconds for one answer, unless the job says otherwise
 
 
 def prompt(tokens: int, seed: int) -> str:
@@ -26,12 +26,18 @@ def prompt(tokens: int, seed: int) -> str:
 
 
 def bodies(job: dict[str, Any]) -> Iterator[bytes]:
-    """`requests` bodies: a system prompt of one of `groups` groups (0: each its own), then a question of its own."""
+    """`requests` bodies: a system prompt of one of `groups` groups (0: each its own), then a question of its own.
+
+    With `questions` each group has only so many, which come again and again.
+    """
     chance = random.Random(job["seed"])
-    order = [n % job["groups"] if job["groups"] else n for n in range(job["requests"])]
+    groups, questions = job["groups"], job.get("questions", 0)
+    order = list(range(job["requests"]))
     chance.shuffle(order)
     systems: dict[int, str] = {}
-    for number, group in enumerate(order):
+    for place, index in enumerate(order):
+        group = index % groups if groups else index
+        number = index % (groups * questions) if questions else place
         system = systems.setdefault(group, prompt(job["prefix_tokens"], 7_000_000 + job["seed"] * 10_000 + group))
         yield json.dumps(
             {
@@ -50,8 +56,17 @@ def bodies(job: dict[str, Any]) -> Iterator[bytes]:
 
 
 async def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds in all, TTFT and gaps in seconds, tokens, cached tokens, errors; texts by number if the job says so."""
-    waiting = enumerate(bodies(job))
+    """Seconds in all, TTFT and gaps in seconds, tokens, cached tokens, errors; texts by number if the job says so.
+
+    `at_once`: so many requests all the time. `stages` instead: [requests a second, seconds] one after the other, by
+    chance within each; `requests` is then how many these give.
+    """
+    stages = job.get("stages")
+    starts = arrivals(random.Random(job["seed"]), stages) if stages else []
+    if stages:
+        job = job | {"requests": len(starts)}
+    # At rates, making a body takes time that the next request's start does not have.
+    waiting = enumerate(list(bodies(job)) if stages else bodies(job))
     figures: dict[str, Any] = {
         "ttft": [],
         "gaps": [],
@@ -63,17 +78,40 @@ async def run(job: dict[str, Any]) -> dict[str, Any]:
     }
     where = urlsplit(job["url"])
 
+    async def ask(number: int, body: bytes) -> None:
+        try:
+            async with asyncio.timeout(job.get("limit", LIMIT)):
+                await answer(where.hostname or "", where.port or 80, number, body, figures)
+        except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError) as error:
+            figures["errors"].append(f"{type(error).__name__}: {error}"[:200])
+
     async def work() -> None:
         for number, body in waiting:
-            try:
-                async with asyncio.timeout(LIMIT):
-                    await answer(where.hostname or "", where.port or 80, number, body, figures)
-            except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError) as error:
-                figures["errors"].append(f"{type(error).__name__}: {error}"[:200])
+            await ask(number, body)
+
+    async def come(at: float, number: int, body: bytes) -> None:
+        await asyncio.sleep(at)
+        await ask(number, body)
 
     start = time.monotonic()
-    await asyncio.gather(*(work() for _ in range(job["at_once"])))
+    if stages:
+        await asyncio.gather(*(come(at, number, body) for at, (number, body) in zip(starts, waiting, strict=True)))
+    else:
+        await asyncio.gather(*(work() for _ in range(job["at_once"])))
     return figures | {"seconds": time.monotonic() - start}
+
+
+def arrivals(chance: random.Random, stages: Iterable[tuple[float, float]]) -> list[float]:
+    """When requests come, in seconds from the start, by Poisson's law in each stage."""
+    times: list[float] = []
+    began = 0.0
+    for rate, seconds in stages:
+        at = began + chance.expovariate(rate)
+        while at < began + seconds:
+            times.append(at)
+            at += chance.expovariate(rate)
+        began += seconds
+    return times
 
 
 async def answer(host: str, port: int, number: int, body: bytes, figures: dict[str, Any]) -> None:

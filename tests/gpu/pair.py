@@ -12,7 +12,7 @@ from typing import Any
 from replica import gpu
 from tests.bench.stats import quantile
 from tests.gpu.proof import ROW, START, Proof, chat, row
-from tests.gpu.serving import Process, balancer, begin_load, finish, flush, load, router, wait_ready
+from tests.gpu.serving import Process, balancer, begin_load, cpu_seconds, finish, flush, load, router, wait_ready
 
 POOL = 160_000  # tokens of KV of each replica: 20 GiB of Llama-3-8B's
 NEED = 15 + 20 + 4  # GiB: weights, that pool, and what a prefill takes
@@ -51,7 +51,7 @@ class Pair:
         # SGLang's share is of all the GPU's memory (0.5.16: of what is free at its start), so the second one on a GPU
         # must be allowed what the first one has as well. The pool is the same: --max-total-tokens caps it.
         share = NEED * 1024 / self.total * (place + 1 if self.on_one else 1)
-        flags = ["--load-format", "dummy", "--max-total-tokens", str(POOL), "--cuda-graph-max-bs-decode", "64"]
+        flags = ["--load-format", "dummy", "--max-total-tokens", str(POOL), "--cuda-graph-max-bs-decode", "160"]
         flags += ["--mem-fraction-static", f"{min(0.9, share):.2f}"]
         self._started += 1
         one = self.proof.replica(f"pair-{self._started}", self.proof.llama_3(), flags, **self.environ)
@@ -77,26 +77,70 @@ def routing(proof: Proof) -> None:
 
 
 def two_gpus(proof: Proof) -> None:
-    """Two GPUs: two replicas that share a lease folder, a third one; routing, a drain, a death; one replica on both."""
-    there = gpu.list_gpus(os.environ)
-    if len(there) < 2:
-        proof.say(f"not run: this machine has {len(there)} GPU")
+    """Two GPUs: two replicas that share a lease folder, a third one; a drain, a death; one replica on both."""
+    two = _two(proof)
+    if not two:
         return
-    two = there[:2]
-    environ = {"LEASE_DIR": str(proof.work / "leases-two"), "LEASE_WAIT": "30"}
-    environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(one.index) for one in two)
+    environ = _leases(proof, two)
     pair = Pair(proof, two[0].memory_total, on_one=False, environ=environ)
     try:
         seconds = [wait_ready(one, START) for one in (pair.launch(0), pair.launch(1))]
         own_gpus(proof, pair.members, seconds, [one.uuid for one in two])
         surplus(proof, "surplus-third", proof.llama(), **environ | {"LEASE_WAIT": "2"})
         leave(proof, "a GPU each", pair)
-        pair.start(1)  # in the place of the one that was killed
-        compare(proof, "two_gpus", pair.members)
     finally:
         pair.stop()
     proof.write()
     on_both(proof, environ)
+
+
+def beside_smg(proof: Proof) -> None:
+    """Two GPUs, a replica each: what the balancer costs at 256 in flight, then public workloads beside smg."""
+    two = _two(proof)
+    if not two:
+        return
+    pair = Pair(proof, two[0].memory_total, on_one=False, environ=_leases(proof, two))
+    try:
+        seconds = [wait_ready(one, START) for one in (pair.launch(0), pair.launch(1))]
+        proof.say("started at once, ready after " + " and ".join(f"{each:.0f} s" for each in seconds))
+        share_of_a_core(proof, pair.members)
+        compare(proof, "two_gpus", pair.members)
+    finally:
+        pair.stop()
+
+
+def _two(proof: Proof) -> list[gpu.Gpu]:
+    there = gpu.list_gpus(os.environ)
+    if len(there) < 2:
+        proof.say(f"not run: this machine has {len(there)} GPU")
+        return []
+    return there[:2]
+
+
+def _leases(proof: Proof, two: Sequence[gpu.Gpu]) -> dict[str, str]:
+    visible = ",".join(str(one.index) for one in two)
+    return {"LEASE_DIR": str(proof.work / "leases-two"), "LEASE_WAIT": "30", "CUDA_VISIBLE_DEVICES": visible}
+
+
+def share_of_a_core(proof: Proof, pair: Sequence[Process]) -> None:
+    """What the balancer uses of a core while 256 streams, which it could continue elsewhere, pass through it."""
+    front = balancer(proof.work, "prefix_aware", pair)
+    job: dict[str, Any] = {**LLAMA, "groups": 0, "at_once": 256, "prefix_tokens": 300, "question_tokens": 50}
+    try:
+        load(proof.work, url=front.url, seed=70, requests=256, answer_tokens=16, **job)  # compiles kernels
+        before = cpu_seconds(front)
+        figures = load(proof.work, url=front.url, seed=71, requests=1024, answer_tokens=256, **job)
+        used = cpu_seconds(front) - before
+    finally:
+        front.stop()
+    events = len(figures["gaps"]) + len(figures["ttft"])
+    proof.say(
+        f"256 in flight: {figures['completion_tokens'] / figures['seconds']:,.0f} tokens/s, {len(figures['errors'])}"
+        f" errors; the balancer used {100 * used / figures['seconds']:.0f} % of a core, {1e6 * used / events:.0f} us an"
+        " event"
+    )
+    proof.keep("share of a core", figures)
+    proof.figures["balancer at 256"] = {"cpu_seconds": used, "seconds": figures["seconds"], "events": events}
 
 
 def own_gpus(proof: Proof, members: Sequence[Process], seconds: Sequence[float], uuids: Sequence[str]) -> None:

@@ -102,12 +102,11 @@ def _balancer(folder: Path, name: str, flags: Sequence[str], ready: int) -> Proc
     raise RuntimeError(f"the balancer did not find its replicas ready: {last[:2000]}\n{process.tail()}")
 
 
-def router(folder: Path, replicas: Sequence[Process]) -> Process:
-    """smg, routing by prefix as published, in front of two replicas, one thread as in `make bench-routing`."""
-    first, second = (one.url for one in replicas)
-    place = Place(*free_ports(2), (first, second), folder, folder)
+def router(folder: Path, replicas: Sequence[Process], environ: Mapping[str, str] = ONE_THREAD) -> Process:
+    """smg, routing by prefix as published, in front of the replicas; one thread as in `make bench-routing`."""
+    place = Place(*free_ports(2), tuple(one.url for one in replicas), folder, folder)
     argv = [sys.executable, "-m", "smg.cli", "launch", *rust_router_flags(place, "cache_aware")]
-    process = start("smg", argv, f"http://127.0.0.1:{place.port}", folder, **ONE_THREAD)
+    process = start("smg", argv, f"http://127.0.0.1:{place.port}", folder, **environ)
     began = time.monotonic()
     while time.monotonic() - began < 60 and process.popen.poll() is None:
         try:
@@ -139,9 +138,9 @@ def cpu_seconds(process: Process) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def load(folder: Path, **job: Any) -> dict[str, Any]:
-    """Runs the load generator to its end and returns its figures."""
-    return finish(begin_load(folder, **job))
+def load(folder: Path, *, within: float = 240.0, **job: Any) -> dict[str, Any]:
+    """Runs the load generator to its end, which must come `within` so many seconds, and returns its figures."""
+    return finish(begin_load(folder, **job), within)
 
 
 def begin_load(folder: Path, **job: Any) -> subprocess.Popen[bytes]:

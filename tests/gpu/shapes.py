@@ -38,6 +38,12 @@ LLAMA_3_8B = LLAMA_2_7B | {
     "rms_norm_eps": 1e-05,
     "rope_theta": 500000.0,
 }
+LLAMA_3_1B = LLAMA_3_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+}
 # CLIP ViT-L/14 at 336 pixels, and LLaVA-1.6's way of cutting images into tiles.
 CLIP_L_336 = {
     "hidden_size": 1024,

@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,14 +15,20 @@ import httpx
 from replica import gpu
 from tests.bench.stats import median, quantile
 from tests.gpu import shapes
+from tests.gpu.load import arrivals
 from tests.gpu.proof import START, Proof
-from tests.gpu.serving import Process, services, wait_ready
+from tests.gpu.serving import Process, load, services, wait_ready
 
 MODELS = ("ann", "bea", "cal")
 RATES = (0.5, 1.5, 4.5)  # requests a second of each in the mixed load
 POOL = 60.0  # GiB of KV cache for the one that is awake
 WEIGHTS = 13.5
 SWAPS, MIXED_SECONDS = 200, 40.0
+CONTEXT = 1.8  # GiB of a process beside its weights and KV cache
+REST = 6.0  # GiB of the GPU that a static split leaves to what its passes need
+KV_BYTES = 2 * 32 * 32 * 128 * 2  # of a token of Llama-2-7b's shape
+GRAPHS = ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "96"]
+BURST = {"groups": 0, "requests": 96, "at_once": 96, "prefix_tokens": 800, "question_tokens": 50, "answer_tokens": 256}
 LONG = 600  # tokens of the answer that is interrupted
 ORDERS = {"X-Balancer": "the proof"}
 
@@ -31,7 +37,7 @@ def sharing(proof: Proof) -> None:
     """Three models that share one GPU behind one endpoint: swaps, an interrupted answer, mixed load, a kill."""
     total = gpu.list_gpus(os.environ)[0].memory_total / 1024
     flags = ["--load-format", "dummy", "--mem-fraction-static", f"{(WEIGHTS + POOL) / total:.3f}"]
-    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "32"]
+    flags += GRAPHS
     environ = {"GPU_SHARE": "yes", "LEASE_DIR": str(proof.work / "leases-shared"), "LEASE_WAIT": "400"}
     tenants = []
     try:
@@ -46,9 +52,12 @@ def sharing(proof: Proof) -> None:
         try:
             for name in MODELS:
                 tell(front.url, name, 1)
-            for part in (swaps, interrupted, mixed):
-                part(proof, front.url)
-                proof.write()
+            swaps(proof, front.url)
+            interrupted(proof, front.url)
+            proof.write()
+            mixed(proof, front.url, dict(zip(MODELS, RATES, strict=True)), MIXED_SECONDS)
+            burst(proof, front.url)
+            proof.write()
             killed(proof, front.url, tenants)
         finally:
             front.stop()
@@ -141,14 +150,12 @@ def interrupted(proof: Proof, url: str) -> None:
     proof.figures["interrupted"] = {"alone": alone, "seconds": seconds, "waits": waits, "same": text == whole}
 
 
-def mixed(proof: Proof, url: str) -> None:
-    """Requests of 64 tokens to all three, as they come, at rates of 1:3:9."""
+def mixed(proof: Proof, url: str, rates: Mapping[str, float], limit: float) -> dict[str, list[float]]:
+    """Requests of 64 tokens to all models, as they come at these rates; the seconds to each one's first token."""
     chance, lock = random.Random(7), threading.Lock()
-    times: dict[str, list[float]] = {name: [] for name in MODELS}
+    times: dict[str, list[float]] = {name: [] for name in rates}
     errors: list[str] = []
-    arrivals = sorted(
-        (at, name) for name, rate in zip(MODELS, RATES, strict=True) for at in _poisson(chance, rate, MIXED_SECONDS)
-    )
+    coming = sorted((at, name) for name, rate in rates.items() for at in arrivals(chance, [(rate, limit)]))
 
     def ask(name: str, number: int) -> None:
         try:
@@ -162,14 +169,13 @@ def mixed(proof: Proof, url: str) -> None:
 
     began = time.monotonic()
     with ThreadPoolExecutor(256) as at_once:
-        for number, (at, name) in enumerate(arrivals):
+        for number, (at, name) in enumerate(coming):
             time.sleep(max(0.0, began + at - time.monotonic()))
             at_once.submit(ask, name, number)
     seconds = time.monotonic() - began
     proof.say()
     proof.say(
-        f"{len(arrivals)} requests of 64 tokens within {MIXED_SECONDS:g} s, answered after {seconds:.0f} s; errors:"
-        f" {len(errors)}"
+        f"{len(coming)} requests of 64 tokens within {limit:g} s, answered after {seconds:.0f} s; errors: {len(errors)}"
     )
     proof.say()
     proof.say("| model | requests | TTFT p50 s | p90 s | longest s |")
@@ -178,17 +184,64 @@ def mixed(proof: Proof, url: str) -> None:
         figures = [median(each), quantile(each, 0.9), max(each)] if each else [0.0] * 3
         proof.say(f"| {name} | {len(each)} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |")
     proof.say()
-    proof.figures["mixed"] = {"ttft": times, "errors": errors[:5], "seconds": seconds}
+    proof.figures.setdefault("mixed", []).append({"ttft": times, "errors": errors[:5], "seconds": seconds})
     if errors:
         raise RuntimeError(f"first error: {errors[0]}")
-
-
-def _poisson(chance: random.Random, rate: float, seconds: float) -> list[float]:
-    times, at = [], chance.expovariate(rate)
-    while at < seconds:
-        times.append(at)
-        at += chance.expovariate(rate)
     return times
+
+
+def burst(proof: Proof, url: str) -> None:
+    """Many long requests to one model at once, as much as the KV cache of a model that has the GPU for itself holds."""
+    figures = load(proof.work, url=url, model=MODELS[0], seed=90, **BURST)
+    ttft = figures["ttft"] or [0.0]
+    proof.say(
+        f"{BURST['requests']} requests at once to one model, {BURST['prefix_tokens'] + BURST['question_tokens']} tokens"
+        f" in, {BURST['answer_tokens']} out: {figures['seconds']:.1f} s in all, first token after {median(ttft):.1f} s"
+        f" (p50), {quantile(ttft, 0.9):.1f} s (p90), errors: {len(figures['errors'])}"
+    )
+    proof.keep("burst", figures)
+
+
+def split(proof: Proof) -> None:
+    """The same three models on one GPU, a third of it each all the time; then a swap of whole processes."""
+    there = gpu.list_gpus(os.environ)[0]
+    each = (there.memory_total / 1024 - REST) / len(MODELS) - WEIGHTS - CONTEXT
+    # SGLang's share is of what is free at its start; so each may have all that is left, and the cap decides.
+    flags = ["--load-format", "dummy", "--mem-fraction-static", "0.97", *GRAPHS]
+    flags += ["--max-total-tokens", str(int(each * 2**30 / KV_BYTES))]
+    tenants = {}
+    try:
+        for name in MODELS:
+            folder = shapes.llama(proof.models / "smollm2-135m", proof.work / name)
+            tenants[name] = proof.replica(f"split-{name}", str(folder), flags, CUDA_VISIBLE_DEVICES=str(there.index))
+        seconds = [wait_ready(one, START) for one in tenants.values()]
+        proof.say(f"a KV cache of {each:.0f} GiB each; ready after " + ", ".join(f"{ready:.0f} s" for ready in seconds))
+        front = services(proof.work, tenants)
+        try:
+            for name in MODELS:
+                tell(front.url, name, 1)
+            mixed(proof, front.url, dict(zip(MODELS, RATES, strict=True)), MIXED_SECONDS)
+            burst(proof, front.url)
+        finally:
+            front.stop()
+        proof.write()
+        for one in tenants.values():
+            one.stop(signal.SIGKILL)
+        began = time.monotonic()
+        folder = proof.work / MODELS[0]
+        one = tenants["swap"] = proof.replica("swap", str(folder), flags, CUDA_VISIBLE_DEVICES=str(there.index))
+        wait_ready(one, START)
+        tell(one.url, MODELS[0], 1)
+        seconds = [time.monotonic() - began]
+        one.stop()
+        seconds.append(time.monotonic() - began - seconds[0])
+        proof.say(
+            f"a process of one of them: {seconds[0]:.0f} s from its start to a first token, {seconds[1]:.1f} s to stop"
+        )
+        proof.figures["whole process"] = seconds
+    finally:
+        for one in tenants.values():
+            one.stop(signal.SIGKILL)
 
 
 def killed(proof: Proof, url: str, tenants: Sequence[Process]) -> None:
