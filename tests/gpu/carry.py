@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 LOCKS = ("replica/requirements-cpu.lock", "balancer/requirements.lock")
 # Pinned in those locks and left out, as the machine has them in a version that does or as nothing here needs them.
 THERE = """
-accelerate aiohappyeyeballs aiohttp aiosignal asttokens attrs certifi cffi charset-normalizer einops executing filelock
+accelerate aiohappyeyeballs aiohttp aiosignal asttokens attrs certifi charset-normalizer einops executing filelock
 frozenlist fsspec hf-xet idna ipython ipython-pygments-lexers jedi jinja2 markupsafe matplotlib-inline mpmath multidict
-networkx numpy packaging parso pexpect pillow prompt-toolkit propcache psutil ptyprocess pure-eval pycparser pygments
+networkx numpy packaging parso pexpect pillow prompt-toolkit propcache psutil ptyprocess pure-eval pygments
 pyyaml regex requests safetensors scipy sentencepiece setuptools stack-data sympy torchvision tqdm triton urllib3
 watchfiles wcwidth yarl
 """

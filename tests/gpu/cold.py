@@ -28,7 +28,7 @@ LEAST = 2.0  # seconds that a phase must have taken to be told
 def cold(proof: Proof) -> None:
     """A cold start of Llama-2-7b's shape by its phases, as SGLang comes and with its settings; their throughput."""
     home = proof.work / "home-cold"  # with caches of its own: kernels are compiled once, and then lie there
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     table = [f"| start | ready after s | in flight {ROW}", "|---|---|---|---|---|---|---|---|---|"]
     for number, (name, flags) in enumerate(STARTS.items()):
         more = ["--load-format", "dummy", "--mem-fraction-static", "0.8", "--cuda-graph-max-bs-decode", "160", *flags]
