@@ -85,8 +85,10 @@ def build(
         flags += [*_CPU_FLAGS, *preset.cpu_flags]
         if preset.is_embedded:
             flags += ["--dtype", cpu_dtype]
-    elif len(gpus) > 1:
-        flags += ["--tp-size", str(len(gpus))]
+    else:
+        flags += preset.gpu_flags
+        if len(gpus) > 1:
+            flags += ["--tp-size", str(len(gpus))]
     if gpus and not has_flashinfer:
         flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch"]
     if options.gpu_share and gpus:

@@ -19,7 +19,7 @@ class Preset:
     """A model and how SGLang serves it.
 
     model: Hugging Face id or folder; None for an embedded model, which lies in the models folder under `name`.
-    served_name: the model name in requests. flags, cpu_flags: added to SGLang's, the latter only on a CPU.
+    served_name: the model name in requests. flags, gpu_flags, cpu_flags: added to SGLang's, always or on one of these.
     overrides: changes to the model's config.json, with {folder} for the model's folder. gpu_gib, cpu_gib: minimum
     memory for serving, in GiB; 0 if unknown. tokenizer, tower: other models on the hub whose tokenizer, or whose
     weights, this one needs as well.
@@ -29,6 +29,7 @@ class Preset:
     model: str | None
     served_name: str
     flags: tuple[str, ...] = ()
+    gpu_flags: tuple[str, ...] = ()
     cpu_flags: tuple[str, ...] = ()
     overrides: dict[str, str] = field(default_factory=dict)
     gated: bool = False
@@ -49,6 +50,12 @@ class Preset:
         return {self.model: True} | {name: name == self.tower for name in (self.tokenizer, self.tower) if name}
 
 
+# Prefill graphs for so many tokens. SGLang 0.5.23 would capture 50, of up to 4,096, though above some 500 a pass takes
+# the GPU longer than the CPU needs to launch it: a start on an H200 takes a tenth less, and nothing is slower after it
+# (`python3 -m tests.gpu --only cold --out FOLDER`).
+PREFILL_SIZES = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
+PREFILL_GRAPHS = ("--cuda-graph-bs-prefill", *map(str, PREFILL_SIZES))
+
 PRESETS = {
     preset.name: preset
     for preset in (
@@ -67,6 +74,7 @@ PRESETS = {
             name="llama-2-7b-chat",
             model="meta-llama/Llama-2-7b-chat-hf",
             served_name="meta-llama/Llama-2-7b-chat-hf",
+            gpu_flags=PREFILL_GRAPHS,
             gated=True,
             gpu_gib=16,
             cpu_gib=16,

@@ -9,16 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from replica.presets import PREFILL_GRAPHS, PREFILL_SIZES
 from tests.gpu.proof import ROW, START, Proof, row
 from tests.gpu.serving import flush, load, wait_ready
 
-# Prefill graphs for so many tokens: SGLang captures 42 of up to 2,048, though above 512 a pass takes the GPU longer
-# than it takes the CPU to launch it.
-SIZES = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 STARTS: Mapping[str, Sequence[str]] = {
     "as it comes, nothing cached": (),
     "as it comes": (),
-    f"{len(SIZES)} prefill graphs": ("--cuda-graph-bs-prefill", *map(str, SIZES)),
+    f"{len(PREFILL_SIZES)} prefill graphs, as a preset": PREFILL_GRAPHS,
     "no prefill graphs": ("--disable-prefill-cuda-graph",),
 }
 STAMP = re.compile(r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^\]]*\] (.*)")

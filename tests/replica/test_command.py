@@ -10,7 +10,7 @@ from replica.command import build, masked
 from replica.gpu import Gpu
 from replica.media import MediaPolicy
 from replica.options import Options
-from replica.presets import PRESETS, resolve
+from replica.presets import PREFILL_SIZES, PRESETS, resolve
 
 GPUS = (Gpu(2, "GPU-c", "NVIDIA L4", 23034, 0), Gpu(3, "GPU-d", "NVIDIA L4", 23034, 0))
 TOLD = Options(port=8123, models_dir=Path("/models"))
@@ -72,6 +72,17 @@ def test_several_gpus_are_one_tensor_parallel_group() -> None:
     command = build(TOLD, PRESETS["llama-2-7b-chat"], GPUS, seed=1, environ={})
     assert command.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert value(command.argv, "--tp-size") == "2"
+
+
+def test_prefill_graphs_of_a_preset_are_for_gpus() -> None:
+    """Fewer than SGLang would capture, so that a start takes less; a person's own sizes come last and win."""
+    preset = PRESETS["llama-2-7b-chat"]
+    argv = build(TOLD, preset, GPUS, seed=1, environ={}).argv
+    sizes = argv[argv.index("--cuda-graph-bs-prefill") + 1 : argv.index("--tp-size")]
+    assert [int(size) for size in sizes] == list(PREFILL_SIZES)
+    assert "--cuda-graph-bs-prefill" not in build(TOLD, preset, (), seed=1, environ={}).argv
+    told = Options(models_dir=Path("/models"), sglang_args=("--cuda-graph-bs-prefill", "64"))
+    assert build(told, preset, GPUS[:1], seed=1, environ={}).argv[-2:] == told.sglang_args
 
 
 def test_without_flashinfer_cuda_runs_on_triton() -> None:
