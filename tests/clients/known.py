@@ -8,8 +8,32 @@ from dataclasses import dataclass
 
 from tests.clients.outcome import Outcome
 
+_REASONS = {
+    "A message has no `refusal`": {
+        "llm-comply openai-chat": (
+            *("chat-basic-response", "chat-system-prompt", "chat-multi-turn", "chat-tool-calling"),
+        ),
+    },
+    "A chat that names no model is answered": {"llm-comply openai-chat": ("chat-error-handling",)},
+    "`usage` and blocks of content have not all fields that Anthropic's schema wants": {
+        "llm-comply anthropic": ("anth-basic-response", "anth-system-prompt", "anth-multi-turn", "anth-tool-calling"),
+    },
+    "A response has not all fields that the schema wants, such as `completed_at`": {
+        "llm-comply open-responses": (
+            *("basic-response", "system-prompt", "multi-turn", "tool-calling", "streaming-response"),
+            *("streaming-usage", "assistant-phase", "response-output-phase-schema"),
+        ),
+    },
+    "The model that is asked has no eyes": {
+        "llm-comply openai-chat": ("chat-image-input",),
+        "llm-comply anthropic": ("anth-image-input",),
+        "llm-comply open-responses": ("image-input",),
+    },
+}
 # (suite, check): why.
-KNOWN: dict[tuple[str, str], str] = {}
+KNOWN = {
+    (suite, check): why for why, suites in _REASONS.items() for suite, checks in suites.items() for check in checks
+}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The part of docs/agents.md that a run writes and later runs are held to: how many checks of each suite pass."""
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,8 +24,12 @@ def table(outcomes: Iterable[Outcome], known: dict[tuple[str, str], str], versio
         reasons: dict[str, list[str]] = {}
         for (suite, check), why in known.items():
             reasons.setdefault(why, []).append(f"{suite}: {check}")
-        lines += [f"- {why} ({'; '.join(checks)})" for why, checks in reasons.items()]
+        lines += [line for why, checks in reasons.items() for line in _wrapped(f"- {why} ({'; '.join(checks)}).")]
     return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 128, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def written() -> str:

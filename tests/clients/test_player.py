@@ -20,7 +20,7 @@ def prompt(*messages: dict[str, Any], tools: tuple[str, ...] = (), **more: Any) 
 
 
 def call(name: str, **arguments: Any) -> str:
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+    return f'<tool_call>\n{{"name":"{name}", "arguments":{json.dumps(arguments)}}}\n</tool_call>'
 
 
 def test_a_question_is_answered_after_thoughts_where_these_are_wanted() -> None:

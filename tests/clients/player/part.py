@@ -74,4 +74,5 @@ def _tools(prompt: str) -> dict[str, dict[str, Any]]:
 
 
 def _call(name: str, arguments: Any) -> str:
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+    # Spaced as SGLang's grammar for a call that is required has it.
+    return f'<tool_call>\n{{"name":"{name}", "arguments":{json.dumps(arguments)}}}\n</tool_call>'
