@@ -340,8 +340,10 @@ class Proxy:
             record.sent_at = connection.sent_at
 
     def _record(self, request: Request) -> Record:
-        id, method, address = (word.decode("latin-1") for word in (request.id, request.method, request.address))
-        return Record(id, method, request.path[:MAX_PATH], request.received_at, client=address)
+        id, method = request.id.decode("latin-1"), request.method.decode("latin-1")
+        return Record(
+            id, method, request.path[:MAX_PATH], request.received_at, client=request.address.decode("latin-1")
+        )
 
     def _finish(self, record: Record, request: Request, reply: Reply) -> None:
         record.status = record.status or reply.status
