@@ -132,6 +132,22 @@ def nothing_kept(path: str) -> ServeError:
     return ServeError(404, "not_found", message)
 
 
+def keeper_gone(replica: str) -> ServeError:
+    message = f"The replica that keeps the response ({replica}) is leaving or gone. Send the whole conversation."
+    return ServeError(400, "previous_response_not_found", message)
+
+
+def response_not_kept(id_: str, is_built_on: bool) -> ServeError:
+    """`is_built_on`: the request goes on from that answer; otherwise it asks for it."""
+    message = (
+        f"No replica is known to keep the response '{id_[:140]}': replicas keep them with --enable-response-store, "
+        "until they end. Send the whole conversation."
+    )
+    return ServeError(
+        400 if is_built_on else 404, "previous_response_not_found" if is_built_on else "not_found", message
+    )
+
+
 def method_not_allowed(method: str, allow: str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS") -> ServeError:
     return ServeError(405, "method_not_allowed", f"{method} is not served here. Use one of {allow}.", allow=allow)
 

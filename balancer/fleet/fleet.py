@@ -7,6 +7,7 @@ from typing import Any
 from balancer.contract.listing import ReplicaListing
 from balancer.contract.words import Phase, Status
 from balancer.errors import ConfigError
+from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.aliases import sort_out
 from balancer.fleet.claim import C, Claim
 from balancer.fleet.ejection import Outlier
@@ -178,11 +179,15 @@ class Fleet:
         return [min(ejected, key=lambda member: member.ejected_until)] if ejected else []
 
     def claim(
-        self, choose: Callable[[Sequence[Member]], C], is_generating: bool, tried: Collection[Member] = ()
+        self,
+        choose: Callable[[Sequence[Member]], C],
+        is_generating: bool,
+        tried: Collection[Member] = (),
+        only: ReplicaAddress | None = None,
     ) -> Claim[C] | None:
         """Chooses a member that has room and was not tried, and takes a place there; None if there is none.
 
-        Only generating requests count against a member's limits.
+        `only`: no other than the member there. Only generating requests count against a member's limits.
         """
         candidates: Sequence[Member] = self.available()
         if tried:
@@ -194,11 +199,13 @@ class Fleet:
                 candidates = [m for m in candidates if m.pending < max_pending]
         elif not candidates:
             candidates = [m for m in self.resting() if m not in tried]  # what needs no GPU is answered without one
+        if only is not None:
+            candidates = [m for m in candidates if m.address is only]
         if not candidates:
             return None
         self._lift()
         trial = None
-        if not tried:
+        if not tried and only is None:
             candidates, trial = self.outliers.deal(candidates)
         return Claim(self, choose(candidates), is_generating, trial)
 

@@ -9,6 +9,7 @@ from balancer import errors
 from balancer.fleet.dial import Dialer
 from balancer.relay.deaths import Deaths
 from balancer.relay.failover import RetryBudget
+from balancer.relay.kept_responses import KeptResponses, kept_id
 from balancer.relay.places import Places
 from balancer.relay.pool import ConnectionPool
 from balancer.relay.request import Request
@@ -56,9 +57,11 @@ class Destination:
         self.pool = ConnectionPool(settings, loop, tls, dialer)
         self.budget = RetryBudget()
         self.deaths = Deaths(places.lives)
+        self.responses = KeptResponses()
         self.replica_key = replica_key.encode() if replica_key else None
         self.service = service
         places.when_left.append(self.pool.forget)
+        places.when_left.append(lambda replica: self.responses.forget(replica))
 
 
 class Directory:
@@ -86,6 +89,9 @@ class Directory:
         """
         if not self.has_several and not (self.first.settings.strict_model and requested_model(request)):
             return self.first
+        if request.path.startswith("/v1/responses/"):  # it names no model
+            id_, key = kept_id(request), request.key.name if request.key else ""
+            return next((one for one in self._destinations if one.responses.keeper(id_, key)), self.first)
         model = requested_model(request)
         known: set[str] = set()
         is_certain = True

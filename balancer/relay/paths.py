@@ -35,8 +35,10 @@ PLAIN |= {MODELS, "/model_info", "/get_model_info", "/api/tags", "/api/show"}
 WAITED_FOR = GENERATING - {"/v1/realtime", "/v1/moderations"}
 OWN = {"/health", "/ready", "/server_info", "/get_server_info", "/api/version"}
 _ENCODED = re.compile(rb"%[0-9A-Fa-f]{2}")
+# SGLang asks for ids of this form. It has nothing else beside an answer, such as its input items.
+_RESPONSE = re.compile(r"/v1/responses/resp_[A-Za-z0-9_-]{1,128}(/cancel)?")
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-# What OpenAI's servers keep for their clients. Replicas keep nothing, and each would know of its own only.
+# What OpenAI's servers keep for their clients, and replicas do not.
 _KEPT = re.compile(
     r"/v1/(files|uploads|batches|conversations|responses/.+|assistants|threads|vector_stores|fine_tuning|evals|containers)"
     r"(/.*)?"
@@ -82,7 +84,7 @@ def _sorted(path: str) -> tuple[str, PathKind]:
         return path, PathKind.ADMIN  # a replica's router may take /v1/loads%0A for /v1/loads
     if path in OWN:
         return path, PathKind.OWN
-    if path in PLAIN or path.startswith("/v1/models/"):
+    if path in PLAIN or path.startswith("/v1/models/") or _RESPONSE.fullmatch(path):
         return path, PathKind.PLAIN
     if path in GENERATING:
         return path, PathKind.GENERATING

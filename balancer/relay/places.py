@@ -51,6 +51,9 @@ class Places(Protocol):
 
     when_left: list[Callable[[ReplicaAddress], None]]
 
+    @property
+    def is_only_one(self) -> bool: ...
+
     async def claim(self, waiter: Waiter) -> Place: ...
 
     def lives(self, replica: ReplicaAddress, since: float) -> bool: ...

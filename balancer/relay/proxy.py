@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from balancer import errors
 from balancer.errors import ServeError
+from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.dial import OUR_OWN_LIMITS, Unresolved
 from balancer.fleet.outcome import Outcome
 from balancer.observe import trace_context
@@ -32,6 +33,7 @@ from balancer.relay.failover import (
     may_repeat,
     only_generates,
 )
+from balancer.relay.kept_responses import RESPONSES, ResponseRelay, kept_id
 from balancer.relay.metering import Meter
 from balancer.relay.paths import MODELS, PathKind, is_of_a_store
 from balancer.relay.places import Place
@@ -178,6 +180,8 @@ class Proxy:
         places, settings = destination.places, destination.settings
         prompt = Prompt(request.path, request.body)
         waiter = Waiter(prompt, request.is_generating, [], request.is_waited_for, request.owner, request.received_at)
+        if is_kept := request.path.startswith(RESPONSES):
+            waiter.only = _keeper(destination, request)
         deaths = 0
         most_kept = settings.max_continued_bytes if settings.continue_broken and _may_go_on(request) else 0
         going: GoingOn | None = None
@@ -190,7 +194,10 @@ class Proxy:
             record.attempts += 1
             record.queued += place.waited
             relay: AnswerRelay
-            if request.opens_websocket:
+            if is_kept:
+                kept = destination.responses
+                relay = ResponseRelay(place, request, reply, record, client, self.observer, most_kept, kept)
+            elif request.opens_websocket:
                 idle = settings.websocket_idle_timeout
                 relay = WebSocketRelay(place, request, reply, record, client, self.observer, self._loop, idle)
             else:
@@ -367,6 +374,16 @@ def _trace(request: Request, record: Record) -> None:
         request.replace_field(b"traceparent", trace.traceparent)
         if not trace.parent_id:
             request.replace_field(b"tracestate", None)  # it belonged to no trace, or to one that cannot be read
+
+
+def _keeper(destination: Destination, request: Request) -> ReplicaAddress | None:
+    """The replica that keeps what the request builds on, if it builds on anything. Raises ServeError if none does."""
+    if not (id_ := kept_id(request)):
+        return None
+    keeper = destination.responses.keeper(id_, request.key.name if request.key else "")
+    if keeper is None and not destination.places.is_only_one:
+        raise errors.response_not_kept(id_, request.path == RESPONSES)
+    return keeper
 
 
 def _may_go_on(request: Request) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from balancer import errors
+from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
@@ -32,7 +33,8 @@ class Waiter:
     """A request that wants a place; `tried` are the members that it has been to.
 
     `is_waited_for`: it may wait `start_wait` for a starting replica; otherwise it waits at most `MOMENT`.
-    `key` says whose request it is; keys take turns in the queue. `arrived_at` is a loop time in seconds.
+    `key` says whose request it is; keys take turns in the queue. `arrived_at` is a loop time in seconds. `only`: no
+    other replica than this one can answer it.
     """
 
     prompt: Prompt
@@ -45,6 +47,7 @@ class Waiter:
     held_until: float = 0.0  # every member was full: do not offer it again before this loop time
     rounds: int = 0  # how often every member was full
     number: int = 0  # of its first claim refused as full: tells it from other requests that members refused
+    only: ReplicaAddress | None = None
     full_for: float | None = None  # seconds: the shortest time for which a member said it is full, in this round
 
 
@@ -75,6 +78,8 @@ class Admission:
         self._weight = weight
         self._queue = Waiters()  # generating requests
         self._plain = Waiters()  # others: they need a replica, but no room there
+        self._tied: dict[_Queued, None] = {}  # both, where only one replica can answer them
+        self._is_tied_first = False
         self._shares = Shares()
         self._wait = ExpectedWait(fleet.clock())
         self._reading = OneAtATime()
@@ -90,15 +95,15 @@ class Admission:
 
     @property
     def queue_depth(self) -> int:
-        return self._queue.size + self._plain.size
+        return self._queue.size + self._plain.size + len(self._tied)
 
     @property
     def generating_queued(self) -> int:
-        return self._queue.size
+        return self._queue.size + len(self._tied)
 
     def oldest(self) -> float:
         """When the oldest request that waits arrived, as a loop time in seconds; inf if none waits."""
-        waiting = (queued.waiter.arrived_at for queued in (*self._plain, *self._queue))
+        waiting = (queued.waiter.arrived_at for queued in (*self._plain, *self._queue, *self._tied))
         return min(waiting, default=math.inf)
 
     def queued_of(self, key: Hashable) -> int:
@@ -136,6 +141,8 @@ class Admission:
 
     def claim_now(self, waiter: Waiter) -> Claim[Choice] | None:
         """A place at once, or None where the request would have to wait."""
+        if waiter.only is not None:
+            return None if self._tied else self._claim(waiter)
         if waiter.is_generating and (self._queue.size or waiter.held_until):
             return None
         return self._claim(waiter)
@@ -145,6 +152,8 @@ class Admission:
 
         Requests that have been at a member already go ahead of all others, in order of arrival.
         """
+        if waiter.only is not None:
+            return await self._claim_at(waiter, waiter.only)
         patience = self._patience(waiter)
         queue = self._queue if waiter.is_generating else self._plain
         now = self.fleet.clock()
@@ -189,9 +198,13 @@ class Admission:
 
     def assign(self) -> None:
         """Gives places to the requests whose turn it is."""
-        if self._plain.size or self._queue.size:  # rarely so: this is called after every request
+        if self._plain.size or self._queue.size or self._tied:  # rarely so: this is called after every request
+            self._is_tied_first = not self._is_tied_first
+            if self._is_tied_first:  # by turns, so that neither keeps the others waiting
+                self._give_tied()
             self._give(self._plain)
             self._give(self._queue)
+            self._give_tied()
 
     def expire(self) -> None:
         """Refuses requests that have waited too long or have nothing to wait for. Call it a few times a second."""
@@ -203,6 +216,10 @@ class Admission:
         self._wait.passed(now, self._places if self._queue.size and self.fleet.available() else 0)
         for queued in (*self._plain, *self._queue):
             if not queued.place.done() and (refusal := self._refusal(queued, now)):
+                queued.place.set_exception(refusal)
+        for queued in self._tied:
+            only = queued.waiter.only
+            if only is not None and not queued.place.done() and (refusal := self._refusal_at(queued, only, now)):
                 queued.place.set_exception(refusal)
 
     def _stand_still(self, seconds: float) -> None:
@@ -239,8 +256,51 @@ class Admission:
 
     def _claim(self, waiter: Waiter) -> Claim[Choice] | None:
         return self.fleet.claim(
-            lambda members: self.policy.choose(members, waiter.prompt), waiter.is_generating, waiter.tried
+            lambda members: self.policy.choose(members, waiter.prompt), waiter.is_generating, waiter.tried, waiter.only
         )
+
+    # Requests that only one replica can answer
+
+    async def _claim_at(self, waiter: Waiter, only: ReplicaAddress) -> Claim[Choice]:
+        """A place at that replica, in the order of arrival. Raises ServeError if it takes too long, or it is leaving.
+
+        They wait beside the queue: at its head, one whose replica is full would hold all others up.
+        """
+        settings, now = self.fleet.settings, self.fleet.clock()
+        if self.queue_depth >= settings.queue_size:
+            raise errors.queue_full(settings.queue_size, _spread(0.0))
+        place: asyncio.Future[Claim[Choice]] = asyncio.get_running_loop().create_future()
+        queued = _Queued(waiter, place, now, now + settings.queue_timeout)
+        self._tied[queued] = None
+        if (refusal := self._refusal_at(queued, only, now)) is not None:
+            del self._tied[queued]
+            raise refusal
+        self.assign()  # others may wait for another replica, while this one has room
+        for hook in self.when_waiting:
+            hook()
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled() and not place.exception():
+                place.result().__exit__(None, None, None)  # the place was given while the client was leaving
+            raise
+        finally:
+            self._tied.pop(queued, None)
+            waiter.waited += self.fleet.clock() - now
+
+    def _give_tied(self) -> None:
+        for queued in list(self._tied):
+            if not queued.place.done() and (claim := self._claim(queued.waiter)):
+                del self._tied[queued]
+                queued.place.set_result(claim)
+
+    def _refusal_at(self, queued: _Queued, only: ReplicaAddress, now: float) -> errors.ServeError | None:
+        member = next((m for m in self.fleet.members.values() if m.address is only), None)
+        if member is None or member.is_leaving or member in queued.waiter.tried:
+            return errors.keeper_gone(only.name)
+        if now < queued.until:
+            return None
+        return errors.queue_timeout(self.fleet.settings.queue_timeout, _spread(0.0))
 
     # Refusals
 

@@ -74,8 +74,15 @@ class Places:
         claim = Claim(self._fleet, Choice(member, "held before"), is_generating)
         return Place(self._fleet, self._admission, waiter, claim)
 
+    @property
+    def is_only_one(self) -> bool:
+        """Is there no more than one replica?"""
+        return len(self._fleet.shown()) < 2
+
     async def may_go_on(self, waiter: Waiter) -> bool:
         """May it claim another place, at a replica that it has not tried or, if all are full, at any replica later?"""
+        if waiter.only is not None:
+            return False
         if self._fleet.has_other(waiter.tried) or (waiter.is_generating and self._fleet.can_wake(waiter.tried)):
             return True
         if waiter.full_for is None:

@@ -241,6 +241,7 @@ class Relay:
             Asked.USED: self._used,
             Asked.SEEN: self._seen,
             Asked.ACCEPTING: self._accepting,
+            Asked.KEPT: self._kept,
             Asked.HELLO: self._hello,
         }
 
@@ -313,6 +314,7 @@ class Relay:
         arrived_at: float,
         blocks: list[int] | None = None,
         again: list[Any] | None = None,
+        only: int | None = None,
     ) -> None:
         service = self._all.service(ident)
         if service is None:
@@ -323,6 +325,11 @@ class Relay:
         waiter = Waiter(prompt, is_generating, [], is_waited_for, owner_of(owner), arrived_at)
         if again is not None:
             self._restore(waiter, again)
+        if only is not None:
+            if (keeper := self._all.members.get(only)) is None:
+                self._refuse(number, errors.keeper_gone(""))
+                return
+            waiter.only = keeper.address
         place = service.places.claim_now(waiter)
         if place is not None:
             self._give(number, place, ident)
@@ -461,6 +468,9 @@ class Relay:
 
     def _died(self, ident: str, replica: int, digest: str) -> None:
         self._all.tell([Told.DIED, ident, replica, digest], but=self)
+
+    def _kept(self, ident: str, replica: int, id_: str, key: str) -> None:
+        self._all.tell([Told.KEPT, ident, replica, id_, key], but=self)
 
     def _acquitted(self, ident: str, digest: str) -> None:
         self._all.tell([Told.ACQUITTED, ident, digest], but=self)

@@ -18,7 +18,7 @@ class Asked(enum.IntEnum):
     """What a relay says. `call` is a number that the answer repeats."""
 
     HELLO = 0  # number of the relay, its places: [id, service, replica's name, URL, is generating], its entries
-    CLAIM = 1  # id of the place, service, flags, owner, arrival; unless they are None: blocks, again
+    CLAIM = 1  # id of the place, service, flags, owner, arrival; unless all are None: blocks, again, the only replica
     LEAVE = 2  # id: the client left while it waited
     BEGUN = 3  # id, is computed
     END = 4  # id, outcome or None, status, full for, prompt tokens, cached tokens, texts
@@ -34,6 +34,7 @@ class Asked(enum.IntEnum):
     USED = 14  # records of requests whose use is kept
     SEEN = 15  # what it counted and saw since it last told, as a mapping
     ACCEPTING = 16  # nothing: it has opened its doors
+    KEPT = 17  # service, number of the replica, id of an answer that it keeps, name of the key
 
 
 # Flags of a claim
@@ -56,6 +57,7 @@ class Told(enum.IntEnum):
     DIED = 9  # service, number of the replica, digest
     ACQUITTED = 10  # service, digest
     ORIGINS = 11  # connections of clients at other relays
+    KEPT = 13  # service, number of the replica, id of an answer that it keeps, name of the key
     ALL = 12  # nothing: all that there is to know was told
 
 

@@ -37,7 +37,7 @@ from balancer.workers.known import KnownReplica, KnownService
 from balancer.workers.link import Message
 from balancer.workers.messages import Asked, Told, record_fields
 from balancer.workers.orders import Orders
-from balancer.workers.remote_places import RemotePlaces, SharedDeaths
+from balancer.workers.remote_places import RemotePlaces, SharedDeaths, SharedResponses
 from balancer.workers.shared_doors import SharedDoors, SharedListener
 
 AT_ONCE = 250  # records told in one message
@@ -215,6 +215,12 @@ class RelayProcess:
             case [Told.DIED, ident, number, digest]:
                 if (replica := self.asking.replicas.get(number)) is not None and ident in self._by_ident:
                     self._deaths(ident).noted(replica.address, bytes.fromhex(digest), self.loop.time())
+            case [Told.KEPT, ident, number, id_, key]:
+                replica = self.asking.replicas.get(number)
+                if replica is not None and ident in self._by_ident:
+                    responses = self._by_ident[ident][1].responses
+                    assert isinstance(responses, SharedResponses)
+                    responses.learned(id_, replica.address, key)
             case [Told.ACQUITTED, ident, digest]:
                 if ident in self._by_ident:
                     self._deaths(ident).acquitted(bytes.fromhex(digest))
@@ -240,6 +246,7 @@ class RelayProcess:
         places = RemotePlaces(service, self.asking, self.loop)
         destination = Destination(places, settings, self.loop, None, self._tls, self.dialer, service)
         destination.deaths = SharedDeaths(places, ident, self.asking)
+        destination.responses = SharedResponses(ident, self.asking)
         self.destinations.append(destination)
         self._by_ident[ident] = service, destination
         return service, destination

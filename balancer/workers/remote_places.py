@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from balancer import errors
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.outcome import Outcome
 from balancer.relay.deaths import Deaths
+from balancer.relay.kept_responses import KeptResponses
 from balancer.routing.admission import Waiter
 from balancer.routing.one_at_a_time import OneAtATime
 from balancer.routing.places import STALE, Attempt
@@ -45,8 +47,14 @@ class RemotePlaces:
         number = asking.new_number()
         flags = waiter.is_generating * GENERATING | waiter.is_waited_for * WAITED_FOR | prompt.is_streamed * STREAMED
         message = [Asked.CLAIM, number, self._service.ident, flags, owner_text(waiter.key), waiter.arrived_at]
-        if blocks is not None or again is not None:
-            message += (blocks, again)
+        only = None
+        if waiter.only is not None:
+            known = asking.by_address.get(waiter.only)
+            if known is None or known.number < 0:
+                raise errors.keeper_gone(waiter.only.name)
+            only = known.number
+        if blocks is not None or again is not None or only is not None:
+            message += (blocks, again, only)
         place = RemotePlace(asking, number, self._service.ident, waiter)
         given: asyncio.Future[None] = self._loop.create_future()
         asking.wait(number, message, given, place)
@@ -61,7 +69,13 @@ class RemotePlaces:
         waiter.waited += place.waited
         return place
 
+    @property
+    def is_only_one(self) -> bool:
+        return sum(known.service == self._service.ident for known in self._asking.replicas.values()) < 2
+
     async def may_go_on(self, waiter: Waiter) -> bool:
+        if waiter.only is not None:
+            return False
         may, again = await self._asking.ask(
             Asked.MAY_GO_ON, self._service.ident, waiter.is_generating, _again(waiter) or again_of_new(waiter)
         )
@@ -190,6 +204,24 @@ class RemotePlace:
 
     def __repr__(self) -> str:
         return f"<RemotePlace at {self.replica.name}: {self.reason}>"
+
+
+class SharedResponses(KeptResponses):
+    """Answers that replicas keep, of which every relay hears."""
+
+    def __init__(self, service: str, asking: Asking) -> None:
+        super().__init__()
+        self._service = service
+        self._asking = asking
+
+    def learn(self, id_: str, replica: ReplicaAddress, key: str) -> None:
+        super().learn(id_, replica, key)
+        if (known := self._asking.by_address.get(replica)) is not None:
+            self._asking.send([Asked.KEPT, self._service, known.number, id_, key])
+
+    def learned(self, id_: str, replica: ReplicaAddress, key: str) -> None:
+        """Another relay learned it."""
+        super().learn(id_, replica, key)
 
 
 class SharedDeaths(Deaths):

@@ -1,0 +1,152 @@
+"""/v1/responses that build on others, or ask for one: they go to the replica that keeps it, or are refused clearly."""
+
+import asyncio
+from pathlib import Path
+
+import orjson
+import pytest
+
+from balancer.fleet.address import ReplicaAddress
+from balancer.relay import kept_responses
+from balancer.relay.kept_responses import KeptResponses
+from tests.lab.replica import LabReplica
+from tests.support.client import Answer, request
+from tests.support.until import until
+from tests.wire.running import House, on_uvloop, serving
+from tests.wire.test_accounts import office
+
+PATH = "/v1/responses"
+
+
+def body(previous: str | None = None, **more: object) -> bytes:
+    return orjson.dumps({"model": "lab", "input": "x", "previous_response_id": previous, **more})
+
+
+async def created(house: House, replicas: dict[str, LabReplica], number: int) -> tuple[str, str]:
+    """A new answer's id, and the replica that has it."""
+    for name, replica in replicas.items():
+        replica.set(body=f'{{"id": "resp_{name}{number}", "object": "response", "status": "completed"}}')
+    answer = await house.ask(request(path=PATH, body=body()))
+    name = answer.header("x-replica-id") or ""
+    return f"resp_{name}{number}", name
+
+
+@on_uvloop
+async def test_what_builds_on_an_answer_goes_where_it_is_kept() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
+        replicas = {"a": a, "b": b}
+        made = [await created(house, replicas, number) for number in range(4)]
+        assert {name for _, name in made} == {"a", "b"}
+        for id_, name in made * 2:
+            large = body(id_, metadata={"filler": "y" * 50_000})
+            for ask in (
+                request(path=PATH, body=body(id_, stream=True)),
+                request(path=PATH, body=large),
+                request("GET", f"{PATH}/{id_}"),
+                request("POST", f"{PATH}/{id_}/cancel", body=b""),
+            ):
+                answer = await house.ask(ask, "GET" if ask.startswith(b"GET") else "POST")
+                assert (answer.status, answer.header("x-replica-id")) == (200, name)
+
+
+@on_uvloop
+async def test_a_stream_is_known_from_its_first_event_on() -> None:
+    """Its client may go on from its last event before the replica has ended the body."""
+    first = 'data: {"type":"response.created","response":{"id":"resp_early","object":"response"}}\n\n'
+    raw = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + first
+    async with LabReplica(body="{}") as a, LabReplica(body="{}") as b, serving(a, b) as house:
+        for replica in (a, b):
+            replica.next(raw=raw, raw_then="hang")
+        client = await house.client()
+        await client.send(request(path=PATH, body=body(stream=True)))
+        head = await client.until(b"response.created")
+        name = "a" if b"X-Replica-Id: a" in head else "b"
+        (a if name == "b" else b).forget_next()
+        for _ in range(3):
+            assert (await house.ask(request(path=PATH, body=body("resp_early")))).header("x-replica-id") == name
+
+
+@on_uvloop
+async def test_what_nobody_keeps_is_refused_in_openais_words() -> None:
+    async with LabReplica(body="{}") as a, LabReplica(body="{}") as b, serving(a, b) as house:
+        answer = await house.ask(request(path=PATH, body=body("resp_unknown")))
+        assert (answer.status, answer.error["code"]) == (400, "previous_response_not_found")
+        assert "--enable-response-store" in answer.error["message"]
+        answer = await house.ask(request("GET", f"{PATH}/resp_unknown"), "GET")
+        assert (answer.status, answer.error["code"]) == (404, "not_found")
+        assert a.seen.requests == b.seen.requests == []
+
+
+@on_uvloop
+async def test_a_single_replica_answers_for_itself() -> None:
+    """It may know of it from before the balancer was started."""
+    async with LabReplica(body="{}") as a, serving(a) as house:
+        assert (await house.ask(request(path=PATH, body=body("resp_unknown")))).status == 200
+        assert (await house.ask(request("GET", f"{PATH}/resp_unknown"), "GET")).status == 200
+
+
+@on_uvloop
+async def test_no_other_replica_is_asked_when_its_keeper_goes() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
+        id_, name = await created(house, {"a": a, "b": b}, 1)
+        keeper, other = (a, b) if name == "a" else (b, a)
+        before = len(other.seen.requests)
+        keeper.next(cut="before_head")
+        assert (await house.ask(request(path=PATH, body=body(id_)))).status == 502
+        house.balancer.service.fleet.drain(house.member(name))
+        for ask in (request(path=PATH, body=body(id_)), request("GET", f"{PATH}/{id_}")):
+            answer = await house.ask(ask, "GET" if ask.startswith(b"GET") else "POST")
+            assert (answer.status, answer.error["code"]) == (400, "previous_response_not_found")
+            assert name in answer.error["message"]
+        assert len(other.seen.requests) == before
+
+
+@on_uvloop
+async def test_it_waits_for_its_own_replica_and_holds_nobody_up() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, max_in_flight=1) as house:
+        id_, name = await created(house, {"a": a, "b": b}, 1)
+        keeper = a if name == "a" else b
+        keeper.next(hang="before_head")
+        busy = await house.client()
+        await busy.send(request(path=PATH, body=body(id_)))
+        await until(lambda: house.member(name).generating == 1, "its replica is busy")
+        waiting = [asyncio.ensure_future(house.ask(request(path=PATH, body=body(id_)))) for _ in range(3)]
+        await until(lambda: house.balancer.service.admission.queue_depth == 3, "they wait")
+        assert (await house.ask(request(path=PATH, body=body()))).header("x-replica-id") != name
+        busy.leave()
+        answers: list[Answer] = await asyncio.gather(*waiting)
+        assert {(answer.status, answer.header("x-replica-id")) for answer in answers} == {(200, name)}
+
+
+@on_uvloop
+async def test_its_wait_has_an_end() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, max_in_flight=1, queue_timeout=0.5) as house:
+        id_, name = await created(house, {"a": a, "b": b}, 1)
+        (a if name == "a" else b).next(hang="before_head")
+        busy = await house.client()
+        await busy.send(request(path=PATH, body=body(id_)))
+        await until(lambda: house.member(name).generating == 1, "its replica is busy")
+        answer = await house.ask(request(path=PATH, body=body(id_)))
+        assert (answer.status, answer.error["code"]) == (429, "queue_timeout")
+
+
+@on_uvloop
+async def test_no_other_key_gets_to_it(tmp_path: Path) -> None:
+    async with LabReplica() as a, LabReplica() as b, office(tmp_path, a, b) as at:
+        for replica in (a, b):
+            replica.set(body='{"id": "resp_hers"}')
+        alice, mallory = await at.add("alice"), await at.add("mallory")
+        assert (await at.ask(alice, body(), PATH)).status == 200
+        assert (await at.ask(alice, body("resp_hers"), PATH)).status == 200
+        assert (await at.ask(mallory, body("resp_hers"), PATH)).status == 400
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_responses, "MOST", 3)
+    kept, replica = KeptResponses(), ReplicaAddress.of("a", "http://127.0.0.1:1")
+    for number in range(4):
+        kept.learn(f"resp_{number}", replica, "")
+        assert kept.keeper("resp_0", "") is replica, "it was used last"
+    assert kept.keeper("resp_1", "") is None
+    kept.forget(replica)
+    assert kept.keeper("resp_3", "") is None
