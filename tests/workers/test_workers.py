@@ -265,20 +265,19 @@ async def test_no_process_is_left_behind(number: signal.Signals) -> None:
 @on_uvloop
 async def test_what_builds_on_an_answer_finds_it_from_every_relay() -> None:
     """Each relay hears where an answer is kept, whichever passed it on."""
-    path = "/v1/responses"
-    async with LabReplica(body='{"id": "resp_a"}') as a, LabReplica(body='{"id": "resp_b"}') as b:
-        async with workers(a.url, b.url) as at:
-            names = {"resp_a": "replica-1", "resp_b": "replica-2"}
-            made = {(await at.ask(request(path=path, body=b"{}"))).header("x-replica-id") for _ in range(2)}
-            assert made == set(names.values())
-            body = b'{"previous_response_id": "%b"}'
-            for id_, name in names.items():
+    path, made_a, made_b = "/v1/responses", LabReplica(body='{"id": "resp_a"}'), LabReplica(body='{"id": "resp_b"}')
+    async with made_a as a, made_b as b, workers(a.url, b.url) as at:
+        names = {"resp_a": "replica-1", "resp_b": "replica-2"}
+        made = {(await at.ask(request(path=path, body=b"{}"))).header("x-replica-id") for _ in range(2)}
+        assert made == set(names.values())
+        body = b'{"previous_response_id": "%b"}'
+        for id_, name in names.items():
 
-                async def is_known(asked: bytes = request(path=path, body=body % id_.encode())) -> bool:
-                    return {(await at.ask(asked)).status for _ in range(4)} == {200}
+            async def is_known(asked: bytes = request(path=path, body=body % id_.encode())) -> bool:
+                return {(await at.ask(asked)).status for _ in range(4)} == {200}
 
-                await at.until(is_known)
-                answers = [await at.ask(request(path=path, body=body % id_.encode())) for _ in range(4)]
-                assert {answer.header("x-replica-id") for answer in answers} == {name}
-                assert len({relay_of(answer) for answer in answers}) == 2
-            assert (await at.ask(request("GET", f"{path}/resp_a"), "GET")).header("x-replica-id") == "replica-1"
+            await at.until(is_known)
+            answers = [await at.ask(request(path=path, body=body % id_.encode())) for _ in range(4)]
+            assert {answer.header("x-replica-id") for answer in answers} == {name}
+            assert len({relay_of(answer) for answer in answers}) == 2
+        assert (await at.ask(request("GET", f"{path}/resp_a"), "GET")).header("x-replica-id") == "replica-1"
