@@ -13,6 +13,7 @@ from balancer.operate.commands.admin_port import AdminPort
 from balancer.operate.commands.begin import Source
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, ENGINES
+from balancer.spec.secret_names import is_secret
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,7 +125,7 @@ def _source(options: argparse.Namespace, one: str | None = None) -> Source:
     for path in options.env_file:
         envs |= variables.of_file("--env-file", path)
     envs |= dict(variables.pair(text, "--env") for text in options.env)
-    secrets = {name: envs.pop(name) for name in list(envs) if variables.is_secret(name)}
+    secrets = {name: envs.pop(name) for name in list(envs) if is_secret(name)}
     for path in options.secret_file:
         secrets |= variables.of_file("--secret-file", path)
     secrets |= dict(variables.pair(text, "--secret") for text in options.secret)

@@ -17,6 +17,8 @@ LABEL org.opencontainers.image.title="groundserve balancer" \
 COPY --from=build /install/lib /usr/local/lib
 COPY docker/healthcheck.py /opt/groundserve/
 COPY --from=build /opt/groundserve/balancer /opt/groundserve/balancer
+# A new volume takes its owner from here.
+RUN install --directory --owner=1000 --group=1000 --mode=700 /state
 WORKDIR /opt/groundserve
 ENV BALANCER_LISTEN=0.0.0.0:30001 \
     BALANCER_ADMIN=0.0.0.0:30002 \

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from replica import command, families, gpu, lease, machine, models, placement, presets, sharing, surroundings
 from replica.kinds import is_of_kind
-from replica.options import Options, OptionsError, read
+from replica.options import Options, OptionsError, read, with_secrets
 from replica.store.cache import Cache
 from replica.store.errors import StoreError
 from replica.weights import WeighError, config_of, longest_context, weigh
@@ -246,6 +246,8 @@ def warn(line: str) -> None:
 
 if __name__ == "__main__":
     try:
+        # Libraries look into the environment, too.
+        os.environ |= with_secrets(os.environ)
         main(sys.argv[1:], os.environ)
     except lease.AllHeldError as error:
         print(f"replica: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from replica.presets import Preset
 # Marks the path of a key file in SGLang's arguments, which the plug-in replaces by the key: everybody can read argv in
 # the process list. Without the plug-in SGLang would take the path for the key, and no client would get in.
 KEY_FILE_MARK = "@file:"
+# Likewise a variable that has the value of a flag: here, or in groundserve's command line for a replica.
+VARIABLE = re.compile(r"@env:((?:GROUNDSERVE|REPLICA)_SECRET_\d+)")
 
 # A flag that only the plug-in knows, and removes. SGLang merely logs that a plug-in failed to load, and would serve
 # without its protections; because of this unknown flag it exits instead.
@@ -95,8 +97,23 @@ def build(
         flags += _SHARE_FLAGS
     if options.api_key_file is not None:
         flags += ["--api-key", f"{KEY_FILE_MARK}{options.api_key_file}"]
-    argv = (sys.executable, "-m", "sglang.launch_server", *flags, *options.sglang_args)
-    return Command(argv, _environ(options, preset, gpus, environ))
+    given, secrets = _hidden(options.sglang_args)
+    argv = (sys.executable, "-m", "sglang.launch_server", *flags, *given)
+    return Command(argv, {**_environ(options, preset, gpus, environ), **secrets})
+
+
+def _hidden(flags: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The user's flags without keys and the like, and the variables that have these instead."""
+    variables: dict[str, str] = {}
+
+    def moved(value: str) -> str:
+        if value.startswith(KEY_FILE_MARK) or VARIABLE.fullmatch(value):
+            return value
+        name = f"REPLICA_SECRET_{len(variables) + 1}"
+        variables[name] = value
+        return f"@env:{name}"
+
+    return _with_secrets_as(flags, moved), variables
 
 
 def _environ(options: Options, preset: Preset, gpus: Sequence[Gpu], environ: Mapping[str, str]) -> dict[str, str]:
@@ -143,15 +160,18 @@ def visible(gpus: Sequence[Gpu]) -> dict[str, str]:
 
 def masked(argv: Sequence[str]) -> list[str]:
     """argv, with the values of flags that carry secrets replaced by ***."""
-    shown: list[str] = []
-    hide_next = False
+    return _with_secrets_as(argv, lambda value: value if value.startswith(KEY_FILE_MARK) else "***")
+
+
+def _with_secrets_as(argv: Sequence[str], put: Callable[[str], str]) -> list[str]:
+    """argv, with the value of each flag that carries a secret replaced by what `put` makes of it."""
+    made: list[str] = []
+    is_next = False
     for part in argv:
         flag, equals, value = part.partition("=")
-        if hide_next and not part.startswith(KEY_FILE_MARK):
-            shown.append("***")
-        elif equals and _SECRET_FLAG.fullmatch(flag) and not value.startswith(KEY_FILE_MARK):
-            shown.append(f"{flag}=***")
+        if is_next:
+            made.append(put(part))
         else:
-            shown.append(part)
-        hide_next = _SECRET_FLAG.fullmatch(part) is not None
-    return shown
+            made.append(f"{flag}={put(value)}" if equals and _SECRET_FLAG.fullmatch(flag) else part)
+        is_next = not is_next and _SECRET_FLAG.fullmatch(part) is not None
+    return made

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,9 @@ from pathlib import Path
 
 from replica import sharing
 from replica.media import DOMAINS, LOCAL_PATH, PRIVATE, MediaPolicy
+
+# How groundserve hands secrets to a replica in a container (balancer/operate/engines/compose/engine.py).
+SECRETS_FILE = "GROUNDSERVE_SECRETS_FILE"
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -229,6 +233,24 @@ def token(environ: Mapping[str, str]) -> str | None:
         # Compose mounts an empty file for a secret that is not given.
         return read_secret(Path(environ["HF_TOKEN_FILE"]), "HF_TOKEN_FILE") or None
     return None
+
+
+def with_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with the variables in the file that it names, a JSON object; in a container, others can read its own.
+
+    Raises OptionsError.
+    """
+    if not (path := environ.get(SECRETS_FILE)):
+        return dict(environ)
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise OptionsError(f"{SECRETS_FILE}={path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise OptionsError(f"{SECRETS_FILE}={path} is no JSON object of variables")
+    return {**environ, **found}
 
 
 def read_secret(path: Path, name: str) -> str:

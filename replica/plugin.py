@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from replica import scratch
-from replica.command import KEY_FILE_MARK, PLUGIN_MARK
+from replica.command import KEY_FILE_MARK, PLUGIN_MARK, VARIABLE
 from replica.options import OptionsError, read_secret
 
 # 0 switches our attention hook off; a CPU replica then uses SGLang's own attention, much slower on a cached prefix.
@@ -53,7 +53,7 @@ def register_hooks() -> None:
 
     try:
         hooks = {**media_hooks.around(os.environ), **tenant_hooks.around(os.environ)}
-        sys.argv[:] = fill_in_key(part for part in sys.argv if part != PLUGIN_MARK)
+        sys.argv[:] = fill_in_key((part for part in sys.argv if part != PLUGIN_MARK), os.environ)
     except (ValueError, OptionsError) as error:
         sys.exit(f"replica: {error}")
     end_forks_with_parent()
@@ -155,15 +155,24 @@ def end_forks_with_parent() -> None:
     os.register_at_fork(before=remember, after_in_child=start)
 
 
-def fill_in_key(argv: Iterable[str]) -> list[str]:
-    """argv with `@file:PATH` after --api-key replaced by the file's content."""
+def fill_in_key(argv: Iterable[str], environ: Mapping[str, str]) -> list[str]:
+    """argv with `@file:PATH` after --api-key replaced by the file's content, and `@env:NAME` by the variable's.
+
+    Only variables that are made for that are read. Raises OptionsError.
+    """
     given = list(argv)
-    return [
-        read_secret(Path(part.removeprefix(KEY_FILE_MARK)), "SGLANG_API_KEY_FILE")
-        if before == "--api-key" and part.startswith(KEY_FILE_MARK)
-        else part
-        for before, part in zip(["", *given], given, strict=False)
-    ]
+    made = []
+    for before, part in zip(["", *given], given, strict=False):
+        flag, equals, value = part.partition("=") if part.startswith("--") else ("", "", part)
+        if before == "--api-key" and part.startswith(KEY_FILE_MARK):
+            made.append(read_secret(Path(part.removeprefix(KEY_FILE_MARK)), "SGLANG_API_KEY_FILE"))
+        elif found := VARIABLE.fullmatch(value):
+            if found[1] not in environ:
+                raise OptionsError(f"{found[1]}, which {flag or before} wants, is not set")
+            made.append(f"{flag}{equals}{environ[found[1]]}")
+        else:
+            made.append(part)
+    return made
 
 
 def mask_keys(stock: Callable[..., dict[str, Any]], *more: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from balancer.spec import text_file
 from balancer.spec.document import Document, fill_in
 from balancer.spec.resources import needs
 from balancer.spec.schema import NO_POOLS, Operation, Service, Task
+from balancer.spec.secret_names import is_secret
 from balancer.spec.settings import PolicyName, ReadinessProbe, Settings
 from balancer.spec.text_file import PATIENCE
 from balancer.spec.tree import KeyPath, shown
@@ -42,6 +43,8 @@ class Spec:
     tls: tuple[Path, Path] | None
     # Variables for the replicas' commands. They include secrets, so they are never printed.
     envs: Mapping[str, str] = field(repr=False)
+    # The names among them whose values are to be shown to nobody.
+    secrets: frozenset[str]
     # Names in envs: or secrets: without a value, each with the flag that gives one: --env or --secret.
     missing: Mapping[str, str]
     # Acceptable GPU types, each with how many GPUs of it one replica takes; empty: no GPU requested.
@@ -136,7 +139,7 @@ def parse(
         if "pool" in document.data:
             raise document.fault(("pool",), f"cannot be used here: {NO_POOLS}")
         raise ConfigError(f"{source}: there is no `service:` section, so there is nothing to serve")
-    variables, missing = _variables(document, envs, secrets)
+    variables, missing, hidden = _variables(document, envs, secrets)
     task = document.validated(Task, _filled(document, variables))
     operation, settings = _own_keys(task, document)
     asked = needs(task.resources, task.service.ports, document)
@@ -151,6 +154,7 @@ def parse(
         workdir=_path(base, task.workdir or ".", ("workdir",), document),
         tls=_tls(task.service, base, document),
         envs=MappingProxyType(variables),
+        secrets=hidden,
         missing=MappingProxyType(missing),
         accelerators=asked.accelerators,
         memory=asked.memory,
@@ -164,8 +168,8 @@ def parse(
 
 def _variables(
     document: Document, envs: Mapping[str, str], secrets: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Names and values of envs: and secrets: with overrides; names without a value, each with its flag."""
+) -> tuple[dict[str, str], dict[str, str], frozenset[str]]:
+    """Names and values of envs: and secrets: with overrides; names without a value, with their flags; secret names."""
     found: dict[str, Any] = {}
     flags: dict[str, str] = {}
     for section, flag in (("envs", "--env"), ("secrets", "--secret")):
@@ -189,7 +193,8 @@ def _variables(
         if len(f"{name}={value}\0".encode(errors="surrogateescape")) > _MAX_VARIABLE:
             raise document.fault(path, f"is longer than {_MAX_VARIABLE >> 10} KiB: put it into a file")
     missing = {name: flags[name] for name, value in found.items() if value is None}
-    return {name: str(value) for name, value in found.items() if value is not None}, missing
+    hidden = frozenset(name for name in found if name in secrets or flags.get(name) == "--secret" or is_secret(name))
+    return {name: str(value) for name, value in found.items() if value is not None}, missing, hidden
 
 
 def _filled(document: Document, variables: Mapping[str, str]) -> dict[str, Any]:

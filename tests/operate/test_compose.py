@@ -22,7 +22,7 @@ from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_a
 from balancer.operate.engines.choose import choose_engine
 from balancer.operate.engines.compose import project
 from balancer.operate.engines.compose.balancer_handle import admin_key, environ
-from balancer.operate.engines.compose.engine import ComposeEngine, _Replica, project_of, replica_overlay
+from balancer.operate.engines.compose.engine import ComposeEngine, _Replica, project_of, replica_overlay, secrets_of
 from balancer.operate.engines.compose.project import Container, name_of
 from balancer.operate.engines.engine import CannotStart
 from balancer.operate.engines.first_words import FirstWords
@@ -53,9 +53,9 @@ def folder_at(path: Path) -> ServiceFolder:
 def test_overlay_of_a_replica() -> None:
     """A replica's overlay holds its command, its variables and its identity."""
     one = made(more="envs: {HF_TOKEN: s3cr3t, PRICE: 5$}", gpus=2)
-    overlay = replica_overlay(7, one)
+    whole = replica_overlay(7, one, secrets_of(7, one, {}))
+    overlay = whole["services"]["replica"]
     assert overlay["command"] == ["--model", "a/b", "--port", "8000", "--gpus", "2", "--", "--x", "y"]
-    assert overlay["environment"]["HF_TOKEN"] == "s3cr3t"
     assert overlay["environment"]["SKYPILOT_SERVE_REPLICA_ID"] == "7"
     assert overlay["environment"]["PRICE"] == "5$$", "Compose would fill a single dollar in"
     assert overlay["labels"] == {
@@ -63,14 +63,33 @@ def test_overlay_of_a_replica() -> None:
         "groundserve.version": "4",
         "groundserve.digest": one.digest,
     }
-    assert "s3cr3t" not in str(overlay["labels"])
+    assert "s3cr3t" not in str(whole)
     assert overlay["restart"] == "no", "the controller starts it again, with a pause and a limit"
     assert "volumes" not in overlay
 
 
+def test_secrets_come_to_a_container_in_a_file() -> None:
+    """Compose copies them in; they are in no variable, no label and no command that docker inspect shows."""
+    one = made("sglang serve --model-path a/b --api-key $MINE", "secrets: {MINE: hush-1}\nenvs: {OTHER_KEY: hush-2}")
+    secrets = secrets_of(1, one, {"HF_TOKEN": "hush-3", "HOME": "/root"})
+    assert secrets == {
+        "MINE": "hush-1",
+        "OTHER_KEY": "hush-2",
+        "HF_TOKEN": "hush-3",
+        "GROUNDSERVE_SECRET_1": "hush-1",
+    }
+    overlay = replica_overlay(1, one, secrets)
+    assert "hush" not in str(overlay)
+    replica = overlay["services"]["replica"]
+    assert replica["command"][-2:] == ["--api-key", "@env:GROUNDSERVE_SECRET_1"]
+    assert replica["secrets"] == list(overlay["secrets"]) == ["groundserve"]
+    assert replica["environment"]["HF_TOKEN"] == "", "compose.yaml would fill it in"
+    assert one.digest != made("sglang serve --model-path a/b --api-key other").digest
+
+
 def test_model_folder_is_mounted(tmp_path: Path) -> None:
     """A model's folder is mounted in the container at the path that it has on the host."""
-    overlay = replica_overlay(1, made(f"sglang serve --model-path {tmp_path}"))
+    overlay = replica_overlay(1, made(f"sglang serve --model-path {tmp_path}"), ())["services"]["replica"]
     assert overlay["volumes"] == [f"{tmp_path}:{tmp_path}:ro"]
     assert str(tmp_path) in overlay["command"]
 
@@ -389,7 +408,7 @@ def test_replicas_come_back_after_a_reboot(docker: Path) -> None:
     async def work() -> None:
         before = engine_at(docker / "x")
         await before.start(1, made())
-        assert replica_overlay(1, made())["restart"] == "no"
+        assert replica_overlay(1, made(), ())["services"]["replica"]["restart"] == "no"
         forget(before)
         for one in containers(docker):
             docker_stub.kill(one)

@@ -1,5 +1,7 @@
 """Services that share a machine's GPUs, by real leases on pretended GPUs."""
 
+import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.operate.command_line import LAB, Groundserve
+from tests.support.until import wait_until
 
 # A lease on one GPU, and then the lab's replica under it.
 LEASED = LAB.replace(
@@ -74,6 +77,39 @@ def test_script_with_another_server(one_gpu: Groundserve) -> None:
     assert "bash on port" in second.until("second-1 waits for a GPU: no GPU free")
     assert first.end(signal.SIGTERM) == 0
     second.until_up()
+
+
+def test_a_gpu_that_fails_is_an_event(groundserve: Groundserve, tmp_path: Path) -> None:
+    """In the driver's words, once; the replica goes on with another."""
+    program = tmp_path / "bin/nvidia-smi"
+    program.parent.mkdir()
+
+    def driver_says(first: str) -> None:
+        rows = f"0, GPU-a, NVIDIA L4, {first}, 4, [N/A], No\n1, GPU-b, NVIDIA L4, 23034, 4, [N/A], No"
+        fresh = program.with_suffix(".new")
+        fresh.write_text(f"#!/bin/sh\ncase \"$*\" in *query-gpu*) cat <<'END'\n{rows}\nEND\nesac\n")
+        fresh.chmod(0o755)
+        fresh.rename(program)
+
+    driver_says("23034")
+    path = f"{program.parent}:{groundserve.environ['PATH']}"
+    groundserve.environ |= {"PATH": path, "LEASE_DIR": str(tmp_path / "leases"), "LEASE_WAIT": "0"}
+    groundserve.up(groundserve.service("lab", LEASED, replicas=1)).until_up()
+    (row,) = groundserve.status("lab")["replicas"]
+    assert row["leased"] == "GPU 0 (L4, GPU-a)"
+    driver_says("[GPU requires reset]")
+    (replica,) = [
+        pid for pid, words in groundserve.processes().items() if "tests.lab.replica" in words.split("--log")[0]
+    ]
+    os.kill(replica, signal.SIGKILL)
+    groundserve.until("lab", lambda status: "GPU 1 (" in status["replicas"][0].get("leased", ""))
+
+    def told() -> list[str]:
+        lines = groundserve("events", "lab", "--json").splitlines()
+        return [line for line in lines if json.loads(line)["event"] == "gpu_failed"]
+
+    (line,) = wait_until(told)
+    assert (json.loads(line)["replica"], json.loads(line)["message"]) == (1, "GPU 0: GPU requires reset")
 
 
 def test_counted_gpus(one_gpu: Groundserve) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from balancer.operate.recipe.launch import PORT_MARK, Launch, masked, read, understand
+from balancer.operate.recipe.launch import PORT_MARK, Launch, hidden, masked, read, understand
 from balancer.operate.recipe.script import Misread
 
 SEED_LLAVA = """
@@ -297,6 +297,13 @@ def test_what_is_understood_is_what_bash_makes_of_it(tmp_path: Path, pieces: lis
 def test_secrets_among_flags_are_masked() -> None:
     flags = ["--api-key", "hush", "--admin-api-key=hush", "--hf-token", "hush", "--tokenizer-path", "t"]
     assert masked(flags) == ["--api-key", "***", "--admin-api-key=***", "--hf-token", "***", "--tokenizer-path", "t"]
+
+
+def test_keys_are_in_no_command_line() -> None:
+    flags, variables = hidden(["--api-key", "--odd", "--admin-api-key=hush", "--tokenizer-path", "t"])
+    names = [f"GROUNDSERVE_SECRET_{number}" for number in (1, 2)]
+    assert flags == ["--api-key", f"@env:{names[0]}", f"--admin-api-key=@env:{names[1]}", "--tokenizer-path", "t"]
+    assert variables == dict(zip(names, ("--odd", "hush"), strict=True))
 
 
 @pytest.mark.parametrize(

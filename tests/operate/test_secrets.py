@@ -33,6 +33,11 @@ def test_secrets_reach_the_replica_and_are_shown_nowhere(groundserve: Groundserv
         "  huggingface-cli login --token $BY_SECRET\n  huggingface-cli login --token hush-in-clear\n"
         "  sglang serve --model-path smollm2-135m --api-key $BY_ENV --admin-api-key=$BY_SECRET_FILE\n"
     )
+    shows = tmp_path / "shows.yaml"
+    shows.write_text(
+        "service: {replicas: 1}\nenvs: {BY_ENV: , BY_ENV_FILE: }\nsecrets: {BY_SECRET: , BY_SECRET_FILE: }\n"
+        'run: vllm serve a/b --port $GROUNDSERVE_PORT --api-key="${BY_SECRET}" --name $BY_ENV\n'
+    )
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(text.replace("readiness_probe", "readyness_probe"))
     refused = tmp_path / "refused.yaml"
@@ -40,9 +45,11 @@ def test_secrets_reach_the_replica_and_are_shown_nowhere(groundserve: Groundserv
     broken = groundserve.service("broken", "echo $GROUNDSERVE_PORT > /dev/null; exit 3", replicas=1)
 
     up = groundserve.up(service, *given).until_up()
+    assert [line for line in groundserve.processes().values() if "hush-" in line and "balancer.cli" not in line] == []
     said = [
         groundserve("check", service, *given),
         groundserve("check", understood, *given),
+        groundserve("check", shows, *given),
         groundserve("check", wrong, *given, code=1),
         groundserve("check", refused, *given, code=1),
         groundserve("status", "-v"),
@@ -58,7 +65,9 @@ def test_secrets_reach_the_replica_and_are_shown_nowhere(groundserve: Groundserv
     up.wait()
     assert seen.read_text().split()[: len(SECRETS)] == list(SECRETS.values())
     assert "run: SGLang serves smollm2-135m --api-key *** --admin-api-key=***" in said[1]
-    assert "$BY_SECRET" in said[3]
+    assert "run: --api-key $BY_SECRET shows a secret to all users of this machine" in said[2]
+    assert "--name" not in said[2]
+    assert "$BY_SECRET" in said[4]
     assert [text for text in (up.text, *said) if "hush-" in text] == []
     files = [file for file in (tmp_path / "state").rglob("*") if file.is_file()]
     assert {"replica-1.log", "balancer.log", "service.yaml"} <= {file.name for file in files}

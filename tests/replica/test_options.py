@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from replica.media import MediaPolicy
-from replica.options import Options, OptionsError, lease_folder, models_dir, read, read_secret, shared_folder
+from replica.options import (
+    SECRETS_FILE,
+    Options,
+    OptionsError,
+    lease_folder,
+    models_dir,
+    read,
+    read_secret,
+    shared_folder,
+    with_secrets,
+)
 
 
 def test_flag_environment_default() -> None:
@@ -14,6 +24,21 @@ def test_flag_environment_default() -> None:
     environ = {"MODEL": "tiny-llava", "REPLICA_PORT": "9000", "GPUS_PER_REPLICA": "2"}
     told = read(["--port", "9001"], environ)
     assert (told.model, told.port, told.gpus, told.host) == ("tiny-llava", 9001, 2, "127.0.0.1")
+
+
+def test_secrets_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "secrets"
+    file.write_text('{"HF_TOKEN": "hush", "LAB_FLAGS": "--a b"}')
+    environ = {SECRETS_FILE: str(file), "HF_TOKEN": "", "HOME": "/root"}
+    assert with_secrets(environ) == {**environ, "HF_TOKEN": "hush", "LAB_FLAGS": "--a b"}
+    assert with_secrets({"HOME": "/root"}) == {"HOME": "/root"}
+    for text in ("", "[]", '{"A": 1}', "hush"):
+        file.write_text(text)
+        with pytest.raises(OptionsError, match="is no JSON object of variables") as error:
+            with_secrets(environ)
+        assert "hush" not in str(error.value)
+    with pytest.raises(OptionsError, match="No such file"):
+        with_secrets({SECRETS_FILE: str(tmp_path / "none")})
 
 
 def test_empty_variables_count_as_unset() -> None:

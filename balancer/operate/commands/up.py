@@ -22,8 +22,10 @@ from balancer.operate.commands.boot import is_enabled
 from balancer.operate.commands.progress import Lines, Moving, Told
 from balancer.operate.controller.controller import Controller
 from balancer.operate.controller.rollout import Mode
+from balancer.operate.engines import capacity
 from balancer.operate.engines.addresses import Addresses
 from balancer.operate.engines.child import tail
+from balancer.operate.engines.choose import HERE
 from balancer.operate.engines.engine import CannotStart
 from balancer.operate.recipe.recipe import recipe
 from balancer.operate.state import control_socket
@@ -78,7 +80,14 @@ class _Up:
         self._balancer = self._engine.balancer(first)
         self._events = EventLog(self._folder.event_log, progress.say)
         self._controller = Controller(
-            begin.name, begin.wanted, self._engine, self._balancer, progress.say, self._look, self._events.add
+            begin.name,
+            begin.wanted,
+            self._engine,
+            self._balancer,
+            progress.say,
+            self._look,
+            self._events.add,
+            capacity.failed_gpus if self._engine.name in HERE else None,
         )
 
     async def run(self) -> int:

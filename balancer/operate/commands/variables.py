@@ -9,18 +9,12 @@ from balancer.errors import ConfigError
 from balancer.spec import text_file
 
 _NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"(.*_)?(API)?(KEYS?|PASSWORD|PASSPHRASE|SECRET|TOKEN)", re.IGNORECASE)
 
 
 def pair(text: str, flag: str) -> tuple[str, str]:
     """The name and value of NAME=VALUE; for NAME alone, its value in our own environment."""
     name, has_value, value = text.partition("=")
     return name, _value(name, value if has_value else None, flag)
-
-
-def is_secret(name: str) -> bool:
-    """Does the name say that its value is a secret, as HF_TOKEN does? SkyServe's examples give those by --env."""
-    return _SECRET.fullmatch(name) is not None
 
 
 def of_file(flag: str, path: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from balancer.contract.status import Snapshot
@@ -43,9 +43,13 @@ class Controller:
         say: Callable[[str], None],
         show: Callable[[Snapshot], None],
         record: Callable[[Event], None],
+        failed_gpus: Callable[[], Awaitable[Mapping[int | None, str]]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`say` is called with messages for the user, `show` with snapshots, `record` with what happens."""
+        """`say` is called with messages for the user, `show` with snapshots, `record` with what happens.
+
+        `failed_gpus` tells of the GPUs that replicas lease, by index, and under None of all of them.
+        """
         self.name = name
         self.wanted = wanted
         self.replicas: dict[int, Replica] = {}
@@ -73,6 +77,9 @@ class Controller:
         self._starting: dict[int, asyncio.Task[None]] = {}
         self._stopping: set[asyncio.Task[None]] = set()
         self._troubles = Troubles(lambda text: say(f"{name}: {text}"), clock)
+        self._failed_gpus = failed_gpus
+        self._known_failures: Mapping[int | None, str] = {}
+        self._looking: set[asyncio.Task[bool]] = set()  # at the GPUs of replicas that ended
         self._served: set[int] = set()  # versions of which a replica has been ready
         self._is_renewal_due = False  # the balancer has older settings than the version that serves
         # Once closed: is nothing of the service left running?
@@ -329,12 +336,35 @@ class Controller:
         operation = self.wanted.recipes[replica.version].spec.operation
         changed = plan.ended(replica, over, now, operation, has_served=self._has_served(replica.version))
         self._keep(changed)
+        if changed.reason and not changed.waits_for_gpu and not over.is_blameless:
+            self._look_at_gpus(id)
         if changed.stage is Stage.GIVEN_UP:
             self._say(f"{self.name}-{id} is given up: {over.reason}")
         elif not changed.waits_for_gpu:
             self._say(f"{self.name}-{id} ended, starts again in {changed.start_at - now:.3g} s: {over.reason}")
         elif not replica.waits_for_gpu:
             self._say(f"{self.name}-{id} waits for a GPU: {over.reason}")
+
+    def _look_at_gpus(self, id: int) -> None:
+        """Records what the driver says of failed GPUs; a replica that ended by itself may have had one of them."""
+        leased, failed_gpus = self._report.leased(id), self._failed_gpus
+        if not leased or failed_gpus is None:
+            return
+
+        async def look() -> None:
+            failed = await failed_gpus()
+            for index, problem in failed.items():
+                if self._known_failures.get(index) == problem:
+                    continue
+                is_its = index is None or f"GPU {index} (" in leased
+                named = problem if index is None else f"GPU {index}: {problem}"
+                self._say(f"{self.name}: {named}")
+                self._record(Event(What.GPU_FAILED, named, id if is_its else None))
+            self._known_failures = failed
+
+        task = asyncio.create_task(self._troubles.attempt("looking at the GPUs", look))
+        self._looking.add(task)
+        task.add_done_callback(self._looking.discard)
 
     def _has_served(self, version: int) -> bool:
         """Has it been ready before, and is it no longer being tried out? Then what fails now lies outside of it."""
@@ -425,7 +455,9 @@ class Controller:
         await self._troubles.attempt("telling the balancer", self._tell)
         await self._troubles.attempt("stopping the balancer", lambda: self._balancer.stop(self._hurry))
         await self._readiness.close()
-        await asyncio.gather(*self._starting.values())
+        for looking in self._looking:
+            looking.cancel()
+        await asyncio.gather(*self._starting.values(), *self._looking, return_exceptions=True)
         await self._stop_all()
         await asyncio.gather(*self._stopping)
         self.is_cleared = await self._troubles.attempt("removing what is left", self._engine.close)

@@ -44,6 +44,10 @@ class Report:
         by_engine = self._by_engine | dict(running)
         self._by_engine = {id: listing for id, listing in by_engine.items() if id in known}
 
+    def leased(self, id: int) -> str:
+        """The GPUs that the replica has or had; empty if none are known."""
+        return self._by_engine[id].leased if id in self._by_engine else ""
+
     def listing(
         self,
         replicas: Collection[Replica],

@@ -1,5 +1,6 @@
 """Whether this machine has enough GPUs, memory and cores for a service's replicas. Checked before any is started."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -67,6 +68,32 @@ def gpus(
         )
         for row in json.loads(_replica("--list-gpus", *flags, envs=theirs))
     )
+
+
+async def failed_gpus() -> Mapping[int | None, str]:
+    """What the driver says of each GPU of this machine that has failed, by its index; of all of them under None.
+
+    Raises OSError and TimeoutError.
+    """
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *python("replica"),
+        "--list-gpus",
+        env={**os.environ, **with_packages({})},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+    )
+    try:
+        said, complaint = await asyncio.wait_for(process.communicate(), _ANSWER)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        lines = complaint.decode(errors="replace").split("\n")
+        return {None: next((line for line in reversed(lines) if line.strip()), "").removeprefix("replica: ")}
+    return {row["index"]: row["problem"] for row in json.loads(said) if "problem" in row}
 
 
 def seated_for(recipe: Recipe) -> tuple[Gpu, ...]:

@@ -14,6 +14,8 @@ AUTO = "auto"
 
 # The engines by their names for --on. AUTO picks the first one that suits the service.
 ENGINES: dict[str, Callable[[ServiceFolder], Engine]] = {"local": LocalEngine, "compose": ComposeEngine}
+# Those whose replicas use this machine's GPUs.
+HERE = ("local", "compose")
 
 
 def choose_engine(name: str, recipe: Recipe, folder: ServiceFolder) -> Engine:

@@ -7,11 +7,14 @@ a replica (`python -m replica`, which leases GPUs and knows this machine); bash 
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from balancer.operate.recipe.script import Misread, Word, commands
+
+# Marks the name of a variable in the place of a flag's value; the replica's plug-in for SGLang puts the value there.
+VARIABLE_MARK = "@env:"
 
 # Placeholder for the port: each replica has its own, which `at_port` fills in.
 PORT_MARK = "${GROUNDSERVE_PORT}"
@@ -302,11 +305,31 @@ def _shown(command: list[Word]) -> str:
 
 def masked(flags: Sequence[str]) -> list[str]:
     """The flags with the values of keys and tokens replaced by ***, for printing."""
-    shown: list[str] = []
-    hide_next = False
+    return _with_secrets_as(flags, lambda _: "***")
+
+
+def hidden(flags: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The flags without keys and tokens, and the variables that have them, for a command line that others can read."""
+    variables: dict[str, str] = {}
+
+    def moved(value: str) -> str:
+        name = f"GROUNDSERVE_SECRET_{len(variables) + 1}"
+        variables[name] = value
+        return f"{VARIABLE_MARK}{name}"
+
+    return _with_secrets_as(flags, moved), variables
+
+
+def _with_secrets_as(flags: Sequence[str], put: Callable[[str], str]) -> list[str]:
+    """The flags, with the value of each that carries a secret replaced by what `put` makes of it."""
+    made: list[str] = []
+    is_next = False
     for flag in flags:
-        name, has_value, _ = flag.partition("=")
+        name, has_value, value = flag.partition("=")
         is_secret = _SECRET_FLAG.fullmatch(name) is not None
-        shown.append("***" if hide_next else f"{name}=***" if is_secret and has_value else flag)
-        hide_next = is_secret and not has_value
-    return shown
+        if is_next:
+            made.append(put(flag))
+        else:
+            made.append(f"{name}={put(value)}" if is_secret and has_value else flag)
+        is_next = is_secret and not has_value and not is_next
+    return made

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from balancer.errors import ConfigError
-from balancer.operate.recipe.launch import PORT_MARK, Launch, read
+from balancer.operate.recipe.launch import PORT_MARK, Launch, hidden, read
 from balancer.operate.recipe.script import Misread
+from balancer.spec.secret_names import is_secret
 from balancer.spec.service_file import Spec
 from balancer.spec.settings import ReadinessProbe
 
@@ -31,6 +32,8 @@ LEASE_WAIT_HERE = "3"
 # Seconds that it waits for its turn on a shared GPU, where other replicas first finish their requests.
 TURN_WAIT_HERE = "30"
 
+# A flag of a script's command that gets its value from a variable.
+_SHOWS = re.compile(r"(--?[A-Za-z][\w-]*)(?:=|\s+)[\"']?\$\{?(\w+)")
 # A script that leases its GPUs itself.
 _LEASES_ITSELF = re.compile(r"-m +replica\b")
 
@@ -105,7 +108,17 @@ class Recipe:
             own[LEASE_WAIT] = os.environ.get(LEASE_WAIT) or (TURN_WAIT_HERE if shares else LEASE_WAIT_HERE)
         if self.gpus or shares:
             own |= {SERVICE: self.spec.name, PRIORITY: str(self.spec.settings.priority)}
-        return {**self.spec.envs, **own, **(self.launch.at_port(port).envs if self.launch else {})}
+        if self.launch is None:
+            return {**self.spec.envs, **own}
+        launch = self.launch.at_port(port)
+        return {**self.spec.envs, **own, **launch.envs, **hidden(launch.flags)[1]}
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """The names of those variables whose values are shown to nobody."""
+        if self.launch is None:
+            return self.spec.secrets
+        return self.spec.secrets | set(hidden(self.launch.flags)[1]) | set(filter(is_secret, self.launch.envs))
 
     def arguments(self, port: int) -> tuple[str, ...]:
         """The arguments of `python -m replica`; only for a script that starts SGLang."""
@@ -115,7 +128,7 @@ class Recipe:
         if self.gpus:
             arguments += ["--gpus", str(self.gpus), *self._kinds()]
         if launch.flags:
-            arguments += ["--", *launch.flags]
+            arguments += ["--", *hidden(launch.flags)[0]]
         return tuple(arguments)
 
     def _kinds(self) -> tuple[str, ...]:
@@ -153,7 +166,13 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
         notes += [
             f"{spec.source}: run: `{part}` is not run: groundserve starts SGLang itself" for part in launch.left_out
         ]
-    elif not re.search(rf"\$\{{?{PORT}\b", spec.run):
+    notes += [
+        f"{spec.source}: run: {flag} ${name} shows a secret to all users of this machine, by the command line: "
+        "let the program read it from the variable"
+        for flag, name in (_SHOWS.findall(spec.run) if launch is None else ())
+        if name in spec.secrets
+    ]
+    if launch is None and not re.search(rf"\$\{{?{PORT}\b", spec.run):
         if spec.port is None:
             raise ConfigError(
                 f"{spec.source}: nothing says where a replica listens: let `run:` use ${{{PORT}:-8000}}, "

@@ -35,6 +35,7 @@ class What(enum.StrEnum):
     FAILED = "failed"
     GIVEN_UP = "given_up"
     WAITS_FOR_GPU = "waits_for_gpu"
+    GPU_FAILED = "gpu_failed"
     LOST = "lost"
     OUTGOING = "outgoing"
     DRAINING = "draining"

@@ -162,6 +162,30 @@ def test_up_with_another_file(groundserve: OnCompose) -> None:
     assert [(row["id"], row["version"], row["status"]) for row in status["replicas"]] == [(3, 2, "READY")]
 
 
+def test_secrets_and_keys(groundserve: OnCompose) -> None:
+    """No secret is shown by docker inspect, though replicas have it; issued keys and usage outlive down and up."""
+    run = f"{RUN} -- --api-key $MINE"
+    file = groundserve.service(NAME, run, 1, "secrets: {LAB_FLAGS: , MINE: }", stop_grace=10)
+    secrets = ("--secret", "LAB_FLAGS=--tokens 7", "--secret", "MINE=hush-1")
+    groundserve("up", file, "--on", "compose", "-d", *secrets)
+    facts = docker("inspect", *groundserve.containers())
+    assert "hush" not in facts
+    assert "--tokens 7" not in facts
+    assert "@env:GROUNDSERVE_SECRET_1" in facts
+    key = groundserve("keys", "add", "alice").splitlines()[0]
+    asked = {"Authorization": f"Bearer {key}"}
+    answer = httpx.post(f"{groundserve.endpoint()}/v1/chat/completions", json=CHAT, headers=asked, timeout=60)
+    assert "t06" in answer.text
+    assert "t07" not in answer.text
+    wait_until(lambda: json.loads(groundserve("usage", "--by", "key", "--json")))
+    groundserve("down", NAME)
+    groundserve("up", file, "--on", "compose", "-d", *secrets)
+    assert groundserve.ask().status_code == 401
+    (used,) = json.loads(groundserve("usage", "--by", "key", "--json"))
+    assert (used["key"], used["requests"]) == ("alice", 1)
+    groundserve("down", NAME)
+
+
 def test_what_is_left_can_be_taken_down_without_its_controller(groundserve: OnCompose) -> None:
     groundserve.start(groundserve.file(replicas=1))
     os.kill(groundserve.controller(), signal.SIGKILL)

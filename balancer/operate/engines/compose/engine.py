@@ -35,6 +35,9 @@ from balancer.operate.state.state_file import write_whole
 # The port on which a replica listens in its container, as in docker/*.Dockerfile and the balancer's DNS name.
 PORT = 8000
 _ID, _VERSION, _DIGEST = "groundserve.id", "groundserve.version", "groundserve.digest"
+# Secrets come in a file, as a container's variables are shown to all who may use the Docker engine: Compose has them in
+# a variable of its own and copies them into the container, and `python -m replica` reads them (replica/options.py).
+_SECRETS, _SECRETS_FILE = "GROUNDSERVE_SECRETS", "GROUNDSERVE_SECRETS_FILE"
 
 
 @dataclass(slots=True)
@@ -125,9 +128,9 @@ class ComposeEngine:
             count = len(await self._project.containers("replica")) + 1
             scale = ("up", "-d", "--no-recreate", "--no-deps", "--scale", f"replica={count}", "replica")
             try:
-                # Envs may be secrets: the file's default mode keeps other users out, and it goes when it has been read.
-                write_whole(overlay, json.dumps({"services": {"replica": replica_overlay(id, recipe)}}))
-                await self._project.compose(*scale, overlays=[overlay])
+                secrets = secrets_of(id, recipe, os.environ)
+                write_whole(overlay, json.dumps(replica_overlay(id, recipe, secrets)))
+                await self._project.compose(*scale, overlays=[overlay], environ={_SECRETS: json.dumps(secrets)})
             finally:
                 overlay.unlink(missing_ok=True)
             containers = await self._project.containers("replica")
@@ -238,21 +241,35 @@ def _files(recipe: Recipe, environ: Mapping[str, str]) -> list[Path]:
     return [ROOT / "compose.yaml", *([] if recipe.gpus else [ROOT / "docker" / "compose.cpu.yaml"])]
 
 
-def replica_overlay(id: int, recipe: Recipe) -> dict[str, Any]:
-    """What to change in compose.yaml's service `replica` for this one replica."""
+def secrets_of(id: int, recipe: Recipe, environ: Mapping[str, str]) -> dict[str, str]:
+    """The replica's variables that are secrets, and the token that compose.yaml would take from our environment."""
+    ours = {name: environ[name] for name in ("HF_TOKEN",) if environ.get(name)}
+    return ours | {name: value for name, value in recipe.envs(id, PORT).items() if name in recipe.secrets}
+
+
+def replica_overlay(id: int, recipe: Recipe, secrets: Collection[str]) -> dict[str, Any]:
+    """What to change in compose.yaml for this one replica, whose `secrets` (names) come in a file."""
     arguments = recipe.arguments(PORT)
     model = Path(arguments[arguments.index("--model") + 1])
     labels = {_ID: str(id), _VERSION: str(recipe.version), _DIGEST: recipe.digest}
     overlay: dict[str, Any] = {
         "command": [_literal(part) for part in arguments],
-        "environment": {name: _literal(value) for name, value in recipe.envs(id, PORT).items()},
+        "environment": {
+            # compose.yaml has some of them, too.
+            **{name: "" if name in secrets else _literal(value) for name, value in recipe.envs(id, PORT).items()},
+            **dict.fromkeys(secrets, ""),
+        },
         "labels": labels,
         # Only the controller restarts replicas, with a back-off and a limit; Docker must not revive an outdated one.
         "restart": "no",
     }
     if model.is_absolute():
         overlay["volumes"] = [_literal(f"{model}:{model}:ro")]
-    return overlay
+    if not secrets:
+        return {"services": {"replica": overlay}}
+    overlay["environment"][_SECRETS_FILE] = "/run/secrets/groundserve"
+    overlay["secrets"] = ["groundserve"]
+    return {"services": {"replica": overlay}, "secrets": {"groundserve": {"environment": _SECRETS}}}
 
 
 def _literal(text: str) -> str:

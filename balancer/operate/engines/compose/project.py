@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from balancer.errors import ConfigError
@@ -87,12 +88,19 @@ class Project:
                     raise ConfigError(f"{image} could not be built: see above")
                 return
 
-    async def compose(self, *arguments: str, overlays: Sequence[Path] = (), extra: float = 0.0) -> str:
+    async def compose(
+        self,
+        *arguments: str,
+        overlays: Sequence[Path] = (),
+        extra: float = 0.0,
+        environ: Mapping[str, str] = MappingProxyType({}),
+    ) -> str:
         """Returns what `docker compose` printed; raises CannotStart with its last line if it fails.
 
-        `extra` seconds are granted for containers that take their time to stop.
+        `extra` seconds are granted for containers that take their time to stop; `environ` are more variables.
         """
-        return await _run(self.command(*arguments, overlays=overlays), self._environ, WORK + extra)
+        command = self.command(*arguments, overlays=overlays)
+        return await _run(command, {**self._environ, **environ}, WORK + extra)
 
     async def docker(self, *arguments: str, extra: float = 0.0) -> str:
         """Returns what `docker` printed; raises CannotStart with its last line if it fails."""
