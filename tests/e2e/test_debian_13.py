@@ -39,7 +39,6 @@ cd /root/groundserve
 make install
 make install
 make up && exit 1
-.venv/bin/pip install --quiet --no-deps websockets  # the simulated replicas speak it
 .venv/bin/python serve.py
 """
 
@@ -104,9 +103,7 @@ def wheels() -> Path:
     pip = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", folder)
     there = ("--only-binary", ":all:", "--python-version", "3.13")
     _ran(*pip, *there, "--no-deps", "--require-hashes", "-r", ROOT / "balancer/requirements.lock")
-    locked = (ROOT / "tests/requirements.lock").read_text()
-    websockets = next(line.split()[0] for line in locked.splitlines() if line.startswith("websockets=="))
-    _ran(*pip, *there, "--no-deps", "setuptools>=77", websockets)
+    _ran(*pip, *there, "--no-deps", "setuptools>=77")
     return folder
 
 

@@ -12,7 +12,6 @@ from websockets.utils import accept_key
 from tests.lab.exchange import Exchange
 from tests.lab.knobs import Knobs
 
-REALTIME = "/v1/realtime"
 ITEM = "conversation.item"
 LARGEST = 16 << 20  # bytes of a message, as with uvicorn
 
