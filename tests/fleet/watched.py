@@ -18,6 +18,8 @@ from tests.support.until import until
 
 INTERVAL = 0.05
 TIMEOUT = 0.25
+# Seconds to wait for anything: how long a busy machine takes is not what is tried.
+PATIENCE = 60.0
 
 
 @contextlib.asynccontextmanager
@@ -43,12 +45,12 @@ async def watched(
 
 async def until_ready(fleet: Fleet, count: int | None = None) -> None:
     wanted = len(fleet.members) if count is None else count
-    await until(lambda: statuses(fleet).count("READY") == wanted, lambda: statuses(fleet))
+    await until(lambda: statuses(fleet).count("READY") == wanted, lambda: statuses(fleet), PATIENCE)
 
 
 async def until_status(fleet: Fleet, number: int, status: Status) -> Member:
     """The member of that number, once it has that status."""
-    await until(lambda: fleet.members[number].status(fleet.clock()) is status, lambda: statuses(fleet))
+    await until(lambda: fleet.members[number].status(fleet.clock()) is status, lambda: statuses(fleet), PATIENCE)
     return fleet.members[number]
 
 
@@ -61,6 +63,6 @@ async def probes(fleet: Fleet, number: int, count: int) -> None:
     member = fleet.members[number]
     question = member.ready
     target = question.passes_total + question.failures_total + count
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while question.passes_total + question.failures_total < target:  # noqa: ASYNC110 - nobody is told of each
             await asyncio.sleep(INTERVAL / 5)

@@ -87,7 +87,7 @@ class Seen:
                 if not waiter.done():
                     waiter.set_result(None)
 
-    async def until(self, claim: Callable[["Seen"], object], timeout: float | None = 10.0) -> None:
+    async def until(self, claim: Callable[["Seen"], object], timeout: float | None = 60.0) -> None:
         """Wait until the claim holds. Raises AssertionError with the counts after `timeout` seconds."""
         try:
             async with asyncio.timeout(timeout):
