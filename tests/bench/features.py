@@ -1,6 +1,7 @@
 """`python -m tests.bench.features`: what our own features cost, each beside the same balancer without it, in one run.
 
-Metrics and keys against a balancer without either; routing by prefix against taking turns, before 64 replicas with
+Metrics and keys against a balancer without either; keys that are issued, with limits of tokens and requests and their
+usage kept, against keys of a file; routing by prefix against taking turns, before 64 replicas with
 prompts of 4 KiB, and against cutting the prompts and then taking turns: what is left is the choice itself. As in
 `tests.bench.relay` the loads are put on one after the other, in another order each round, and the figures are medians
 over the rounds of CPU time in microseconds.
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import orjson
 
+from balancer.accounts.store import Store
+from balancer.contract.account import KeyTerms
 from balancer.operate.engines.ports import free_ports
 from balancer.routing.prompt import Prompt
 from tests.bench.figures import Figure, figure, first_error
@@ -35,6 +38,7 @@ KEY = "sk-bench"
 FLEET = 64
 PROMPT_KIB = 4
 UNMETERED, METERED, KEYED = "no metrics, no keys", "metrics", "metrics and keys"
+LIMITED = "metrics, keys with limits"
 TURNS, CUT, PREFIX = "64 replicas, in turn", "64 replicas, prompts cut, in turn", "64 replicas, prefix_aware"
 
 
@@ -54,7 +58,7 @@ def variants(urls: tuple[str, str], folder: Path, cache: Path) -> dict[str, tupl
     keys.write_text(f"bench:{sha256(KEY.encode()).hexdigest()}\n")
     many = tuple(url for _ in range(FLEET // 2) for url in urls)
     long = ("--prompt-kib", str(PROMPT_KIB))
-    ports = iter(free_ports(2 * 6))  # at once: none listens before the last is drawn
+    ports = iter(free_ports(2 * 7))  # at once: none listens before the last is drawn
 
     def without(part: str, launch: Launch) -> Launch:
         at = launch.command.index("balancer")
@@ -71,11 +75,23 @@ def variants(urls: tuple[str, str], folder: Path, cache: Path) -> dict[str, tupl
     found[METERED] = port, Variant(launch)
     port, launch = ours("--api-keys", str(keys))
     found[KEYED] = port, Variant(launch, ("--key", KEY), KEY)
+    issue(folder / "state")
+    port, launch = ours("--state", str(folder / "state"))
+    found[LIMITED] = port, Variant(launch, ("--key", KEY), KEY)
     for name, policy in ((TURNS, "round_robin"), (CUT, "round_robin"), (PREFIX, "prefix_aware")):
         port, launch = ours(policy=policy, at=many)
         launch = without("choice", launch) if name == CUT else launch
         found[name] = port, Variant(launch, long, loads=("requests",))
     return found
+
+
+def issue(folder: Path) -> None:
+    """Issues the key there with all limits that a key can have, none of which it reaches."""
+    store = Store(folder)
+    most = 10**12
+    terms = KeyTerms(max_in_flight=most, requests_per_minute=most, tokens_per_minute=most, tokens_per_day=most)
+    store.add("bench", sha256(KEY.encode()).digest(), terms, time.time())
+    store.close()
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Figure]]:
@@ -116,6 +132,8 @@ def verdict(rows: dict[str, dict[str, Figure]]) -> list[tuple[bool, str]]:
     for mode in ("requests", "streams"):
         more = cost(KEYED, mode) / cost(UNMETERED, mode) - 1
         found.append((more <= 0.10, f"{mode}: metrics and keys cost {more:+.0%} of a balancer without, promised +10%"))
+        more = cost(LIMITED, mode) / cost(KEYED, mode) - 1
+        found.append((more <= 0.10, f"{mode}: keys with limits cost {more:+.0%} of keys without, promised +10%"))
     cut, chosen = (cost(name, "requests") - cost(TURNS, "requests") for name in (CUT, PREFIX))
     choice, whole = (part / cost(TURNS, "requests") for part in (chosen - cut, chosen))
     said = f"a choice by prefix among {FLEET} costs {choice:+.0%} of relaying, promised +30%"

@@ -8,7 +8,7 @@ import pytest
 
 from balancer.routing.prompt import BLOCK_BYTES, Prompt
 from tests.bench import features
-from tests.bench.features import CUT, FLEET, KEYED, METERED, PREFIX, TURNS, UNMETERED, verdict
+from tests.bench.features import CUT, FLEET, KEYED, LIMITED, METERED, PREFIX, TURNS, UNMETERED, verdict
 from tests.bench.figures import Figure
 from tests.bench.messages import CHAT_PATH, long_requests
 from tests.bench.running import fetch, replicas, running
@@ -18,6 +18,7 @@ def rows(bare: float, keyed: float, turns: float, cut: float, prefix: float) -> 
     return {
         UNMETERED: {"requests": Figure(bare), "streams": Figure(20.0)},
         KEYED: {"requests": Figure(keyed), "streams": Figure(22.4)},
+        LIMITED: {"requests": Figure(keyed * 1.05), "streams": Figure(22.4 * 1.2)},
         TURNS: {"requests": Figure(turns)},
         CUT: {"requests": Figure(cut)},
         PREFIX: {"requests": Figure(prefix)},
@@ -27,12 +28,14 @@ def rows(bare: float, keyed: float, turns: float, cut: float, prefix: float) -> 
 def test_verdict_is_relative_cost() -> None:
     """The verdict is each feature's cost relative to the balancer without it."""
     found = verdict(rows(bare=100, keyed=109, turns=100, cut=110, prefix=135))
-    assert [kept for kept, _ in found] == [True, False, True]
+    assert [kept for kept, _ in found] == [True, True, False, False, True]
     assert "requests: metrics and keys cost +9%" in found[0][1]
-    assert "streams: metrics and keys cost +12%" in found[1][1]
-    assert "among 64 costs +25% of relaying" in found[2][1]
-    assert "included: +35%" in found[2][1]
-    assert [kept for kept, _ in verdict(rows(100, 111, 100, 110, 142))] == [False, False, False]
+    assert "requests: keys with limits cost +5%" in found[1][1]
+    assert "streams: metrics and keys cost +12%" in found[2][1]
+    assert "streams: keys with limits cost +20%" in found[3][1]
+    assert "among 64 costs +25% of relaying" in found[4][1]
+    assert "included: +35%" in found[4][1]
+    assert [kept for kept, _ in verdict(rows(100, 111, 100, 110, 142))] == [False, True, False, False, False]
 
 
 def test_long_prompts() -> None:
@@ -50,7 +53,7 @@ def test_long_prompts() -> None:
 def test_what_is_measured_is_what_it_says(tmp_path: Path) -> None:
     with replicas() as urls:
         chosen = features.variants(urls, tmp_path, tmp_path)
-        for name in (UNMETERED, KEYED, CUT):
+        for name in (UNMETERED, KEYED, LIMITED, CUT):
             port, variant = chosen[name]
             assert variant.launch.census is not None
             admin = variant.launch.census.url.removesuffix("/status")
@@ -61,13 +64,13 @@ def test_what_is_measured_is_what_it_says(tmp_path: Path) -> None:
                 status = json.loads(fetch(f"{admin}/status")[1])
                 assert status["service"]["total"] == (FLEET if name == CUT else 2)
                 without = fetch(f"http://127.0.0.1:{port}{CHAT_PATH}", b"{}")[0]
-                assert (without == 401) is (name == KEYED)
+                assert (without == 401) is (name in (KEYED, LIMITED))
 
 
 def test_a_short_run_measures_every_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features.main(["--rounds", "1", "--seconds", "0.3", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "features.json").read_text())["microseconds"]
-    assert set(found) == {UNMETERED, METERED, KEYED, TURNS, CUT, PREFIX}
+    assert set(found) == {UNMETERED, METERED, KEYED, LIMITED, TURNS, CUT, PREFIX}
     assert all(figure["value"] > 0 for by in found.values() for figure in by.values())
-    assert said.count("promised") == 3
+    assert said.count("promised") == 5
