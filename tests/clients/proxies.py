@@ -213,7 +213,13 @@ def _debian(package: str, path: str, cache: Path, *libraries: str) -> str:
         if not shutil.which("apt-get"):
             raise Unavailable(f"there is neither {package} on this machine nor apt-get to fetch Debian's: install it")
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            call(["apt-get", "download", package, *libraries], cwd=folder)
+            try:
+                call(["apt-get", "download", package, *libraries], cwd=folder)
+            except Unavailable:
+                if os.geteuid() != 0:
+                    raise
+                call(["apt-get", "update"])  # a fresh container has no package lists yet
+                call(["apt-get", "download", package, *libraries], cwd=folder)
             for file in Path(folder).glob("*.deb"):
                 call(["dpkg-deb", "--extract", str(file), str(Path(folder) / "all")])
             (Path(folder) / "all").rename(cache / package)
