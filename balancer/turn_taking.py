@@ -22,7 +22,8 @@ LEAST_PAUSE = 0.01  # seconds between two looks, however much happens
 # How many seconds an order may take. A doze waits for the present step of the model, on a CPU up to a minute; a wake
 # waits for the turn, which a replica may have that this balancer does not know, or not yet, as while it starts.
 DOZE, WAKE = 70.0, 3.0
-WITH_WEIGHTS = 70.0  # more, where weights are moved
+# More, where weights are moved. A wake waits no longer for its turn because of that: it moves them once it has the turn.
+WITH_WEIGHTS = 70.0
 # Seconds until a failed wake is tried again: after another had the turn, and after memory was short.
 SOON, LATER = 0.25, 5.0
 AHEAD = 1 << 10  # the priority of a replica that is leaving and still has requests
@@ -197,7 +198,7 @@ class TurnTaking:
         """Wakes it; where memory is short, others that doze on its GPUs fall asleep first, one after the other."""
         while True:
             is_asleep = one.tenancy.state is TenantState.ASLEEP
-            said = await self._tell(one, "wake", WAKE + (WITH_WEIGHTS if is_asleep else 0.0))
+            said = await self._tell(one, "wake", WAKE, WITH_WEIGHTS if is_asleep else 0.0)
             if said is not None and said.state is TenantState.AWAKE:
                 return True
             if said is None or not said.problem:
@@ -226,11 +227,11 @@ class TurnTaking:
                 return True
         return False
 
-    async def _tell(self, one: _One, what: str, within: float) -> Said | None:
-        """Gives an order and notes what came of it; None if no answer came."""
+    async def _tell(self, one: _One, what: str, within: float, more: float = 0.0) -> Said | None:
+        """Gives an order and notes what came of it; None if no answer came. `more`: see MemberWatch.order."""
         one.tenancy.told()
         try:
-            said = await one.service.prober.order(one.member, what, within)
+            said = await one.service.prober.order(one.member, what, within, more)
         finally:
             one.tenancy.is_told = False
         if said is None:

@@ -215,6 +215,23 @@ async def test_killed_amid_its_turn(tmp_path: Path) -> None:
 
 
 @on_uvloop
+async def test_wake_from_sleep_behind_one_out_of_sight(tmp_path: Path) -> None:
+    """One that sleeps is told to wake while another has the turn unseen: once that is seen, it is told to doze."""
+    async with seat(tmp_path, "a", "b") as sharers, sharing(sharers, idle_after=[None, 0.3]) as (house, client):
+        await ask(client, "a")
+        await until(lambda: states(house) == ["READY", "ASLEEP"], lambda: states(house))
+        sharers[0].refuse()
+        sharers[0].drop_connections()
+        await until(lambda: states(house)[0] == "NOT_READY", lambda: states(house))
+        asked = asyncio.ensure_future(ask(client, "b"))
+        assert (asleep := sharers[1].sharing) is not None
+        await until(lambda: asleep.tenant.wanted is State.AWAKE, "it is told to wake")
+        await sharers[0].accept()
+        assert await asked
+        sharers[0].refuse()  # it listens on another socket than before, which would count as left open
+
+
+@on_uvloop
 async def test_killed_while_it_dozes(tmp_path: Path) -> None:
     async with seat(tmp_path, "a", "b") as sharers, sharing(sharers) as (house, client):
         await ask(client, "b")
