@@ -7,14 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from balancer.errors import ConfigError
+from balancer.operate.commands.division import divide
 from balancer.operate.engines import capacity
 from balancer.operate.engines.local.engine import LocalEngine
 from balancer.operate.engines.shared_memory import fractions
 from balancer.operate.recipe.memory_plan import CONTEXT, LEAST_POOL, WORK, Share, plan, shown
 from balancer.operate.recipe.recipe import fraction, recipe
-from balancer.operate.state.service_folder import ServiceFolder
+from balancer.operate.state.desired import Version
+from balancer.operate.state.service_folder import ServiceFolder, state_root
 from balancer.spec.service_file import load
 from tests.operate.command_line import Groundserve
+from tests.operate.meant import desired
 
 SEVEN = 13.5  # GiB of a 7B model in bfloat16
 
@@ -32,6 +36,16 @@ def test_too_many() -> None:
     assert [bool(row.problem) for row in rows] == [False, False, True, True]
     assert rows[2].problem == "it takes 13.0 GiB at the least, and 3.4 GiB are left beside a, b"
     assert rows[0].pool == rows[1].pool
+
+
+def test_beside_one_that_is_up() -> None:
+    """Who comes later gets what is left; but not where one that is up has more than would be left for its cache."""
+    first, later = plan(80, [Share("a", 20, given=0.6), Share("b", 20)])
+    assert (round(first.pool, 1), first.fraction) == (28.0, 0.6)
+    assert (round(later.pool, 1), later.fraction) == (33.4, 0.667)
+    first, later = plan(80, [Share("a", 20, given=0.9), Share("b", 20)])
+    assert not first.problem
+    assert later.problem == "33.4 GiB would be left for each KV cache, and a has 52.0"
 
 
 def test_larger_than_the_card() -> None:
@@ -98,6 +112,39 @@ def test_up_passes_the_plan_on(one_gpu: Groundserve, tmp_path: Path, monkeypatch
         fitted, _ = LocalEngine(ServiceFolder(tmp_path, name)).fit(made[name])
         assert fraction(fitted) == share
         assert fitted.arguments(1)[-2:] == ("--mem-fraction-static", f"{share:g}")
+
+
+def test_division(one_gpu: Groundserve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes up beside others is planned with them; who is up keeps what it has, and gets a new share at its next
+    start, by who is meant to be there then."""
+    for name in ("REPLICA_PRETEND_GPUS", "LEASE_DIR", "XDG_STATE_HOME"):
+        monkeypatch.setenv(name, one_gpu.environ[name])
+    run = f"sglang serve --model-path {model(tmp_path / 'model', 20)}"
+    files = {name: one_gpu.service(name, run, replicas=1, gpu_share=True) for name in "abc"}
+    made = {name: recipe(load(str(file))) for name, file in files.items()}
+    folders = {name: ServiceFolder(state_root(), name) for name in files}
+
+    def meant(name: str) -> None:
+        folders[name].claim().close()
+        file = Version(1, files[name].read_text(), str(files[name]), {}, ())
+        folders[name].write_desired(desired(serving=1, versions=(file,)))
+
+    assert divide([made["a"]]) == [], "alone it says itself how much it takes"
+    assert divide([made["a"], made["b"]]) == [
+        f"{name}: --mem-fraction-static 0.667, as planned for all that share its GPU" for name in "ab"
+    ]
+    meant("a")
+    meant("b")
+    with folders["a"].claim() as lock:
+        folders["a"].sign(lock)
+        with pytest.raises(
+            ConfigError, match=r"11\.4 GiB would .* a has 33\.4; groundserve down a, and bring it up tog"
+        ):
+            divide([made["c"]])
+    assert divide([made["c"]]) == ["c: --mem-fraction-static 0.392, as planned for all that share its GPU"]
+    folders["b"].remove_desired()
+    assert divide([made["a"]]) == ["a: --mem-fraction-static 0.942, as planned for all that share its GPU"]
+    assert (folders["a"].planned_fraction, folders["b"].planned_fraction) == (0.942, 0.667)
 
 
 def test_up_of_what_does_not_fit(one_gpu: Groundserve, tmp_path: Path) -> None:

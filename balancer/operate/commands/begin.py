@@ -7,6 +7,7 @@ from pathlib import Path
 
 from balancer.errors import ConfigError
 from balancer.inherited import tell
+from balancer.operate.commands.division import divide
 from balancer.operate.controller.rollout import Mode
 from balancer.operate.controller.wanted import Wanted
 from balancer.operate.engines.addresses import AddressFlags
@@ -27,6 +28,7 @@ class Source:
     name: str | None = None
     envs: Mapping[str, str] = field(default_factory=dict, repr=False)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    is_planned: bool = False  # its share of GPUs is written down already, with those of others that come up with it
 
     @property
     def is_name(self) -> bool:
@@ -77,6 +79,8 @@ def _from_file(source: Source, flags: AddressFlags, on: str) -> Beginning:
         newest = served[before.coming or before.serving]
         number = newest.number if replace(newest, number=1) == file else max(served) + 1
         file = replace(file, number=number)
+    if not source.is_planned and not folder.is_up():
+        _divide(unfitted)
     made = _fit(replace(unfitted, version=file.number), engine, left)
     wanted = Wanted(made)
     if before is not None and before.coming is None and file.number == before.serving:
@@ -103,6 +107,8 @@ def _resumed(source: Source, flags: AddressFlags, on: str) -> Beginning:
     served = {version.number: version for version in desired.versions}
     serving = recipe(spec_of(served[desired.serving], folder.name, source.secrets, base), desired.serving)
     engine = choose_engine(desired.engine if on == AUTO else on, serving, folder)
+    if not folder.is_up():
+        _divide(serving)
     coming = None
     if desired.coming is not None:
         try:
@@ -158,6 +164,11 @@ def _mode(old: Recipe, new: Recipe, both: int) -> Mode:
     has_new_probe = old.readiness_probe != new.readiness_probe and not new.starts_like(old)
     has_room = (new.fits is None or new.fits >= both) and new.fixed_port is None
     return "blue_green" if has_new_probe and has_room else "rolling"
+
+
+def _divide(made: Recipe) -> None:
+    for line in divide([made]):
+        tell(sys.stdout, line)
 
 
 def _fit(made: Recipe, engine: Engine, left: Desired | None) -> Recipe:

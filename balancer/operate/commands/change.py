@@ -15,14 +15,15 @@ from balancer.operate.commands import up as service_up
 from balancer.operate.commands.begin import Source, beginning
 from balancer.operate.commands.boot import is_enabled, said_of
 from balancer.operate.commands.detach import detached
+from balancer.operate.commands.division import divide
 from balancer.operate.commands.progress import Lines
 from balancer.operate.commands.show import check_host, no_such_service, snapshot_of, up_folders, warn
-from balancer.operate.engines import capacity, shared_memory
+from balancer.operate.engines import shared_memory
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, choose_engine, take_down_detached
 from balancer.operate.engines.engine import Engine
 from balancer.operate.recipe.launch import masked
-from balancer.operate.recipe.recipe import FRACTION, Recipe, recipe
+from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state import control_socket
 from balancer.operate.state.service_folder import AlreadyUp, ServiceFolder, state_root
 from balancer.operate.state.state_file import BrokenState
@@ -86,12 +87,13 @@ def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_deta
     names = [source.path if source.is_name else next(named).name for source in sources]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two services are called {min(twice)}: give one of the files another `name:`")
-    if any(spec.operation.gpu_share for spec in specs):
-        _divide_gpus([recipe(spec) for spec in specs])
+    for line in divide([recipe(spec) for spec in specs]):
+        print(line, flush=True)
     started: list[str] = []
     try:
         for name, source in zip(names, sources, strict=True):
-            code = up(source, replace(flags, join=names[0]) if started else flags, on, is_detached=True)
+            planned = replace(source, is_planned=not source.is_name)
+            code = up(planned, replace(flags, join=names[0]) if started else flags, on, is_detached=True)
             if code:
                 return code
             started.append(name)
@@ -107,16 +109,6 @@ def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_deta
         if not is_detached and started:
             down(list(reversed(started)), None)
     return 0
-
-
-def _divide_gpus(unfitted: Sequence[Recipe]) -> None:
-    """Gives each service that says none itself its share of the GPUs that they share. Raises ConfigError."""
-    folders = {one.spec.name: ServiceFolder(state_root(), one.spec.name) for one in unfitted}
-    there = [capacity.fit(one)[0] for one in unfitted]
-    for name, share in shared_memory.fractions(there).items():
-        if not folders[name].is_up():
-            folders[name].write_planned_fraction(share)
-            print(f"{name}: {FRACTION} {share:g}, as planned for all that share its GPU", flush=True)
 
 
 def check(sources: Sequence[Source]) -> int:

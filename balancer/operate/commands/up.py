@@ -19,6 +19,7 @@ from balancer.errors import ConfigError
 from balancer.inherited import ending
 from balancer.operate.commands.begin import Beginning, spec_of
 from balancer.operate.commands.boot import is_enabled
+from balancer.operate.commands.division import divide
 from balancer.operate.commands.progress import Lines, Moving, Told
 from balancer.operate.controller.controller import Controller
 from balancer.operate.controller.rollout import Mode
@@ -262,7 +263,10 @@ class _Up:
         # The folder where `up` was run: with the one of this update, every replica would restart there.
         spec = spec_of(file, name, secrets, self._recipe.spec.base)
         number = self._versions.next_number(wanted.newest.version)
-        fitted, warnings = await asyncio.to_thread(self._engine.fit, recipe(spec, number), wanted.target)
+        made = recipe(spec, number)
+        for line in await asyncio.to_thread(divide, [made]):
+            say(line)
+        fitted, warnings = await asyncio.to_thread(self._engine.fit, made, wanted.target)
         for warning in warnings:
             say(f"warning: {warning}")
         watching = Told(self._controller.snapshot, say)

@@ -1,13 +1,16 @@
 """For the user: which of several service files share which GPU of this machine, and how much memory each may use."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from balancer.errors import ConfigError
 from balancer.operate.engines import capacity
 from balancer.operate.engines.capacity import Gpu
 from balancer.operate.recipe.memory_plan import Row, Share, plan, shown
 from balancer.operate.recipe.recipe import FRACTION, Recipe, fraction
+
+NOTHING_GIVEN: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +21,11 @@ class Plan:
     rows: tuple[Row, ...]
 
 
-def plans(recipes: Sequence[Recipe]) -> list[Plan]:
-    """One for each GPU that services with `gpu_share` would share; recipes are fitted. Raises ConfigError."""
+def plans(recipes: Sequence[Recipe], given: Mapping[str, float] = NOTHING_GIVEN) -> list[Plan]:
+    """One for each GPU that services with `gpu_share` would share; recipes are fitted.
+
+    `given`: the share of the card that services which are up already have, by their names. Raises ConfigError.
+    """
     sharing = [recipe for recipe in recipes if recipe.spec.operation.gpu_share and recipe.launch is not None]
     there: dict[int, Gpu] = {}
     tenants: dict[int, list[Recipe]] = {}
@@ -32,7 +38,7 @@ def plans(recipes: Sequence[Recipe]) -> list[Plan]:
         for group in free[: max(1, recipe.spec.min_replicas)]:
             for index in group:
                 tenants.setdefault(index, []).append(recipe)
-    shares = {recipe.spec.name: _share(recipe) for recipe in sharing} if tenants else {}
+    shares = {one.spec.name: _share(one, given.get(one.spec.name, 0.0)) for one in sharing} if tenants else {}
     return [
         Plan(gpu, tuple(plan(gpu.memory_total / 1024, [shares[recipe.spec.name] for recipe in tenants[index]])))
         if (gpu := there[index]).memory_total
@@ -59,25 +65,36 @@ def described(recipes: Sequence[Recipe]) -> list[str]:
     return lines
 
 
-def fractions(recipes: Sequence[Recipe]) -> dict[str, float]:
+def fractions(recipes: Sequence[Recipe], up: Mapping[str, float] = NOTHING_GIVEN) -> dict[str, float]:
     """What to give as --mem-fraction-static to each service that shares and says none itself, by its name.
 
-    Raises ConfigError, with the numbers, if one of these does not fit.
+    `up`: what those of the recipes have that are up already. Raises ConfigError, with the numbers, if one does not fit.
     """
-    mute = {recipe.spec.name for recipe in recipes if not fraction(recipe)}
+    mute = {recipe.spec.name for recipe in recipes if not fraction(recipe) and recipe.spec.name not in up}
     given: dict[str, float] = {}
-    for made in plans(recipes):
+    for made in plans(recipes, up):
         for row in made.rows:
             if row.name not in mute:
                 continue
             if row.problem:
                 size = made.gpu.memory_total / 1024
-                raise ConfigError(f"{row.name} does not fit on GPU {made.gpu.index} ({size:.0f} GiB): {row.problem}")
+                raise ConfigError(
+                    f"{row.name} does not fit on GPU {made.gpu.index} ({size:.0f} GiB): {row.problem}"
+                    f"{_together(row.name, [name for name in up if name in {other.name for other in made.rows}])}"
+                )
             given[row.name] = min(row.fraction, given.get(row.name, 1.0))
     return given
 
 
-def _share(recipe: Recipe) -> Share:
+def _together(name: str, up: Sequence[str]) -> str:
+    """What to do about those that are up."""
+    if not up:
+        return ""
+    downs = " ".join(up)
+    return f"; groundserve down {downs}, and bring {'it' if len(up) == 1 else 'them'} up together with {name}"
+
+
+def _share(recipe: Recipe, given: float) -> Share:
     weights, kv = capacity.weight(recipe)
     each = max(1, recipe.gpus)
-    return Share(recipe.spec.name, weights / each / 2**30 if weights is not None else None, kv // each)
+    return Share(recipe.spec.name, weights / each / 2**30 if weights is not None else None, kv // each, given)

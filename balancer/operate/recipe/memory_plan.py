@@ -16,15 +16,24 @@ WORK = 2.0
 _DRIVER = 0.6
 # A KV cache smaller than this, in GiB, is of no use.
 LEAST_POOL = 1.0
+_ROUNDED = 0.1  # GiB by which a share that is in force may exceed what is left for it
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a service needs on each GPU: GiB of weights (None if unknown), KV cache bytes per token (0 if unknown)."""
+    """What a service needs on each GPU: GiB of weights (None if unknown), KV cache bytes per token (0 if unknown).
+
+    `given`: the share of the card that it has already, for weights and KV cache; 0 if it is yet to get one.
+    """
 
     name: str
     weights: float | None
     kv: int = 0
+    given: float = 0.0
+
+    def pool(self, card: float) -> float:
+        """GiB of KV cache that it has already."""
+        return self.given * card - (self.weights or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +67,17 @@ def plan(card: float, shares: Sequence[Share]) -> list[Row]:
         said = f"it takes {takes:.1f} GiB at the least, and {usable - _resident(there):.1f} GiB are left{beside}"
         rows[share.name] = Row(share.name, share.weights, problem=said)
     pool = usable - _resident(there)
+    too_large = [share for share in there if share.given and share.pool(card) > pool + _ROUNDED]
     for share in there:
         assert share.weights is not None
+        if share.given:
+            rows[share.name] = Row(share.name, share.weights, share.pool(card), share.given)
+            continue
+        if too_large:
+            has = ", ".join(f"{one.name} has {one.pool(card):.1f}" for one in too_large)
+            said = f"{max(pool, 0.0):.1f} GiB would be left for each KV cache, and {has}"
+            rows[share.name] = Row(share.name, share.weights, problem=said)
+            continue
         tokens = int(pool * 2**30 / share.kv) if share.kv else 0
         # Rounded down, because any excess would be another service's memory.
         fraction = int((share.weights + pool) / card * 1000) / 1000

@@ -23,6 +23,7 @@ GPUS = "SKYPILOT_NUM_GPUS_PER_NODE"
 PORT = "GROUNDSERVE_PORT"
 LEASE_WAIT = "LEASE_WAIT"
 GPU_SHARE = "GPU_SHARE"
+GPU_SLICE = "GPU_SLICE"
 # SGLang's flag, by which a service says how much of each GPU is its own during its turn.
 FRACTION = "--mem-fraction-static"
 # For others that look for a GPU: whose replica has one.
@@ -103,7 +104,7 @@ class Recipe:
         own = {REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
         shares = self.spec.operation.gpu_share
         if shares:
-            own[GPU_SHARE] = "yes"
+            own |= {GPU_SHARE: "yes", GPU_SLICE: f"{self.spec.settings.gpu_slice:g}"}
         if self.gpus or shares:
             own[LEASE_WAIT] = os.environ.get(LEASE_WAIT) or (TURN_WAIT_HERE if shares else LEASE_WAIT_HERE)
         if self.gpus or shares:
