@@ -5,6 +5,8 @@ from typing import Protocol
 
 from balancer.observe.trace_context import Trace
 
+CLIENT_LEFT = 499  # nginx's status for a client that left; seen only in logs and metrics
+
 
 @dataclass(slots=True)
 class Record:
@@ -44,6 +46,7 @@ class Record:
     reserved: int = 0  # tokens that its key's limits hold for it until they are settled
     trace: Trace | None = None
     sent_at: float = 0.0  # when the last attempt was sent, where there was one
+    unseen: int = 0  # tokens that its answer may have before its client has any of it, where usage is kept
     texts: int = 1  # prompts that the token counts add up, as far as the answer tells
 
 

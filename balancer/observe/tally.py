@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 from balancer.fleet.member import Member
-from balancer.observe.record import Record
+from balancer.observe.record import CLIENT_LEFT, Record
 
 # Upper bounds in seconds, chosen for language models: first tokens take from 20 ms (a cached prompt) to minutes (a long
 # queue), tokens from 5 ms (a small model) to a stall of seconds, whole answers up to ten minutes.
@@ -26,7 +26,6 @@ MISJUDGED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/generate", "/v1/embeddings"}
 PATHS |= {"/v1/models", "/v1/realtime", "/v1/score", "/v1/rerank", "/health", "/ready"}
 STATUSES = tuple(f"{hundreds}xx" for hundreds in range(10))
-CLIENT_LEFT = 499
 PIECE = 250  # requests counted per call
 REMEMBERED = 50  # requests whose routing the page shows
 

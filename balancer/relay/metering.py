@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from balancer import errors
 from balancer.accounts.ledger import Ledger
 from balancer.accounts.quota import Lacking, Quota
-from balancer.observe.record import Record
+from balancer.observe.record import CLIENT_LEFT, Record
 from balancer.relay.asked import asked, may_stream, most_tokens, names_of_models, prompt_bytes, with_usage
 from balancer.relay.auth import Key, Keys
 from balancer.relay.directory import Destination
@@ -17,6 +17,7 @@ COUNTED_IF_ASKED = frozenset(("/v1/chat/completions", "/v1/completions"))  # a s
 # Assumed until answers have been measured, and the bounds of what is believed of a measurement.
 BYTES_PER_TOKEN, LEAST_BYTES, MOST_BYTES = 4.0, 1.0, 16.0
 TOKENS_PER_ANSWER = 256.0
+FASTEST = 500.0  # tokens a second that one answer grows by at the most
 LATEST = 200  # requests that a mean is made of
 
 
@@ -48,6 +49,9 @@ class Meter:
             named = request.model.decode("latin-1") or said.get("model")
             service = destination.service
             record.model = service.model_of(named) if service is not None else ""
+            answer = most_tokens(said)
+            answer = int(self._tokens_per_answer) if answer is None else answer
+            record.unseen = 0 if said.get("stream") is True else answer
             if (key := request.key) is not None:
                 if key.models:
                     _check_models(key, request, destination, record.model)
@@ -83,7 +87,11 @@ class Meter:
         if not record.model or self._ledger is None:
             return
         prompt, completion = record.prompt_tokens, record.completion_tokens
-        if prompt is None:  # the client or the replica left: what was delivered counts, with its prompt
+        if prompt is None and completion is None and record.status == CLIENT_LEFT and record.attempts:
+            # What its replica had made by then is unknown: else who always left just before the end would pay nothing.
+            prompt = int(record.bytes_in / self._bytes_per_token)
+            completion = min(record.unseen, int((record.duration - record.queued) * FASTEST))
+        elif prompt is None:  # the client or the replica left: what was delivered counts, with its prompt
             prompt = int(record.bytes_in / self._bytes_per_token) if completion else 0
         elif prompt:
             self._learn(record.bytes_in / prompt, completion)

@@ -199,6 +199,26 @@ async def test_a_client_that_leaves_is_counted_what_it_got(tmp_path: Path) -> No
 
 
 @on_uvloop
+async def test_leaving_before_the_answer_is_not_for_free(tmp_path: Path) -> None:
+    """Who leaves an answer that is no stream before its end pays for what may have been made until then."""
+    async with LabReplica(token_interval=1) as lab, office(tmp_path, lab) as at:
+        key = await at.add(tokens_per_day=100_000)
+        for tokens in (30, 90_000):
+            client = await at.house.client()
+            await client.send(request(body=chat(tokens), headers=(("Authorization", f"Bearer {key}"),)))
+            await until(lambda: lab.generating == 1, "it generates")
+            await asyncio.sleep(0.1)
+            client.leave()
+            await at.house.at_rest()
+        (told,) = await at.usage()
+        assert told["requests"] == told["failed"] == 2
+        assert told["prompt_tokens"] > 0
+        assert 30 + 50 <= told["completion_tokens"] < 50_000
+        bucket = at.house.balancer.keys.named("alice").quota.day  # type: ignore[union-attr]
+        assert 50_000 < bucket.left <= 100_000 - 80
+
+
+@on_uvloop
 async def test_requests_per_minute_are_held_to(tmp_path: Path) -> None:
     async with LabReplica() as lab, office(tmp_path, lab) as at:
         key, other = await at.add(requests_per_minute=2), await at.add("bob")
@@ -222,7 +242,7 @@ async def test_tokens_are_estimated_before_and_settled_after(tmp_path: Path) -> 
     async with LabReplica(hang="before_head") as lab, office(tmp_path, lab) as at:
         key = await at.add(tokens_per_minute=1000)
         client = await at.house.client()
-        await client.send(request(body=chat(900), headers=(("Authorization", f"Bearer {key}"),)))
+        await client.send(request(body=chat(900, stream=True), headers=(("Authorization", f"Bearer {key}"),)))
         await lab.seen.until(lambda seen: len(seen.requests) == 1)
         refused = await at.ask(key, chat(900))
         assert refused.status == 429
@@ -230,7 +250,7 @@ async def test_tokens_are_estimated_before_and_settled_after(tmp_path: Path) -> 
         assert 30 < int(refused.header("retry-after") or 0) <= 60
         client.leave()
         bucket = at.house.balancer.keys.named("alice").quota.minute  # type: ignore[union-attr]
-        await until(lambda: bucket.left > 990, "what was not used has come back")
+        await until(lambda: bucket.left > 950, "what was not used has come back: all but the prompt")
     async with LabReplica(tokens=3) as lab, office(tmp_path, lab) as at:
         key = await at.add("bob", tokens_per_minute=1000)
         assert (await at.ask(key, chat(900))).status == 200
