@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from balancer.fleet.member import Member
@@ -22,7 +23,7 @@ LEAST_PAUSE = 0.01  # seconds between two looks, however much happens
 # How many seconds an order may take. A doze waits for the present step of the model, on a CPU up to a minute; a wake
 # waits for the turn, which a replica may have that this balancer does not know, or not yet, as while it starts.
 DOZE, WAKE = 70.0, 3.0
-# More, where weights are moved. A wake waits no longer for its turn because of that: it moves them once it has the turn.
+# More, where weights are moved; but a wake waits no longer for its turn, without which it moves none.
 WITH_WEIGHTS = 70.0
 # Seconds until a failed wake is tried again: after another had the turn, and after memory was short.
 SOON, LATER = 0.25, 5.0
@@ -55,12 +56,23 @@ class TurnTaking:
     def watch(self, service: Service) -> None:
         """Takes in one more service."""
         service.admission.when_waiting.append(self.look)
+        service.admission.turn_in = partial(self.turn_in, service)
         service.fleet.when_shared.append(lambda: self._shared(service))
 
     def _shared(self, service: Service) -> None:
         self._shares = True
         if self.look not in service.fleet.when_room:
             service.fleet.when_room.append(self.look)
+
+    def turn_in(self, service: Service) -> float:
+        """In how many seconds the service's model will probably have its turn; 0 if nobody knows."""
+        now = asyncio.get_running_loop().time()
+        tried = [one.tenancy.retry_at - now for one in self._of(service) if one.tenancy.cannot_wake]
+        if tried:
+            return max(0.0, min(tried))
+        tenants, needs = self._stock(now)
+        seconds = self._turns.expected(now, service.facts.name, [tenant for tenant, _ in tenants.values()], needs)
+        return 0.0 if math.isinf(seconds) else seconds
 
     async def stop(self) -> None:
         """Ends orders that are under way; the replicas then see to their turns by themselves."""
@@ -105,16 +117,21 @@ class TurnTaking:
     def _look(self) -> None:
         self._next = None
         now = self._looked_at = asyncio.get_running_loop().time()
-        tenants: dict[str, tuple[Tenant, _One]] = {}
-        needs: dict[str, Need] = {}
-        for service in self._services():
-            self._take_stock(service, now, tenants, needs)
+        tenants, needs = self._stock(now)
         self._turns.rules = self._rules()
         swaps = self._turns.decide(now, [tenant for tenant, _ in tenants.values()], needs)
         for swap in swaps:
             self._swap(swap, {id: one for id, (_, one) in tenants.items()})
         if not math.isinf(self._turns.due_in):
             self._look_at(now + max(LEAST_PAUSE, self._turns.due_in))
+
+    def _stock(self, now: float) -> tuple[dict[str, tuple[Tenant, _One]], dict[str, Need]]:
+        """All replicas that share, and what is wanted of their models."""
+        tenants: dict[str, tuple[Tenant, _One]] = {}
+        needs: dict[str, Need] = {}
+        for service in self._services():
+            self._take_stock(service, now, tenants, needs)
+        return tenants, needs
 
     def _take_stock(
         self, service: Service, now: float, tenants: dict[str, tuple[Tenant, _One]], needs: dict[str, Need]

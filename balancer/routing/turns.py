@@ -16,7 +16,7 @@ So no model waits longer than `Turns.bound` if nothing starts, nothing is pinned
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 # Need and priority make a turn at most _LONGEST times `gpu_slice`. A lead in priority counts for at most _STEPS.
@@ -95,9 +95,7 @@ class Turns:
     def decide(self, now: float, tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> list[Swap]:
         """The swaps to begin now. Until a swap is done, pass its tenants as BUSY."""
         self.due_in = math.inf
-        # Where one is awake and another is about to be, nobody else may ask for the GPU: who is BUSY stands for both.
-        up = sorted((one for one in tenants if one.stage is not Stage.DOZING), key=lambda one: one.stage is Stage.BUSY)
-        holders = {gpu: tenant for tenant in up for gpu in tenant.gpus}
+        holders = _holders(tenants)
         pinned = _pinned(tenants, needs)
         claimed: set[str] = set()
         swaps: list[Swap] = []
@@ -125,6 +123,36 @@ class Turns:
         turn = max(_LONGEST * self.rules.gpu_slice, longest_swap * (1 - share) / share)
         turns = rivals + 1 + (_limit(rivals, steps) if steps else 0)
         return turns * (turn + self.rules.max_turn_over + longest_swap)
+
+    def expected(self, now: float, model: str, tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> float:
+        """In how many seconds the model will have its turn, if nothing else changes; inf if its GPUs are pinned.
+
+        What remains of the present turn counts, and a turn for each model that goes before it on the same GPUs.
+        """
+        needs = dict(needs) | {
+            model: replace(needs.get(model, Need()), waiting=max(1, needs.get(model, Need()).waiting))
+        }
+        holders, pinned = _holders(tenants), _pinned(tenants, needs)
+        order = self._in_order(now, tenants, needs)
+        before = order[: order.index(model)] if model in order else order
+        up = {tenant.model for tenant in tenants if tenant.stage is not Stage.DOZING}
+        soonest = math.inf
+        for tenant in tenants:
+            if tenant.model != model or tenant.stage is not Stage.DOZING:
+                continue
+            gpus = set(tenant.gpus)
+            in_the_way = [holder for gpu in gpus if (holder := holders.get(gpu)) is not None]
+            if any(holder.id in pinned for holder in in_the_way):
+                continue
+            busy = any(holder.stage is Stage.BUSY for holder in in_the_way)
+            left = max((self._left(now, holder, needs, model) for holder in in_the_way), default=0.0)
+            rivals = [
+                one for one in before if one not in up and any(gpus & set(t.gpus) for t in tenants if t.model == one)
+            ]
+            turns = sum(self.slice(replace(tenant, model=rival, in_flight=0), needs, model) for rival in rivals)
+            least = max(self.rules.gpu_slice, self._least(gpus)) if busy else left
+            soonest = min(soonest, least + turns)
+        return soonest
 
     def _least(self, gpus: Iterable[str]) -> float:
         """The shortest turn whose swap takes no more than `swap_share` of swap and turn together."""
@@ -212,6 +240,13 @@ class Turns:
         for model in {tenant.model for tenant in tenants if taken & set(tenant.gpus)} - up:
             if needs.get(model, Need()).waiting:
                 self._passed[model] = self._passed.get(model, 0) + 1
+
+
+def _holders(tenants: Sequence[Tenant]) -> dict[str, Tenant]:
+    """Who has each GPU."""
+    # Where one is awake and another is about to be, nobody else may ask for the GPU: who is BUSY stands for both.
+    up = sorted((one for one in tenants if one.stage is not Stage.DOZING), key=lambda one: one.stage is Stage.BUSY)
+    return {gpu: tenant for tenant in up for gpu in tenant.gpus}
 
 
 def _pinned(tenants: Sequence[Tenant], needs: Mapping[str, Need]) -> set[str]:

@@ -46,6 +46,17 @@ def test_slice_and_turn_over() -> None:
     assert turns.decide(3.1, [awake("x", left=0.1), dozing("y")], needs) == [Swap("y", ("x",))]
 
 
+def test_expected_turn() -> None:
+    """What is left of the present turn, and the turns of those before; nothing is known behind one that is pinned."""
+    turns = Turns(RULES)
+    there = [awake("x", since=9), dozing("y"), dozing("z")]
+    assert turns.expected(10, "y", there, {"x": Need(), "y": Need()}) == 1.0
+    assert turns.expected(10, "z", there, {"x": Need(), "y": asked(8), "z": asked(9)}) == 3.0
+    assert turns.expected(10, "y", there, {"x": Need(), "y": asked(8), "z": asked(9)}) == 1.0
+    assert turns.expected(10, "y", [awake("x", in_flight=0), dozing("y")], {"x": Need()}) == 0.0
+    assert turns.expected(10, "y", there, {"x": Need(min_awake=1), "y": asked()}) == math.inf
+
+
 def test_longer_slices() -> None:
     """More requests and a higher priority make a turn longer up to four times."""
     turns = Turns(RULES)
