@@ -245,25 +245,32 @@ def test_doze_while_grammars_compile(
         assert [answer.result().status_code for answer in asked] == [200] * 4
 
 
+def awake_after(tenant: Tenant, killed: float) -> float:
+    """Seconds from then until it was awake, by its own clock; a second, on a machine with nothing else to do."""
+
+    def since() -> float | None:
+        told = tenant.client.get("/lease").json()
+        return time.monotonic() - told["for"] if told["state"] == "AWAKE" else None
+
+    return wait_until(since, "the other is awake", 30) - killed
+
+
 @pytest.mark.last
 def test_killed_awake_behind_balancer(seat: tuple[Tenant, Tenant], tmp_path: Path) -> None:
     """One killed amid the turn that the balancer gave it leaves the seat to the other."""
     one, two = seat
     with OneEndpoint(seat, tmp_path) as balancer, ThreadPoolExecutor(2) as beside:
         balancer.generate("two", 4)
-        cut = beside.submit(balancer.generate, "two", 500)
+        cut = beside.submit(balancer.generate, "two", 100)
         wait_until(lambda: two.client.get("/lease").json()["requests"] == 1, "it generates", 60)
         waiting = beside.submit(balancer.generate, "one", 4)
         two.process.kill()
-        killed = time.monotonic()
-        wait_until(lambda: one.state() == "AWAKE", "the other is awake", 30)
-        assert time.monotonic() - killed < 15  # a second, on a machine with nothing else to do
+        assert awake_after(one, time.monotonic()) < 5
         assert waiting.result()
-        with pytest.raises(AssertionError, match=r"50[23]"):
-            cut.result()
         two.wait()
         two.restart()
         two.wait_ready()
+        assert cut.result(), "it waited for its replica to come back"
         wait_until(lambda: balancer.status("two") in ("READY", "DOZING"), "it is back", 60)
         assert balancer.generate("two", 4)
 
@@ -279,9 +286,7 @@ def test_killed_awake(seat: tuple[Tenant, Tenant]) -> None:
         waiting = beside.submit(one.generate, 4)
         forget_the_balancer(seat)
         two.process.kill()
-        killed = time.monotonic()
-        wait_until(lambda: one.state() == "AWAKE", "the other is awake", 30)
-        assert time.monotonic() - killed < 15  # a second, on a machine with nothing else to do
+        assert awake_after(one, time.monotonic()) < 5
         assert waiting.result()
         with pytest.raises(httpx.HTTPError):
             cut.result()
