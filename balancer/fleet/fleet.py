@@ -1,5 +1,6 @@
 """The set of replicas: who is in it, who may be given a request, and who holds how many."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -52,6 +53,7 @@ class Fleet:
         self.ready_since: float | None = None  # when a member first became ready
         self._available: list[Member] = []
         self._available_until = 0.0
+        self._gone_at = math.inf  # since when no member has been available; inf while one is
         self._last_id = 0
         self._lingering: deque[tuple[float, Member]] = deque()  # failed requests, and until when each counts as load
 
@@ -168,7 +170,7 @@ class Fleet:
         if now >= self._available_until:
             self._available = [member for member in self.members.values() if member.is_available(now)]
             ends = [member.ejected_until for member in self.members.values() if member.ejected_until > now]
-            self._available_until = min(ends, default=float("inf"))
+            self._available_until = min(ends, default=math.inf)
             if not self._available:
                 self._available = self._least_bad(now)
         return self._available
@@ -236,6 +238,15 @@ class Fleet:
         now = self.clock()
         return (wakes and self.is_asleep) or any(m.status(now).phase is Phase.PENDING for m in self.shown())
 
+    def may_return(self) -> bool:
+        """Is there a replica that was ready, is not now, and may be so again?"""
+        now = self.clock()
+        return any(member.status(now).phase is Phase.UNAVAILABLE for member in self.shown())
+
+    def gone_for(self) -> float:
+        """Seconds for which no member has been available; 0 while one is."""
+        return max(0.0, self.clock() - self._gone_at)
+
     def room_made(self) -> None:
         """A place was given back, or a member became available: requests that wait may look again."""
         for hook in self.when_room:
@@ -245,6 +256,7 @@ class Fleet:
         """A fact about some member changed: everything derived from it is out of date."""
         sort_out(self.members.values())
         self._available_until = 0.0
+        self._gone_at = math.inf if self.available() else min(self._gone_at, self.clock())
         self.room_made()
 
     # What happens to them

@@ -5,7 +5,7 @@ import re
 from balancer.fleet.address import ReplicaAddress
 from balancer.observe.record import Record, RequestObserver, Spans
 from balancer.relay.continuation.delivered import CUMULATIVE
-from balancer.relay.continuation.events import EVENT_END
+from balancer.relay.continuation.events import EVENT_END, is_event_stream
 from balancer.relay.continuation.keeper import Keeper
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import SAFE_METHODS
@@ -16,7 +16,6 @@ from balancer.relay.request import Headers, Request
 from balancer.relay.unavailable import FULL_FOR, Unavailable, retry_after
 
 COUNTED_AT_ONCE = 16 << 10  # bytes of a stream counted ahead of keeping them, to save counting at every event
-EVENT_STREAM = b"text/event-stream"
 
 
 class AnswerRelay:
@@ -89,7 +88,7 @@ class AnswerRelay:
         """Is it an answer that makes no difference to the client before it is whole?"""
         if not 0 < length <= LARGEST or self._request.method == b"HEAD":
             return False
-        return not any(value.startswith(EVENT_STREAM) for name, value in headers if name.lower() == b"content-type")
+        return not any(is_event_stream(value) for name, value in headers if name.lower() == b"content-type")
 
     def _begin(self, status: int, headers: Headers, length: int | None) -> None:
         own = self._own_fields()
@@ -97,7 +96,7 @@ class AnswerRelay:
             headers = _relative_redirects(headers, self._place.replica)
         self._reply.begin(status, headers, length, own)
         self.has_begun = True
-        if self._reply.is_event_stream and self._most_kept and self._client.hold(self._request, 0):
+        if self._reply.is_event_stream and self._most_kept and self._may_keep(0):
             self.kept = Keeper(self._most_kept, self._request.path in CUMULATIVE)
         else:
             # The replica has the request, and a long answer need not keep a large prompt in memory.
@@ -119,6 +118,16 @@ class AnswerRelay:
             )
         return own
 
+    def _may_keep(self, count: int) -> bool:
+        """Is there room for `count` more bytes of the stream, and still the request, without which they are no use?"""
+        return bool(self._request.body) and self._client.hold(self._request, count)
+
+    def forget(self) -> None:
+        """The attempt has failed: gives back the room of an answer that was held back."""
+        if self._held is not None:
+            self._client.hold(self._request, -min(self._held.size, self._request.held))
+            self._held = None
+
     def _let_go(self, held: Held) -> None:
         """Relays what was held back, like any other answer."""
         self._held = None
@@ -129,7 +138,8 @@ class AnswerRelay:
     def on_body(self, data: bytes, now: float) -> None:
         if self._held is not None:
             self._last_at = now
-            if not self._held.holds(data):
+            has_room = self._client.hold(self._request, len(data))
+            if not self._held.holds(data) or not has_room:
                 self._let_go(self._held)
             return
         record = self._record
@@ -156,7 +166,7 @@ class AnswerRelay:
         if kept.size > self._counted:
             more = min(kept.size + COUNTED_AT_ONCE, self._most_kept) - self._counted
             self._counted += more
-            if not self._client.hold(self._request, more):
+            if not self._may_keep(more):
                 data += kept.give_up()
         if kept.is_over:
             self.kept = None

@@ -199,9 +199,9 @@ class ClientConnection(RequestReader):
             self.write(CONTINUE)
 
     def hold(self, request: Request, count: int) -> bool:
-        """Counts `count` more bytes as kept with the request's body; False if there is no room for them."""
-        if not self._queue or self._queue[0] is not request or not request.body:
-            return False  # the request is over, or its body was dropped
+        """Counts `count` more bytes as kept with the request, fewer if negative; False if there is no room for them."""
+        if not self._queue or self._queue[0] is not request:
+            return False  # the request is over
         request.held += count
         self._doors.buffered += count
         doors = self._doors

@@ -14,10 +14,11 @@ BUDGET_PER_SECOND = 3
 
 
 class RetryBudget:
-    """Limits retries of GETs and HEADs that a replica may have seen: a fifth of the traffic, or three per second.
+    """Limits retries of requests that a replica may have seen: a fifth of the traffic, or three per second.
 
-    The clock is passed in, in seconds. (The rule is Finagle's, which Envoy and Linkerd adopted.) Generating requests do
-    not draw on it: a replica that dies loses all its requests at once, and each is sent again at most once.
+    The clock is passed in, in seconds. (The rule is Finagle's, which Envoy and Linkerd adopted.) Generating requests
+    whose replica died do not draw on it: one that dies loses all its requests at once, and each is sent again at most
+    once. Those do that a live replica let wait: where all are too slow, most must not be made twice.
     """
 
     def __init__(self) -> None:
@@ -41,8 +42,10 @@ class RetryBudget:
 
 # No replica took the request: it goes to another one at once.
 UNTAKEN = frozenset((Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN, Outcome.BUSY))
-# A replica may have taken the request: it goes to another one if that is harmless; GET and HEAD draw on the budget.
-PERHAPS_TAKEN = frozenset((Outcome.LOST,))
+# A replica may have taken the request: it goes to another one if that is harmless.
+PERHAPS_TAKEN = frozenset((Outcome.LOST, Outcome.SILENT))
+# A replica that dies ends its connections.
+DIED = frozenset((Outcome.LOST, Outcome.BROKEN))
 # The answer broke off while it was held back: if the client has nothing of it, the request is as good as lost.
 HELD_BACK = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK))
 # The answer, whose head the client has, broke off: a stream may continue on another replica.
@@ -81,9 +84,12 @@ def may_repeat(
         return True
     if outcome not in PERHAPS_TAKEN or deaths >= MAX_DEATHS:
         return False
-    if method in SAFE_METHODS:
-        return budget.withdraw(now)
-    return only_generates and settings.retry_sent == "once"
+    if method not in SAFE_METHODS:
+        if not only_generates or settings.retry_sent != "once":
+            return False
+        if outcome is Outcome.LOST:
+            return True
+    return budget.withdraw(now)
 
 
 def may_continue(outcome: Outcome, deaths: int, settings: Settings) -> bool:

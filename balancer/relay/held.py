@@ -8,16 +8,16 @@ LARGEST = 64 << 10  # bytes of a body that is held back
 class Held:
     """The head of an answer, and its body so far."""
 
-    __slots__ = ("_size", "headers", "length", "pieces")
+    __slots__ = ("headers", "length", "pieces", "size")
 
     def __init__(self, headers: Headers, length: int | None) -> None:
         self.headers = headers
         self.length = length
         self.pieces: list[bytes] = []
-        self._size = 0
+        self.size = 0  # bytes of the body so far
 
     def holds(self, data: bytes) -> bool:
         """Keeps a piece of the body; returns False once the body is longer than `LARGEST`."""
         self.pieces.append(data)
-        self._size += len(data)
-        return self._size <= LARGEST
+        self.size += len(data)
+        return self.size <= LARGEST

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import orjson
 
 from balancer.errors import ServeError, is_anthropic
+from balancer.relay.continuation.events import is_event_stream
 from balancer.relay.request import Request
 
 LARGEST = 64 << 10  # bytes of such an answer that are read
@@ -20,7 +21,7 @@ class Wire(Protocol):
 def fits(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Can a stream whose head is already sent continue with an answer that has this head?"""
     fields = {name.lower(): value for name, value in headers}
-    is_stream = fields.get(b"content-type", b"").startswith(b"text/event-stream")
+    is_stream = is_event_stream(fields.get(b"content-type", b""))
     return status == 200 and is_stream and b"content-encoding" not in fields
 
 

@@ -92,7 +92,7 @@ class ConnectionPool:
             waited = now - connection.sent_at - (away - connection.sent_away)
             if not connection.has_begun and waited > settings.first_byte_timeout:
                 connection.finish(Outcome.SILENT)
-            elif connection.has_head:
+            else:
                 self._judge_silence(connection, place, now, away)
 
     def _judge_silence(self, connection: ReplicaConnection, place: Place, now: float, away: float) -> None:
@@ -104,7 +104,7 @@ class ConnectionPool:
         silence = now - connection.last_byte_at - (away - connection.heard_away)
         lifeless = min(silence, now - place.alive_at)
         if lifeless > settings.idle_timeout:
-            connection.finish(Outcome.STALLED)
+            connection.finish(Outcome.STALLED if connection.has_head else Outcome.LOST)
         elif silence > max(settings.idle_timeout, settings.first_byte_timeout):
             connection.finish(Outcome.STUCK)
         elif lifeless > settings.idle_timeout / 2:

@@ -12,7 +12,7 @@ from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.dial import OUR_OWN_LIMITS, Unresolved
 from balancer.fleet.outcome import Outcome
 from balancer.observe import trace_context
-from balancer.observe.record import Record, RequestObserver
+from balancer.observe.record import CLIENT_LEFT, Record, RequestObserver
 from balancer.relay.answer_relay import AnswerRelay
 from balancer.relay.auth import OPEN_PATHS, Key, Keys, bears
 from balancer.relay.comments import STREAMING, Comments
@@ -25,6 +25,7 @@ from balancer.relay.deaths import digest_of
 from balancer.relay.directory import Destination, Directory
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import (
+    DIED,
     HELD_BACK,
     PERHAPS_TAKEN,
     UNTAKEN,
@@ -47,10 +48,10 @@ from balancer.routing.prompt import Prompt
 
 log = logging.getLogger("groundserve")
 
-CLIENT_LEFT = 499  # nginx's status for a client that left; seen only in logs and metrics
 SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
 OWN_METHODS = (b"GET", b"HEAD")
 RACE = "race"  # a retry's reason: the same request on a new connection to the same replica
+NOTICED = 0.1  # seconds until a replica that has died is known to be gone, so that its return can be waited for
 COUNTING = 10.0  # seconds that another replica has to count the tokens that a client already has
 
 MAX_PATH = 1024  # characters of a path that a record keeps: 20,000 records with paths as long as a head exceed 1 GB
@@ -215,13 +216,15 @@ class Proxy:
                 if digest:
                     destination.deaths.acquit(digest)
                 return
+            relay.forget()
             if outcome not in UNTAKEN:
                 deaths += 1
                 digest = self._note_death(destination, place, request, outcome)
             if going is None and not relay.has_begun and outcome in HELD_BACK:
                 outcome = Outcome.LOST  # as the client sees it, who has nothing of the answer
             if going is None or outcome not in UNTAKEN:  # else the client gets the error of the break
-                error = final_error(outcome, settings, record.full_for or FULL_FOR, deaths)
+                retry_after = places.retry_turn() if outcome is Outcome.AWAY else record.full_for or FULL_FOR
+                error = final_error(outcome, settings, retry_after, deaths)
             if going is None and relay.has_begun:
                 going = self._going_on(relay, request, reply, record, error)
                 if going.ending is not None:
@@ -230,7 +233,11 @@ class Proxy:
                     reply.end()
                     return
             if not await places.may_go_on(waiter):
-                raise error
+                if outcome not in DIED:
+                    raise error
+                await asyncio.sleep(NOTICED)
+                if not await places.may_go_on(waiter):
+                    raise error
             if going is not None:
                 if not may_continue(outcome, deaths, settings):
                     raise error

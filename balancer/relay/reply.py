@@ -8,7 +8,7 @@ from time import time
 from typing import Protocol
 
 from balancer.errors import ServeError, is_anthropic
-from balancer.relay.continuation.events import EVENT_END
+from balancer.relay.continuation.events import EVENT_END, is_event_stream
 from balancer.relay.hidden_usage import EMPTY, HiddenUsage
 from balancer.relay.misfit import Misfit, fits
 from balancer.relay.paths import kind_of
@@ -112,7 +112,7 @@ class Reply:
             if lowered not in NOT_PASSED_ON:
                 lines.append(b"%b: %b\r\n" % (name, value))
                 if lowered == b"content-type":
-                    self.is_event_stream = value[:17].lower() == b"text/event-stream"
+                    self.is_event_stream = is_event_stream(value)
                 elif lowered == b"content-encoding":
                     is_encoded = True
                 elif lowered == b"x-accel-buffering":

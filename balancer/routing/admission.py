@@ -23,6 +23,7 @@ MOMENT = 2.0  # seconds that any request waits for a replica that is about to be
 # A request that would wait longer than this part of queue_timeout is refused at once: the estimate is not exact, and
 # a refusal after a wait is worse.
 IN_TIME = 0.8
+AGAIN = 0.1  # seconds before a request that all members failed to take is offered to them again; then twice as long
 UNKNOWN_WAIT = 5.0  # seconds: Retry-After where the wait cannot be estimated
 LONGEST_WAIT = 300.0  # seconds: the maximum Retry-After, before jitter
 JITTER = 0.5  # up to this part of the wait is added to Retry-After, so that clients do not return together
@@ -85,6 +86,8 @@ class Admission:
         self._reading = OneAtATime()
         self._expired_at = fleet.clock()
         self.when_waiting: list[Callable[[], None]] = []  # called when a request has to wait
+        # In how many seconds members that share their GPUs will have their turn; 0: unknown.
+        self.turn_in: Callable[[], float] = lambda: 0.0
         fleet.when_room.append(self.assign)
         fleet.when_left.append(lambda member: self.policy.forget(member))
         fleet.when_dozed.append(lambda member: self.policy.forget(member))
@@ -124,6 +127,10 @@ class Admission:
         if most is not None:  # a place is free again once its answer has begun
             return max(1, most * len(self.fleet.available()))
         return max(1, self.fleet.generating)
+
+    def retry_turn(self) -> int:
+        """Retry-After, in whole seconds, for a model that has not got its turn."""
+        return _spread(self.turn_in())
 
     def must_read(self, prompt: Prompt) -> bool:
         """Must the prompt be read before a place is asked for? True if the policy uses it and it is heavy."""
@@ -190,11 +197,35 @@ class Admission:
         wait = seconds * 2**waiter.rounds
         if not (waiter.is_generating and settings.queue_size) or waiter.waited + wait >= settings.queue_timeout:
             return False
+        self._offer_again(waiter, wait)
+        return True
+
+    def may_wait_for_return(self, waiter: Waiter) -> bool:
+        """No member took the request: may it wait until one that was ready is so again?"""
+        wait = AGAIN * 2**waiter.rounds
+        if waiter.waited + wait >= self._return_wait(waiter):
+            return False
+        self._offer_again(waiter, wait)
+        return True
+
+    def _offer_again(self, waiter: Waiter, wait: float) -> None:
         waiter.tried.clear()
         waiter.full_for = None
         waiter.rounds += 1
         waiter.held_until = self.fleet.clock() + wait
-        return True
+
+    def _return_wait(self, waiter: Waiter) -> float:
+        """How long, in seconds, it may wait for a member that was ready to be so again; 0: there is none.
+
+        Once all have been gone for that long, nobody waits for them any more.
+        """
+        settings = self.fleet.settings
+        if not settings.queue_size or not self.fleet.may_return():
+            return 0.0
+        longest = min(settings.queue_timeout, settings.start_wait)
+        if not (waiter.is_generating and waiter.is_waited_for):
+            longest = min(MOMENT, longest)
+        return max(0.0, longest - self.fleet.gone_for())
 
     def assign(self) -> None:
         """Gives places to the requests whose turn it is."""
@@ -311,9 +342,11 @@ class Admission:
             return settings.queue_timeout
         if self.fleet.can_wake(waiter.tried):
             if (why := self.fleet.why_away()) or not settings.start_wait:
-                raise errors.not_awake(_spread(0.0), why)
+                raise errors.not_awake(self.retry_turn(), why)
             return settings.start_wait
         if not self.fleet.is_starting(waiter.is_generating) or not settings.start_wait:
+            if wait := self._return_wait(waiter):
+                return wait + waiter.waited
             raise errors.no_replica(progress=self.fleet.progress())
         return settings.start_wait if waiter.is_waited_for else min(MOMENT, settings.start_wait)
 
@@ -345,10 +378,9 @@ class Admission:
             return errors.queue_timeout(settings.queue_timeout, _spread(wait))
         if self.fleet.can_wake(queued.waiter.tried):
             why = self.fleet.why_away()
-            return errors.not_awake(_spread(0.0), why) if why or now >= queued.until else None
-        if now >= queued.until or not self.fleet.is_starting(queued.waiter.is_generating):
-            return errors.no_replica(progress=self.fleet.progress())
-        return None
+            return errors.not_awake(self.retry_turn(), why) if why or now >= queued.until else None
+        may_come = self.fleet.is_starting(queued.waiter.is_generating) or self._return_wait(queued.waiter)
+        return None if may_come and now < queued.until else errors.no_replica(progress=self.fleet.progress())
 
 
 def _spread(wait: float) -> int:

@@ -80,16 +80,21 @@ class Places:
         return len(self._fleet.shown()) < 2
 
     async def may_go_on(self, waiter: Waiter) -> bool:
-        """May it claim another place, at a replica that it has not tried or, if all are full, at any replica later?"""
+        """May it claim another place: at a replica that it has not tried, or at any later, if all are full or gone?"""
         if waiter.only is not None:
             return False
         if self._fleet.has_other(waiter.tried) or (waiter.is_generating and self._fleet.can_wake(waiter.tried)):
             return True
         if waiter.full_for is None:
-            return False
+            is_coming = waiter.is_generating and self._fleet.is_starting()
+            return self._admission.may_wait_for_return(waiter) or is_coming
         may = self._admission.may_wait_on(waiter, waiter.full_for)
         self._admission.turned_away_total += waiter.is_generating and not may
         return may
+
+    def retry_turn(self) -> int:
+        """Retry-After, in whole seconds, for a model that has not got its turn on GPUs that it shares."""
+        return self._admission.retry_turn()
 
     def lives(self, replica: ReplicaAddress, since: float) -> bool:
         """Has the replica given a sign of life since then (loop time, seconds)? Then it did not die."""

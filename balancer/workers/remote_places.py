@@ -9,6 +9,7 @@ from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.outcome import Outcome
 from balancer.relay.deaths import Deaths
 from balancer.relay.kept_responses import KeptResponses
+from balancer.relay.unavailable import FULL_FOR
 from balancer.routing.admission import Waiter
 from balancer.routing.one_at_a_time import OneAtATime
 from balancer.routing.places import STALE, Attempt
@@ -84,6 +85,10 @@ class RemotePlaces:
                 waiter.tried.clear()
             restore(waiter, again)
         return bool(may)
+
+    def retry_turn(self) -> int:
+        """So rarely wanted that the coordinator is not asked: soon."""
+        return FULL_FOR
 
     def lives(self, replica: ReplicaAddress, since: float) -> bool:
         known = self._asking.by_address.get(replica)

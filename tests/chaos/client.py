@@ -11,7 +11,7 @@ from tests.support.client import BadAnswer, Client, Ended, request
 
 # How an answer ended. whole: complete in its framing. broken: a stream that ended early, with the promised error event.
 # cut: an answer that is no stream and ended early. ugly: a stream that ended early in any other way. left: the client
-# went away. hung: nothing came for LONGEST. no door: the balancer refused the connection, or closed it unanswered.
+# went away. hung: not whole in time. no door: the balancer refused the connection, or closed it unanswered.
 End = Literal["whole", "broken", "cut", "ugly", "left", "hung", "no door"]
 LONGEST = 15.0
 
@@ -64,14 +64,14 @@ class Got:
         return f"{wish.id} {wish.method} {wish.path}{' (stream)' if wish.stream else ''}: {said} from {self.replica}"
 
 
-async def ask(port: int, wish: Wish) -> Got:
-    """Send one request to the balancer on this port and read its answer to the end."""
+async def ask(port: int, wish: Wish, longest: float = LONGEST) -> Got:
+    """Send one request to the balancer on this port and read its answer to the end, within so many seconds."""
     got = Got(wish, time.monotonic())
     try:
-        async with asyncio.timeout(LONGEST):
+        async with asyncio.timeout(longest):
             await _exchange(port, got)
     except TimeoutError:
-        got.end, got.why = "hung", f"nothing whole within {LONGEST:g} s; so far {got.body[-80:]!r}"
+        got.end, got.why = "hung", f"nothing whole within {longest:g} s; so far {got.body[-80:]!r}"
     except OSError as error:
         got.end, got.why = "no door", str(error)
     got.ended = time.monotonic()

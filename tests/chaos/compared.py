@@ -19,11 +19,11 @@ from tests.bench.install import cache_folder
 from tests.bench.peers import Place
 from tests.bench.running import started
 from tests.chaos.client import Got, Wish, ask, text_of
-from tests.chaos.faults import POISON, Faults
-from tests.chaos.judge import Judge
+from tests.chaos.faults import Faults
+from tests.chaos.judge import POISON, Judge
 from tests.chaos.load import Load, body_for
 from tests.chaos.peers import PEERS
-from tests.chaos.replica import Replica
+from tests.chaos.replica import Ill, Replica
 from tests.chaos.run import CLIENTS, REPLICAS
 from tests.chaos.stage import Stage, Violation, stage
 
@@ -81,7 +81,7 @@ def ending(got: Got, judge: Judge) -> str:
             return "broken"
     if got.status == 200:
         return "broken" if got.wish.stream else "lost"
-    if got.status == 500 and any(fault.kind == "errors" and fault.overlaps(got) for fault in judge.faults):
+    if got.status == 500 and judge.ill(got, Ill.ERRING):
         return "passed on"
     return "refused" if got.end == "whole" and got.wish.id not in judge.generated else "lost"
 
@@ -168,7 +168,7 @@ async def compare(name: str, seed: int, steps: int, tell: Callable[[int, str, in
                     if not got.wish.id.startswith(POISON):  # nobody can answer those
                         count.add(got, judge, fault)
                     judge.forget(got)
-                judge.faults.clear()
+                judge.forget_spells()
                 count.steps[fault] += 1
                 tell(step, fault, count.requests)
                 await asyncio.sleep(REST)

@@ -7,12 +7,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from tests.chaos.client import Wish
+from tests.chaos.judge import POISON
 from tests.chaos.load import body_for
 from tests.chaos.replica import DRAIN_GRACE
-from tests.chaos.stage import Violation
-from tests.chaos.watcher import GONE, LOOK, SLACK, Watcher
-
-POISON = "poison-"  # what the ids of requests that kill replicas begin with
+from tests.chaos.stage import SLACK, Violation
+from tests.chaos.watcher import GONE, LOOK, Watcher
 
 
 @dataclass(slots=True)
@@ -57,37 +56,34 @@ class Faults(Watcher):
 
     async def kill(self) -> None:
         victim = self.victim()
-        async with self.fault("kill", victim):
-            await self.strike(victim)
-            await self.until(victim, GONE, 0.2, "kill -9 to not ready")
-            await victim.ended()
-            await self.hold(0.0, 0.3)
-            await victim.start()
+        await self.strike(victim)
+        await self.until(victim, GONE, 0.2, "kill -9 to not ready")
+        await victim.ended()
+        await self.hold(0.0, 0.3)
+        await victim.start()
         await self.until(victim, ("READY",), self.recovery(), "listening to ready")
 
     async def kill_and_restart_at_once(self) -> None:
         """Starts another process at the address before anybody can have noticed that the first is gone."""
         victim = self.victim()
-        async with self.fault("kill", victim):
-            killed = time.monotonic()
-            await self.strike(victim)
-            await victim.ended()
-            await victim.start()
-            began = time.monotonic()
-            while await self.born(victim) < killed:
-                if time.monotonic() - began > 1.0 + SLACK:
-                    raise Violation(f"{victim.address} was restarted and is not known as a new member after 1 s")
-                await asyncio.sleep(LOOK)
-            self.measured["restart at once to new member"].append(time.monotonic() - began)
+        killed = time.monotonic()
+        await self.strike(victim)
+        await victim.ended()
+        await victim.start()
+        began = time.monotonic()
+        while await self.born(victim) < killed:
+            if time.monotonic() - began > 1.0 + SLACK:
+                raise Violation(f"{victim.address} was restarted and is not known as a new member after 1 s")
+            await asyncio.sleep(LOOK)
+        self.measured["restart at once to new member"].append(time.monotonic() - began)
         await self.until(victim, ("READY",), self.recovery(), "listening to ready")
 
     async def stop(self) -> None:
         victim = self.victim()
-        async with self.fault("stop", victim):
-            victim.signal(signal.SIGSTOP)
-            await self.until(victim, GONE, self.detection, "SIGSTOP to not ready")
-            await self.hold()
-            victim.signal(signal.SIGCONT)
+        victim.signal(signal.SIGSTOP)
+        await self.until(victim, GONE, self.detection, "SIGSTOP to not ready")
+        await self.hold()
+        victim.signal(signal.SIGCONT)
         await self.until(victim, ("READY",), self.recovery(), "SIGCONT to ready")
 
     async def terminate(self) -> None:
@@ -102,23 +98,21 @@ class Faults(Watcher):
     async def swap(self) -> None:
         """Two replicas come back at each other's address, one after the other."""
         pair = self.chance.sample(self.stage.replicas, 2)
-        async with self.fault("swap", *pair):
-            for replica in pair:
-                await self.strike(replica)
-            await asyncio.gather(*(replica.ended() for replica in pair))
-            for replica in reversed(pair):
-                await replica.start()
+        for replica in pair:
+            await self.strike(replica)
+        await asyncio.gather(*(replica.ended() for replica in pair))
+        for replica in reversed(pair):
+            await replica.start()
         await self.all_ready()
 
     # Sockets
 
     async def black_hole(self) -> None:
         victim = self.victim()
-        async with self.fault("hole", victim), self.fault("cut", victim):
-            await victim.tell("set", black_hole=True)
-            await victim.tell("drop")
-            await self.until(victim, GONE, self.detection, "black hole to not ready")
-            await victim.tell("set", black_hole=False)
+        await victim.tell("set", black_hole=True)
+        await victim.tell("drop")
+        await self.until(victim, GONE, self.detection, "black hole to not ready")
+        await victim.tell("set", black_hole=False)
         await self.until(victim, ("READY",), self.recovery() + self.timeout, "hole to ready")
 
     async def refuse(self) -> None:
@@ -132,20 +126,18 @@ class Faults(Watcher):
 
     async def drop(self) -> None:
         victim = self.victim()
-        async with self.fault("cut", victim):
-            await victim.tell("drop")
+        await victim.tell("drop")
         await self.hold(0.0, 0.2)
 
     async def cut(self) -> None:
         where = ["before_head", "mid_head", "after_head", "after_tokens", "mid_event", "mid_chunk", "after_bytes"]
         victim = self.victim()
-        async with self.fault("cut", victim):
-            by, after = self.chance.choice(["reset", "close"]), self.chance.choice([1, 2, 5])
-            await victim.tell("set", cut=self.chance.choice(where), cut_by=by, cut_after=after)
-            await self.hold()
-            await victim.tell("set", cut="")
-            await self.load.pause()  # an answer that began during the fault keeps the fault
-            self.load.runs.set()
+        by, after = self.chance.choice(["reset", "close"]), self.chance.choice([1, 2, 5])
+        await victim.tell("set", cut=self.chance.choice(where), cut_by=by, cut_after=after)
+        await self.hold()
+        await victim.tell("set", cut="")
+        await self.load.pause()  # an answer that began during the fault keeps the fault
+        self.load.runs.set()
 
     async def race(self) -> None:
         """A reused connection ends just before its next request arrives: that request must be resent and succeed."""
@@ -181,21 +173,19 @@ class Faults(Watcher):
 
     async def hang(self) -> None:
         victim = self.victim()
-        async with self.fault("hang", victim):
-            where = self.chance.choice(["before_head", "after_head", "after_tokens"])
-            await victim.tell("set", hang=where, hang_after=self.chance.choice([1, 3]))
-            await self.hold()
-            await victim.tell("set", hang="")
-            await self.load.pause()
-            self.load.runs.set()
+        where = self.chance.choice(["before_head", "after_head", "after_tokens"])
+        await victim.tell("set", hang=where, hang_after=self.chance.choice([1, 3]))
+        await self.hold()
+        await victim.tell("set", hang="")
+        await self.load.pause()
+        self.load.runs.set()
 
     async def errors(self) -> None:
         """500s are passed on unchanged, and eject a replica if others do not answer so."""
         victim = self.victim()
-        async with self.fault("errors", victim):
-            await victim.tell("set", status=500)
-            await self.hold(0.1, 0.6)
-            await victim.tell("set", status=0)
+        await victim.tell("set", status=500)
+        await self.hold(0.1, 0.6)
+        await victim.tell("set", status=0)
 
     async def busy(self) -> None:
         victim = self.victim()
@@ -244,21 +234,20 @@ class Faults(Watcher):
         text = f"deadly {time.monotonic_ns()}"
         replicas = self.stage.replicas
         await self.load.pause()
-        async with self.fault("poison", *replicas):
-            for replica in replicas:
-                await replica.tell("set", poison=text)
-            stream = self.chance.random() < 0.5
-            path = self.chance.choice(self.load.paths)
-            for number in range(4):
-                body = body_for(path, text, 8, stream)
-                await self.load.ask(Wish(f"{POISON}{time.monotonic_ns()}-{number}", "POST", path, body, stream))
-            dead = [replica for replica in replicas if not replica.is_alive()]
-            self.poisoned(len(dead))
-            for replica in dead:
-                await replica.ended()
-                await replica.start()
-            for replica in replicas:
-                await replica.tell("set", poison="")
+        for replica in replicas:
+            await replica.tell("set", poison=text)
+        stream = self.chance.random() < 0.5
+        path = self.chance.choice(self.load.paths)
+        for number in range(4):
+            body = body_for(path, text, 8, stream)
+            await self.load.ask(Wish(f"{POISON}{time.monotonic_ns()}-{number}", "POST", path, body, stream))
+        dead = [replica for replica in replicas if not replica.is_alive()]
+        self.poisoned(len(dead))
+        for replica in dead:
+            await replica.ended()
+            await replica.start()
+        for replica in replicas:
+            await replica.tell("set", poison="")
         self.load.runs.set()
         await self.all_ready()
 
@@ -270,18 +259,16 @@ class Faults(Watcher):
     # All of them
 
     async def all_refuse(self) -> None:
-        async with self.fault("all gone", *self.stage.replicas):
-            await asyncio.gather(*(replica.tell("refuse") for replica in self.stage.replicas))
-            await asyncio.gather(*(replica.tell("drop") for replica in self.stage.replicas))
-            await self.hold()
-            await asyncio.gather(*(replica.tell("accept") for replica in self.stage.replicas))
-            await self.all_ready()
+        await asyncio.gather(*(replica.tell("refuse") for replica in self.stage.replicas))
+        await asyncio.gather(*(replica.tell("drop") for replica in self.stage.replicas))
+        await self.hold()
+        await asyncio.gather(*(replica.tell("accept") for replica in self.stage.replicas))
+        await self.all_ready()
 
     async def all_killed(self) -> None:
-        async with self.fault("all gone", *self.stage.replicas):
-            for replica in self.stage.replicas:
-                await self.strike(replica)
-            await asyncio.gather(*(replica.ended() for replica in self.stage.replicas))
-            await self.hold()
-            await asyncio.gather(*(replica.start() for replica in self.stage.replicas))
-            await self.all_ready()
+        for replica in self.stage.replicas:
+            await self.strike(replica)
+        await asyncio.gather(*(replica.ended() for replica in self.stage.replicas))
+        await self.hold()
+        await asyncio.gather(*(replica.start() for replica in self.stage.replicas))
+        await self.all_ready()

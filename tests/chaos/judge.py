@@ -1,52 +1,29 @@
-"""Judges what happened by what was promised: how each request ended, given the faults at that time, and what was
-generated how often."""
+"""Judges what happened by what was promised: how each request ended, by how the replicas were at that time, and what
+was generated how often."""
 
 import asyncio
 import itertools
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from balancer.routing.admission import MOMENT
+from balancer.spec.settings import Settings
 from tests.chaos.client import Got, text_of
-from tests.chaos.replica import Replica
-from tests.chaos.stage import Stage, Violation
+from tests.chaos.replica import INF, Ill, Replica
+from tests.chaos.stage import SLACK, Stage, Violation
 
-# How long a fault may still show in requests that began after its end; seconds.
+# How long after its end an illness may still show in requests that began since; seconds.
 ECHO = 0.1
-
-# The faults that may explain how an answer ended. A fault of one replica breaks no answer and loses no request, because
-# another replica continues the stream or gets the request. Only faults of two at once do.
-STALLS = {"stop", "hole", "hang"}
-OF_TWO = {"swap", "all gone", "poison"}
-MAY_END: dict[tuple[str, int, str], set[str]] = {
-    ("broken", 200, "stream_broken"): OF_TWO,
-    ("broken", 200, "replica_lost"): OF_TWO,
-    ("broken", 200, "first_byte_timeout"): OF_TWO,
-    ("whole", 502, "replica_lost"): OF_TWO,
-    ("whole", 504, "first_byte_timeout"): STALLS,
-    ("whole", 500, ""): {"errors"},
-    ("whole", 422, "kills_replicas"): {"poison"},
-    # Only if there is no other replica, to answer the request or to continue its stream.
-    ("whole", 502, "replica_unreachable"): {"all gone"},
-    ("whole", 503, "no_replica_ready"): {"all gone"},
-    ("broken", 200, "replica_unreachable"): {"all gone"},
-    ("broken", 200, "no_replica_ready"): {"all gone"},
-}
-
-
-@dataclass(slots=True)
-class Fault:
-    """One disturbance of some replicas, named as the balancer names them. Times are CLOCK_MONOTONIC."""
-
-    kind: str
-    victims: set[str]
-    began: float = field(default_factory=time.monotonic)
-    ended: float = float("inf")
-
-    def overlaps(self, got: Got) -> bool:
-        return self.began <= got.ended and got.began <= self.ended + ECHO
+POISON = "poison-"  # what the ids of requests that kill replicas begin with
+# How such a request may end: it kills whoever gets it, and two deaths end it.
+POISONED = {("whole", 502, "replica_lost"), ("broken", 200, "stream_broken"), ("whole", 422, "kills_replicas")}
+# Illnesses of which a request may lose its replica. Two such replicas end it, which is promised.
+FATAL = (Ill.GONE, Ill.DEAF, Ill.CUTTING, Ill.HANGING)
+# Those that let a replica take no request.
+CLOSED = (Ill.GONE, Ill.DEAF, Ill.REFUSING)
 
 
 @dataclass(slots=True)
@@ -64,10 +41,11 @@ class Judge:
     """Reads the balancer's log and the replicas' journal as they grow."""
 
     stage: Stage
-    faults: list[Fault] = field(default_factory=list)
     logged: dict[str, dict[str, Any]] = field(default_factory=dict)
     generated: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
-    whole: set[tuple[str, str]] = field(default_factory=set)  # id, address of generations that were answered whole
+    whole: Counter[tuple[str, str]] = field(
+        default_factory=Counter
+    )  # id, address of generations that were answered whole
     sent_again: int = 0  # requests, because of the keep-alive race: nobody read them the first time
     elsewhere: int = 0  # requests that a second replica finished, or answered in full
     attempts: int = 0  # beyond each request's first
@@ -97,11 +75,11 @@ class Judge:
             self.forget(got)
         if self.logged:
             raise Violation(f"the balancer logged requests that no client made: {list(self.logged.values())[:3]}")
-        self.faults = [fault for fault in self.faults if fault.ended == float("inf")]
+        self.forget_spells()
 
     def forget(self, got: Got) -> None:
         for made in self.generated.pop(got.wish.id, ()):
-            self.whole.discard((got.wish.id, made["address"]))
+            self.whole.pop((got.wish.id, made["address"]), None)
 
     def _judge_end(self, got: Got, entry: dict[str, Any]) -> None:
         member = got.replica or entry.get("member", "")
@@ -114,11 +92,62 @@ class Judge:
             raise Violation(f"{got}: logged as {entry['status']}")
         if (got.end == "whole" and got.status == 200) or got.end == "left":
             return
-        then = [fault for fault in self.faults if fault.overlaps(got)]
-        may = MAY_END.get((got.end, got.status, code), set())
-        if not any(fault.kind in may and (not member or member in fault.victims) for fault in then):
-            around = [f for f in self.faults if f.began <= got.ended and got.began <= f.ended + 1]
-            raise Violation(f"no fault explains {got}\n  log: {entry}\n  faults then: {around}")
+        if not self._may_end(got, code, member, entry["attempts"]):
+            ill = {self.stage.name_of(one): one.spells for one in self.stage.replicas if one.spells}
+            raise Violation(f"no replica's illness explains {got}\n  log: {entry}\n  ill lately: {ill}")
+
+    def _may_end(self, got: Got, code: str, member: str, attempts: int) -> bool:
+        """May it end so, by how the replicas were meanwhile? One alone breaks no answer and loses no request: another
+        continues the stream or gets the request; and where none takes it, it waits.
+        """
+        if got.wish.id.startswith(POISON):
+            return (got.end, got.status, code) in POISONED
+        match got.end, got.status, code:
+            case "whole", 500, "":  # a replica's own answer, which is not ours to doubt
+                return member in self.ill(got, Ill.ERRING)
+            case (
+                ("whole", 502, "replica_lost")
+                | ("whole", 504, "first_byte_timeout")
+                | ("broken", 200, "stream_broken" | "replica_lost" | "first_byte_timeout")
+            ):
+                return attempts >= 2 and len(self.ill(got, *FATAL)) >= 2
+            case ("whole", 503, "no_replica_ready") | ("broken", 200, "no_replica_ready"):
+                patience = min(self.settings.queue_timeout, self.settings.start_wait)
+                patience = patience if got.wish.method == "POST" else min(patience, MOMENT)
+                since, lasted = self.all_closed(got)
+                return lasted + SLACK >= patience and got.ended - since >= patience
+        return False
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**self.stage.settings)
+
+    def ill(self, got: Got, *hows: Ill) -> set[str]:
+        """The names of the replicas that were unwell in one of these ways while this request was under way."""
+        return {
+            self.stage.name_of(replica)
+            for replica in self.stage.replicas
+            for spell in replica.spells
+            if spell.how in hows and spell.began <= got.ended and got.began <= spell.ended + ECHO
+        }
+
+    def all_closed(self, got: Got) -> tuple[float, float]:
+        """Since when no replica could take a request while this one was under way, and for how many seconds."""
+        closed = [[spell for spell in one.spells if spell.how in CLOSED] for one in self.stage.replicas]
+        edges = sorted({got.ended, *(at for spells in closed for one in spells for at in (one.began, one.ended))})
+        since, lasted, longest = INF, 0.0, (INF, 0.0)
+        for begin, end in itertools.pairwise(edge for edge in edges if edge <= got.ended):
+            if not all(any(one.began <= begin and end <= one.ended for one in spells) for spells in closed):
+                since, lasted = INF, 0.0
+                continue
+            since, lasted = min(since, begin), lasted + end - begin
+            longest = max(longest, (since, lasted), key=lambda found: found[1])
+        return longest
+
+    def forget_spells(self) -> None:
+        """Those that are over: whatever began since is well."""
+        for replica in self.stage.replicas:
+            replica.spells[:] = [spell for spell in replica.spells if spell.ended == INF]
 
     def _judge_generations(self, got: Got) -> None:
         made = self.generated.get(got.wish.id, [])
@@ -134,11 +163,15 @@ class Judge:
             raise Violation(f"generated twice: {got}\n  {told}\n  log: {self.logged[got.wish.id]}")
 
     def repeats(self, got: Got) -> "Repeats":
-        """How often it was generated again, and why."""
+        """How often it was generated again, and why. One that was stopped may read later what it was sent at first."""
         found = Repeats()
-        for earlier, later in itertools.pairwise(self.generated.get(got.wish.id, [])):
-            is_elsewhere = later["address"] != earlier["address"]
-            if is_elsewhere and (got.wish.id, earlier["address"]) not in self.whole and not found.moved:
+        stopped = {one.address for one in self.stage.replicas if self.stage.name_of(one) in self.ill(got, Ill.DEAF)}
+        made = sorted(self.generated.get(got.wish.id, []), key=lambda entry: entry["address"] not in stopped)
+        has_waited = self.all_closed(got)[1] > 0  # for any replica, then, also the one that it was at
+        for earlier, later in itertools.pairwise(made):
+            is_there_again = later["address"] == earlier["address"]
+            was_whole = self.whole[got.wish.id, earlier["address"]] > is_there_again  # the later one counts there, too
+            if (has_waited or not is_there_again) and not was_whole and not found.moved:
                 found.moved += 1
             else:
                 found.doubled = found.doubled or (earlier, later)
@@ -161,7 +194,7 @@ class Judge:
             if entry["what"] == "generated":
                 self.generated[entry["id"]].append(entry)
             elif entry.get("generated", True) and entry.get("outcome") == "answered":
-                self.whole.add((entry["id"], entry["address"]))
+                self.whole[entry["id"], entry["address"]] += 1
 
     def _new_lines(self, path: str) -> list[dict[str, Any]]:
         with open(path, "rb") as file:  # noqa: PTH123

@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import dataclasses
+import enum
 import json
 import multiprocessing
 import os
@@ -20,6 +21,31 @@ from tests.lab.seen import Seen, SeenRequest
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.chaos.replica"])
 DRAIN_GRACE = 0.5
+INF = float("inf")
+
+
+class Ill(enum.Enum):
+    """How a replica can be unwell."""
+
+    GONE = "gone"  # no process, until the next one listens
+    DEAF = "deaf"  # stopped, or its network swallows all: it gives no sign of life
+    REFUSING = "refusing"  # it takes no new connection
+    CUTTING = "cutting"  # it breaks off connections amid requests and answers
+    HANGING = "hanging"  # it gives signs of life, but lets requests wait for ever
+    ERRING = "erring"  # it answers 500
+
+
+@dataclasses.dataclass(slots=True)
+class Spell:
+    """A time in which a replica was unwell. Times are CLOCK_MONOTONIC."""
+
+    how: Ill
+    began: float
+    ended: float = INF
+
+
+# The knobs that make it unwell while they are set.
+_ILL_BY = {"cut": Ill.CUTTING, "hang": Ill.HANGING, "black_hole": Ill.DEAF, "status": Ill.ERRING}
 
 
 class Journal(Seen):
@@ -106,6 +132,7 @@ class Replica:
     knobs: dict[str, Any]
     process: Any = None
     pipe: Connection | None = None
+    spells: list[Spell] = dataclasses.field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -124,12 +151,30 @@ class Replica:
         await asyncio.to_thread(self.process.start)
         theirs.close()
         await self._hear("listening")
+        self.recovers(*Ill)
 
     async def tell(self, command: str, **changes: Any) -> None:
         """Sends a command (set, refuse, accept, drop); returns when it has taken effect."""
         assert self.pipe is not None
+        knobs = {_ILL_BY[name]: value for name, value in changes.items() if name in _ILL_BY and value != 503}
+        for how, value in knobs.items():
+            if value:
+                self.falls(how)
+        if command in ("refuse", "drop"):
+            self.falls(Ill.REFUSING if command == "refuse" else Ill.CUTTING)
         self.pipe.send((command, changes))
         await self._hear("done")
+        self.recovers(*(how for how, value in knobs.items() if not value))
+        if command in ("accept", "drop"):
+            self.recovers(Ill.REFUSING if command == "accept" else Ill.CUTTING)
+
+    def falls(self, how: Ill) -> None:
+        self.spells.append(Spell(how, time.monotonic()))
+
+    def recovers(self, *hows: Ill) -> None:
+        for spell in self.spells:
+            if spell.how in hows and spell.ended == INF:
+                spell.ended = time.monotonic()
 
     async def _hear(self, word: str) -> None:
         assert self.pipe is not None
@@ -145,7 +190,11 @@ class Replica:
         return state not in "ZX"
 
     def signal(self, number: signal.Signals) -> None:
+        if number in (signal.SIGKILL, signal.SIGSTOP):
+            self.falls(Ill.GONE if number == signal.SIGKILL else Ill.DEAF)
         os.kill(self.process.pid, number)
+        if number == signal.SIGCONT:
+            self.recovers(Ill.DEAF)
 
     async def ended(self) -> None:
         """Wait until the process is gone."""

@@ -34,6 +34,8 @@ SETTINGS: dict[str, Any] = {
     "start_wait": 10.0,
     "max_in_flight": 3,  # low, so that requests wait when replicas are missing
 }
+# Seconds added to every limit, because other programs may delay a shared machine.
+SLACK = 3.0
 # States of a TCP socket, as /proc/net/tcp numbers them; the others are short.
 STATES = {"01": "established", "08": "closed by the other end", "0A": "listening"}
 READINESS: dict[str, Any] = {"endpoint_probe_interval_seconds": 0.3, "timeout_seconds": 0.5}

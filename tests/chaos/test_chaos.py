@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from tests.chaos.client import End, Got, Wish, ended_early
-from tests.chaos.judge import Fault, Judge
+from tests.chaos.judge import Judge
+from tests.chaos.replica import Ill, Replica, Spell
 from tests.chaos.run import play
-from tests.chaos.stage import Stage, Violation
+from tests.chaos.stage import SETTINGS, Stage, Violation
 
 STEPS = 12
 
@@ -30,7 +31,8 @@ class Court:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.judge = Judge(Stage(folder, [], False, {}, {}))
+        self.replicas = [Replica(number, f"127.0.0.{number}", 1, folder / "journal", {}) for number in (1, 2, 3)]
+        self.judge = Judge(Stage(folder, self.replicas, False, SETTINGS, {}))
         self.log({})
         self.journal()
 
@@ -42,6 +44,10 @@ class Court:
     def journal(self, *entries: dict[str, Any]) -> None:
         ordinary = {"what": "generated", "id": "r", "address": "a:1", "at": 10.0}
         (self.folder / "journal").write_text("".join(json.dumps(ordinary | entry) + "\n" for entry in entries))
+
+    def ill(self, how: Ill, *numbers: int, began: float = 10.2, ended: float = 10.8) -> None:
+        for number in numbers:
+            self.replicas[number - 1].spells.append(Spell(how, began, ended))
 
     def says(self, got: Got) -> None:
         self.judge.judge([got])
@@ -96,27 +102,42 @@ LOST = {"status": 502, "code": "replica_lost"}
 
 
 @pytest.mark.parametrize(
-    ("fault", "is_explained"),
+    ("how", "numbers", "began", "attempts", "is_explained"),
     [
-        (Fault("swap", {"replica-1"}, 10.5, 10.6), True),
-        (Fault("swap", {"replica-1"}, 9.0, 9.95), True),
-        (Fault("swap", {"replica-1"}, 9.0, 9.5), False),
-        (Fault("swap", {"replica-1"}, 11.1, 12.0), False),
-        (Fault("swap", {"replica-2"}, 10.5, 10.6), False),
-        (Fault("kill", {"replica-1"}, 10.5, 10.6), False),
+        (Ill.GONE, (1, 2), 10.5, 2, True),
+        (Ill.CUTTING, (2, 3), 9.95, 2, True),
+        (Ill.GONE, (1, 2), 9.5, 2, False),
+        (Ill.GONE, (1, 2), 11.1, 2, False),
+        (Ill.GONE, (1,), 10.5, 2, False),
+        (Ill.GONE, (1, 2), 10.5, 1, False),
+        (Ill.ERRING, (1, 2), 10.5, 2, False),
     ],
-    ids=["amid it", "just before", "long before", "after", "of another", "of another kind"],
+    ids=["amid it", "just before", "long before", "after", "of one", "tried once", "of another kind"],
 )
-def test_only_a_fault_of_its_time_and_replica_explains_a_failure(
-    court: Court, fault: Fault, is_explained: bool
+def test_two_replicas_lost_at_its_time_explain_a_lost_request(
+    court: Court, how: Ill, numbers: tuple[int, ...], began: float, attempts: int, is_explained: bool
 ) -> None:
-    court.log({"status": 502})
-    court.judge.faults.append(fault)
+    court.log({"status": 502, "attempts": attempts})
+    court.ill(how, *numbers, began=began, ended=began + 0.02)
     if is_explained:
         court.says(got(**LOST))
     else:
-        with pytest.raises(Violation, match="no fault explains"):
+        with pytest.raises(Violation, match="no replica's illness explains"):
             court.says(got(**LOST))
+
+
+@pytest.mark.parametrize(("longest", "is_explained"), [(12.0, True), (5.0, False)])
+def test_only_a_long_absence_of_all_leaves_a_request_without(court: Court, longest: float, is_explained: bool) -> None:
+    court.log({"status": 503})
+    court.ill(Ill.GONE, 1, 2, began=9.0, ended=30.0)
+    court.ill(Ill.REFUSING, 3, began=11.0, ended=11.0 + longest)
+    refused = got("whole", 503, "no_replica_ready")
+    refused.ended = 11.0 + longest
+    if is_explained:
+        court.says(refused)
+    else:
+        with pytest.raises(Violation, match="no replica's illness explains"):
+            court.says(refused)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +147,7 @@ def test_only_a_fault_of_its_time_and_replica_explains_a_failure(
         ("broken", 200, "stream_broken"),
         ("broken", 200, "no_replica_ready"),
         ("whole", 502, "replica_lost"),
+        ("whole", 504, "first_byte_timeout"),
         ("hung", 0, ""),
         ("no door", 0, ""),
         ("whole", 500, "internal_error"),
@@ -135,9 +157,10 @@ def test_only_a_fault_of_its_time_and_replica_explains_a_failure(
     ],
 )
 def test_some_ends_are_never_explained_by_one_replicas_fault(court: Court, end: End, status: int, code: str) -> None:
-    court.log({"status": status})
-    court.judge.faults += [Fault(kind, {"replica-1"}, 10.0, 11.0) for kind in ("kill", "cut", "stop", "hole", "errors")]
-    with pytest.raises(Violation, match="no fault explains"):
+    court.log({"status": status, "attempts": 2})
+    for how in Ill:
+        court.ill(how, 1)
+    with pytest.raises(Violation, match="no replica's illness explains"):
         court.says(got(end, status, code))
 
 

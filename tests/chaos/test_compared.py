@@ -7,7 +7,8 @@ import pytest
 
 from tests.chaos.client import End, Got, Wish
 from tests.chaos.compared import LATE, Count, compare
-from tests.chaos.judge import Fault, Judge
+from tests.chaos.judge import Judge
+from tests.chaos.replica import Ill, Replica, Spell
 from tests.chaos.stage import Stage, Violation
 
 STEPS = 3
@@ -25,7 +26,7 @@ def test_every_request_is_counted(name: str) -> None:
 
 @pytest.fixture
 def judge(tmp_path: Path) -> Judge:
-    return Judge(Stage(tmp_path, [], False, {}, {}))
+    return Judge(Stage(tmp_path, [Replica(1, "127.0.0.1", 1, tmp_path / "journal", {})], False, {}, {}))
 
 
 TEXT = '{"choices": [{"text": " t00"}]}'
@@ -68,7 +69,7 @@ def test_an_error_is_a_refusal_if_no_replica_had_begun(judge: Judge, status: int
 
 
 def test_a_500_is_its_replicas_only_while_one_says_so(judge: Judge) -> None:
-    judge.faults.append(Fault("errors", {"replica-1"}, 10.0, 11.0))
+    judge.stage.replicas[0].spells.append(Spell(Ill.ERRING, 10.0, 11.0))
     count = Count()
     count.add(got("whole", 500), judge, "errors")
     assert count.ends == {"passed on": 1}
@@ -79,7 +80,7 @@ def test_what_comes_late_or_twice_is_counted_beside_that(judge: Judge) -> None:
     count.add(got("whole", 504, took=LATE + 1), judge, "hang")
     judge.generated["r"] = [{"address": "a:1"}, {"address": "b:1"}]
     count.add(got("whole", 200, TEXT), judge, "hang")
-    judge.whole.add(("r", "a:1"))
+    judge.whole["r", "a:1"] += 1
     count.add(got("whole", 200, TEXT, took=LATE + 1), judge, "hang")
     assert (count.late, count.elsewhere, count.doubled) == (1, 1, 1)
 

@@ -1,25 +1,21 @@
 """Observes how the balancer reacts to a fault, and how long that takes."""
 
 import asyncio
-import contextlib
 import json
 import random
 import signal
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from balancer.spec.settings import Settings
 from tests.chaos.client import Wish
-from tests.chaos.judge import Fault, Judge
+from tests.chaos.judge import Judge
 from tests.chaos.load import Load
 from tests.chaos.replica import Replica
-from tests.chaos.stage import Stage, Violation
+from tests.chaos.stage import SLACK, Stage, Violation
 
 LOOK = 0.03  # seconds between two checks of the balancer's status
-# Seconds added to every limit, because other programs may delay a shared machine.
-SLACK = 3.0
 GONE = ("NOT_READY", "STARTING", "EJECTED", None)
 
 
@@ -55,14 +51,6 @@ class Watcher:
 
     def victim(self) -> Replica:
         return self.chance.choice(self.stage.replicas)
-
-    @contextlib.asynccontextmanager
-    async def fault(self, kind: str, *victims: Replica) -> AsyncIterator[Fault]:
-        """Attributes what goes wrong at these replicas during the block to this fault."""
-        fault = Fault(kind, {self.stage.name_of(victim) for victim in victims})
-        self.judge.faults.append(fault)
-        yield fault
-        fault.ended = time.monotonic()
 
     async def hold(self, least: float = 0.05, most: float = 0.4) -> None:
         await asyncio.sleep(self.chance.uniform(least, most))

@@ -148,7 +148,8 @@ def test_a_waiting_request_is_woken_when_a_time_is_over(arrange: Change, seconds
 
 def test_a_waiting_request_is_refused_when_nobody_is_left() -> None:
     async def play() -> None:
-        fleet = fleet_of(2, Clock(), max_in_flight=1)
+        clock = Clock()
+        fleet = fleet_of(2, clock, max_in_flight=1)
         with claimed(fleet), claimed(fleet):
             queue = Queue(fleet)
             await queue.ask()
@@ -156,6 +157,9 @@ def test_a_waiting_request_is_refused_when_nobody_is_left() -> None:
             queue.admission.expire()
             assert await queue.said() is None  # one is still there, though full
             fleet.refused(fleet.members[2])
+            queue.admission.expire()
+            assert await queue.said() is None  # it may come back
+            clock.move(fleet.settings.queue_timeout + 1)
             queue.admission.expire()
             assert await queue.said() == "no_replica_ready"
 

@@ -163,6 +163,45 @@ async def test_who_waited_out_for_a_start_is_told_503() -> None:
         assert 0.3 < house.log()[-1]["duration"] < 1.5
 
 
+@on_uvloop
+async def test_while_all_are_gone_requests_wait_for_them() -> None:
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, ready_interval=0.1) as house:
+        a.set(ready=503)
+        b.refuse()
+        b.drop_connections()
+        await until(lambda: not house.balancer.service.fleet.available(), "both are gone")
+        clients = await waiting(house, 3)
+        a.set(ready=200)
+        for client in clients:
+            assert (await client.answer()).status == 200
+
+
+@on_uvloop
+async def test_a_request_that_nobody_takes_is_offered_again() -> None:
+    async with LabReplica() as a, serving(a, ready_interval=0.1) as house:
+        a.refuse()
+        (client,) = await waiting(house, 1)
+        await a.accept()
+        assert (await client.answer()).status == 200
+        assert house.log()[-1]["retries"] == "refused"
+        a.refuse()  # it listens on another socket than before, which would count as left open
+
+
+@on_uvloop
+async def test_who_has_been_gone_for_long_is_not_waited_for() -> None:
+    async with LabReplica() as a, serving(a, ready_interval=0.1, queue_timeout=0.5) as house:
+        fleet = house.balancer.service.fleet
+        a.set(ready=503)
+        await until(lambda: not fleet.available(), "it is gone")
+        began = asyncio.get_running_loop().time()
+        answer = await house.ask(POST)
+        assert (answer.status, answer.error["code"]) == (503, "no_replica_ready")
+        assert 0.3 < asyncio.get_running_loop().time() - began < 2
+        began = asyncio.get_running_loop().time()
+        assert (await house.ask(POST)).status == 503
+        assert asyncio.get_running_loop().time() - began < 0.2
+
+
 WHAT_IS_THERE = {
     "models": MODELS,
     "all models": request("GET", "/v1/models"),

@@ -200,3 +200,42 @@ async def test_only_reading_time_counts(monkeypatch: pytest.MonkeyPatch) -> None
         await client.until(b"100 Continue\r\n\r\n")
         await client.send(b"hello")
         assert (await client.answer()).body == b"hello"
+
+
+def partial(size: int) -> str:
+    """The beginning of a short answer that is no stream, of which that many bytes come."""
+    return f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 60000\r\n\r\n{'x' * size}"
+
+
+@on_uvloop
+async def test_answers_that_are_held_back_count() -> None:
+    """Short answers are held back until they are whole, but no more of them than half of the memory."""
+    size = 50_000
+    async with LabReplica(raw=partial(size), raw_then="hang") as a, serving(a, max_buffered_bytes=MIB) as house:
+        doors = house.balancer.doors
+        clients = [await house.client() for _ in range(15)]
+        for client in clients:
+            await client.send(POST)
+        told = [asyncio.ensure_future(client.head()) for client in clients]
+        await until(lambda: sum(one.done() for one in told) == 5, "those beyond are passed on as they come")
+        assert 10 * size < doors.buffered <= MIB / 2 + size
+        for one in told:
+            one.cancel()
+        for client in clients:
+            client.leave()
+        await until(lambda: doors.buffered == 0, "nothing stays counted")
+
+
+@on_uvloop
+async def test_a_held_answer_that_breaks_counts_no_longer() -> None:
+    async with (
+        LabReplica(raw=partial(50_000), raw_then="reset") as a,
+        LabReplica(head_delay=0.5) as b,
+        serving(a, b) as house,
+    ):
+        house.member("a").turn = -1
+        client = await house.client()
+        await client.send(POST)
+        await until(lambda: b.generating == 1, "it goes on elsewhere")
+        assert house.balancer.doors.buffered < 10_000
+        assert (await client.answer()).status == 200

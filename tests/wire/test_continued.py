@@ -410,7 +410,7 @@ async def test_innocents() -> None:
         LabReplica(**slow) as a,
         LabReplica(**slow) as b,
         LabReplica() as c,
-        serving(a, b, c, ready_interval=0.2) as house,
+        serving(a, b, c, ready_interval=0.2, start_wait=0) as house,
     ):
         bodies = [asked("/generate", text=f"number {number}") for number in range(8)]
         house.balancer.service.fleet.drain(house.member("c"))

@@ -55,8 +55,13 @@ async def test_a_refused_connection_sends_any_method_to_another_member(method: s
 
 @on_uvloop
 async def test_all_members_refuse() -> None:
-    """Each member that refuses is tried once, and the client gets a 502."""
-    async with LabReplica() as a, LabReplica() as b, LabReplica() as c, serving(a, b, c, ready_interval=60) as house:
+    """Each member that refuses is tried once, and the client gets a 502 where nothing is waited for."""
+    async with (
+        LabReplica() as a,
+        LabReplica() as b,
+        LabReplica() as c,
+        serving(a, b, c, ready_interval=60, start_wait=0) as house,
+    ):
         for replica in (a, b, c):
             replica.refuse()
         answer = await house.ask(POST)
@@ -134,6 +139,36 @@ async def test_nothing_available_is_503_within_50_ms() -> None:
             assert answer.header("retry-after") == "5"
         assert sorted(times)[2] < 0.05
         assert not answer.is_last, "the connection stays usable"
+
+
+@on_uvloop
+async def test_a_request_at_a_replica_without_life_goes_elsewhere() -> None:
+    """One that has got nothing of its answer is not left with a replica that gives no sign of life."""
+    async with (
+        LabReplica(hang="before_head", service_status="hang") as a,
+        LabReplica() as b,
+        serving(a, b, idle_timeout=0.4) as house,
+    ):
+        house.member("a").turn = -1
+        answer = await house.ask(POST)
+        assert (answer.status, answer.header("x-replica-id")) == (200, "b")
+        assert house.log()[-1]["retries"] == "lost"
+
+
+@on_uvloop
+async def test_a_request_left_waiting_goes_elsewhere_once() -> None:
+    """A replica that lives, and lets a request wait for first_byte_timeout, loses it to another; two of them end it."""
+    async with (
+        LabReplica(hang="before_head") as a,
+        LabReplica() as b,
+        serving(a, b, first_byte_timeout=0.4) as house,
+    ):
+        house.member("a").turn = -1
+        answer = await house.ask(POST)
+        assert (answer.status, answer.header("x-replica-id")) == (200, "b")
+        assert house.log()[-1]["retries"] == "silent"
+        b.set(hang="before_head")
+        assert (await house.ask(POST)).error["code"] == "first_byte_timeout"
 
 
 # The keep-alive race

@@ -1,5 +1,6 @@
 """Several services behind one endpoint: each request goes to the service whose model it names."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -97,11 +98,14 @@ async def test_a_model_that_was_replaced_by_another_is_gone() -> None:
 @on_uvloop
 async def test_one_models_queue_never_holds_up_another() -> None:
     async with two() as (house, _, second, client):
+        eyes = house.balancer.services.all[1]
         await second.stop()
-        await until(lambda: not house.balancer.services.all[1].fleet.available(), "eyes is down")
-        waiting = [client.post(CHAT, json=BODY | {"model": "eyes"}) for _ in range(2)]
+        await until(lambda: not eyes.fleet.available(), "eyes is down")
+        waiting = [asyncio.ensure_future(client.post(CHAT, json=BODY | {"model": "eyes"})) for _ in range(2)]
+        await until(lambda: eyes.admission.queue_depth == 2, "they wait for it to come back")
         served = await client.post(CHAT, json=BODY | {"model": "lab"})
         assert served.status_code == 200
+        eyes.settings.queue_timeout = 0.1
         assert [(await one).status_code for one in waiting] == [503, 503]
         assert (await client.get("/ready")).status_code == 200
 

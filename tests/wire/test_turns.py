@@ -201,7 +201,10 @@ async def test_idle_after(tmp_path: Path) -> None:
 @on_uvloop
 async def test_killed_amid_its_turn(tmp_path: Path) -> None:
     """Who is awake is killed amid an answer: the other, which waits, is awake in a moment."""
-    async with seat(tmp_path, "a", "b", token_interval=0.05) as sharers, sharing(sharers, gpu_slice=30) as (_, client):
+    async with (
+        seat(tmp_path, "a", "b", token_interval=0.05) as sharers,
+        sharing(sharers, gpu_slice=30, queue_timeout=1) as (_, client),
+    ):
         await ask(client, "a", 2)
         lost = asyncio.ensure_future(client.post(CHAT, json=BODY | {"model": "a", "max_tokens": 2000}))
         await until(lambda: sharers[0].generating == 1, "it generates")
@@ -224,7 +227,8 @@ async def test_wake_from_sleep_behind_one_out_of_sight(tmp_path: Path) -> None:
         sharers[0].drop_connections()
         await until(lambda: states(house)[0] == "NOT_READY", lambda: states(house))
         asked = asyncio.ensure_future(ask(client, "b"))
-        assert (asleep := sharers[1].sharing) is not None
+        asleep = sharers[1].sharing
+        assert asleep is not None
         await until(lambda: asleep.tenant.wanted is State.AWAKE, "it is told to wake")
         await sharers[0].accept()
         assert await asked
@@ -233,7 +237,7 @@ async def test_wake_from_sleep_behind_one_out_of_sight(tmp_path: Path) -> None:
 
 @on_uvloop
 async def test_killed_while_it_dozes(tmp_path: Path) -> None:
-    async with seat(tmp_path, "a", "b") as sharers, sharing(sharers) as (house, client):
+    async with seat(tmp_path, "a", "b") as sharers, sharing(sharers, queue_timeout=1) as (house, client):
         await ask(client, "b")
         sharers[0].fall()
         await until(lambda: states(house) == ["NOT_READY", "READY"], lambda: states(house))

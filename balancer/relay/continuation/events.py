@@ -8,6 +8,12 @@ import orjson
 DONE = b"[DONE]"
 EVENT_END = b"\n\n"  # as SGLang ends its events
 ENDS = (EVENT_END, b"\r\n\r\n")
+_TYPE = b"text/event-stream"
+
+
+def is_event_stream(content_type: bytes) -> bool:
+    """Does this Content-Type, whose parameters do not matter, say that server-sent events follow?"""
+    return content_type[: len(_TYPE)].lower() == _TYPE
 
 
 def end_of_last(data: bytes) -> int:
