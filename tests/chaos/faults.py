@@ -243,11 +243,14 @@ class Faults(Watcher):
             await self.load.ask(Wish(f"{POISON}{time.monotonic_ns()}-{number}", "POST", path, body, stream))
         dead = [replica for replica in replicas if not replica.is_alive()]
         self.poisoned(len(dead))
-        for replica in dead:
+        for replica in replicas:
+            if replica not in dead and replica.is_alive():
+                await replica.tell("set", poison="")
+        late = [replica for replica in replicas if replica not in dead and not replica.is_alive()]
+        self.poisoned(len(dead + late))
+        for replica in dead + late:
             await replica.ended()
             await replica.start()
-        for replica in replicas:
-            await replica.tell("set", poison="")
         self.load.runs.set()
         await self.all_ready()
 
