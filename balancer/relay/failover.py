@@ -44,8 +44,8 @@ class RetryBudget:
 UNTAKEN = frozenset((Outcome.REFUSED, Outcome.UNREACHED, Outcome.UNKNOWN, Outcome.BUSY))
 # A replica may have taken the request: it goes to another one if that is harmless.
 PERHAPS_TAKEN = frozenset((Outcome.LOST, Outcome.SILENT))
-# A replica that dies ends its connections.
-DIED = frozenset((Outcome.LOST, Outcome.BROKEN))
+# Its replica may be gone, which is known only a moment later.
+PERHAPS_GONE = frozenset((Outcome.LOST, Outcome.BROKEN, Outcome.REFUSED, Outcome.UNREACHED))
 # The answer broke off while it was held back: if the client has nothing of it, the request is as good as lost.
 HELD_BACK = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK))
 # The answer, whose head the client has, broke off: a stream may continue on another replica.

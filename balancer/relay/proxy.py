@@ -25,8 +25,8 @@ from balancer.relay.deaths import digest_of
 from balancer.relay.directory import Destination, Directory
 from balancer.relay.downstream import ClientConnection
 from balancer.relay.failover import (
-    DIED,
     HELD_BACK,
+    PERHAPS_GONE,
     PERHAPS_TAKEN,
     UNTAKEN,
     final_error,
@@ -51,7 +51,7 @@ log = logging.getLogger("groundserve")
 SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
 OWN_METHODS = (b"GET", b"HEAD")
 RACE = "race"  # a retry's reason: the same request on a new connection to the same replica
-NOTICED = 0.1  # seconds until a replica that has died is known to be gone, so that its return can be waited for
+NOTICED = 0.2  # seconds until a replica that has died is known to be gone, so that its return can be waited for
 COUNTING = 10.0  # seconds that another replica has to count the tokens that a client already has
 
 MAX_PATH = 1024  # characters of a path that a record keeps: 20,000 records with paths as long as a head exceed 1 GB
@@ -233,7 +233,7 @@ class Proxy:
                     reply.end()
                     return
             if not await places.may_go_on(waiter):
-                if outcome not in DIED:
+                if outcome not in PERHAPS_GONE:
                     raise error
                 await asyncio.sleep(NOTICED)
                 if not await places.may_go_on(waiter):
