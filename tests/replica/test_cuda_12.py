@@ -53,6 +53,7 @@ def _defined(inside: ast.AST | None) -> Iterator[ast.ClassDef | ast.FunctionDef 
 
 
 OURS = (
+    "sglang.srt.entrypoints.openai.serving_transcription.OpenAIServingTranscription.handle_websocket",
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog",
     "sglang.srt.managers.load_snapshot.shm_path_for",
     "sglang.srt.models.llava.LlavaBaseForCausalLM.encode_images",

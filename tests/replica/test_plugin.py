@@ -240,7 +240,7 @@ print(json.dumps(seen))
 """
 
 
-EVERYWHERE = ["_server_args_for_logging", "shm_path_for", "sigterm_watchdog"]
+EVERYWHERE = ["_server_args_for_logging", "handle_websocket", "shm_path_for", "sigterm_watchdog"]
 
 
 @pytest.fixture(scope="module")
