@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from xxhash import xxh3_128
 
@@ -29,22 +30,35 @@ class _Death:
     requests: Counter[bytes] = field(default_factory=Counter)
 
 
+class Hearers(Protocol):
+    """Others who refuse what kills replicas."""
+
+    def noted(self, replica: ReplicaAddress, request: bytes) -> None: ...
+
+    def acquitted(self, request: bytes) -> None: ...
+
+
 class Deaths:
     """The requests in flight on replicas when they died. `is_alive` says if a replica has lived since a given time.
+
+    What is noted here is told to the `hearers`, if there are any; `is_heard` says that it came from one of them.
 
     Times are the loop's, in seconds, and passed in.
     """
 
-    def __init__(self, is_alive: Callable[[ReplicaAddress, float], bool]) -> None:
+    def __init__(self, is_alive: Callable[[ReplicaAddress, float], bool], hearers: Hearers | None = None) -> None:
         self._is_alive = is_alive
+        self._hearers = hearers
         self._deaths: list[_Death] = []
 
     def __bool__(self) -> bool:
         """Are there two deaths to compare? Mostly there are none."""
         return len(self._deaths) > 1
 
-    def note(self, replica: ReplicaAddress, request: bytes, now: float) -> None:
+    def note(self, replica: ReplicaAddress, request: bytes, now: float, is_heard: bool = False) -> None:
         """The replica broke off this request, and may have died of it."""
+        if self._hearers is not None and not is_heard:
+            self._hearers.noted(replica, request)
         self._deaths = [death for death in self._deaths if now - death.at < REMEMBERED]
         death = next((death for death in self._deaths if death.replica is replica), None)
         if death is not None and self._is_alive(replica, death.at):
@@ -56,8 +70,10 @@ class Deaths:
         if len(death.requests) < MOST:
             death.requests[request] += 1
 
-    def acquit(self, request: bytes) -> None:
+    def acquit(self, request: bytes, is_heard: bool = False) -> None:
         """The request was completed after all, so it kills no replica."""
+        if self._hearers is not None and not is_heard:
+            self._hearers.acquitted(request)
         for death in self._deaths:
             death.requests.pop(request, None)
         self._deaths = [death for death in self._deaths if death.requests]

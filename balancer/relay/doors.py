@@ -63,6 +63,13 @@ class Facts(Protocol):
     is_leaving: bool
 
 
+class Share(Protocol):
+    """What this process and others that serve the same endpoint tell each other."""
+
+    def held_elsewhere(self, held: int) -> int:
+        """How many bytes all others hold; `held` is how many this one does."""
+
+
 class Doors:
     """The state that all client connections share."""
 
@@ -85,6 +92,7 @@ class Doors:
         # What other processes have that serve the same endpoint: open connections by client, and bytes held.
         self.origins_elsewhere: Mapping[bytes, int] = {}
         self.buffered_elsewhere = 0
+        self.share: Share | None = None
         self.is_closed = False
         self.incoming = memoryview(bytearray(READ_SIZE))  # each read's bytes, until they are parsed
         self._unflushed: list[Connection] = []
@@ -93,6 +101,8 @@ class Doors:
     @property
     def is_full(self) -> bool:
         """Is more than max_buffered_bytes held?"""
+        if self.share is not None:
+            self.buffered_elsewhere = self.share.held_elsewhere(self.buffered)
         return self.buffered + self.buffered_elsewhere > self.settings.max_buffered_bytes
 
     def make_room(self, owner: str | bytes) -> bool:

@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from balancer import errors
 from balancer.accounts.ledger import Ledger
@@ -21,17 +22,31 @@ FASTEST = 500.0  # tokens a second that one answer grows by at the most
 LATEST = 200  # requests that a mean is made of
 
 
+class Quotas(Protocol):
+    """Quotas that another process keeps."""
+
+    def take(self, key: Key, prompt: int, answer: int | None, reply: Reply, record: Record) -> Awaitable[None]:
+        """Does what `Meter.take` and `settle` do, once it is awaited."""
+
+
 class Meter:
     """Holds requests to the limits of their keys. With a `ledger`, notes what each key uses of which model.
 
     `clock` is the loop's time in seconds.
     """
 
-    def __init__(self, clock: Callable[[], float], keys: Keys | None = None, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        keys: Keys | None = None,
+        ledger: Ledger | None = None,
+        elsewhere: Quotas | None = None,
+    ) -> None:
         self._clock = clock
         self._keys = keys
         self._ledger = ledger
-        self.keeps_usage = ledger is not None
+        self._elsewhere = elsewhere
+        self._keeps_usage = ledger is not None or elsewhere is not None
         self._bytes_per_token = BYTES_PER_TOKEN
         self._tokens_per_answer = TOKENS_PER_ANSWER
 
@@ -42,10 +57,10 @@ class Meter:
         """
         waits = None
         is_uncounted = request.path in COUNTED_IF_ASKED and destination.settings.count_streams
-        if not self.keeps_usage and not (is_uncounted and may_stream(request.body)):
+        if not self._keeps_usage and not (is_uncounted and may_stream(request.body)):
             return None
         said = asked(request.body, request.body_size) if request.body else {}
-        if self.keeps_usage:
+        if self._keeps_usage:
             named = request.model.decode("latin-1") or said.get("model")
             service = destination.service
             record.model = service.model_of(named) if service is not None else ""
@@ -67,6 +82,8 @@ class Meter:
         quota = key.quota
         assert quota is not None
         sizes = (prompt_bytes(request), most_tokens(said)) if quota.counts_tokens else (0, 0)
+        if self._elsewhere is not None:
+            return self._elsewhere.take(key, *sizes, reply, record)
         tokens, lacking = self.take(quota, *sizes)
         settle(tokens, lacking, quota.fields(), reply, record)
         return None

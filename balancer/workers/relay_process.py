@@ -19,10 +19,10 @@ from balancer.observe.access_log import AccessLog
 from balancer.observe.record import Record
 from balancer.observe.tally import MemberTally, Tallies
 from balancer.observe.tracing import Tracing
-from balancer.relay.asked import most_tokens, prompt_bytes
 from balancer.relay.auth import Key, Keys
+from balancer.relay.deaths import Deaths
 from balancer.relay.directory import Destination, Directory
-from balancer.relay.listen import Listener
+from balancer.relay.doors import Doors
 from balancer.relay.metering import Meter, settle
 from balancer.relay.pool import ConnectionPool
 from balancer.relay.proxy import Proxy
@@ -37,8 +37,8 @@ from balancer.workers.known import KnownReplica, KnownService
 from balancer.workers.link import Message
 from balancer.workers.messages import Asked, Told, record_fields
 from balancer.workers.orders import Orders
-from balancer.workers.remote_places import RemotePlaces, SharedDeaths, SharedResponses
-from balancer.workers.shared_doors import SharedDoors, SharedListener
+from balancer.workers.remote_places import OtherRelays, RemotePlaces, SharedResponses
+from balancer.workers.shared_doors import SharedListener, SharedMemory
 
 AT_ONCE = 250  # records told in one message
 MOST_USED = 100_000  # records kept while there is no coordinator
@@ -94,13 +94,15 @@ class RelayProcess:
             cors_of(config, self.keys),
             self.keys,
             config.admin_key,
-            _RemoteMeter(self.asking, loop, self.keys, config.state is not None),
+            Meter(loop.time, self.keys, elsewhere=_Quotas(self.asking) if config.state is not None else None),
             self.tracing is not None,
             limits,
         )
         trusted = networks(self.settings.trusted_proxies)
-        self.doors = SharedDoors(self.settings, loop, self.proxy, self.facts, trusted, board, number)
-        self._listener: Listener | None = None
+        self.doors = Doors(self.settings, loop, self.proxy, self.facts, trusted)
+        self.doors.share = self._memory = SharedMemory(board, number)
+        self._board, self._number = board, number
+        self._listener: SharedListener | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -116,7 +118,7 @@ class RelayProcess:
         self._tasks = [self.loop.create_task(self.asking.run()), self.loop.create_task(sweep.run())]
         await self._until_ready(orders.leaving)
         context = self.certificate.context if self.certificate else None
-        self._listener = SharedListener(self.doors, listener, context)
+        self._listener = SharedListener(self.doors, listener, context, self._board, self._number)
         self.asking.is_accepting = True
         self.asking.send([Asked.ACCEPTING])
         gc.freeze()
@@ -154,7 +156,7 @@ class RelayProcess:
 
     def _jobs(self) -> dict[str, Any]:
         jobs: dict[str, Any] = {
-            "client connections": self.doors.sweep,
+            "client connections": self._sweep_doors,
             "the access log": lambda _: self.access_log.flush_some(),
             "connections to replicas": self._sweep_pools,
             "what the coordinator counts": lambda _: self._tell(),
@@ -164,6 +166,12 @@ class RelayProcess:
         if (certificate := self.certificate) is not None:
             jobs["the certificate"] = lambda _: certificate.reload()
         return jobs
+
+    def _sweep_doors(self, now: float) -> None:
+        self.doors.sweep(now)
+        self.doors.buffered_elsewhere = self._memory.tell(self.doors.buffered)
+        if self._listener is not None:
+            self._listener.count()
 
     def _sweep_pools(self, now: float) -> None:
         for destination in self.destinations:
@@ -214,7 +222,9 @@ class RelayProcess:
                 self._take_up(are_wanted, issued)
             case [Told.DIED, ident, number, digest]:
                 if (replica := self.asking.replicas.get(number)) is not None and ident in self._by_ident:
-                    self._deaths(ident).noted(replica.address, bytes.fromhex(digest), self.loop.time())
+                    self._by_ident[ident][1].deaths.note(
+                        replica.address, bytes.fromhex(digest), self.loop.time(), is_heard=True
+                    )
             case [Told.KEPT, ident, number, id_, key]:
                 replica = self.asking.replicas.get(number)
                 if replica is not None and ident in self._by_ident:
@@ -223,14 +233,9 @@ class RelayProcess:
                     responses.learned(id_, replica.address, key)
             case [Told.ACQUITTED, ident, digest]:
                 if ident in self._by_ident:
-                    self._deaths(ident).acquitted(bytes.fromhex(digest))
+                    self._by_ident[ident][1].deaths.acquit(bytes.fromhex(digest), is_heard=True)
             case [Told.ORIGINS, elsewhere]:
                 self.doors.origins_elsewhere = {o.encode("latin-1"): count for o, count in elsewhere.items()}
-
-    def _deaths(self, ident: str) -> SharedDeaths:
-        deaths = self._by_ident[ident][1].deaths
-        assert isinstance(deaths, SharedDeaths)
-        return deaths
 
     def met(self, replica: KnownReplica) -> None:
         self.tallies.members.setdefault(replica.name, MemberTally())
@@ -245,7 +250,7 @@ class RelayProcess:
         service = KnownService(ident, settings)
         places = RemotePlaces(service, self.asking, self.loop)
         destination = Destination(places, settings, self.loop, None, self._tls, self.dialer, service)
-        destination.deaths = SharedDeaths(places, ident, self.asking)
+        destination.deaths = Deaths(places.lives, OtherRelays(ident, self.asking))
         destination.responses = SharedResponses(ident, self.asking)
         self.destinations.append(destination)
         self._by_ident[ident] = service, destination
@@ -314,20 +319,13 @@ class _Limits:
             self._asking.send([Asked.LEFT, call])
 
 
-class _RemoteMeter(Meter):
-    """Takes from quotas that the coordinator keeps."""
+class _Quotas:
+    """Implements balancer.relay.metering.Quotas."""
 
-    def __init__(self, asking: Asking, loop: asyncio.AbstractEventLoop, keys: Keys | None, keeps_usage: bool) -> None:
-        super().__init__(loop.time, keys)
-        self.keeps_usage = keeps_usage
+    def __init__(self, asking: Asking) -> None:
         self._asking = asking
 
-    def _take(self, key: Key, said: dict[str, object], request: Request, reply: Reply, record: Record) -> Any:
-        assert key.quota is not None
-        sizes = (prompt_bytes(request), most_tokens(said)) if key.quota.counts_tokens else (0, 0)
-        return self._ask(key, *sizes, reply, record)
-
-    async def _ask(self, key: Key, prompt: int, answer: int | None, reply: Reply, record: Record) -> None:
+    async def take(self, key: Key, prompt: int, answer: int | None, reply: Reply, record: Record) -> None:
         tokens, lacking, fields = await self._asking.ask(Asked.TAKE, key.name, prompt, answer)
         settle(tokens, Lacking(*lacking) if lacking else None, fields.encode("latin-1"), reply, record)
 

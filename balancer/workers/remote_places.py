@@ -7,7 +7,6 @@ from typing import Any
 from balancer import errors
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.outcome import Outcome
-from balancer.relay.deaths import Deaths
 from balancer.relay.kept_responses import KeptResponses
 from balancer.relay.unavailable import FULL_FOR
 from balancer.routing.admission import Waiter
@@ -229,27 +228,16 @@ class SharedResponses(KeptResponses):
         super().learn(id_, replica, key)
 
 
-class SharedDeaths(Deaths):
-    """Deaths that every relay hears of, so that a request which kills replicas is refused by all."""
+class OtherRelays:
+    """Implements balancer.relay.deaths.Hearers."""
 
-    def __init__(self, places: RemotePlaces, service: str, asking: Asking) -> None:
-        super().__init__(places.lives)
+    def __init__(self, service: str, asking: Asking) -> None:
         self._service = service
         self._asking = asking
 
-    def note(self, replica: ReplicaAddress, request: bytes, now: float) -> None:
-        super().note(replica, request, now)
+    def noted(self, replica: ReplicaAddress, request: bytes) -> None:
         if (known := self._asking.by_address.get(replica)) is not None:
             self._asking.send([Asked.DIED, self._service, known.number, request.hex()])
 
-    def acquit(self, request: bytes) -> None:
-        super().acquit(request)
-        self._asking.send([Asked.ACQUITTED, self._service, request.hex()])
-
-    def noted(self, replica: ReplicaAddress, request: bytes, now: float) -> None:
-        """Another relay noted it."""
-        super().note(replica, request, now)
-
     def acquitted(self, request: bytes) -> None:
-        """Another relay noted it."""
-        super().acquit(request)
+        self._asking.send([Asked.ACQUITTED, self._service, request.hex()])

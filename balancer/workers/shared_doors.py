@@ -1,13 +1,10 @@
-"""The doors of one relay of several: the limits on memory and connections hold for all of them together."""
+"""What one relay of several shares with the others: room in memory, and the clients that connect."""
 
-import asyncio
 import socket
 import ssl
 
-from balancer.relay.doors import Doors, Facts, Server
-from balancer.relay.request import Network
+from balancer.relay.doors import Doors
 from balancer.relay.tls_listener import TlsListener
-from balancer.spec.settings import Settings
 from balancer.workers.board import CONNECTIONS, HELD, Board
 
 # A relay that has more connections than another leaves a new one to it for so long, in seconds, and then takes it.
@@ -16,43 +13,26 @@ COURTESY = 0.002
 NOTICEABLE = 64 << 10
 
 
-class SharedDoors(Doors):
-    """`relay` is its number on the `board`."""
+class SharedMemory:
+    """Implements balancer.relay.doors.Share. `relay` is the relay's number on the `board`."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        loop: asyncio.AbstractEventLoop,
-        server: Server,
-        facts: Facts,
-        trusted: tuple[Network, ...],
-        board: Board,
-        relay: int,
-    ) -> None:
-        self.board = board
-        self.relay = relay
-        self._published = 0  # bytes held, as the others know
-        super().__init__(settings, loop, server, facts, trusted)
+    def __init__(self, board: Board, relay: int) -> None:
+        self._board = board
+        self._relay = relay
+        self._told = 0  # bytes held here, as the others know
+        self._elsewhere = 0
 
-    @property
-    def is_full(self) -> bool:
-        held = self.buffered
-        if abs(held - self._published) > NOTICEABLE:
-            self._publish()
-        return held + self.buffered_elsewhere > self.settings.max_buffered_bytes
+    def held_elsewhere(self, held: int) -> int:
+        if abs(held - self._told) > NOTICEABLE:
+            self.tell(held)
+        return self._elsewhere
 
-    def _publish(self) -> None:
-        self._published = self.buffered
-        self.board.set(self.relay, HELD, self.buffered)
-        self.buffered_elsewhere = self.board.elsewhere(self.relay, HELD)
-
-    def sweep(self, now: float) -> None:
-        super().sweep(now)
-        self._publish()
-        self.count_connections()
-
-    def count_connections(self, opening: int = 0) -> None:
-        self.board.set(self.relay, CONNECTIONS, len(self.connections) + opening)
+    def tell(self, held: int) -> int:
+        """The same, up to date on both sides."""
+        self._told = held
+        self._board.set(self._relay, HELD, held)
+        self._elsewhere = self._board.elsewhere(self._relay, HELD)
+        return self._elsewhere
 
 
 class SharedListener(TlsListener):
@@ -61,22 +41,27 @@ class SharedListener(TlsListener):
     Whoever is woken first would take all that wait, and one core would have all the work.
     """
 
-    _doors: SharedDoors
-
-    def __init__(self, doors: SharedDoors, listener: socket.socket, context: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, doors: Doors, listener: socket.socket, context: ssl.SSLContext | None, board: Board, relay: int
+    ) -> None:
         self._has_waited = False
+        self._board = board
+        self._relay = relay
         super().__init__(doors, listener, context)
 
     def _accept_some(self) -> int:
-        doors = self._doors
-        doors.count_connections(len(self._tasks))
-        counts = doors.board.all(CONNECTIONS)
-        if counts[doors.relay] <= min(counts) or self._has_waited:
+        self.count()
+        counts = self._board.all(CONNECTIONS)
+        if counts[self._relay] <= min(counts) or self._has_waited:
             self._has_waited = False
             return 1
-        doors.loop.remove_reader(self._listener)
-        doors.loop.call_later(COURTESY, self._waited)
+        self._doors.loop.remove_reader(self._listener)
+        self._doors.loop.call_later(COURTESY, self._waited)
         return 0
+
+    def count(self) -> None:
+        """Tells the others how many connections there are here."""
+        self._board.set(self._relay, CONNECTIONS, len(self._doors.connections) + len(self._tasks))
 
     def _waited(self) -> None:
         self._has_waited = True
