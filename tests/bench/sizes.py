@@ -1,7 +1,8 @@
 """`python -m tests.bench.sizes`: what relaying costs by the size of a request, of a fleet, with TLS, and under streams.
 
 Requests of 200 bytes to 1 MiB with answers of 600 bytes, by two policies: round_robin passes bodies on unread,
-prefix_aware reads them. Then 1,000 streams at once, 10 events a second each. Last, with 2 to 1,000 replicas: what their
+prefix_aware reads them. Then 1,000 streams at once, 10 events a second each. With one relay and with several: requests
+and events a second, and their CPU. Last, with 2 to 1,000 replicas: what their
 probes cost, a request by policy, and a scrape of the metrics while requests keep the balancer busy, and how late its
 event loop is then by what it says itself.
 """
@@ -61,7 +62,7 @@ def start(
         return None if ready == len(urls) else f"{ready} replicas ready"
 
     wait(name, process, log, trouble, 60.0)
-    scheme = "https" if flags else "http"
+    scheme = "https" if "--tls-cert" in flags else "http"
     return Ours(Running(f"{scheme}://127.0.0.1:{place.port}", process.pid), admin)
 
 
@@ -105,6 +106,43 @@ def streams(found: dict[str, Ours], count: int, seconds: float) -> list[list[str
         )
         print(f"  {count} streams, {name}: {rows[-1][1]} µs per event", flush=True)
     return rows
+
+
+def workers(urls: Sequence[str], counts: Sequence[int], streams: int, seconds: float, folder: Path) -> list[list[str]]:
+    """A row for each number of relays; what is sent comes from as many load generators as the most relays.
+
+    Raises Unavailable.
+    """
+    rows: list[list[str]] = []
+    first: dict[str, float] = {}
+    for count in counts:
+        row = [f"{count}"]
+        with contextlib.ExitStack() as stack:
+            ours = start(f"workers-{count}", urls, "round_robin", folder, ("--workers", str(count)), stack)
+            for mode, at_once in (("requests", 64), ("streams", streams)):
+                rate, each = together(ours, mode, at_once, max(counts), seconds)
+                ratio = rate / first.setdefault(mode, rate)
+                row += [f"{each:.1f}", f"{rate:,.0f}", f"{ratio:.2f}"]
+        rows.append(row)
+        print(f"  --workers {count}: {', '.join(row[1:])}", flush=True)
+    return rows
+
+
+def together(ours: Ours, mode: str, count: int, generators: int, seconds: float) -> tuple[float, float]:
+    """Several load generators at once: requests or events a second, and microseconds of the balancer's CPU for each."""
+    results: list[dict] = []
+
+    def press(seed: int) -> None:
+        results.append(load(mode, ours.running, count // generators, seconds, min(2.0, seconds), seed))
+
+    threads = [threading.Thread(target=press, args=(seed,)) for seed in range(generators)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rates = [checked(result)["count"] / (result["end"] - result["start"]) for result in results]
+    cpu = max(result["cpu_seconds"] / (result["end"] - result["start"]) for result in results)
+    return sum(rates), cpu / sum(rates) * 1e6
 
 
 def lag_buckets(metrics: str) -> list[tuple[float, float]]:
@@ -173,8 +211,14 @@ def fleet(count: int, folder: Path, seconds: float) -> list[str]:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     """The tables, by name. Raises Unavailable."""
     tables: dict[str, str] = {}
-    if options.only != ["fleets"]:
+    if set(options.only) & {"bodies", "streams"}:
         measure_relay(options, folder, tables)
+    if "workers" in options.only:
+        with replicas() as some, replicas() as others:
+            urls = (*some, *others)
+            head = ["`--workers`", "CPU µs per request", "requests/s", "ratio", "CPU µs per event", "events/s", "ratio"]
+            rows = workers(urls, options.workers, options.streams, options.seconds, folder)
+            tables["workers"] = markdown(head, rows)
     rows = []
     for count in options.fleets if "fleets" in options.only else ():
         rows.append([f"{count:,}", *fleet(count, folder, options.seconds)])
@@ -223,12 +267,15 @@ def measure_relay(options: argparse.Namespace, folder: Path, tables: dict[str, s
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.sizes", description=__doc__.split("\n")[0])
-    parts = ("bodies", "streams", "fleets")
+    parts = ("bodies", "streams", "workers", "fleets")
     parser.add_argument("--only", nargs="+", choices=parts, default=[*parts], metavar="PART", help=", ".join(parts))
     parser.add_argument("--seconds", type=float, default=2.0, help="of each load, default %(default)s")
     parser.add_argument("--streams", type=int, default=1000, help="at once, default %(default)s")
     parser.add_argument(
         "--fleets", nargs="+", type=int, default=[*FLEETS], metavar="N", help="replicas; default 2 64 1000"
+    )
+    parser.add_argument(
+        "--workers", nargs="+", type=int, default=[1, 2], metavar="N", help="numbers of relays; default 1 2"
     )
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="folder of the results, default %(default)s")
     options = parser.parse_args(argv)

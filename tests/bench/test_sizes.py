@@ -36,7 +36,8 @@ def test_a_short_run_measures_all_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sizes, "SIZES", {name: SIZES[name] for name in ("200 B", "128 KiB")})
-    flags = ["--seconds", "0.3", "--streams", "20", "--fleets", "2", "--out", str(tmp_path)]
+    flags = ["--only", "bodies", "streams", "fleets"]
+    flags += ["--seconds", "0.3", "--streams", "20", "--fleets", "2", "--out", str(tmp_path)]
     assert sizes.main(flags) == 0
     told = (tmp_path / "sizes.md").read_text()
     assert told in capsys.readouterr().out
@@ -48,3 +49,13 @@ def test_a_short_run_measures_all_it_says(
     assert float(streams[-1]) >= 1
     assert float(by_name["2"][0].removesuffix("%")) < 100
     assert "load average" in told
+
+
+def test_several_relays_are_measured_beside_one(tmp_path: Path) -> None:
+    flags = ["--only", "workers", "--workers", "1", "2", "--seconds", "0.3", "--streams", "20", "--out", str(tmp_path)]
+    assert sizes.main(flags) == 0
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "sizes.md").read_text().splitlines()]
+    by_count = {row[0].strip(): [float(cell.replace(",", "")) for cell in row[1:]] for row in rows if row[0].isdigit()}
+    assert set(by_count) == {"1", "2"}
+    assert by_count["1"][2] == by_count["1"][5] == 1
+    assert all(figure > 0 for figures in by_count.values() for figure in figures)

@@ -6,6 +6,7 @@ With --peer, the same faults at replicas behind another balancer, and a row of c
 
 import argparse
 import asyncio
+import os
 import random
 import signal
 import statistics
@@ -34,7 +35,11 @@ def main() -> int:
     parser.add_argument("--by", choices=("both", "list", "dns"), default="both", help="how replicas are discovered")
     parser.add_argument("--peer", choices=NAMES, help="count what becomes of requests behind this balancer instead")
     parser.add_argument("--tenants", action="store_true", help="play among models that share a GPU instead")
+    parser.add_argument("--workers", type=int, default=1, help="relays of the balancer (with --by list)")
     flags = parser.parse_args()
+    if flags.workers > 1 and flags.by != "list":
+        parser.error("--workers goes with --by list")
+    os.environ["BALANCER_WORKERS"] = str(flags.workers)
     if flags.tenants:
         return _play_tenants(flags.seed, flags.steps)
     if flags.peer:

@@ -56,7 +56,7 @@ async def running(
     options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     with BalancerProcess(replicas, "--log-format", "json", *arguments, *options, pass_fds=pass_fds) as balancer:
         try:
-            await until(balancer.is_listening, "the balancer listens", SOON * 4)
+            await until(balancer.is_listening, "the balancer listens", SOON * 8)
             await balancer.says(200)
             yield balancer
         finally:

@@ -48,10 +48,19 @@ class Workers:
         clients: dict[str, Client] = {}
         while len(clients) < 2:
             client = await self.balancer.client()
-            await client.send(request("GET", "/v1/models"))
+            await client.send(request("GET", "/health"))
             clients[relay_of(await client.answer("GET"))] = client
         first, second = clients.values()
         return first, second
+
+    async def ask_each(self, asked: bytes = b"") -> list[Answer]:
+        """One request at each of the two relays."""
+        answers = []
+        for client in await self.one_each():
+            await client.send(asked or request(body=chat()))
+            answers.append(await client.answer())
+            client.leave()
+        return answers
 
     async def service(self) -> dict[str, Any]:
         row: dict[str, Any] = (await self.admin.get("/status")).json()["service"]
