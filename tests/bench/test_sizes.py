@@ -54,8 +54,9 @@ def test_a_short_run_measures_all_it_says(
 def test_several_relays_are_measured_beside_one(tmp_path: Path) -> None:
     flags = ["--only", "workers", "--workers", "1", "2", "--seconds", "0.3", "--streams", "20", "--out", str(tmp_path)]
     assert sizes.main(flags) == 0
-    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "sizes.md").read_text().splitlines()]
-    by_count = {row[0].strip(): [float(cell.replace(",", "")) for cell in row[1:]] for row in rows if row[0].isdigit()}
+    lines = (tmp_path / "sizes.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
+    by_count = {row[0]: [float(cell.replace(",", "")) for cell in row[1:]] for row in rows if row[0].isdigit()}
     assert set(by_count) == {"1", "2"}
     assert by_count["1"][2] == by_count["1"][5] == 1
     assert all(figure > 0 for figures in by_count.values() for figure in figures)
