@@ -2,6 +2,7 @@
 
 import re
 from collections import OrderedDict
+from typing import Protocol
 
 from balancer.fleet.address import ReplicaAddress
 from balancer.observe.record import Record, RequestObserver
@@ -21,13 +22,25 @@ FIELD = "previous_response_id"
 _QUOTED = b'"previous_response_id"'
 
 
-class KeptResponses:
-    """The replicas by the ids of their answers. Each belongs to the key that it was made with."""
+class Hearers(Protocol):
+    """Others who get requests that build on these answers."""
 
-    def __init__(self) -> None:
+    def learned(self, id_: str, replica: ReplicaAddress, key: str) -> None: ...
+
+
+class KeptResponses:
+    """The replicas by the ids of their answers. Each belongs to the key that it was made with.
+
+    What is learned here is told to the `hearers`, if there are any; `is_heard` says that it came from one of them.
+    """
+
+    def __init__(self, hearers: Hearers | None = None) -> None:
+        self._hearers = hearers
         self._known: OrderedDict[str, tuple[ReplicaAddress, str]] = OrderedDict()
 
-    def learn(self, id_: str, replica: ReplicaAddress, key: str) -> None:
+    def learn(self, id_: str, replica: ReplicaAddress, key: str, is_heard: bool = False) -> None:
+        if self._hearers is not None and not is_heard:
+            self._hearers.learned(id_, replica, key)
         self._known[id_] = replica, key
         if len(self._known) > MOST:
             self._known.popitem(last=False)

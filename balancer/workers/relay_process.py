@@ -23,6 +23,7 @@ from balancer.relay.auth import Key, Keys
 from balancer.relay.deaths import Deaths
 from balancer.relay.directory import Destination, Directory
 from balancer.relay.doors import Doors
+from balancer.relay.kept_responses import KeptResponses
 from balancer.relay.metering import Meter, settle
 from balancer.relay.pool import ConnectionPool
 from balancer.relay.proxy import Proxy
@@ -37,7 +38,7 @@ from balancer.workers.known import KnownReplica, KnownService
 from balancer.workers.link import Message
 from balancer.workers.messages import Asked, Told, record_fields
 from balancer.workers.orders import Orders
-from balancer.workers.remote_places import OtherRelays, RemotePlaces, SharedResponses
+from balancer.workers.remote_places import OtherRelays, RemotePlaces
 from balancer.workers.shared_doors import SharedListener, SharedMemory
 
 AT_ONCE = 250  # records told in one message
@@ -228,9 +229,7 @@ class RelayProcess:
             case [Told.KEPT, ident, number, id_, key]:
                 replica = self.asking.replicas.get(number)
                 if replica is not None and ident in self._by_ident:
-                    responses = self._by_ident[ident][1].responses
-                    assert isinstance(responses, SharedResponses)
-                    responses.learned(id_, replica.address, key)
+                    self._by_ident[ident][1].responses.learn(id_, replica.address, key, is_heard=True)
             case [Told.ACQUITTED, ident, digest]:
                 if ident in self._by_ident:
                     self._by_ident[ident][1].deaths.acquit(bytes.fromhex(digest), is_heard=True)
@@ -250,8 +249,8 @@ class RelayProcess:
         service = KnownService(ident, settings)
         places = RemotePlaces(service, self.asking, self.loop)
         destination = Destination(places, settings, self.loop, None, self._tls, self.dialer, service)
-        destination.deaths = Deaths(places.lives, OtherRelays(ident, self.asking))
-        destination.responses = SharedResponses(ident, self.asking)
+        others = OtherRelays(ident, self.asking)
+        destination.deaths, destination.responses = Deaths(places.lives, others), KeptResponses(others)
         self.destinations.append(destination)
         self._by_ident[ident] = service, destination
         return service, destination

@@ -7,7 +7,6 @@ from typing import Any
 from balancer import errors
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.outcome import Outcome
-from balancer.relay.kept_responses import KeptResponses
 from balancer.relay.unavailable import FULL_FOR
 from balancer.routing.admission import Waiter
 from balancer.routing.one_at_a_time import OneAtATime
@@ -210,26 +209,8 @@ class RemotePlace:
         return f"<RemotePlace at {self.replica.name}: {self.reason}>"
 
 
-class SharedResponses(KeptResponses):
-    """Answers that replicas keep, of which every relay hears."""
-
-    def __init__(self, service: str, asking: Asking) -> None:
-        super().__init__()
-        self._service = service
-        self._asking = asking
-
-    def learn(self, id_: str, replica: ReplicaAddress, key: str) -> None:
-        super().learn(id_, replica, key)
-        if (known := self._asking.by_address.get(replica)) is not None:
-            self._asking.send([Asked.KEPT, self._service, known.number, id_, key])
-
-    def learned(self, id_: str, replica: ReplicaAddress, key: str) -> None:
-        """Another relay learned it."""
-        super().learn(id_, replica, key)
-
-
 class OtherRelays:
-    """Implements balancer.relay.deaths.Hearers."""
+    """Implements Hearers of balancer.relay.deaths and of balancer.relay.kept_responses."""
 
     def __init__(self, service: str, asking: Asking) -> None:
         self._service = service
@@ -241,3 +222,7 @@ class OtherRelays:
 
     def acquitted(self, request: bytes) -> None:
         self._asking.send([Asked.ACQUITTED, self._service, request.hex()])
+
+    def learned(self, id_: str, replica: ReplicaAddress, key: str) -> None:
+        if (known := self._asking.by_address.get(replica)) is not None:
+            self._asking.send([Asked.KEPT, self._service, known.number, id_, key])
