@@ -135,7 +135,7 @@ def test_variables_of_docker_commands() -> None:
     commands = re.findall(r"^(.*?)\bdocker compose\b", DOCS, re.MULTILINE)
     named = {name for line in commands for name in re.findall(r"\b([A-Z_\d]{2,})=", line)}
     explained = set(re.findall(r"^#([A-Z_\d]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
-    assert {"MODEL", "HF_TOKEN", "HF_CACHE"} <= named
+    assert {"MODEL", "HF_CACHE"} <= named
     assert named <= explained
 
 
