@@ -84,7 +84,7 @@ async def test_the_slow_are_waited_for_and_nothing_is_lost() -> None:
         client = await house.client(receive_buffer=65536)
         await client.send(request("GET", "/v1/realtime", headers=OPENING))
         await client.until(b"session.created")
-        count, text = 6_000, b'{"type": "%b"}' % (b"x" * 2000)
+        count, text = 12_000, b'{"type": "%b"}' % (b"x" * 2000)
         frames = (b"\x81\xfe" + len(text).to_bytes(2, "big") + b"\0\0\0\0" + text) * count
         sending = asyncio.ensure_future(client.send(frames))
         (carried,) = house.balancer.doors.connections
