@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
         case "disable":
             return boot.disable(options.name, is_users=options.user)
         case "check":
-            return change.check([_source(options, path) for path in options.service])
+            return change.check([_source(options, path) for path in options.service], options.on)
         case "status":
             if options.admin_key:
                 return show.admin_keys(options.names)
@@ -157,9 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument(
         "-d", "--detach", action="store_true", help="return once it is up, and keep running in the background"
     )
-    up.add_argument(
-        "--on", choices=(AUTO, *ENGINES), default=AUTO, help="what runs the replicas (default: %(default)s)"
-    )
+    _add_on(up)
     up.add_argument("--listen", metavar="HOST:PORT", help="the endpoint (default: 127.0.0.1, 30001 or the next free)")
     up.add_argument("--admin", metavar="HOST:PORT", help="the admin port (default: the port after the endpoint's)")
     up.add_argument("--api-keys", metavar="FILE", help="a file of client API keys, one per line")
@@ -287,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_source(check, several=True)
     _add_name(check)
+    _add_on(check)
     return parser
 
 
@@ -322,6 +321,12 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
 
 def _add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--service-name", metavar="NAME", help="default: the file's `name`, else its stem")
+
+
+def _add_on(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on", choices=(AUTO, *ENGINES), default=AUTO, help="what runs the replicas (default: %(default)s)"
+    )
 
 
 def _add_mode(parser: argparse.ArgumentParser) -> None:

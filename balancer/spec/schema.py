@@ -1,5 +1,7 @@
 """SkyServe's service YAML as frozen models: its keys, and which of them have no effect here."""
 
+import re
+import shlex
 from typing import Annotated, Any
 
 import orjson
@@ -181,6 +183,54 @@ class Resources(_Section):
     volumes: Disk = None
 
 
+def _slurm_time(value: object) -> object:
+    # YAML reads 12:00:00 without quotes as a number of seconds, in base 60.
+    if isinstance(value, bool | int | float) or not re.fullmatch(r"\d+(-\d+)?(:\d+){0,2}|UNLIMITED", str(value)):
+        raise ValueError("should be text as sbatch takes it, in quotes: '12:00:00', '2-00:00:00', or '90' for minutes")
+    return value
+
+
+def _word(value: str) -> str:
+    if not re.fullmatch(r"[\w.,:+@=\[\]-]+", value) or value.startswith("-"):
+        raise ValueError("should be one word as sbatch takes it")
+    return value
+
+
+def _node_folder(value: str) -> str:
+    if not value.startswith(("/", "$", "~")):
+        raise ValueError("should be a whole path on each node's own disk, such as /scratch/$USER")
+    return value
+
+
+def _words(value: str) -> str:
+    try:
+        shlex.split(value)
+    except ValueError:
+        raise ValueError("should be the beginning of a command, such as apptainer exec --nv image.sif") from None
+    return value
+
+
+Word = Annotated[str, AfterValidator(_word)]
+
+
+class Slurm(_Section):
+    """`x-groundserve.slurm`: what one replica's job asks of Slurm, in sbatch's own words."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    # The job's time limit, as in '2-00:00:00'.
+    time: Annotated[str | None, BeforeValidator(_slurm_time)] = None
+    # Instead of gpu:N, where N is what the replica takes.
+    gres: Word | None = None
+    # Nodes that get no replica, as in 'h1,h[3-5]'.
+    exclude: Word | None = None
+    # Put before the replica's command, which then runs in that container.
+    container: Annotated[str | None, AfterValidator(_words)] = None
+    # A folder on each node's own disk, to which models are copied from the shared file system first.
+    local_models: Annotated[str | None, AfterValidator(_node_folder)] = None
+
+
 class Operation(_Section):
     """The keys of `x-groundserve:` about starting and scaling replicas. Times are in seconds."""
 
@@ -201,6 +251,7 @@ class Operation(_Section):
         ge=0,
         description="time before a replica's time limit at which its successor starts; at most half of what it has",
     )
+    slurm: Slurm | None = Field(None, description="what jobs of `--on slurm` ask for: [Slurm](slurm.md)")
     gpu_share: bool = Field(False, description="replicas share their GPUs, by turns, with other services that say so")
     target_in_flight_per_replica: float | None = Field(
         None, gt=0, description="autoscaling by generating requests in flight and waiting, instead of requests a second"

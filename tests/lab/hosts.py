@@ -8,8 +8,8 @@
         hosts["h1"].power_off()              # as when the cable of its power supply is pulled
 
 All that is mounted lies in the mount namespace of COMMAND, and vanishes with it; so do the networks. Each host has the
-address 10.77.0.11, .12, ... ; COMMAND has 10.77.0.1. The checkout with its .venv, Python, and the folder `shared` lie on
-each host under the same paths as here: that is the lab's shared file system.
+address 10.77.0.11, .12, ... ; COMMAND has 10.77.0.1. The checkout with its .venv, Python, and the folder `shared` lie
+on each host under the same paths as here: that is the lab's shared file system.
 """
 
 import contextlib
@@ -90,6 +90,7 @@ class Host:
         self._link = f"v-{name}"
         self._process: subprocess.Popen[bytes] | None = None
         self._pid = 0
+        self._started: list[subprocess.Popen[bytes]] = []
         for part in ("root", "upper", "work"):
             (folder / name / part).mkdir(parents=True)
         layers = f"lowerdir={root},upperdir={folder / name / 'upper'},workdir={folder / name / 'work'}"
@@ -160,28 +161,31 @@ class Host:
         raise RuntimeError(f"{self.name} does not start")
 
     def _is_chrooted(self, pid: str) -> bool:
-        return Path(os.readlink(f"/proc/{pid}/root")) == self.files
+        return Path(f"/proc/{pid}/root").readlink() == self.files
 
     def power_off(self) -> None:
         """It is gone from one moment to the next, and says no word to anybody: no connection is closed."""
         assert self._process is not None
         subprocess.run(["ip", "link", "delete", self._link], check=False, capture_output=True)
         self._process.kill()
-        self._process.wait()
+        for process in (self._process, *self._started):
+            process.wait()
+        self._started.clear()
 
-    def command(self, *words: str, user: str = "root") -> list[str]:
-        """The command line that runs these words there."""
+    def command(self, *words: str, user: str = "root", **environ: str) -> list[str]:
+        """The command line that runs these words there, with nothing but these variables beside the usual ones."""
         inside = ["nsenter", "-t", str(self._pid), "-m", "-u", "-i", "-n", "-p"]
         inside += [f"--root=/proc/{self._pid}/root", f"--wd=/proc/{self._pid}/root"]
         home = str(self._shared) if user == USER else "/root"
         become = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"] if user == USER else []
         clean = ["/usr/bin/env", "-i", f"PATH={_PATH}", f"HOME={home}", f"USER={user}", f"LOGNAME={user}"]
+        clean += [f"{name}={value}" for name, value in environ.items()]
         return [*inside, *become, *clean, *words]
 
-    def run(self, *words: str, user: str = "root", code: int | None = 0, within: float = 120.0) -> str:
+    def run(self, *words: str, user: str = "root", code: int | None = 0, within: float = 120.0, **environ: str) -> str:
         """What it prints there; asserts its exit code unless that is None."""
         done = subprocess.run(
-            self.command(*words, user=user),
+            self.command(*words, user=user, **environ),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -194,13 +198,15 @@ class Host:
     def start(self, *words: str, log: Path, user: str = "root") -> "subprocess.Popen[bytes]":
         """Starts a program there, with its output in `log`. It ends with the host at the latest."""
         with log.open("ab") as output:
-            return subprocess.Popen(
+            program = subprocess.Popen(
                 self.command(*words, user=user),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
+        self._started.append(program)
+        return program
 
 
 class Hosts:

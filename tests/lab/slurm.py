@@ -9,13 +9,14 @@ import secrets
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from tests.lab.hosts import Host, Hosts, root_with
 from tests.support.until import wait_until
 
 PACKAGES = ("munge", "slurm-client", "slurmctld", "slurmd")
+NOTHING: Mapping[str, object] = MappingProxyType({})
 _CONF = """\
 ClusterName=lab
 SlurmctldHost=ctl
@@ -43,7 +44,7 @@ SlurmdLogFile=/var/log/slurmd.log
 class SlurmLab:
     """`settings` are lines for slurm.conf, on top of those above."""
 
-    def __init__(self, folder: Path, nodes: int = 2, settings: Mapping[str, object] = {}) -> None:  # noqa: B006
+    def __init__(self, folder: Path, nodes: int = 2, settings: Mapping[str, object] = NOTHING) -> None:
         names = [f"h{number}" for number in range(1, nodes + 1)]
         self.hosts = Hosts(root_with(PACKAGES), ["ctl", *names], folder)
         self.shared = self.hosts.shared
@@ -52,10 +53,8 @@ class SlurmLab:
         self._folder = folder
         self._daemons: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
         lines = [_CONF, *(f"{name}={value}" for name, value in settings.items())]
-        for host in self.nodes.values():
-            lines.append(
-                f"NodeName={host.name} NodeAddr={host.address} CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:2"
-            )
+        size = "CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:2"
+        lines += [f"NodeName={host.name} NodeAddr={host.address} {size}" for host in self.nodes.values()]
         lines.append(
             f"PartitionName=gpu Nodes={','.join(names)} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO"
         )

@@ -111,16 +111,16 @@ def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_deta
     return 0
 
 
-def check(sources: Sequence[Source]) -> int:
-    recipes = [_checked(source) for source in sources]
+def check(sources: Sequence[Source], on: str = AUTO) -> int:
+    recipes = [_checked(source, on) for source in sources]
     for line in shared_memory.described(recipes):
         print(line)
     return 0
 
 
-def _checked(source: Source) -> Recipe:
+def _checked(source: Source, on: str) -> Recipe:
     """The recipe of a file; prints what it would do here."""
-    recipe, engine = fitted(source)
+    recipe, engine = fitted(source, on)
     spec = recipe.spec
     most = "as many as fit" if spec.max_replicas is None else str(spec.max_replicas)
     if most == str(spec.min_replicas):
@@ -134,8 +134,8 @@ def _checked(source: Source) -> Recipe:
         print(f"run: as it is, with bash, on {where}")
     else:
         print(f"run: SGLang serves {recipe.launch.model}" + "".join(f" {flag}" for flag in masked(recipe.launch.flags)))
-        for line in engine.placement(recipe):
-            print(line)
+    for line in engine.placement(recipe):
+        print(line)
     return recipe
 
 

@@ -6,6 +6,7 @@ from balancer.errors import ConfigError
 from balancer.operate.engines.compose.engine import ComposeEngine
 from balancer.operate.engines.engine import Engine
 from balancer.operate.engines.local.engine import LocalEngine
+from balancer.operate.engines.slurm.engine import SlurmEngine
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.service_folder import ServiceFolder
 from balancer.operate.state.state_file import BrokenState
@@ -13,7 +14,11 @@ from balancer.operate.state.state_file import BrokenState
 AUTO = "auto"
 
 # The engines by their names for --on. AUTO picks the first one that suits the service.
-ENGINES: dict[str, Callable[[ServiceFolder], Engine]] = {"local": LocalEngine, "compose": ComposeEngine}
+ENGINES: dict[str, Callable[[ServiceFolder], Engine]] = {
+    "local": LocalEngine,
+    "compose": ComposeEngine,
+    "slurm": SlurmEngine,
+}
 # Those whose replicas use this machine's GPUs.
 HERE = ("local", "compose")
 

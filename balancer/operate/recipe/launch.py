@@ -71,7 +71,7 @@ class Launch:
     # The folder that the script changes to first, relative to the one it is started in.
     folder: str = ""
 
-    def at_port(self, port: int) -> "Launch":
+    def at_port(self, port: int | str) -> "Launch":
         """The launch for a replica on this port, filled in where the script uses the port outside --port."""
 
         def filled(text: str) -> str:

@@ -88,8 +88,8 @@ class Recipe:
         """The folder that a replica's process starts in: the one from which the script would start SGLang."""
         return Path(os.path.normpath(self.spec.workdir / self.launch.folder)) if self.launch else self.spec.workdir
 
-    def invocation(self, id: int, port: int) -> Invocation:
-        """The process of a replica on this host."""
+    def invocation(self, id: int, port: int | str) -> Invocation:
+        """The process of a replica; `port` may be a mark that is replaced by the number later."""
         envs = self.envs(id, port)
         if self.launch is None:
             script = ("bash", "-c", self.spec.run)
@@ -99,7 +99,7 @@ class Recipe:
             return Invocation((*python("replica"), *lease), with_packages(envs), self.workdir)
         return Invocation((*python("replica"), *self.arguments(port)), with_packages(envs), self.workdir)
 
-    def envs(self, id: int, port: int) -> dict[str, str]:
+    def envs(self, id: int, port: int | str) -> dict[str, str]:
         """The variables that a replica finds in its environment; some may be secrets."""
         own = {REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
         shares = self.spec.operation.gpu_share
@@ -121,7 +121,7 @@ class Recipe:
             return self.spec.secrets
         return self.spec.secrets | set(hidden(self.launch.flags)[1]) | set(filter(is_secret, self.launch.envs))
 
-    def arguments(self, port: int) -> tuple[str, ...]:
+    def arguments(self, port: int | str) -> tuple[str, ...]:
         """The arguments of `python -m replica`; only for a script that starts SGLang."""
         assert self.launch is not None
         launch = self.launch.at_port(port)

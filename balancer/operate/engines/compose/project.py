@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from balancer.errors import ConfigError
 from balancer.inherited import tell
 from balancer.operate.engines.child import Child
 from balancer.operate.engines.engine import CannotStart
+from balancer.operate.engines.typed import last_line, typed
 from balancer.operate.recipe.recipe import Invocation
 from balancer.operate.state.service_folder import ServiceFolder
 
@@ -79,7 +79,7 @@ class Project:
         """Builds the images if any is missing, and shows the progress. May block for minutes. Raises ConfigError."""
         listed = _answered(self.command("config", "--images"), env=self._environ)
         if listed.returncode != 0:
-            raise ConfigError(_last_line(listed.stderr))
+            raise ConfigError(last_line(listed.stderr))
         for image in sorted(set(listed.stdout.split())):
             is_there = _answered(["docker", "image", "inspect", image])
             if is_there.returncode != 0:
@@ -100,11 +100,11 @@ class Project:
         `extra` seconds are granted for containers that take their time to stop; `environ` are more variables.
         """
         command = self.command(*arguments, overlays=overlays)
-        return await _run(command, {**self._environ, **environ}, WORK + extra)
+        return await typed(command, {**self._environ, **environ}, WORK + extra, _SILENT)
 
     async def docker(self, *arguments: str, extra: float = 0.0) -> str:
         """Returns what `docker` printed; raises CannotStart with its last line if it fails."""
-        return await _run(["docker", *arguments], self._environ, ANSWER + extra)
+        return await typed(["docker", *arguments], self._environ, ANSWER + extra, _SILENT)
 
     async def containers(self, service: str) -> list[Container]:
         """The containers of one of the project's services, including those that have ended."""
@@ -179,7 +179,7 @@ def name_in_use(folder: ServiceFolder) -> str:
     filters = (f"label={_PROJECT}={earlier}", f"volume={folder.service_file.parent}")
     asked = _answered(["docker", "ps", "-aq", *(part for one in filters for part in ("--filter", one))])
     if asked.returncode != 0:
-        raise ConfigError(_last_line(asked.stderr))
+        raise ConfigError(last_line(asked.stderr))
     return earlier if asked.stdout.split() else name_of(folder)
 
 
@@ -210,7 +210,7 @@ def take_down(folder: ServiceFolder) -> None:
     except ConfigError as failure:
         raise ConfigError(f"{folder.name}: {failure}") from None
     if done.returncode != 0:
-        raise ConfigError(f"{folder.name}: {_last_line(done.stderr)}")
+        raise ConfigError(f"{folder.name}: {last_line(done.stderr)}")
 
 
 def _answered(
@@ -226,38 +226,6 @@ def _answered(
         raise ConfigError(f"{command[0]}: {failure.strerror}") from None
     except subprocess.TimeoutExpired:
         raise ConfigError(_SILENT.format(timeout)) from None
-
-
-async def _run(command: Sequence[str], environ: Mapping[str, str], timeout: float) -> str:
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            env=environ,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            # Only we react to Ctrl-C at our terminal, and then stop everything in order.
-            start_new_session=True,
-        )
-    except OSError as failure:
-        raise CannotStart(f"{command[0]}: {failure.strerror}") from None
-    try:
-        out, error = await asyncio.wait_for(process.communicate(), timeout)
-    except (asyncio.CancelledError, TimeoutError) as failure:
-        with contextlib.suppress(ProcessLookupError):  # with its plug-in, which is a process of its own
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-        if isinstance(failure, TimeoutError):
-            raise CannotStart(_SILENT.format(timeout)) from None
-        raise
-    if process.returncode != 0:
-        raise CannotStart(_last_line(error.decode(errors="replace")))
-    return out.decode(errors="replace")
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "docker failed and said nothing"
 
 
 def _nothing() -> None:

@@ -5,21 +5,18 @@ import importlib.util
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from balancer.contract.listing import ReplicaListing
 from balancer.errors import ConfigError
 from balancer.operate.engines import capacity
-from balancer.operate.engines.addresses import Addresses, AddressFlags, Listeners, open_listeners
+from balancer.operate.engines.addresses import Addresses, AddressFlags
 from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.engines.child import Child, tail
 from balancer.operate.engines.engine import CannotStart, Ended, Survivor
 from balancer.operate.engines.first_words import FirstWords
-from balancer.operate.engines.local.balancer_handle import LocalBalancer
-from balancer.operate.engines.local.joined import Host, JoinedBalancer
+from balancer.operate.engines.local.front import Front
 from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
 from balancer.operate.recipe.recipe import Recipe, with_fraction
-from balancer.operate.state import keys
 from balancer.operate.state.desired import Desired
 from balancer.operate.state.service_folder import ServiceFolder
 
@@ -40,10 +37,7 @@ class LocalEngine:
 
     def __init__(self, folder: ServiceFolder) -> None:
         self.changed = asyncio.Event()
-        # The file with the key that SGLang replicas require.
-        self._key_file: Path | None = None
-        self._ports_of_balancer: tuple[Addresses, Listeners] | None = None
-        self._host: Host | None = None  # the service whose balancer serves this one too
+        self._front = Front(folder, self.changed.set)
         self._folder = folder
         self._replicas: dict[int, _Replica] = {}
         self._ports: dict[int, int] = {}
@@ -54,11 +48,7 @@ class LocalEngine:
         return recipe.launch is None or importlib.util.find_spec("sglang") is not None
 
     def fit(self, recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
-        if self._key_file is not None and recipe.launch is not None and keys.brings_its_own(recipe):
-            raise ConfigError(
-                f"{recipe.spec.name}: its replicas ask for a key of this service, and now `run:` brings one of its "
-                "own: take it down and up again"
-            )
+        self._front.check_keys(recipe)
         made, warnings = capacity.fit(recipe, running)
         return with_fraction(made, self._folder.planned_fraction), warnings
 
@@ -69,22 +59,14 @@ class LocalEngine:
         """Nothing is left: children do not outlive their controller."""
 
     def prepare(self, recipe: Recipe, flags: AddressFlags, left: Desired | None = None) -> Addresses:
-        self._key_file = keys.for_replicas(recipe, self._folder.replica_key_file)
-        if flags.join is not None:
-            self._host = Host.find(ServiceFolder(self._folder.path.parent, flags.join))
-            return Addresses(self._host.endpoint.partition("//")[2], self._host.admin)
-        self._ports_of_balancer = open_listeners(flags)
-        return self._ports_of_balancer[0]
+        return self._front.prepare(recipe, flags)
 
     def balancer(self, recipe: Recipe) -> BalancerHandle:
-        if self._host is not None:
-            return JoinedBalancer(self._host, self._folder, recipe, self._key_file, print)
-        assert self._ports_of_balancer is not None, "prepare comes first"
-        return LocalBalancer(self._folder, *self._ports_of_balancer, recipe, self._key_file, self.changed.set)
+        return self._front.balancer(recipe)
 
     @property
     def fields(self) -> Mapping[str, str]:
-        return keys.bearing(keys.given(self._key_file, keys.KEY_FILE)) if self._key_file is not None else {}
+        return self._front.fields
 
     async def found(self) -> tuple[Survivor, ...]:
         """Nothing: children do not outlive their controller."""
@@ -93,8 +75,7 @@ class LocalEngine:
     async def start(self, id: int, recipe: Recipe) -> None:
         port = self._ports[id] = self._port(id, recipe.fixed_port)
         invocation = recipe.invocation(id, port)
-        if self._key_file is not None and recipe.launch is not None:
-            invocation = replace(invocation, envs={**invocation.envs, keys.KEY_FILE: str(self._key_file)})
+        invocation = replace(invocation, envs={**invocation.envs, **self._front.key_variable(recipe)})
         self._folder.trim_replica_logs({id, *self._replicas})
         words = FirstWords(self._folder.replica_log(id))
         child = await Child.start(invocation, self._folder.replica_log(id), self.changed.set)
@@ -142,8 +123,7 @@ class LocalEngine:
 
     async def close(self) -> None:
         """Closes the ports if the balancer has not done so."""
-        if self._ports_of_balancer is not None:
-            self._ports_of_balancer[1].close()
+        self._front.close()
 
     def _port(self, id: int, fixed: int | None) -> int:
         if fixed is not None:
