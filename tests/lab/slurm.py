@@ -1,4 +1,6 @@
-"""A real Slurm on hosts of the lab: its controller on `ctl`, and nodes with two GPUs each, which are empty files.
+"""A real Slurm on hosts of the lab: its controller on `ctl`, and nodes with three GPUs each, devices without a driver.
+
+python -m tests.lab.slurm COMMAND...     # makes the Debian root, then runs COMMAND where hosts can be made
 
 with SlurmLab(folder, nodes=2) as slurm:
     slurm.ctl.run("sinfo")           # as root; user="ada" for the one who serves
@@ -7,14 +9,16 @@ with SlurmLab(folder, nodes=2) as slurm:
 
 import secrets
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from tests.lab.hosts import Host, Hosts, root_with
+from tests.lab.hosts import Host, Hosts, main, obstacle, root_with
 from tests.support.until import wait_until
 
+GPUS = 3  # of each node
 PACKAGES = ("munge", "slurm-client", "slurmctld", "slurmd")
 NOTHING: Mapping[str, object] = MappingProxyType({})
 _CONF = """\
@@ -53,7 +57,7 @@ class SlurmLab:
         self._folder = folder
         self._daemons: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
         lines = [_CONF, *(f"{name}={value}" for name, value in settings.items())]
-        size = "CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:2"
+        size = f"CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{GPUS}"
         lines += [f"NodeName={host.name} NodeAddr={host.address} {size}" for host in self.nodes.values()]
         lines.append(
             f"PartitionName=gpu Nodes={','.join(names)} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO"
@@ -61,19 +65,16 @@ class SlurmLab:
         key = secrets.token_bytes(128)
         for host in (self.ctl, *self.nodes.values()):
             host.write("/etc/slurm/slurm.conf", "\n".join([*lines, ""]))
-            host.write("/etc/slurm/gres.conf", f"NodeName=h[1-{nodes}] Name=gpu File=/dev/nvidia[0-1]\n")
+            host.write("/etc/slurm/gres.conf", f"NodeName=h[1-{nodes}] Name=gpu File=/dev/nvidia[0-{GPUS - 1}]\n")
             host.write("/etc/slurm/cgroup.conf", "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
             host.write("/etc/munge/munge.key", key, 0o400)
             self.boot(host)
 
     def boot(self, host: Host) -> None:
         """Starts its daemons, as its init would."""
-        host.run(
-            "sh",
-            "-c",
-            "chown munge: /etc/munge/munge.key; install -d -o munge /run/munge; "
-            "mkdir -p /var/lib/slurm/ctld /var/lib/slurm/d; mknod /dev/nvidia0 c 195 0; mknod /dev/nvidia1 c 195 1",
-        )
+        gpus = " ".join(f"mknod /dev/nvidia{number} c 195 {number};" for number in range(GPUS))
+        keys = "chown munge: /etc/munge/munge.key; install -d -o munge /run/munge;"
+        host.run("sh", "-c", f"{gpus} {keys} mkdir -p /var/lib/slurm/ctld /var/lib/slurm/d")
         host.run("setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged")
         self._start(host, "slurmctld" if host is self.ctl else "slurmd")
 
@@ -103,3 +104,9 @@ class SlurmLab:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.hosts.__exit__(kind, error, at)
+
+
+if __name__ == "__main__":
+    if not obstacle():
+        root_with(PACKAGES)  # here, where there is a network
+    sys.exit(main(sys.argv[1:]))

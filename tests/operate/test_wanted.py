@@ -46,7 +46,7 @@ def test_scaling_is_what_was_said() -> None:
     [
         (made(service=AUTOSCALED), 2, "x scales with its load, 0 to 3: change its replica_policy"),
         (made(run="serve", service="ports: 80"), 2, "x listens on port 80 only: it can have one replica"),
-        (made(fits=3), 4, "x with 4 replicas does not fit: this machine holds 3"),
+        (made(fits=3), 4, "x with 4 replicas does not fit: there is room for 3"),
     ],
 )
 def test_a_number_that_cannot_be_is_refused(first: Recipe, target: int, said: str) -> None:
@@ -126,7 +126,7 @@ def test_what_changes_only_the_balancer_touches_no_replica() -> None:
                 made(),
                 made(2, "b $GROUNDSERVE_PORT", service="replicas: 2, readiness_probe: /up", fits=2),
                 mode,
-                "change together, and blue_green wants .* holds 2: update with the new readiness_probe alone",
+                "change together, and blue_green wants .* room for 2: update with the new readiness_probe alone",
             )
             for mode in ("rolling", "blue_green")
         ),

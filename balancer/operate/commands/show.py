@@ -206,7 +206,8 @@ def snapshot_of(folder: ServiceFolder) -> Snapshot:
     """A service's snapshot from its controller, or from its balancer if the controller is gone."""
     try:
         if folder.is_detached and (left := folder.desired) is not None:
-            return _from_admin_port(f"http://{left.admin}") or _bare(folder, ServiceStatus.FAILED)
+            gone = f"its controller is gone, and no balancer answers: groundserve up {folder.name} takes up what runs"
+            return _from_admin_port(f"http://{left.admin}") or _bare(folder, ServiceStatus.FAILED, gone)
         return Snapshot.from_json(control_socket.ask(folder.socket, {"do": "status"}))
     except BrokenState as failure:
         return _bare(folder, ServiceStatus.FAILED, str(failure))

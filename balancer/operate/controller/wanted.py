@@ -132,7 +132,7 @@ class Wanted:
         if recipe.fixed_port is not None and target > 1:
             raise ConfigError(f"{name} listens on port {recipe.fixed_port} only: it can have one replica")
         if recipe.fits is not None and target > recipe.fits:
-            raise ConfigError(f"{name} with {target} replicas does not fit: this machine holds {recipe.fits}")
+            raise ConfigError(f"{name} with {target} replicas does not fit: there is room for {recipe.fits}")
         self.target = self.before = target
 
     def update(self, recipe: Recipe, mode: Mode, is_restart: bool = False) -> int | None:
@@ -193,7 +193,7 @@ class Wanted:
         """Why that many replicas, of both versions, cannot run side by side; empty if they can."""
         if recipe.fits is not None and recipe.fits < total:
             wants = f"blue_green wants both versions side by side, {total} replicas"
-            return f"{wants}, and this machine holds {recipe.fits}"
+            return f"{wants}, and there is room for {recipe.fits}"
         if recipe.fixed_port is not None and recipe.fixed_port == self.serving.fixed_port:
             return f"both versions would listen on port {recipe.fixed_port}"
         return ""

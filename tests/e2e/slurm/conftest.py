@@ -10,11 +10,11 @@ from tests.support.until import wait_until
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
-    """One controller and two nodes with two GPUs each."""
+    """One controller and two nodes with three GPUs each."""
     folder = Path(tmp_path_factory.mktemp("slurm"))
     for above in (folder, *folder.parents[:2]):
         above.chmod(0o755)  # for the lab's ordinary user
-    with SlurmLab(folder) as lab:
+    with SlurmLab(folder, settings={"KillWait": 5}) as lab:
         yield lab
 
 

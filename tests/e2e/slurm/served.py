@@ -45,7 +45,7 @@ class Served:
         if slurm:
             settings["slurm"] = slurm
         text = f"name: {self.name}\nservice: {json.dumps(service)}\nresources: {{accelerators: L4:1}}\n"
-        text += "envs: {REPLICA_PRETEND_GPUS: '2'}\n"
+        text += "envs: {REPLICA_PRETEND_GPUS: '3'}\n"
         path = self.slurm.shared / self.name / f"{self.name}.yaml"
         path.write_text(f"{text}x-groundserve: {json.dumps(settings)}\nworkdir: {ROOT}\nrun: |\n  {run}\n")
         path.chmod(0o644)

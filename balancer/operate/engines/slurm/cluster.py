@@ -167,6 +167,16 @@ class Cluster:
         """Takes it out of the queue, or ends it: SIGTERM, and SIGKILL after Slurm's KillWait. Raises Silent."""
         await self._cancel(job)
 
+    async def allow(self, job: str, exclude: Sequence[str]) -> None:
+        """Lets a queued job have all nodes but those of sbatch's flag `exclude`. Raises Silent."""
+        nodes = "".join(flag.removeprefix("--exclude=") for flag in exclude)
+        try:
+            await _asked(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"])
+        except Silent:
+            raise
+        except CannotStart:
+            pass  # it has started meanwhile
+
     async def _cancel(self, *words: str) -> None:
         try:
             await _asked(["scancel", *words])

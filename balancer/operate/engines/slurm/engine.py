@@ -57,6 +57,7 @@ class _Replica:
     job: Job | None = None  # as squeue had it last
     seen_at: float = 0.0
     is_submitting: bool = False
+    avoids: frozenset[str] = frozenset()  # nodes that the file does not exclude, and this job was told to
     is_stopping: bool = False
     over: asyncio.Event = field(default_factory=asyncio.Event)
     # Whether its host ever answered at its port, how often it did not since, and the look at it that is under way.
@@ -148,12 +149,13 @@ class SlurmEngine:
         assert one.batch is not None
         one.is_submitting = True
         flags = one.batch.flags
-        shunned = sorted(node for node, until in self._shunned.items() if until > _now())
+        shunned = self._shunned_now()
         folder = str(self._folder.path)
         comment = f"--comment={one.mark.text}"
         try:
             try:
                 exclude = excluding(one.asked, shunned)
+                one.avoids = frozenset(shunned)
                 one.job_id = await self._cluster.submit(one.batch.script, [*flags, comment, *exclude], folder)
             except Silent:
                 raise
@@ -161,12 +163,15 @@ class SlurmEngine:
                 if not shunned:
                     raise
                 # There may be no other node; this one may be back.
-                exclude = excluding(one.asked, [])
+                exclude, one.avoids = excluding(one.asked, []), frozenset()
                 one.job_id = await self._cluster.submit(one.batch.script, [*flags, comment, *exclude], folder)
         except Silent as failure:
             self._hush(failure)
         finally:
             one.is_submitting = False
+
+    def _shunned_now(self) -> list[str]:
+        return sorted(node for node, until in self._shunned.items() if until > _now())
 
     async def stop(self, id: int, grace: float) -> None:
         one = self._replicas.get(id)
@@ -288,6 +293,9 @@ class SlurmEngine:
                 one.job, one.job_id, one.seen_at = job, job.id, _now()
                 if one.is_stopping and job.is_ending:
                     continue
+                if job.is_queued and one.avoids and not one.avoids & set(self._shunned_now()):
+                    one.avoids = frozenset()
+                    await self._cluster.allow(job.id, excluding(one.asked, []))
                 self._bound_log(id)
             elif one.is_submitting:
                 continue
