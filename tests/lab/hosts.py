@@ -249,7 +249,9 @@ def main(command: Sequence[str]) -> int:
     if why := obstacle():
         print(f"no hosts can be made here: {why}", file=sys.stderr)
         return 1
-    network = f"ip link set lo up && ip link add br0 type bridge && ip addr add {HERE}/24 dev br0 && ip link set br0 up"
+    # Without a hardware address of its own, a bridge has another whenever a host comes or goes.
+    steps = ["link set lo up", "link add br0 address 02:00:0a:4d:00:01 type bridge", f"addr add {HERE}/24 dev br0"]
+    network = " && ".join(f"ip {step}" for step in [*steps, "link set br0 up"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command gets it, too
     apart = [
         "unshare",
