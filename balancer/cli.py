@@ -58,7 +58,13 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "up":
             flags = AddressFlags(
-                options.listen, options.admin, options.open, options.api_keys, options.admin_key, options.join
+                options.listen,
+                options.admin,
+                options.open,
+                options.api_keys,
+                options.admin_key,
+                options.join,
+                tuple(filter(None, options.balancers.split(","))),
             )
             sources = [_source(options, path) for path in options.service]
             if len(sources) > 1:
@@ -166,6 +172,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         default=os.environ.get("BALANCER_ADMIN_KEY") or None,
         help="a file with the key for changes on the admin port (default: a generated key)",
+    )
+    up.add_argument(
+        "--balancers",
+        default="",
+        metavar="HOST:PORT,...",
+        help="admin ports of balancers that run already, in front of which --listen is the address of them all",
     )
     up.add_argument("--open", action="store_true", help="beyond loopback: let everyone use it without a key")
     up.add_argument("-y", "--yes", action="store_true", help="accepted as by sky serve; nothing is ever asked")

@@ -193,6 +193,7 @@ def admin_app(
         if listing.service is not None:
             service.facts.take(listing.service)
             service.fleet.is_asleep = listing.service.is_asleep
+            service.fleet.take_share(listing.service.share)
         return JSONResponse(_snapshot(service))
 
     absent = error_responses(status_404="neither keys nor usage are kept here (--state)")

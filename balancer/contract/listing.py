@@ -82,6 +82,9 @@ class ServiceListing:
     is_asleep: Annotated[
         StrictBool, Field(description="scaled to zero: a generating request makes the controller start a replica")
     ] = False
+    share: Annotated[
+        StrictFloat, Field(gt=0, le=1, description="which part of each limit this balancer may use, beside others")
+    ] = 1.0
 
 
 @dataclass(frozen=True, slots=True)

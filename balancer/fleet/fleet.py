@@ -46,6 +46,7 @@ class Fleet:
         self.when_dozed: list[Callable[[Member], None]] = []
         self.when_shared: list[Callable[[], None]] = []
         self.is_asleep = False  # scaled to zero: a generating request makes the controller start a replica
+        self.share = 1.0  # which part of each member's limit is ours, beside other balancers
         self.in_flight = 0  # requests at members, including members that have left
         self.generating = 0  # those of them that generate
         self.turns = 0  # choices so far
@@ -138,8 +139,20 @@ class Fleet:
         return member
 
     def limit_of(self, member: Member) -> int:
-        """How many generating requests it may hold: as configured, else as it reports, else what is safe to assume."""
-        return self.settings.max_in_flight or member.own_limit or UNKNOWN_LIMIT
+        """How many generating requests it may hold: as configured, else as it reports, else what is safe to assume.
+
+        With other balancers beside us, our share of that.
+        """
+        limit = self.settings.max_in_flight or member.own_limit or UNKNOWN_LIMIT
+        return limit if self.share == 1 else math.ceil(limit * self.share)
+
+    def take_share(self, share: float) -> None:
+        """Another share of each limit is ours from now on."""
+        if share != self.share:
+            self.share = share
+            for member in self.members.values():
+                member.limit = self.limit_of(member)
+            self.changed()
 
     def renew(self, readiness: ReadinessProbe) -> None:
         """Settings or the readiness probe changed: the new ones apply to all members from now on."""

@@ -15,6 +15,7 @@ NO_BOOLEANS = ["yes", "true", 1, 0, "", None, [], {}]
 WRONG: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *[("body.service.is_asleep", {}, {"service": {"is_asleep": value}}) for value in NO_BOOLEANS],
     ("body.service.name", {}, {"service": {"name": 5}}),
+    *[("body.service.share", {}, {"service": {"share": value}}) for value in ("0.5", True, 0, 1.5, None)],
     ("body.service.version", {}, {"service": {"version": True}}),
     ("body.service.status", {}, {"service": {"status": None}}),
     ("body.replicas.0.id", {"id": "1"}, {}),
@@ -43,6 +44,15 @@ def test_true_and_false_and_whole_numbers_are_taken() -> None:
         said = {"service": {"is_asleep": is_asleep, "version": 2}}
         assert admin.put(replica(1, launched_seconds=30), **said).status_code == 200
         assert admin.fleet.is_asleep is is_asleep
+
+
+def test_the_share_of_each_limit_is_taken_up_at_once() -> None:
+    admin = Admin(fleet_of(1, Clock(), max_in_flight=5))
+    limits = []
+    for share in (0.5, 1, 0.125):
+        assert admin.put(replica(1), service={"share": share}).status_code == 200
+        limits.append([member.limit for member in admin.fleet.members.values()])
+    assert limits == [[3], [5], [1]]
 
 
 def _fleet() -> Fleet:

@@ -307,6 +307,18 @@ def test_only_generating_requests_count_against_the_limit() -> None:
         assert claim(fleet) is not None
 
 
+def test_beside_another_balancer_it_gives_its_share_of_places() -> None:
+    fleet = fleet_of(1, Clock(), max_in_flight=4)
+    fleet.take_share(0.5)
+    places = [claimed(fleet), claimed(fleet)]
+    assert claim(fleet) is None
+    fleet.take_share(1)  # the other one is gone
+    places += [claimed(fleet), claimed(fleet)]
+    assert claim(fleet) is None
+    fleet.reconcile([listed(1), listed(2)])
+    assert [member.limit for member in fleet.members.values()] == [4, 4]
+
+
 def test_a_full_member_is_passed_over_and_still_available() -> None:
     fleet = fleet_of(2, Clock(), max_in_flight=1)
     assert names([claimed(fleet).member, claimed(fleet).member]) == ["r1", "r2"]

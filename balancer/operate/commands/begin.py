@@ -120,11 +120,12 @@ def _resumed(source: Source, flags: AddressFlags, on: str) -> Beginning:
     wanted = Wanted(_fit(serving, engine, left), desired.target, coming, mode, desired.before)
     flags = AddressFlags(
         flags.listen or (desired.listen if desired.join is None else None),
-        flags.admin or (desired.admin if desired.join is None else None),
+        flags.admin or (desired.admin if desired.join is None and not desired.balancers else None),
         flags.is_open or desired.is_open,
         flags.api_keys or desired.api_keys,
         flags.admin_key or desired.admin_key,
         flags.join or desired.join,
+        flags.balancers or desired.balancers,
     )
     return Beginning(folder, engine, flags, wanted, served, desired, source.secrets)
 

@@ -303,6 +303,7 @@ class _Up:
             before=wanted.before,
             coming=coming,
             mode=wanted.mode,
+            balancers=where.balancers,
             versions=self._versions.to_keep(wanted.serving.version, coming),
         )
 

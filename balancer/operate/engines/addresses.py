@@ -25,17 +25,19 @@ class AddressFlags:
     api_keys: str | None = None
     admin_key: str | None = None
     join: str | None = None  # the name of a service whose endpoint this one is to share
+    balancers: tuple[str, ...] = ()  # admin ports of balancers that run already
 
     def resolved(self, listen: str, admin: str) -> "Addresses":
         """These two addresses, with what the flags say about who may use them."""
-        return Addresses(listen, admin, self.is_open, self.api_keys, self.admin_key)
+        return Addresses(listen, admin, self.is_open, self.api_keys, self.admin_key, self.balancers)
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
     """Where the balancer listens (HOST:PORT each), and who may use it: everyone, or holders of a key in `api_keys`.
 
-    `admin_key` is the file with the key for changes on the admin port; None means the service's own key.
+    `admin_key` is the file with the key for changes on the admin port; None means the service's own key. `balancers`
+    are the admin ports of balancers that somebody else started; `admin` then is the first.
     """
 
     listen: str
@@ -43,6 +45,7 @@ class Addresses:
     is_open: bool = False
     api_keys: str | None = None
     admin_key: str | None = None
+    balancers: tuple[str, ...] = ()
 
     def endpoint(self, recipe: Recipe) -> str:
         return f"{'http' if recipe.spec.tls is None else 'https'}://{self.listen}"

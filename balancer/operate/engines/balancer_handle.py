@@ -61,19 +61,22 @@ class BalancerHandle(ABC):
 
     async def tell(self, listing: Listing) -> Snapshot | None:
         """Sends the whole list of replicas; returns the balancer's snapshot, or None while it does not answer."""
-        try:
-            answer = await self._client.put("/replicas", params=self._about, json=listing.to_json())
-            answer.raise_for_status()
-            snapshot = Snapshot.from_json(answer.json())
-        except (httpx.HTTPError, ValueError):
-            return None
-        self.has_answered = True
+        snapshot = await self._told(self._client, listing)
+        self.has_answered |= snapshot is not None
         return snapshot
 
-    def _new_client(self) -> httpx.AsyncClient:
-        """A new client, without connections to an earlier process."""
+    async def _told(self, client: httpx.AsyncClient, listing: Listing) -> Snapshot | None:
+        try:
+            answer = await client.put("/replicas", params=self._about, json=listing.to_json())
+            answer.raise_for_status()
+            return Snapshot.from_json(answer.json())
+        except (httpx.HTTPError, ValueError):
+            return None
+
+    def _new_client(self, admin: str | None = None) -> httpx.AsyncClient:
+        """A new client of this admin port, or of `self.admin`, without connections to an earlier process."""
         return httpx.AsyncClient(
-            base_url=f"http://{self.admin}",
+            base_url=f"http://{admin or self.admin}",
             headers=bearing(self._key),
             trust_env=False,
             timeout=_TIMEOUT,
@@ -82,8 +85,11 @@ class BalancerHandle(ABC):
 
     async def drain(self, id: int) -> bool:
         """Tells the balancer to drain a replica; returns whether it accepted."""
+        return await self._drained(self._client, id)
+
+    async def _drained(self, client: httpx.AsyncClient, id: int) -> bool:
         try:
-            return (await self._client.post(f"/replicas/{id}/drain", params=self._about)).is_success
+            return (await client.post(f"/replicas/{id}/drain", params=self._about)).is_success
         except httpx.HTTPError:
             return False
 

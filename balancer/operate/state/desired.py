@@ -47,6 +47,8 @@ class Desired:
     coming: int | None
     mode: Literal["rolling", "blue_green"]
     versions: tuple[Version, ...]
+    # Admin ports of balancers that somebody else started.
+    balancers: tuple[str, ...] = ()
 
     @classmethod
     def from_text(cls, text: str) -> Self | None:

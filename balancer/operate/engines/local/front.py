@@ -8,6 +8,7 @@ from balancer.operate.engines.addresses import Addresses, AddressFlags, Listener
 from balancer.operate.engines.balancer_handle import BalancerHandle
 from balancer.operate.engines.local.balancer_handle import LocalBalancer
 from balancer.operate.engines.local.joined import Host, JoinedBalancer
+from balancer.operate.engines.remote_balancers import RemoteBalancers, addresses_of
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state import keys
 from balancer.operate.state.service_folder import ServiceFolder
@@ -22,6 +23,7 @@ class Front:
         self._folder = folder
         self._on_change = on_change
         self._ports: tuple[Addresses, Listeners] | None = None
+        self._elsewhere: Addresses | None = None  # of balancers that run already
         self._host: Host | None = None  # the service whose balancer serves this one too
 
     def check_keys(self, recipe: Recipe) -> None:
@@ -35,6 +37,9 @@ class Front:
     def prepare(self, recipe: Recipe, flags: AddressFlags) -> Addresses:
         """Opens the ports, or finds the balancer to join. Raises ConfigError."""
         self.key_file = keys.for_replicas(recipe, self._folder.replica_key_file)
+        if flags.balancers:
+            self._elsewhere = addresses_of(flags)
+            return self._elsewhere
         if flags.join is not None:
             self._host = Host.find(ServiceFolder(self._folder.path.parent, flags.join))
             return Addresses(self._host.endpoint.partition("//")[2], self._host.admin)
@@ -42,6 +47,8 @@ class Front:
         return self._ports[0]
 
     def balancer(self, recipe: Recipe) -> BalancerHandle:
+        if (where := self._elsewhere) is not None:
+            return RemoteBalancers(where.balancers, where, recipe, self.key_file)
         if self._host is not None:
             return JoinedBalancer(self._host, self._folder, recipe, self.key_file, print)
         assert self._ports is not None, "prepare comes first"
