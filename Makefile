@@ -1,6 +1,6 @@
 # groundserve. `make` or `make help` lists the targets. CI runs the same targets as people do.
 .DEFAULT_GOAL := help
-.PHONY: help install up down test docker-test client-test slurm-test failover-test check chaos bench bench-features bench-sizes bench-routing bench-autoscale simulate lock fuzz docs compiled compiled-test
+.PHONY: help install up down test docker-test client-test slurm-test failover-test kubernetes-test check chaos bench bench-features bench-sizes bench-routing bench-autoscale simulate lock fuzz docs compiled compiled-test
 
 # The first of these that runs (a version manager may have a stub for a Python that is not installed).
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
@@ -47,6 +47,10 @@ slurm-test: install ## all tests on a real Slurm, on hosts made of namespaces; n
 
 failover-test: install ## move an address between two balancers on hosts made of namespaces; needs root and mmdebstrap
 	@$(BIN)/python -m tests.lab.hosts $(BIN)/python -m pytest -m failover --durations=5 tests/e2e/failover
+
+kubernetes-test: install ## all tests on a real Kubernetes, on such hosts; builds its programs once, from Debian's source (JOBS=4)
+	@tests/lab/kubernetes/build.sh
+	@$(BIN)/python -m tests.lab.hosts $(BIN)/python -m pytest -m kubernetes --durations=5 tests/e2e/kubernetes
 
 check: install ## check formatting, lint and types
 	@$(BIN)/ruff format --check .

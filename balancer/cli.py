@@ -8,7 +8,7 @@ from pathlib import Path
 
 from balancer.errors import ConfigError
 from balancer.inherited import settle
-from balancer.operate.commands import accounts, boot, change, events, models, show, sky_flags, variables
+from balancer.operate.commands import accounts, boot, change, events, manifests, models, show, sky_flags, variables
 from balancer.operate.commands.admin_port import AdminPort
 from balancer.operate.commands.begin import Source
 from balancer.operate.engines.addresses import AddressFlags
@@ -70,6 +70,14 @@ def _run(options: argparse.Namespace) -> int:
             if len(sources) > 1:
                 return change.up_together(sources, flags, options.on, is_detached=options.detach)
             return change.up(sources[0], flags, options.on, is_detached=options.detach)
+        case "manifests":
+            return manifests.manifests(
+                _source(options),
+                api_keys=options.api_keys,
+                is_open=options.open,
+                version=options.kubernetes,
+                with_secrets=not options.no_secrets,
+            )
         case "enable":
             return boot.enable(options.name, is_users=options.user, secret_files=options.secret_file)
         case "disable":
@@ -291,6 +299,16 @@ def _parser() -> argparse.ArgumentParser:
             booted.add_argument(
                 "--secret-file", action="append", default=[], type=Path, metavar="FILE", help="its secrets, K=V lines"
             )
+
+    made = command("manifests", "print a service as YAML for Kubernetes, controller included, and start nothing")
+    _add_source(made)
+    _add_name(made)
+    made.add_argument("--api-keys", metavar="FILE", help="a file of client API keys, one per line")
+    made.add_argument("--open", action="store_true", help="let everyone who reaches the endpoint use it without a key")
+    made.add_argument(
+        "--kubernetes", default="1.37", metavar="VERSION", help="the cluster's, from 1.20 on (default: %(default)s)"
+    )
+    made.add_argument("--no-secrets", action="store_true", help="leave the Secrets out; docs/kubernetes.md names them")
 
     check = command(
         "check", "say what a service file would do here, or how several would share a GPU, and start nothing"

@@ -112,7 +112,7 @@ def test_the_version_is_the_same_everywhere() -> None:
         path.name: re.findall(r'image\.version="([^"]+)"', path.read_text())
         for path in ROOT.glob("docker/*.Dockerfile")
     }
-    assert set(labels) == {"balancer.Dockerfile", "replica.Dockerfile", "replica-cpu.Dockerfile"}
+    assert set(labels) == {f"{image}.Dockerfile" for image in ("balancer", "controller", "replica", "replica-cpu")}
     assert [name for name, said in labels.items() if said != [version]] == []
     heading = re.search(r"^## \[(\S+)\] - (.+)$", PAGES["CHANGELOG.md"], re.MULTILINE)
     assert heading is not None

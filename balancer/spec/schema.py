@@ -8,6 +8,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from balancer.spec.document import NoMeaning, Refused
+from balancer.spec.kubernetes import Kubernetes
 from balancer.spec.settings import PolicyName, ReadinessProbe
 
 Cloud = Annotated[Any, NoMeaning("replicas run on this machine, not in a cloud")]
@@ -256,6 +257,7 @@ class Operation(_Section):
     target_in_flight_per_replica: float | None = Field(
         None, gt=0, description="autoscaling by generating requests in flight and waiting, instead of requests a second"
     )
+    kubernetes: Kubernetes | None = Field(None, description="pods of a cluster, for `--on kubernetes`")
 
 
 class Task(_Section):

@@ -45,6 +45,8 @@ class Spec:
     envs: Mapping[str, str] = field(repr=False)
     # The names among them whose values are to be shown to nobody.
     secrets: frozenset[str]
+    # Those whose values stand in the file, under secrets:.
+    secrets_in_file: frozenset[str]
     # Names in envs: or secrets: without a value, each with the flag that gives one: --env or --secret.
     missing: Mapping[str, str]
     # Acceptable GPU types, each with how many GPUs of it one replica takes; empty: no GPU requested.
@@ -155,6 +157,7 @@ def parse(
         tls=_tls(task.service, base, document),
         envs=MappingProxyType(variables),
         secrets=hidden,
+        secrets_in_file=_given_in(document),
         missing=MappingProxyType(missing),
         accelerators=asked.accelerators,
         memory=asked.memory,
@@ -195,6 +198,16 @@ def _variables(
     missing = {name: flags[name] for name, value in found.items() if value is None}
     hidden = frozenset(name for name in found if name in secrets or flags.get(name) == "--secret" or is_secret(name))
     return {name: str(value) for name, value in found.items() if value is not None}, missing, hidden
+
+
+def _given_in(document: Document) -> frozenset[str]:
+    """The names in secrets: with a value beside them."""
+    values = document.data.get("secrets")
+    return (
+        frozenset(name for name, value in values.items() if value is not None)
+        if isinstance(values, dict)
+        else frozenset()
+    )
 
 
 def _filled(document: Document, variables: Mapping[str, str]) -> dict[str, Any]:

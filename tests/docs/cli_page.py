@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    *("up", "status", "scale", "update", "rollback", "restart", "logs", "events", "down", "check"),
+    *("up", "status", "scale", "update", "rollback", "restart", "logs", "events", "down", "check", "manifests"),
     *("enable", "disable", "keys", "keys add", "usage", "pull", "models", "export", "import"),
 )
 PROGRAMS = {

@@ -32,6 +32,7 @@ class MadeUpEngine:
 
     name = "made-up"
     outlives_controller = True
+    is_kept_up = False
     fields: Mapping[str, str] = {}
 
     def __init__(self, folder: ServiceFolder) -> None:

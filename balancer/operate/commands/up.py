@@ -116,6 +116,10 @@ class _Up:
         # The others also come from a machine that shuts down.
         self._is_wanted_no_more |= number is signal.SIGINT
         self._progress.finish()
+        if number is signal.SIGTERM and self._engine.is_kept_up:
+            self._progress.say("ending: all goes on until the next controller takes it up")
+            self._controller.leave()
+            return
         self._progress.say("stopping: answers in flight are finished first; once more ends at once")
         self._controller.close()
 

@@ -71,6 +71,7 @@ class Controller:
         self._condemned: set[int] = set()
         self._updates: list[asyncio.Future[UpdateResult]] = []
         self._is_closing = False
+        self._is_leaving = False
         self._hurry = asyncio.Event()
         self._telling = asyncio.Lock()  # an older list must not arrive after a newer one
         self._renewing = asyncio.Lock()  # nor older settings after newer ones
@@ -97,7 +98,12 @@ class Controller:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), _PERIOD)
         finally:
-            await self._end()
+            await (self._leave() if self._is_leaving else self._end())
+
+    def leave(self) -> None:
+        """Ends the controller alone: all goes on, and the next one takes it up."""
+        self._is_leaving = self._is_closing = True
+        self._wake.set()
 
     def close(self) -> None:
         """Ends the service once the answers in flight are finished; a second call ends it at once."""
@@ -463,6 +469,14 @@ class Controller:
         self.is_cleared = await self._troubles.attempt("removing what is left", self._engine.close)
         if not self.is_cleared:
             self._say(f"{self.name} may have left something running: groundserve down {self.name} removes it")
+        self._record(Event(What.CONTROLLER_ENDED))
+
+    async def _leave(self) -> None:
+        self._resolve(UpdateResult(0, "its controller ended"))
+        for task in (*self._starting.values(), *self._stopping):
+            task.cancel()
+        await asyncio.gather(*self._starting.values(), *self._stopping, return_exceptions=True)
+        await self._readiness.close()
         self._record(Event(What.CONTROLLER_ENDED))
 
     async def _stop_all(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from balancer.errors import ConfigError
 from balancer.operate.engines.compose.engine import ComposeEngine
 from balancer.operate.engines.engine import Engine
+from balancer.operate.engines.kubernetes.engine import KubernetesEngine
 from balancer.operate.engines.local.engine import LocalEngine
 from balancer.operate.engines.slurm.engine import SlurmEngine
 from balancer.operate.recipe.recipe import Recipe
@@ -18,6 +19,7 @@ ENGINES: dict[str, Callable[[ServiceFolder], Engine]] = {
     "local": LocalEngine,
     "compose": ComposeEngine,
     "slurm": SlurmEngine,
+    "kubernetes": KubernetesEngine,
 }
 # Those whose replicas use this machine's GPUs.
 HERE = ("local", "compose")

@@ -63,6 +63,8 @@ class Engine(Protocol):
     name: str
     # Do its replicas and balancer keep running if the controller is killed?
     outlives_controller: bool
+    # Does whoever ends the controller with SIGTERM start another one? Then all goes on without it until then.
+    is_kept_up: bool
     # Set whenever a replica or the balancer has ended.
     changed: asyncio.Event
 

@@ -56,6 +56,7 @@ class ComposeEngine:
 
     name = "compose"
     outlives_controller = True
+    is_kept_up = False
     # Its replicas can be reached only from their own network, so they require no key of ours.
     fields: Mapping[str, str] = MappingProxyType({})
 

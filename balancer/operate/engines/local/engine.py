@@ -34,6 +34,7 @@ class LocalEngine:
 
     name = "local"
     outlives_controller = False
+    is_kept_up = False
 
     def __init__(self, folder: ServiceFolder) -> None:
         self.changed = asyncio.Event()

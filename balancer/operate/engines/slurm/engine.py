@@ -72,6 +72,7 @@ class SlurmEngine:
 
     name = "slurm"
     outlives_controller = True
+    is_kept_up = False
 
     def __init__(self, folder: ServiceFolder) -> None:
         self.changed = asyncio.Event()

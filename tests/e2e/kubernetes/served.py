@@ -1,0 +1,109 @@
+"""A service of simulated replicas on the lab's cluster, brought up as a person does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from balancer.operate.state import control_socket
+from tests.lab.hosts import ROOT
+from tests.lab.kubernetes.control_plane import ControlPlane
+from tests.support.program import Program
+from tests.support.until import wait_until
+
+NAME = "lab"
+# A simulated replica that answers with 40 events in two seconds.
+FLAGS = "--tokens 40 --token-interval 0.05 --drain-grace 0.5"
+PATIENCE = 300.0
+
+
+class Served:
+    """The service, its controller in the foreground of this machine."""
+
+    def __init__(self, cluster: ControlPlane, folder: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.environ = {
+            **os.environ,
+            "XDG_STATE_HOME": str(folder / "state"),
+            "KUBECONFIG": str(cluster.kubeconfig),
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{cluster.programs}:{os.environ['PATH']}",
+        }
+        self._up: Program | None = None
+
+    def file(self, replicas: int = 2, flags: str = FLAGS, **ours: object) -> Path:
+        """The service file; `ours` are settings."""
+        section = {
+            "image": "lab/replica-cpu:1",
+            "balancer_image": "lab/balancer:1",
+            "controller_image": "lab/controller:1",
+        }
+        settings = {"ready_interval": 0.2, "restart_backoff": 0.2, "min_ready": 0, "drain_timeout": 30, **ours}
+        task = {
+            "name": NAME,
+            "service": {
+                "readiness_probe": {"path": "/health", "endpoint_probe_interval_seconds": 0.5},
+                "replicas": replicas,
+            },
+            "resources": {"accelerators": "L4:1"},
+            "envs": {"LAB_FLAGS": flags},
+            "x-groundserve": {**settings, "kubernetes": section},
+            "run": "python -m replica --model smollm2-135m",
+        }
+        path = self.folder / "lab.yaml"
+        path.write_text(json.dumps(task))
+        return path
+
+    def up(self, *arguments: str | Path) -> Program:
+        """The controller, once the service is up."""
+        words = ("-m", "balancer.cli", "up", *map(str, arguments or (self.file(),)), "--on", "kubernetes", "--open")
+        self._up = Program(*words, environ=self.environ)
+        return self._up.until("stop   groundserve down", PATIENCE)
+
+    def __call__(self, *arguments: str | Path, code: int = 0) -> str:
+        """What the command prints."""
+        done = subprocess.run(
+            [sys.executable, "-m", "balancer.cli", *map(str, arguments)],
+            env=self.environ,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def status(self) -> dict[str, Any]:
+        socket = self.folder / "state/groundserve" / NAME / "control.sock"
+        shown: dict[str, Any] = control_socket.ask(socket, {"do": "status"}, timeout=60)
+        return shown
+
+    def ready(self) -> list[dict[str, Any]]:
+        return [row for row in self.status()["replicas"] if row["status"] == "READY"]
+
+    def until_ready(self, count: int) -> list[dict[str, Any]]:
+        """The rows of its replicas, once there are so many and all are ready."""
+        wait_until(
+            self.status,
+            within=PATIENCE,
+            fits=lambda s: len(s["replicas"]) == count and all(r["status"] == "READY" for r in s["replicas"]),
+        )
+        return self.ready()
+
+    def endpoints(self) -> list[str]:
+        """Of each balancer's pod, for clients beside the control plane."""
+        pods = [pod["status"] for pod in self.cluster.pods("balancer")]
+        return [f"http://{status['podIP']}:30001" for status in pods if status["phase"] == "Running"]
+
+    def close(self) -> None:
+        """Takes it down, whatever a failed test left."""
+        if self._up is not None:
+            self._up.close()
+        kinds = "deployment,service,configmap,secret,pod,poddisruptionbudget,role,rolebinding,serviceaccount"
+        selector = "app.kubernetes.io/name=groundserve"
+        self.cluster.kubectl("delete", kinds, "-l", selector, "--force", "--grace-period=0", "--wait=false")
+        wait_until(lambda: self.cluster.pods("replica") + self.cluster.pods("balancer"), fits=lambda pods: not pods)

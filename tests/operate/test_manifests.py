@@ -1,0 +1,179 @@
+"""`groundserve manifests`: what it prints is valid for each version of Kubernetes, and says what the file says."""
+
+import base64
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from balancer import cli
+from balancer.operate.engines.kubernetes import objects
+from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.spec.service_file import parse
+
+VERSIONS = [f"1.{minor}" for minor in range(25, 38)]
+FILE = """\
+name: llava
+service: {readiness_probe: /health, replicas: 2}
+resources: {accelerators: "L4:2", memory: 32, cpus: 4}
+envs: {PRICE: "$(5)"}
+secrets: {HF_TOKEN: }
+x-groundserve:
+  drain_timeout: 100
+  kubernetes:
+    image: registry.lab/groundserve/replica:0.2
+    balancer_image: registry.lab/groundserve/balancer:0.2
+    controller_image: registry.lab/groundserve/controller:0.2
+    namespace: models
+    models: {claim: models}
+    pull_secret: registry
+    runtime_class: nvidia
+    tolerations: [{key: gpu, operator: Exists}]
+run: python -m replica --model llava-v1.6-vicuna-7b
+"""
+SECRET = "it's a \\ secret"
+
+Object = Mapping[str, Any]
+Manifests = Callable[..., list[Object]]
+
+
+@pytest.fixture
+def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Manifests:
+    """What the command prints for this file and these flags."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    def manifests(*flags: str, text: str = FILE) -> list[Object]:
+        file = tmp_path / "llava.yaml"
+        file.write_text(text)
+        secret = ("--secret", f"HF_TOKEN={SECRET}")
+        assert cli.main(["manifests", str(file), *secret, *(flags or ("--open",))]) == 0, capsys.readouterr().err
+        return list(yaml.safe_load_all(capsys.readouterr().out))
+
+    return manifests
+
+
+def made(text: str = FILE) -> Recipe:
+    return recipe(parse(text, source="llava.yaml", secrets={"HF_TOKEN": SECRET}))
+
+
+def named(objects: list[Object], kind: str, name: str) -> Object:
+    (found,) = (one for one in objects if one["kind"] == kind and one["metadata"]["name"] == name)
+    return found
+
+
+def check(object: Object, version: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kubernetes_validate.validate(object, version, strict=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_object_is_valid_for_kubernetes(printed: Manifests, version: str) -> None:
+    printed_objects = printed("--open", "--kubernetes", version)
+    assert len(printed_objects) == 11
+    for one in (*printed_objects, objects.replica(1, made(), "uid")):
+        check(one, version)
+
+
+def test_a_typing_error_would_be_found() -> None:
+    pod = objects.replica(1, made(), "uid")
+    pod["spec"]["containers"][0]["readinesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check(pod, "1.37")
+
+
+def test_a_pod_has_what_the_file_asks_for() -> None:
+    pod = objects.replica(7, made(), "uid")
+    container, spec = pod["spec"]["containers"][0], pod["spec"]
+    assert pod["metadata"]["name"] == "llava-7"
+    assert container["resources"] == {"requests": {"cpu": "4", "memory": "32G"}, "limits": {"nvidia.com/gpu": "2"}}
+    assert {"name": "PRICE", "value": "$$(5)"} in container["env"]
+    assert spec["restartPolicy"] == "Never"
+    assert spec["terminationGracePeriodSeconds"] == 130
+    assert spec["runtimeClassName"] == "nvidia"
+    assert {"name": "models", "persistentVolumeClaim": {"claimName": "models"}} in spec["volumes"]
+    shared = next(volume for volume in spec["volumes"] if volume["name"] == "shared-memory")
+    assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+    (kinds, unlabelled) = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+        "nodeSelectorTerms"
+    ]
+    assert kinds["matchExpressions"][0]["values"] == ["l4"]
+    assert unlabelled["matchExpressions"][0]["operator"] == "DoesNotExist"
+
+
+def test_a_secret_is_in_the_secret_and_nowhere_else(printed: Manifests) -> None:
+    everything = printed()
+    secret = named(everything, "Secret", "llava-secrets")["data"]
+    assert base64.b64decode(secret["HF_TOKEN"]).decode() == SECRET
+    assert base64.b64decode(secret["secrets.env"]).decode() == "HF_TOKEN='it\\'s a \\\\ secret'\n"
+    others = yaml.safe_dump([one for one in everything if one["kind"] != "Secret"])
+    pod = objects.replica(1, made(), "uid")
+    assert "it's a" not in others + yaml.safe_dump(pod)
+    assert {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "llava-secrets", "key": "HF_TOKEN"}}} in pod[
+        "spec"
+    ]["containers"][0]["env"]
+
+
+def test_the_controller_may_look_after_pods_only(printed: Manifests) -> None:
+    rules = named(printed(), "Role", "llava-controller")["rules"]
+    assert {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]} == {
+        *(("pods", verb) for verb in ("get", "list", "create", "delete")),
+        ("pods/log", "get"),
+        ("configmaps", "get"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("version", "api"), [("1.20", "policy/v1beta1"), ("v1.21.3", "policy/v1"), ("1.37", "policy/v1")]
+)
+def test_the_disruption_budget_is_of_the_api_that_has_it(printed: Manifests, version: str, api: str) -> None:
+    budget = named(printed("--open", "--kubernetes", version), "PodDisruptionBudget", "llava-balancer")
+    assert budget["apiVersion"] == api
+
+
+def test_the_same_keys_are_printed_each_time(printed: Manifests) -> None:
+    assert printed() == printed()
+    assert not [one for one in printed("--open", "--no-secrets") if one["kind"] == "Secret"]
+
+
+def test_a_service_that_sleeps_is_reached_without_a_replica(printed: Manifests) -> None:
+    policy = "replica_policy: {min_replicas: 0, max_replicas: 2, target_qps_per_replica: 1}"
+    deployment = named(printed(text=FILE.replace("replicas: 2", policy)), "Deployment", "llava-balancer")
+    assert "tcpSocket" in deployment["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("name: llava", "name: My_Model"), "My_Model cannot be a name on Kubernetes"),
+        (("    models: {claim: models}", "    models: {}"), "should have either claim or host_path"),
+        (("    image: registry.lab/groundserve/replica:0.2\n", ""), "lacks 'image'"),
+        (("    namespace: models", "    namespce: models"), "the nearest known key is 'namespace'"),
+        (("    namespace: models", "    namespace: My Models"), "should be a name of Kubernetes"),
+        (("HF_TOKEN: }", "HF_TOKEN: abc}"), "secrets.HF_TOKEN has its value in the file"),
+        (("--model llava-v1.6-vicuna-7b", "--model /srv/llava"), "a pod has models under /huggingface only"),
+        (("run: python -m replica --model llava-v1.6-vicuna-7b", "run: echo"), "nothing says where a replica listens"),
+        (("  drain_timeout: 100", "  gpu_share: true"), "pods do not share GPUs"),
+    ],
+)
+def test_a_file_that_cannot_be_served_is_refused(
+    change: tuple[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "llava.yaml").write_text(FILE.replace(*change))
+    assert cli.main(["manifests", str(tmp_path / "llava.yaml"), "--secret", "HF_TOKEN=x", "--open"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_who_may_use_it_has_to_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "llava.yaml").write_text(FILE)
+    assert cli.main(["manifests", str(tmp_path / "llava.yaml"), "--secret", "HF_TOKEN=x"]) == 1
+    assert "give --api-keys FILE, or say --open" in capsys.readouterr().err
