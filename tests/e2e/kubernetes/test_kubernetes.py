@@ -1,15 +1,10 @@
 """A service on a real Kubernetes, whose replicas are simulated: nothing is lost but what the design says."""
 
-import signal
-import time
 from contextlib import ExitStack
 
-import httpx
 import pytest
 
 from tests.e2e.kubernetes.served import FLAGS, NAME, Served
-from tests.lab.hosts import Hosts
-from tests.lab.kubernetes.control_plane import ControlPlane
 from tests.operate.streaming import Streams, streaming
 from tests.support.until import wait_until
 
@@ -56,88 +51,3 @@ def test_an_update_loses_no_stream(served: Served) -> None:
         assert "is at version 2" in served("update", NAME, served.file(flags=f"{FLAGS} --served-model other"))
         assert {row["version"] for row in served.until_ready(2)} == {2}
     assert [one.failed for one in clients] == [[], []]
-
-
-def test_streams_go_on_when_a_node_dies(served: Served, hosts: Hosts, cluster: ControlPlane) -> None:
-    """Those of its replicas continue elsewhere; those of its balancer are lost; its replica starts elsewhere."""
-    served.up(served.file(2))
-    served.until_ready(2)
-    balancers = {pod["spec"]["nodeName"]: pod["status"]["podIP"] for pod in cluster.pods("balancer")}
-    assert set(balancers) == {"h1", "h2"}
-    before = {row["name"] for row in served.ready()}
-    with streaming(f"http://{balancers['h1']}:30001", 4, BODY) as client:
-        hosts["h2"].power_off()
-        wait_until(
-            served.ready, within=240, fits=lambda rows: len(rows) == 2 and {row["node"] for row in rows} == {"h1"}
-        )
-    assert client.failed == []
-    assert {row["name"] for row in served.ready()} != before
-    hosts["h2"].power_on()
-    cluster.join("h2")
-    cluster.wait_for("h2")
-
-
-def test_a_dead_api_server_ends_nothing(served: Served, cluster: ControlPlane) -> None:
-    served.up()
-    rows = served.until_ready(2)
-    with ExitStack() as stack:
-        clients = streams_at_all(stack, served)
-        cluster.kill("kube-apiserver")
-        wait_until(
-            served.status,
-            within=90,
-            fits=lambda s: all("unknown whether it runs" in row.get("reason", "") for row in s["replicas"]),
-        )
-        assert len(served.ready()) == 2
-        cluster.start_api()
-        wait_until(served.status, within=90, fits=lambda s: not any(row.get("reason") for row in s["replicas"]))
-    assert [one.failed for one in clients] == [[], []]
-    assert {row["name"] for row in served.until_ready(2)} == {row["name"] for row in rows}
-
-
-def test_a_killed_controller_is_followed_by_the_next(served: Served) -> None:
-    first = served.up()
-    rows = served.until_ready(2)
-    with ExitStack() as stack:
-        clients = streams_at_all(stack, served)
-        first.signal(signal.SIGKILL)
-        first.wait()
-        second = served.up()
-        assert "found 2 of its replicas running" in second.text
-        assert {row["name"] for row in served.until_ready(2)} == {row["name"] for row in rows}
-    assert [one.failed for one in clients] == [[], []]
-
-
-def test_a_replica_that_dies_is_started_again(served: Served, cluster: ControlPlane) -> None:
-    served.up(served.file(1))
-    (row,) = served.until_ready(1)
-    cluster.kubectl("delete", "pod", f"{NAME}-1", "--force", "--grace-period=0")
-    wait_until(served.ready, within=120, fits=lambda rows: bool(rows) and rows[0]["name"] != row["name"])
-    assert "was removed by somebody else" in served("events", NAME)
-
-
-def test_the_manifests_run_the_service_by_themselves(served: Served, cluster: ControlPlane) -> None:
-    """Its controller, in a pod with no more rights than its Role gives, starts replicas; another one takes them up."""
-    text = served("manifests", served.file(), "--open", "--kubernetes", "1.20")
-    cluster.kubectl("apply", "-f", "-", given=text)
-
-    def running() -> list[str]:
-        return [pod["metadata"]["uid"] for pod in cluster.pods("replica") if pod["status"]["phase"] == "Running"]
-
-    first = wait_until(running, within=300, fits=lambda uids: len(uids) == 2)
-    wait_until(served.endpoints, within=120, fits=lambda urls: len(urls) == 2)
-    url = served.endpoints()[0]
-    wait_until(lambda: httpx.get(f"{url}/ready", timeout=10).status_code, within=120, fits=lambda code: code == 200)
-    with streaming(url, 2, BODY) as client:
-        (controller,) = cluster.pods("controller")
-        cluster.kubectl("delete", "pod", controller["metadata"]["name"])
-        wait_until(
-            lambda: [pod["status"]["phase"] for pod in cluster.pods("controller")],
-            within=120,
-            fits=lambda phases: phases == ["Running"],
-        )
-        time.sleep(10)  # nothing is to happen to the replicas
-    assert client.failed == []
-    assert running() == first
-    cluster.kubectl("delete", "-f", "-", "--wait=false", given=text)
-    wait_until(lambda: cluster.pods("replica"), within=120, fits=lambda pods: not pods)
