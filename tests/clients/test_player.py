@@ -23,7 +23,7 @@ def call(name: str, **arguments: Any) -> str:
     return f'<tool_call>\n{{"name":"{name}", "arguments":{json.dumps(arguments)}}}\n</tool_call>'
 
 
-def test_a_question_is_answered_after_thoughts_where_these_are_wanted() -> None:
+def test_a_question_is_answered_after_wanted_thoughts() -> None:
     assert part(prompt(ASKED)) == f"{THOUGHTS}\n\n{ANSWER}"
     assert part(prompt(ASKED, enable_thinking=False)) == ANSWER
     assert part("a text without a chat") == ANSWER

@@ -27,14 +27,14 @@ class Served:
         self.state = self.home / "state/groundserve" / name
         self.at("mkdir", "-p", str(self.home))
 
-    def at(self, *words: str, code: int | None = 0, **environ: str) -> str:
-        """A command on that host."""
+    def at(self, *words: str, code: int | None = 0, within: float = 120.0, **environ: str) -> str:
+        """A command on that host, which has so many seconds."""
         variables = {"XDG_STATE_HOME": str(self.home / "state"), "PYTHONPATH": str(ROOT), **environ}
-        return self.slurm.ctl.run(*words, user=USER, code=code, **variables)
+        return self.slurm.ctl.run(*words, user=USER, code=code, within=within, **variables)
 
-    def __call__(self, *words: str, code: int | None = 0, **environ: str) -> str:
+    def __call__(self, *words: str, code: int | None = 0, within: float = 120.0, **environ: str) -> str:
         """What the command prints, standard error last."""
-        return self.at(sys.executable, "-m", "balancer.cli", *words, code=code, **environ)
+        return self.at(sys.executable, "-m", "balancer.cli", *words, code=code, within=within, **environ)
 
     def file(
         self, run: str = STREAMS, replicas: int = 2, slurm: Mapping[str, object] | None = None, **ours: object
@@ -51,9 +51,9 @@ class Served:
         path.chmod(0o644)
         return str(path)
 
-    def up(self, file: str, *flags: str, code: int = 0, **environ: str) -> str:
+    def up(self, file: str, *flags: str, code: int = 0, within: float = 120.0, **environ: str) -> str:
         ports = ("--listen", "0.0.0.0:30001", "--admin", "127.0.0.1:30002", "--open")
-        return self("up", file, "--on", "slurm", "-d", *ports, *flags, code=code, **environ)
+        return self("up", file, "--on", "slurm", "-d", *ports, *flags, code=code, within=within, **environ)
 
     def status(self) -> dict[str, Any]:
         shown: dict[str, Any] = control_socket.ask(self.state / "control.sock", {"do": "status"})

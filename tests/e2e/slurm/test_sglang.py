@@ -21,7 +21,7 @@ QUESTION = {
 def test_two_real_replicas_answer_from_two_nodes(served: Served) -> None:
     """Each asks for the service's key, which any other user of the cluster lacks."""
     run = "python -m sglang.launch_server --model-path smollm2-135m"
-    served.up(served.file(run=run, replicas=2, slurm={"gres": "gpu:2"}), MODELS_DIR=str(ROOT / ".models"))
+    served.up(served.file(run=run, replicas=2, slurm={"gres": "gpu:2"}), within=400, MODELS_DIR=str(ROOT / ".models"))
     rows = served.until_ready(2, within=300)["replicas"]
     assert sorted(row["node"] for row in rows) == ["h1", "h2"]
     answer = httpx.post(f"{ENDPOINT}/v1/chat/completions", json=QUESTION, timeout=120)
