@@ -1,9 +1,8 @@
 """A replica on each GPU, up to a rack's eight: a public workload at its true size, and ten models by need."""
 
-import importlib.util
 import os
 import signal
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import httpx
 
 from replica import gpu
+from tests.bench.process_tree import cpu_seconds
 from tests.bench.stats import quantile
 from tests.gpu import shapes
-from tests.gpu.pair import LLAMA, POLICIES, ROUTER
+from tests.gpu.pair import LLAMA, starts
 from tests.gpu.proof import START, Proof
-from tests.gpu.serving import Process, balancer, cpu_seconds, flush, load, router, services, wait_ready
+from tests.gpu.serving import Process, balancer, flush, load, services, wait_ready
 from tests.gpu.sharing import mixed, order, tell
 
 FULL = 8  # GPUs that the workload is made for; fewer get as much less of it
@@ -64,13 +64,8 @@ def at_rates(
     proof: Proof, members: Sequence[Process], scale: float, shape: Mapping[str, int], speed: float = 1.0
 ) -> None:
     """The workload through each policy and smg. `scale`: of its groups and rates; `speed`: stages so much shorter."""
-    fronts: dict[str, Callable[[], Process]] = {
-        policy: partial(balancer, proof.work, policy, members) for policy in POLICIES
-    }
-    if importlib.util.find_spec(ROUTER) is not None:
-        fronts[ROUTER] = partial(router, proof.work, members, {})  # as many threads as it likes
-    else:
-        proof.say(f"{ROUTER} is not installed here: left out")
+    fronts = starts(proof, members, {})  # smg with as many threads as it likes
+    fronts["prefix_aware, 2 workers"] = partial(balancer, proof.work, "prefix_aware", members, 2)
     job: dict[str, Any] = {**LLAMA, **shape, "groups": max(1, round(GROUPS * scale)), "questions": QUESTIONS}
     job |= {"stages": [(rate * scale, seconds / speed) for rate, seconds in STAGES], "limit": LIMIT, "seed": 1}
     proof.say(f"{job['groups']} groups of {QUESTIONS}, {STAGES[0][0] * scale:g} to {STAGES[-1][0] * scale:g} a second:")
@@ -84,9 +79,9 @@ def at_rates(
             flush(one)
         front = begin()
         try:
-            before = cpu_seconds(front)
+            before = cpu_seconds(front.popen.pid)
             figures = load(proof.work, within=2 * LIMIT, url=front.url, **job)
-            cores = (cpu_seconds(front) - before) / figures["seconds"]
+            cores = (cpu_seconds(front.popen.pid) - before) / figures["seconds"]
         finally:
             front.stop()
         ttft = figures["ttft"] or [0.0]

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from replica import gpu
+from tests.bench.peers import ONE_THREAD
 from tests.bench.stats import quantile
 from tests.gpu.proof import ROW, START, Proof, chat, row
 from tests.gpu.serving import Process, balancer, begin_load, cpu_seconds, finish, flush, load, router, wait_ready
@@ -182,15 +183,21 @@ def surplus(proof: Proof, name: str, model: str, **environ: str) -> None:
         one.stop()
 
 
-def compare(proof: Proof, name: str, pair: Sequence[Process]) -> None:
-    """The same requests through each policy, and through smg where it is, in another order each round."""
-    fronts: dict[str, Callable[[], Process]] = {
-        policy: partial(balancer, proof.work, policy, pair) for policy in POLICIES
+def starts(proof: Proof, members: Sequence[Process], environ: Mapping[str, str]) -> dict[str, Callable[[], Process]]:
+    """What is compared, by name: each starts the balancer with a policy, or smg, which `environ` is for."""
+    found: dict[str, Callable[[], Process]] = {
+        policy: partial(balancer, proof.work, policy, members) for policy in POLICIES
     }
     if importlib.util.find_spec(ROUTER) is not None:
-        fronts[ROUTER] = partial(router, proof.work, pair)
+        found[ROUTER] = partial(router, proof.work, members, environ)
     else:
         proof.say(f"{ROUTER} is not installed here: left out")
+    return found
+
+
+def compare(proof: Proof, name: str, pair: Sequence[Process]) -> None:
+    """The same requests through each policy, and through smg where it is, in another order each round."""
+    fronts = starts(proof, pair, ONE_THREAD)
     warm = {**LLAMA, "groups": 2, "requests": 32, "at_once": 16, "prefix_tokens": 5000, "question_tokens": 1000}
     for one in pair:  # kernels that are compiled at first use are nobody's cost
         load(proof.work, url=one.url, seed=899, answer_tokens=ANSWER, **warm)

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from balancer.operate.engines.ports import free_ports
-from tests.bench.peers import ONE_THREAD, Place, rust_router_flags
+from tests.bench.peers import Place, rust_router_flags
 
 
 @dataclass
@@ -72,10 +72,11 @@ def wait_ready(process: Process, limit: float) -> float:
     raise RuntimeError(f"{process.name} was not ready within {limit:g} s:\n{process.tail()}")
 
 
-def balancer(folder: Path, policy: str, replicas: Sequence[Process]) -> Process:
+def balancer(folder: Path, policy: str, replicas: Sequence[Process], workers: int = 1) -> Process:
     """`python -m balancer` in front of them; ready when all of them are."""
     flags = [part for one in replicas for part in ("--replica", one.url)]
-    return _balancer(folder, f"balancer-{policy}", [*flags, "--policy", policy], len(replicas))
+    flags += ["--policy", policy, "--workers", str(workers)]
+    return _balancer(folder, f"balancer-{policy}-{workers}", flags, len(replicas))
 
 
 def services(folder: Path, models: Mapping[str, Process]) -> Process:
@@ -102,8 +103,8 @@ def _balancer(folder: Path, name: str, flags: Sequence[str], ready: int) -> Proc
     raise RuntimeError(f"the balancer did not find its replicas ready: {last[:2000]}\n{process.tail()}")
 
 
-def router(folder: Path, replicas: Sequence[Process], environ: Mapping[str, str] = ONE_THREAD) -> Process:
-    """smg, routing by prefix as published, in front of the replicas; one thread as in `make bench-routing`."""
+def router(folder: Path, replicas: Sequence[Process], environ: Mapping[str, str]) -> Process:
+    """smg, routing by prefix as published, in front of the replicas. `environ`: how many threads it may use."""
     place = Place(*free_ports(2), tuple(one.url for one in replicas), folder, folder)
     argv = [sys.executable, "-m", "smg.cli", "launch", *rust_router_flags(place, "cache_aware")]
     process = start("smg", argv, f"http://127.0.0.1:{place.port}", folder, **environ)
