@@ -175,6 +175,14 @@ class Admission:
                 self._refuse_in_vain(waiter.key, share)
             self._make_room(queue, waiter.key, share)
             queue.push(queued, waiter.key, share)
+        try:
+            return await self._awaited(queued)
+        finally:
+            queue.remove(queued)  # no effect if it got a place: it has left the queue already
+
+    async def _awaited(self, queued: _Queued) -> Claim[Choice]:
+        """The place of a request that has just begun to wait, once it is given."""
+        place = queued.place
         self.assign()  # requests already waiting may need a member that this one can do without
         for hook in self.when_waiting:
             hook()
@@ -185,8 +193,7 @@ class Admission:
                 place.result().__exit__(None, None, None)  # the place was given while the client was leaving
             raise
         finally:
-            queue.remove(queued)  # no effect if it got a place: it has left the queue already
-            waiter.waited += self.fleet.clock() - now
+            queued.waiter.waited += self.fleet.clock() - queued.since
 
     def may_wait_on(self, waiter: Waiter, seconds: float) -> bool:
         """Every member has refused the request as full, for that many seconds: may it wait, and be offered again?
@@ -306,18 +313,10 @@ class Admission:
         if (refusal := self._refusal_at(queued, only, now)) is not None:
             del self._tied[queued]
             raise refusal
-        self.assign()  # others may wait for another replica, while this one has room
-        for hook in self.when_waiting:
-            hook()
         try:
-            return await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled() and not place.exception():
-                place.result().__exit__(None, None, None)  # the place was given while the client was leaving
-            raise
+            return await self._awaited(queued)
         finally:
             self._tied.pop(queued, None)
-            waiter.waited += self.fleet.clock() - now
 
     def _give_tied(self) -> None:
         for queued in list(self._tied):

@@ -13,9 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any
 
 import uvloop
 
@@ -37,8 +35,6 @@ COORDINATOR = -1
 BACKLOG = 1024
 # A process that ends within this many seconds of its start is started anew only after a pause, of this many seconds.
 SHORT_LIFE, PAUSE = 1.0, 0.5
-
-Main = Callable[[asyncio.AbstractEventLoop, Orders], Coroutine[Any, Any, None]]
 
 
 @dataclass(slots=True)

@@ -40,7 +40,6 @@ BALANCERS: dict[str, Callable[[Place], Launch]] = {
 GROUPS = 8
 AT_ONCE = 4
 REPLICA_START_LIMIT = 600.0  # seconds; on a busy machine, and when the models are still to be made
-FLUSH_LIMIT = 30.0
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

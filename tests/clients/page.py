@@ -21,10 +21,12 @@ def table(outcomes: Iterable[Outcome], known: dict[tuple[str, str], str], versio
         lines.append(f"| {suite} | {versions.get(suite, '')} | {len(found)} | {passed} |")
     if known:
         lines += ["", "What fails, fails at SGLang 0.5.23 without a balancer too:", ""]
-        reasons: dict[str, list[str]] = {}
+        reasons: dict[str, dict[str, list[str]]] = {}
         for (suite, check), why in known.items():
-            reasons.setdefault(why, []).append(f"{suite}: {check}")
-        lines += [line for why, checks in reasons.items() for line in _wrapped(f"- {why} ({'; '.join(checks)}).")]
+            reasons.setdefault(why, {}).setdefault(suite, []).append(check)
+        for why, suites in reasons.items():
+            named = "; ".join(f"{suite}: {', '.join(checks)}" for suite, checks in suites.items())
+            lines += _wrapped(f"- {why} ({named}).")
     return "\n".join(lines) + "\n"
 
 

@@ -47,10 +47,6 @@ class RemoteBalancers(SeveralBalancers):
     def endpoint(self) -> str:
         return self._where.endpoint(self._recipe)
 
-    @property
-    def is_leaving(self) -> bool:
-        return False
-
     def addresses(self) -> Mapping[str, str]:
         return self._balancers
 

@@ -78,10 +78,6 @@ class ComposeBalancer(BalancerHandle):
     def endpoint(self) -> str:
         return self._where.endpoint(self._recipe)
 
-    @property
-    def is_leaving(self) -> bool:
-        return False
-
     async def keep_up(self) -> None:
         """Runs `compose up`, and again after _PATIENCE s without an answer; Docker restarts a container that dies."""
         now = asyncio.get_running_loop().time()

@@ -53,10 +53,6 @@ class KubernetesBalancer(SeveralBalancers):
     def endpoint(self) -> str:
         return self._where.endpoint(self._recipe)
 
-    @property
-    def is_leaving(self) -> bool:
-        return False
-
     def note(self, pods: Sequence[Pod]) -> None:
         """These are the pods of the service now."""
         self._pods = {pod.name: pod for pod in pods if pod.component == "balancer"}

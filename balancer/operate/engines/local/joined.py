@@ -61,10 +61,6 @@ class JoinedBalancer(BalancerHandle):
     def endpoint(self) -> str:
         return self._host.endpoint
 
-    @property
-    def is_leaving(self) -> bool:
-        return False
-
     async def keep_up(self) -> None:
         """Starts nothing. If the host has been silent for a while, looks up where it is now."""
         if time.monotonic() - self._answered_at < _SILENCE:
