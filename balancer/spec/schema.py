@@ -257,7 +257,9 @@ class Operation(_Section):
     target_in_flight_per_replica: float | None = Field(
         None, gt=0, description="autoscaling by generating requests in flight and waiting, instead of requests a second"
     )
-    kubernetes: Kubernetes | None = Field(None, description="pods of a cluster, for `--on kubernetes`")
+    kubernetes: Kubernetes | None = Field(
+        None, description="what pods of `--on kubernetes` are made of: [Kubernetes](kubernetes.md)"
+    )
 
 
 class Task(_Section):
