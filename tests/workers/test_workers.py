@@ -271,7 +271,7 @@ async def test_what_builds_on_an_answer_finds_it_from_every_relay() -> None:
                 return {(await at.ask(asked)).status for _ in range(4)} == {200}
 
             await at.until(is_known)
-            answers = [await at.ask(request(path=path, body=body % id_.encode())) for _ in range(4)]
+            answers = [await at.ask(request(path=path, body=body % id_.encode())) for _ in range(16)]
             assert {answer.header("x-replica-id") for answer in answers} == {name}
             assert len({relay_of(answer) for answer in answers}) == 2
         assert (await at.ask(request("GET", f"{path}/resp_a"), "GET")).header("x-replica-id") == "replica-1"
