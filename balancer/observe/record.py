@@ -46,6 +46,7 @@ class Record:
     reserved: int = 0  # tokens that its key's limits hold for it until they are settled
     trace: Trace | None = None
     sent_at: float = 0.0  # when the last attempt was sent, where there was one
+    prompt_bytes: int = 0  # of its body, without embedded images, where usage is kept
     unseen: int = 0  # tokens that its answer may have before its client has any of it, where usage is kept
     texts: int = 1  # prompts that the token counts add up, as far as the answer tells
 

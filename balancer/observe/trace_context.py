@@ -1,5 +1,6 @@
 """W3C trace context: which trace a request belongs to, and what its replica is told of that."""
 
+import os
 import random
 import re
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 _SAMPLED = 1
 _ids = random.Random()  # seeded by the system; an id has to be unique, not secret
+os.register_at_fork(after_in_child=_ids.seed)  # or processes that have the same parent draw the same
 
 
 class Trace(NamedTuple):

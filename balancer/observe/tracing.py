@@ -48,7 +48,7 @@ class Tracing:
         endpoint = url if parts.path.strip("/") else f"{url.rstrip('/')}/v1/traces"
         self._exporter = OTLPSpanExporter(endpoint, timeout=PATIENCE, session=session)
         self._resource = Resource.create({SERVICE_NAME: name})
-        self._url = url
+        self._at = parts.netloc.rpartition("@")[2]  # what stands before it is secret
         self._waiting: deque[Record] = deque(maxlen=MOST)
         self._is_closing = threading.Event()
         self._said = -SAID_AGAIN
@@ -85,7 +85,7 @@ class Tracing:
         now = time.monotonic()
         if not is_sent and now - self._said >= SAID_AGAIN:
             self._said = now
-            log.warning("--otlp %s takes no traces: they are dropped until it does", self._url)
+            log.warning("the collector at %s takes no traces: they are dropped until it does", self._at)
         return is_sent
 
 

@@ -66,7 +66,8 @@ class Meter:
             record.model = service.model_of(named) if service is not None else ""
             answer = most_tokens(said)
             answer = int(self._tokens_per_answer) if answer is None else answer
-            record.unseen = 0 if said.get("stream") is True else answer
+            record.unseen = 0 if said.get("stream") is True or request.opens_websocket else answer
+            record.prompt_bytes = prompt_bytes(request)
             if (key := request.key) is not None:
                 if key.models:
                     _check_models(key, request, destination, record.model)
@@ -81,7 +82,7 @@ class Meter:
     ) -> Awaitable[None] | None:
         quota = key.quota
         assert quota is not None
-        sizes = (prompt_bytes(request), most_tokens(said)) if quota.counts_tokens else (0, 0)
+        sizes = (record.prompt_bytes, most_tokens(said)) if quota.counts_tokens else (0, 0)
         if self._elsewhere is not None:
             return self._elsewhere.take(key, *sizes, reply, record)
         tokens, lacking = self.take(quota, *sizes)
@@ -106,10 +107,10 @@ class Meter:
         prompt, completion = record.prompt_tokens, record.completion_tokens
         if prompt is None and completion is None and record.status == CLIENT_LEFT and record.attempts:
             # What its replica had made by then is unknown: else who always left just before the end would pay nothing.
-            prompt = int(record.bytes_in / self._bytes_per_token)
+            prompt = int(record.prompt_bytes / self._bytes_per_token)
             completion = min(record.unseen, int((record.duration - record.queued) * FASTEST))
         elif prompt is None:  # the client or the replica left: what was delivered counts, with its prompt
-            prompt = int(record.bytes_in / self._bytes_per_token) if completion else 0
+            prompt = int(record.prompt_bytes / self._bytes_per_token) if completion else 0
         elif prompt:
             self._learn(record.bytes_in / prompt, completion)
         used = prompt + (completion or 0)

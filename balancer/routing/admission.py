@@ -319,10 +319,16 @@ class Admission:
             self._tied.pop(queued, None)
 
     def _give_tied(self) -> None:
+        full = set()
         for queued in list(self._tied):
-            if not queued.place.done() and (claim := self._claim(queued.waiter)):
+            at = queued.waiter.only, queued.waiter.is_generating
+            if queued.place.done() or at in full:
+                continue
+            if claim := self._claim(queued.waiter):
                 del self._tied[queued]
                 queued.place.set_result(claim)
+            else:
+                full.add(at)  # the others there need not ask
 
     def _refusal_at(self, queued: _Queued, only: ReplicaAddress, now: float) -> errors.ServeError | None:
         member = next((m for m in self.fleet.members.values() if m.address is only), None)

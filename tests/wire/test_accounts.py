@@ -1,6 +1,7 @@
 """Keys that are issued on the admin port, what is counted for them, and the limits that they are held to."""
 
 import asyncio
+import base64
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -216,6 +217,21 @@ async def test_leaving_before_the_answer_is_not_for_free(tmp_path: Path) -> None
         assert 30 + 50 <= told["completion_tokens"] < 50_000
         bucket = at.house.balancer.keys.named("alice").quota.day  # type: ignore[union-attr]
         assert 50_000 < bucket.left <= 100_000 - 80
+
+
+@on_uvloop
+async def test_who_leaves_pays_for_no_bytes_of_an_image(tmp_path: Path) -> None:
+    url = "data:image/png;base64," + base64.b64encode(bytes(range(256)) * 1000).decode()
+    told = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+    body = orjson.dumps({"model": "lab", "max_tokens": 9, "messages": [{"role": "user", "content": told}]})
+    async with LabReplica(token_interval=1) as lab, office(tmp_path, lab) as at:
+        key, client = await at.add(), await at.house.client()
+        await client.send(request(body=body, headers=(("Authorization", f"Bearer {key}"),)))
+        await until(lambda: lab.generating == 1, "it generates")
+        client.leave()
+        await at.house.at_rest()
+        (used,) = await at.usage()
+        assert 10 < used["prompt_tokens"] < 200
 
 
 @on_uvloop

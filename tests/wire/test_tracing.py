@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -140,6 +142,20 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="--otlp"):
         Tracing(url, "x")
+
+
+def test_relays_of_one_supervisor_draw_different_ids() -> None:
+    told = """if True:
+        import os
+        from balancer.observe.trace_context import drawn
+        for _ in range(3):
+            if os.fork() == 0:
+                os.write(1, b"%032x\\n" % drawn(128))
+                os._exit(0)
+            os.wait()
+    """
+    ids = subprocess.run([sys.executable, "-c", told], check=True, capture_output=True).stdout.split()
+    assert len(ids) == len(set(ids)) == 3
 
 
 def test_each_span_has_an_id_of_its_own() -> None:

@@ -209,6 +209,19 @@ async def test_a_client_that_leaves_ends_it_at_the_replica() -> None:
 
 
 @on_uvloop
+async def test_sound_is_no_text_to_pay_for(tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        bearer = {"Authorization": f"Bearer {await at.add(tokens_per_day=100_000)}"}
+        async with session(at.house, additional_headers=bearer) as client:
+            await say(client, "session.update")
+            await say(client, "input_audio_buffer.append", audio=SOUND)
+            client.transport.abort()
+        await at.house.at_rest()
+        (used,) = await at.usage()
+        assert (used["requests"], used["prompt_tokens"], used["completion_tokens"]) == (1, 0, 0)
+
+
+@on_uvloop
 async def test_silence_in_both_directions_has_an_end() -> None:
     async with LabReplica() as lab, serving(lab, websocket_idle_timeout=1.5) as house:
         async with session(house, ping_interval=None) as client:
