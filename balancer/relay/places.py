@@ -30,6 +30,9 @@ class Place(Protocol):
     def away_for(self, now: float) -> float: ...
 
     @property
+    def is_answering(self) -> bool: ...
+
+    @property
     def is_leaving(self) -> bool: ...
 
     @property

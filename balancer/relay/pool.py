@@ -98,12 +98,14 @@ class ConnectionPool:
     def _judge_silence(self, connection: ReplicaConnection, place: Place, now: float, away: float) -> None:
         """Ends an answer that is silent while its replica shows no sign of life, or that is silent for far too long.
 
-        `away`: how many seconds so far the replica had no turn. They do not count.
+        A request without a head is left at a replica whose server still answers: its scheduler may be in one long pass
+        and say nothing meanwhile, and nobody else would answer sooner. `away`: how many seconds so far the replica had
+        no turn. They do not count.
         """
         settings = self.settings
         silence = now - connection.last_byte_at - (away - connection.heard_away)
         lifeless = min(silence, now - place.alive_at)
-        if lifeless > settings.idle_timeout:
+        if lifeless > settings.idle_timeout and (connection.has_head or not place.is_answering):
             connection.finish(Outcome.STALLED if connection.has_head else Outcome.LOST)
         elif silence > max(settings.idle_timeout, settings.first_byte_timeout):
             connection.finish(Outcome.STUCK)

@@ -103,7 +103,9 @@ class Places:
             return False
         if max(member.last_byte_at, member.alive_at) > since + STALE:
             return True
-        is_asked = self._fleet.clock() > since + STALE + 2 * self._fleet.settings.ready_interval
+        settings = self._fleet.settings
+        # By then it would have failed twice, however long each probe took.
+        is_asked = self._fleet.clock() > since + STALE + 2 * (settings.ready_interval + settings.ready_timeout)
         return is_asked and member.ready.verdict is Verdict.PASSING
 
     async def read(self, prompt: Prompt, key: Hashable) -> None:
@@ -165,6 +167,11 @@ class Place:
         """Seconds for which it has been waiting for its turn; 0 if it is awake."""
         tenancy = self._member.tenancy
         return now - tenancy.away_since if tenancy is not None and tenancy.is_away else 0.0
+
+    @property
+    def is_answering(self) -> bool:
+        """Did the replica's server answer /ready of late? One that has left is not asked, and stays what it was."""
+        return self._member.ready.verdict is not Verdict.FAILING
 
     @property
     def is_leaving(self) -> bool:

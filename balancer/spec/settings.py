@@ -74,7 +74,7 @@ class Settings(BaseModel):
     idle_timeout: float = Field(
         120,
         gt=0,
-        description="silence inside an answer without a sign of life from its replica; beyond: a broken stream",
+        description="silence of a replica without a sign of life; beyond: a broken stream, or a lost request",
     )
     websocket_idle_timeout: float = Field(
         300, gt=0, description="time a WebSocket may be silent in both directions before it is closed"

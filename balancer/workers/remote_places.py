@@ -94,7 +94,8 @@ class RemotePlaces:
             return False
         if max(known.last_byte_at, known.alive_at) > since + STALE:
             return True
-        is_asked = self._loop.time() > since + STALE + 2 * self._service.settings.ready_interval
+        settings = self._service.settings
+        is_asked = self._loop.time() > since + STALE + 2 * (settings.ready_interval + settings.ready_timeout)
         return is_asked and known.is_passing
 
     async def read(self, prompt: Prompt, key: Hashable) -> None:
@@ -170,6 +171,10 @@ class RemotePlace:
     def away_for(self, now: float) -> float:
         known = self._known
         return now - known.away_since if known.is_resting and known.away_since is not None else 0.0
+
+    @property
+    def is_answering(self) -> bool:
+        return self._known.is_passing
 
     @property
     def is_leaving(self) -> bool:

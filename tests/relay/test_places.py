@@ -35,6 +35,7 @@ class OnePlace:
     def __init__(self, replica: ReplicaAddress) -> None:
         self.replica = replica
         self.alive_at = 0.0
+        self.is_answering = True
         self.told: list[str] = []
         self.heard_at = 0.0
         self.tokens: tuple[int | None, int | None] = (None, None)

@@ -372,9 +372,27 @@ async def test_poison() -> None:
 
 
 @on_uvloop
+async def test_a_replica_that_does_not_say_so_is_not_alive() -> None:
+    """What killed two replicas whose probes are not answered any more is refused before these have timed out."""
+    quick = {"ready_interval": 0.05, "ready_timeout": 0.6}
+    async with LabReplica() as a, LabReplica() as b, LabReplica() as c, serving(a, b, c, **quick) as house:
+        for name, replica in (("a", a), ("b", b)):
+            house.member(name).turn = -1
+            replica.set(ready="hang")
+            replica.next(1, cut="before_head")
+        assert (await house.ask(poison())).status == 502
+        deaths, since = house.balancer.destination.deaths, now()
+        while now() < since + 1:
+            assert deaths.kills(digest_of_poison(), now())
+            await asyncio.sleep(0.02)
+        assert not c.seen.requests
+
+
+@on_uvloop
 async def test_poison_cleared() -> None:
     """A request that broke off at two replicas that are still alive is not taken for one that kills them."""
-    async with LabReplica() as a, LabReplica() as b, serving(a, b, ready_interval=0.05) as house:
+    quick = {"ready_interval": 0.05, "ready_timeout": 0.4}
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, **quick) as house:
         for replica in (a, b):
             replica.next(1, cut="before_head")
         assert (await house.ask(poison())).status == 502

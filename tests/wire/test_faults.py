@@ -144,12 +144,30 @@ async def test_nothing_available_is_503_within_50_ms() -> None:
 @on_uvloop
 async def test_a_request_at_a_replica_without_life_goes_elsewhere() -> None:
     """One that has got nothing of its answer is not left with a replica that gives no sign of life."""
-    async with LabReplica() as a, LabReplica() as b, serving(a, b, idle_timeout=0.4) as house:
-        a.set(hang="before_head", service_status="hang")
+    quick = {"idle_timeout": 0.8, "ready_interval": 0.1, "ready_timeout": 0.2}
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, **quick) as house:
         house.member("a").turn = -1
+        a.set(hang="before_head", service_status="hang", ready="hang")
         answer = await house.ask(POST)
         assert (answer.status, answer.header("x-replica-id")) == (200, "b")
         assert house.log()[-1]["retries"] == "lost"
+
+
+@on_uvloop
+async def test_one_long_pass_of_the_scheduler_loses_no_request() -> None:
+    """Meanwhile SGLang answers /ready and nothing that asks its scheduler, and perhaps it is on no list any more."""
+    async with LabReplica() as a, LabReplica() as b, serving(a, b, idle_timeout=0.4) as house:
+        a.set(head_delay=1.6, service_status="hang")
+        for leaves in (False, True):
+            house.member("a").turn = -1
+            client = await house.client()
+            await client.send(POST)
+            await until(lambda: house.member("a").in_flight == 1)
+            if leaves:
+                house.balancer.service.fleet.reconcile([house.member("b").listing])
+            answer = await client.answer()
+            assert (answer.status, answer.header("x-replica-id")) == (200, "a")
+        assert (a.seen.generations_started, b.seen.generations_started) == (2, 0)
 
 
 @on_uvloop
