@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from balancer.operate.state import control_socket
-from tests.support.program import ROOT, Program
+from tests.support.program import ROOT, Program, printed
 from tests.support.until import wait_until
 
 # A replica from the lab that starts at once and ends at once.
@@ -52,17 +51,8 @@ class Groundserve:
 
     def __call__(self, *arguments: str | Path, code: int = 0, folder: Path = ROOT) -> str:
         """What the command prints, typed in that folder; asserts its exit code. Standard error comes last."""
-        done = subprocess.run(
-            [sys.executable, "-m", self.module, *map(str, arguments)],
-            env=self.environ,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        words = ("-m", self.module, *map(str, arguments))
+        return printed(*words, environ=self.environ, folder=folder, code=code, within=PATIENCE)
 
     def up(self, *arguments: str | Path, ports: Sequence[str] = ANY_PORT) -> "Up":
         """`groundserve up` in the foreground, still starting."""

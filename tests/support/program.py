@@ -19,6 +19,23 @@ _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
 
+def printed(
+    *arguments: str, environ: Mapping[str, str], folder: Path = ROOT, code: int = 0, within: float = 60.0
+) -> str:
+    """What `python ARGUMENTS` prints, standard error last; asserts its exit status. These are all its variables."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environ,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=within,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def _die_with_the_test() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed test run leaves nothing behind
 

@@ -2,15 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from balancer.operate.state import control_socket
 from tests.lab.hosts import ROOT
 from tests.lab.kubernetes.control_plane import ControlPlane
-from tests.support.program import Program
+from tests.support.program import Program, printed
 from tests.support.until import wait_until
 
 NAME = "lab"
@@ -65,17 +63,8 @@ class Served:
 
     def __call__(self, *arguments: str | Path, code: int = 0) -> str:
         """What the command prints."""
-        done = subprocess.run(
-            [sys.executable, "-m", "balancer.cli", *map(str, arguments)],
-            env=self.environ,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        words = ("-m", "balancer.cli", *map(str, arguments))
+        return printed(*words, environ=self.environ, code=code, within=PATIENCE)
 
     def status(self) -> dict[str, Any]:
         socket = self.folder / "state/groundserve" / NAME / "control.sock"
