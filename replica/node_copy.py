@@ -40,7 +40,7 @@ def on_this_node(argv: Sequence[str], envs: Mapping[str, str], folder: str, say:
     if not source.is_dir():
         return Copied(argv, envs)
     try:
-        copy = _copied(source, here if is_folder else here / "hub", say)
+        copy = _copied(source, here, "" if is_folder else "hub", say)
     except OSError as error:
         say(f"{model} is read from {source}: {error.filename or here}: {error.strerror}")
         return Copied(argv, envs)
@@ -51,14 +51,18 @@ def on_this_node(argv: Sequence[str], envs: Mapping[str, str], folder: str, say:
     return Copied(argv, {**envs, "HF_HUB_CACHE": str(copy.parent)})
 
 
-def _copied(source: Path, here: Path, say: Callable[[str], None]) -> Path | None:
-    """The copy, made now if there is none of this very state of the folder."""
-    here.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = here.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        say(f"{source} is not copied: others may write to {here}, and could give this replica another model")
-        return None
-    size, digest = _state(source)
+def _copied(source: Path, folder: Path, within: str, say: Callable[[str], None]) -> Path | None:
+    """The copy, made now if there is none of this very state of `source`. What lies `within` keeps its links."""
+    here = folder / within
+    for one in (folder, here):
+        one.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = one.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            say(f"{source} is not copied: others may write to {one}, and could give this replica another model")
+            return None
+    # A folder may itself be one of the hub's cache, whose links lead out of it.
+    follows = not within
+    size, digest = _state(source, follows)
     # The hub's cache is found by the name of the repository, so that has to stay; its copies lie side by side.
     copy = here / digest / source.name
     with held(here / f"{digest}.lock", lambda: say(f"fetching {source.name}: another replica copies it to {here}")):
@@ -71,19 +75,19 @@ def _copied(source: Path, here: Path, say: Callable[[str], None]) -> Path | None
         say(f"fetching {source.name}: {size >> 20} MiB from {source} to {copy}")
         shutil.rmtree(copy.parent, ignore_errors=True)
         copy.parent.mkdir(mode=0o700)
-        shutil.copytree(source, copy, symlinks=True)
+        shutil.copytree(source, copy, symlinks=not follows)
         (copy.parent / _WHOLE).touch()
     return copy
 
 
-def _state(source: Path) -> tuple[int, str]:
+def _state(source: Path, follows: bool) -> tuple[int, str]:
     """Bytes of the files below the folder, and a digest of where it is, what is in it, and when that was changed."""
     size, digest = 0, hashlib.sha256(os.fsencode(source.resolve()))
     for root, folders, files in os.walk(source):
         folders.sort()
         for name in sorted(files):
             path = Path(root, name)
-            found = path.lstat()
+            found = path.stat() if follows else path.lstat()
             size += found.st_size if stat.S_ISREG(found.st_mode) else 0
             told = f"{path.relative_to(source)}\0{found.st_size}\0{found.st_mtime_ns}\0"
             digest.update(told.encode("utf-8", "surrogateescape"))

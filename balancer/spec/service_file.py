@@ -45,7 +45,7 @@ class Spec:
     envs: Mapping[str, str] = field(repr=False)
     # The names among them whose values are to be shown to nobody.
     secrets: frozenset[str]
-    # Those whose values stand in the file, under secrets:.
+    # Those whose values stand in the file, under secrets: or envs:.
     secrets_in_file: frozenset[str]
     # Names in envs: or secrets: without a value, each with the flag that gives one: --env or --secret.
     missing: Mapping[str, str]
@@ -157,7 +157,7 @@ def parse(
         tls=_tls(task.service, base, document),
         envs=MappingProxyType(variables),
         secrets=hidden,
-        secrets_in_file=_given_in(document),
+        secrets_in_file=_given_in(document, hidden),
         missing=MappingProxyType(missing),
         accelerators=asked.accelerators,
         memory=asked.memory,
@@ -200,13 +200,15 @@ def _variables(
     return {name: str(value) for name, value in found.items() if value is not None}, missing, hidden
 
 
-def _given_in(document: Document) -> frozenset[str]:
-    """The names in secrets: with a value beside them."""
-    values = document.data.get("secrets")
-    return (
-        frozenset(name for name, value in values.items() if value is not None)
+def _given_in(document: Document, hidden: frozenset[str]) -> frozenset[str]:
+    """The names of secrets with a value beside them, each under its section, as in secrets.HF_TOKEN."""
+    sections = {name: document.data.get(name) for name in ("envs", "secrets")}
+    return frozenset(
+        f"{section}.{name}"
+        for section, values in sections.items()
         if isinstance(values, dict)
-        else frozenset()
+        for name, value in values.items()
+        if name in hidden and value not in (None, "")
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.name_server import MANY
+from tests.support.needed import lacking
 
 UNSHARE = ["unshare", "--map-root-user", "--net", "--mount"]
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def resolved() -> dict[str, list[str] | str]:
     """What resolve says of each name, asked in one go."""
     if not shutil.which("unshare") or subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets no test have a network of its own (unshare --map-root-user --net --mount)")
+        lacking("this machine lets no test have a network of its own (unshare --map-root-user --net --mount)")
     names = ["one.test", "both.test", "six.test", "many.test", "nodata.test", "gone.test", "broken.test", "silent.test"]
     with tempfile.TemporaryDirectory() as folder:
         command = [*UNSHARE, sys.executable, "-m", "tests.fleet.name_server", folder, *names]

@@ -17,6 +17,7 @@ from balancer.operate.commands.boot import unit
 from balancer.operate.state.desired import Version
 from tests.operate.command_line import ANY_PORT, LAB, PATIENCE, ROOT, Groundserve
 from tests.operate.meant import desired
+from tests.support.needed import lacking
 from tests.support.until import wait_until
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -31,20 +32,13 @@ def booted(groundserve: Groundserve) -> Groundserve:
     groundserve.environ["XDG_CONFIG_HOME"] = str(groundserve.folder / "config")
     groundserve.environ.pop("XDG_RUNTIME_DIR", None)
     if shutil.which("systemctl") is None:
-        _need("systemctl")
+        lacking("no systemctl here: apt-get install systemd")
     return groundserve
-
-
-def _need(program: str) -> None:
-    """Fails in CI, where systemd is installed for this; elsewhere the test is skipped."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{program} is missing: apt-get install systemd")
-    pytest.skip(f"no {program} here")
 
 
 def verified(path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
-        _need("systemd-analyze")
+        lacking("no systemd-analyze here: apt-get install systemd")
     command = ["systemd-analyze", "verify", "--man=no", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     complaints = [line for line in done.stderr.splitlines() if path.name in line or "groundserve" in line]

@@ -118,6 +118,25 @@ def test_a_secret_is_in_the_secret_and_nowhere_else(printed: Manifests) -> None:
     ]["containers"][0]["env"]
 
 
+def test_a_key_among_the_flags_is_in_the_secret_only(printed: Manifests) -> None:
+    """A pod is shown to more people than a Secret."""
+    text = f'{FILE.rstrip()} -- --admin-api-key "$HF_TOKEN"\n'
+    everything = printed(text=text)
+    assert (
+        base64.b64decode(named(everything, "Secret", "llava-secrets")["data"]["GROUNDSERVE_SECRET_1"])
+        == SECRET.encode()
+    )
+    pod = yaml.safe_dump(objects.replica(1, made(text), "uid"))
+    assert "it's a" not in pod + yaml.safe_dump([one for one in everything if one["kind"] != "Secret"])
+
+
+def test_a_secret_in_the_file_is_printed_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without Secrets, the ConfigMap still has the whole file."""
+    (tmp_path / "llava.yaml").write_text(FILE.replace("HF_TOKEN: }", "HF_TOKEN: sesame}"))
+    assert cli.main(["manifests", str(tmp_path / "llava.yaml"), "--open", "--no-secrets"]) == 1
+    assert "sesame" not in "".join(capsys.readouterr())
+
+
 def test_the_controller_may_look_after_pods_only(printed: Manifests) -> None:
     rules = named(printed(), "Role", "llava-controller")["rules"]
     assert {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]} == {
@@ -155,6 +174,8 @@ def test_a_service_that_sleeps_is_reached_without_a_replica(printed: Manifests) 
         (("    namespace: models", "    namespce: models"), "the nearest known key is 'namespace'"),
         (("    namespace: models", "    namespace: My Models"), "should be a name of Kubernetes"),
         (("HF_TOKEN: }", "HF_TOKEN: abc}"), "secrets.HF_TOKEN has its value in the file"),
+        (("envs: {", "envs: {WANDB_KEY: abc, "), "envs.WANDB_KEY has its value in the file"),
+        (("run: python -m replica", "run: SGLANG_API_KEY=abc python -m replica"), "run: has a key in it"),
         (("--model llava-v1.6-vicuna-7b", "--model /srv/llava"), "a pod has models under /huggingface only"),
         (("run: python -m replica --model llava-v1.6-vicuna-7b", "run: echo"), "nothing says where a replica listens"),
         (("  drain_timeout: 100", "  gpu_share: true"), "pods do not share GPUs"),

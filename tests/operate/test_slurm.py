@@ -1,19 +1,26 @@
 """The Slurm engine as far as it can be told without a Slurm; tests/e2e/slurm has a real one."""
 
+import asyncio
 import json
+import os
 import stat
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate.engines.slurm import cluster, room
+from balancer.operate.engines.slurm import cluster, engine, room
 from balancer.operate.engines.slurm.batch import PORT_MARK, batch, excluding
-from balancer.operate.engines.slurm.cluster import Mark, Node, seconds
+from balancer.operate.engines.slurm.cluster import Mark, Node, Silent, seconds
+from balancer.operate.engines.slurm.engine import SlurmEngine
 from balancer.operate.recipe.recipe import Recipe, recipe
+from balancer.operate.state.service_folder import ServiceFolder
 from balancer.spec.schema import Slurm
 from balancer.spec.service_file import parse
 from replica import announce
+from tests.support.until import until
 
 MARK = Mark("0f3a", 3, 2, "d1935", "a1b2")
 SGLANG = "python -m sglang.launch_server --model-path /models/some"
@@ -118,11 +125,86 @@ def test_secrets_are_in_a_file_of_the_owners_alone(tmp_path: Path, monkeypatch: 
     assert said["argv"][said["argv"].index("--port") + 1] == PORT_MARK
 
 
+def test_a_percent_sign_in_a_path_means_itself(tmp_path: Path) -> None:
+    """In the name of a job's log, sbatch puts something in the place of others."""
+    (tmp_path / "100%j").mkdir()
+    assert f"--output={tmp_path}/100%%j/log" in flags("{}", "", tmp_path / "100%j")
+
+
 def test_replicas_without_a_gpu_see_none(tmp_path: Path) -> None:
     """Their node may have some, which are others'."""
     job = batch(made(), MARK, tmp_path / "jobs" / "a.json", tmp_path / "log", {})
     assert json.loads(job.file.read_text())["envs"]["CUDA_VISIBLE_DEVICES"] == ""
     assert not [flag for flag in job.flags if "gres" in flag]
+
+
+SQUEUE = """\
+#!/bin/sh
+[ "$(basename "$0")" = squeue ] && exec cat {here}/queue
+echo "$*" >>{here}/cancelled
+! [ -e {here}/deaf ] || {{ echo "scancel: error: Unable to contact slurm controller (connect failure)" >&2; exit 1; }}
+"""
+
+
+@pytest.fixture
+def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SlurmEngine]:
+    """The engine of a service, for jobs in the queue: each its number, its replica and its start."""
+    for program in ("squeue", "scancel"):
+        (tmp_path / program).write_text(SQUEUE.format(here=tmp_path))
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    folder = ServiceFolder(tmp_path / "state", "x")
+    folder.path.mkdir(parents=True)
+    monkeypatch.setattr(engine, "_LOOK", 0.05)
+
+    def made(*jobs: tuple[int, int, str]) -> SlurmEngine:
+        of = engine._of(folder)
+        comments = [(job, replace(MARK, of=of, id=id, start=start).text) for job, id, start in jobs]
+        lines = [f"{job}|RUNNING|None|h1|gpu|1:00:00|0:10|{comment}\n" for job, comment in comments]
+        (tmp_path / "queue").write_text("".join(lines))
+        return SlurmEngine(folder)
+
+    return made
+
+
+def cancelled(folder: Path) -> list[str]:
+    there = folder / "cancelled"
+    return there.read_text().splitlines() if there.exists() else []
+
+
+def test_finding_out_again_cancels_no_job_that_is_ours(queued: Callable[..., SlurmEngine], tmp_path: Path) -> None:
+    async def run() -> None:
+        made = queued((4, 1, "a"), (5, 2, "b"), (6, 2, "c"))
+        (tmp_path / "deaf").touch()
+        with pytest.raises(Silent):
+            await made.found()
+        (tmp_path / "deaf").unlink()
+        assert [survivor.id for survivor in await made.found()] == [1, 2]
+        await stopped(made)
+
+    asyncio.run(run())
+    assert set(cancelled(tmp_path)) == {"5"}
+
+
+def test_a_job_that_was_submitted_twice_runs_once(queued: Callable[..., SlurmEngine], tmp_path: Path) -> None:
+    """sbatch was silent, and was heard after the next one had been."""
+
+    async def run() -> None:
+        made = queued((4, 1, "a"))
+        await made.found()
+        queued((4, 1, "a"), (5, 1, "a"))
+        await until(lambda: cancelled(tmp_path))
+        await stopped(made)
+
+    asyncio.run(run())
+    assert set(cancelled(tmp_path)) == {"5"}
+
+
+async def stopped(made: SlurmEngine) -> None:
+    """Ends its look at the queue, and leaves its jobs."""
+    assert made._watching is not None
+    made._watching.cancel()
+    await asyncio.gather(made._watching, return_exceptions=True)
 
 
 def test_both_programs_mean_the_same_port_mark() -> None:

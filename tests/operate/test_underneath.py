@@ -16,7 +16,7 @@ from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
 from balancer.contract.words import ServiceStatus, Status
 from balancer.errors import ConfigError
 from balancer.operate.commands import change
-from balancer.operate.controller import plan
+from balancer.operate.controller import controller, plan
 from balancer.operate.controller.controller import Controller
 from balancer.operate.controller.plan import Replica, Stage
 from balancer.operate.controller.troubles import Troubles
@@ -27,6 +27,7 @@ from balancer.spec.schema import Operation
 from balancer.spec.service_file import parse
 from tests.operate.command_line import LAB, Groundserve
 from tests.operate.streaming import streaming
+from tests.support.needed import lacking
 from tests.support.until import until, wait_until
 
 # A full disk
@@ -39,7 +40,7 @@ def disk(groundserve: Groundserve) -> Iterator[Path]:
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
     if mounted.returncode != 0:
-        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+        lacking(f"no disk can be mounted here: {mounted.stderr.strip()}")
     yield folder
     groundserve.stop_all()
     subprocess.run(["umount", "--lazy", folder], check=True)
@@ -203,6 +204,9 @@ class Underneath:
         self._may("ended")
         return ()
 
+    def lost(self, suspects: object) -> Mapping[int, str]:
+        return {}
+
     async def close(self) -> None:
         self._may("close")
 
@@ -227,7 +231,9 @@ class Underneath:
         self.drained.add(id)
         return True
 
-    async def tell(self, listing: Listing) -> Snapshot:
+    async def tell(self, listing: Listing) -> Snapshot | None:
+        if "tell" in self.broken:
+            return None
         reason = listing.service.reason if listing.service else ""
         rows = tuple(
             ReplicaRow.of(
@@ -292,6 +298,20 @@ def test_a_start_that_raises_is_one_replicas_affair() -> None:
         assert made.snapshot.service.ready >= 2
         under.broken.clear()
         await until(lambda: len(under.replicas) == 3, within=60)
+
+    controlled(work)
+
+
+def test_an_engine_and_a_balancer_that_are_both_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where both are reached through an API server, which does not answer."""
+    monkeypatch.setattr(controller, "_SILENCE", 0.1)
+
+    async def work(made: Controller, under: Underneath, _: list[str]) -> None:
+        await until(lambda: made.snapshot.service.ready == 2)
+        under.broken["tell"] = CannotStart("nobody answers")
+        under.replicas[1] = replace(under.replicas[1], reason="it is unknown whether it runs")
+        await until(lambda: made.snapshot.service.status is ServiceStatus.NO_BALANCER, within=30)
+        assert [row.reason for row in made.snapshot.replicas] == ["it is unknown whether it runs", ""]
 
     controlled(work)
 

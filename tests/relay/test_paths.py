@@ -9,6 +9,7 @@ from urllib.parse import unquote_to_bytes
 import pytest
 
 from balancer.relay.paths import PathKind, kind_of, normalise
+from tests.support.needed import lacking
 
 # What SGLang serves that everybody may use; every other route of its is its operator's.
 FOR_EVERYBODY = {
@@ -29,7 +30,7 @@ def test_only_these_routes_of_the_real_sglang_are_reachable() -> None:
     """A new version's new route is nobody's, unless it is under /v1/: then it must be decided on, here."""
     found = importlib.util.find_spec("sglang")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("no SGLang installed here; make install brings it")
+        lacking("no SGLang installed here; make install brings it")
     source = Path(found.submodule_search_locations[0], "srt/entrypoints/http_server.py").read_text()
     routes = set(re.findall(r'@app\.(?:get|post|put|patch|delete|api_route|head|websocket)\(\s*"([^"]+)"', source))
     assert len(routes) > 50

@@ -86,3 +86,22 @@ def test_what_is_no_folder_is_left_alone(tmp_path: Path) -> None:
     made, said = copied("org/never-fetched", tmp_path / "disk", {"HF_HUB_CACHE": str(tmp_path / "hub")})
     assert (made.argv[4], said) == ("org/never-fetched", [])
     assert on_this_node(["bash", "-c", "run"], {}, str(tmp_path), said.append).argv == ("bash", "-c", "run")
+
+
+def test_a_folder_whose_links_lead_out_of_it_is_copied_whole(tmp_path: Path) -> None:
+    """As a snapshot in the hub's cache is, given by its path."""
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "weights").write_text("w")
+    (snapshot / "weights").symlink_to("../../../weights")
+    first, _ = copied(snapshot, tmp_path / "disk")
+    assert (Path(first.argv[4]) / "weights").read_text() == "w"
+
+
+def test_what_lies_in_a_folder_of_others_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "hub" / "models--org--name").mkdir(parents=True)
+    (tmp_path / "disk" / "hub").mkdir(mode=0o700, parents=True)
+    (tmp_path / "disk").chmod(0o777)
+    found, said = copied("org/name", tmp_path / "disk", {"HF_HUB_CACHE": str(tmp_path / "hub")})
+    assert found.envs["HF_HUB_CACHE"] == str(tmp_path / "hub")
+    assert "others may write" in said[0]

@@ -24,14 +24,21 @@ def manifests(source: Source, *, api_keys: str | None, is_open: bool, version: s
         )
     text = read(source.path)
     spec = parse(text, source=source.path, name=source.name, envs=source.envs, secrets=source.secrets)
-    if with_secrets and (named := sorted(spec.secrets_in_file)):
+    if named := sorted(spec.secrets_in_file):
+        name = named[0].partition(".")[2]
         raise ConfigError(
-            f"{source.path}: secrets.{named[0]} has its value in the file, which whoever may look at a ConfigMap sees: "
-            f"leave it empty, and give --secret {named[0]}=VALUE"
+            f"{source.path}: {named[0]} has its value in the file, which whoever may look at a ConfigMap sees: write "
+            f"it under secrets: without a value, and give --secret {name}=VALUE"
         )
     if source.envs:
         raise ConfigError("manifests: --env: write the value into the file, which the controller in the cluster reads")
     made = recipe(spec)
+    for name, value in objects.secrets_of(made).items():
+        if name not in spec.secrets and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", spec.run):
+            raise ConfigError(
+                f"{source.path}: run: has a key in it, which whoever may look at a ConfigMap sees: write $NAME "
+                "instead, NAME under secrets: without a value, and give --secret NAME=VALUE"
+            )
     secret = _keys(ServiceFolder(state_root(), spec.name), api_keys) if with_secrets else {}
     standing = objects.standing(made, secret, is_open=is_open, text=text, api=_numbers(version))
     wanted = [*standing, *objects.controller(made, text, is_open=is_open)]

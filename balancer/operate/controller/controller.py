@@ -432,7 +432,8 @@ class Controller:
             else:
                 status, reason = None, self._troubles.reason
             now = self._clock()
-            self._report.note(self._engine.running(), self.replicas.keys())
+            running = self._engine.running()
+            self._report.note(running, self.replicas.keys())
             snapshot = await self._balancer.tell(
                 self._report.listing(self.replicas.values(), self.wanted, now, status, reason)
             )
@@ -441,7 +442,7 @@ class Controller:
                     self.snapshot = self._report.alone(self.replicas.values(), self.wanted, now)
                     self._show(self.snapshot)
                 elif (silence := self._clock() - self._heard_at) > _SILENCE:
-                    self.snapshot = silent(self.snapshot, silence, reason)
+                    self.snapshot = silent(self.snapshot, running, silence, reason)
                     self._show(self.snapshot)
                 return
             self._heard_at = now

@@ -128,8 +128,11 @@ class Report:
             yield ReplicaRow.of(self._replica(replica, wanted, now), status=status or _STATUSES[replica.stage])
 
 
-def silent(snapshot: Snapshot, seconds: float, reason: str) -> Snapshot:
-    """The last snapshot of a balancer that has not answered for some time, and what else is wrong."""
+def silent(snapshot: Snapshot, running: Mapping[int, ReplicaListing], seconds: float, reason: str) -> Snapshot:
+    """The last snapshot of a balancer that has not answered for some time, and what else is wrong.
+
+    `running` is what the engine says meanwhile: it may be silent, too.
+    """
     since = time.strftime("%H:%M:%S", time.localtime(time.time() - seconds))
     service = replace(
         snapshot.service,
@@ -138,4 +141,6 @@ def silent(snapshot: Snapshot, seconds: float, reason: str) -> Snapshot:
         ready=0,
         reason="; ".join(filter(None, (f"its balancer has not answered since {since}", reason))),
     )
-    return replace(snapshot, service=service)
+    told = {id: listing.reason for id, listing in running.items()}
+    rows = (replace(row, reason=told.get(row.id) or row.reason) for row in snapshot.replicas)
+    return Snapshot(service, tuple(rows))

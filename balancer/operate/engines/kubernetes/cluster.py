@@ -106,7 +106,7 @@ class Cluster:
         said = await self._answered("get", "pods", "-l", everything_of(self._name), "-o", "json")
         try:
             return [Pod.of(facts) for facts in json.loads(said)["items"]]
-        except (ValueError, LookupError, TypeError) as failure:
+        except (ValueError, LookupError, TypeError, AttributeError) as failure:
             raise CannotStart(f"kubectl's list of pods cannot be read: {failure}") from None
 
     async def create(self, object: Object) -> None:
@@ -175,11 +175,6 @@ class Cluster:
             raise ConfigError(f"kubectl: {failure.strerror}: install it, or use another --on") from None
         except subprocess.TimeoutExpired:
             raise ConfigError(_SILENT) from None
-
-
-def is_inside(environ: Mapping[str, str] = os.environ) -> bool:
-    """Does this process run in a pod of the cluster?"""
-    return "KUBERNETES_SERVICE_HOST" in environ
 
 
 def _last_word(text: str) -> str:

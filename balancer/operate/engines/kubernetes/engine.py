@@ -21,7 +21,7 @@ from balancer.operate.engines.engine import CannotStart, Ended, Survivor
 from balancer.operate.engines.first_words import FirstWords
 from balancer.operate.engines.kubernetes import objects
 from balancer.operate.engines.kubernetes.balancer_handle import KubernetesBalancer
-from balancer.operate.engines.kubernetes.cluster import Cluster, Pod, is_inside
+from balancer.operate.engines.kubernetes.cluster import Cluster, Pod
 from balancer.operate.recipe.recipe import Invocation, Recipe
 from balancer.operate.state import keys
 from balancer.operate.state.desired import Desired
@@ -56,7 +56,7 @@ class KubernetesEngine:
     def __init__(self, folder: ServiceFolder) -> None:
         self.changed = asyncio.Event()
         # A cluster that ends its controller's pod starts another one.
-        self.is_kept_up = is_inside()
+        self.is_kept_up = objects.IS_KEPT_UP in os.environ
         self._folder = folder
         self._cluster: Cluster | None = None
         self._addresses: Addresses | None = None
@@ -130,7 +130,7 @@ class KubernetesEngine:
                 flag = f"--api-keys {where.api_keys}"
                 secret[objects.API_KEYS] = text_file.read(Path(where.api_keys), flag, "a file with keys")
             standing = objects.standing(recipe, secret, is_open=where.is_open, api=self._api)
-            self._secrets = objects.secrets_of(recipe.spec)
+            self._secrets = objects.secrets_of(recipe)
         self._balancer = KubernetesBalancer(self._here, self._folder, where, recipe, file, key, standing)
         return self._balancer
 
@@ -184,9 +184,9 @@ class KubernetesEngine:
         self._take(id, pod, words)
 
     async def _bring_secrets(self, recipe: Recipe) -> None:
-        secrets = objects.secrets_of(recipe.spec)
+        secrets = objects.secrets_of(recipe)
         if not self.is_kept_up and secrets != self._secrets:
-            await self._here.apply(objects.secret_objects(recipe.spec))
+            await self._here.apply(objects.secret_objects(recipe))
             self._secrets = secrets
 
     async def stop(self, id: int, grace: float) -> None:
@@ -263,14 +263,13 @@ class KubernetesEngine:
             asked = asyncio.get_running_loop().time()
             try:
                 pods = await self._here.pods()
-            except CannotStart as failure:
+                self._silence = ""
+                await self._note(pods, asked)
+                self._note_balancers(pods)
+            except Exception as failure:  # whatever it is, the next look comes
                 self._silence = self._silence or (
                     f"since {time.strftime('%H:%M:%S')} it is unknown whether it runs: {failure}"
                 )
-                continue
-            self._silence = ""
-            await self._note(pods, asked)
-            self._note_balancers(pods)
 
     def _note_balancers(self, pods: Collection[Pod]) -> None:
         if self._balancer is not None:
@@ -330,5 +329,7 @@ def _end_of(id: int, pod: Pod) -> Ended:
 
 
 def _id_of(pod: Pod) -> int | None:
-    number = pod.labels.get(objects.ID, "")
-    return int(number) if pod.component == "replica" and number.isdecimal() else None
+    """None unless it is a replica's and bears all that we write on one: others may use our labels, too."""
+    number, version = pod.labels.get(objects.ID, ""), pod.labels.get(objects.VERSION, "")
+    is_ours = pod.component == "replica" and version.isdecimal() and objects.DIGEST in pod.labels
+    return int(number) if is_ours and number.isdecimal() else None

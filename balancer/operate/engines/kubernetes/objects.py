@@ -25,6 +25,8 @@ PORT, ENDPOINT_PORT, ADMIN_PORT = 8000, 30001, 30002
 ID, VERSION, DIGEST = "groundserve.id", "groundserve.version", "groundserve.digest"
 # The names of the keys in the Secret, and of the files in its volume.
 ADMIN_KEY, REPLICA_KEY, API_KEYS = "admin.key", "replica.key", "api-keys"
+# Set in the pod of `controller`, which Kubernetes starts again. Other pods may have this command, too, for people.
+IS_KEPT_UP = "GROUNDSERVE_IS_KEPT_UP"
 # In the other Secret: all of its names and values as a file, for --secret-file.
 _AS_A_FILE = "secrets.env"
 # Seconds that a pod gets beyond what it may need to end in order.
@@ -188,7 +190,7 @@ def standing(
     objects = [
         _object("v1", "ConfigMap", config_map_name(spec.name), spec, data=data),
         _secret(f"{spec.name}-keys", spec, secret),
-        *secret_objects(spec),
+        *secret_objects(recipe),
         _object(
             "v1",
             "Service",
@@ -224,15 +226,17 @@ def standing(
     return objects
 
 
-def secrets_of(spec: Spec) -> dict[str, str]:
-    """The service's secrets by their names."""
-    return {name: spec.envs[name] for name in sorted(spec.secrets) if name in spec.envs}
+def secrets_of(recipe: Recipe) -> dict[str, str]:
+    """The service's secrets by the names of a pod's variables; those that flags of `run:` carry are among them."""
+    envs = recipe.envs(0, PORT)
+    return {name: envs[name] for name in sorted(recipe.secrets) if name in envs}
 
 
-def secret_objects(spec: Spec) -> list[Object]:
-    """The Secret with them, if there are any: each under its name, for pods, and all as a file, for the controller."""
-    values = secrets_of(spec)
-    escaped = {name: value.replace("\\", "\\\\").replace("'", "\\'") for name, value in values.items()}
+def secret_objects(recipe: Recipe) -> list[Object]:
+    """The Secret with them, if there are any: each under its name, for pods, and the file's, for the controller."""
+    spec, values = recipe.spec, secrets_of(recipe)
+    given = {name: spec.envs[name] for name in sorted(spec.secrets) if name in spec.envs}
+    escaped = {name: value.replace("\\", "\\\\").replace("'", "\\'") for name, value in given.items()}
     lines = "".join(f"{name}='{value}'\n" for name, value in escaped.items())
     return [_secret(f"{spec.name}-secrets", spec, {**values, _AS_A_FILE: lines})] if values else []
 
@@ -264,6 +268,7 @@ def controller(recipe: Recipe, text: str, *, is_open: bool) -> list[Object]:
         "env": [
             {"name": "XDG_STATE_HOME", "value": "/state"},
             {"name": "HOME", "value": "/state"},
+            {"name": IS_KEPT_UP, "value": "1"},
             {"name": keys.KEY_FILE, "value": f"/keys/{REPLICA_KEY}"},
         ],
         "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}},
@@ -390,7 +395,7 @@ def _environment(id: int, recipe: Recipe) -> list[Object]:
     secret = f"{recipe.spec.name}-secrets"
     return [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name}}}
-        if name in recipe.spec.secrets
+        if name in recipe.secrets
         else {"name": name, "value": _literal(value)}
         for name, value in recipe.envs(id, PORT).items()
     ]

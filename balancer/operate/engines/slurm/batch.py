@@ -65,7 +65,7 @@ def batch(recipe: Recipe, mark: Mark, file: Path, log: Path, key: Mapping[str, s
 
 
 def _flags(recipe: Recipe, asked: Slurm, log: Path) -> list[str]:
-    flags = ["--nodes=1", "--ntasks=1", f"--output={log}", "--open-mode=append"]
+    flags = ["--nodes=1", "--ntasks=1", f"--output={str(log).replace('%', '%%')}", "--open-mode=append"]
     for name, value in (
         ("partition", asked.partition),
         ("account", asked.account),

@@ -120,7 +120,8 @@ class SlurmEngine:
         for job in sorted(await self._cluster.jobs(), key=lambda job: int(job.id) if job.id.isdecimal() else 0):
             if job.mark.of != self._of or job.is_ending:
                 continue
-            if (other := self._replicas.get(job.mark.id)) is not None:
+            other = self._replicas.get(job.mark.id)
+            if other is not None and other.job_id != job.id:  # it is, if an earlier attempt broke off
                 await self._cluster.cancel(other.job_id)
             words = FirstWords.of_running(self._folder.replica_log(job.mark.id))
             self._replicas[job.mark.id] = _Replica(job.mark, words, now - job.ran, job_id=job.id, job=job, seen_at=now)
@@ -286,11 +287,14 @@ class SlurmEngine:
             self._silence = f"since {time.strftime('%H:%M:%S')} Slurm does not say whether it runs: {failure}"
 
     async def _look(self) -> None:
-        listed = {job.mark.start: job for job in await self._cluster.jobs() if job.mark.of == self._of}
+        listed = {job.id: job for job in await self._cluster.jobs() if job.mark.of == self._of}
         self._silence = ""
         for id, one in list(self._replicas.items()):
-            job = listed.pop(one.mark.start, None)
+            # Two, if sbatch was killed for its silence and was heard all the same, after the next one.
+            same = [job for job in listed.values() if job.mark.start == one.mark.start]
+            job = next((job for job in same if job.id == one.job_id), same[0] if same else None)
             if job is not None:
+                del listed[job.id]
                 one.job, one.job_id, one.seen_at = job, job.id, _now()
                 if one.is_stopping and job.is_ending:
                     continue
