@@ -529,7 +529,8 @@ def _facts_of(member: Member, ident: str) -> list[Any]:
     if tenancy is not None:
         away_since = tenancy.away_since if tenancy.state.is_away else None
         before, is_resting = tenancy.away(tenancy.away_since), tenancy.is_away
-    is_passing = member.ready.verdict is Verdict.PASSING
+    verdict = member.ready.verdict
+    is_passing = None if verdict is Verdict.UNKNOWN else verdict is Verdict.PASSING
     return [
         ident,
         member.name,

@@ -31,10 +31,12 @@ class KnownReplica:
         return self.address.name
 
     def take(self, facts: list[Any]) -> None:
-        """Takes over the facts of a Told.REPLICA."""
-        self.alive_at, last_byte_at, self.is_passing, *away, self.is_leaving, self.reasoning_parser = facts
+        """Takes over the facts of a Told.REPLICA. A coordinator that has just begun knows less than its predecessor."""
+        alive_at, last_byte_at, is_passing, *away, self.is_leaving, self.reasoning_parser = facts
         self.away_before, self.away_since, self.is_resting = away
+        self.alive_at = max(self.alive_at, alive_at)
         self.last_byte_at = max(self.last_byte_at, last_byte_at)
+        self.is_passing = self.is_passing if is_passing is None else is_passing
 
 
 class KnownService:

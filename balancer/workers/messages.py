@@ -48,8 +48,8 @@ class Told(enum.IntEnum):
     REFUSED = 1  # id, error
     ANSWER = 2  # call, value
     ERROR = 3  # call, error
-    REPLICA = 4  # number, service, name, URL, and the facts that change: alive at, last byte at, is passing, away
-    #              before, away since or None, is resting, is leaving, its reasoning parser
+    REPLICA = 4  # number, service, name, URL, and the facts that change: alive at, last byte at, is passing or None
+    #              (not asked yet), away before, away since or None, is resting, is leaving, its reasoning parser
     GONE = 5  # number of the replica
     SERVICE = 6  # name, state as a mapping
     PARTED = 7  # name

@@ -173,6 +173,18 @@ async def test_a_coordinator_that_is_killed_is_told_what_is_held() -> None:
 
 
 @on_uvloop
+async def test_a_new_coordinator_gives_up_no_request_at_a_live_replica() -> None:
+    """It does not know yet that the replica said lately that it is alive, but the relays do."""
+    async with LabReplica(head_delay=4) as a, workers(a.url, idle_timeout=1) as at:
+        client = await at.balancer.client()
+        await client.send(request(body=chat()))
+        await asyncio.sleep(1.5)
+        await at.kill(at.coordinator)
+        assert (await client.answer()).status == 200
+        assert generated(a) == 1
+
+
+@on_uvloop
 async def test_kills_under_load_lose_only_what_the_killed_had() -> None:
     """With a coordinator killed thrice under load, no request fails; nothing is left counted at the end."""
     async with LabReplica() as a, LabReplica() as b, workers(a.url, b.url) as at:
