@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         "--balancers",
         default="",
         metavar="HOST:PORT,...",
-        help="admin ports of balancers that run already, in front of which --listen is the address of them all",
+        help="admin ports of balancers that run already; --listen is the one address in front of them",
     )
     up.add_argument("--open", action="store_true", help="beyond loopback: let everyone use it without a key")
     up.add_argument("-y", "--yes", action="store_true", help="accepted as by sky serve; nothing is ever asked")
