@@ -131,12 +131,14 @@ def test_service_files_are_still_found_where_they_were() -> None:
 
 
 def test_variables_of_docker_commands() -> None:
-    """Each variable that a page's Docker commands set is explained."""
+    """Each variable that a page's Docker commands set, or that a Compose file reads, is explained."""
     commands = re.findall(r"^(.*?)\bdocker compose\b", DOCS, re.MULTILINE)
     named = {name for line in commands for name in re.findall(r"\b([A-Z_\d]{2,})=", line)}
-    explained = set(re.findall(r"^#([A-Z_\d]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert {"MODEL", "HF_CACHE"} <= named
-    assert named <= explained
+    files = (ROOT / "compose.yaml", *ROOT.glob("docker/compose*.yaml"))
+    read = {name for file in files for name in re.findall(r"\$\{([A-Z_\d]+)", file.read_text())}
+    explained = set(re.findall(r"^#([A-Z_\d]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert sorted((named | read) - explained) == []
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: str(preset.name))
