@@ -41,7 +41,7 @@ class Tracing:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import SERVICE_NAME, Resource
         except ImportError:
-            raise ConfigError("--otlp needs OpenTelemetry: pip install 'groundserve[tracing]'") from None
+            raise ConfigError("--otlp needs OpenTelemetry: pip install '.[tracing]' in groundserve's folder") from None
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # a failure is said once, below
         session = requests.Session()
         session.trust_env = False
