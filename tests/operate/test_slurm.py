@@ -186,6 +186,24 @@ def test_finding_out_again_cancels_no_job_that_is_ours(queued: Callable[..., Slu
     assert set(cancelled(tmp_path)) == {"5"}
 
 
+def test_the_log_of_a_job_goes_on_under_its_name(queued: Callable[..., SlurmEngine], tmp_path: Path) -> None:
+    """Slurm's daemon has it open while one controller follows another, and each sets aside what logs there are."""
+    folder = ServiceFolder(tmp_path / "state", "x")
+    log = folder.replica_log(1)
+
+    async def run() -> None:
+        with log.open("a") as writer:
+            for number in (1, 2, 3):
+                print(f"line {number}", file=writer, flush=True)
+                folder.claim().close()
+                made = queued((4, 1, "a"))
+                await made.found()
+                await stopped(made)
+
+    asyncio.run(run())
+    assert log.read_text() == "line 1\nline 2\nline 3\n"
+
+
 def test_a_job_that_was_submitted_twice_runs_once(queued: Callable[..., SlurmEngine], tmp_path: Path) -> None:
     """sbatch was silent, and was heard after the next one had been."""
 

@@ -72,6 +72,16 @@ def shift(log: Path) -> None:
             newer.replace(older)
 
 
+def take_back(log: Path) -> None:
+    """Undoes `shift`, for a log that its writer still has open. Raises OSError."""
+    if log.exists():
+        return
+    aside = _aside(log)
+    for older, newer in zip(aside, [log, *aside[:-1]], strict=True):
+        with contextlib.suppress(FileNotFoundError):
+            older.replace(newer)
+
+
 def set_aside(log: Path) -> None:
     """Rotates the log of the previous run; without a NAME.log, deletes the older files. Raises OSError."""
     if log.is_file():

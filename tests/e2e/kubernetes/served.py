@@ -59,7 +59,9 @@ class Served:
         """The controller, once the service is up."""
         words = ("-m", "balancer.cli", "up", *map(str, arguments or (self.file(),)), "--on", "kubernetes", "--open")
         self._up = Program(*words, environ=self.environ)
-        return self._up.until("stop   groundserve down", PATIENCE)
+        self._up.until("stop   groundserve down", PATIENCE)
+        wait_until(self.endpoints, within=PATIENCE, fits=lambda urls: len(urls) == 2)
+        return self._up
 
     def __call__(self, *arguments: str | Path, code: int = 0) -> str:
         """What the command prints."""

@@ -123,7 +123,11 @@ class SlurmEngine:
             other = self._replicas.get(job.mark.id)
             if other is not None and other.job_id != job.id:  # it is, if an earlier attempt broke off
                 await self._cluster.cancel(other.job_id)
-            words = FirstWords.of_running(self._folder.replica_log(job.mark.id))
+            log = self._folder.replica_log(job.mark.id)
+            if not job.is_queued:
+                with contextlib.suppress(OSError):
+                    rotation.take_back(log)  # which was set aside when this controller began
+            words = FirstWords.of_running(log)
             self._replicas[job.mark.id] = _Replica(job.mark, words, now - job.ran, job_id=job.id, job=job, seen_at=now)
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
