@@ -272,7 +272,7 @@ def test_status_and_down_of_others_go_on_beside_a_broken_folder(groundserve: Gro
     assert "Traceback" not in said
     assert "odd" in said
     assert groundserve("up", groundserve.service("odd", replicas=1), code=1).startswith(
-        f"groundserve: {root}/odd/lock: Is a directory"
+        f"groundserve: {root}/odd/lock cannot be used (Is a directory)"
     )
 
 
