@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import os
 import socket
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from balancer.workers import counts
 from balancer.workers.link import Link, Message
 from balancer.workers.messages import (
     GENERATING,
+    QUESTIONS,
     STREAMED,
     WAITED_FOR,
     Asked,
@@ -43,7 +42,6 @@ log = logging.getLogger("groundserve")
 
 OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 FEW = 64  # connections: a client with no more is not told of to other relays
-_CREDENTIALS = struct.Struct("3i")  # process, user and group of a peer
 
 
 @dataclass(slots=True)
@@ -168,6 +166,8 @@ class Answering:
         service.fleet.when_joined.append(joined)
         for member in service.fleet.members.values():
             self.number_of(member, ident)
+        for relay in self.relays:
+            relay.house(ident, service)
 
     def number_of(self, member: Member, ident: str) -> int:
         """What messages call the member. All relays know it by the time that they hear of this number."""
@@ -213,7 +213,6 @@ class Relay:
     """One relay, and what it holds."""
 
     def __init__(self, all_relays: Answering) -> None:
-        self.number = -1
         self.is_accepting = False
         self.origins: Mapping[str, int] = {}
         self.by_key: Mapping[str, int] = {}
@@ -246,25 +245,15 @@ class Relay:
         }
 
     def _take(self, message: Message) -> None:
-        if self.number < 0 and not (message[0] == Asked.HELLO and self._is_ours()):
-            self.link.close()
-            return
         try:
             self._does[message[0]](*message[1:])
         except Exception:
             log.exception("a relay's message failed here")
+            if message[0] in QUESTIONS:
+                self._failed(message[1])
 
-    def _is_ours(self) -> bool:
-        """Does the other end belong to our user? Everybody on the machine sees the address."""
-        peer = self.link.peer
-        if peer is None:
-            return False
-        _, user, _ = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-        return bool(user == os.getuid())
-
-    def _hello(self, number: int, places: list[list[Any]], entries: list[tuple[int, str]]) -> None:
+    def _hello(self, places: list[list[Any]], entries: list[tuple[int, str]]) -> None:
         everyone = self._all
-        self.number = number
         everyone.relays.add(self)
         everyone.introduce(self)
         for place in places:
@@ -281,7 +270,7 @@ class Relay:
         """Counts the places at replicas of this service that are known by now."""
         if not self._homeless:
             return
-        members = {(member.name, member.url): member for member in service.fleet.members.values()}
+        members = _members_by_name(service)
         for number, where, name, url, is_generating in list(self._homeless.values()):
             if where == ident and (member := members.get((name, url))) is not None:
                 del self._homeless[number]
@@ -314,7 +303,7 @@ class Relay:
         arrived_at: float,
         blocks: list[int] | None = None,
         again: list[Any] | None = None,
-        only: int | None = None,
+        only: list[str] | None = None,
     ) -> None:
         service = self._all.service(ident)
         if service is None:
@@ -324,9 +313,9 @@ class Relay:
         is_generating, is_waited_for = flags & GENERATING != 0, flags & WAITED_FOR != 0
         waiter = Waiter(prompt, is_generating, [], is_waited_for, owner_of(owner), arrived_at)
         if again is not None:
-            self._restore(waiter, again)
+            self._restore(waiter, again, service)
         if only is not None:
-            if (keeper := self._all.members.get(only)) is None:
+            if (keeper := _members_by_name(service).get((only[0], only[1]))) is None:
                 self._refuse(number, errors.keeper_gone(""))
                 return
             waiter.only = keeper.address
@@ -336,10 +325,10 @@ class Relay:
         else:
             self._start(number, self._wait_for(number, service, ident, waiter))
 
-    def _restore(self, waiter: Waiter, again: list[Any]) -> None:
+    def _restore(self, waiter: Waiter, again: list[Any], service: Service) -> None:
         restore(waiter, again)
-        members = self._all.members
-        waiter.tried = [members[number] for number in again[0] if number in members]
+        members = _members_by_name(service)
+        waiter.tried = [members[name, url] for name, url in again[0] if (name, url) in members]
 
     def _give(self, number: int, place: Place, ident: str) -> None:
         self._places[number] = place
@@ -351,6 +340,9 @@ class Relay:
     async def _wait_for(self, number: int, service: Service, ident: str, waiter: Waiter) -> None:
         try:
             place = await service.places.claim(waiter)
+            while not service.fleet.has(place.member):  # it has left since the place was given
+                place.end(None, _NOTHING)
+                place = await service.places.claim(waiter)
         except ServeError as error:
             self._refuse(number, error)
         else:
@@ -369,8 +361,13 @@ class Relay:
             await work
         except Exception:
             log.exception("a relay's question failed here")
-            failed = ServeError(500, "internal_error", "The balancer failed on this request; its log says why.")
-            self.link.send([Told.ERROR, number, error_fields(failed)])
+            self._failed(number)
+
+    def _failed(self, number: int) -> None:
+        if (place := self._places.pop(number, None)) is not None:
+            place.end(None, _NOTHING)
+        error = ServeError(500, "internal_error", "The balancer failed on this request; its log says why.")
+        self.link.send([Told.ERROR, number, error_fields(error)])
 
     def _leave(self, number: int) -> None:
         if (place := self._places.pop(number, None)) is not None:
@@ -405,7 +402,7 @@ class Relay:
             self.link.send([Told.ANSWER, call, [False, None]])
             return
         waiter = Waiter(Prompt.of([], False), is_generating)
-        self._restore(waiter, again)
+        self._restore(waiter, again, service)
 
         async def answer() -> None:
             may = await service.places.may_go_on(waiter)
@@ -510,6 +507,11 @@ class _Answered:
 
 
 _NOTHING = _Attempt(0, None, None, None, 1)
+
+
+def _members_by_name(service: Service) -> dict[tuple[str, str], Member]:
+    """By name and URL, which the replicas keep when a coordinator is started anew."""
+    return {(member.name, member.url): member for member in service.fleet.members.values()}
 
 
 def _state_of(service: Service) -> dict[str, Any]:

@@ -20,6 +20,10 @@ class Claimed(Protocol):
     """A place that is asked for, then held."""
 
     @property
+    def known(self) -> KnownReplica:
+        """Where it is held."""
+
+    @property
     def holding(self) -> list[Any]:
         """What a new coordinator is told of it."""
 
@@ -38,9 +42,9 @@ class Listener(Protocol):
 
 
 class Asking:
-    """`relay` is this relay's number, `address` the coordinator's Unix address. `listener` must be set before `run`."""
+    """`address` is the coordinator's Unix address. `listener` must be set before `run`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, relay: int, address: str) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, address: str) -> None:
         self.held: dict[int, Claimed] = {}
         self.entries: dict[int, str] = {}  # requests with limited keys, by the call that let them in
         self.replicas: dict[int, KnownReplica] = {}
@@ -50,7 +54,6 @@ class Asking:
         self.is_leaving = False
         self.knows_all = asyncio.Event()
         self._loop = loop
-        self._relay = relay
         self._address = address
         self._numbers = itertools.count(1)
         self._link: Link | None = None
@@ -67,8 +70,11 @@ class Asking:
             sock.setblocking(False)
             try:
                 sock.connect(self._address)  # uvloop does not know abstract addresses
-            except OSError:  # too many connect at once
+            except OSError as error:  # too many connect at once, or nobody is there to come
                 sock.close()
+                if self.is_leaving and isinstance(error, ConnectionRefusedError):
+                    self._give_up()
+                    return
                 await asyncio.sleep(AGAIN)
                 continue
             _, link = await self._loop.create_unix_connection(self._new_link, sock=sock)
@@ -79,6 +85,7 @@ class Asking:
             if self.is_leaving:
                 self._give_up()
                 return
+            await asyncio.sleep(AGAIN)  # the next may end as soon
 
     def _new_link(self) -> Link:
         return Link(self._loop, self._take, self._ended.set)
@@ -94,7 +101,7 @@ class Asking:
             known.number = -1  # until the coordinator of now names it
         self.replicas.clear()
         places = [place.holding for place in self.held.values()]
-        link.send([Asked.HELLO, self._relay, places, list(self.entries.items())])
+        link.send([Asked.HELLO, places, list(self.entries.items())])
         if self.is_accepting:
             link.send([Asked.ACCEPTING])
         for message, _, _ in self._waiting.values():
@@ -213,10 +220,12 @@ class Asking:
         _, number, service, name, url, *facts = message
         known = self.replicas.get(number)
         if known is None:
-            known = next((one for one in self.by_address.values() if _is_same(one, service, name, url)), None)
+            # One that holds requests of ours may come to this coordinator's knowledge only now.
+            earlier = (*self.by_address.values(), *(place.known for place in self.held.values()))
+            known = next((one for one in earlier if _is_same(one, service, name, url)), None)
             if known is None:
                 known = KnownReplica(number, service, url, ReplicaAddress.of(name, url))
-                self.by_address[known.address] = known
+            self.by_address[known.address] = known
             known.number = number
             self.replicas[number] = known
             assert self.listener is not None
@@ -225,7 +234,8 @@ class Asking:
 
     def _forget(self, known: KnownReplica) -> None:
         known.number = -1
-        self.by_address.pop(known.address, None)
+        if self.by_address.get(known.address) is known:
+            del self.by_address[known.address]
         assert self.listener is not None
         self.listener.left(known)
 
@@ -241,4 +251,5 @@ class Asking:
 
 def _is_same(known: KnownReplica, service: str, name: str, url: str) -> bool:
     """Is it a replica that another coordinator told of?"""
-    return known.number < 0 and (known.service, known.name, known.url) == (service, name, url)
+    is_open = known.number < 0 and not known.is_leaving
+    return is_open and (known.service, known.name, known.url) == (service, name, url)

@@ -17,8 +17,9 @@ from balancer.routing.ranked_queue import Bulk
 class Asked(enum.IntEnum):
     """What a relay says. `call` is a number that the answer repeats."""
 
-    HELLO = 0  # number of the relay, its places: [id, service, replica's name, URL, is generating], its entries
-    CLAIM = 1  # id of the place, service, flags, owner, arrival; unless all are None: blocks, again, the only replica
+    HELLO = 0  # places that it holds: [id, service, replica's name, URL, is generating], its entries
+    CLAIM = 1  # id of the place, service, flags, owner, arrival; unless all are None: blocks, again, name
+    #            and URL of the only replica
     LEAVE = 2  # id: the client left while it waited
     BEGUN = 3  # id, is computed
     END = 4  # id, outcome or None, status, full for, prompt tokens, cached tokens, texts
@@ -36,6 +37,9 @@ class Asked(enum.IntEnum):
     ACCEPTING = 16  # nothing: it has opened its doors
     KEPT = 17  # service, number of the replica, id of an answer that it keeps, name of the key
 
+
+# Each of these waits for an answer.
+QUESTIONS = frozenset((Asked.CLAIM, Asked.MAY_GO_ON, Asked.CONTINUES, Asked.OWN_PATH, Asked.ENTER, Asked.TAKE))
 
 # Flags of a claim
 GENERATING, WAITED_FOR, STREAMED = 1, 2, 4
@@ -75,12 +79,13 @@ def owner_of(text: str) -> str | bytes:
     return rest.encode("latin-1") if kind == "c" else Bulk(rest) if kind == "b" else rest
 
 
-# What a waiter has been through
+# What a waiter has been through. Replicas have names and URLs here: numbers are those of one coordinator only, and
+# a question is asked again should that be restarted.
 
 Again = list[Any]
 
 
-def again_of(waiter: Waiter, tried: list[int]) -> Again | None:
+def again_of(waiter: Waiter, tried: list[tuple[str, str]]) -> Again | None:
     """None for one that is new."""
     if not (waiter.tried or waiter.rounds or waiter.waited or waiter.number):
         return None

@@ -67,7 +67,7 @@ class RelayProcess:
         self.facts = _Facts()
         self.certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         self.keys = _keys(config)
-        self.asking = Asking(loop, number, address)
+        self.asking = Asking(loop, address)
         self.asking.listener = self
         self._tls = replica_context(config.replica_ca)
         self.tallies = Tallies()  # of what the coordinator has not been told yet

@@ -37,7 +37,7 @@ class RemotePlaces:
         self._reading = OneAtATime()
 
     async def claim(self, waiter: Waiter) -> "RemotePlace":
-        asking, prompt, again = self._asking, waiter.prompt, _again(waiter)
+        asking, prompt, again = self._asking, waiter.prompt, self._again(waiter)
         blocks = None
         if self._service.reads_prompts:
             if again is None and prompt.is_heavy:
@@ -49,9 +49,9 @@ class RemotePlaces:
         only = None
         if waiter.only is not None:
             known = asking.by_address.get(waiter.only)
-            if known is None or known.number < 0:
+            if known is None:
                 raise errors.keeper_gone(waiter.only.name)
-            only = known.number
+            only = known.name, known.url
         if blocks is not None or again is not None or only is not None:
             message += (blocks, again, only)
         place = RemotePlace(asking, number, self._service.ident, waiter)
@@ -76,7 +76,7 @@ class RemotePlaces:
         if waiter.only is not None:
             return False
         may, again = await self._asking.ask(
-            Asked.MAY_GO_ON, self._service.ident, waiter.is_generating, _again(waiter) or again_of_new(waiter)
+            Asked.MAY_GO_ON, self._service.ident, waiter.is_generating, self._again(waiter) or again_of_new(waiter)
         )
         if again is not None:
             if not again[0]:
@@ -103,9 +103,10 @@ class RemotePlaces:
             prompt.read()
             await asyncio.sleep(0)
 
-
-def _again(waiter: Waiter) -> Again | None:
-    return again_of(waiter, [known.number for known in waiter.tried])  # type: ignore[attr-defined]
+    def _again(self, waiter: Waiter) -> Again | None:
+        there = self._asking.by_address
+        tried = [known for known in waiter.tried if there.get(known.address) is known]  # type: ignore[comparison-overlap]
+        return again_of(waiter, [(known.name, known.url) for known in tried])
 
 
 def again_of_new(waiter: Waiter) -> Again:
@@ -153,6 +154,11 @@ class RemotePlace:
         self._known = known
         self.replica = known.address
         _, _, _, self.reason, self.matched, self.waited, self._claim, self._wants_begun = said
+
+    @property
+    def known(self) -> KnownReplica:
+        """Where it is; once it is given."""
+        return self._known
 
     @property
     def holding(self) -> list[Any]:

@@ -109,16 +109,22 @@ class Supervisor:
         for listener in self._sockets:
             listener.close()
         self._order(order)
-        self._end_if_alone()
+        self._take_leave()
 
     def _order(self, order: Order) -> None:
         for child in self._children.values():
             with contextlib.suppress(OSError):  # it has just ended
                 os.write(child.orders, order.value)
 
-    def _end_if_alone(self) -> None:
-        if self._is_leaving and all(child.number == COORDINATOR for child in self._children.values()):
+    def _take_leave(self) -> None:
+        """While leaving: ends the coordinator when no relay is left, and sees that no relay waits for one in vain."""
+        if not self._is_leaving:
+            return
+        are_coordinators = [child.number == COORDINATOR for child in self._children.values()]
+        if all(are_coordinators):
             self._order(Order.END)
+        if not any(are_coordinators):
+            self._listener.close()  # ends the connections that wait there
 
     # Processes
 
@@ -145,7 +151,7 @@ class Supervisor:
                 self._ended(child, code)
             if child.number != COORDINATOR:
                 self._board.clear(child.number)
-            self._end_if_alone()
+            self._take_leave()
 
     def _has_been_ready(self) -> bool:
         if not self._was_ready:
