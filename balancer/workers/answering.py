@@ -1,17 +1,16 @@
-"""The coordinator's end of its links to the relays: gives them places, and adds up what they saw."""
+"""The coordinator's end of its links to the relays: answers what they ask, and adds up what they saw."""
 
 import asyncio
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from balancer import errors
-from balancer.accounts.store import IssuedKey
 from balancer.errors import ServeError
-from balancer.fleet.member import Member, Verdict
+from balancer.fleet.member import Member
 from balancer.fleet.outcome import Outcome
 from balancer.observe.tally import Tallies
 from balancer.relay import asgi
@@ -37,6 +36,7 @@ from balancer.workers.messages import (
     record_of,
     restore,
 )
+from balancer.workers.telling import Telling
 
 log = logging.getLogger("groundserve")
 
@@ -75,19 +75,12 @@ class Answering:
         self.app = app
         self.relays: set[Relay] = set()
         self.entered: Counter[str] = Counter()  # requests in progress by the name of their key, if that has a limit
-        self.members: dict[int, Member] = {}
         self.changed = changed
-        self._services = services
-        self._numbers: dict[Member, int] = {}
-        self._last_number = 0
-        self._facts: dict[int, list[Any]] = {}
-        self._states: dict[str, dict[str, Any]] = {}
-        self._watched: dict[str, Service] = {}
-        self._issued: Sequence[IssuedKey] = ()
+        self.telling = Telling(services, keys, self.tell, self._house)
         self._server: asyncio.Server | None = None
 
     async def start(self, listener: socket.socket) -> None:
-        self._look_at_services()
+        self.telling.look_at_services()
         self._server = await self.loop.create_unix_server(self._relay, sock=listener)
 
     def close(self) -> None:
@@ -106,88 +99,19 @@ class Answering:
             if relay is not but:
                 relay.link.send(message)
 
-    # What is told to a relay
-
     def introduce(self, relay: "Relay") -> None:
         """Tells everything to a relay that has just come."""
-        self._look_at_services()
-        send = relay.link.send
-        for ident, state in self._states.items():
-            send([Told.SERVICE, ident, state])
-        if self.keys is not None:
-            send(self._keys_message(self.keys))
-        for number, facts in self._facts.items():
-            send([Told.REPLICA, number, *facts])
-        send([Told.ALL])
-
-    def keys_changed(self, issued: Sequence[IssuedKey]) -> None:
-        self._issued = issued
-        if self.keys is not None:
-            self.tell(self._keys_message(self.keys))
-
-    def _keys_message(self, keys: Keys) -> Message:
-        return [Told.KEYS, keys.are_wanted, [[k.name, k.digest.hex(), k.terms.to_json()] for k in self._issued]]
+        for message in self.telling.everything():
+            relay.link.send(message)
 
     def tick(self, _now: float) -> None:
         """Tells what has changed. Call it a few times a second."""
-        self._look_at_services()
-        for number, member in list(self.members.items()):
-            self._tell_facts(number, member, self._facts[number][0])
+        self.telling.tick()
         self._tell_origins()
 
-    def service(self, ident: str) -> Service | None:
-        if ident not in self._watched:
-            self._look_at_services()
-        return self._watched.get(ident)
-
-    def _look_at_services(self) -> None:
-        staying = {self._services.ident(service): service for service in self._services.still_here()}
-        for ident, service in staying.items():
-            if self._watched.get(ident) is not service:
-                self._watched[ident] = service
-                self._watch(ident, service)
-        for ident in self._watched.keys() - staying.keys():
-            del self._watched[ident]
-        states = {self._services.ident(service): _state_of(service) for service in self._services.all}
-        for ident, state in states.items():
-            if self._states.get(ident) != state:
-                self.tell([Told.SERVICE, ident, state])
-        for ident in self._states.keys() - states.keys():
-            self.tell([Told.PARTED, ident])
-        self._states = states
-
-    def _watch(self, ident: str, service: Service) -> None:
-        def joined(member: Member) -> None:
-            self.number_of(member, ident)
-            for relay in self.relays:
-                relay.house(ident, service)
-
-        service.fleet.when_left.append(self._left)
-        service.fleet.when_joined.append(joined)
-        for member in service.fleet.members.values():
-            self.number_of(member, ident)
+    def _house(self, ident: str, service: Service) -> None:
         for relay in self.relays:
             relay.house(ident, service)
-
-    def number_of(self, member: Member, ident: str) -> int:
-        """What messages call the member. All relays know it by the time that they hear of this number."""
-        if (number := self._numbers.get(member)) is None:
-            self._last_number += 1
-            number = self._numbers[member] = self._last_number
-            self.members[number] = member
-            self._tell_facts(number, member, ident)
-        return number
-
-    def _tell_facts(self, number: int, member: Member, ident: str) -> None:
-        facts = _facts_of(member, ident)
-        if self._facts.get(number) != facts:
-            self._facts[number] = facts
-            self.tell([Told.REPLICA, number, *facts])
-
-    def _left(self, member: Member) -> None:
-        if (number := self._numbers.pop(member, None)) is not None:
-            del self.members[number], self._facts[number]
-            self.tell([Told.GONE, number])
 
     def _tell_origins(self) -> None:
         totals: Counter[str] = Counter()
@@ -259,7 +183,7 @@ class Relay:
         for place in places:
             self._homeless[place[0]] = place
         for ident in {place[1] for place in places}:
-            if (service := everyone.service(ident)) is not None:
+            if (service := everyone.telling.service(ident)) is not None:
                 self.house(ident, service)
         for call, key in entries:
             self._entries[call] = key
@@ -305,7 +229,7 @@ class Relay:
         again: list[Any] | None = None,
         only: list[str] | None = None,
     ) -> None:
-        service = self._all.service(ident)
+        service = self._all.telling.service(ident)
         if service is None:
             self._refuse(number, errors.no_replica())
             return
@@ -332,7 +256,7 @@ class Relay:
 
     def _give(self, number: int, place: Place, ident: str) -> None:
         self._places[number] = place
-        replica = self._all.number_of(place.member, ident)
+        replica = self._all.telling.number_of(place.member, ident)
         self.link.send(
             [Told.PLACE, number, replica, place.reason, place.matched, place.waited, place.number, place.wants_begun]
         )
@@ -397,7 +321,7 @@ class Relay:
             place.end(None if outcome is None else OUTCOMES[outcome], attempt)
 
     def _may_go_on(self, call: int, ident: str, is_generating: bool, again: list[Any]) -> None:
-        service = self._all.service(ident)
+        service = self._all.telling.service(ident)
         if service is None:
             self.link.send([Told.ANSWER, call, [False, None]])
             return
@@ -479,7 +403,7 @@ class Relay:
     def _seen(self, seen: dict[str, Any]) -> None:
         everyone = self._all
         for number, at in seen["heard"]:
-            if (member := everyone.members.get(number)) is not None:
+            if (member := everyone.telling.members.get(number)) is not None:
                 member.last_byte_at = max(at, member.last_byte_at)
         counts.add(everyone.tallies, seen["counts"])
         self.origins, self.by_key = seen["origins"], seen["keys"]
@@ -512,37 +436,3 @@ _NOTHING = _Attempt(0, None, None, None, 1)
 def _members_by_name(service: Service) -> dict[tuple[str, str], Member]:
     """By name and URL, which the replicas keep when a coordinator is started anew."""
     return {(member.name, member.url): member for member in service.fleet.members.values()}
-
-
-def _state_of(service: Service) -> dict[str, Any]:
-    return {
-        "name": service.facts.name,
-        "settings": service.settings.model_dump(mode="json"),
-        "models": list(service.fleet.models),
-        "has_replica": service.has_replica,
-        "reads_prompts": service.admission.policy.reads_prompts,
-        "replica_key": service.replica_key,
-    }
-
-
-def _facts_of(member: Member, ident: str) -> list[Any]:
-    tenancy = member.tenancy
-    before, away_since, is_resting = 0.0, None, False
-    if tenancy is not None:
-        away_since = tenancy.away_since if tenancy.state.is_away else None
-        before, is_resting = tenancy.away(tenancy.away_since), tenancy.is_away
-    verdict = member.ready.verdict
-    is_passing = None if verdict is Verdict.UNKNOWN else verdict is Verdict.PASSING
-    return [
-        ident,
-        member.name,
-        member.url,
-        member.alive_at,
-        member.last_byte_at,
-        is_passing,
-        before,
-        away_since,
-        is_resting,
-        member.is_leaving,
-        member.reasoning_parser,
-    ]

@@ -31,8 +31,8 @@ class Coordinator(Balancer):
         )
         self.services.jobs["what relays are told"] = self.answering.tick
         if self.accounts is not None:
-            self.answering.keys_changed(self.accounts.issued)
-            self.accounts.when_changed.append(self.answering.keys_changed)
+            self.answering.telling.keys_changed(self.accounts.issued)
+            self.accounts.when_changed.append(self.answering.telling.keys_changed)
 
     def _clients(self) -> Clients:
         return _Everywhere(self._board)
