@@ -39,6 +39,7 @@ class Record:
     key: str = ""
     error: str = ""
     replica_status: int = 0  # the replica's own, of the last attempt that was answered; `status` is the client's
+    lost_host: bool = False  # the last replica went away with its whole host, so not because of this request
     full_for: int | None = None  # seconds for which the last replica said it would be full
     is_continued: bool = False  # its answer broke, and another replica continued it
     not_continued: str = ""  # why no other replica could, for an answer that broke

@@ -219,7 +219,7 @@ class Proxy:
             relay.forget()
             if outcome not in UNTAKEN:
                 deaths += 1
-                digest = self._note_death(destination, place, request, outcome)
+                digest = self._note_death(destination, place, request, outcome, record)
             if going is None and not relay.has_begun and outcome in HELD_BACK:
                 outcome = Outcome.LOST  # as the client sees it, who has nothing of the answer
             if going is None or outcome not in UNTAKEN:  # else the client gets the error of the break
@@ -258,9 +258,13 @@ class Proxy:
         if deaths and request.is_generating and deaths.kills(digest_of(request.path, request.body), self._loop.time()):
             raise errors.kills_replicas(REFUSED_FOR)
 
-    def _note_death(self, destination: Destination, place: Place, request: Request, outcome: Outcome) -> bytes:
+    def _note_death(
+        self, destination: Destination, place: Place, request: Request, outcome: Outcome, record: Record
+    ) -> bytes:
         """Returns the request's digest, or b"" if the attempt does not suggest that the request killed its replica."""
-        if outcome not in (Outcome.LOST, Outcome.BROKEN) or not request.is_generating or not request.body:
+        if outcome not in (Outcome.LOST, Outcome.BROKEN) or record.lost_host:
+            return b""
+        if not request.is_generating or not request.body:
             return b""
         digest = digest_of(request.path, request.body)
         destination.deaths.note(place.replica, digest, self._loop.time())
@@ -332,6 +336,7 @@ class Proxy:
                 outcome = await connection.exchange(place, head, request.body, is_head, relay)
             finally:
                 record.sent_at = connection.sent_at
+            record.lost_host = connection.lost_host
             if outcome is not Outcome.REFUSED:
                 return outcome
             record.retries += (RACE,)
@@ -349,9 +354,11 @@ class Proxy:
         record.connect = connection.connected_in
         client.take_from(connection)
         try:
-            return await connection.exchange(place, head, request.body, is_head, relay)
+            outcome = await connection.exchange(place, head, request.body, is_head, relay)
         finally:
             record.sent_at = connection.sent_at
+        record.lost_host = connection.lost_host
+        return outcome
 
     def _record(self, request: Request) -> Record:
         id, method = request.id.decode("latin-1"), request.method.decode("latin-1")

@@ -11,7 +11,7 @@ from balancer.fleet.outcome import Outcome
 from balancer.relay.acknowledged import acknowledged, never_arrived
 from balancer.relay.places import Place
 from balancer.relay.receiver import FrameReceiver, Headers, Receiver, Unwanted
-from balancer.relay.vanished import expect_life
+from balancer.relay.vanished import expect_life, is_of_the_host
 
 SWITCHING = 101
 HANDSHAKE = 1  # what TCP's handshake counts among the bytes acknowledged
@@ -42,6 +42,7 @@ class ReplicaConnection(asyncio.Protocol):
         self.has_answered = False  # any byte of an answer to the current request has arrived
         self.has_head = False
         self.has_begun = False  # part of the body has arrived, too
+        self.lost_host = False  # it ended because the replica's whole host had gone
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
@@ -196,6 +197,7 @@ class ReplicaConnection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._parser = None  # breaks the reference cycle with the parser
         self._can_be_kept = False
+        self.lost_host = is_of_the_host(error)
         if self._frames is not None:
             self._frames.on_lost()
             self._frames = None

@@ -1,5 +1,6 @@
 """Hosts that vanish: one that loses power or network never closes its connections, so the kernel has to probe them."""
 
+import errno
 import socket
 import struct
 from typing import Protocol
@@ -8,6 +9,9 @@ IDLE, BETWEEN, TRIES = 15, 5, 3  # keepalive: seconds of silence before the firs
 UNACKNOWLEDGED = 30.0  # seconds for which sent bytes may stay unacknowledged
 _TIMEOUTS = 6  # retransmissions in a row: the last comes at least 12 s after the first try
 _INFO = struct.Struct("=2xB53xI")  # tcp_info of linux/tcp.h: tcpi_retransmits, and tcpi_last_ack_recv in milliseconds
+
+
+_SILENCE = frozenset((errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH))
 
 
 class Socket(Protocol):
@@ -38,3 +42,8 @@ def has_vanished(sock: Socket) -> bool:
     """
     retransmits, last_heard = _INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size))
     return bool(retransmits >= _TIMEOUTS and last_heard > UNACKNOWLEDGED * 1000)
+
+
+def is_of_the_host(error: Exception | None) -> bool:
+    """Did a connection end with this because its other host said nothing any more? A process that dies, closes it."""
+    return isinstance(error, OSError) and error.errno in _SILENCE

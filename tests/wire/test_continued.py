@@ -1,6 +1,7 @@
 """Streams that break and continue at another replica; requests during which replicas die."""
 
 import asyncio
+import errno
 import signal
 from typing import Any
 
@@ -369,6 +370,24 @@ async def test_poison() -> None:
         assert sum(bool(replica.seen.requests) for replica in (a, b, c)) >= 2
         assert [m.name for m in house.balancer.service.fleet.available()] != []
         assert sum(replica.is_listening for replica in (a, b, c)) == 1
+
+
+@on_uvloop
+async def test_a_host_that_vanishes_was_killed_by_no_request() -> None:
+    """Its replicas have the same requests in flight, such as those of a benchmark, and none is refused for that."""
+    slow = {"token_interval": 0.05}
+    async with LabReplica(**slow) as a, LabReplica(**slow) as b, LabReplica(**slow) as c, serving(a, b, c) as house:
+        prefer(house, "a", "b")
+        asking = [asyncio.ensure_future(house.ask(poison("the same"))) for _ in range(2)]
+        await flowing(house, 2)
+        for connection in list(house.balancer.destination.pool.busy):
+            connection.connection_lost(TimeoutError(errno.ETIMEDOUT, "as the kernel says it"))
+        a.fall()
+        b.fall()
+        await until(lambda: len(c.seen.requests) >= 2)  # there they go on
+        asking.append(asyncio.ensure_future(house.ask(poison("the same"))))
+        for answer in await asyncio.gather(*asking):
+            assert (answer.status, answer.is_whole) == (200, True)
 
 
 @on_uvloop
