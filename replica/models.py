@@ -11,6 +11,7 @@ tiny-llava: the same language model behind toy eyes (replica/tiny_llava.py).
 import contextlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -75,11 +76,19 @@ def _make(made: Path, maker: Callable[[Path, Progress], None], progress: Progres
     work = Path(tempfile.mkdtemp(prefix=".making-", dir=made.parent))
     try:
         maker(work / made.name, progress)
+        _open_to_readers(work / made.name)
         (work / made.name).rename(made)
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise MakingError(f"making {made.name} failed: {type(error).__name__}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _open_to_readers(model: Path) -> None:
+    """Gives the weights the mode of the other files: safetensors keeps them to their owner, whatever the umask."""
+    usual = stat.S_IMODE((model / "config.json").stat().st_mode)
+    for weights in model.rglob("*.safetensors"):
+        weights.chmod(usual)
 
 
 def _make_smollm2(out: Path, progress: Progress) -> None:

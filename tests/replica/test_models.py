@@ -42,6 +42,21 @@ def without_a_network(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, check=False)
 
 
+def test_who_may_read_a_model_may_read_its_weights(tmp_path: Path) -> None:
+    """Replicas of another user serve it too, on a cluster with a shared file system for instance."""
+
+    def make(out: Path, _progress: object) -> None:
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        (out / "eyes").mkdir()
+        for weights in (out / "model.safetensors", out / "eyes/model.safetensors"):
+            weights.touch(0o600)
+
+    models._make(tmp_path / "m", make, print)
+    usual = (tmp_path / "m/config.json").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "m").rglob("*.safetensors")} == {usual}
+
+
 def test_failed_download(tmp_path: Path) -> None:
     """A failed download leaves nothing partial behind and prints one line."""
     left_over = tmp_path / ".making-killed"
