@@ -15,8 +15,14 @@ SERVICES = $(patsubst smollm2-135m,smollm2,$(MODELS))
 # Built once, here and not by the replicas, so that its progress can be seen.
 EMBEDDED = $(filter smollm2-135m tiny-llava,$(patsubst smollm2,smollm2-135m,$(MODELS)))
 
+# For make slurm-test: the Debian of its hosts. bookworm (12) has Slurm 22.05, trixie (13) has 24.11.
+DEBIAN ?= bookworm
+
+# Processes that share out make test. Most tests wait, so two processors are enough for three.
+WORKERS ?= 3
+
 help: ## show this list
-	@echo "Settings: MODEL=$(MODEL) REPLICAS=$(REPLICAS) PYTHON=$(PYTHON) TESTS=$(TESTS)"
+	@echo "Settings: MODEL=$(MODEL) REPLICAS=$(REPLICAS) PYTHON=$(PYTHON) TESTS=$(TESTS) WORKERS=$(WORKERS)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## create .venv from the lock files if it is missing or out of date
@@ -32,8 +38,8 @@ up: install ## serve MODEL (or MODELS, behind one endpoint) with REPLICAS replic
 down: ## stop what make up started, and all other services that groundserve runs here
 	@if [ -x $(BIN)/groundserve ]; then $(BIN)/groundserve down --all; else echo "nothing is installed, so nothing is running"; fi
 
-test: install ## all tests that need neither GPU nor Docker, with the real SGLang (TESTS=tests/replica for a part)
-	@$(BIN)/python -m pytest $(TESTS)
+test: install ## the tests that need no GPU, no Docker and no root, with the real SGLang (TESTS=tests/replica for a part)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(TESTS)
 
 docker-test: install ## all tests of the images and compose.yaml; needs Docker, builds the images, takes minutes
 	@docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1 || { echo "make docker-test: no Docker engine with Compose v2 answers: start it, or get it from docs.docker.com/engine/install" >&2; exit 1; }
@@ -42,15 +48,16 @@ docker-test: install ## all tests of the images and compose.yaml; needs Docker, 
 client-test: install ## agents, SDKs and suites of others, against a real SGLang; needs Node, installs them once (ARGS="--only agents")
 	@$(BIN)/python -m tests.clients $(ARGS)
 
-slurm-test: install ## all tests on a real Slurm, on hosts made of namespaces; needs root and mmdebstrap, makes a Debian root once
-	@$(BIN)/python -m tests.lab.slurm $(BIN)/python -m pytest -m slurm --durations=5 tests/e2e/slurm
+slurm-test: install ## all tests on a real Slurm, on hosts made of namespaces; needs root and mmdebstrap, makes a Debian root once (DEBIAN=trixie)
+	@$(BIN)/python -m replica.models smollm2-135m
+	@LAB_DEBIAN=$(DEBIAN) $(BIN)/python -m tests.lab.slurm $(BIN)/python -m pytest -m slurm --durations=5 tests/e2e/slurm
 
 failover-test: install ## move an address between two balancers on hosts made of namespaces; needs root and mmdebstrap
-	@$(BIN)/python -m tests.lab.hosts $(BIN)/python -m pytest -m failover --durations=5 tests/e2e/failover
+	@$(BIN)/python -m tests.lab.hosts --for tests.e2e.failover.test_failover $(BIN)/python -m pytest -m failover --durations=5 tests/e2e/failover
 
 kubernetes-test: install ## all tests on a real Kubernetes, on such hosts; builds its programs once, from Debian's source (JOBS=4)
 	@tests/lab/kubernetes/build.sh
-	@$(BIN)/python -m tests.lab.hosts $(BIN)/python -m pytest -m kubernetes --durations=5 tests/e2e/kubernetes
+	@$(BIN)/python -m tests.lab.hosts --for tests.lab.kubernetes.control_plane $(BIN)/python -m pytest -m kubernetes --durations=5 tests/e2e/kubernetes
 
 check: install ## check formatting, lint and types
 	@$(BIN)/ruff format --check .

@@ -89,6 +89,8 @@ def config_from(options: argparse.Namespace, patience: float = text_file.PATIENC
         admin=admin,
         listen_fd=options.listen_fd,
         admin_fd=options.admin_fd,
+        published=options.published,
+        admin_published=options.admin_published,
         accept_when_ready=options.accept_when_ready,
         policy=options.policy or (described.policy if described else None) or "round_robin",
         target_qps=_target_qps(described),
@@ -176,6 +178,13 @@ def _parser() -> argparse.ArgumentParser:
     flag("--listen-fd", type=int, metavar="N", help="a descriptor of a socket that listens, in place of --listen")
     flag("--admin-fd", type=int, metavar="N", help="the same in place of --admin")
     flag(
+        "--published",
+        metavar="HOST",
+        help="in a container: the host's address at which the endpoint is published; on loopback, public names in Host "
+        "are refused as they are without a container",
+    )
+    flag("--admin-published", metavar="HOST", help="the same of the admin port")
+    flag(
         "--accept-when-ready",
         "0",
         type=_seconds,
@@ -204,7 +213,11 @@ def _parser() -> argparse.ArgumentParser:
     flag("--api-keys", metavar="FILE", help="who may use the endpoint: a line each, NAME:SHA256 or the key itself")
     flag("--state", metavar="FOLDER", help="keep keys and usage there, on a local disk (groundserve keys, usage)")
     flag("--open", action="store_true", help="listen beyond loopback for everyone, without keys")
-    flag("--admin-key", metavar="FILE", help="the key that POSTs and PUTs on the admin port want")
+    flag(
+        "--admin-key",
+        metavar="FILE",
+        help="the key required to change anything on the admin port, and to see keys and usage",
+    )
     flag("--replica-key", metavar="FILE", help="the replicas' own API key")
     flag("--tls-cert", metavar="FILE", help="the endpoint's certificate chain, PEM; with --tls-key it speaks https")
     flag("--tls-key", metavar="FILE", help="the certificate's private key, PEM")
@@ -242,10 +255,11 @@ def _seconds(text: str) -> float:
 
 
 def _workers(text: str) -> int:
-    count = len(os.sched_getaffinity(0)) if text == "auto" else int(text)
-    if not 1 <= count <= MOST_WORKERS:
-        raise ValueError
-    return count
+    if text == "auto":
+        return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 to {MOST_WORKERS} nor auto")
+    return int(text)
 
 
 def _target_qps(described: service_file.Spec | None) -> dict[str, float]:

@@ -24,8 +24,8 @@ from balancer.fleet.dial import Dialer
 from balancer.fleet.discovery import Resolve, resolve
 from balancer.fleet.lateness import Lateness
 from balancer.observe.access_log import AccessLog
-from balancer.observe.metrics import BalancerCollector, Clients, metrics_router, registry_of
-from balancer.observe.record import Record, RequestObserver
+from balancer.observe.metrics import Clients, Figures, metrics_router
+from balancer.observe.observer import Observer
 from balancer.observe.tally import Tallies
 from balancer.observe.tracing import Tracing
 from balancer.relay import asgi, listen
@@ -34,6 +34,7 @@ from balancer.relay.cors import Cors
 from balancer.relay.directory import Directory
 from balancer.relay.doors import Doors
 from balancer.relay.file_watch import MOUNT_ITS_FOLDER, FileWatch
+from balancer.relay.kept_responses import Noted
 from balancer.relay.metering import Meter
 from balancer.relay.own_paths import public_app
 from balancer.relay.proxy import Proxy
@@ -82,7 +83,8 @@ class Balancer:
             self.tallies.when_counted.append(self.tracing.finished)
         self.lateness = Lateness(loop, self.tallies.loop_lag.note)
         self.dialer = Dialer(look_up, self.lateness.within)
-        self.services = Services(config, loop, self.dialer, replica_tls, look_up, self.tallies)
+        noted = Noted(self.accounts.ledger) if self.accounts is not None else None
+        self.services = Services(config, loop, self.dialer, replica_tls, look_up, self.tallies, noted)
         self.service = service = self.services.first
         self.access_log = AccessLog(log_descriptor, config.is_log_json)
 
@@ -92,7 +94,7 @@ class Balancer:
         self.meter = self._meter()
         self.own_app = public_app(self.services.all, self._client)
         self.proxy = Proxy(
-            Directory(self.services.destinations),
+            Directory(self.services.destinations, self.accounts.keeper if self.accounts is not None else None),
             loop,
             Observer(self.access_log, self.tallies),
             functools.partial(asgi.answer, self.own_app),
@@ -113,7 +115,7 @@ class Balancer:
         self.endpoint = listen.url_of(self._sockets[0], is_tls=self.certificate is not None)  # the URL for clients
         self.admin_endpoint = listen.url_of(self._sockets[1])
         self._own_client = _client_of(self.certificate.own_context if self.certificate else replica_tls)
-        self.figures = BalancerCollector(self.services.all, self.tallies, self.keys, self._clients())
+        self.figures = Figures(self.services.all, self.tallies, self.keys, self._clients())
         self._admin_server = listen.server(self._admin_app(), AdminConnection)
         self._listener: listen.Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -129,7 +131,7 @@ class Balancer:
         keys.take_up(accounts.issued, self.loop.time(), accounts.used_today)
 
         def changed(issued: Sequence[IssuedKey]) -> None:
-            keys.take_up(issued, self.loop.time())
+            keys.take_up(issued, self.loop.time(), accounts.used_today)
             self.tallies.keep_keys({key.name for key in keys})
             self.proxy.cors = cors_of(self.config, keys)
 
@@ -153,10 +155,17 @@ class Balancer:
     def _admin_app(self) -> Guard:
         config = self.config
         app = admin_app(self.services.all, config.admin_key, self.services, self.accounts, self._client)
-        app.include_router(metrics_router(registry_of(self.figures)))
+        app.include_router(metrics_router(self.figures))
         add_page(app, self.services.feeds)
         app.include_router(playground_router(listen.reachable(self.endpoint), self._own_client))
-        return Guard(app, is_loopback_name(config.admin[0]), config.admin_key is not None)
+        is_loopback, has_key = is_loopback_name(config.admin[0]), config.admin_key is not None
+        return Guard(app, is_loopback, has_key, config.is_admin_for_this_machine, self._may_play)
+
+    def _may_play(self) -> bool:
+        """May whoever reaches the admin port generate? The playground asks the endpoint from this machine."""
+        config, keys = self.config, self.keys
+        others_may_generate = not config.is_for_this_machine or (keys is not None and keys.are_wanted)
+        return others_may_generate or config.is_admin_for_this_machine
 
     async def start(self, leaving: asyncio.Event | None = None) -> None:
         """Opens both ports and begins to watch the replicas.
@@ -251,6 +260,7 @@ class Balancer:
             jobs["usage"] = accounts.ledger.flush
         if (keys := self.keys) is not None:
             jobs["API keys"] = lambda _: self._reload_keys(keys)
+            jobs["our part of the limits of keys"] = lambda _: keys.take_share(self.services.share)
         if (certificate := self.certificate) is not None:
             jobs["the certificate"] = lambda _: certificate.reload()
         return jobs
@@ -272,19 +282,6 @@ class Balancer:
             log.warning("%s; all stays as it was", error)
         else:
             log.info("%s: taken up", self.config.service_file)
-
-
-class Observer:
-    """Passes the record of each finished request to the access log and the metrics."""
-
-    def __init__(self, log: AccessLog, tallies: RequestObserver) -> None:
-        self.inter_token = tallies.inter_token
-        self._log = log
-        self._tallies = tallies
-
-    def finished(self, record: Record) -> None:
-        self._log.finished(record)
-        self._tallies.finished(record)
 
 
 async def close_doors(
@@ -322,7 +319,7 @@ def _client_of(tls: ssl.SSLContext) -> httpx.AsyncClient:
 def cors_of(config: Config, keys: Keys | None) -> Cors:
     """Which web pages may use the endpoint."""
     has_keys = keys is not None and keys.are_wanted
-    return Cors(config.settings.cors_origins, has_keys, is_loopback_name(config.listen[0]))
+    return Cors(config.settings.cors_origins, has_keys, config.is_for_this_machine)
 
 
 def networks(texts: tuple[str, ...]) -> tuple[Network, ...]:

@@ -1,19 +1,25 @@
 """The command groundserve: parsing only; balancer/operate does what it says."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from balancer.errors import ConfigError
-from balancer.inherited import settle
+from balancer.inherited import nobody_looks, settle
 from balancer.operate.commands import accounts, boot, change, events, manifests, models, show, sky_flags, variables
 from balancer.operate.commands.admin_port import AdminPort
 from balancer.operate.commands.begin import Source
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, ENGINES
 from balancer.spec.secret_names import is_secret
+
+# Why a write fails that was allowed: a full disk or quota, a file too large, a terminal that is gone.
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,25 +28,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     `status` has two more, for services that do not fare well (commands/show.py).
     """
     settle()
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.command == "down":
-        if bool(options.names) == options.all:
-            parser.error("down: give the NAMEs of services, or --all")
-        if options.replica_id is not None and len(options.names) != 1:
-            parser.error("down: --replica-id wants the NAME of one service")
-        if options.balancer and (len(options.names) != 1 or options.replica_id is not None):
-            parser.error("down: --balancer wants the NAME of one service and nothing else")
-    if options.command == "update" and bool(options.service) == options.abort:
-        parser.error("update: give a SERVICE.yaml, or --abort")
-    if options.command == "check" and options.service_name and len(options.service) > 1:
-        parser.error("check: -n names one service, and there are several files")
-    if options.command == "up":
-        own = [options.listen, options.admin, options.api_keys, options.open]
-        if options.join and any(own):
-            parser.error("up: --join takes the endpoint of another service as it is")
-        if options.service_name and len(options.service) > 1:
-            parser.error("up: --service-name is for one service; give each file a `name:`")
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()  # here it can be told that this fails
+    except BrokenPipeError:
+        # The reader of our output has seen enough. Without this, Python would complain when it flushes at exit.
+        nobody_looks(sys.stdout)
+        return 0
+    except OSError as failure:
+        if failure.errno not in _UNWRITABLE:
+            raise
+        nobody_looks(sys.stdout)
+        print(f"groundserve: {failure.filename or 'its output'}: {failure.strerror}", file=sys.stderr)
+        return 1
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    if wrong := _wrong_usage(options):
+        options.end_with_usage(wrong)
     try:
         return _run(options)
     except ConfigError as failure:
@@ -48,10 +56,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output has seen enough. Without this, Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _wrong_usage(options: argparse.Namespace) -> str:
+    """What cannot be said together, beyond what argparse knows; empty if all is well."""
+    match options.command:
+        case "down":
+            if bool(options.names) == options.all:
+                return "give the NAMEs of services, or --all"
+            if options.replica_id is not None and len(options.names) != 1:
+                return "--replica-id wants the NAME of one service"
+            if options.balancer and (len(options.names) != 1 or options.replica_id is not None):
+                return "--balancer wants the NAME of one service and nothing else"
+        case "update" if bool(options.service) == options.abort:
+            return "give a SERVICE.yaml, or --abort"
+        case "check" if options.service_name and len(options.service) > 1:
+            return "-n names one service, and there are several files"
+        case "up":
+            if options.join and any([options.listen, options.admin, options.api_keys, options.open]):
+                return "--join takes the endpoint of another service as it is"
+            if options.service_name and len(options.service) > 1:
+                return "--service-name is for one service; give each file a `name:`"
+    return ""
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -66,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
                 options.join,
                 tuple(filter(None, options.balancers.split(","))),
             )
-            sources = [_source(options, path) for path in options.service]
+            sources = _sources(options)
             if len(sources) > 1:
                 return change.up_together(sources, flags, options.on, is_detached=options.detach)
             return change.up(sources[0], flags, options.on, is_detached=options.detach)
@@ -83,7 +109,7 @@ def _run(options: argparse.Namespace) -> int:
         case "disable":
             return boot.disable(options.name, is_users=options.user)
         case "check":
-            return change.check([_source(options, path) for path in options.service], options.on)
+            return change.check(_sources(options), options.on)
         case "status":
             if options.admin_key:
                 return show.admin_keys(options.names)
@@ -96,19 +122,21 @@ def _run(options: argparse.Namespace) -> int:
                 return change.abort(options.name)
             return change.update(options.name, _source(options), options.mode)
         case "keys":
-            port = AdminPort.of(options.service_name, options.admin_key)
+            ports = AdminPort.all_of(options.service_name, options.admin_key)
             match options.action:
                 case "add":
-                    return accounts.add(port, options.name, _wish(options))
+                    return accounts.add(ports, options.name, _wish(options))
+                case "change":
+                    return accounts.change(ports, options.name, _wish(options))
                 case "rotate":
-                    return accounts.rotate(port, options.name)
+                    return accounts.rotate(ports, options.name)
                 case "revoke":
-                    return accounts.revoke(port, options.name)
+                    return accounts.revoke(ports, options.name)
                 case _:
-                    return accounts.show_keys(port, options.json)
+                    return accounts.show_keys(ports, options.json)
         case "usage":
-            port = AdminPort.of(options.service_name, None)
-            return accounts.usage(port, options.by, options.since, options.form)
+            ports = AdminPort.all_of(options.service_name, options.admin_key)
+            return accounts.usage(ports, options.by, options.since, options.form)
         case "rollback":
             return change.rollback(options.name, options.version, options.mode)
         case "restart":
@@ -133,8 +161,13 @@ def _wish(options: argparse.Namespace) -> accounts.Wish:
     return accounts.Wish(**{name: getattr(options, name) for name in accounts.Wish.__dataclass_fields__})
 
 
-def _source(options: argparse.Namespace, one: str | None = None) -> Source:
-    """The file that was given, or one of several."""
+def _sources(options: argparse.Namespace) -> list[Source]:
+    """The files that were given. What they have in common is read once: it may be a pipe."""
+    first = _source(options)
+    return [replace(first, path=path) for path in options.service]
+
+
+def _source(options: argparse.Namespace) -> Source:
     envs: dict[str, str] = {}
     for path in options.env_file:
         envs |= variables.of_file("--env-file", path)
@@ -143,23 +176,60 @@ def _source(options: argparse.Namespace, one: str | None = None) -> Source:
     for path in options.secret_file:
         secrets |= variables.of_file("--secret-file", path)
     secrets |= dict(variables.pair(text, "--secret") for text in options.secret)
-    return Source(one or options.service, getattr(options, "service_name", None), envs, secrets)
+    return Source(options.service, getattr(options, "service_name", None), envs, secrets)
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("groundserve")
+        except metadata.PackageNotFoundError:
+            version = "of a checkout that is not installed"
+        print(f"groundserve {version}")
+        parser.exit()
+
+
+class _Command(argparse.ArgumentParser):
+    """The parser of one command, which takes flags before, after and between its arguments, as `sky` does."""
+
+    takes_any_order = True
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # What follows a "--" is no flag, whatever it looks like; argparse forgets that between its steps.
+        if not self.takes_any_order or "--" in (args or ()):
+            return super().parse_known_args(args, namespace)
+        # argparse asks for each of its steps here again, as it comes to parse the flags and the arguments.
+        self.takes_any_order = False
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.takes_any_order = True
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="groundserve",
         description="SkyServe for hardware you own: replicas of a model on this machine, behind one endpoint.",
-        epilog="GROUNDSERVE_ADMIN: the admin port that `status` asks when nothing is up here (http://127.0.0.1:30002).",
+        epilog="GROUNDSERVE_ADMIN: the admin port that `status`, `keys` and `usage` ask when nothing is up here "
+        "(http://127.0.0.1:30002).",
         allow_abbrev=False,
     )
-    subcommands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action=_Version, help="show which version is installed, and exit")
+    subcommands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Command)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str) -> _Command:
         parser = subcommands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
         )
         sky_flags.accept(parser, name)
+        parser.set_defaults(end_with_usage=parser.error)
         return parser
 
     up = command("up", "start a service and stay in the foreground as its controller")
@@ -167,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
         up, "a SkyServe service file; or the name of a service that is meant to run, to resume it", several=True
     )
     _add_name(up)
-    up.add_argument("--join", metavar="NAME", help="share the endpoint of this service, which is up")
+    up.add_argument("--join", metavar="NAME", type=_given, help="share the endpoint of this service, which is up")
     up.add_argument(
         "-d", "--detach", action="store_true", help="return once it is up, and keep running in the background"
     )
@@ -179,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
         "--admin-key",
         metavar="FILE",
         default=os.environ.get("BALANCER_ADMIN_KEY") or None,
-        help="a file with the key for changes on the admin port (default: a generated key)",
+        help="a file with the key for changes, keys and usage on the admin port (default: a generated key)",
     )
     up.add_argument(
         "--balancers",
@@ -203,31 +273,31 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("-v", "--verbose", action="store_true", help="more columns")
 
     scale = command("scale", "change how many replicas a service has")
-    scale.add_argument("name", metavar="NAME")
+    scale.add_argument("name", metavar="NAME", type=_given)
     scale.add_argument("replicas", metavar="N", type=_count, help="the new number of replicas")
 
     update = command(
         "update", "update a running service from a file, and roll back if the new version does not become ready"
     )
-    update.add_argument("name", metavar="NAME")
+    update.add_argument("name", metavar="NAME", type=_given)
     _add_source(update, is_optional=True)
     _add_mode(update)
     update.add_argument("--abort", action="store_true", help="go back from the update that is under way instead")
     update.add_argument("-y", "--yes", action="store_true", help="accepted as by sky serve; nothing is ever asked")
 
     rollback = command("rollback", "update a running service to the file of an earlier version")
-    rollback.add_argument("name", metavar="NAME")
+    rollback.add_argument("name", metavar="NAME", type=_given)
     rollback.add_argument(
         "version", metavar="VERSION", type=_count, nargs="?", help="default: the one that served before"
     )
     _add_mode(rollback)
 
     restart = command("restart", "replace the replicas of a service by new ones, one after the other")
-    restart.add_argument("name", metavar="NAME")
+    restart.add_argument("name", metavar="NAME", type=_given)
     restart.add_argument("--replica-id", type=_count, metavar="N", help="only this replica")
 
     logs = command("logs", "show what the replicas of a service print")
-    logs.add_argument("name", metavar="NAME")
+    logs.add_argument("name", metavar="NAME", type=_given)
     logs.add_argument("ids", nargs="*", type=_count, metavar="ID", help="which replicas (default: all)")
     for flags, of in ((("--balancer", "--load-balancer"), "balancer"), (("--controller",), "controller")):
         logs.add_argument(
@@ -293,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
         ("disable", "leave a service down at boot"),
     ):
         booted = command(word, text)
-        booted.add_argument("name", metavar="NAME", help="a service that is up, or meant to run here")
+        booted.add_argument("name", metavar="NAME", type=_given, help="a service that is up, or meant to run here")
         booted.add_argument("--user", action="store_true", help="by your own systemd, not the machine's")
         if word == "enable":
             booted.add_argument(
@@ -319,7 +389,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_keys(keys: argparse.ArgumentParser) -> None:
+def _add_keys(keys: _Command) -> None:
+    keys.takes_any_order = False  # it has commands of its own
     actions = keys.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
@@ -327,26 +398,29 @@ def _add_keys(keys: argparse.ArgumentParser) -> None:
         if name != "list":
             parser.add_argument("name", metavar="NAME", help="whose key it is")
         _add_where(parser)
-        parser.add_argument("--admin-key", metavar="FILE", help="the admin key (default: that of the service here)")
         return parser
 
-    add = action("add", "issue a key, and print it this once")
-    add.add_argument("--max-in-flight", metavar="N", help="requests that it may have under way at once")
-    add.add_argument("--requests-per-minute", metavar="N", help="like 600")
-    add.add_argument("--tokens-per-minute", metavar="N", help="of prompts and answers together, like 200k")
-    add.add_argument("--tokens-per-day", metavar="N", help="like 5M")
-    add.add_argument(
-        "--priority", choices=("interactive", "bulk"), default="interactive", help="bulk waits until no other does"
-    )
-    add.add_argument("--models", default="", metavar="GLOBS", help="which models, like 'llava,llama*' (default: all)")
-    add.add_argument("--expires", metavar="DATE", help="when it ends, like 2027-01-31 (UTC)")
+    _add_limits(action("add", "issue a key, and print it this once"))
+    _add_limits(action("change", "give a key other limits; those that are not named stay, `none` takes one away"))
     action("list", "show the keys").add_argument("--json", action="store_true", help="print JSON")
     action("rotate", "give a key a new secret, and print it this once; the old one is refused from then on")
     action("revoke", "refuse a key from now on")
 
 
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-in-flight", metavar="N", help="requests that it may have under way at once")
+    parser.add_argument("--requests-per-minute", metavar="N", help="like 600")
+    parser.add_argument("--requests-per-day", metavar="N", help="like 10k")
+    parser.add_argument("--tokens-per-minute", metavar="N", help="of prompts and answers together, like 200k")
+    parser.add_argument("--tokens-per-day", metavar="N", help="like 5M")
+    parser.add_argument("--priority", choices=("interactive", "bulk"), help="bulk waits until no other does")
+    parser.add_argument("--models", metavar="GLOBS", help="which models, like 'llava,llama*'; '*' is all")
+    parser.add_argument("--expires", metavar="DATE", help="when it ends, like 2027-01-31 (UTC)")
+
+
 def _add_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--service-name", metavar="NAME", help="of which service (default: the only one here)")
+    parser.add_argument("--admin-key", metavar="FILE", help="the admin key (default: that of the service here)")
 
 
 def _add_name(parser: argparse.ArgumentParser) -> None:
@@ -373,7 +447,7 @@ def _add_source(
     is_optional: bool = False,
 ) -> None:
     count = "+" if several else "?" if is_optional else None
-    parser.add_argument("service", metavar="SERVICE.yaml", nargs=count, help=text)
+    parser.add_argument("service", metavar="SERVICE.yaml", nargs=count, type=_given, help=text)
     parser.add_argument("--env", action="append", default=[], metavar="K=V", help="set one of the file's envs")
     parser.add_argument(
         "--env-file", action="append", default=[], type=Path, metavar="FILE", help="a file of K=V lines"
@@ -382,6 +456,12 @@ def _add_source(
     parser.add_argument(
         "--secret-file", action="append", default=[], type=Path, metavar="FILE", help="a file of K=V lines"
     )
+
+
+def _given(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: a variable of the shell without a value?")
+    return text
 
 
 def _count(text: str) -> int:

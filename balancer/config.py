@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from balancer.contract.listing import ReplicaListing
+from balancer.spec.loopback import is_loopback_name
 from balancer.spec.service_file import parse
 from balancer.spec.settings import PolicyName, ReadinessProbe, Settings
 
@@ -18,6 +19,9 @@ class Config:
     # Descriptors of listening sockets that our parent hands to us; None: we open them ourselves.
     listen_fd: int | None = None
     admin_fd: int | None = None
+    # In a container, both ports listen on all addresses: the host's addresses at which they are published.
+    published: str | None = None
+    admin_published: str | None = None
     accept_when_ready: float = 0  # max. seconds for which clients wait, unaccepted, until a replica is ready
     policy: PolicyName = "round_robin"
     target_qps: Mapping[str, float] = field(default_factory=dict)  # by GPU type, for instance_aware_least_load
@@ -40,6 +44,16 @@ class Config:
     workers: int = 1  # processes that relay; with more than one, another one coordinates them
     # Further services behind the same endpoint; their fields that concern the whole process are ignored.
     others: tuple["Config", ...] = ()
+
+    @property
+    def is_for_this_machine(self) -> bool:
+        """Whether only this machine, and containers beside ours, reach the endpoint."""
+        return is_loopback_name(self.published or self.listen[0])
+
+    @property
+    def is_admin_for_this_machine(self) -> bool:
+        """The same of the admin port."""
+        return is_loopback_name(self.admin_published or self.admin[0])
 
 
 def for_service(text: str, name: str, replica_key: str | None, process: Config) -> Config:

@@ -70,7 +70,8 @@ class Service:
 
     def start(self) -> None:
         """Adds the configured replicas, begins to watch them, and starts discovery."""
-        self.fleet.reconcile(self.config.replicas)
+        if self.config.replicas:
+            self.fleet.reconcile(self.config.replicas)
         self.prober.start()
         if self.discovery is not None:
             self.discovery.start()

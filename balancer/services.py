@@ -15,6 +15,7 @@ from balancer.fleet.fleet import Fleet
 from balancer.observe.history import History
 from balancer.observe.tally import Tallies
 from balancer.relay.directory import Destination
+from balancer.relay.kept_responses import Hearers, KeptResponses
 from balancer.relay.sweep import Job
 from balancer.routing.turns import Rules
 from balancer.service import Service
@@ -27,7 +28,7 @@ class Services:
     """The services of the process's own configuration, which stay as long as it runs, and those that join it.
 
     The lists belong together, item by item, and are changed in place, so other parts may keep them. `jobs` are the
-    sweep's.
+    sweep's. `noted` is told who keeps which answer of /v1/responses.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Services:
         tls: ssl.SSLContext,
         look_up: Resolve,
         tallies: Tallies,
+        noted: Hearers | None = None,
     ) -> None:
         self.all: list[Service] = []
         self.destinations: list[Destination] = []
@@ -50,6 +52,7 @@ class Services:
         self._tls = tls
         self._look_up = look_up
         self._tallies = tallies
+        self._noted = noted
         self._endpoint = ""  # empty until the process serves
         self._process = (
             f"{config.name}-{secrets.token_hex(4)}"  # unique: two may share a GPU without knowing each other
@@ -63,6 +66,11 @@ class Services:
     def first(self) -> Service:
         """The service whose settings apply to the endpoint itself."""
         return self.all[0]
+
+    @property
+    def share(self) -> float:
+        """Which part of a key's limit is ours beside other balancers: the largest that a service with replicas has."""
+        return max((service.fleet.share for service in self.all if service.fleet.members), default=1.0)
 
     def start(self, endpoint: str) -> None:
         """Begins to watch the replicas of all services."""
@@ -150,6 +158,7 @@ class Services:
         self.turn_taking.watch(service)
         key = config.replica_key
         destination = Destination(service.places, service.settings, self._loop, key, self._tls, self._dialer, service)
+        destination.responses = KeptResponses(self._noted)
         history = History(service.fleet, service.admission, self._tallies)
         self.all.append(service)
         self.destinations.append(destination)

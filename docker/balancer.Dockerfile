@@ -2,9 +2,10 @@ ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS build
 WORKDIR /build
-COPY balancer/requirements.lock ./
+COPY balancer/requirements.lock balancer/requirements-tracing.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --quiet --root-user-action=ignore --prefix=/install --ignore-installed --no-deps --require-hashes -r requirements.lock
+    pip install --quiet --root-user-action=ignore --prefix=/install --ignore-installed --no-deps --require-hashes \
+        -r requirements.lock -r requirements-tracing.lock
 COPY balancer /opt/groundserve/balancer
 # The root file system is read-only at run time, so Python cannot compile anything later.
 RUN python3 -m compileall -q /opt/groundserve/balancer

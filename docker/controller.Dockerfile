@@ -21,5 +21,7 @@ COPY --from=build /install/lib /usr/local/lib
 COPY --from=build /opt/groundserve/balancer /opt/groundserve/balancer
 WORKDIR /opt/groundserve
 ENV PYTHONUNBUFFERED=1
+# For people: kubectl exec deploy/NAME-controller -- groundserve status
+COPY --chmod=755 docker/groundserve /usr/local/bin/
 USER 1000:1000
 ENTRYPOINT ["python3", "-m", "balancer.cli"]

@@ -4,6 +4,7 @@ It takes a free port there, tells it in its job's comment, and becomes the repli
 replica; it lies on the shared file system, and only its owner can read it, because it may hold keys.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -20,6 +21,9 @@ from replica import node_copy
 
 # What stands for the port in command and variables until there is one.
 PORT_MARK = "@GROUNDSERVE_PORT@"
+# The same for a replica on several nodes: which of them this is, and the address at which they meet.
+RANK_MARK = "@GROUNDSERVE_RANK@"
+MEETING_MARK = "@GROUNDSERVE_MEETING@"
 # Ports to choose from: below those that the kernel gives to outgoing connections.
 _PORTS = range(20000, 30000)
 # Variables that the job has from Slurm, and that go before those of FILE.
@@ -34,6 +38,8 @@ _SLURMS = (
 # Seconds that scontrol may take, and between two tries while the controller of Slurm does not answer.
 _ANSWER = 30.0
 _AGAIN = 3.0
+# Seconds between two looks whether the other nodes of a replica are there.
+_LOOK = 1.0
 
 
 class AnnounceError(Exception):
@@ -49,20 +55,25 @@ class Job:
     mark: str
     envs: Mapping[str, str] = field(repr=False)
     local_models: str = ""
+    nodes: int = 1
 
     @classmethod
     def read(cls, file: Path) -> "Job":
         try:
             said: Any = json.loads(file.read_bytes())
-            return cls(
-                tuple(said["argv"]), said["workdir"], said["mark"], dict(said["envs"]), said.get("local_models") or ""
-            )
+            argv, envs = tuple(said["argv"]), dict(said["envs"])
+            models, nodes = said.get("local_models") or "", int(said.get("nodes", 1))
+            return cls(argv, said["workdir"], said["mark"], envs, models, nodes)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise AnnounceError(f"{file} does not say what to start here: {error}") from None
 
-    def at_port(self, port: int) -> "Job":
+    def filled(self, values: Mapping[str, str]) -> "Job":
+        """With these values in the place of the marks."""
+
         def filled(text: str) -> str:
-            return text.replace(PORT_MARK, str(port))
+            for mark, value in values.items():
+                text = text.replace(mark, value)
+            return text
 
         envs = {name: filled(value) for name, value in self.envs.items()}
         return replace(self, argv=tuple(map(filled, self.argv)), envs=envs)
@@ -75,16 +86,59 @@ def main(file: Path, environ: Mapping[str, str]) -> None:
         copied = node_copy.on_this_node(job.argv, job.envs, job.local_models, say)
         job = replace(job, argv=copied.argv, envs=copied.envs)
     address = own_address(environ)
-    job = job.at_port(port := free_port(address))
+    port = free_port(address)
+    job = job.filled({PORT_MARK: str(port)})
+    rank = int(environ.get("SLURM_PROCID", "0")) if job.nodes > 1 else 0
+    if job.nodes > 1:
+        job = _together(job, file, rank, address, port, environ)
     envs = {**job.envs, **{name: value for name, value in environ.items() if name.startswith(_SLURMS)}}
     envs.setdefault("REPLICA_HOST", address)
-    where = f"[{address}]" if ":" in address else address
-    announce(f"{job.mark},at=http://{where}:{port}", environ)
+    if rank == 0:
+        announce(f"{job.mark},at=http://{_in_url(address)}:{port}", environ)
     try:
         os.chdir(job.workdir)
         os.execvpe(job.argv[0], job.argv, envs)
     except OSError as error:
         raise AnnounceError(f"{error.filename or job.argv[0]}: {error.strerror}") from None
+
+
+def _together(job: Job, file: Path, rank: int, address: str, port: int, environ: Mapping[str, str]) -> Job:
+    """The job of one of several nodes, once all are there: SGLang's first node waits for the others only so long."""
+    here = {"node": environ.get("SLURMD_NODENAME", ""), "address": address, "port": port}
+    here["meeting"] = f"{_in_url(address)}:{free_port(address)}"
+    all_of_them = meet(file, rank, job.nodes, here)
+    told = {
+        "SKYPILOT_NODE_RANK": str(rank),
+        "SKYPILOT_NODE_IPS": "\n".join(str(one["address"]) for one in all_of_them),
+    }
+    meeting = str(all_of_them[0]["meeting"])
+    return replace(job, envs={**job.envs, **told}).filled({RANK_MARK: str(rank), MEETING_MARK: meeting})
+
+
+def meet(
+    file: Path, rank: int, count: int, here: Mapping[str, object], pause: Callable[[float], None] = time.sleep
+) -> list[dict[str, Any]]:
+    """Writes `here` beside FILE, for the others, and returns what each of them wrote once all have, by rank."""
+    ours = file.with_name(f"{file.name}.{rank}")
+    fresh = file.with_name(f".{ours.name}")
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
+            json.dump(here, opened)
+        fresh.replace(ours)
+    except OSError as error:
+        raise AnnounceError(f"{ours}: {error.strerror}") from None
+    found: dict[int, dict[str, Any]] = {}
+    while True:
+        for other in set(range(count)) - found.keys():
+            with contextlib.suppress(OSError, ValueError):
+                found[other] = json.loads(file.with_name(f"{file.name}.{other}").read_bytes())
+        if len(found) == count:
+            return [found[other] for other in range(count)]
+        pause(_LOOK)
+
+
+def _in_url(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
 
 def own_address(environ: Mapping[str, str]) -> str:
@@ -104,13 +158,19 @@ def own_address(environ: Mapping[str, str]) -> str:
 
 
 def free_port(address: str, tries: int = 200) -> int:
+    """A port that no other job on this node chooses while ours loads, and does not listen there yet.
+
+    What keeps it is a name that, as a port, belongs to a network and may be held by one; the command inherits it.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     for port in random.sample(_PORTS, tries):
-        with socket.socket(family) as trial:
+        with socket.socket(family) as trial, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as name:
             try:
                 trial.bind((address, port))
+                name.bind(f"\0groundserve port {port}")
             except OSError:
                 continue
+            os.set_inheritable(name.detach(), True)
             return port
     raise AnnounceError(f"no port is free on {address}")
 

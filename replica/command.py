@@ -150,12 +150,12 @@ def visible(gpus: Sequence[Gpu]) -> dict[str, str]:
     """The variables that make CUDA see these GPUs and no others.
 
     Indices, not UUIDs: SGLang 0.5.23 parses each as an int for tensor parallelism (custom all-reduce, VMM fabric).
-    Indices match nvidia-smi's only in PCI bus order; CUDA's own order is by speed.
+    Indices match nvidia-smi's only in PCI bus order; CUDA's own order is by speed. Where they may not match even so,
+    a single GPU is given by its UUID: an index could be that of a GPU which another replica has leased.
     """
-    return {
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": ",".join(str(gpu.index) for gpu in gpus),
-    }
+    by_index = len(gpus) > 1 or gpus[0].has_cuda_index
+    names = [str(gpu.index) if by_index else gpu.uuid for gpu in gpus]
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(names)}
 
 
 def masked(argv: Sequence[str]) -> list[str]:

@@ -27,6 +27,9 @@ class Family:
 FAMILIES = (
     Family("Hermes", r"hermes-?\d", "hermes"),
     Family("Qwen3-Coder", r"qwen3-?coder", "qwen3_coder"),
+    # Distilled models think as R1 does, and are Qwen's or Llama's otherwise.
+    Family("DeepSeek-R1 in Qwen", r"(?=.*deepseek-r1).*qwen", "qwen", "deepseek-r1"),
+    Family("DeepSeek-R1 in Llama", r"(?=.*deepseek-r1).*llama", "llama3", "deepseek-r1"),
     Family("DeepSeek-R1", r"deepseek-r1", "deepseekv3", "deepseek-r1"),
     Family("DeepSeek-V3.1", r"deepseek-v3\.1", "deepseekv31", "deepseek-v3"),
     Family("DeepSeek-V3.2-Exp", r"deepseek-v3\.2-exp", "deepseekv31", "deepseek-v3"),

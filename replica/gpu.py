@@ -7,7 +7,7 @@ as well.
 import re
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Simulates this many GPUs, to test leases on machines without any. Only the lease uses them: with --device auto SGLang
@@ -38,6 +38,8 @@ class Gpu:
     mig: bool = False
     # Why it cannot be used, in the driver's words; empty if it can.
     problem: str = ""
+    # Is it certain that CUDA knows it by the same index?
+    has_cuda_index: bool = True
 
     @property
     def memory_free(self) -> int:
@@ -91,6 +93,9 @@ def _all_gpus(driver: Path) -> tuple[list[Gpu], list[str]]:
         raise GpuError(f"nvidia-smi failed: {answers[0].said} (repair the NVIDIA driver, or use --device cpu)")
     complaints = [f"nvidia-smi: {line}" for answer in answers for line in answer.complaints]
     complaints += [f"GPU {gpu.index} is not used: {gpu.problem}" for gpu in found if gpu.problem]
+    # CUDA does not count GPUs that it cannot open, and counts the parts of one that is split by MIG.
+    if any(gpu.problem or gpu.mig or gpu.index != number for number, gpu in enumerate(found)):
+        found = [replace(gpu, has_cuda_index=False) for gpu in found]
     return found, list(dict.fromkeys(complaints))
 
 

@@ -129,6 +129,7 @@ def _first_turn(
     tell: Callable[[str], None],
 ) -> Turn:
     """Waits for the turn, as loading takes the GPU's memory just as serving does. `give_up`: a time of `clock`."""
+    mine: Turn | None = None
     try:
         mine = Turn.join(directory, [gpu.uuid for gpu in group], note, now())
         is_told = False
@@ -142,6 +143,8 @@ def _first_turn(
                 raise AllHeldError(f"it is not this replica's turn yet ({there})")
             pause(_TURN_POLL)
     except OSError as error:
+        if mine is not None:
+            mine.leave()
         raise LeaseError(
             f"cannot take turns in {directory} ({error.strerror}): is LEASE_DIR shared with another user?"
         ) from None
@@ -242,15 +245,20 @@ def _lock_all(group: Sequence[Gpu], directory: Path, is_shared: bool) -> tuple[i
         try:
             descriptor = lock_file.lock(path, is_shared=is_shared)
         except OSError as error:
+            _close(descriptors)
             raise LeaseError(
                 f"cannot open the lease {path} ({error.strerror}): is LEASE_DIR shared with another user?"
             ) from None
         if descriptor is None:
-            for other in descriptors:
-                os.close(other)
+            _close(descriptors)
             return None
         descriptors.append(descriptor)
     return tuple(descriptors)
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _sign(descriptors: Sequence[int], note: str, now: float) -> None:

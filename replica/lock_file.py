@@ -54,6 +54,9 @@ def lock(path: Path, *, is_shared: bool = False) -> int | None:
             return descriptor
     except BlockingIOError:
         pass
+    except OSError:
+        os.close(descriptor)
+        raise
     os.close(descriptor)
     return None
 

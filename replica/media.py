@@ -25,6 +25,11 @@ _WEB = re.compile("https?://", re.IGNORECASE)
 _JPEG = "/9j/"  # every JPEG begins so in base64; no path does
 _MAX_PATH = 4096
 _MAX_DEPTH = 16  # lists in lists
+_FIRST = 4096  # letters of a data: URL that tell most media from a playlist
+# What FFmpeg finds anywhere in a text: DASH, SDP, IMF.
+_PLAYLISTS = (b"<mpd", b"c=in ip", b"<compositionplaylist")
+# An ID3v2 tag: its flags, and its length, 7 bits a byte. FFmpeg skips as many as there are before it looks.
+_TAG = re.compile(rb"ID3[^\xff]{2}(.)([\0-\x7f]{4})", re.DOTALL)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -142,21 +147,31 @@ class MediaPolicy:
 
 def check_content(content: bytes) -> None:
     """Raises MediaError for playlists: FFmpeg would open the files and addresses that they list by itself."""
-    text = content.split(b"\0", 1)[0].lower()  # in a real image, sound or video, only a few bytes
-    if text.startswith((b"#extm3u", b"ffconcat")) or b"<mpd" in text or b"c=in ip" in text:
-        raise MediaError("this is a playlist, not an image, video or sound: send what it lists")
+    start = 0
+    while start < len(content):
+        end = content.find(b"\0", start)
+        text = content[start : len(content) if end < 0 else end].lower()  # of real media, only a few bytes
+        if text.startswith((b"#extm3u", b"ffconcat")) or any(mark in text for mark in _PLAYLISTS):
+            raise MediaError("this is a playlist, not an image, video or sound: send what it lists")
+        if not (tag := _TAG.match(content, start)):
+            return
+        start = tag.end() + sum(part << shift for part, shift in zip(tag[2], (21, 14, 7, 0), strict=True))
+        start += 10 if tag[1][0] & 0x10 else 0  # a footer
 
 
 def _check_data(source: str) -> None:
     start = source.find(",") + 1
-    for length in (4096, len(source)):
+    if not start or source.find(",", start) >= 0:
+        # SGLang's loaders do not agree which part is meant.
+        raise MediaError(f"{_shown(source)}: a data: URL has one comma, before its content")
+    for length in (_FIRST, len(source)):
         try:
-            content = base64.b64decode(source[start : start + length])
+            content = base64.b64decode(source[start : start + length], validate=True)
         except ValueError:
-            return  # SGLang reports it
-        check_content(content)
-        if b"\0" in content:
-            return
+            raise MediaError(f"{_shown(source)}: the content of a data: URL must be base64, without spaces") from None
+        if b"\0" in content and not _TAG.match(content):
+            break
+    check_content(content)
 
 
 def is_public(address: str) -> bool:

@@ -20,7 +20,7 @@ _EPILOG = """\
 environment: MODEL, REPLICA_HOST, REPLICA_PORT, REPLICA_DEVICE, GPUS_PER_REPLICA stand in for the flags;
   GPU_KINDS     stands in for --gpu-kinds
   LEASE_DIR     folder of GPU leases, shared by all replicas of the machine (/run/lock/groundserve where root has
-                made it, else /run/lock/groundserve-leases)
+                made it, else groundserve-leases in /run/lock or, where not everyone may write to that, in /tmp)
   LEASE_WAIT    seconds to wait for a free GPU, or for its turn on a shared one (60)
   GPU_SHARE     yes stands in for --gpu-share
   GPU_SLICE     minimum seconds of a turn on a shared GPU while others wait (2)

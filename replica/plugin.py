@@ -160,18 +160,23 @@ def fill_in_key(argv: Iterable[str], environ: Mapping[str, str]) -> list[str]:
 
     Only variables that are made for that are read. Raises OptionsError.
     """
-    given = list(argv)
-    made = []
-    for before, part in zip(["", *given], given, strict=False):
+    made: list[str] = []
+    for part in argv:
         flag, equals, value = part.partition("=") if part.startswith("--") else ("", "", part)
+        before = made[-1] if made and not flag else ""
         if before == "--api-key" and part.startswith(KEY_FILE_MARK):
-            made.append(read_secret(Path(part.removeprefix(KEY_FILE_MARK)), "SGLANG_API_KEY_FILE"))
+            secret = read_secret(Path(part.removeprefix(KEY_FILE_MARK)), "SGLANG_API_KEY_FILE")
         elif found := VARIABLE.fullmatch(value):
             if found[1] not in environ:
                 raise OptionsError(f"{found[1]}, which {flag or before} wants, is not set")
-            made.append(f"{flag}{equals}{environ[found[1]]}")
+            secret = environ[found[1]]
         else:
             made.append(part)
+            continue
+        if before.startswith("--") and "=" not in before:
+            # As one argument: a key that begins with a hyphen would be read as a flag.
+            flag, equals = made.pop(), "="
+        made.append(f"{flag}{equals}{secret}")
     return made
 
 

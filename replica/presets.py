@@ -122,9 +122,9 @@ def resolve(model: str) -> Preset:
         raise ModelError(f"there is no folder {model}: give a model's folder, a Hugging Face id, or one of {_names()}")
     if not _HUB_ID.fullmatch(model):
         near = difflib.get_close_matches(model.lower(), PRESETS, n=1, cutoff=0.4)
-        meant = f"did you mean {near[0]}? " if near else ""
+        meant = f"did you mean {near[0]}? There" if near else "there"
         raise ModelError(
-            f"unknown model {model}: {meant}There are {_names()}; or give a folder, or a Hugging Face id (org/name)"
+            f"unknown model {model}: {meant} are {_names()}; or give a folder, or a Hugging Face id (org/name)"
         )
     return Preset(model.rpartition("/")[2], model, model)
 

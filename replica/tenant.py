@@ -180,7 +180,6 @@ class Tenant:
             if is_late or lacks_memory or self.wanted is not wanted or self.state is State.BROKEN:
                 if wanted is State.AWAKE and self.wanted is wanted:
                     self._wish(self.state)
-                    self._turn.stop_waiting(self._now())
                 return self._is_as(wanted)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._moved.wait(), min(left, _LOOK) if left > 0 else _LOOK)
@@ -247,6 +246,8 @@ class Tenant:
     def _wish(self, wanted: State, *, is_own: bool = False) -> None:
         self.wanted = wanted
         self._is_own_wish = is_own
+        if wanted is not State.AWAKE:
+            self._turn.stop_waiting(self._now())
         self._wished.set()
 
     def _is_as(self, wanted: State) -> bool:
@@ -271,7 +272,6 @@ class Tenant:
                 self._wish(State.AWAKE, is_own=True)
         elif self._is_own_wish and not has_requests:
             self._wish(self.state, is_own=True)
-            self._turn.stop_waiting(self._now())
 
     def _is_over(self, has_requests: bool) -> bool:
         """Should it yield its turn? At once if it is idle and takes turns by itself, else after a slice.

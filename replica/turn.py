@@ -87,8 +87,7 @@ class Turn:
             for gpu in sorted(gpus):
                 name, descriptor = _free_place(directory, gpu)
                 own[name] = descriptor
-                turns.append(lock_file.open_or_make(directory / f"{gpu}.turn"))
-                os.set_inheritable(turns[-1], True)
+                turns.append(_opened(directory / f"{gpu}.turn"))
         except BaseException:
             for descriptor in (*own.values(), *turns):
                 os.close(descriptor)
@@ -136,7 +135,8 @@ class Turn:
     def take(self, now: float, by: str = "", *, is_ahead: bool = False) -> bool:
         """Takes the turn, or waits for it from now on: tenants that have waited longer go first. Raises OSError.
 
-        is_ahead: it waits as if it had waited longer than any other.
+        is_ahead: it waits as if it had waited longer than any other. One that cannot take the turn (OSError) does not
+        wait, and keeps none of it: it would be in the way of those that can.
         """
         if self.is_mine:
             return True
@@ -147,22 +147,33 @@ class Turn:
         mine = (self.waiting_since, self._said["host"], self._said["pid"])
         if any((other.waiting_since, other.host, other.pid) < mine for other in self.others() if other.waits(now)):
             return False
-        taken: list[int] = []
-        for gpu in self.gpus:
-            path = self._directory / f"{gpu}.turn"
-            if not lock_file.is_at(self._turns[gpu], path):
-                os.close(self._turns[gpu])
-                self._turns[gpu] = lock_file.open_or_make(path)
-            try:
-                fcntl.flock(self._turns[gpu], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                for descriptor in taken:
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
-                return False
-            taken.append(self._turns[gpu])
+        try:
+            self._lock_all()
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.stop_waiting(now)
+            raise
         self.is_mine = True
         self.say(now, waiting_since=0.0)
         return True
+
+    def _lock_all(self) -> None:
+        """Takes all of its locks or none. Raises BlockingIOError if another has one, and OSError."""
+        taken: list[int] = []
+        try:
+            for gpu in self.gpus:
+                path = self._directory / f"{gpu}.turn"
+                if not lock_file.is_at(self._turns[gpu], path):
+                    # The new one first: a number that is closed and kept would soon be another file's.
+                    stale, self._turns[gpu] = self._turns[gpu], _opened(path)
+                    os.close(stale)
+                fcntl.flock(self._turns[gpu], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                taken.append(self._turns[gpu])
+        except OSError:
+            for descriptor in taken:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            raise
 
     def stop_waiting(self, now: float) -> None:
         if self.waiting_since:
@@ -225,6 +236,13 @@ def _free_place(directory: Path, gpu: str) -> tuple[str, int]:
         if descriptor is not None:
             return name, descriptor
     raise TooManyTenantsError(f"GPU {gpu} has {MOST_TENANTS} tenants, and no place for another")
+
+
+def _opened(path: Path) -> int:
+    """A descriptor of a turn's file that outlives exec. Raises OSError."""
+    descriptor = lock_file.open_or_make(path)
+    os.set_inheritable(descriptor, True)
+    return descriptor
 
 
 def _in_place(descriptor: int, path: Path) -> int:

@@ -19,7 +19,7 @@ _HALF = {"F16", "BF16"}
 _PARTIAL = {"mamba_d_state", "ssm_state_size", "linear_num_key_heads", "linear_attn_config", "layers_block_type"}
 _PARTIAL |= {"hybrid_override_pattern", "attn_type_list", "index_topk", "attention_chunk_size"}
 # Flags by which what is kept takes another place, or another size, than the files say.
-_ELSEWHERE = {"--cpu-offload-gb", "--kv-cache-dtype", "--quantization", "--load-format"}
+_ELSEWHERE = {"--cpu-offload-gb", "--kv-cache-dtype", "--quantization", "--load-format", "--nnodes"}
 # Quantisations that SGLang applies while it loads, and the bytes that each number of a matrix then takes.
 _QUANTISED = {"fp8": 1, "w8a8_fp8": 1, "w8a8_int8": 1, "mxfp8": 1}
 

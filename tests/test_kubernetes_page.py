@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from balancer.operate.engines.kubernetes import objects
+from balancer.operate.engines.kubernetes import replica_pods
 from balancer.operate.recipe.recipe import recipe
 from balancer.spec.kubernetes import Kubernetes
 from balancer.spec.service_file import parse
@@ -24,5 +24,5 @@ def test_each_key_is_on_the_page() -> None:
 
 def test_its_example_can_be_served() -> None:
     (text,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    pod = objects.replica(1, recipe(parse(text, source="llava.yaml")), "uid")
+    (pod,) = replica_pods.pods_of(1, recipe(parse(text, source="llava.yaml")), "uid", "llava-secrets")
     assert pod["spec"]["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "1"}

@@ -36,6 +36,8 @@ BY_OTHERS = {
 }
 # Said in situations that a test cannot wait for or has no network for, so read where it stands in the code.
 IN_CODE = {
+    "port ... is kept for a replica of another service here": "balancer.operate.engines.local.engine",
+    "while it started, port ... was taken": "balancer.operate.engines.local.engine",
     "it is not this replica's turn yet (...)": "replica.lease",
     "a replica that shares its GPU has to say how much of it is its own ...": "replica.sharing",
     "it cannot wake: ...": "replica.tenant",
@@ -83,6 +85,7 @@ def complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         errors.buffers_full(),
         errors.lost_twice(),
         errors.kills_replicas(60),
+        errors.foreign_host("llm.example"),
     )
     heard = [refusal.message for refusal in refusals]
 

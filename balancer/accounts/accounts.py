@@ -1,7 +1,8 @@
 """Issued keys and their usage, as the admin port reads and changes them."""
 
 import asyncio
-import secrets
+import logging
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -12,9 +13,11 @@ import orjson
 
 from balancer.accounts.ledger import Ledger
 from balancer.accounts.off_loop import off_loop
-from balancer.accounts.store import HOUR, IssuedKey, Store
-from balancer.contract.account import KeyRow, KeyTerms
+from balancer.accounts.store import HOUR, IssuedKey, Keeper, Store
+from balancer.contract.account import KeyRow, KeyTerms, new_secret
 from balancer.errors import ConfigError
+
+log = logging.getLogger("groundserve")
 
 T = TypeVar("T")
 LONGEST_NAMES = 10_000  # keys in use
@@ -33,37 +36,51 @@ class Accounts:
         try:
             self.issued = store.issued()
             self.has_keys = store.has_keys()
-            self.used_today = store.tokens_since(int(time.time()) // HOUR - 23)
+            self.used_today = self._used_today()
         except sqlite3.Error as failure:
             raise ConfigError(f"--state: {store.path} cannot be used ({failure}): move it away, or mend it") from None
 
     async def keys(self) -> list[KeyRow]:
         return await self._asked(self._store.keys)
 
-    async def add(self, name: str, terms: KeyTerms) -> str:
-        """A new key's secret, which is kept nowhere here. Raises ConfigError."""
+    async def add(self, name: str, terms: KeyTerms, given: bytes | None = None) -> str:
+        """A new key's secret, which is kept nowhere here; empty if the digest of one is given. Raises ConfigError."""
         if len(self.issued) >= LONGEST_NAMES:
             raise ConfigError(f"there are {LONGEST_NAMES} keys: revoke some")
-        secret, digest = _drawn()
+        secret, digest = _drawn() if given is None else ("", given)
         await self._changed(lambda: self._store.add(name, digest, terms, time.time()))
         return secret
 
-    async def rotate(self, name: str) -> str:
-        """The key's new secret; the old one is refused from now on. Raises ConfigError."""
-        secret, digest = _drawn()
+    async def rotate(self, name: str, given: bytes | None = None) -> str:
+        """The key's new secret, as for `add`; the old one is refused from now on. Raises ConfigError."""
+        secret, digest = _drawn() if given is None else ("", given)
         await self._changed(lambda: self._store.rotate(name, digest))
         return secret
+
+    async def limit(self, name: str, terms: KeyTerms) -> None:
+        """These are the key's limits from now on; its secret stays. Raises ConfigError."""
+        await self._changed(lambda: self._store.limit(name, terms))
 
     async def revoke(self, name: str) -> None:
         """Requests under way are finished. Raises ConfigError."""
         await self._changed(lambda: self._store.revoke(name, time.time()))
 
-    async def usage(self, by: Sequence[str], since: float) -> bytes:
-        """A JSON list of what was used from that time on (seconds since 1970), up to now. Raises ConfigError."""
+    async def usage(self, by: Sequence[str], since: float, until: float = math.inf) -> bytes:
+        """A JSON list of what was used between those times (seconds since 1970). Raises ConfigError."""
         for hook in self.before_reading:
             hook()
         await self.ledger.written()
-        return await self._asked(lambda: orjson.dumps(self._store.usage(by, since)))
+        return await self._asked(lambda: orjson.dumps(self._store.usage(by, since, until)))
+
+    async def keeper(self, id_: str) -> Keeper | None:
+        """Who keeps that answer of /v1/responses, if this process or one before it noted it, and the disk answers."""
+        if (noted := self.ledger.noted(id_)) is not None:
+            return noted
+        try:
+            return await off_loop(lambda: self._store.keeper(id_))
+        except sqlite3.Error as failure:
+            log.warning("%s cannot be read now (%s): who keeps an answer is not known", self._store.path, failure)
+            return None
 
     async def close(self) -> None:
         for hook in self.before_reading:
@@ -82,10 +99,14 @@ class Accounts:
             try:
                 await self._asked(change)
             finally:  # even after a failure: the keys of an earlier change may not have been read
-                self.issued = await self._asked(self._store.issued)
+                self.issued, self.used_today = await self._asked(lambda: (self._store.issued(), self._used_today()))
                 self.has_keys = self.has_keys or bool(self.issued)
                 for hook in self.when_changed:
                     hook(self.issued)
+
+    def _used_today(self) -> dict[str, tuple[int, int]]:
+        """By key: the requests and tokens of the last 24 hours, for limits by the day that begin now."""
+        return self._store.used_since(int(time.time()) // HOUR - 23)
 
     async def _asked(self, work: Callable[[], T]) -> T:
         try:
@@ -95,5 +116,5 @@ class Accounts:
 
 
 def _drawn() -> tuple[str, bytes]:
-    secret = "sk-" + secrets.token_urlsafe(32)
+    secret = new_secret()
     return secret, sha256(secret.encode()).digest()

@@ -1,4 +1,4 @@
-"""Adds up usage in memory and writes the sums to the store once a second, off the event loop."""
+"""Adds up usage, notes who keeps which answer, and writes both to the store once a second, off the event loop."""
 
 import asyncio
 import logging
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from balancer.accounts.off_loop import off_loop
-from balancer.accounts.store import HOUR, Store
+from balancer.accounts.store import HOUR, MOST_ANSWERS, Keeper, Store
 
 log = logging.getLogger("groundserve")
 
@@ -26,6 +26,8 @@ class Ledger:
         self._store = store
         self._clock = clock
         self._rows: dict[tuple[int, str, str], list[int]] = {}
+        self._answers: dict[str, Keeper] = {}  # by id; since the last write that succeeded
+        self._being_written: dict[str, Keeper] = {}
         self._task: asyncio.Task[bool] | None = None
         self._next = 0.0
         self._said = -SAID_AGAIN
@@ -39,9 +41,18 @@ class Ledger:
             for index, figure in enumerate(figures):
                 sums[index] += figure
 
+    def note_answer(self, id_: str, keeper: Keeper) -> None:
+        """Notes who keeps an answer, for the processes that come after this one."""
+        if len(self._answers) < MOST_ANSWERS:
+            self._answers[id_] = keeper
+
+    def noted(self, id_: str) -> Keeper | None:
+        """What `note_answer` was told and is not on the disk yet."""
+        return self._answers.get(id_) or self._being_written.get(id_)
+
     def flush(self, now: float) -> None:
         """Starts a write if one is due and none is under way; `now` is the loop's time. For the sweep."""
-        if self._rows and now >= self._next and (self._task is None or self._task.done()):
+        if (self._rows or self._answers) and now >= self._next and (self._task is None or self._task.done()):
             self._next = now + EVERY
             self._task = asyncio.ensure_future(self._write())
 
@@ -49,7 +60,7 @@ class Ledger:
         """Waits until what was noted before is written, or a write has failed."""
         if self._task is not None and not self._task.done():
             await asyncio.shield(self._task)
-        if self._rows:
+        if self._rows or self._answers:
             self._task = asyncio.ensure_future(self._write())
             await asyncio.shield(self._task)
 
@@ -65,16 +76,22 @@ class Ledger:
 
     async def _write(self) -> bool:
         rows, self._rows = self._rows, {}
+        answers, self._answers = self._answers, {}
+        self._being_written = answers
         try:
-            await off_loop(lambda: self._store.count((*row, *sums) for row, sums in rows.items()))  # type: ignore[misc]
+            figures = ((*row, *sums) for row, sums in rows.items())
+            await off_loop(lambda: self._store.write(figures, answers))  # type: ignore[arg-type]
         except Exception as failure:  # such as a disk that is full, or no thread to be had
             self._take_back(rows)
+            self._answers = answers | self._answers
             now = asyncio.get_running_loop().time()
             self._next = now + AFTER_FAILURE
             if now - self._said >= SAID_AGAIN:
                 self._said = now
                 log.warning("%s: usage cannot be written (%s); it is kept and tried again", self._store.path, failure)
             return False
+        finally:
+            self._being_written = {}
         return True
 
     def _take_back(self, rows: dict[tuple[int, str, str], list[int]]) -> None:

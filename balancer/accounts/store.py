@@ -1,14 +1,16 @@
-"""Keys and their usage on disk: one SQLite database, in a folder that only its owner can enter.
+"""Keys, usage, and who keeps which answer, on disk: one SQLite database, in a folder that only its owner can enter.
 
 A row of usage is the sum for a key, a model and an hour (UTC), so its size depends on time and not on traffic. Keys are
 stored as digests only. Every method may block on the disk: call them off the event loop.
 """
 
 import contextlib
+import logging
+import math
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +22,8 @@ import orjson
 from balancer.contract.account import BY, KeyRow, KeyTerms
 from balancer.errors import ConfigError
 from balancer.spec.local_disk import network_type
+
+log = logging.getLogger("groundserve")
 
 FILE = "accounts.sqlite"
 HOUR = 3600
@@ -34,10 +38,31 @@ CREATE TABLE IF NOT EXISTS usage (
     hour INTEGER, key TEXT, model TEXT, {", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in FIGURES)},
     PRIMARY KEY (hour, key, model)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS answers (
+    number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, replica TEXT NOT NULL, address TEXT NOT NULL, key TEXT NOT NULL
+);
 """
 ADD = f"INSERT INTO usage VALUES (?, ?, ?{', ?' * len(FIGURES)}) ON CONFLICT DO UPDATE SET " + ", ".join(
     f"{name} = {name} + excluded.{name}" for name in FIGURES
 )
+ISSUE = """
+INSERT INTO keys VALUES (?, ?, ?, NULL, ?) ON CONFLICT (name) DO UPDATE
+SET digest = excluded.digest, created = excluded.created, revoked = NULL, terms = excluded.terms
+"""
+# `sum` fails above 2**63, and one figure that large would stop all accounts.
+SUM = "CAST(total({}) AS INTEGER)"
+USED_SINCE = (
+    f"SELECT key, {SUM.format('requests')}, {SUM.format('prompt_tokens + completion_tokens')} FROM usage "
+    "WHERE hour >= ? GROUP BY key"
+)
+UNSTORABLE = (OverflowError, UnicodeError, sqlite3.DataError, sqlite3.IntegrityError)  # a row that no retry could write
+MOST_ANSWERS = 100_000  # remembered: the newest
+KEEP = """
+INSERT INTO answers (id, replica, address, key) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE
+SET number = (SELECT max(number) + 1 FROM answers), replica = excluded.replica, address = excluded.address
+WHERE key = excluded.key
+"""
+DROP_OLDEST = "DELETE FROM answers WHERE number <= (SELECT max(number) FROM answers) - ?"
 GROUPS = {
     "key": "key",
     "model": "model",
@@ -48,6 +73,15 @@ GROUPS = {
 _GROUPED = {"key": "key", "model": "model", "day": "hour / 24", "hour": "hour"}
 
 Usage = tuple[int, str, str, int, int, int, int, int]  # hour, key, model, and FIGURES
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """The replica that keeps an answer of /v1/responses, its HOST:PORT, and the name of the key that made it."""
+
+    replica: str
+    address: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +131,15 @@ class Store:
             yield connection
 
     @contextlib.contextmanager
+    def _changing_keys(self) -> Iterator[sqlite3.Connection]:
+        """Raises ConfigError too, for a secret that another key has."""
+        try:
+            with self._changing() as connection:
+                yield connection
+        except sqlite3.IntegrityError:
+            raise ConfigError("another key has this secret already: draw a new one, or revoke that key") from None
+
+    @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own, so that a long query holds no writer up."""
         with contextlib.closing(sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro", BUSY, uri=True)) as connection:
@@ -124,62 +167,80 @@ class Store:
         ]
 
     def add(self, name: str, digest: bytes, terms: KeyTerms, now: float) -> None:
-        """A revoked name may be given again. Raises ConfigError for one that is in use."""
+        """A revoked name may be given again. Raises ConfigError for a name or a secret that is in use."""
         row = (name, digest, int(now), orjson.dumps(terms.to_json()).decode())
-        with self._changing() as connection:
+        with self._changing_keys() as connection:
             if connection.execute("SELECT 1 FROM keys WHERE name = ? AND revoked IS NULL", (name,)).fetchone():
-                raise ConfigError(f"there is a key {name} already: revoke it, rotate it, or choose another name")
-            connection.execute("INSERT OR REPLACE INTO keys VALUES (?, ?, ?, NULL, ?)", row)
+                raise ConfigError(f"there is a key {name} already: change it, rotate it, or choose another name")
+            connection.execute(ISSUE, row)
 
     def revoke(self, name: str, now: float) -> None:
         """Raises ConfigError if no such key is in use."""
         self._change("UPDATE keys SET revoked = ?, digest = NULL WHERE name = ? AND revoked IS NULL", int(now), name)
 
     def rotate(self, name: str, digest: bytes) -> None:
-        """Gives the key another secret. Raises ConfigError if no such key is in use."""
+        """Gives the key another secret. Raises ConfigError if no such key is in use, or another has this secret."""
         self._change("UPDATE keys SET digest = ? WHERE name = ? AND revoked IS NULL", digest, name)
 
+    def limit(self, name: str, terms: KeyTerms) -> None:
+        """Gives the key other limits. Raises ConfigError if no such key is in use."""
+        statement = "UPDATE keys SET terms = ? WHERE name = ? AND revoked IS NULL"
+        self._change(statement, orjson.dumps(terms.to_json()).decode(), name)
+
     def _change(self, statement: str, value: object, name: str) -> None:
-        with self._changing() as connection:
+        with self._changing_keys() as connection:
             if not connection.execute(statement, (value, name)).rowcount:
                 raise ConfigError(f"there is no key {name} in use here; `groundserve keys list` shows them")
 
     # Usage
 
-    def count(self, rows: Iterable[Usage]) -> None:
-        """Adds these figures. Raises sqlite3.Error, and then none of them is added."""
+    def write(self, rows: Iterable[Usage], answers: Mapping[str, Keeper]) -> None:
+        """Adds these figures, and who keeps these answers, by id. Raises sqlite3.Error, and then adds nothing.
+
+        A row that cannot be stored is left out.
+        """
         with self._changing() as connection:
-            connection.executemany(ADD, rows)
+            for row in rows:
+                try:
+                    connection.execute(ADD, row)
+                except UNSTORABLE as failure:
+                    log.warning("%s: this usage cannot be kept (%s): %r", self.path, failure, row)
+            if answers:
+                kept = ((id_, one.replica, one.address, one.key) for id_, one in answers.items())
+                connection.executemany(KEEP, kept)
+                connection.execute(DROP_OLDEST, (MOST_ANSWERS,))
 
-    def tokens_since(self, hour: int) -> dict[str, int]:
-        """By key: its tokens from that hour on."""
+    def keeper(self, id_: str) -> Keeper | None:
+        """Who keeps the answer with this id, as far as it is known."""
         with self._reading() as connection:
-            return dict(
-                connection.execute(
-                    "SELECT key, sum(prompt_tokens + completion_tokens) FROM usage WHERE hour >= ? GROUP BY key",
-                    (hour,),
-                ).fetchall()
-            )
+            row = connection.execute("SELECT replica, address, key FROM answers WHERE id = ?", (id_,)).fetchone()
+        return Keeper(*row) if row else None
 
-    def usage(self, by: Sequence[str], since: float) -> list[dict[str, Any]]:
-        """The sums from that time on (seconds since 1970), in the order of what they are grouped by.
+    def used_since(self, hour: int) -> dict[str, tuple[int, int]]:
+        """By key: its requests and its tokens from that hour on."""
+        with self._reading() as connection:
+            rows = connection.execute(USED_SINCE, (hour,)).fetchall()
+        return {key: (requests, tokens) for key, requests, tokens in rows}
 
-        Whole hours only, so the first may begin earlier. Raises ConfigError for an unknown group and
-        for too many rows.
+    def usage(self, by: Sequence[str], since: float, until: float = math.inf) -> list[dict[str, Any]]:
+        """The sums between those times (seconds since 1970), in the order of what they are grouped by.
+
+        Whole hours only, so the first may begin earlier, and the last end later. Raises ConfigError for an unknown
+        group and for too many rows.
         """
         if unknown := [name for name in by if name not in GROUPS]:
             raise ConfigError(f"usage is not kept by {unknown[0][:40]!r}: there is {', '.join(BY)}")
         grouped = ", ".join(_GROUPED[name] for name in by)
-        columns = [f"{GROUPS[name]} AS {name}" for name in by] + [f"sum({name})" for name in FIGURES]
-        query = f"SELECT {', '.join(columns)} FROM usage WHERE hour >= ?"
+        columns = [f"{GROUPS[name]} AS {name}" for name in by] + [SUM.format(name) for name in FIGURES]
+        query = f"SELECT {', '.join(columns)} FROM usage WHERE hour >= ? AND hour < ?"
         if by:
             query += f" GROUP BY {grouped} ORDER BY {grouped} LIMIT {MOST_ROWS + 1}"
         with self._reading() as connection:
-            rows = connection.execute(query, (int(since) // HOUR,)).fetchall()
+            rows = connection.execute(query, (int(since) // HOUR, until / HOUR)).fetchall()
         if len(rows) > MOST_ROWS:
             raise ConfigError(f"that is over {MOST_ROWS} rows: sum by less, or ask for a shorter time")
         names = (*by, *FIGURES)
-        return [dict(zip(names, row, strict=True)) for row in rows if row[-1] is not None]
+        return [dict(zip(names, row, strict=True)) for row in rows if row[len(by)]]
 
 
 def _check_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from balancer.errors import ServeError
+from balancer.relay.hosts import is_public_name
 from balancer.spec.loopback import is_loopback_name
 
 Message = MutableMapping[str, Any]
@@ -15,7 +16,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # Who uses the service, and how much: more than everybody who reaches the port needs to see.
-PRIVATE = ("/keys", "/usage")
+PRIVATE = ("/keys", "/usage", "/v1/organization/")
 # Its requests are passed on to the serving port, which has limits and keys of its own.
 PLAYGROUND = "/playground/"
 MAX_BODY = 1 << 20
@@ -38,13 +39,24 @@ HEADERS = {
 class Guard:
     """An ASGI app around that of the admin port. Checking the admin key is left to the routes.
 
-    `is_loopback`: the port can only be reached from this machine; `has_key`: there is an admin key.
+    `is_loopback`: the port can only be reached from this machine; `has_key`: there is an admin key; `is_private`: the
+    port can only be reached from this machine and, where it is a container's, from containers beside it.
+    `may_play`: whoever reaches this port may ask the endpoint too.
     """
 
-    def __init__(self, app: App, is_loopback: bool, has_key: bool) -> None:
+    def __init__(
+        self,
+        app: App,
+        is_loopback: bool,
+        has_key: bool,
+        is_private: bool = False,
+        may_play: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._app = app
         self._is_loopback = is_loopback
         self._has_key = has_key
+        self._has_public_name = has_key and not is_private
+        self._may_play = may_play
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,9 +92,19 @@ class Guard:
     def _refusal(self, scope: Message) -> ServeError | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
+        # DNS rebinding: another site's name may point at this machine, and its pages would count as same-origin.
         if self._is_loopback and not is_loopback_name(host):
-            # DNS rebinding: another site's name may point at this machine, and its pages would count as same-origin.
             return _forbidden(f"This port answers to this machine only, not to {host!r}: ask for http://localhost.")
+        if not self._has_public_name and is_public_name(host.encode("latin-1")):
+            return _forbidden(
+                f"This port answers to no public name such as {host!r}: ask for http://localhost, for its address, or "
+                "for a name without a dot."
+            )
+        if scope["path"].startswith(PLAYGROUND) and not self._may_play():
+            return _forbidden(
+                "The endpoint is for its own machine and asks for no key, so this port's playground is closed: issue a "
+                "key, or give the balancer --api-keys."
+            )
         is_open = self._is_loopback or self._has_key
         if scope["method"] in SAFE_METHODS:
             if is_open or not scope["path"].startswith(PRIVATE):

@@ -1,5 +1,6 @@
 """What a key may do, and what was used with it: the admin port's /keys and /usage, and the commands of that name."""
 
+import secrets
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -11,10 +12,16 @@ from balancer.errors import ConfigError
 
 Count = Annotated[StrictInt, Field(ge=1, le=10**15)]
 KEY_NAME = r"[A-Za-z0-9_.-]{1,64}"
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # SHA-256 of a secret
 KeyName = Annotated[str, Field(pattern=f"^{KEY_NAME}$")]
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 Priority = Literal["interactive", "bulk"]
 BY = ("key", "model", "day", "hour")  # what usage can be summed by
+
+
+def new_secret() -> str:
+    """The secret of a new key, which only its holder keeps."""
+    return "sk-" + secrets.token_urlsafe(32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +34,7 @@ class KeyTerms:
 
     max_in_flight: Count | None = None
     requests_per_minute: Count | None = None
+    requests_per_day: Count | None = None
     tokens_per_minute: Count | None = None
     tokens_per_day: Count | None = None
     priority: Priority = "interactive"

@@ -5,7 +5,8 @@ pass it on without naming it. It is named again only in the engine that knows it
 operate/commands/table.py, and `FACTS` in admin/page/page.js.
 """
 
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import cache
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -49,6 +50,7 @@ class ReplicaListing(ReplicaFacts):
 
     is_address_only: ClassVar[bool] = False  # listed by DNS: its replica may have other addresses, too
     state: State = State.RUNNING
+    has_to_move: StrictBool = False  # its node is to be emptied, for `reason`: it serves until its successor does
 
     def __post_init__(self) -> None:
         if not self.endpoint and self.state is not State.RUNNING:
@@ -95,4 +97,16 @@ class Listing:
     service: ServiceListing | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        service = flat(self.service) if self.service is not None else None
+        return {"replicas": [flat(replica) for replica in self.replicas], "service": service}
+
+
+@cache
+def _names(row: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(row))
+
+
+def flat(row: Any) -> dict[str, Any]:
+    """The fields of a dataclass. `asdict` copies what is in them, which takes six times as long for 1,000 replicas."""
+    kind: Any = type(row)
+    return {name: getattr(row, name) for name in _names(kind)}

@@ -1,10 +1,10 @@
 """A snapshot of a service and its replicas: the answer of `GET /status`, which the tables and the page show."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Self
 
-from balancer.contract.listing import ReplicaFacts
+from balancer.contract.listing import ReplicaFacts, flat
 from balancer.contract.words import ServiceStatus, Status
 
 
@@ -36,7 +36,7 @@ class ServiceRow:
     wanted: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        row = _without_empty(asdict(self))
+        row = _without_empty(flat(self))
         if self.wanted is None:
             del row["wanted"]
         return row
@@ -75,7 +75,7 @@ class ReplicaRow(ReplicaFacts):
         return cls(**{field.name: getattr(facts, field.name) for field in fields(ReplicaFacts)} | own)
 
     def to_json(self) -> dict[str, Any]:
-        row = {"id": self.id, **_without_empty(asdict(self))}
+        row = {"id": self.id, **_without_empty(flat(self))}
         if not self.gpus:
             del row["gpus"], row["turns"]
         return row

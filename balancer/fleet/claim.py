@@ -2,22 +2,21 @@
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from balancer.fleet.member import Member
-from balancer.fleet.outliers import Outliers, Trial
+from balancer.fleet.outliers import Trial
 from balancer.fleet.tenancy import Tenancy
-from balancer.spec.settings import Settings
+
+if TYPE_CHECKING:
+    from balancer.fleet.fleet import Fleet
 
 
 class Chosen(Protocol):
     """A policy's choice: a member, how many blocks it has to compute, and hooks for what happens later."""
 
-    @property
-    def member(self) -> Member: ...
-
-    @property
-    def computing(self) -> int: ...
+    member: Member
+    computing: int
 
     def begun(self) -> None:
         """The member has computed the prompt."""
@@ -27,21 +26,6 @@ class Chosen(Protocol):
 
 
 C = TypeVar("C", bound=Chosen)
-
-
-class Giver(Protocol):
-    """What a claim needs of the fleet."""
-
-    settings: Settings
-    outliers: Outliers
-    in_flight: int
-    generating: int
-    turns: int
-
-    @property
-    def clock(self) -> Callable[[], float]: ...
-
-    def room_made(self) -> None: ...
 
 
 class Claim(Generic[C]):
@@ -61,7 +45,7 @@ class Claim(Generic[C]):
         "when_over",
     )
 
-    def __init__(self, fleet: "Giver", choice: C, is_generating: bool, trial: Trial | None = None) -> None:
+    def __init__(self, fleet: "Fleet", choice: C, is_generating: bool, trial: Trial | None = None) -> None:
         self.choice = choice
         self.member = member = choice.member
         self.trial = trial  # the trial for which the member was chosen at random, if any

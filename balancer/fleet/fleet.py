@@ -21,6 +21,11 @@ Clock = Callable[[], float]
 
 # Seconds for which a failed request still counts as load: otherwise a member that fails at once would look idle.
 LINGERS = 1.0
+# Seconds that a balancer which has just started may take to learn which replicas there are.
+FIRST_LIST = 5.0
+# Why no replica is ready, where there is none.
+ASLEEP = "the service is scaled to zero, and a request to a model starts one"
+NONE = "it has no replica now; start one (`groundserve scale`, or `docker compose up --scale`)"
 
 
 class Fleet:
@@ -52,10 +57,13 @@ class Fleet:
         self.turns = 0  # choices so far
         self.models: dict[str, dict[str, Any]] = {}  # as the members list them, by name; while there are none, the last
         self.ready_since: float | None = None  # when a member first became ready
+        self.start_took: float | None = None  # seconds from the last start of a member until it was ready
         self._available: list[Member] = []
         self._available_until = 0.0
         self._gone_at = math.inf  # since when no member has been available; inf while one is
         self._last_id = 0
+        self._began = clock()
+        self._is_listed = False  # it is known which replicas there are, if any
         self._lingering: deque[tuple[float, Member]] = deque()  # failed requests, and until when each counts as load
 
     def __repr__(self) -> str:
@@ -78,6 +86,7 @@ class Fleet:
             raise ConfigError("two replicas have the same name: give each its own")
         if len(ids) < sum(listing.id is not None for listing in wanted):
             raise ConfigError("two replicas have the same id: give each its own")
+        self._is_listed = True
         known = {(member.name, member.url): member for member in self.members.values()}
         before, self.members = self.members, {}
         for listing in wanted:
@@ -238,18 +247,43 @@ class Fleet:
         return reasons[0] if reasons and all(reasons) else ""
 
     def progress(self) -> str:
-        """How far a replica is that starts, in words; empty if nobody says."""
-        return next(
-            (m.listing.reason for m in self.shown() if m.listing.state.is_before_start and m.listing.reason), ""
-        )
+        """How far a replica is that starts, or why none does, in words; empty if nobody knows."""
+        if not self.members:
+            return ASLEEP if self.is_asleep else NONE
+        for member in self.shown():
+            if member.listing.state.is_before_start and member.listing.reason:
+                return member.listing.reason
+        if not (loading := self._loading_for()):
+            return ""
+        last = "" if self.start_took is None else f", and the last one took {self.start_took:.0f} s"
+        return f"one has been loading for {loading:.0f} s{last}"
+
+    def ready_in(self) -> float:
+        """In how many seconds a replica that loads will be ready, if it takes as long as the last one; 0: unknown."""
+        loading = self._loading_for()
+        return max(0.0, self.start_took - loading) if loading and self.start_took is not None else 0.0
+
+    def _loading_for(self) -> float:
+        """Seconds for which the replica has been loading that will probably be ready first; 0 if none is."""
+        now = self.clock()
+        return max((now - m.launched_at for m in self.shown() if m.status(now) is Status.STARTING), default=0.0)
+
+    @property
+    def is_told(self) -> bool:
+        """Is it known which replicas there are, or too late to wait for that?"""
+        return self._is_listed or self.clock() - self._began >= FIRST_LIST
 
     def is_starting(self, wakes: bool = True) -> bool:
-        """Is there a replica that has not been ready yet and may still become so?
+        """Is there a replica that has not been ready yet and may still become so, or will one soon be heard of?
 
         `wakes`: if the service is scaled to zero, the request that asks makes it start one.
         """
         now = self.clock()
-        return (wakes and self.is_asleep) or any(m.status(now).phase is Phase.PENDING for m in self.shown())
+        return (
+            not self.is_told
+            or (wakes and self.is_asleep)
+            or any(m.status(now).phase is Phase.PENDING for m in self.shown())
+        )
 
     def may_return(self) -> bool:
         """Is there a replica that was ready, is not now, and may be so again?"""
@@ -397,6 +431,8 @@ class Fleet:
         """A probe of this member ended; `has_changed`: with another result than the last one."""
         if not member.has_passed and member.probe is Verdict.PASSING and not member.refusing:
             member.has_passed = has_changed = True
+            if member.ready.failures_total:  # else it had started before it was seen
+                self.start_took = self.clock() - member.launched_at
             if self.ready_since is None:
                 self.ready_since = self.clock()
         if has_changed:

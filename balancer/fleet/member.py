@@ -109,6 +109,7 @@ class Member:
     continues_known: asyncio.Event = field(default_factory=asyncio.Event)
     reasoning_parser: str | None = None  # by which it tells reasoning from answers, in SGLang's words
     last_byte_at: float = 0.0
+    passed_at: float = 0.0  # when the last /ready was asked that it answered well
     alive_at: float = 0.0  # when it last answered, asked while its streams were silent, that it is working
     busy_since: float = 0.0
     turn: int = 0  # which of all choices was the last to fall on it

@@ -39,6 +39,7 @@ REDIRECTING = (301, 302, 303, 307, 308)
 SAME_METHOD = (307, 308)
 MAX_REDIRECTS = 10
 NOT_CONTINUED = "its chat template does not put a begun answer right behind the prompt, or /tokenize does not say"
+LOADS = "it accepts no connections yet"
 SILENT = "it holds requests, is silent, and does not say that it is at work"
 
 
@@ -128,11 +129,13 @@ class MemberWatch:
             return
         if member.tenancy is not None and not await self._is_awake():
             return
+        asked_at = fleet.clock()
         try:
             response = await self._ready_connection.request("/ready", fleet.settings.ready_timeout)
         except ConnectionRefused as error:
             self._was_refused = True
-            fleet.note_probe(member, member.ready.surely_failed(fleet.clock(), f"GET /ready: {error}"))
+            said = f"GET /ready: {error}" if member.has_passed else LOADS
+            fleet.note_probe(member, member.ready.surely_failed(fleet.clock(), said))
             return
         except NoResponse as error:
             fleet.note_probe(member, member.ready.failed(fleet.clock(), f"GET /ready: {error}"))
@@ -154,7 +157,7 @@ class MemberWatch:
         elif not await self._is_another():
             self._said_503 = False
             # 404 is an older SGLang without /ready: there the service's probe alone decides.
-            member.refusing = False
+            member.refusing, member.passed_at = False, asked_at
             fleet.note_probe(member, member.ready.passed(fleet.clock()) or was_refusing)
             self._came_up.set()
 

@@ -1,6 +1,7 @@
 """How one attempt at a replica ended, and what that says of the replica."""
 
 import enum
+from typing import Final
 
 
 class Outcome(enum.Enum):
@@ -21,8 +22,8 @@ class Outcome(enum.Enum):
 
 
 # Failures that are the replica's fault. (A refused connection is dealt with at once, not counted.)
-FAILURES = frozenset((Outcome.UNREACHED, Outcome.LOST, Outcome.SILENT, Outcome.MANGLED))
+FAILURES: Final = frozenset((Outcome.UNREACHED, Outcome.LOST, Outcome.SILENT, Outcome.MANGLED))
 # Either the replica or the request is to blame, as with an error status. Comparison with other replicas decides.
-DOUBTFUL = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK))
+DOUBTFUL: Final = frozenset((Outcome.BROKEN, Outcome.STALLED, Outcome.STUCK))
 # An answer with one of these is doubtful, too.
-BROKEN_STATUSES = frozenset((500, 502, 503, 504))
+BROKEN_STATUSES: Final = frozenset((500, 502, 503, 504))

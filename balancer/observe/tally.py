@@ -1,31 +1,46 @@
 """Counts requests and tokens on the hot path: the figures behind the metrics and the page.
 
-A request makes about ten observations. prometheus-client takes 1.3 to 2.7 us for each, the classes here 0.2. It is used
-where it is at its best, when someone scrapes: balancer/observe/metrics.py.
+A request makes about ten observations. prometheus-client takes 1.3 to 2.7 us for each, the classes here 0.2.
+balancer/observe/metrics.py shows them.
 """
 
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Final
 
 from balancer.fleet.member import Member
 from balancer.observe.record import CLIENT_LEFT, Record
 
 # Upper bounds in seconds, chosen for language models: first tokens take from 20 ms (a cached prompt) to minutes (a long
 # queue), tokens from 5 ms (a small model) to a stall of seconds, whole answers up to ten minutes.
-TTFT = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
-INTER_TOKEN = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30)
-DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300, 600)
-WAIT = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
-CONNECT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
+TTFT: Final = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
+INTER_TOKEN: Final = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30)
+DURATION: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300, 600)
+WAIT: Final = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+CONNECT: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
 LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 # By how much the predicted cached share of a prompt was off.
 MISJUDGED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 
-PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/generate", "/v1/embeddings"}
-PATHS |= {"/v1/models", "/v1/realtime", "/v1/score", "/v1/rerank", "/health", "/ready"}
-STATUSES = tuple(f"{hundreds}xx" for hundreds in range(10))
+PATHS: Final = frozenset(
+    [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+        "/generate",
+        "/v1/embeddings",
+        "/v1/models",
+        "/v1/realtime",
+        "/v1/score",
+        "/v1/rerank",
+        "/health",
+        "/ready",
+    ]
+)
+STATUSES: Final = tuple(f"{hundreds}xx" for hundreds in range(10))
 PIECE = 250  # requests counted per call
 REMEMBERED = 50  # requests whose routing the page shows
 

@@ -1,6 +1,7 @@
 """A replica's answer on its way to the client."""
 
 import re
+from typing import Final
 
 from balancer.fleet.address import ReplicaAddress
 from balancer.observe.record import Record, RequestObserver, Spans
@@ -15,7 +16,7 @@ from balancer.relay.reply import Reply
 from balancer.relay.request import Headers, Request
 from balancer.relay.unavailable import FULL_FOR, Unavailable, retry_after
 
-COUNTED_AT_ONCE = 16 << 10  # bytes of a stream counted ahead of keeping them, to save counting at every event
+COUNTED_AT_ONCE: Final = 16 << 10  # bytes of a stream counted ahead of keeping them, to save counting at every event
 
 
 class AnswerRelay:
@@ -103,6 +104,11 @@ class AnswerRelay:
             self._client.release(self._request)
         if self._reply.is_event_stream:
             self._inter_token = self._observer.inter_token(self._place.replica.name)
+
+    @property
+    def could_be_kept(self) -> bool:
+        """Is it a stream that can continue elsewhere if it is neither too long to be kept, nor was there no room?"""
+        return self._most_kept > 0 and self._reply.is_event_stream
 
     def _own_fields(self) -> bytes:
         """The header lines that say who answers, and why."""

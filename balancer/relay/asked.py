@@ -17,12 +17,20 @@ from balancer.routing.body import HEAVY_BODY, without_images
 
 END = 2 << 10  # bytes at each end of a large body
 _FIELDS = re.compile(
-    rb'"(model|stream|stream_options|include_usage|n|max_tokens|max_completion_tokens|max_output_tokens|max_new_tokens)"'
+    rb'"(model|stream|stream_options|include_usage|n|max_tokens|max_completion_tokens|max_output_tokens|max_new_tokens|num_predict)"'
     rb'\s*:\s*(true|false|\{|\d{1,9}(?=[,}\s])|"[^"\\]{0,256}")'
 )
 _STREAM = re.compile(rb'"stream"\s*:\s*true')
-MOST_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")
+# What limits an answer's tokens, by path: the object that holds it, and its names. A replica ignores all others.
+LIMITS = {
+    "/v1/responses": ("", ("max_output_tokens",)),
+    "/generate": ("sampling_params", ("max_new_tokens",)),
+    "/api/chat": ("options", ("num_predict",)),
+    "/api/generate": ("options", ("num_predict",)),
+}
+USUAL_LIMIT = ("", ("max_tokens", "max_completion_tokens"))
 MOST_ANSWERS = 1024
+MOST = 10**9  # tokens that a request is taken to ask for
 USAGE = {"include_usage": True}
 MODEL_FIELDS = ("model", "lora_path")
 
@@ -58,14 +66,13 @@ def _of_ends(body: Sequence[bytes]) -> dict[str, Any]:
     return said
 
 
-def most_tokens(said: dict[str, Any]) -> int | None:
+def most_tokens(path: str, said: dict[str, Any]) -> int | None:
     """The most tokens that all its answers together may have; None if it sets no limit."""
-    sampling = said.get("sampling_params")
-    for holder in (said, sampling) if isinstance(sampling, dict) else (said,):
-        for name in MOST_TOKENS:
-            if type(most := holder.get(name)) is int and most >= 0:
-                return most * _answers(said, holder)
-    return None
+    within, names = LIMITS.get(path, USUAL_LIMIT)
+    inner = said.get(within)
+    holder = inner if isinstance(inner, dict) else said
+    told = [most for name in names if type(most := holder.get(name)) is int and most >= 0]
+    return min(max(told) * _answers(said, holder), MOST) if told else None
 
 
 def _answers(said: dict[str, Any], holder: dict[str, Any]) -> int:

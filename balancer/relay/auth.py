@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from balancer import errors
-from balancer.accounts.quota import Quota
+from balancer.accounts.quota import NO_LIMITS, Quota, limits_of
 from balancer.accounts.store import IssuedKey
 from balancer.errors import ConfigError
 from balancer.relay.file_watch import MOUNT_ITS_FOLDER, FileWatch
@@ -28,7 +28,8 @@ OPEN_PATHS = frozenset(("/health", "/ready"))
 
 @dataclass(slots=True, eq=False)
 class Key:
-    """One caller's key, stored only as its SHA-256. `limit` is how many requests it may have in progress at once.
+    """One caller's key, stored only as its SHA-256. `limit` is how many requests it may have in progress at once,
+    `share` the part of it that is ours beside other balancers.
 
     `expires` is in seconds since 1970; `models` are globs, empty for all models.
     """
@@ -41,10 +42,11 @@ class Key:
     is_bulk: bool = False
     models: tuple[str, ...] = ()
     expires: float | None = None
+    share: float = 1.0
 
     @property
     def is_at_limit(self) -> bool:
-        return self.in_flight >= self.limit
+        return self.in_flight >= self.limit * self.share
 
 
 class Keys:
@@ -64,6 +66,7 @@ class Keys:
         # Keys that were taken out of the file while they had requests: those still count if they come back.
         self._leaving: dict[bytes, Key] = {}
         self._issued: dict[bytes, Key] = {}
+        self._share = 1.0
         self._gather()
 
     def admit(self, *authorizations: bytes) -> Key:
@@ -119,7 +122,9 @@ class Keys:
         self._in_file = fresh
         self._gather()
 
-    def take_up(self, issued: Sequence[IssuedKey], now: float, used_today: Mapping[str, int] | None = None) -> None:
+    def take_up(
+        self, issued: Sequence[IssuedKey], now: float, used_today: Mapping[str, tuple[int, int]] | None = None
+    ) -> None:
         """These are the keys that are issued now (loop time, seconds); each keeps its counts if it was known before."""
         before = {key.name: key for key in self._issued.values()}
         self._issued = {}
@@ -128,12 +133,18 @@ class Keys:
             key.digest, key.limit = one.digest, one.terms.max_in_flight or math.inf
             key.is_bulk, key.models = one.terms.priority == "bulk", one.terms.models
             key.expires = one.terms.expires_at()
-            if (key.quota.terms if key.quota else None) != one.terms:
-                quota = Quota(one.terms, now, (used_today or {}).get(one.name, 0))
-                key.quota = quota if quota.requests or quota.counts_tokens else None
+            if limits_of(one.terms) != (key.quota.limits if key.quota else NO_LIMITS):
+                quota = Quota(one.terms, now, (used_today or {}).get(one.name, (0, 0)), key.quota)
+                key.quota = quota if quota.buckets else None
             self._issued[one.digest] = key
         self.are_wanted = self.are_wanted or bool(issued)
         self._gather()
+
+    def take_share(self, share: float) -> None:
+        """This part of each key's limit is ours from now on."""
+        if share != self._share:
+            self._share = share
+            self._gather()
 
     def named(self, name: str) -> Key | None:
         """The key of that name; of two, the issued one."""
@@ -142,6 +153,10 @@ class Keys:
     def _gather(self) -> None:
         self._known = self._issued | self._in_file
         self._by_name = {key.name: key for key in (*self._in_file.values(), *self._issued.values())}
+        for key in self._known.values():
+            key.share = self._share
+            if key.quota is not None:
+                key.quota.take_share(self._share)
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._known.values())

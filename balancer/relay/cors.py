@@ -17,14 +17,15 @@ class Cors:
     """Pages of the `origins` may use and read everything, pages of other sites nothing.
 
     If the service `has_keys`, that needs no check, because another site's page has no key. If not, `check` refuses such
-    pages, and if `is_loopback` (only this machine reaches the port), also public host names that point here.
+    pages, and if `is_private` (only this machine, and containers beside ours, reach the port), also public host names
+    that point here.
     """
 
-    def __init__(self, origins: Sequence[str], has_keys: bool = False, is_loopback: bool = False) -> None:
+    def __init__(self, origins: Sequence[str], has_keys: bool = False, is_private: bool = False) -> None:
         self._origins = frozenset(origin.encode() for origin in origins)
         self._names = frozenset(urlsplit(origin).netloc.encode().lower() for origin in origins)
         self._is_for_all = has_keys or b"*" in self._origins
-        self._is_loopback = is_loopback
+        self._is_private = is_private
 
     def _allowed(self, request: Request) -> bytes | None:
         if not request.origin or not self._origins:
@@ -44,7 +45,7 @@ class Cors:
         if self._is_for_all:
             return
         host = request.host
-        if self._is_loopback and is_public_name(host) and not request.is_from_proxy and host.lower() not in self._names:
+        if self._is_private and is_public_name(host) and not request.is_from_proxy and host.lower() not in self._names:
             # Another site can point its own name at this machine, and its pages would then be of this origin.
             raise errors.foreign_host(host.decode("latin-1"))
         if not request.origin and not request.fetch_site:

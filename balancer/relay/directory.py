@@ -2,10 +2,11 @@
 
 import asyncio
 import ssl
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Protocol
 
 from balancer import errors
+from balancer.accounts.store import Keeper
 from balancer.fleet.dial import Dialer
 from balancer.relay.deaths import Deaths
 from balancer.relay.failover import RetryBudget
@@ -15,6 +16,10 @@ from balancer.relay.pool import ConnectionPool
 from balancer.relay.request import Request
 from balancer.relay.requested_model import requested_model
 from balancer.spec.settings import Settings
+
+KeeperOf = Callable[[str], Awaitable[Keeper | None]]
+LOOK_AGAIN = 0.05  # seconds
+LOOKS = 100
 
 
 class Named(Protocol):
@@ -65,10 +70,14 @@ class Destination:
 
 
 class Directory:
-    """Knows where each request goes. The first destination's settings apply to the endpoint itself."""
+    """Knows where each request goes. The first destination's settings apply to the endpoint itself.
 
-    def __init__(self, destinations: Sequence[Destination]) -> None:
+    `keeper_of` says who keeps an answer of /v1/responses of which this process knows nothing.
+    """
+
+    def __init__(self, destinations: Sequence[Destination], keeper_of: KeeperOf | None = None) -> None:
         self.first = destinations[0]
+        self._keeper_of = keeper_of
         self._destinations = destinations  # shared with the caller, who adds and removes others
 
     @property
@@ -81,6 +90,24 @@ class Directory:
         """Is GET /v1/models answered from what is known here? For several services, or while no replica is ready."""
         service = self.first.service
         return self.has_several or (service is not None and service.has_told_models and not service.has_replica)
+
+    async def recall(self, request: Request) -> None:
+        """Learns who keeps the answer that the request is about, if another process has noted that."""
+        if self._keeper_of is None or not (id_ := kept_id(request)):
+            return
+        if any(one.responses.known(id_) is not None for one in self._destinations):
+            return
+        if (noted := await self._keeper_of(id_)) is None:
+            return
+        authority = noted.address.encode("latin-1")
+        for _ in range(LOOKS):
+            for destination in self._destinations:
+                if (replica := destination.places.named(noted.replica, authority)) is not None:
+                    destination.responses.learn(id_, replica, noted.key, is_heard=True)
+                    return
+            if any(one.places.has_any for one in self._destinations):
+                return  # it has left
+            await asyncio.sleep(LOOK_AGAIN)  # this process has just begun, and was told of no replica yet
 
     def find(self, request: Request) -> Destination:
         """The service that the request is for. Raises ServeError for a model that none has.

@@ -44,6 +44,9 @@ class Connection(Cuttable, Protocol):
     def give_way(self) -> bool: ...
 
 
+Holders = defaultdict[str | bytes, dict[Connection, int]]
+
+
 class Server(Protocol):
     """What answers the requests: the proxy."""
 
@@ -51,7 +54,7 @@ class Server(Protocol):
         """Checks a request's head; raises ServeError to refuse it."""
 
     def serve(self, request: Request, reply: Reply, client: Any) -> Coroutine[Any, Any, None]:
-        """Answers a whole request."""
+        """Answers a whole request; sets `reply.is_taken` first, and from then on logs what becomes of it."""
 
     def refuse(self, request: Request, reply: Reply, error: ServeError) -> None:
         """Answers a refused request."""
@@ -68,6 +71,9 @@ class Share(Protocol):
 
     def held_elsewhere(self, held: int) -> int:
         """How many bytes all others hold; `held` is how many this one does."""
+
+    def press(self, most: int) -> None:
+        """There is no room here: others that hold more than their part of `most` bytes free some."""
 
 
 class Doors:
@@ -111,15 +117,16 @@ class Doors:
         Returns False if that is not enough. So one client may use all of the memory, but cannot keep others out.
         Of each holder's connections, those that are reading a body go first, and the larger before the smaller.
         """
+        has_room = self._make_room(owner)
+        if not has_room and self.share is not None:
+            self.share.press(self.settings.max_buffered_bytes)
+        return has_room
+
+    def _make_room(self, owner: str | bytes) -> bool:
         if owner == self._hog:
             return False
         most = self.settings.max_buffered_bytes - self.buffered_elsewhere
-        totals: Counter[str | bytes] = Counter()
-        holders: defaultdict[str | bytes, dict[Connection, int]] = defaultdict(dict)
-        for connection in self.connections:
-            for holder, count in connection.held():
-                totals[holder] += count
-                holders[holder][connection] = holders[holder].get(connection, 0) + count
+        totals, holders = self._holders()
         fair = most / len(totals)
         enough = most - int(most * SPARE)
         largest = [holder for holder, _ in totals.most_common()]
@@ -129,19 +136,46 @@ class Doors:
         for holder in largest:
             if holder == owner:
                 break
-            held = holders[holder]
-            for connection in sorted(held, key=lambda each: (each.is_reading_body, held[each]), reverse=True):
+            for connection in _in_turn(holders[holder]):
                 if self.buffered <= enough or (self.buffered <= most and totals[holder] <= fair):
                     return True
-                before = self.buffered
-                try:
-                    connection.give_way()
-                except Exception:
-                    _give_up(connection)
-                totals[holder] -= before - self.buffered
+                totals[holder] -= self._freed(connection)
             if self.buffered <= most:
                 break
         return self.buffered <= most
+
+    def make_room_for_others(self, most: int) -> None:
+        """Frees memory until no more than `most` bytes are held here: that of the largest holders first.
+
+        Nobody who holds no more than an equal part of `most` gives way.
+        """
+        if self.buffered <= most:
+            return
+        totals, holders = self._holders()
+        for holder, _ in totals.most_common():
+            for connection in _in_turn(holders[holder]):
+                if self.buffered <= most or totals[holder] <= most / len(totals):
+                    break
+                totals[holder] -= self._freed(connection)
+
+    def _holders(self) -> tuple[Counter[str | bytes], Holders]:
+        """How many bytes each holds, and on which connections."""
+        totals: Counter[str | bytes] = Counter()
+        holders: Holders = defaultdict(dict)
+        for connection in self.connections:
+            for holder, count in connection.held():
+                totals[holder] += count
+                holders[holder][connection] = holders[holder].get(connection, 0) + count
+        return totals, holders
+
+    def _freed(self, connection: Connection) -> int:
+        """Has the connection give way; returns how many bytes that freed."""
+        before = self.buffered
+        try:
+            connection.give_way()
+        except Exception:
+            _give_up(connection)
+        return before - self.buffered
 
     def flush_soon(self, connection: Connection) -> None:
         """Sends what the connection wrote at the end of this round of the loop, together with what all others get.
@@ -188,6 +222,11 @@ class Doors:
                 connection.close_if_idle()
             except Exception:
                 _give_up(connection)
+
+
+def _in_turn(held: Mapping[Connection, int]) -> list[Connection]:
+    """A holder's connections in the order in which they give way."""
+    return sorted(held, key=lambda each: (each.is_reading_body, held[each]), reverse=True)
 
 
 def _taken(connection: Cuttable, step: Callable[[], None]) -> None:

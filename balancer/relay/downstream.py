@@ -1,16 +1,17 @@
 """Our side towards the clients: replies go out in order, a client that leaves is noticed at once, every wait ends."""
 
 import asyncio
-from typing import Protocol
+from typing import Final, Protocol
 
 from balancer import errors
+from balancer.errors import ServeError
 from balancer.relay.doors import Doors
 from balancer.relay.reply import Reply
 from balancer.relay.request import Peer, Request
 from balancer.relay.request_reader import CONTINUE, Frames, RequestReader
 from balancer.relay.vanished import UNACKNOWLEDGED, expect_life, has_vanished
 
-HELD_SHARE = 0.5  # share of max_buffered_bytes: above it no more of a stream is kept, to leave room for new requests
+HELD_SHARE: Final = 0.5  # share of max_buffered_bytes: above it no more of a stream is kept: new requests need room
 LINGER = 2.0  # seconds that a client has to take its last answer and close before the connection is aborted
 MAX_UNSENT = 64 << 10  # bytes that TLS buffers for a slow client before its replica is paused, as many as plain TCP
 LONGEST_TICK = 1.0  # seconds counted between two checks at most: if more passed, this process was stalled
@@ -256,20 +257,41 @@ class ClientConnection(RequestReader):
             transport.close()
 
     def give_way(self) -> bool:
-        """Frees memory: refuses the request being read, or the one whose answer has not begun, or drops what is kept of
-        one whose answer is in progress. Returns False if there is nothing to free.
+        """Frees memory. Refuses the request being read; else the one whose answer has not begun; else the largest that
+        waits behind an answer. Failing these, drops what is kept of the request whose answer is in progress.
+
+        Returns False if there is nothing to free.
         """
         reply, task = self._reply, self._task
         if self.is_reading_body:
             self._refuse_now(errors.buffers_full())
-        elif reply is not None and task is not None and not reply.has_begun:
-            reply.refuse(errors.buffers_full())
-            task.cancel()
-        elif self._queue and self._queue[0].body:
+        elif reply is not None and task is not None and reply.is_awaited:
+            self._refuse_in_progress(reply, task, errors.buffers_full())
+        elif (waiting := self._largest_waiting()) is not None:
+            waiting.refusal = errors.buffers_full()
+            self.release(waiting)
+        elif reply is not None and self._queue[0].body:
             self.release(self._queue[0])  # its answer is in progress; if it breaks, it cannot continue elsewhere
         else:
             return False
         return True
+
+    def _largest_waiting(self) -> Request | None:
+        """The one of the requests whose turn has not come that holds most, if any has a body."""
+        largest: Request | None = None
+        for request in self._queue:
+            is_answered = self._reply is not None and request is self._queue[0]
+            if request.body and not is_answered and (largest is None or request.held > largest.held):
+                largest = request
+        return largest
+
+    def _refuse_in_progress(self, reply: Reply, task: asyncio.Task[None], error: ServeError) -> None:
+        """Ends the answer in progress with `error`, by which it may be broken off."""
+        if reply.is_taken:
+            reply.refuse(error)
+        else:  # it came in this round of the loop: its task, cancelled before its first step, never runs
+            self._doors.server.refuse(reply.request, reply, error)
+        task.cancel()
 
     def close_if_idle(self) -> None:
         """Closes unless a request is being read or answered."""
@@ -287,8 +309,8 @@ class ClientConnection(RequestReader):
             reply, task = self._reply, self._task
             if self._frames is not None:
                 self._frames.close(GOING_AWAY, why)
-            reply.refuse(errors.stream_broken(why) if reply.has_begun else errors.shutting_down())
-            task.cancel()
+            error = errors.shutting_down() if reply.is_awaited else errors.stream_broken(why)
+            self._refuse_in_progress(reply, task, error)
         else:
             self._close()
 

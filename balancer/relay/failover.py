@@ -1,5 +1,7 @@
 """What may be retried after a failed attempt, and which error the client gets when no attempt is left."""
 
+from typing import Final
+
 from balancer import errors
 from balancer.errors import ServeError
 from balancer.fleet.outcome import Outcome
@@ -7,9 +9,9 @@ from balancer.relay.paths import WAITED_FOR
 from balancer.routing.body import parsed
 from balancer.spec.settings import Settings
 
-SAFE_METHODS = (b"GET", b"HEAD")
+SAFE_METHODS: Final = (b"GET", b"HEAD")
 MAX_DEATHS = 2  # failed attempts on which a replica may have begun: after this many the request is given up
-BUDGET_SHARE = 0.2
+BUDGET_SHARE: Final = 0.2
 BUDGET_PER_SECOND = 3
 
 

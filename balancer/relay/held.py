@@ -1,8 +1,10 @@
 """An answer that is held back until it is whole, so that until then another replica may give one instead."""
 
+from typing import Final
+
 from balancer.relay.request import Headers
 
-LARGEST = 64 << 10  # bytes of a body that is held back
+LARGEST: Final = 64 << 10  # bytes of a body that is held back
 
 
 class Held:

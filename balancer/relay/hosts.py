@@ -3,12 +3,13 @@
 import ipaddress
 import re
 from functools import lru_cache
+from typing import Final
 
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::(\d*))?")
 _DIGITS = 5  # digits of the highest port, 65535
-_SHORT = 128  # bytes of the longest Host whose check is cached: clients send the same few again and again
+_SHORT: Final = 128  # bytes of the longest Host whose check is cached: clients send the same few again and again
 # Public DNS gives nobody a name under these or one without a dot, so no page of another site has such a name.
-_PRIVATE = (".localhost", ".local", ".internal", ".lan", ".home.arpa", ".test")
+_PRIVATE = (".localhost", ".local", ".internal", ".lan", ".home.arpa", ".test", ".svc")
 
 
 def is_host(value: bytes) -> bool:
@@ -42,9 +43,9 @@ def _is_public_name(host: bytes) -> bool:
     if b"." not in name or name.startswith(b"["):
         return False
     try:
-        ipaddress.IPv4Address(name.decode())
+        ipaddress.IPv4Address(name.decode("latin-1"))
     except ValueError:
-        return not name.decode().endswith(_PRIVATE)
+        return not name.decode("latin-1").endswith(_PRIVATE)
     return False
 
 

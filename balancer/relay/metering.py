@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from balancer import errors
 from balancer.accounts.ledger import Ledger
@@ -11,10 +11,12 @@ from balancer.observe.record import CLIENT_LEFT, Record
 from balancer.relay.asked import asked, may_stream, most_tokens, names_of_models, prompt_bytes, with_usage
 from balancer.relay.auth import Key, Keys
 from balancer.relay.directory import Destination
+from balancer.relay.kept_responses import RESPONSES
 from balancer.relay.reply import Reply
 from balancer.relay.request import Request
 
-COUNTED_IF_ASKED = frozenset(("/v1/chat/completions", "/v1/completions"))  # a stream there tells no counts by itself
+# A stream there tells no counts by itself.
+COUNTED_IF_ASKED: Final = frozenset(("/v1/chat/completions", "/v1/completions"))
 # Assumed until answers have been measured, and the bounds of what is believed of a measurement.
 BYTES_PER_TOKEN, LEAST_BYTES, MOST_BYTES = 4.0, 1.0, 16.0
 TOKENS_PER_ANSWER = 256.0
@@ -64,7 +66,7 @@ class Meter:
             named = request.model.decode("latin-1") or said.get("model")
             service = destination.service
             record.model = service.model_of(named) if service is not None else ""
-            answer = most_tokens(said)
+            answer = most_tokens(request.path, said)
             answer = int(self._tokens_per_answer) if answer is None else answer
             record.unseen = 0 if said.get("stream") is True or request.opens_websocket else answer
             record.prompt_bytes = prompt_bytes(request)
@@ -82,30 +84,34 @@ class Meter:
     ) -> Awaitable[None] | None:
         quota = key.quota
         assert quota is not None
-        sizes = (record.prompt_bytes, most_tokens(said)) if quota.counts_tokens else (0, 0)
+        sizes = (record.prompt_bytes, most_tokens(request.path, said)) if quota.counts_tokens else (0, 0)
         if self._elsewhere is not None:
             return self._elsewhere.take(key, *sizes, reply, record)
-        tokens, lacking = self.take(quota, *sizes)
-        settle(tokens, lacking, quota.fields(), reply, record)
+        tokens, lacking, at = self.take(quota, *sizes)
+        settle(tokens, lacking, at, quota.fields(), reply, record)
         return None
 
-    def take(self, quota: Quota, prompt: int, answer: int | None) -> tuple[int, Lacking | None]:
+    def take(self, quota: Quota, prompt: int, answer: int | None) -> tuple[int, Lacking | None, float]:
         """Takes what a request will probably use, by the bytes of its prompt and the most tokens that it asks for.
 
-        Returns how many tokens that is, and what is lacking for it, if anything.
+        Returns how many tokens that is, what is lacking for it, if anything, and the time.
         """
-        tokens = 0
+        tokens, now = 0, self._clock()
         if quota.counts_tokens:
             tokens = int(prompt / self._bytes_per_token)
             tokens += int(self._tokens_per_answer) if answer is None else answer
-        return tokens, quota.take(tokens, self._clock())
+        return tokens, quota.take(tokens, now), now
 
     def finished(self, record: Record) -> None:
         """Settles what the request took, and notes what it used. Called some time after its end."""
         if not record.model or self._ledger is None:
             return
         prompt, completion = record.prompt_tokens, record.completion_tokens
-        if prompt is None and completion is None and record.status == CLIENT_LEFT and record.attempts:
+        if prompt is None and completion is None and record.path == RESPONSES and _is_answered(record):
+            # With `background: true` it is made after this answer, and nobody counts it then.
+            prompt = int(record.prompt_bytes / self._bytes_per_token)
+            completion = max(record.unseen, record.reserved - prompt)
+        elif prompt is None and not completion and record.status == CLIENT_LEFT and record.attempts:
             # What its replica had made by then is unknown: else who always left just before the end would pay nothing.
             prompt = int(record.prompt_bytes / self._bytes_per_token)
             completion = min(record.unseen, int((record.duration - record.queued) * FASTEST))
@@ -115,8 +121,8 @@ class Meter:
             self._learn(record.bytes_in / prompt, completion)
         used = prompt + (completion or 0)
         if record.reserved and self._keys is not None and (key := self._keys.named(record.key)) and key.quota:
-            key.quota.give_back(record.reserved - used)
-        is_failed = record.status >= 400 or bool(record.error)
+            key.quota.give_back(record.reserved - used, record.reserved_at)
+        is_failed = not _is_answered(record)
         self._ledger.note(record.key, record.model, 1, is_failed, prompt, completion or 0, record.cached_tokens or 0)
 
     def _learn(self, bytes_per_token: float, completion: int | None) -> None:
@@ -126,13 +132,17 @@ class Meter:
             self._tokens_per_answer += (completion - self._tokens_per_answer) / LATEST
 
 
-def settle(tokens: int, lacking: Lacking | None, fields: bytes, reply: Reply, record: Record) -> None:
-    """Notes what was taken for a request; raises ServeError if something was lacking."""
+def _is_answered(record: Record) -> bool:
+    return record.status < 400 and not record.error
+
+
+def settle(tokens: int, lacking: Lacking | None, at: float, fields: bytes, reply: Reply, record: Record) -> None:
+    """Notes what was taken for a request, and when; raises ServeError if something was lacking."""
     reply.extra_fields += fields
     if lacking is not None:
         record.model = ""  # it used nothing
         raise errors.rate_limited(lacking.what, lacking.limit, lacking.wait)
-    record.reserved = tokens
+    record.reserved, record.reserved_at = tokens, at
 
 
 def _check_models(key: Key, request: Request, destination: Destination, model: str) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any
 
 import httpx
@@ -12,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from balancer import errors
 from balancer.errors import ServeError
 from balancer.observe.snapshot import take_snapshot
-from balancer.relay.paths import MODELS
+from balancer.relay.paths import MODELS, OLLAMA_MODELS
 from balancer.service import Service
 
 PATIENCE = 5.0  # seconds that one replica has to answer
@@ -24,7 +26,7 @@ SECRET_WORDS = ("api_key", "password", "secret", "hf_token", "ssl_key", "authori
 
 
 def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAPI:
-    """The app behind /health, /ready and /server_info, and /v1/models where there are several services.
+    """The app behind /health, /ready and /server_info, and the lists of models where there are several services.
 
     `client` asks the replicas, each with its service's key.
     """
@@ -70,6 +72,11 @@ def public_app(services: Sequence[Service], client: httpx.AsyncClient) -> FastAP
         """All models of all services, including services that have no replica now."""
         return JSONResponse({"object": "list", "data": [entry for service in services for entry in listed(service)]})
 
+    @app.api_route(OLLAMA_MODELS, methods=["GET", "HEAD"])
+    async def ollama_models() -> Response:
+        """The same in Ollama's format."""
+        return JSONResponse({"models": [_for_ollama(entry) for service in services for entry in listed(service)]})
+
     def _ready() -> int:
         return sum(len(service.fleet.serving()) for service in services)
 
@@ -100,6 +107,23 @@ def listed(service: Service) -> list[dict[str, Any]]:
     other = [name for name in (service.facts.name, *service.settings.aliases) if name not in service.fleet.models]
     more = [{"id": name, "object": "model", "created": 0, "owned_by": "groundserve", "root": root} for name in other]
     return [entry | ours for entry in (*models, *more)]
+
+
+def _for_ollama(entry: dict[str, Any]) -> dict[str, Any]:
+    """As SGLang lists its own model there; how large it is nobody here knows."""
+    name = str(entry["id"])
+    created = entry.get("created")
+    since = datetime.fromtimestamp(created if isinstance(created, int) and 0 <= created < 2**32 else 0, UTC)
+    family = str(entry.get("root") or name).rpartition("/")[2]
+    details = {"format": "sglang", "family": family, "parameter_size": "unknown"}
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": since.isoformat(),
+        "size": 0,
+        "digest": f"sha256:{sha256(name.encode()).hexdigest()}",
+        "details": details,
+    }
 
 
 def _refusal(error: ServeError) -> Response:

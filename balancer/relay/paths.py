@@ -4,6 +4,7 @@ import enum
 import posixpath
 import re
 from functools import lru_cache
+from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
 
@@ -16,7 +17,9 @@ class PathKind(enum.Enum):
     OWN = "own"  # answered by the balancer itself
 
 
-MODELS = "/v1/models"
+MODELS: Final = "/v1/models"
+OLLAMA_MODELS: Final = "/api/tags"
+LISTS: Final = (MODELS, OLLAMA_MODELS)  # of models: those of all services, where there are several
 REALTIME = "/v1/realtime"
 # Of SGLang 0.5.23, and of other servers that speak OpenAI's API. Whatever else is under /v1/ may change a server, as
 # vLLM's /v1/load_lora_adapter does, or would be answered by no replica.
@@ -29,10 +32,10 @@ GENERATING = {"/generate", "/classify", "/encode", "/rerank", "/score", "/api/ch
     )
 }  # fmt: skip
 PLAIN = {"/tokenize", "/detokenize", "/v1/tokenize", "/v1/detokenize", "/v1/messages/count_tokens"}
-PLAIN |= {MODELS, "/model_info", "/get_model_info", "/api/tags", "/api/show"}
+PLAIN |= {MODELS, "/model_info", "/get_model_info", OLLAMA_MODELS, "/api/show"}
 # Worth minutes of waiting while a replica starts, because the answer takes long anyway. All other paths are asked by
 # pages and programs that want to know what is there, and would rather hear at once that there is nothing yet.
-WAITED_FOR = GENERATING - {"/v1/realtime", "/v1/moderations"}
+WAITED_FOR: Final = GENERATING - {"/v1/realtime", "/v1/moderations"}
 OWN = {"/health", "/ready", "/server_info", "/get_server_info", "/api/version"}
 _ENCODED = re.compile(rb"%[0-9A-Fa-f]{2}")
 # SGLang asks for ids of this form. It has nothing else beside an answer, such as its input items.

@@ -9,6 +9,7 @@ from balancer.fleet.dial import Dialer
 from balancer.fleet.outcome import Outcome
 from balancer.relay.places import Place
 from balancer.relay.upstream import ReplicaConnection
+from balancer.relay.vanished import NEAR_SILENCE
 from balancer.spec.settings import Settings
 
 
@@ -105,6 +106,8 @@ class ConnectionPool:
         settings = self.settings
         silence = now - connection.last_byte_at - (away - connection.heard_away)
         lifeless = min(silence, now - place.alive_at)
+        if silence > NEAR_SILENCE:
+            connection.look_for_host()
         if lifeless > settings.idle_timeout and (connection.has_head or not place.is_answering):
             connection.finish(Outcome.STALLED if connection.has_head else Outcome.LOST)
         elif silence > max(settings.idle_timeout, settings.first_byte_timeout):

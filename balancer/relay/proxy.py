@@ -4,10 +4,10 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from balancer import errors
-from balancer.errors import ServeError
+from balancer.errors import ServeError, is_ollama
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.dial import OUR_OWN_LIMITS, Unresolved
 from balancer.fleet.outcome import Outcome
@@ -36,25 +36,29 @@ from balancer.relay.failover import (
 )
 from balancer.relay.kept_responses import RESPONSES, ResponseRelay, kept_id
 from balancer.relay.metering import Meter
-from balancer.relay.paths import MODELS, PathKind, is_of_a_store
-from balancer.relay.places import Place
+from balancer.relay.paths import LISTS, PathKind, is_of_a_store
+from balancer.relay.places import Place, Places
 from balancer.relay.receiver import Receiver
 from balancer.relay.reply import Reply
 from balancer.relay.request import Request
 from balancer.relay.unavailable import FULL_FOR
+from balancer.relay.usage import OLLAMA
 from balancer.relay.websocket import WebSocketRelay
 from balancer.routing.admission import Waiter
 from balancer.routing.prompt import Prompt
 
 log = logging.getLogger("groundserve")
 
-SERVED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
+SERVED_METHODS: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
 OWN_METHODS = (b"GET", b"HEAD")
+# Why a stream that broke did not continue, although it could have.
+NO_REPLICA, TWO_DEATHS, TOO_LONG = "no replica", "two deaths", "too long"
 RACE = "race"  # a retry's reason: the same request on a new connection to the same replica
 NOTICED = 0.2  # seconds until a replica that has died is known to be gone, so that its return can be waited for
+LOOKS = 4  # how often it is asked in that time whether that is known
 COUNTING = 10.0  # seconds that another replica has to count the tokens that a client already has
 
-MAX_PATH = 1024  # characters of a path that a record keeps: 20,000 records with paths as long as a head exceed 1 GB
+MAX_PATH: Final = 1024  # characters of a path that a record keeps: 20,000 paths as long as a head exceed 1 GB
 
 AnswerOwn = Callable[[Request, Reply], Coroutine[Any, Any, None]]
 
@@ -126,6 +130,7 @@ class Proxy:
 
     async def serve(self, request: Request, reply: Reply, client: ClientConnection) -> None:
         """Handles one request from start to end. Cancelled when the client leaves."""
+        reply.is_taken = True
         record = self._record(request)
         if request.origin:
             reply.extra_fields = self.cors.fields(request)
@@ -142,9 +147,14 @@ class Proxy:
             if request.asks_for_method and self.cors.is_preflight(request):
                 reply.extra_fields += self.cors.preflight(request)
                 reply.whole(204, (), b"")
-            elif request.kind is PathKind.OWN or (request.path == MODELS and self._directory.lists_models):
+            elif request.kind is PathKind.OWN or (request.path in LISTS and self._directory.lists_models):
                 await self._answer_own(request, reply)
             else:
+                if request.path.startswith(RESPONSES):
+                    await self._directory.recall(request)
+                elif is_ollama(request.path) and request.body:
+                    # Ollama takes every body for JSON, and its own examples do not say that theirs are; SGLang minds.
+                    request.replace_field(b"content-type", b"application/json")
                 destination = self._directory.find(request)
                 if self._is_traced:
                     _trace(request, record)
@@ -190,7 +200,14 @@ class Proxy:
         self._refuse_killer(destination, request)
         destination.budget.deposit()
         while True:
-            place = await places.claim(waiter)
+            place = places.claim_now(waiter)
+            if place is None:
+                try:
+                    place = await places.claim(waiter)
+                except ServeError:
+                    if going is not None:
+                        record.not_continued = NO_REPLICA
+                    raise
             record.member, record.reason, record.matched = place.replica.name, place.reason, place.matched
             record.attempts += 1
             record.queued += place.waited
@@ -232,14 +249,13 @@ class Proxy:
                     reply.body(going.ending)
                     reply.end()
                     return
-            if not await places.may_go_on(waiter):
-                if outcome not in PERHAPS_GONE:
-                    raise error
-                await asyncio.sleep(NOTICED)
-                if not await places.may_go_on(waiter):
-                    raise error
+            if not (await places.may_go_on(waiter) or (outcome in PERHAPS_GONE and await _is_noticed(places, waiter))):
+                if going is not None:
+                    record.not_continued = NO_REPLICA
+                raise error
             if going is not None:
                 if not may_continue(outcome, deaths, settings):
+                    record.not_continued = TWO_DEATHS
                     raise error
             elif not self._may_repeat(outcome, deaths, destination, request):
                 raise error
@@ -277,6 +293,8 @@ class Proxy:
     ) -> GoingOn:
         """Prepares a broken answer to continue on another replica; raises `error` if it cannot."""
         if relay.kept is None:
+            if relay.could_be_kept:
+                record.not_continued = TOO_LONG
             raise error
         try:
             return GoingOn(request, relay.kept.pieces, reply.hides_usage)
@@ -308,11 +326,12 @@ class Proxy:
             return unasked.outcome
         except CannotContinue as refusal:
             raise _refused(record, refusal) from None
-        relay = ContinuedRelay(place, reply, record, translation, destination.settings.max_continued_bytes)
+        most_kept = destination.settings.max_continued_bytes
+        relay = ContinuedRelay(place, reply, record, translation, most_kept, asked.body)
         outcome = await exchange(asked, relay)
         if relay.refusal is not None:
             raise _refused(record, relay.refusal)
-        return outcome
+        return Outcome.ANSWERED if relay.has_ended else outcome
 
     async def _attempt(
         self,
@@ -373,7 +392,8 @@ class Proxy:
         record.bytes_out = reply.bytes_sent
         record.is_stream = reply.is_event_stream
         record.key = request.key.name if request.key else ""
-        if record.is_stream and record.completion_tokens is None and record.attempts:
+        is_in_pieces = record.is_stream or (request.path in OLLAMA and reply.status == 200)
+        if is_in_pieces and record.completion_tokens is None and record.attempts:
             delivered = reply.tail.delivered()
             record.prompt_tokens, record.completion_tokens = delivered.prompt, delivered.completion
         if reply.error is not None:
@@ -390,12 +410,30 @@ def _trace(request: Request, record: Record) -> None:
             request.replace_field(b"tracestate", None)  # it belonged to no trace, or to one that cannot be read
 
 
+async def _is_noticed(places: Places, waiter: Waiter) -> bool:
+    """Is it known within a moment that its replica has died, so that the request may wait for the return?
+
+    It looks more than once: after a pause of this process, which a busy machine makes, timers run before what has
+    arrived is read, so that the first look may come too early however late it is.
+    """
+    for _ in range(LOOKS):
+        await asyncio.sleep(NOTICED / LOOKS)
+        if await places.may_go_on(waiter):
+            return True
+    return False
+
+
 def _keeper(destination: Destination, request: Request) -> ReplicaAddress | None:
-    """The replica that keeps what the request builds on, if it builds on anything. Raises ServeError if none does."""
+    """The replica that keeps what the request builds on, if it builds on anything. Raises ServeError if none does.
+
+    Where nobody has a key, a single replica answers for itself: it may have it from before this process began.
+    """
     if not (id_ := kept_id(request)):
         return None
-    keeper = destination.responses.keeper(id_, request.key.name if request.key else "")
-    if keeper is None and not destination.places.is_only_one:
+    responses = destination.responses
+    keeper = responses.keeper(id_, request.key.name if request.key else "")
+    is_known = responses.known(id_) is not None
+    if keeper is None and (request.key is not None or is_known or not destination.places.is_only_one):
         raise errors.response_not_kept(id_, request.path == RESPONSES)
     return keeper
 

@@ -5,7 +5,7 @@ from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from time import time
-from typing import Protocol
+from typing import Final, Protocol
 
 from balancer.errors import ServeError, is_anthropic
 from balancer.relay.continuation.events import EVENT_END, is_event_stream
@@ -19,14 +19,14 @@ Headers = list[tuple[bytes, bytes]]
 
 # A piece of a body of at most this many bytes waits until the end of this round of the event loop, to be sent together
 # with other writes. A larger one is sent at once, so that a slow client pauses its replica before the next read.
-SMALL = 16 << 10
+SMALL: Final = 16 << 10
 # A replica's CORS fields are dropped: SGLang lets every page read its answers, but here `cors_origins` decides.
 _CORS = frozenset(
     b"access-control-allow-origin access-control-allow-credentials access-control-allow-methods "
     b"access-control-allow-headers access-control-expose-headers access-control-max-age "
     b"access-control-allow-private-network timing-allow-origin".split()
 )
-NOT_PASSED_ON = HOP_BY_HOP | _CORS | {b"content-length", b"x-request-id", b"x-replica-id", b"x-route-reason"}
+NOT_PASSED_ON: Final = HOP_BY_HOP | _CORS | {b"content-length", b"x-request-id", b"x-replica-id", b"x-route-reason"}
 
 
 def _status_line(status: int) -> bytes:
@@ -42,7 +42,7 @@ def _date(second: int) -> bytes:
     return b"Date: %b\r\n" % formatdate(second, usegmt=True).encode()
 
 
-STATUS_LINES = {status: _status_line(status) for status in range(100, 1000)}
+STATUS_LINES: Final = {status: _status_line(status) for status in range(100, 1000)}
 
 
 class Wire(Protocol):
@@ -73,6 +73,7 @@ class Reply:
         "is_early",
         "is_event_stream",
         "is_over",
+        "is_taken",
         "request",
         "status",
         "tail",
@@ -89,6 +90,7 @@ class Reply:
         self.is_early = False  # the head of a stream was sent before a replica answered
         self.is_event_stream = False
         self.is_over = False
+        self.is_taken = False  # the server is at work on it, and will log it
         self._hidden: HiddenUsage | None = None
         self._wire = wire
         self._keeps_alive = keeps_alive
@@ -97,6 +99,11 @@ class Reply:
     @property
     def has_begun(self) -> bool:
         return self.status != 0
+
+    @property
+    def is_awaited(self) -> bool:
+        """Has its client nothing of an answer, but perhaps an early head?"""
+        return self.status == 0 or self.is_early
 
     def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None, own: bytes = b"") -> None:
         """Writes the head: the replica's fields without `NOT_PASSED_ON`, the `own` lines, and the framing."""

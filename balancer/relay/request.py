@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from balancer import errors
@@ -24,15 +25,15 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade http2-settings".split()
 )
-GENERATING_METHODS = (b"POST", b"PUT")  # SGLang takes both for /generate, /encode, /classify and /v1/rerank
+GENERATING_METHODS: Final = (b"POST", b"PUT")  # SGLang takes both for /generate, /encode, /classify and /v1/rerank
 _AUTHORITY_ENDS = re.compile(rb"[/?#]")
 MAX_FORWARDED = 256  # only this many bytes at the end of X-Forwarded-For are read
-MAX_DIGITS = 20  # of the parser's largest Content-Length; it would accept any number of leading zeros
+MAX_DIGITS: Final = 20  # of the parser's largest Content-Length; it would accept any number of leading zeros
 KEY_PROTOCOL = b"openai-insecure-api-key."
 _MODEL = re.compile(rb"[?&]model=([^&]{1,512})")
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 # The Via field for a request, by its HTTP version (RFC 9110 section 7.6.3).
-VIA = {"1.0": b"1.0 groundserve", "1.1": b"1.1 groundserve"}
+VIA: Final = {"1.0": b"1.0 groundserve", "1.1": b"1.1 groundserve"}
 # Fields that describe the original client besides X-Forwarded-For, -Proto and -Host: kept only from trusted proxies.
 HEARSAY = frozenset(
     b"forwarded x-real-ip x-client-ip x-cluster-client-ip true-client-ip cf-connecting-ip x-forwarded x-forwarded-by "
@@ -57,40 +58,77 @@ def new_request_id() -> bytes:
     return b"%b-%x" % (_START, next(_count))
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, init=False, eq=False)
 class Request:
-    """What the relay needs to know about a request. `fields` are the header lines to pass on, with their line ends."""
+    """What the relay needs to know about a request. `fields` are the header lines to pass on, with their line ends.
+
+    `__init__` is written out, because mypyc compiles that, and not what `dataclass` makes.
+    """
 
     method: bytes
     target: bytes
     version: str
     received_at: float
-    id: bytes = b""
-    path: str = "/"
-    kind: PathKind = PathKind.ADMIN
-    host: bytes = b""
-    fields: bytes = b""
-    credentials: tuple[bytes, ...] = ()  # all that it carries, each as the value of an Authorization field
-    authorization: bytes = b""  # the one that is passed on, where the replica has no key of its own
-    origin: bytes = b""
-    fetch_site: bytes = b""  # Sec-Fetch-Site: how the browser relates the page that sent it to this site
-    asks_for_method: bool = False  # has Access-Control-Request-Method, as a CORS preflight does
-    is_from_proxy: bool = False  # from a trusted proxy
-    length: int | None = None
-    is_chunked: bool = False
-    expects_continue: bool = False
-    keeps_alive: bool = True
-    wants_explanation: bool = False
-    traceparent: bytes = b""  # W3C trace context, as the client sent it
-    opens_websocket: bool = False  # from its answer on, the connection carries WebSocket frames
-    model: bytes = b""  # as named by the X-Model field or a WebSocket's query; most requests name it in the body
-    key: Key | None = None
-    client: bytes = b""  # its IPv4 address or IPv6 /64, packed
-    address: bytes = b""  # the client's whole address, as text
-    body: list[bytes] = field(default_factory=list)
-    body_size: int = 0
-    held: int = 0  # bytes that it adds to the total of buffered bytes over all requests
-    refusal: ServeError | None = None
+    body: list[bytes]
+    id: bytes
+    path: str
+    kind: PathKind
+    host: bytes
+    fields: bytes
+    credentials: tuple[bytes, ...]  # all that it carries, each as the value of an Authorization field
+    authorization: bytes  # the one that is passed on, where the replica has no key of its own
+    origin: bytes
+    fetch_site: bytes  # Sec-Fetch-Site: how the browser relates the page that sent it to this site
+    asks_for_method: bool  # has Access-Control-Request-Method, as a CORS preflight does
+    is_from_proxy: bool  # from a trusted proxy
+    length: int | None
+    is_chunked: bool
+    expects_continue: bool
+    keeps_alive: bool
+    wants_explanation: bool
+    traceparent: bytes  # W3C trace context, as the client sent it
+    opens_websocket: bool  # from its answer on, the connection carries WebSocket frames
+    model: bytes  # as named by the X-Model field or a WebSocket's query; most requests name it in the body
+    key: Key | None
+    client: bytes  # its IPv4 address or IPv6 /64, packed
+    address: bytes  # the client's whole address, as text
+    body_size: int
+    held: int  # bytes that it adds to the total of buffered bytes over all requests
+    kept_id: str | None  # of the answer of /v1/responses that it is about, once somebody has looked
+    refusal: ServeError | None
+
+    def __init__(self, method: bytes, target: bytes, version: str, received_at: float, address: bytes = b"") -> None:
+        self.method = method
+        self.target = target
+        self.version = version
+        self.received_at = received_at
+        self.address = address
+        self.body = []
+        self.id = b""
+        self.path = "/"
+        self.kind = PathKind.ADMIN
+        self.host = b""
+        self.fields = b""
+        self.credentials = ()
+        self.authorization = b""
+        self.origin = b""
+        self.fetch_site = b""
+        self.asks_for_method = False
+        self.is_from_proxy = False
+        self.length = None
+        self.is_chunked = False
+        self.expects_continue = False
+        self.keeps_alive = True
+        self.wants_explanation = False
+        self.traceparent = b""
+        self.opens_websocket = False
+        self.model = b""
+        self.key = None
+        self.client = b""
+        self.body_size = 0
+        self.held = 0
+        self.kept_id = None
+        self.refusal = None
 
     @property
     def owner(self) -> str | bytes:
@@ -325,7 +363,7 @@ def _forwarded(request: Request, known: dict[bytes, bytes], peer: Peer) -> bytes
     return b"X-Request-Id: %b\r\nVia: %b\r\n%bx-forwarded-host: %b\r\n" % (request.id, VIA[request.version], ours, host)
 
 
-_ACTIONS: dict[bytes, str] = {
+_ACTIONS: Final[dict[bytes, str]] = {
     **dict.fromkeys(HOP_BY_HOP, "drop"),
     **dict.fromkeys(HEARSAY, "hearsay"),
     b"upgrade": "upgrade",

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 import httptools
 
@@ -12,11 +12,11 @@ from balancer.errors import ServeError
 from balancer.relay.doors import Doors
 from balancer.relay.request import Headers, Peer, Request, new_request_id, read_head
 
-MAX_PIPELINED = 32  # requests read ahead on one connection
+MAX_PIPELINED: Final = 32  # requests read ahead on one connection
 MAX_READ_AHEAD = 1 << 20  # bytes of memory for requests read ahead on one connection
-MORSEL = 4 << 10  # bytes parsed at once: some 150 of the smallest heads
+MORSEL: Final = 4 << 10  # bytes parsed at once: some 150 of the smallest heads
 HEAD_COST = 1 << 10  # bytes of memory that a request takes in addition to its contents
-LEAST_PIECE = 1 << 10  # smaller pieces of a body are merged: each piece costs memory, and time to send
+LEAST_PIECE: Final = 1 << 10  # smaller pieces of a body are merged: each piece costs memory, and time to send
 MAX_SWALLOWED = 64 << 10  # a refused request's body up to this size is read, to keep the connection usable
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 

@@ -17,7 +17,8 @@ _NULL = re.compile(rb"\s*null\b")
 _PART = re.compile(
     rb"^content-disposition:([^\r\n]*+)\r\n(?:[^\r\n]++\r\n){0,16}+\r\n([^\r\n]*+)", re.IGNORECASE | re.MULTILINE
 )
-_NAMES_MODEL = re.compile(rb'\bname="?model"?', re.IGNORECASE)
+# Blanks may stand around the equals sign, and some replicas read RFC 2231's name*=utf-8''model.
+_NAMES_MODEL = re.compile(rb'\bname[^\w*=;"]*+(?:\*|=[^\w";]*+"?model"?)', re.IGNORECASE)
 
 
 def requested_model(request: Request) -> str:

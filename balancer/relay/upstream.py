@@ -1,8 +1,9 @@
 """HTTP/1.1 client for the replicas: one connection, and the exchange in progress on it."""
 
 import asyncio
+import errno
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Final
 
 import httptools
 
@@ -11,27 +12,21 @@ from balancer.fleet.outcome import Outcome
 from balancer.relay.acknowledged import acknowledged, never_arrived
 from balancer.relay.places import Place
 from balancer.relay.receiver import FrameReceiver, Headers, Receiver, Unwanted
-from balancer.relay.vanished import expect_life, is_of_the_host
+from balancer.relay.vanished import NEAR, expect_life, has_vanished_nearby, is_of_the_host
+
+if TYPE_CHECKING:
+    from balancer.relay.pool import ConnectionPool
 
 SWITCHING = 101
 HANDSHAKE = 1  # what TCP's handshake counts among the bytes acknowledged
-LARGEST_HEAD = 64 << 10  # bytes of header fields, or of anything else that arrives without any part of a body
-COPIED = 16 << 10  # up to this many bytes, copying a body behind the head is cheaper than sending them separately
-
-
-class Owner(Protocol):
-    """The pool that the connections belong to."""
-
-    loop: asyncio.AbstractEventLoop
-    busy: "set[ReplicaConnection]"
-
-    def keep(self, connection: "ReplicaConnection") -> None: ...
+LARGEST_HEAD: Final = 64 << 10  # bytes of header fields, or of anything else that arrives without any part of a body
+COPIED: Final = 16 << 10  # up to this many bytes, copying a body behind the head is cheaper than sending it by itself
 
 
 class ReplicaConnection(asyncio.Protocol):
     """One TCP connection to a replica. It carries one exchange at a time, for the request that holds `place`."""
 
-    def __init__(self, pool: Owner, replica: ReplicaAddress) -> None:
+    def __init__(self, pool: "ConnectionPool", replica: ReplicaAddress) -> None:
         self.replica = replica
         self.place: Place | None = None
         self.sent_at = self.last_byte_at = self.idle_since = 0.0
@@ -136,7 +131,7 @@ class ReplicaConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
-        expect_life(transport.get_extra_info("socket"))
+        expect_life(transport.get_extra_info("socket"), probes=NEAR)
 
     def data_received(self, data: bytes) -> None:
         if self._receiver is None or self._parser is None:
@@ -186,6 +181,13 @@ class ReplicaConnection(asyncio.Protocol):
         if self._frames is not None:
             self._frames.on_slow(False)
 
+    def look_for_host(self) -> None:
+        """Ends the exchange if the replica's host is gone, long before the kernel ends the connection."""
+        if self.is_open() and has_vanished_nearby(self._transport.get_extra_info("socket")):  # type: ignore[union-attr]
+            self.lost_host = True
+            gone = TimeoutError(errno.ETIMEDOUT, "its host does not answer")
+            self.finish(Outcome.BROKEN if self.has_head else self._unanswered(gone))
+
     def _give_up(self) -> None:
         """Ends the exchange: what arrived is not HTTP, too long, or not wanted."""
         self._can_be_kept = False
@@ -197,7 +199,7 @@ class ReplicaConnection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._parser = None  # breaks the reference cycle with the parser
         self._can_be_kept = False
-        self.lost_host = is_of_the_host(error)
+        self.lost_host = self.lost_host or is_of_the_host(error)
         if self._frames is not None:
             self._frames.on_lost()
             self._frames = None

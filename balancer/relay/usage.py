@@ -7,38 +7,49 @@ An answer is parsed when it is over. Before that, a long one is trimmed now and 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 # Bytes of an answer that are kept to look for the counts; also the largest event or list that is parsed for them.
 LARGEST = 1 << 20
 KEPT_EVENTS = 4  # at the end of a stream: after the event with the counts come a stop, a [DONE], a comment
-SOON = 64 << 10  # trim after at least this many more bytes,
-FEW = 64  # or after at least this many more pieces
+SOON: Final = 64 << 10  # trim after at least this many more bytes,
+FEW: Final = 64  # or after at least this many more pieces
 # Events before the first token of a stream, by its path.
 OPENING_EVENTS = {"/v1/chat/completions": 1, "/v1/messages": 2, "/v1/responses": 4}
 NO_TOKEN = (b":", b"event: error", b'data: {"error"')  # beginnings of pieces that we or a failing server add
-MOST = 10**15  # a token count this large is not believed
+MOST: Final = 10**9  # tokens of one answer: a figure above it is not believed, and no sum goes beyond
 # SGLang's own paths report each text of a batch separately. No field name there is chosen by a user or a model, and
 # quotes within a text are escaped, so whatever looks like a field is one.
-NATIVE = frozenset(("/generate", "/encode"))
-OLLAMA = frozenset(("/api/chat", "/api/generate"))  # their streams are lines of JSON, and the last one counts
+NATIVE: Final = frozenset(("/generate", "/encode"))
+OLLAMA: Final = frozenset(("/api/chat", "/api/generate"))  # their streams are lines of JSON, and the last one counts
 _FIELD = re.compile(rb'"(prompt|completion|cached)_tokens":\s*(\d{1,15})(?=[,}\s])')
 _LONGEST_FIELD = 64
 _UNFINISHED = re.compile(rb'"finish_reason":\s*null')
-_TRIES = 8
-_BACKSLASH = 0x5C
+_TRIES: Final = 8
+_BACKSLASH: Final = 0x5C
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Counts:
-    """Tokens of one answer; None is unknown. `texts` is over how many prompts they are summed, as far as known."""
+    """Tokens of one answer; None is unknown. `texts` is over how many prompts they are summed, as far as known.
 
-    prompt: int | None = None
-    completion: int | None = None
-    cached: int | None = None
-    texts: int = 1
+    `__init__` is written out, because mypyc compiles that, and not what `dataclass` makes.
+    """
+
+    prompt: int | None
+    completion: int | None
+    cached: int | None
+    texts: int
+
+    def __init__(
+        self, prompt: int | None = None, completion: int | None = None, cached: int | None = None, texts: int = 1
+    ) -> None:
+        self.prompt = prompt
+        self.completion = completion
+        self.cached = cached
+        self.texts = texts
 
 
 class Tail:
@@ -53,6 +64,7 @@ class Tail:
         "_has_dropped",
         "_is_stream",
         "_joined",
+        "_lines",
         "_native",
         "_opening",
         "_path",
@@ -68,6 +80,7 @@ class Tail:
         self._path = path
         self._is_stream = False
         self._joined = 0  # pieces that came and are not in `pieces` as such any more
+        self._lines = 0  # of an Ollama answer, in what was dropped
         self._has_dropped = False
         self._opening = b""  # the first event, in which Anthropic's streams report the prompt
         self._finals: dict[Any, Counts] | None = None  # counts of the finished texts of a native stream
@@ -111,6 +124,8 @@ class Tail:
             first -= 1
             kept += len(pieces[first])
         self._has_dropped = self._has_dropped or first > 0
+        if self._path in OLLAMA:
+            self._lines += _lines(pieces[:first])
         del pieces[:first]
         if len(pieces) > FEW and kept < len(pieces) * 256:
             self.pieces = [b"".join(pieces)]
@@ -123,7 +138,8 @@ class Tail:
 
     def counts(self) -> Counts:
         """The counts of the whole answer. Call it once: it empties the tail."""
-        pieces = self._joined + len(self.pieces)
+        self._joined += len(self.pieces)
+        self._lines += _lines(self.pieces) if self._path in OLLAMA else 0
         body = b"".join(self.pieces)
         self.pieces = []
         if self._is_stream and self._path in NATIVE:
@@ -132,16 +148,16 @@ class Tail:
         if self._is_stream:
             return _of_events(self._opening + body, is_told_twice=self._path == "/v1/messages")
         if self._path in OLLAMA:
-            return _of_lines(body, pieces)
+            return _of_lines(body, self._lines)
         if self._path in NATIVE:
             self._count_native(body)
             return self._native if self._native and self._native.texts else Counts()
         return _of_whole(body, self._has_dropped)
 
     def delivered(self) -> Counts:
-        """The counts of a stream that ended early: what its events tell, else a token for each piece of text.
+        """The counts of a stream that ended early, or told none: else a token for each piece of text.
 
-        Call it once, in place of `counts`. Servers send an event for each token, and each in a piece of its own.
+        Call it once. Servers send an event for each token, and each in a piece of its own.
         """
         pieces = self._joined + sum(not piece.startswith(NO_TOKEN) for piece in self.pieces)
         if self._is_stream and self._path in NATIVE:
@@ -149,6 +165,8 @@ class Tail:
             self.pieces = []
             return self.counts()
         found = self.counts()
+        if self._path in OLLAMA:
+            pieces = self._lines
         if found.completion is None or self._path == "/v1/messages":  # there the first event counts one token
             found.completion = max(0, pieces - OPENING_EVENTS.get(self._path, 0))
         return found
@@ -161,12 +179,12 @@ class Tail:
             figure, end = int(field[2]), field.end()
             match field[1]:
                 case b"prompt":
-                    native.prompt = (native.prompt or 0) + figure
+                    native.prompt = min((native.prompt or 0) + figure, MOST)
                     native.texts += 1
                 case b"completion":
-                    native.completion = (native.completion or 0) + figure
+                    native.completion = min((native.completion or 0) + figure, MOST)
                 case _:
-                    native.cached = (native.cached or 0) + figure
+                    native.cached = min((native.cached or 0) + figure, MOST)
         return end
 
     def _note_finals(self, events: bytes, with_unfinished: bool = False) -> None:
@@ -249,14 +267,18 @@ def _of_whole(body: bytes, is_cut: bool) -> Counts:
     return _sum(map(_of_usage, metas))
 
 
-def _of_lines(body: bytes, pieces: int) -> Counts:
+def _lines(pieces: Iterable[bytes]) -> int:
+    return sum(piece.count(b"\n") for piece in pieces)
+
+
+def _of_lines(body: bytes, lines: int) -> Counts:
     """The counts of an Ollama answer's last line. SGLang tells none in streams, so there each line is a token."""
     said = _parsed(body.rstrip().rpartition(b"\n")[2])
     if not isinstance(said, dict):
         return Counts()
     completion = _figure(said, "eval_count")
-    is_uncounted = completion is None and said.get("done") is True and pieces > 1
-    return Counts(_figure(said, "prompt_eval_count"), pieces - 1 if is_uncounted else completion)
+    is_uncounted = completion is None and said.get("done") is True and lines > 1
+    return Counts(_figure(said, "prompt_eval_count"), lines - 1 if is_uncounted else completion)
 
 
 def _parsed(data: bytes) -> Any:
@@ -276,13 +298,13 @@ def _of_usage(usage: dict[str, Any]) -> Counts:
     details = usage.get("input_tokens_details")
     cached = _figure(details, "cached_tokens") if isinstance(details, dict) else read
     if prompt is not None:  # Anthropic's format counts cached tokens separately, OpenAI's includes them here
-        prompt += (read or 0) + (_figure(usage, "cache_creation_input_tokens") or 0)
+        prompt = min(prompt + (read or 0) + (_figure(usage, "cache_creation_input_tokens") or 0), MOST)
     return Counts(prompt, _figure(usage, "output_tokens"), cached)
 
 
 def _figure(holder: dict[str, Any], name: str) -> int | None:
     value = holder.get(name)
-    return value if type(value) is int and 0 <= value < MOST else None
+    return value if type(value) is int and 0 <= value <= MOST else None
 
 
 def _sum(parts: Iterable[Counts]) -> Counts:
@@ -290,7 +312,7 @@ def _sum(parts: Iterable[Counts]) -> Counts:
 
     def total(figures: Iterable[int | None]) -> int | None:
         told = [figure for figure in figures if figure is not None]
-        return sum(told) if told else None
+        return min(sum(told), MOST) if told else None
 
     return Counts(
         total(part.prompt for part in known),

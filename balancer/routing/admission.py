@@ -4,14 +4,14 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from balancer import errors
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.claim import Claim
 from balancer.fleet.fleet import Fleet
-from balancer.fleet.member import Member
 from balancer.routing.expected_wait import ExpectedWait
 from balancer.routing.one_at_a_time import OneAtATime
 from balancer.routing.policies import Choice, Policy
@@ -29,7 +29,7 @@ LONGEST_WAIT = 300.0  # seconds: the maximum Retry-After, before jitter
 JITTER = 0.5  # up to this part of the wait is added to Retry-After, so that clients do not return together
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, init=False, eq=False)
 class Waiter:
     """A request that wants a place; `tried` are the members that it has been to.
 
@@ -40,16 +40,38 @@ class Waiter:
 
     prompt: Prompt
     is_generating: bool
-    tried: list[Member] = field(default_factory=list)
-    is_waited_for: bool = True
-    key: Hashable = b""
-    arrived_at: float = 0.0
-    waited: float = 0.0  # seconds, so far
-    held_until: float = 0.0  # every member was full: do not offer it again before this loop time
-    rounds: int = 0  # how often every member was full
-    number: int = 0  # of its first claim refused as full: tells it from other requests that members refused
-    only: ReplicaAddress | None = None
-    full_for: float | None = None  # seconds: the shortest time for which a member said it is full, in this round
+    tried: list[Any]  # members; in a relay of several, what it knows of them
+    is_waited_for: bool
+    key: Hashable
+    arrived_at: float
+    waited: float  # seconds, so far
+    held_until: float  # every member was full: do not offer it again before this loop time
+    rounds: int  # how often every member was full
+    number: int  # of its first claim refused as full: tells it from other requests that members refused
+    only: ReplicaAddress | None
+    full_for: float | None  # seconds: the shortest time for which a member said it is full, in this round
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        is_generating: bool,
+        tried: list[Any] | None = None,
+        is_waited_for: bool = True,
+        key: Hashable = b"",
+        arrived_at: float = 0.0,
+    ) -> None:
+        self.prompt = prompt
+        self.is_generating = is_generating
+        self.tried = [] if tried is None else tried
+        self.is_waited_for = is_waited_for
+        self.key = key
+        self.arrived_at = arrived_at
+        self.waited = 0.0
+        self.held_until = 0.0
+        self.rounds = 0
+        self.number = 0
+        self.only = None
+        self.full_for = None
 
 
 @dataclass(slots=True, eq=False)
@@ -352,7 +374,7 @@ class Admission:
         if not self.fleet.is_starting(waiter.is_generating) or not settings.start_wait:
             if wait := self._return_wait(waiter):
                 return wait + waiter.waited
-            raise errors.no_replica(progress=self.fleet.progress())
+            raise self._no_replica()
         return settings.start_wait if waiter.is_waited_for else min(MOMENT, settings.start_wait)
 
     def _refuse_in_vain(self, key: Hashable, share: float) -> None:
@@ -385,7 +407,11 @@ class Admission:
             why = self.fleet.why_away()
             return errors.not_awake(self.retry_turn(), why) if why or now >= queued.until else None
         may_come = self.fleet.is_starting(queued.waiter.is_generating) or self._return_wait(queued.waiter)
-        return None if may_come and now < queued.until else errors.no_replica(progress=self.fleet.progress())
+        return None if may_come and now < queued.until else self._no_replica()
+
+    def _no_replica(self) -> errors.ServeError:
+        soon, progress = self.fleet.ready_in(), self.fleet.progress()
+        return errors.no_replica(_spread(soon), progress) if soon else errors.no_replica(progress=progress)
 
 
 def _spread(wait: float) -> int:

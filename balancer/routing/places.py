@@ -1,7 +1,7 @@
 """Places at replicas, for the relay; what it learns from its attempts goes back to the fleet, queue and policy."""
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Final, Protocol
 
 from balancer.errors import ServeError
 from balancer.fleet.address import ReplicaAddress
@@ -13,6 +13,9 @@ from balancer.routing.admission import Admission, Waiter
 from balancer.routing.policies import Choice
 from balancer.routing.prompt import Prompt
 
+# Why a replica was chosen where the policy had no choice: it has what the request builds on; outliers are told apart.
+KEEPS: Final = "keeps the answer"
+BY_LOT: Final = "by lot"
 STALE = 0.05  # seconds after a replica's death in which bytes that it sent before may still be read
 # Refusals that more replicas would have avoided; `may_go_on` counts one too when the last replica tried was busy.
 TURNED_AWAY = ("queue_full", "queue_timeout")
@@ -60,13 +63,15 @@ class Places:
         return place
 
     def claim_now(self, waiter: Waiter) -> "Place | None":
-        """A place at once for a prompt that has been read, or None where it is `claim` that finds out more."""
-        claim = self._admission.claim_now(waiter)
-        if claim is None:
+        """A place at once, or None where `claim` has to read the prompt first, to wait, or to refuse."""
+        admission, is_new = self._admission, not (waiter.tried or waiter.rounds)
+        if is_new and admission.must_read(waiter.prompt):
             return None
-        if not (waiter.tried or waiter.rounds):
-            self._admission.arrived_total += waiter.is_generating
-        return Place(self._fleet, self._admission, waiter, claim)
+        if (claim := admission.claim_now(waiter)) is None:
+            return None
+        if is_new:
+            admission.arrived_total += waiter.is_generating
+        return Place(self._fleet, admission, waiter, claim)
 
     def hold(self, member: Member, is_generating: bool) -> "Place":
         """A place that a request has there already, given by a process that is gone."""
@@ -78,6 +83,18 @@ class Places:
     def is_only_one(self) -> bool:
         """Is there no more than one replica?"""
         return len(self._fleet.shown()) < 2
+
+    @property
+    def has_any(self) -> bool:
+        """Is any replica listed, whatever its state?"""
+        return bool(self._fleet.members)
+
+    def named(self, name: str, authority: bytes) -> ReplicaAddress | None:
+        """The replica of that name at that HOST:PORT, if there is one now."""
+        for member in self._fleet.members.values():
+            if member.name == name and member.address.authority == authority:
+                return member.address
+        return None
 
     async def may_go_on(self, waiter: Waiter) -> bool:
         """May it claim another place: at a replica that it has not tried, or at any later, if all are full or gone?"""
@@ -101,12 +118,8 @@ class Places:
         member = next((m for m in self._fleet.members.values() if m.address is replica), None)
         if member is None:
             return False
-        if max(member.last_byte_at, member.alive_at) > since + STALE:
-            return True
-        settings = self._fleet.settings
-        # By then it would have failed twice, however long each probe took.
-        is_asked = self._fleet.clock() > since + STALE + 2 * (settings.ready_interval + settings.ready_timeout)
-        return is_asked and member.ready.verdict is Verdict.PASSING
+        # By the clock alone it could not be told: after a pause of this process, what a probe found is not read yet.
+        return max(member.last_byte_at, member.alive_at) > since + STALE or member.passed_at > since
 
     async def read(self, prompt: Prompt, key: Hashable) -> None:
         """Reads a heavy prompt when it is its key's turn."""
@@ -120,8 +133,8 @@ class Places:
 class Place:
     """A place at one replica, for one request; the caller must call `end` in any case.
 
-    `reason` and `matched` are the policy's: why this replica, and which share of the prompt it has probably cached.
-    `waited`: seconds in the queue.
+    `reason` and `matched`: why this replica, in the policy's words where it had a choice, and which share of the prompt
+    it has probably cached. `waited`: seconds in the queue.
     """
 
     __slots__ = ("_admission", "_claim", "_fleet", "_member", "_waiter", "matched", "reason", "replica", "waited")
@@ -134,6 +147,10 @@ class Place:
         self._member = member = claim.member
         self.replica = member.address
         self.reason = claim.choice.reason
+        if waiter.only is not None:
+            self.reason = KEEPS
+        elif claim.trial is not None:
+            self.reason = BY_LOT
         self.matched = claim.choice.matched
         self.waited = 0.0
 

@@ -1,25 +1,35 @@
 """Which replica: a choice among the members that have room."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from balancer.fleet.member import Member
 from balancer.routing.prefix_index import Coming
 from balancer.routing.prompt import Prompt
 
 
-class Choice(NamedTuple):
+class Choice:
     """A member, why it was chosen, and which share of the prompt (0 to 1) it has probably cached; None: not known.
 
     `computing`: blocks that it has to compute before the answer begins; 0 if nobody sees the answer begin. The claim
     tells `coming` whether the answer begins.
     """
 
-    member: Member
-    reason: str
-    matched: float | None = None
-    computing: int = 0
-    coming: Coming | None = None
+    __slots__ = ("coming", "computing", "matched", "member", "reason")
+
+    def __init__(
+        self,
+        member: Member,
+        reason: str,
+        matched: float | None = None,
+        computing: int = 0,
+        coming: Coming | None = None,
+    ) -> None:
+        self.member = member
+        self.reason = reason
+        self.matched = matched
+        self.computing = computing
+        self.coming = coming
 
     def begun(self) -> None:
         if self.coming is not None:

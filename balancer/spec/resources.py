@@ -11,6 +11,9 @@ from balancer.spec.document import Document
 from balancer.spec.schema import Resources
 from balancer.spec.tree import KeyPath
 
+# The name of a GPU type, or how much memory any type has to have, as in "24GB+" and "nvidia:80GB".
+_KIND = re.compile(r"[a-z0-9](?:[\w. -]*\w)?|(?:\w+:)?[0-9]+[gt]b?\+?", re.IGNORECASE)
+
 _Read = Callable[[KeyPath, Resources, Document], float | None]
 
 
@@ -65,6 +68,8 @@ def _accelerators(under: KeyPath, value: Any, document: Document) -> dict[str, i
         kind, count = (parts[1], parts[2]) if parts else (item, None)
         if not re.fullmatch(r"[1-9][0-9]{0,3}(\.0+)?", count or "1"):
             raise document.fault(path, f"asks for {count} of {kind}: a replica takes whole GPUs")
+        if not _KIND.fullmatch(kind):
+            raise document.fault(path, f"has {item!r}: write a type and how many, like 'L4:1', or {{L4: 1, A100: 1}}")
         found[kind] = int(float(count or "1"))
     return found
 

@@ -47,12 +47,6 @@ def _fits_an_argument(script: str) -> str:
     return script
 
 
-def _one_machine(count: int) -> int:
-    if count != 1:
-        raise ValueError("should be 1: a replica runs on one machine")
-    return count
-
-
 def _folder(value: object) -> object:
     if isinstance(value, dict):
         raise ValueError("should be a folder: nothing is cloned here, so clone it and give its path")
@@ -76,8 +70,11 @@ def _check_size(data: object, depth: int = 0) -> int:
     return count
 
 
+# More than anybody has: what is larger is a slip of the finger.
+MOST_REPLICAS = 10_000
+
 # Numbers may be text: `replicas: $REPLICAS` is filled in with a string.
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=MOST_REPLICAS)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 Amount = Annotated[str | float | None, BeforeValidator(_no_bool)]
 Port = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=65535)]
@@ -240,7 +237,10 @@ class Operation(_Section):
     )
     max_restart_backoff: float = Field(60, ge=0, description="longest such wait")
     restart_limit: int = Field(
-        5, ge=1, description="failed starts in a row before a replica of a version that never served is given up"
+        5,
+        ge=1,
+        description="failures in a row after which a replica of a version that never served is given up; three at the "
+        "most for one that was never ready",
     )
     stable_after: float = Field(60, ge=0, description="time being ready after which earlier failures are forgotten")
     min_ready: float = Field(
@@ -273,7 +273,7 @@ class Task(_Section):
     workdir: Annotated[str | None, BeforeValidator(_folder)] = None
     setup: Setup = None
     run: Annotated[str, AfterValidator(_fits_an_argument)] | None = None
-    num_nodes: Annotated[int, BeforeValidator(_no_bool), AfterValidator(_one_machine)] = 1
+    num_nodes: Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1024)] = 1
     x_groundserve: dict[str, Any] | None = Field(default=None, alias="x-groundserve")
     file_mounts: Files = None
     file_mounts_mapping: Sky = None

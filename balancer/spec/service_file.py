@@ -58,6 +58,8 @@ class Spec:
     port: int | None
     # For people: which keys have no effect here, and why.
     warnings: tuple[str, ...]
+    # How many machines one replica runs on.
+    num_nodes: int = 1
 
     @property
     def readiness_probe(self) -> ReadinessProbe | None:
@@ -164,6 +166,7 @@ def parse(
         cpus=asked.cpus,
         port=asked.port,
         warnings=(*document.marked(task), *asked.warnings),
+        num_nodes=task.num_nodes,
     )
     _check_consistency(spec, document)
     return spec

@@ -53,7 +53,9 @@ class Settings(BaseModel):
     # The relay
     max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body; beyond: 413")
     max_buffered_bytes: int = Field(
-        1 << 30, gt=0, description="request bodies held in memory; beyond: 503, for the client that holds most"
+        1 << 30,
+        gt=0,
+        description="bytes held of requests, and of answers that may continue; beyond: 503, for the client with most",
     )
     max_head_bytes: int = Field(64 << 10, gt=0, description="largest request head; beyond: 431")
     head_timeout: float = Field(30, gt=0, description="time a request head may take to arrive; beyond: 408")
@@ -69,12 +71,16 @@ class Settings(BaseModel):
     )
     connect_timeout: float = Field(2, gt=0, description="time a connection to a replica may take")
     first_byte_timeout: float = Field(
-        600, gt=0, description="time a replica has to begin its answer, or, alive, to go on with it; beyond: 504"
+        600,
+        gt=0,
+        description="time a replica has to begin its answer, or, alive, to go on with it; beyond: another is asked, "
+        "else 504 or a broken stream",
     )
     idle_timeout: float = Field(
         120,
         gt=0,
-        description="silence of a replica without a sign of life; beyond: a broken stream, or a lost request",
+        description="silence of a replica without a sign of life; beyond: another is asked, else 502 or a broken "
+        "stream",
     )
     websocket_idle_timeout: float = Field(
         300, gt=0, description="time a WebSocket may be silent in both directions before it is closed"
@@ -87,13 +93,14 @@ class Settings(BaseModel):
     )
     retry_sent: Literal["never", "once"] = Field(
         "once",
-        description="how often a generating POST is sent again when its replica died before the client had any of it",
+        description="how often a generating POST is sent again when its replica died, or let it wait for too long, "
+        "before the client had any of it",
     )
     continue_broken: bool = Field(
         True, description="continue a streamed answer at another replica when its own breaks amid it"
     )
     max_continued_bytes: int = Field(
-        1 << 20, gt=0, description="bytes of a streamed answer that are kept for that; beyond: it breaks"
+        1 << 20, gt=0, description="bytes of a streamed answer that are kept for that; a longer one breaks"
     )
     count_streams: bool = Field(
         True,
@@ -154,10 +161,14 @@ class Settings(BaseModel):
     ready_interval: float = Field(1, gt=0, description="time between two probes of a replica's /ready")
     ready_timeout: float = Field(5, gt=0, description="time /ready may take")
     silence_timeout: float = Field(
-        60, gt=0, description="silence with requests in flight before a replica is asked why"
+        60,
+        gt=0,
+        description="silence of a replica with requests before it is asked whether it lives, and time to say so",
     )
-    ejection_time: float = Field(10, gt=0, description="first ejection; the next are longer")
-    max_ejection_time: float = Field(300, gt=0, description="longest ejection")
+    ejection_time: float = Field(10, gt=0, description="how long a replica is ejected; the n-th time n times as long")
+    max_ejection_time: float = Field(
+        300, gt=0, description="longest ejection, and the time without one after which the count begins anew"
+    )
 
     # Leaving
     drain_grace: float = Field(5, ge=0, description="time the port stays open after SIGTERM, while /ready answers 503")

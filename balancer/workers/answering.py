@@ -4,17 +4,19 @@ import asyncio
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from balancer import errors
+from balancer.accounts.accounts import Accounts
 from balancer.errors import ServeError
 from balancer.fleet.member import Member
 from balancer.fleet.outcome import Outcome
 from balancer.observe.tally import Tallies
 from balancer.relay import asgi
 from balancer.relay.auth import Keys
+from balancer.relay.kept_responses import KeptResponses
 from balancer.relay.metering import Meter
 from balancer.relay.request import Headers, Request
 from balancer.routing.admission import Waiter
@@ -67,16 +69,19 @@ class Answering:
         meter: Meter,
         app: asgi.App,
         changed: Callable[[], None],
+        accounts: Accounts | None = None,
     ) -> None:
         self.loop = loop
         self.tallies = tallies
         self.keys = keys
         self.meter = meter
         self.app = app
+        self.accounts = accounts
         self.relays: set[Relay] = set()
         self.entered: Counter[str] = Counter()  # requests in progress by the name of their key, if that has a limit
         self.changed = changed
-        self.telling = Telling(services, keys, self.tell, self._house)
+        self.telling = Telling(services, keys, self.tell, self._house, loop.time)
+        self._news = asyncio.Event()  # it may be known now which replicas a service has
         self._server: asyncio.Server | None = None
 
     async def start(self, listener: socket.socket) -> None:
@@ -108,10 +113,24 @@ class Answering:
         """Tells what has changed. Call it a few times a second."""
         self.telling.tick()
         self._tell_origins()
+        self._wake()
 
     def _house(self, ident: str, service: Service) -> None:
         for relay in self.relays:
             relay.house(ident, service)
+        self._wake()
+
+    def _wake(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def once_told(self, ident: str) -> Service | None:
+        """The service that messages call this, once it is known which replicas it has; None if there is none."""
+        service = self.telling.service(ident)
+        while not self.telling.is_told(service):
+            await self._news.wait()  # it has just been looked
+            service = self.telling.seen(ident)
+        return service
 
     def _tell_origins(self) -> None:
         totals: Counter[str] = Counter()
@@ -165,6 +184,8 @@ class Relay:
             Asked.SEEN: self._seen,
             Asked.ACCEPTING: self._accepting,
             Asked.KEPT: self._kept,
+            Asked.KEEPS: self._keeps,
+            Asked.KEEPER: self._keeper,
             Asked.HELLO: self._hello,
         }
 
@@ -176,10 +197,10 @@ class Relay:
             if message[0] in QUESTIONS:
                 self._failed(message[1])
 
-    def _hello(self, places: list[list[Any]], entries: list[tuple[int, str]]) -> None:
+    def _hello(self, places: list[list[Any]], entries: list[list[Any]]) -> None:
         everyone = self._all
+        everyone.introduce(self)  # first: what is told meanwhile is part of it
         everyone.relays.add(self)
-        everyone.introduce(self)
         for place in places:
             self._homeless[place[0]] = place
         for ident in {place[1] for place in places}:
@@ -218,8 +239,21 @@ class Relay:
 
     # Places
 
-    def _claim(
+    def _claim(self, number: int, ident: str, *said: Any) -> None:
+        service = self._all.telling.service(ident)
+        if not self._all.telling.is_told(service):
+            self._start(number, self._claim_once_told(number, ident, *said))
+        elif (wait := self._claim_at(service, number, ident, *said)) is not None:
+            self._start(number, wait)
+
+    async def _claim_once_told(self, number: int, ident: str, *said: Any) -> None:
+        service = await self._all.once_told(ident)
+        if (wait := self._claim_at(service, number, ident, *said)) is not None:
+            await wait
+
+    def _claim_at(
         self,
+        service: Service | None,
         number: int,
         ident: str,
         flags: int,
@@ -228,11 +262,11 @@ class Relay:
         blocks: list[int] | None = None,
         again: list[Any] | None = None,
         only: list[str] | None = None,
-    ) -> None:
-        service = self._all.telling.service(ident)
+    ) -> Coroutine[Any, Any, None] | None:
+        """Gives the place or refuses it; returns what has to be awaited where neither can be done at once."""
         if service is None:
             self._refuse(number, errors.no_replica())
-            return
+            return None
         prompt = Prompt.of(blocks or [], flags & STREAMED != 0)
         is_generating, is_waited_for = flags & GENERATING != 0, flags & WAITED_FOR != 0
         waiter = Waiter(prompt, is_generating, [], is_waited_for, owner_of(owner), arrived_at)
@@ -241,13 +275,13 @@ class Relay:
         if only is not None:
             if (keeper := _members_by_name(service).get((only[0], only[1]))) is None:
                 self._refuse(number, errors.keeper_gone(""))
-                return
+                return None
             waiter.only = keeper.address
         place = service.places.claim_now(waiter)
-        if place is not None:
-            self._give(number, place, ident)
-        else:
-            self._start(number, self._wait_for(number, service, ident, waiter))
+        if place is None:
+            return self._wait_for(number, service, ident, waiter)
+        self._give(number, place, ident)
+        return None
 
     def _restore(self, waiter: Waiter, again: list[Any], service: Service) -> None:
         restore(waiter, again)
@@ -321,14 +355,12 @@ class Relay:
             place.end(None if outcome is None else OUTCOMES[outcome], attempt)
 
     def _may_go_on(self, call: int, ident: str, is_generating: bool, again: list[Any]) -> None:
-        service = self._all.telling.service(ident)
-        if service is None:
-            self.link.send([Told.ANSWER, call, [False, None]])
-            return
-        waiter = Waiter(Prompt.of([], False), is_generating)
-        self._restore(waiter, again, service)
-
         async def answer() -> None:
+            if (service := await self._all.once_told(ident)) is None:
+                self.link.send([Told.ANSWER, call, [False, None]])
+                return
+            waiter = Waiter(Prompt.of([], False), is_generating)
+            self._restore(waiter, again, service)
             may = await service.places.may_go_on(waiter)
             state = [waiter.waited, waiter.held_until, waiter.rounds, waiter.number, waiter.full_for]
             self.link.send([Told.ANSWER, call, [may, [bool(waiter.tried), *state]]])
@@ -341,8 +373,12 @@ class Relay:
 
     def _continues(self, call: int, number: int) -> None:
         async def answer() -> None:
-            place = self._places.get(number)
-            self.link.send([Told.ANSWER, call, place is not None and await place.continues()])
+            does = False
+            if (homeless := self._homeless.get(number)) is not None:
+                await self._all.once_told(homeless[1])
+            if (place := self._places.get(number)) is not None:
+                does = await place.continues()
+            self.link.send([Told.ANSWER, call, does])
 
         self._start(call, answer())
 
@@ -364,7 +400,7 @@ class Relay:
     def _enter(self, call: int, name: str) -> None:
         everyone = self._all
         key = everyone.keys.named(name) if everyone.keys is not None else None
-        if key is not None and everyone.entered[name] >= key.limit:
+        if key is not None and everyone.entered[name] >= key.limit * key.share:
             self.link.send([Told.ERROR, call, error_fields(errors.key_at_limit(key.limit))])
             return
         everyone.entered[name] += 1
@@ -378,20 +414,44 @@ class Relay:
     def _take_from_quota(self, call: int, name: str, prompt: int, answer: int | None) -> None:
         everyone = self._all
         key = everyone.keys.named(name) if everyone.keys is not None else None
-        said: list[Any] = [0, None, ""]
+        said: list[Any] = [0, None, 0.0, ""]
         if key is not None and (quota := key.quota) is not None:
-            tokens, lacking = everyone.meter.take(quota, prompt, answer)
+            tokens, lacking, at = everyone.meter.take(quota, prompt, answer)
             why = None if lacking is None else [lacking.what, lacking.limit, lacking.wait]
-            said = [tokens, why, quota.fields().decode("latin-1")]
+            said = [tokens, why, at, quota.fields().decode("latin-1")]
         self.link.send([Told.ANSWER, call, said])
 
-    # What it saw
+    # What it saw. Messages are JSON: what is a pair or a triple there comes as a list, and compiled code minds.
 
     def _died(self, ident: str, replica: int, digest: str) -> None:
         self._all.tell([Told.DIED, ident, replica, digest], but=self)
 
     def _kept(self, ident: str, replica: int, id_: str, key: str) -> None:
-        self._all.tell([Told.KEPT, ident, replica, id_, key], but=self)
+        if self._is_news(self._all.telling.responses(ident), replica, id_, key):
+            self._all.tell([Told.KEPT, ident, replica, id_, key], but=self)
+
+    def _keeps(self, ident: str, kept: list[list[Any]]) -> None:
+        """Is not passed on: most of it the other relays know, and they ask for the rest."""
+        responses = self._all.telling.responses(ident)
+        for replica, id_, key in kept:
+            self._is_news(responses, replica, id_, key)
+
+    def _is_news(self, responses: KeptResponses | None, replica: int, id_: str, key: str) -> bool:
+        """Learns who keeps the answer. Returns False if that was known, or the answer is another key's."""
+        member = self._all.telling.members.get(replica)
+        if responses is None or member is None or responses.keeper(id_, key) is member.address:
+            return False
+        responses.learn(id_, member.address, key)
+        return responses.keeper(id_, key) is member.address
+
+    def _keeper(self, call: int, id_: str) -> None:
+        async def answer() -> None:
+            accounts, found = self._all.accounts, self._all.telling.keeper(id_)
+            if found is None and accounts is not None:
+                found = await accounts.keeper(id_)
+            self.link.send([Told.ANSWER, call, [found.replica, found.address, found.key] if found else None])
+
+        self._start(call, answer())
 
     def _acquitted(self, ident: str, digest: str) -> None:
         self._all.tell([Told.ACQUITTED, ident, digest], but=self)

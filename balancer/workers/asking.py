@@ -34,6 +34,9 @@ class Claimed(Protocol):
 class Listener(Protocol):
     """Is told what is not an answer."""
 
+    def greeted(self) -> None:
+        """A coordinator is there that was told nothing yet but what is held."""
+
     def told(self, message: Message) -> None: ...
 
     def met(self, replica: KnownReplica) -> None: ...
@@ -106,6 +109,8 @@ class Asking:
             link.send([Asked.ACCEPTING])
         for message, _, _ in self._waiting.values():
             link.send(message)
+        assert self.listener is not None
+        self.listener.greeted()
 
     # Asking
 
@@ -188,8 +193,6 @@ class Asking:
                     gone.is_leaving = True
                     self._forget(gone)
             case Told.ALL:
-                for known in [known for known in self.by_address.values() if known.number < 0]:
-                    self._forget(known)
                 self.knows_all.set()
             case _:
                 assert self.listener is not None
@@ -231,6 +234,11 @@ class Asking:
             assert self.listener is not None
             self.listener.met(known)
         known.take(facts)
+
+    def all_met(self, service: str) -> None:
+        """The coordinator has told of all replicas of the service: others have left."""
+        for known in [one for one in self.by_address.values() if one.number < 0 and one.service == service]:
+            self._forget(known)
 
     def _forget(self, known: KnownReplica) -> None:
         known.number = -1

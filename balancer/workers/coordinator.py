@@ -27,7 +27,14 @@ class Coordinator(Balancer):
         self._sockets[0].close()  # the relays accept there
         self.relays_changed = asyncio.Event()
         self.answering = Answering(
-            loop, self.services, self.tallies, self.keys, self.meter, self.own_app, self.relays_changed.set
+            loop,
+            self.services,
+            self.tallies,
+            self.keys,
+            self.meter,
+            self.own_app,
+            self.relays_changed.set,
+            self.accounts,
         )
         self.services.jobs["what relays are told"] = self.answering.tick
         if self.accounts is not None:

@@ -19,6 +19,7 @@ class KnownReplica:
     address: ReplicaAddress
     alive_at: float = 0.0
     last_byte_at: float = 0.0
+    passed_at: float = 0.0
     is_passing: bool = False
     away_before: float = 0.0  # seconds without a turn on GPUs that it shares, before `away_since`
     away_since: float | None = None
@@ -32,10 +33,11 @@ class KnownReplica:
 
     def take(self, facts: list[Any]) -> None:
         """Takes over the facts of a Told.REPLICA. A coordinator that has just begun knows less than its predecessor."""
-        alive_at, last_byte_at, is_passing, *away, self.is_leaving, self.reasoning_parser = facts
+        alive_at, last_byte_at, passed_at, is_passing, *away, self.is_leaving, self.reasoning_parser = facts
         self.away_before, self.away_since, self.is_resting = away
         self.alive_at = max(self.alive_at, alive_at)
         self.last_byte_at = max(self.last_byte_at, last_byte_at)
+        self.passed_at = max(self.passed_at, passed_at)
         self.is_passing = self.is_passing if is_passing is None else is_passing
 
 
@@ -45,16 +47,18 @@ class KnownService:
     def __init__(self, ident: str, settings: Settings) -> None:
         self.ident = ident
         self.name = ""
+        self.is_told = False  # has the coordinator of now told of all its replicas?
         self.settings = settings
         self.models: Collection[str] = ()
         self.has_replica = False
         self.reads_prompts = False
 
     def take(self, state: dict[str, Any]) -> None:
-        """Takes over the state of a Told.SERVICE."""
+        """Takes over the state of a Told.SERVICE. A new coordinator has yet to learn which models there are."""
         self.settings.renew(Settings.model_validate(state["settings"]))
-        self.name, self.models = state["name"], state["models"]
-        self.has_replica = state["has_replica"]
+        self.name = state["name"]
+        if state["models"] or not self.models:
+            self.models, self.has_replica = state["models"], state["has_replica"]
         self.reads_prompts = state["reads_prompts"]
 
     @property

@@ -36,10 +36,14 @@ class Asked(enum.IntEnum):
     SEEN = 15  # what it counted and saw since it last told, as a mapping
     ACCEPTING = 16  # nothing: it has opened its doors
     KEPT = 17  # service, number of the replica, id of an answer that it keeps, name of the key
+    KEEPS = 19  # service, the same three of each answer; by a relay that heard of them before this coordinator
+    KEEPER = 18  # call, id of an answer of which the relay knows nothing
 
 
 # Each of these waits for an answer.
-QUESTIONS = frozenset((Asked.CLAIM, Asked.MAY_GO_ON, Asked.CONTINUES, Asked.OWN_PATH, Asked.ENTER, Asked.TAKE))
+QUESTIONS = frozenset(
+    (Asked.CLAIM, Asked.MAY_GO_ON, Asked.CONTINUES, Asked.OWN_PATH, Asked.ENTER, Asked.TAKE, Asked.KEEPER)
+)
 
 # Flags of a claim
 GENERATING, WAITED_FOR, STREAMED = 1, 2, 4
@@ -52,17 +56,18 @@ class Told(enum.IntEnum):
     REFUSED = 1  # id, error
     ANSWER = 2  # call, value
     ERROR = 3  # call, error
-    REPLICA = 4  # number, service, name, URL, and the facts that change: alive at, last byte at, is passing or None
-    #              (not asked yet), away before, away since or None, is resting, is leaving, its reasoning parser
+    REPLICA = 4  # number, service, name, URL, and the facts that change: alive at, last byte at, passed at,
+    #              is passing or None (not asked yet), away before, away since or None, is resting, is leaving,
+    #              its reasoning parser
     GONE = 5  # number of the replica
-    SERVICE = 6  # name, state as a mapping
+    SERVICE = 6  # name, state as a mapping; it says whether all its replicas were told
     PARTED = 7  # name
     KEYS = 8  # are wanted, issued keys: [name, digest, terms]
     DIED = 9  # service, number of the replica, digest
     ACQUITTED = 10  # service, digest
     ORIGINS = 11  # connections of clients at other relays
     KEPT = 13  # service, number of the replica, id of an answer that it keeps, name of the key
-    ALL = 12  # nothing: all that there is to know was told
+    ALL = 12  # nothing: all that the coordinator knows was told
 
 
 # Owners: the names of keys, with or without bulk priority, and the addresses of clients
@@ -117,4 +122,7 @@ record_fields = attrgetter(*_NAMES)
 
 def record_of(fields: list[Any]) -> Record:
     said = dict(zip(_NAMES, fields, strict=True))
-    return Record(**said | {"retries": tuple(said["retries"])})
+    record = Record(said["id"], said["method"], said["path"], said["received_at"])
+    for name, value in said.items():
+        setattr(record, name, tuple(value) if name == "retries" else value)
+    return record

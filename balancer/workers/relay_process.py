@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from balancer.accounts.quota import Lacking
-from balancer.accounts.store import IssuedKey
-from balancer.app import Observer, close_doors, cors_of, networks, wait_for
+from balancer.accounts.store import IssuedKey, Keeper
+from balancer.app import close_doors, cors_of, networks, wait_for
 from balancer.config import Config
 from balancer.contract.account import KeyTerms
 from balancer.fleet.dial import Dialer
 from balancer.fleet.discovery import Resolve
 from balancer.fleet.lateness import Lateness
 from balancer.observe.access_log import AccessLog
+from balancer.observe.observer import Observer
 from balancer.observe.record import Record
 from balancer.observe.tally import MemberTally, Tallies
 from balancer.observe.tracing import Tracing
@@ -41,7 +42,7 @@ from balancer.workers.orders import Orders
 from balancer.workers.remote_places import OtherRelays, RemotePlaces
 from balancer.workers.shared_doors import SharedListener, SharedMemory
 
-AT_ONCE = 250  # records told in one message
+AT_ONCE = 250  # records, or keepers of answers, told in one message
 MOST_USED = 100_000  # records kept while there is no coordinator
 
 
@@ -82,13 +83,14 @@ class RelayProcess:
         self.access_log = AccessLog(1, config.is_log_json)
         self.destinations: list[Destination] = []
         self._by_ident: dict[str, tuple[KnownService, Destination]] = {}
+        self._others: dict[str, OtherRelays] = {}
         self._leaving: list[ConnectionPool] = []  # of services that have parted
         for ident in map(str, range(1 + len(config.others))):
             self._add(ident)
         limits = _Limits(self.asking)
         observer = Observer(self.access_log, self.tallies)
         self.proxy = Proxy(
-            Directory(self.destinations),
+            Directory(self.destinations, self._keeper_of),
             loop,
             observer,
             self._answer_own,
@@ -170,6 +172,8 @@ class RelayProcess:
 
     def _sweep_doors(self, now: float) -> None:
         self.doors.sweep(now)
+        if (most := self._memory.owed(self.settings.max_buffered_bytes)) is not None:
+            self.doors.make_room_for_others(most)
         self.doors.buffered_elsewhere = self._memory.tell(self.doors.buffered)
         if self._listener is not None:
             self._listener.count()
@@ -187,7 +191,7 @@ class RelayProcess:
         """Tells the coordinator what there is to count, in pieces. Returns whether there is more."""
         if not self.asking.is_up:
             return False
-        if self.tallies.count_some():
+        if self._tell_kept() or self.tallies.count_some():
             return True
         if used := self._used:
             some = [used.popleft() for _ in range(min(AT_ONCE, len(used)))]
@@ -202,7 +206,7 @@ class RelayProcess:
             "keys": {key.name: key.in_flight for key in self.keys or () if key.in_flight},
         }
         self.asking.send([Asked.SEEN, seen])
-        staying = {known.name for known in self.asking.replicas.values()}
+        staying = {known.name for known in self.asking.by_address.values()}
         for name in self.tallies.members.keys() - staying:
             del self.tallies.members[name]
         return False
@@ -211,7 +215,23 @@ class RelayProcess:
         if record.model:
             self._used.append(record)
 
+    def _tell_kept(self) -> bool:
+        """Tells a new coordinator who keeps which answer, in pieces; other relays ask it. Returns if there was one."""
+        there = self.asking.by_address
+        for ident, (service, _) in self._by_ident.items():
+            if service.is_told and (untold := self._others[ident].untold):
+                some = [untold.popleft() for _ in range(min(AT_ONCE, len(untold)))]
+                kept = [[there[replica].number, id_, key] for id_, replica, key in some if replica in there]
+                self.asking.send([Asked.KEEPS, ident, kept])
+                self.asking.flush()
+                return True
+        return False
+
     # What the coordinator tells
+
+    def greeted(self) -> None:
+        for service, _ in self._by_ident.values():
+            service.is_told = False
 
     def told(self, message: Message) -> None:
         match message:
@@ -249,7 +269,7 @@ class RelayProcess:
         service = KnownService(ident, settings)
         places = RemotePlaces(service, self.asking, self.loop)
         destination = Destination(places, settings, self.loop, None, self._tls, self.dialer, service)
-        others = OtherRelays(ident, self.asking)
+        self._others[ident] = others = OtherRelays(ident, self.asking)
         destination.deaths, destination.responses = Deaths(places.lives, others), KeptResponses(others)
         self.destinations.append(destination)
         self._by_ident[ident] = service, destination
@@ -262,6 +282,14 @@ class RelayProcess:
         key = state["replica_key"]
         destination.replica_key = key.encode() if key else None
         settings = service.settings
+        if state["is_told"] and not service.is_told:
+            service.is_told = True
+            self.asking.all_met(ident)
+            if self.config.state is None:  # else all but what is untold is on the disk
+                untold = self._others[ident].untold
+                untold.clear()
+                untold.extend(destination.responses.all())
+            self._tell_kept()
         if ident == "0":
             if settings.trusted_proxies != before.trusted_proxies:
                 self.doors.trust(networks(settings.trusted_proxies))
@@ -269,6 +297,7 @@ class RelayProcess:
 
     def _part(self, ident: str) -> None:
         if (found := self._by_ident.pop(ident, None)) is not None:
+            del self._others[ident]
             self.destinations.remove(found[1])
             self._leaving.append(found[1].pool)
 
@@ -282,6 +311,10 @@ class RelayProcess:
         self.keys.take_up(keys, self.loop.time())
         self.keys.are_wanted = are_wanted
         self.proxy.cors = cors_of(self.config, self.keys)
+
+    async def _keeper_of(self, id_: str) -> Keeper | None:
+        found = await self.asking.ask(Asked.KEEPER, id_)
+        return Keeper(*found) if found else None
 
     async def _answer_own(self, request: Request, reply: Reply) -> None:
         method, target, host, fields = (
@@ -325,8 +358,8 @@ class _Quotas:
         self._asking = asking
 
     async def take(self, key: Key, prompt: int, answer: int | None, reply: Reply, record: Record) -> None:
-        tokens, lacking, fields = await self._asking.ask(Asked.TAKE, key.name, prompt, answer)
-        settle(tokens, Lacking(*lacking) if lacking else None, fields.encode("latin-1"), reply, record)
+        tokens, lacking, at, fields = await self._asking.ask(Asked.TAKE, key.name, prompt, answer)
+        settle(tokens, Lacking(*lacking) if lacking else None, at, fields.encode("latin-1"), reply, record)
 
 
 def _keys(config: Config) -> Keys | None:

@@ -1,12 +1,14 @@
 """Places at replicas for one relay of several: the coordinator gives them."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any
 
 from balancer import errors
 from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.outcome import Outcome
+from balancer.relay.kept_responses import MOST
 from balancer.relay.unavailable import FULL_FOR
 from balancer.routing.admission import Waiter
 from balancer.routing.one_at_a_time import OneAtATime
@@ -35,6 +37,10 @@ class RemotePlaces:
         self._asking = asking
         self._loop = loop
         self._reading = OneAtATime()
+
+    def claim_now(self, waiter: Waiter) -> "RemotePlace | None":
+        """Never: the coordinator has to be asked."""
+        return None
 
     async def claim(self, waiter: Waiter) -> "RemotePlace":
         asking, prompt, again = self._asking, waiter.prompt, self._again(waiter)
@@ -70,7 +76,18 @@ class RemotePlaces:
 
     @property
     def is_only_one(self) -> bool:
-        return sum(known.service == self._service.ident for known in self._asking.replicas.values()) < 2
+        return sum(known.service == self._service.ident for known in self._asking.by_address.values()) < 2
+
+    @property
+    def has_any(self) -> bool:
+        return any(known.service == self._service.ident for known in self._asking.by_address.values())
+
+    def named(self, name: str, authority: bytes) -> ReplicaAddress | None:
+        for known in self._asking.by_address.values():
+            address = known.address
+            if known.service == self._service.ident and address.name == name and address.authority == authority:
+                return address
+        return None
 
     async def may_go_on(self, waiter: Waiter) -> bool:
         if waiter.only is not None:
@@ -92,11 +109,7 @@ class RemotePlaces:
         known = self._asking.by_address.get(replica)
         if known is None or known.number < 0:
             return False
-        if max(known.last_byte_at, known.alive_at) > since + STALE:
-            return True
-        settings = self._service.settings
-        is_asked = self._loop.time() > since + STALE + 2 * (settings.ready_interval + settings.ready_timeout)
-        return is_asked and known.is_passing
+        return max(known.last_byte_at, known.alive_at) > since + STALE or known.passed_at > since
 
     async def read(self, prompt: Prompt, key: Hashable) -> None:
         async with self._reading.of(key):
@@ -105,8 +118,8 @@ class RemotePlaces:
 
     def _again(self, waiter: Waiter) -> Again | None:
         there = self._asking.by_address
-        tried = [known for known in waiter.tried if there.get(known.address) is known]  # type: ignore[comparison-overlap]
-        return again_of(waiter, [(known.name, known.url) for known in tried])
+        tried: list[KnownReplica] = waiter.tried
+        return again_of(waiter, [(one.name, one.url) for one in tried if there.get(one.address) is one])
 
 
 def again_of_new(waiter: Waiter) -> Again:
@@ -211,7 +224,7 @@ class RemotePlace:
         self._asking.held.pop(self.id, None)
         if outcome is None or outcome is Outcome.ANSWERED:
             return
-        waiter.tried.append(self._known)  # type: ignore[arg-type]
+        waiter.tried.append(self._known)
         if outcome is Outcome.BUSY and attempt.full_for is not None and not self._known.is_resting:
             waiter.number = waiter.number or self._claim
             waiter.full_for = min(attempt.full_for, waiter.full_for or attempt.full_for)
@@ -221,9 +234,14 @@ class RemotePlace:
 
 
 class OtherRelays:
-    """Implements Hearers of balancer.relay.deaths and of balancer.relay.kept_responses."""
+    """Implements Hearers of balancer.relay.deaths and of balancer.relay.kept_responses.
+
+    `untold` has the id, replica and key of each answer of which no coordinator could be told: there was none, or it did
+    not know the replica yet.
+    """
 
     def __init__(self, service: str, asking: Asking) -> None:
+        self.untold: deque[tuple[str, ReplicaAddress, str]] = deque(maxlen=MOST)
         self._service = service
         self._asking = asking
 
@@ -235,5 +253,9 @@ class OtherRelays:
         self._asking.send([Asked.ACQUITTED, self._service, request.hex()])
 
     def learned(self, id_: str, replica: ReplicaAddress, key: str) -> None:
-        if (known := self._asking.by_address.get(replica)) is not None:
+        if (known := self._asking.by_address.get(replica)) is None:
+            return
+        if self._asking.is_up and known.number >= 0:
             self._asking.send([Asked.KEPT, self._service, known.number, id_, key])
+        else:
+            self.untold.append((id_, replica, key))

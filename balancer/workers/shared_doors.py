@@ -5,7 +5,7 @@ import ssl
 
 from balancer.relay.doors import Doors
 from balancer.relay.tls_listener import TlsListener
-from balancer.workers.board import CONNECTIONS, HELD, Board
+from balancer.workers.board import CONNECTIONS, HELD, PRESSED, Board
 
 # A relay that has more connections than another leaves a new one to it for so long, in seconds, and then takes it.
 COURTESY = 0.002
@@ -21,6 +21,7 @@ class SharedMemory:
         self._relay = relay
         self._told = 0  # bytes held here, as the others know
         self._elsewhere = 0
+        self._pressed = 0  # how often others lacked room, as far as it was heeded here
 
     def held_elsewhere(self, held: int) -> int:
         if abs(held - self._told) > NOTICEABLE:
@@ -33,6 +34,16 @@ class SharedMemory:
         self._board.set(self._relay, HELD, held)
         self._elsewhere = self._board.elsewhere(self._relay, HELD)
         return self._elsewhere
+
+    def press(self, most: int) -> None:
+        relays = self._board.relays
+        if self._elsewhere > most * (relays - 1) // relays:
+            self._board.add_one(self._relay, PRESSED)
+
+    def owed(self, most: int) -> int | None:
+        """How many of `most` bytes may be held here if another has lacked room since the last call; else None."""
+        before, self._pressed = self._pressed, self._board.elsewhere(self._relay, PRESSED)
+        return most // self._board.relays if self._pressed > before else None
 
 
 class SharedListener(TlsListener):

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from balancer.accounts.store import IssuedKey
+from balancer.accounts.store import IssuedKey, Keeper
+from balancer.fleet.fleet import FIRST_LIST
 from balancer.fleet.member import Member, Verdict
 from balancer.relay.auth import Keys
+from balancer.relay.kept_responses import KeptResponses
 from balancer.service import Service
 from balancer.services import Services
 from balancer.workers.link import Message
@@ -13,7 +15,10 @@ from balancer.workers.messages import Told
 
 
 class Telling:
-    """`tell` tells all relays. `house` is called for a service of which replicas may have become known."""
+    """`tell` tells all relays. `house` is called for a service of which replicas may have become known.
+
+    `clock` gives the loop's time in seconds.
+    """
 
     def __init__(
         self,
@@ -21,12 +26,15 @@ class Telling:
         keys: Keys | None,
         tell: Callable[[Message], None],
         house: Callable[[str, Service], None],
+        clock: Callable[[], float],
     ) -> None:
         self.members: dict[int, Member] = {}  # by what messages call them
         self._services = services
         self._keys = keys
         self._tell = tell
         self._house = house
+        self._clock = clock
+        self._began = clock()
         self._numbers: dict[Member, int] = {}
         self._last_number = 0
         self._facts: dict[int, list[Any]] = {}
@@ -34,16 +42,35 @@ class Telling:
         self._watched: dict[str, Service] = {}
         self._issued: Sequence[IssuedKey] = ()
 
+    def is_told(self, service: Service | None) -> bool:
+        """Is it known which replicas the service has, or too late to wait for that? None: the service is not known."""
+        return service.fleet.is_told if service is not None else self._clock() - self._began >= FIRST_LIST
+
     def everything(self) -> Iterator[Message]:
-        """What a relay that has just come is told."""
+        """What a relay that has just come is told. A service whose replicas are all known comes after them."""
         self.look_at_services()
-        for ident, state in self._states.items():
-            yield [Told.SERVICE, ident, state]
         if self._keys is not None:
             yield self._keys_message(self._keys)
         for number, facts in self._facts.items():
             yield [Told.REPLICA, number, *facts]
+        for ident, state in self._states.items():
+            yield [Told.SERVICE, ident, state]
         yield [Told.ALL]
+
+    def responses(self, ident: str) -> KeptResponses | None:
+        """Who keeps which answer of the service that messages call this, if it is served."""
+        for service, destination in zip(self._services.all, self._services.destinations, strict=True):
+            if self._services.ident(service) == ident:
+                return destination.responses
+        return None
+
+    def keeper(self, id_: str) -> Keeper | None:
+        """Who keeps that answer of /v1/responses, of any service, if a relay has told that since this process began."""
+        for destination in self._services.destinations:
+            if (known := destination.responses.known(id_)) is not None:
+                replica, key = known
+                return Keeper(replica.name, replica.authority.decode("latin-1"), key)
+        return None
 
     def keys_changed(self, issued: Sequence[IssuedKey]) -> None:
         """Tells which keys are given out now."""
@@ -64,6 +91,10 @@ class Telling:
         """The service that messages call this, if it has, or may have, requests."""
         if ident not in self._watched:
             self.look_at_services()
+        return self._watched.get(ident)
+
+    def seen(self, ident: str) -> Service | None:
+        """The same as of the last look."""
         return self._watched.get(ident)
 
     def look_at_services(self) -> None:
@@ -119,6 +150,7 @@ class Telling:
 def _state_of(service: Service) -> dict[str, Any]:
     return {
         "name": service.facts.name,
+        "is_told": service.fleet.is_told,
         "settings": service.settings.model_dump(mode="json"),
         "models": list(service.fleet.models),
         "has_replica": service.has_replica,
@@ -141,6 +173,7 @@ def _facts_of(member: Member, ident: str) -> list[Any]:
         member.url,
         member.alive_at,
         member.last_byte_at,
+        member.passed_at,
         is_passing,
         before,
         away_since,

@@ -25,7 +25,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         case "list":
             _list(cache, models_dir(environ))
         case "export":
-            whole = [_whole(repo, cache) for name in options.models for repo in _parts(name)]
+            # Two models may have a part in common, such as a tokenizer.
+            repos = dict.fromkeys(repo for name in options.models for repo in _parts(name))
+            whole = [_whole(repo, cache) for repo in repos]
             size = archive.write(whole, cache, options.file)
             print(f"{options.file}: {gigabytes(size)}, {', '.join(one.repo for one in whole)}")
         case _:

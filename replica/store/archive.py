@@ -38,6 +38,8 @@ def read(path: Path, cache: Cache, say: Callable[[str], None]) -> list[Manifest]
         with tarfile.open(path, "r|") as archive:
             manifests = _manifests(archive, path)
             waiting = {(m.repo, file.etag): file for m in manifests for file in m.files}
+            missing = {(m.repo, file.etag): file.size for m in manifests for file in cache.missing(m)}
+            cache.check_room(str(path), sum(missing.values()))
             while member := archive.next():
                 repo, _, etag = member.name.rpartition("/")
                 file = waiting.pop((repo, etag), None)
@@ -56,7 +58,8 @@ def read(path: Path, cache: Cache, say: Callable[[str], None]) -> list[Manifest]
     except (tarfile.TarError, EOFError):
         raise StoreError(f"{path} is no archive that export wrote, or it breaks off: copy it once more") from None
     except OSError as error:
-        raise StoreError(f"{path} cannot be taken in: {error.strerror or error}") from None
+        where = f"{error.filename}: " if error.filename not in (None, str(path)) else ""
+        raise StoreError(f"{path} cannot be taken in: {where}{error.strerror or error}") from None
     return manifests
 
 

@@ -11,15 +11,20 @@ ours: the list of the model's files.
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from replica.store.errors import StoreError
+from replica.store.progress import gigabytes
 
 _MANIFEST = "groundserve.json"
+_RESERVE = 1 << 30  # bytes of disk space to keep free
 _READ = 1 << 20  # bytes read at once
+_HARMLESS = re.compile(r"[^/\\\0]*")  # leads nowhere but to the name itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +52,10 @@ class Manifest:
     files: tuple[File, ...]
 
     def __post_init__(self) -> None:
-        names = [*self.repo.split("/"), *self.revision.split("/"), self.commit]
-        names += [part for file in self.files for part in (*file.path.split("/"), file.etag)]
-        if any(not name or name in (".", "..") or "\\" in name or "\0" in name for name in names):
+        names = [self.commit, *(file.etag for file in self.files)]  # one name each
+        paths = [self.repo, self.revision, *(file.path for file in self.files)]
+        names += [name for path in paths for name in path.split("/")]
+        if any(not name or name in (".", "..") or not _HARMLESS.fullmatch(name) for name in names):
             raise StoreError(f"{self.repo!r}: the list of its files names one outside its folder")
 
     @property
@@ -108,6 +114,16 @@ class Cache:
             return self.blob(repo, file).stat().st_size == file.size
         except OSError:
             return False
+
+    def check_room(self, what: str, size: int) -> None:
+        """Raises StoreError unless the disk has room for that many more bytes of `what`, and some to spare."""
+        folder = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(folder).free - _RESERVE
+        if size > free:
+            raise StoreError(
+                f"{what} takes {gigabytes(size)} more, and the disk of {self.folder} has "
+                f"{gigabytes(max(free, 0))} to spare: make room, or set HF_HOME to a folder on a larger disk"
+            )
 
     def place(self, manifest: Manifest) -> None:
         """Links a version's files, which must all be here, to where SGLang looks for them. Raises OSError."""

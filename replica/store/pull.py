@@ -1,7 +1,6 @@
 """Fetches a model to this machine, only once for all processes, after a check of access and of disk space."""
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,6 @@ from replica.store.errors import StoreError
 from replica.store.progress import Progress, gigabytes
 
 _AT_ONCE = 4  # files
-_RESERVE = 1 << 30  # bytes of disk space to keep free
 
 
 def pull(
@@ -56,10 +54,10 @@ def _pull(
         manifest = before  # an earlier pull included the weights
     missing = cache.missing(manifest)
     if missing:
-        _check_disk(cache, manifest, missing)
-        cache.note(manifest)
         here = manifest.size - sum(file.size for file in missing)
         partial = sum(_partly(cache.blob(repo, file)) for file in missing)
+        cache.check_room(manifest.repo, manifest.size - here - partial)
+        cache.note(manifest)
         terms = f", licence: {licence}" if licence else ""
         say(f"fetching {repo}: {gigabytes(manifest.size - here - partial)} in {len(missing)} files{terms}")
         progress = Progress(repo, manifest.size, here + partial, say)
@@ -86,17 +84,6 @@ def _download_all(manifest: Manifest, missing: list[File], cache: Cache, token: 
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _check_disk(cache: Cache, manifest: Manifest, missing: list[File]) -> None:
-    want = sum(file.size - _partly(cache.blob(manifest.repo, file)) for file in missing)
-    folder = next(path for path in (cache.folder, *cache.folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free - _RESERVE
-    if want > free:
-        raise StoreError(
-            f"{manifest.repo} takes {gigabytes(want)} more, and the disk of {cache.folder} has "
-            f"{gigabytes(max(free, 0))} to spare: make room, or set HF_HOME to a folder on a larger disk"
-        )
 
 
 def _partly(blob: Path) -> int:

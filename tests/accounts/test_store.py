@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from balancer.accounts.store import ADD, FILE, Store
+from balancer.accounts.store import ADD, FILE, Keeper, Store
 from balancer.contract.account import KeyTerms
 from balancer.errors import ConfigError
 from balancer.spec.local_disk import network_type
@@ -50,9 +50,36 @@ def test_a_key_is_rotated_revoked_and_given_again(store: Store) -> None:
     assert [row.revoked for row in store.keys()] == [None]  # noqa: SIM118
 
 
+def test_no_two_keys_have_one_secret(store: Store) -> None:
+    store.add("alice", b"1" * 32, TERMS, now=1)
+    store.add("bob", b"2" * 32, KeyTerms(), now=1)
+    for change in (lambda: store.add("carol", b"1" * 32, KeyTerms(), now=2), lambda: store.rotate("bob", b"1" * 32)):
+        with pytest.raises(ConfigError, match="another key has this secret already"):
+            change()
+    assert {key.name: (key.digest, key.terms) for key in store.issued()} == {
+        "alice": (b"1" * 32, TERMS),
+        "bob": (b"2" * 32, KeyTerms()),
+    }
+
+
+def test_a_figure_beyond_all_sense_stops_no_accounts(store: Store) -> None:
+    huge = 2**63 - 1
+    store.write([(480_000, "a", "m", 1, 0, 5, huge, 0), (480_001, "a", "m", 1, 0, 5, huge, 0)], {})
+    store.write([(480_001, "a", "m", 1, 0, 5, huge, 0), (480_001, "b", "m", 1, 0, 1, 1, 0)], {})
+    assert store.used_since(0) == {"a": (3, huge), "b": (1, 2)}
+    assert [(row["requests"], row["completion_tokens"]) for row in store.usage(["key"], 0)] == [(3, huge), (1, 1)]
+
+
+def test_a_row_that_cannot_be_stored_is_left_out(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    kept = (480_000, "a", "m", 1, 0, 5, 7, 0)
+    store.write([(480_000, "b", "m", 1, 0, 0, 2**63, 0), kept, (480_000, "b", "\ud800", 1, 0, 0, 1, 0)], {})
+    assert store.used_since(0) == {"a": (1, 12)}
+    assert caplog.text.count("this usage cannot be kept") == 2
+
+
 def test_usage_adds_up_by_whatever_is_asked(store: Store) -> None:
-    store.count([(480_000, "a", "m", 1, 0, 10, 5, 2), (480_000, "b", "m", 1, 1, 1, 1, 0)])
-    store.count([(480_000, "a", "m", 2, 0, 20, 5, 2), (480_030, "a", "n", 1, 0, 100, 1, 0)])
+    store.write([(480_000, "a", "m", 1, 0, 10, 5, 2), (480_000, "b", "m", 1, 1, 1, 1, 0)], {})
+    store.write([(480_000, "a", "m", 2, 0, 20, 5, 2), (480_030, "a", "n", 1, 0, 100, 1, 0)], {})
     assert store.usage(["key"], 0) == [
         {"key": "a", "requests": 4, "failed": 0, "prompt_tokens": 130, "completion_tokens": 11, "cached_tokens": 4},
         {"key": "b", "requests": 1, "failed": 1, "prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0},
@@ -64,7 +91,9 @@ def test_usage_adds_up_by_whatever_is_asked(store: Store) -> None:
     ]
     assert [row["requests"] for row in store.usage([], 480_001 * 3600)] == [1]
     assert store.usage([], 490_000 * 3600) == []
-    assert store.tokens_since(480_001) == {"a": 101}
+    for until, requests in ((480_000 * 3600 + 1, [4]), (480_030 * 3600, [4]), (480_030 * 3600 + 1, [5])):
+        assert [row["requests"] for row in store.usage([], 0, until)] == requests
+    assert store.used_since(480_001) == {"a": (1, 101)}
     with pytest.raises(ConfigError, match="not kept by 'name; DROP"):
         store.usage(["name; DROP TABLE usage"], 0)
 
@@ -93,6 +122,16 @@ def test_a_year_of_use_is_told_within_a_second(store: Store) -> None:
     with pytest.raises(ConfigError, match="over 100000 rows: sum by less"):
         store.usage(["key", "model", "hour"], 0)
     assert sum(file.stat().st_size for file in store.path.parent.iterdir()) < 64 << 20
+
+
+def test_who_keeps_an_answer_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balancer.accounts.store.MOST_ANSWERS", 3)
+    for number in range(5):
+        store.write([], {f"resp_{number}": Keeper("a", "127.0.0.1:1", "alice")})
+    store.write([], {"resp_2": Keeper("b", "127.0.0.1:2", "alice"), "resp_3": Keeper("b", "127.0.0.1:2", "mallory")})
+    assert [store.keeper(f"resp_{number}") is not None for number in range(5)] == [False, False, True, True, True]
+    assert store.keeper("resp_2") == Keeper("b", "127.0.0.1:2", "alice")
+    assert store.keeper("resp_3") == Keeper("a", "127.0.0.1:1", "alice"), "another key's answer stays that key's"
 
 
 def test_a_folder_that_others_may_write_into_is_refused(tmp_path: Path) -> None:

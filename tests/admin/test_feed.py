@@ -11,13 +11,13 @@ import pytest
 from balancer.contract.listing import ReplicaListing
 from balancer.contract.status import Snapshot
 from balancer.observe.history import INTERVAL, KEPT, History
-from balancer.observe.record import Record
 from balancer.observe.tally import REMEMBERED, Tallies
 from balancer.routing.admission import Admission
 from balancer.routing.policies import RoundRobin
 from tests.lab.replica import LabReplica
 from tests.observe.serving import CHAT, chat, client_of, run, serving, stream
 from tests.support.fleets import fleet_of
+from tests.support.recorded import recorded
 from tests.support.until import until
 
 
@@ -34,7 +34,7 @@ class Parts:
         self.history = History(self.fleet, Admission(self.fleet, RoundRobin()), self.tallies)
 
     def answered(self, **more: Any) -> None:
-        record = Record("id", "POST", CHAT, self.now, status=200, member="one", attempts=1, first_byte=0.5, **more)
+        record = recorded("POST", CHAT, self.now, status=200, member="one", attempts=1, first_byte=0.5, **more)
         self.tallies.finished(record)
 
     def pass_time(self, seconds: float) -> None:

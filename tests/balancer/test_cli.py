@@ -1,13 +1,18 @@
 """What is typed, and what comes back without anything being started."""
 
 import json
+import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from balancer.cli import _parser
+from balancer.__main__ import parse
+from balancer.cli import _parser, main
+from balancer.operate.commands import change
+from balancer.operate.commands.begin import Source
 from replica import gpu, lease, placement
 from tests.operate.command_line import ROOT, Groundserve
 from tests.support.program import BalancerProgram, Program
@@ -40,10 +45,54 @@ def groundserve(tmp_path: Path) -> Groundserve:
         ["down", "--all", "--replica-id", "1"],
         ["down", "x", "y", "--replica-id", "1"],
         ["update", "a", "a.yaml", "--mode", "green"],
+        ["logs", "a", "--tail", "5", "b"],
+        ["keys", "add", "--priority", "bulk"],
     ],
 )
 def test_wrong_usage_is_2_and_shows_the_usage(groundserve: Groundserve, arguments: list[str]) -> None:
     assert "usage: groundserve" in groundserve(*arguments, code=2)
+
+
+@pytest.mark.parametrize("arguments", [["down"], ["update", "a"], ["up", "a.yaml", "--join", "b", "--open"]])
+def test_wrong_usage_is_told_by_its_command(groundserve: Groundserve, arguments: list[str]) -> None:
+    assert groundserve(*arguments, code=2).startswith(f"usage: groundserve {arguments[0]} ")
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x", "65", ""])
+def test_number_of_workers(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--workers", count])
+    assert f"{count!r} is neither a number from 1 to 64 nor auto" in capsys.readouterr().err
+
+
+def test_one_worker_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, workers in ((3, 3), (128, 64)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert parse(["--workers", "auto"]).workers == workers
+
+
+def test_version(groundserve: Groundserve) -> None:
+    assert groundserve("--version") == f"groundserve {metadata.version('groundserve')}\n"
+
+
+@pytest.mark.parametrize("words", ["status", "events", "--version", "check x.yaml", "logs lab"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(groundserve: Groundserve, words: str, unbuffered: str) -> None:
+    (groundserve.folder / "x.yaml").write_text(GOOD)
+    log = groundserve.folder / "state/groundserve/lab/replica-1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("a line\n" * 10)
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        done = subprocess.run(
+            [sys.executable, "-m", "balancer.cli", *words.split()],
+            env={**groundserve.environ, "PYTHONUNBUFFERED": unbuffered},
+            cwd=groundserve.folder,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "groundserve: its output: No space left on device\n")
 
 
 @pytest.mark.parametrize("command", ["up", "status", "scale", "logs", "down", "check"])
@@ -90,10 +139,37 @@ def test_what_cannot_be_done_is_1_and_one_line(groundserve: Groundserve, argumen
         "logs x 1 3 --no-follow --tail 100",
         "logs --follow --load-balancer x",
         "logs --controller x",
+        "logs x --tail 5 1 2",
+        "update x --mode blue_green new.yaml",
+        "update x --secret K=V new.yaml --yes",
+        "down x --yes y",
+        "up a.yaml -y b.yaml --env K=V c.yaml",
+        "status x -v y",
     ],
 )
 def test_what_sky_serve_takes_is_taken(words: str) -> None:
     assert _parser().parse_args(words.split()).command == words.split()[0]
+
+
+def test_flags_between_arguments_belong_to_neither() -> None:
+    options = _parser().parse_args(["logs", "x", "--tail", "5", "1", "-f", "2"])
+    assert (options.name, options.ids, options.tail, options.follow) == ("x", [1, 2], 5, True)
+    options = _parser().parse_args(["update", "x", "--mode", "blue_green", "new.yaml", "--env", "A=1"])
+    assert (options.name, options.service, options.mode, options.env) == ("x", "new.yaml", "blue_green", ["A=1"])
+    options = _parser().parse_args(["down", "x", "--yes", "y"])
+    assert options.names == ["x", "y"]
+    options = _parser().parse_args(["keys", "add", "--priority", "bulk", "me"])
+    assert (options.name, options.priority) == ("me", "bulk")
+    assert _parser().parse_args(["logs", "--", "-x"]).name == "-x"
+
+
+@pytest.mark.parametrize(
+    "words", [["up", ""], ["check", "a.yaml", ""], ["update", "", "a.yaml"], ["scale", "", "1"], ["logs", ""]]
+)
+def test_an_empty_argument_is_said(groundserve: Groundserve, words: list[str]) -> None:
+    said = groundserve(*words, code=2)
+    assert said.startswith(f"usage: groundserve {words[0]} ")
+    assert "is empty: a variable of the shell without a value?" in said
 
 
 @pytest.mark.parametrize("command", ["up", "update x"])
@@ -131,7 +207,7 @@ def test_a_flag_about_clouds_is_warned_of(
                 ("--memory 16+", "write `resources: {memory: 16+}` in the service file"),
                 ("--ports 8080", "write `resources: {ports: 8080}` in the service file"),
                 ("--workdir src", "write `workdir: src` in the service file"),
-                ("--num-nodes 2", "a replica runs on one machine"),
+                ("--num-nodes 2", "write `num_nodes: 2` in the service file"),
                 ("--git-url http://x/y", "clone http://x/y and give the path of a service file in it"),
                 ("--git-ref main", "check main out and give the path of a service file in it"),
                 ("--config a=b", "SkyPilot's own machinery"),
@@ -250,6 +326,19 @@ def test_env_files_are_read_as_sky_serve_reads_them(groundserve: Groundserve, tm
     assert 'readiness /a # b/b#c/#"e' in groundserve("check", path, "--secret-file", envs)
     envs.write_text("A='a")
     assert f"--env-file {envs}:1: no closing quotation" in groundserve("check", path, "--env-file", envs, code=1)
+
+
+@pytest.mark.parametrize(("flag", "of"), [("--env-file", "envs"), ("--secret-file", "secrets")])
+def test_a_pipe_of_variables_is_read_once(monkeypatch: pytest.MonkeyPatch, flag: str, of: str) -> None:
+    """All of several services get what a shell's `<(command)` prints."""
+    reading, writing = os.pipe()
+    os.write(writing, b"A=1\n")
+    os.close(writing)
+    got: list[Source] = []
+    monkeypatch.setattr(change, "check", lambda *arguments: got.extend(arguments[0]) or 0)
+    assert main(["check", "a.yaml", "b.yaml", flag, f"/dev/fd/{reading}"]) == 0
+    os.close(reading)
+    assert [(source.path, getattr(source, of)) for source in got] == [("a.yaml", {"A": "1"}), ("b.yaml", {"A": "1"})]
 
 
 def test_a_state_folder_that_cannot_be_made_is_said(groundserve: Groundserve, tmp_path: Path) -> None:

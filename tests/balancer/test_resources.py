@@ -58,6 +58,15 @@ def test_accelerators_by_their_memory(accelerators: str, found: dict[str, int]) 
     assert spec(f"service: {{}}\nresources: {{accelerators: {accelerators}}}").accelerators == found
 
 
+@pytest.mark.parametrize(
+    "accelerators", ["'L4:'", "'L4:1+'", "'L4,A10G'", "'L4:1:1'", "['L4:1,A10G:1']", "{'L4:1': 1}", "':1'"]
+)
+def test_what_is_no_type_of_gpu_is_refused_with_its_line(accelerators: str) -> None:
+    """As a type of which there is none here, it would go unnoticed: another GPU would be used."""
+    with pytest.raises(ConfigError, match=r"x\.yaml:2: resources\.accelerators has .*: write a type and how many"):
+        spec(f"service: {{}}\nresources: {{accelerators: {accelerators}}}")
+
+
 @pytest.mark.parametrize("ports", ["8000", "'8000'", "[8000]", "['8000']"])
 def test_the_port_in_each_form(ports: str) -> None:
     assert spec(f"service: {{}}\nresources: {{ports: {ports}}}").port == 8000

@@ -89,7 +89,9 @@ def issue(folder: Path) -> None:
     """Issues the key there with all limits that a key can have, none of which it reaches."""
     store = Store(folder)
     most = 10**12
-    terms = KeyTerms(max_in_flight=most, requests_per_minute=most, tokens_per_minute=most, tokens_per_day=most)
+    terms = KeyTerms(
+        max_in_flight=most, requests_per_minute=most, requests_per_day=most, tokens_per_minute=most, tokens_per_day=most
+    )
     store.add("bench", sha256(KEY.encode()).digest(), terms, time.time())
     store.close()
 

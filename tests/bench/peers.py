@@ -62,21 +62,23 @@ def groundserve(place: Place, policy: str = "round_robin") -> Launch:
     return Launch(command, "this checkout", "on", census=census)
 
 
-COMPILED = ROOT / ".compiled"
+COMPILED_FOLDER = ROOT / ".compiled"
 
 
 def compiled(place: Place) -> Launch:
     """The same, with what `make compiled` makes of it."""
     launch = groundserve(place)
     mine = {path.relative_to(ROOT): path.read_bytes() for path in ROOT.glob("balancer/**/*.py")}
-    if not any(COMPILED.glob("balancer/relay/proxy.*.so")):
+    if not any(COMPILED_FOLDER.glob("balancer/relay/proxy.*.so")):
         raise Unavailable("nothing is compiled: make compiled")
-    if mine != {path.relative_to(COMPILED): path.read_bytes() for path in COMPILED.glob("balancer/**/*.py")}:
+    if mine != {
+        path.relative_to(COMPILED_FOLDER): path.read_bytes() for path in COMPILED_FOLDER.glob("balancer/**/*.py")
+    }:
         raise Unavailable("what is compiled is not this checkout: make compiled")
     # -P: not the modules of the working folder, which come before PYTHONPATH.
     command = [sys.executable, "-P", *launch.command[1:]]
     return replace(
-        launch, command=command, version="this checkout, compiled", environment={"PYTHONPATH": str(COMPILED)}
+        launch, command=command, version="this checkout, compiled", environment={"PYTHONPATH": str(COMPILED_FOLDER)}
     )
 
 
@@ -261,5 +263,5 @@ PEERS: dict[str, Callable[[Place], Launch]] = {
     "vllm-router-default": partial(vllm_router, settings={}),
     "skyserve": skyserve,
 }
-OURS = "groundserve"
+OURS, COMPILED = "groundserve", "groundserve-compiled"
 RUST_ROUTERS = ("smg", "sglang-router", "vllm-router")

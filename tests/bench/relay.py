@@ -21,7 +21,7 @@ from tests.bench import report
 from tests.bench.chart import chart
 from tests.bench.figures import Figures, check_counts, figures, first_error
 from tests.bench.install import Unavailable, cache_folder
-from tests.bench.peers import OURS, PEERS, Launch, Place
+from tests.bench.peers import COMPILED, OURS, PEERS, Launch, Place
 from tests.bench.running import Running, counts, load, replicas, running, stop_on_sigterm
 
 
@@ -157,14 +157,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(problem)
     print(f"results: {options.out}/relay.json, relay.md and relay.svg")
-    if OURS not in options.only:
-        return 0
-    if any(problem.startswith(f"{OURS}:") for problem in problems):
+    ours = [name for name in (OURS, COMPILED) if name in outcome.rows]
+    if OURS in options.only and OURS not in ours:
         print(f"{OURS} could not be measured", file=sys.stderr)
+        return 1
+    failed = [name for name in ours if any(problem.startswith(f"{name}: FAILED") for problem in problems)]
+    if failed:
+        print(f"not all of {', '.join(failed)} could be measured", file=sys.stderr)
         return 1
     verdicts = report.verdict(outcome.rows)
     for kept, text in verdicts:
         print({True: "kept: ", False: "BROKEN: ", None: "not judged: "}[kept] + text)
+    for reached, text in report.goals(outcome.rows):
+        print({True: "goal reached: ", False: "goal missed: ", None: "goal not judged: "}[reached] + text)
     return int(not options.no_verdict and any(kept is False for kept, _ in verdicts))
 
 

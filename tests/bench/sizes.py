@@ -3,8 +3,8 @@
 Requests of 200 bytes to 1 MiB with answers of 600 bytes, by two policies: round_robin passes bodies on unread,
 prefix_aware reads them. Then 1,000 streams at once, 10 events a second each. With one relay and with several: requests
 and events a second, and their CPU. Last, with 2 to 1,000 replicas: what their
-probes cost, a request by policy, and a scrape of the metrics while requests keep the balancer busy, and how late its
-event loop is then by what it says itself.
+probes cost, a scrape of the metrics, a request by policy, and a scrape while requests keep the balancer busy, and how
+late its event loop is then by what it says itself.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def start(
         ready = json.loads(fetch(f"{admin}/status")[1])["service"]["ready"]
         return None if ready == len(urls) else f"{ready} replicas ready"
 
-    wait(name, process, log, trouble, 60.0)
+    wait(name, process, log, trouble, max(60.0, 0.2 * len(urls)))
     scheme = "https" if "--tls-cert" in flags else "http"
     return Ours(Running(f"{scheme}://127.0.0.1:{place.port}", process.pid), admin)
 
@@ -108,21 +108,38 @@ def streams(found: dict[str, Ours], count: int, seconds: float) -> list[list[str
     return rows
 
 
-def workers(urls: Sequence[str], counts: Sequence[int], streams: int, seconds: float, folder: Path) -> list[list[str]]:
-    """A row for each number of relays; what is sent comes from as many load generators as the most relays.
+@contextlib.contextmanager
+def pinned(cores: Iterable[int]) -> Iterator[None]:
+    """Programs that this thread starts meanwhile run on these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
+
+def workers(
+    options: argparse.Namespace, urls: Sequence[str], generators: int, cores: Sequence[int], folder: Path
+) -> list[list[str]]:
+    """A row for each number of relays, which all hear from so many load generators.
+
+    `cores`: as many as there are relays are for these alone; empty: they run wherever the rest does. "Own cores" is
+    then how many times as much as many cores would carry as one does with one relay, by the CPU time that it took.
     Raises Unavailable.
     """
     rows: list[list[str]] = []
-    first: dict[str, float] = {}
-    for count in counts:
+    first: dict[str, tuple[float, float]] = {}
+    for count in options.workers:
         row = [f"{count}"]
         with contextlib.ExitStack() as stack:
-            ours = start(f"workers-{count}", urls, "round_robin", folder, ("--workers", str(count)), stack)
-            for mode, at_once in (("requests", 64), ("streams", streams)):
-                rate, each = together(ours, mode, at_once, max(counts), seconds)
-                ratio = rate / first.setdefault(mode, rate)
-                row += [f"{each:.1f}", f"{rate:,.0f}", f"{ratio:.2f}"]
+            with pinned(cores[:count]) if cores else contextlib.nullcontext():
+                ours = start(f"workers-{count}", urls, "round_robin", folder, ("--workers", str(count)), stack)
+            for mode, at_once in (("requests", 32 * generators), ("streams", options.streams)):
+                rate, each = together(ours, mode, at_once, generators, options.seconds)
+                rate_of_one, each_of_one = first.setdefault(mode, (rate, each))
+                own = count / options.workers[0] * each_of_one / each
+                row += [f"{each:.1f}", f"{rate:,.0f}", f"{rate / rate_of_one:.2f}", f"{own:.2f}"]
         rows.append(row)
         print(f"  --workers {count}: {', '.join(row[1:])}", flush=True)
     return rows
@@ -187,6 +204,16 @@ def scrapes(ours: Ours, seconds: float) -> list[str]:
     ]
 
 
+def scrape_cpu(ours: Ours, idle: float) -> float:
+    """Seconds of CPU that a scrape takes while nobody asks anything; `idle` is the part of a core without scrapes."""
+    assert ours.running.pid is not None
+    before, began = cpu_seconds(ours.running.pid), time.monotonic()
+    for _ in range(SCRAPES):
+        fetch(f"{ours.admin}/metrics")
+    used = cpu_seconds(ours.running.pid) - before
+    return max(0.0, used - idle * (time.monotonic() - began)) / SCRAPES
+
+
 def fleet(count: int, folder: Path, seconds: float) -> list[str]:
     """A row of the last table, but for the first cell; each policy in a process of its own."""
     cells, under_load = [], []
@@ -200,7 +227,7 @@ def fleet(count: int, folder: Path, seconds: float) -> list[str]:
                 before, began = cpu_seconds(ours.running.pid), time.monotonic()
                 time.sleep(max(2.0, seconds))
                 share = (cpu_seconds(ours.running.pid) - before) / (time.monotonic() - began)
-                cells.append(f"{share:.1%}")
+                cells += [f"{share:.1%}", f"{scrape_cpu(ours, share) * 1e3:.0f}"]
             result = checked(load("requests", ours.running, 32, seconds, min(1.0, seconds), 1, "--prompt-kib", "4"))
             cells.append(f"{result['cpu_seconds'] / result['count'] * 1e6:,.0f}")
             if policy == "round_robin":
@@ -214,11 +241,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     if set(options.only) & {"bodies", "streams"}:
         measure_relay(options, folder, tables)
     if "workers" in options.only:
-        with replicas() as some, replicas() as others:
-            urls = (*some, *others)
-            head = ["`--workers`", "CPU µs per request", "requests/s", "ratio", "CPU µs per event", "events/s", "ratio"]
-            rows = workers(urls, options.workers, options.streams, options.seconds, folder)
-            tables["workers"] = markdown(head, rows)
+        tables["workers"] = measure_workers(options, folder)
     rows = []
     for count in options.fleets if "fleets" in options.only else ():
         rows.append([f"{count:,}", *fleet(count, folder, options.seconds)])
@@ -227,6 +250,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, str]:
         head = [
             "replicas",
             "probes, % of a core",
+            "CPU ms a scrape",
             "CPU µs: round_robin",
             "CPU µs: prefix_aware",
             "scrape, ms",
@@ -235,6 +259,22 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, str]:
         head += ["KiB", "loop lag p50, ms", "p99", "requests/s meanwhile"]
         tables["fleets"] = markdown(head, rows)
     return tables
+
+
+def measure_workers(options: argparse.Namespace, folder: Path) -> str:
+    """The table of workers. With cores of their own, twice as much sends and answers. Raises Unavailable."""
+    most, cores = max(options.workers), sorted(os.sched_getaffinity(0))
+    generators, pairs, relays = most, 2, []
+    with contextlib.ExitStack() as stack:
+        if options.own_cores:
+            generators, pairs, relays = 2 * most, 2 * most, cores[:most]
+            stack.enter_context(pinned(cores[most:]))
+        urls = [url for _ in range(pairs) for url in stack.enter_context(replicas())]
+        rows = workers(options, urls, generators, relays, folder)
+    head = ["`--workers`"]
+    for what in ("request", "event"):
+        head += [f"CPU µs per {what}", f"{what}s/s", "ratio", "own cores"]
+    return markdown(head, rows)
 
 
 def measure_relay(options: argparse.Namespace, folder: Path, tables: dict[str, str]) -> None:
@@ -277,12 +317,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", nargs="+", type=int, default=[1, 2], metavar="N", help="numbers of relays; default 1 2"
     )
+    parser.add_argument(
+        "--own-cores", action="store_true", help="keep what sends and what answers off the relays' cores"
+    )
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="folder of the results, default %(default)s")
     options = parser.parse_args(argv)
     if min(options.fleets) < 2 or any(count % 2 for count in options.fleets):
         parser.error("--fleets: even numbers")
     if options.seconds <= 0 or options.streams < 1:
         parser.error("--seconds must be above 0, --streams at least 1")
+    if options.own_cores and len(os.sched_getaffinity(0)) <= max(options.workers):
+        parser.error("--own-cores: needs more cores than the most relays")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     folder = (options.out / "sizes-logs").resolve()

@@ -232,15 +232,36 @@ def rows(**microseconds: float) -> dict[str, Figures]:
     return found
 
 
-def test_the_verdict_compares_with_the_better_rust_router() -> None:
-    kept = report.verdict(rows(groundserve=99, sglang_router=150, vllm_router=100, nginx=20))
-    assert [fact for fact, _ in kept] == [True, True]
-    assert "0.99 of it" in kept[0][1]
-    assert [fact for fact, _ in report.verdict(rows(groundserve=101, sglang_router=150, vllm_router=100))] == [
-        False
-    ] * 2
-    assert [fact for fact, _ in report.verdict(rows(groundserve=50, nginx=20))] == [None] * 2
+def judged(found: list[tuple[bool | None, str]]) -> dict[str, list[bool | None]]:
+    """The verdicts by build, in the order in which they are said."""
+    said: dict[str, list[bool | None]] = {}
+    for kept, text in found:
+        said.setdefault(text.partition(":")[0], []).append(kept)
+    return said
+
+
+def test_each_build_is_held_to_its_own_promises() -> None:
+    peers = {"envoy": 100, "sglang_router": 200, "vllm_router": 130, "nginx": 20}
+    good = report.verdict(rows(groundserve=104, groundserve_compiled=94, **peers))
+    assert judged(good) == {"groundserve": [True, True], "groundserve-compiled": [True, True, True]}
+    assert "CPU per request at most 0.85 times the better Rust router's: 0.72 times" in good[3][1]
+    dearer = report.verdict(rows(groundserve=106, groundserve_compiled=111, **peers))
+    assert judged(dearer) == {"groundserve": [True, False], "groundserve-compiled": [True, False, False]}
+    assert judged(report.verdict(rows(groundserve=201, **peers))) == {"groundserve": [False, False]}
+
+
+def test_promises_without_the_peer_are_not_judged() -> None:
+    assert judged(report.verdict(rows(groundserve=50, nginx=20))) == {"groundserve": [None, None]}
+    assert judged(report.verdict(rows(envoy=50, nginx=20))) == {}
     assert ratio(Figure(None, reason="failed"), [figure([1.0])]) is None
+
+
+def test_goals_are_told_beside_the_promises() -> None:
+    """A goal that is missed is said, and breaks nothing."""
+    found = rows(groundserve=102, groundserve_compiled=99, envoy=100)
+    assert judged(report.goals(found)) == {"groundserve": [False, False], "groundserve-compiled": [True, True]}
+    assert all("at most Envoy's" in text for _, text in report.goals(found))
+    assert False not in judged(report.verdict(found))["groundserve"]
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:

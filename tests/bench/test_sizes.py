@@ -1,5 +1,7 @@
 """The measurement by the size of a request and of a fleet is held to what is known."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import orjson
@@ -51,12 +53,30 @@ def test_a_short_run_measures_all_it_says(
     assert "load average" in told
 
 
-def test_several_relays_are_measured_beside_one(tmp_path: Path) -> None:
-    flags = ["--only", "workers", "--workers", "1", "2", "--seconds", "0.3", "--streams", "20", "--out", str(tmp_path)]
+def measured_workers(tmp_path: Path, *more: str) -> dict[str, list[float]]:
+    flags = ["--only", "workers", "--seconds", "0.3", "--streams", "20", "--out", str(tmp_path), *more]
     assert sizes.main(flags) == 0
     lines = (tmp_path / "sizes.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
-    by_count = {row[0]: [float(cell.replace(",", "")) for cell in row[1:]] for row in rows if row[0].isdigit()}
+    return {row[0]: [float(cell.replace(",", "")) for cell in row[1:]] for row in rows if row[0].isdigit()}
+
+
+def test_several_relays_are_measured_beside_one(tmp_path: Path) -> None:
+    by_count = measured_workers(tmp_path, "--workers", "1", "2")
     assert set(by_count) == {"1", "2"}
-    assert by_count["1"][2] == by_count["1"][5] == 1
+    assert [by_count["1"][column] for column in (2, 3, 6, 7)] == [1, 1, 1, 1]
     assert all(figure > 0 for figures in by_count.values() for figure in figures)
+
+
+def test_relays_may_have_cores_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = sorted(os.sched_getaffinity(0))
+    with sizes.pinned([first]):
+        said = subprocess.run(["nproc"], capture_output=True, text=True, check=True).stdout
+        assert said == "1\n"
+        with pytest.raises(SystemExit):
+            measured_workers(tmp_path, "--workers", "1", "--own-cores")
+        assert "--own-cores: needs more cores than the most relays" in capsys.readouterr().err
+    assert sorted(os.sched_getaffinity(0)) == [first, *others]
+    if not others:
+        pytest.skip("one core cannot be shared out")
+    assert all(figure > 0 for figure in measured_workers(tmp_path, "--workers", "1", "--own-cores")["1"])

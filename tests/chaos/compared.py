@@ -33,6 +33,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions")  # those that all of them se
 ONLY_OURS = {"drain", "shrink and grow", "names fail"}
 LATE = 6.0  # seconds; time-outs are 5 at most, and an undisturbed answer takes 2
 REST = 1.5  # seconds without load after each fault: two checks of those that check once a second
+HOLD = 0.2  # seconds from the load's begin to the fault, which would find no request under way if it came at once
 WELL = 8  # answers in a row after which the next fault comes
 
 
@@ -105,13 +106,13 @@ class Unseen(Faults):
     async def all_ready(self, within: float = 5.0) -> None:
         """After each fault, the run waits until all is well."""
 
-    async def born(self, replica: Replica) -> float:
-        return float("inf")
+    async def until_new(self, replica: Replica, since: float) -> None:
+        """Nobody is asked whether he knows it."""
 
     async def one_more(self, id: str) -> None:
         await self.load.ask(Wish(id, "POST", PATHS[1], body_for(PATHS[1], f"go {id}", 1, False), text=" t00"))
 
-    def poisoned(self, replicas: int) -> None:
+    def poisoned(self, replicas: int, told: list[Got]) -> None:
         self.count.killed += replicas
 
 
@@ -160,6 +161,7 @@ async def compare(name: str, seed: int, steps: int, tell: Callable[[int, str, in
             await asyncio.sleep(1.0)
             for step in range(1, steps + 1):
                 load.runs.set()
+                await asyncio.sleep(HOLD)
                 fault = await faults.one()
                 await load.pause()
                 gots, load.got = load.got, []

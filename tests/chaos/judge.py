@@ -5,7 +5,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +21,15 @@ POISON = "poison-"  # what the ids of requests that kill replicas begin with
 # How such a request may end: it kills whoever gets it, and two deaths end it.
 POISONED = {("whole", 502, "replica_lost"), ("broken", 200, "stream_broken"), ("whole", 422, "kills_replicas")}
 # Illnesses of which a request may lose its replica. Two such replicas end it, which is promised.
-FATAL = (Ill.GONE, Ill.DEAF, Ill.CUTTING, Ill.HANGING)
+FATAL = (Ill.GONE, Ill.DEAF, Ill.CUTTING, Ill.RESETTING, Ill.HANGING)
 # Those that let a replica take no request.
 CLOSED = (Ill.GONE, Ill.DEAF, Ill.REFUSING)
 
 
 @dataclass(slots=True)
 class Repeats:
-    """Generations of one request beyond its first. `moved`: at another replica, because the first did not finish it.
-    `doubled`: the first two for any other reason, or after a second move.
+    """Generations of one request beyond its first. `moved`: at another replica, because the first was unwell and did
+    not finish it. `doubled`: the first two for any other reason, or after a second move.
     """
 
     moved: int = 0
@@ -43,9 +43,8 @@ class Judge:
     stage: Stage
     logged: dict[str, dict[str, Any]] = field(default_factory=dict)
     generated: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
-    whole: Counter[tuple[str, str]] = field(
-        default_factory=Counter
-    )  # id, address of generations that were answered whole
+    # When generations were answered whole, to somebody who was still there, by id and process
+    whole: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     sent_again: int = 0  # requests, because of the keep-alive race: nobody read them the first time
     elsewhere: int = 0  # requests that a second replica finished, or answered in full
     attempts: int = 0  # beyond each request's first
@@ -79,7 +78,7 @@ class Judge:
 
     def forget(self, got: Got) -> None:
         for made in self.generated.pop(got.wish.id, ()):
-            self.whole.pop((got.wish.id, made["address"]), None)
+            self.whole.pop((got.wish.id, made["process"]), None)
 
     def _judge_end(self, got: Got, entry: dict[str, Any]) -> None:
         member = got.replica or entry.get("member", "")
@@ -115,7 +114,7 @@ class Judge:
                 patience = min(self.settings.queue_timeout, self.settings.start_wait)
                 patience = patience if got.wish.method == "POST" else min(patience, MOMENT)
                 since, lasted = self.all_closed(got)
-                return lasted + SLACK >= patience and got.ended - since >= patience
+                return lasted + min(SLACK, patience / 2) >= patience and got.ended - since >= patience
         return False
 
     @property
@@ -159,7 +158,9 @@ class Judge:
         repeats = self.repeats(got)
         self.elsewhere += repeats.moved
         if repeats.doubled:
-            told = "\n  ".join(map(str, repeats.doubled))
+            whole = {made["process"]: self.whole.get((got.wish.id, made["process"])) for made in repeats.doubled}
+            ill = {one.address: one.spells for one in self.stage.replicas if one.spells}
+            told = "\n  ".join(map(str, (*repeats.doubled, f"answered whole: {whole}", f"ill lately: {ill}")))
             raise Violation(f"generated twice: {got}\n  {told}\n  log: {self.logged[got.wish.id]}")
 
     def repeats(self, got: Got) -> "Repeats":
@@ -167,15 +168,29 @@ class Judge:
         found = Repeats()
         stopped = {one.address for one in self.stage.replicas if self.stage.name_of(one) in self.ill(got, Ill.DEAF)}
         made = sorted(self.generated.get(got.wish.id, []), key=lambda entry: entry["address"] not in stopped)
-        has_waited = self.all_closed(got)[1] > 0  # for any replica, then, also the one that it was at
+        waited_since = self.all_closed(got)[0]  # for any replica, then, also the one that it was at
         for earlier, later in itertools.pairwise(made):
-            is_there_again = later["address"] == earlier["address"]
-            was_whole = self.whole[got.wish.id, earlier["address"]] > is_there_again  # the later one counts there, too
-            if (has_waited or not is_there_again) and not was_whole and not found.moved:
+            # A replica that was restarted is another one, at whatever address.
+            is_elsewhere = later["process"] != earlier["process"] or waited_since <= later["at"]
+            if is_elsewhere and self._was_lost(got, earlier, later["at"]) and not found.moved:
                 found.moved += 1
             else:
                 found.doubled = found.doubled or (earlier, later)
         return found
+
+    def _was_lost(self, got: Got, made: dict[str, Any], moment: float) -> bool:
+        """Had this generation been lost by then, because its replica was unwell? Not if its answer had arrived whole.
+
+        One that was stopped begins, once it goes on, with what it was sent before.
+        """
+        if any(at <= moment for at in self.whole[got.wish.id, made["process"]]):
+            return False
+        spells = [spell for one in self.stage.replicas if one.address == made["address"] for spell in one.spells]
+        return any(
+            spell.began <= moment and (got.began if spell.how is Ill.DEAF else made["at"]) <= spell.ended + ECHO
+            for spell in spells
+            if spell.how in FATAL
+        )
 
     def generated_at(self, replica: Replica, since: float) -> list[dict[str, Any]]:
         """The generations that this replica has begun since then."""
@@ -193,8 +208,8 @@ class Judge:
         for entry in self._new_lines(str(self.stage.journal)):
             if entry["what"] == "generated":
                 self.generated[entry["id"]].append(entry)
-            elif entry.get("generated", True) and entry.get("outcome") == "answered":
-                self.whole[entry["id"], entry["address"]] += 1
+            elif entry["generated"] and entry["outcome"] == "answered" and entry["is_heard"]:
+                self.whole[entry["id"], entry["process"]].append(entry["at"])
 
     def _new_lines(self, path: str) -> list[dict[str, Any]]:
         with open(path, "rb") as file:  # noqa: PTH123

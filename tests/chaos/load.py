@@ -61,7 +61,8 @@ class Load:
         chance = random.Random(f"{self.seed} client {number}")
         count = 0
         while True:
-            await self.runs.wait()
+            while not self.runs.is_set():  # it may have been unset again before this task was woken
+                await self.runs.wait()
             count += 1
             await self.ask(wish(chance, f"c{number}-{count}", self.paths, self.others))
             await asyncio.sleep(chance.uniform(*THINK))

@@ -1,6 +1,7 @@
 """A lab replica in a process of its own, which logs each generation to a file that survives the process."""
 
 import asyncio
+import contextlib
 import ctypes
 import dataclasses
 import enum
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ class Ill(enum.Enum):
     DEAF = "deaf"  # stopped, or its network swallows all: it gives no sign of life
     REFUSING = "refusing"  # it takes no new connection
     CUTTING = "cutting"  # it breaks off connections amid requests and answers
+    RESETTING = "resetting"  # it resets its connections, with all that is on its way, just now
     HANGING = "hanging"  # it gives signs of life, but lets requests wait for ever
     ERRING = "erring"  # it answers 500
 
@@ -51,13 +54,15 @@ _ILL_BY = {"cut": Ill.CUTTING, "hang": Ill.HANGING, "black_hole": Ill.DEAF, "sta
 class Journal(Seen):
     """What the replica sees, logged as it happens: a line for each generation and for each request's end.
 
-    Times are CLOCK_MONOTONIC, which all processes of a machine share.
+    Times are CLOCK_MONOTONIC, which all processes of a machine share. `is_open` tells, by a connection's number,
+    whether its client still has it: an answer to one that has closed it reaches nobody.
     """
 
-    def __init__(self, file: int, address: str) -> None:
+    def __init__(self, file: int, address: str, is_open: Callable[[int], bool]) -> None:
         super().__init__()
         self.file = file
         self.address = address
+        self.is_open = is_open
         self.unread = 0  # index of the first request that is not followed yet
         self.followed: dict[int, SeenRequest] = {}
         self.generating: set[int] = set()
@@ -73,10 +78,12 @@ class Journal(Seen):
                 self._write("generated", request)
             if request.outcome != "open":
                 del self.followed[number]
-                self._write("ended", request, outcome=request.outcome, generated=request.generated)
+                told = {"outcome": request.outcome, "generated": request.generated}
+                self._write("ended", request, **told, is_heard=self.is_open(request.connection))
 
     def _write(self, what: str, request: SeenRequest, **more: Any) -> None:
-        line = {"what": what, "id": request.id, "address": self.address, "at": time.monotonic(), **more}
+        line = {"what": what, "id": request.id, "address": self.address, "process": os.getpid()}
+        line |= {"at": time.monotonic(), **more}
         os.write(self.file, json.dumps(line).encode() + b"\n")
 
 
@@ -90,7 +97,7 @@ async def _serve(host: str, port: int, journal: str, pipe: Connection, knobs: di
     loop = asyncio.get_running_loop()
     replica = LabReplica(host=host, port=port, **knobs)
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    replica.seen = Journal(file, f"{host}:{port}")
+    replica.seen = Journal(file, f"{host}:{port}", replica.is_open)
     replica.die = lambda: os.kill(os.getpid(), signal.SIGKILL)
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -161,12 +168,12 @@ class Replica:
             if value:
                 self.falls(how)
         if command in ("refuse", "drop"):
-            self.falls(Ill.REFUSING if command == "refuse" else Ill.CUTTING)
+            self.falls(Ill.REFUSING if command == "refuse" else Ill.RESETTING)
         self.pipe.send((command, changes))
         await self._hear("done")
         self.recovers(*(how for how, value in knobs.items() if not value))
         if command in ("accept", "drop"):
-            self.recovers(Ill.REFUSING if command == "accept" else Ill.CUTTING)
+            self.recovers(Ill.REFUSING if command == "accept" else Ill.RESETTING)
 
     def falls(self, how: Ill) -> None:
         self.spells.append(Spell(how, time.monotonic()))
@@ -180,14 +187,6 @@ class Replica:
         assert self.pipe is not None
         if not await asyncio.to_thread(self.pipe.poll, 20) or self.pipe.recv() != word:
             raise RuntimeError(f"the replica at {self.address} does not say {word!r}")
-
-    def is_alive(self) -> bool:
-        """Asks the kernel: the fork server takes a while to learn of the process's end."""
-        try:
-            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        return state not in "ZX"
 
     def signal(self, number: signal.Signals) -> None:
         if number in (signal.SIGKILL, signal.SIGSTOP):
@@ -208,5 +207,6 @@ class Replica:
 
     async def kill(self) -> None:
         if self.process is not None:
-            self.signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # poison has killed it
+                self.signal(signal.SIGKILL)
             await self.ended()

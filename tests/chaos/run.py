@@ -53,6 +53,7 @@ async def play(seed: int, steps: int, is_dns: bool, tell: Callable[[int, str, in
             report.descriptors, report.tasks = await settled(here)
             for step in range(1, steps + 1):
                 load.runs.set()
+                await faults.hold()  # a fault that comes at once would find no request under way
                 name = await faults.one()
                 await faults.all_ready()
                 await look(here, judge, load, report)
@@ -60,6 +61,7 @@ async def play(seed: int, steps: int, is_dns: bool, tell: Callable[[int, str, in
                 if step % LEAKS_EVERY == 0 or step == steps:
                     await no_leaks(here, report)
                 tell(step, name, report.requests)
+            faults.judge_times()
             await here.stop()
         except Violation as violation:
             raise Violation(f"step {step} ({faults.playing}): {violation}") from None

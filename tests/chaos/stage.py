@@ -15,6 +15,7 @@ from typing import Any
 from balancer.operate.engines.ports import REPLICA_PORTS, free_ports, is_free
 from tests.chaos.client import Wish, ask
 from tests.chaos.replica import Replica
+from tests.chaos.stopwatch import Stopwatch
 from tests.support.program import Program
 from tests.support.until import until
 
@@ -34,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "start_wait": 10.0,
     "max_in_flight": 3,  # low, so that requests wait when replicas are missing
 }
-# Seconds added to every limit, because other programs may delay a shared machine.
+# Seconds by which replicas that all were gone may have been back before a request that waited for them was told no.
 SLACK = 3.0
 # States of a TCP socket, as /proc/net/tcp numbers them; the others are short.
 STATES = {"01": "established", "08": "closed by the other end", "0A": "listening"}
@@ -117,6 +118,12 @@ class Stage:
             raise Violation("the balancer does not end within 15 s of SIGTERM") from None
         if code:
             raise Violation(f"the balancer ended with {code}: {self.complaints[-5:]}")
+
+    def stopwatch(self) -> Stopwatch:
+        """Started now. Limits do not count what other programs on a busy machine add to them."""
+        assert self.program is not None
+        replicas = [replica.process.pid for replica in self.replicas if replica.process is not None]
+        return Stopwatch(self.program.pid, *replicas)
 
     # What it reports
 

@@ -1,7 +1,10 @@
 """A short form of `python -m tests.chaos`, and tests that its judge finds broken promises."""
 
 import asyncio
+import dataclasses
 import json
+import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,12 @@ import pytest
 
 from tests.chaos.client import End, Got, Wish, ended_early
 from tests.chaos.judge import Judge
+from tests.chaos.load import THINK, Load
 from tests.chaos.replica import Ill, Replica, Spell
 from tests.chaos.run import play
 from tests.chaos.stage import SETTINGS, Stage, Violation
+from tests.chaos.watcher import Watcher
+from tests.support.until import until
 
 STEPS = 12
 
@@ -23,7 +29,41 @@ def test_every_promise_holds_under_seeded_faults(way: str, seed: int) -> None:
     assert report.ends["whole 200"] > STEPS
 
 
+def test_no_client_asks_while_the_load_is_paused() -> None:
+    """Not even one that was told to go on just before the pause."""
+
+    async def asked_during_a_pause() -> int:
+        with socket.socket() as deaf:  # nobody listens there
+            deaf.bind(("127.0.0.1", 0))
+            load = Load(deaf.getsockname()[1], "seed", 5)
+            load.start()
+            await until(lambda: len(load.got) > 5, "the clients ask")
+            await load.pause()
+            await asyncio.sleep(2 * THINK[1])
+            load.runs.set()
+            await load.pause()
+            before = len(load.got)
+            await asyncio.sleep(2 * THINK[1])
+            await load.stop()
+            return len(load.got) - before
+
+    assert asyncio.run(asked_during_a_pause()) == 0
+
+
+def test_what_is_usually_slow_is_found(court: "Court") -> None:
+    """SLACK is for a single time: it must not hide that something takes too long each time."""
+    watcher = Watcher(court.judge.stage, Load(0, "seed", 0), court.judge, random.Random(0))
+    for seconds in (0.1, 3.0, 0.1, 0.3, 3.0):
+        watcher.took("to not ready", seconds, 0.3)
+    watcher.judge_times()
+    watcher.took("to not ready", 3.0, 0.3)
+    with pytest.raises(Violation, match=r"usually 1\.650 s, and not 0\.3 s"):
+        watcher.judge_times()
+
+
 # The judge
+
+A, B, C = "127.0.0.1:1", "127.0.0.2:1", "127.0.0.3:1"
 
 
 class Court:
@@ -42,7 +82,8 @@ class Court:
         (self.folder / "requests.log").write_text("".join(line + "\n" for line in lines))
 
     def journal(self, *entries: dict[str, Any]) -> None:
-        ordinary = {"what": "generated", "id": "r", "address": "a:1", "at": 10.0}
+        ordinary = {"what": "generated", "id": "r", "address": A, "process": 1, "at": 10.1}
+        ordinary |= {"generated": True, "is_heard": True}
         (self.folder / "journal").write_text("".join(json.dumps(ordinary | entry) + "\n" for entry in entries))
 
     def ill(self, how: Ill, *numbers: int, began: float = 10.2, ended: float = 10.8) -> None:
@@ -72,20 +113,36 @@ def test_a_whole_answer_generated_once_is_well(court: Court) -> None:
     assert court.judge.counts == {"whole 200": 1}
 
 
+ANSWERED = {"what": "ended", "outcome": "answered"}
+AT_B: dict[str, Any] = {"address": B, "process": 2}
+AT_C: dict[str, Any] = {"address": C, "process": 3}
+
+
 @pytest.mark.parametrize(
     ("journal", "said"),
     [
         ([], "no replica generated it"),
-        ([{}, {"what": "ended", "outcome": "answered", "at": 10.3}, {"at": 10.5, "address": "b:1"}], "generated twice"),
-        ([{}, {"at": 10.2, "address": "b:1"}, {"at": 10.5, "address": "c:1"}], "generated twice"),
-        ([{}, {"what": "ended", "at": 10.1}, {"at": 10.2}], "generated twice"),
-        ([{}, {"at": 10.2}], "generated twice"),
+        ([{}, ANSWERED | {"at": 10.3}, AT_B | {"at": 10.5}], "generated twice"),
+        ([{}, AT_B | {"at": 10.3}, AT_C | {"at": 10.5}], "generated twice"),
+        ([{}, {"what": "ended", "outcome": "cut", "at": 10.2}, {"at": 10.3}], "generated twice"),
+        ([{}, {"at": 10.3}], "generated twice"),
+        ([AT_C, {"at": 10.5}], "generated twice"),
+        ([{}, AT_B | {"at": 10.15}], "generated twice"),
     ],
-    ids=["not", "elsewhere after a whole answer", "three times", "there again", "never ended"],
+    ids=[
+        "not",
+        "elsewhere after a whole answer",
+        "three times",
+        "there again",
+        "never ended",
+        "elsewhere though the first was well",
+        "elsewhere before the first was unwell",
+    ],
 )
 def test_generations_are_counted(court: Court, journal: list[dict[str, Any]], said: str) -> None:
     court.log({"id": "r"})
     court.journal(*journal)
+    court.ill(Ill.CUTTING, 1, 2)
     with pytest.raises(Violation, match=said):
         court.says(got())
 
@@ -140,6 +197,20 @@ def test_only_a_long_absence_of_all_leaves_a_request_without(court: Court, longe
             court.says(refused)
 
 
+@pytest.mark.parametrize(("longest", "is_explained"), [(1.8, True), (0.3, False)])
+def test_a_get_waits_a_moment_for_a_replica(court: Court, longest: float, is_explained: bool) -> None:
+    court.log({"status": 503})
+    court.ill(Ill.GONE, 1, 2, 3, began=10.0, ended=10.0 + longest)
+    refused = got("whole", 503, "no_replica_ready")
+    refused.wish = dataclasses.replace(refused.wish, method="GET")
+    refused.began, refused.ended = 10.0, 12.5
+    if is_explained:
+        court.says(refused)
+    else:
+        with pytest.raises(Violation, match="no replica's illness explains"):
+            court.says(refused)
+
+
 @pytest.mark.parametrize(
     ("end", "status", "code"),
     [
@@ -167,9 +238,42 @@ def test_some_ends_are_never_explained_by_one_replicas_fault(court: Court, end: 
 def test_one_move_is_counted(court: Court) -> None:
     """An answer that a second replica finished is counted, and is no violation."""
     court.log({"id": "r"})
-    court.journal({}, {"at": 10.5, "address": "b:1"})
+    court.journal({}, AT_B | {"at": 10.5})
+    court.ill(Ill.GONE, 1)
     court.says(got())
     assert court.judge.elsewhere == 1
+
+
+def test_a_restarted_replica_is_another_one(court: Court) -> None:
+    """What its process did not finish before it died, the next one at its address may."""
+    court.log({"id": "r"})
+    court.journal({}, {"at": 10.9, "process": 2})
+    court.ill(Ill.GONE, 1)
+    court.says(got())
+    assert court.judge.elsewhere == 1
+
+
+@pytest.mark.parametrize(("is_heard", "other", "is_right"), [(False, 11.0, True), (True, 10.95, False)])
+def test_late_answer_of_a_stopped_replica(court: Court, is_heard: bool, other: float, is_right: bool) -> None:
+    """One that was stopped answers its request once it goes on: right if nobody waits for that any more."""
+    court.log({"id": "r"})
+    late = AT_B | {"at": 10.85}
+    court.journal(AT_C | {"at": other}, late, late | ANSWERED | {"at": 10.9, "is_heard": is_heard})
+    court.ill(Ill.DEAF, 2)
+    if is_right:
+        court.says(got())
+    else:
+        with pytest.raises(Violation, match="generated twice"):
+            court.says(got())
+
+
+def test_an_answer_that_came_before_a_reset_counts(court: Court) -> None:
+    """A reset takes nothing with it that the kernel has already delivered."""
+    court.log({"id": "r"})
+    court.journal({}, ANSWERED | {"at": 10.15}, AT_B | {"at": 10.5})
+    court.ill(Ill.RESETTING, 1, began=10.2, ended=10.22)
+    with pytest.raises(Violation, match="generated twice"):
+        court.says(got())
 
 
 def test_text_is_compared(court: Court) -> None:

@@ -12,16 +12,19 @@ from tests.chaos.replica import Ill, Replica, Spell
 from tests.chaos.stage import Stage, Violation
 
 STEPS = 3
+SEED = 17  # of which the first fault is poison
 
 
 @pytest.mark.parametrize("name", ["groundserve", "nginx"])
 def test_every_request_is_counted(name: str) -> None:
     told: list[int] = []
-    count = asyncio.run(compare(name, 7, STEPS, lambda *seen: told.append(seen[2])))
+    count = asyncio.run(compare(name, SEED, STEPS, lambda *seen: told.append(seen[2])))
     assert count.steps.total() == len(told) == STEPS
     assert count.requests == told[-1]
     assert count.ends.keys() <= {"answered", "lost", "broken", "refused", "passed on", "left"}
     assert count.ends["answered"] > count.requests / 2
+    assert count.steps["poison"]
+    assert count.killed in (2 * count.steps["poison"], 4 * count.steps["poison"])
 
 
 @pytest.fixture
@@ -78,9 +81,11 @@ def test_a_500_is_its_replicas_only_while_one_says_so(judge: Judge) -> None:
 def test_what_comes_late_or_twice_is_counted_beside_that(judge: Judge) -> None:
     count = Count()
     count.add(got("whole", 504, took=LATE + 1), judge, "hang")
-    judge.generated["r"] = [{"address": "a:1"}, {"address": "b:1"}]
+    first, second = {"address": "127.0.0.1:1", "process": 1, "at": 10.2}, {"address": "b:1", "process": 2, "at": 11.0}
+    judge.generated["r"] = [first, second]
+    judge.stage.replicas[0].spells.append(Spell(Ill.HANGING, 10.1, 10.5))
     count.add(got("whole", 200, TEXT), judge, "hang")
-    judge.whole["r", "a:1"] += 1
+    judge.whole["r", 1].append(10.4)
     count.add(got("whole", 200, TEXT, took=LATE + 1), judge, "hang")
     assert (count.late, count.elsewhere, count.doubled) == (1, 1, 1)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.install import Unavailable
-from tests.clients import agents, http1, install, page, proxies, suites
+from tests.clients import agents, http1, install, open_webui, page, proxies, suites
 from tests.clients.known import KNOWN, judge
 from tests.clients.outcome import Outcome
 from tests.clients.stage import stage
@@ -84,6 +84,7 @@ RUNS: dict[str, Callable[[Asked], Iterable[Outcome]]] = {
     "node": lambda asked: suites.node_sdks(asked.url, asked.model, asked.node),
     "llm-comply": lambda asked: suites.llm_comply(asked.url, asked.model, asked.python),
     "compatcanary": lambda asked: suites.compatcanary(asked.url, asked.model, asked.node),
+    "open-webui": lambda asked: open_webui.run(asked.url, asked.model),
     "agents": lambda asked: agents.run(asked.url, asked.model, asked.node, asked.folder),
 }
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from tests.bench.install import Unavailable, call, environment
+from tests.clients import open_webui
 from tests.clients.suites import FORMATS
 
 PINS = Path(__file__).with_name("pins")
@@ -63,6 +64,7 @@ def versions() -> dict[str, str]:
         "anthropic (Node)": node["@anthropic-ai/sdk"],
         **dict.fromkeys((f"llm-comply {name}" for name in FORMATS), python["llm-comply"]),
         "compatcanary": node["compatcanary"],
+        open_webui.SUITE: open_webui.VERSION,
         "Claude Code": node["@anthropic-ai/claude-code"],
         "Codex": node["@openai/codex"],
         "opencode": node["opencode-ai"],

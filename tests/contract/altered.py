@@ -11,12 +11,12 @@ from tests.support.program import ROOT, Program
 from tests.support.until import wait_until
 
 EDITS = {
-    "contract/listing.py": ('    resources: str = "-"', '    node: str = "-"'),
+    "contract/listing.py": ('    resources: str = "-"', '    rack: str = "-"'),
     "operate/commands/table.py": (
         '    _Column("RESOURCES", lambda replica: replica.resources),',
-        '    _Column("NODE", lambda replica: replica.node),',
+        '    _Column("RACK", lambda replica: replica.rack),',
     ),
-    "admin/page/page.js": ("const FACTS = [", "  ({ node }) => node,"),
+    "admin/page/page.js": ("const FACTS = [", "  ({ rack }) => rack,"),
 }
 CONTROLLER = """
 import json
@@ -29,7 +29,7 @@ from balancer.spec.service_file import parse
 
 wanted = Wanted(recipe(parse("service: {replicas: 1}\\nrun: serve --port $GROUNDSERVE_PORT", source="x.yaml")))
 report = Report("x", lambda: "http://127.0.0.1:1", "local")
-report.note({1: ReplicaListing("x-1", "http://127.0.0.1:9", id=1, node="gpu-2")}, {1})
+report.note({1: ReplicaListing("x-1", "http://127.0.0.1:9", id=1, rack="r7")}, {1})
 print(json.dumps(report.listing([Replica(1, 1, Stage.RUNNING)], wanted, 0.0).to_json()))
 """
 
@@ -57,7 +57,7 @@ class Altered:
             return program.text
 
     def told(self) -> dict[str, Any]:
-        """What its controller tells of a replica that an engine runs on the node gpu-2."""
+        """What its controller tells of a replica that an engine runs in the rack r7."""
         return dict(json.loads(self.printed(CONTROLLER)))
 
     @contextlib.contextmanager

@@ -126,15 +126,15 @@ def test_new_fact(tmp_path: Path) -> None:
     """
     altered = Altered(tmp_path)
     listing = altered.told()
-    assert listing["replicas"][0]["node"] == "gpu-2"
+    assert listing["replicas"][0]["rack"] == "r7"
     with altered.balancer() as admin:
         assert httpx.put(f"{admin}/replicas", json=listing, trust_env=False).status_code == 200
-        assert httpx.get(f"{admin}/status", trust_env=False).json()["replicas"][0]["node"] == "gpu-2"
+        assert httpx.get(f"{admin}/status", trust_env=False).json()["replicas"][0]["rack"] == "r7"
         with httpx.stream("GET", f"{admin}/feed", trust_env=False) as feed:
             state = next(line for line in feed.iter_lines() if line.startswith("data: ") and '"decisions"' in line)
-        assert json.loads(state.removeprefix("data: "))["replicas"][0]["node"] == "gpu-2"
+        assert json.loads(state.removeprefix("data: "))["replicas"][0]["rack"] == "r7"
         state_home = {"XDG_STATE_HOME": str(tmp_path), "GROUNDSERVE_ADMIN": admin}
         table = altered.printed("from balancer.cli import main; main(['status'])", **state_home)
     head, row = table.splitlines()[-2:]
-    assert head.split()[5:8] == ["INFRA", "RESOURCES", "NODE"]
-    assert "gpu-2" in row.split()
+    assert head.split()[5:8] == ["INFRA", "RESOURCES", "RACK"]
+    assert "r7" in row.split()

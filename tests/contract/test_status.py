@@ -1,7 +1,9 @@
 import json
+from dataclasses import asdict
 
 import pytest
 
+from balancer.contract.listing import Listing, ReplicaListing, ServiceListing
 from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
 from balancer.contract.words import ServiceStatus, Status
 
@@ -71,3 +73,9 @@ def test_unknown_fields_of_a_newer_balancer_are_left_out() -> None:
 def test_an_answer_of_another_shape_is_refused(answer: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="status"):
         Snapshot.from_json(answer)
+
+
+def test_a_list_of_replicas_has_all_their_fields() -> None:
+    replica = ReplicaListing("tiny-1", "http://127.0.0.1:40001", node="h1", ends_in_seconds=5.0)
+    for listing in (Listing((replica,)), Listing((replica,), ServiceListing(name="tiny", share=0.5))):
+        assert json.loads(json.dumps(listing.to_json())) == json.loads(json.dumps(asdict(listing)))

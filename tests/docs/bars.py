@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.docs.svg import Picture
 
 PAGE = Path(__file__).parents[2] / "docs/benchmarks.md"
-OURS = ("groundserve", "prefix_aware")
+OURS = ("groundserve", "compiled", "prefix_aware")
 WIDE, ROW = 210, 26
 
 

@@ -6,9 +6,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+KEYS = ("add", "change", "list", "rotate", "revoke")
 COMMANDS = (
     *("up", "status", "scale", "update", "rollback", "restart", "logs", "events", "down", "check", "manifests"),
-    *("enable", "disable", "keys", "keys add", "usage", "pull", "models", "export", "import"),
+    *(
+        "enable",
+        "disable",
+        "keys",
+        *(f"keys {action}" for action in KEYS),
+        "usage",
+        "pull",
+        "models",
+        "export",
+        "import",
+    ),
 )
 PROGRAMS = {
     "groundserve": ("balancer.cli",),

@@ -21,6 +21,7 @@ SURROUNDINGS = (
     dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"), NO_PROXY_THERE),
     {"HOME": "/proc", "TMPDIR": "/no/such", "LC_ALL": "en_US.ISO-8859-1", "PYTHONWARNINGS": "error"},
 )
+STORE = "--enable-response-store"  # for what builds on earlier answers of /v1/responses
 
 _started: list[Program] = []
 
@@ -58,7 +59,7 @@ def models() -> str:
 @pytest.fixture(scope="session")
 def pair(models: str, logs: Path) -> Iterator[list[Replica]]:
     replicas = [
-        Replica("smollm2-135m", port, logs / f"smollm2-{n}.log", MODELS_DIR=models, **around)
+        Replica("smollm2-135m", port, logs / f"smollm2-{n}.log", MODELS_DIR=models, SGLANG_ARGS=STORE, **around)
         for n, (port, around) in enumerate(zip(free_ports(2), SURROUNDINGS, strict=True), 1)
     ]
     _started.extend(replicas)

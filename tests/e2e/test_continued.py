@@ -88,12 +88,18 @@ class Told:
 
     @property
     def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def pieces(self) -> list[str]:
+        """The text by events, each of which is a token's, or those of one character."""
         if self.path == OWN:
-            return str(self.events[-1]["text"])
+            texts = ["", *(str(said["text"]) for said in self.events)]
+            return [after[len(before) :] for before, after in itertools.pairwise(texts)]
         if self.path == MESSAGES:
-            return "".join(said["delta"].get("text", "") for said in self.events if "delta" in said)
+            return [said["delta"].get("text", "") for said in self.events if "delta" in said]
         choices = [choice for said in self.events for choice in said["choices"]]
-        return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+        return [choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices]
 
     @property
     def end(self) -> tuple[Any, ...]:
@@ -160,8 +166,8 @@ async def killed_amid(seed: int, base: str, replicas: list[Replica]) -> Trial:
 def gap(replica: Replica, path: str, prompt: str, told: Told) -> float:
     """How far apart two tokens were in likelihood where this answer and that of the replica alone part; 0 if nowhere.
 
-    The replica is asked for what comes after the text that the client had when its first one died, which is all that
-    the second one knew. In natural logarithms of probabilities.
+    The replica is asked for what comes after the tokens that the client had when its first one died. In natural
+    logarithms of probabilities.
     """
 
     def ask(path: str, **body: Any) -> Any:
@@ -169,7 +175,10 @@ def gap(replica: Replica, path: str, prompt: str, told: Told) -> float:
 
     is_chat = path in (CHAT, MESSAGES)
     how = {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"prompt": begun(prompt)}
-    ids = ask("/tokenize", **how)["tokens"] + ask("/tokenize", prompt=told.before, add_special_tokens=False)["tokens"]
+    lengths = list(itertools.accumulate(len(piece) for piece in told.pieces))
+    before = [piece for piece, length in zip(told.pieces, lengths, strict=True) if length <= len(told.before)]
+    each = ask("/tokenize", prompt=["", *before], add_special_tokens=False)["tokens"]
+    ids = ask("/tokenize", **how)["tokens"] + list(itertools.chain(*each))
     sampling = {"max_new_tokens": TOKENS, "temperature": 0}
     made = ask("/generate", input_ids=ids, sampling_params=sampling, return_logprob=True, top_logprobs_num=2)
     rest = told.text.removeprefix(told.before).removesuffix("\ufffd")  # half a character at its end
@@ -189,8 +198,8 @@ def test_killed(seed: int, balancer: Balancer, replicas: list[Replica]) -> None:
     """kill -9 of one of two replicas: every stream in every format ends as it would have, at temperature 0 alike.
 
     An undisturbed answer may have another text when it is asked for again, because a batch of another size rounds
-    otherwise; and the tokens of a text may be others than those that made it. So a text that is another one has to be
-    what the replica that goes on makes of what was there, up to where two tokens are as likely.
+    otherwise. So a text that is another one has to be what the replica that goes on makes by itself of the tokens that
+    were there, up to where two tokens are as likely.
     """
     continued_before = continued_total(balancer)
     trial = asyncio.run(killed_amid(seed, balancer.url, replicas))
@@ -213,6 +222,62 @@ def test_killed(seed: int, balancer: Balancer, replicas: list[Replica]) -> None:
 def continued_total(balancer: Balancer) -> float:
     lines = httpx.get(f"{balancer.admin_url}/metrics", timeout=10).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("groundserve_continued_total"))
+
+
+# What the model made of a word that its tokenizer reads as "hall" and "owness".
+MADE = ("In", " twilight", "'s", " hallow", "ness")
+
+
+def made_so_far(path: str, ids: list[int]) -> list[dict[str, Any]]:
+    """The events of an answer that has come so far."""
+    if path == OWN:
+        meta = {"id": "x", "finish_reason": None, "prompt_tokens": 9, "completion_tokens": len(ids)}
+        return [{"text": "".join(MADE), "output_ids": ids, "meta_info": meta}]
+    if path == MESSAGES:
+        block = {"type": "text", "text": ""}
+        begun = [{"type": "message_start", "message": {"id": "x", "model": "any"}}]
+        begun += [{"type": "content_block_start", "index": 0, "content_block": block}]
+        deltas = ({"type": "text_delta", "text": text} for text in MADE)
+        return begun + [{"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas]
+    said = [{"text": text} if path == TEXT else {"delta": {"content": text}} for text in MADE]
+    return [{"id": "x", "choices": [{"index": 0, "finish_reason": None, **choice}]} for choice in said]
+
+
+@pytest.mark.parametrize("path", FORMATS)
+def test_other_tokens(path: str, replicas: list[Replica]) -> None:
+    """An answer continues from the tokens that it has, also if its text would be read as others."""
+    real, prompt = replicas[0], "Write a poem about むかしむかし, please."
+
+    def ask(path: str, **body: Any) -> Any:
+        return httpx.post(real.url + path, json=body, timeout=100).raise_for_status().json()
+
+    each = ask("/tokenize", prompt=["".join(MADE), *MADE], add_special_tokens=False)["tokens"]
+    read, made = each[0], list(itertools.chain(*each[1:]))
+    assert read != made
+    how = {"messages": [{"role": "user", "content": prompt}]} if path in (CHAT, MESSAGES) else {"prompt": begun(prompt)}
+    before = ask("/tokenize", **how)["tokens"]
+    left = {"max_new_tokens": TOKENS - len(made), "temperature": 0}
+    from_ids, from_text = (ask(OWN, input_ids=before + ids, sampling_params=left)["text"] for ids in (made, read))
+    assert from_ids != from_text, "it makes a difference"
+    told = Told(path)
+
+    @on_uvloop
+    async def main() -> None:
+        async with LabReplica() as first:
+            listed = (ReplicaListing("lab", first.url), ReplicaListing("real", real.url))
+            settings = {"replicas": listed, "policy": "round_robin"}
+            async with serving(ready=2, config=settings) as house, httpx.AsyncClient(timeout=100) as client:
+                body = "".join(f"data: {json.dumps(said)}\n\n" for said in made_so_far(path, made))
+                head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+                first.next(1, raw=f"{head}{len(body):x}\r\n{body}\r\n", raw_then="reset")
+                house.member("lab").turn = -1
+                await listen(client, house.url, path, prompt, told)
+
+    main()
+    assert told.comments == [": continued on real"]
+    assert told.text == "".join(MADE) + from_ids
+    assert told.is_done
+    assert TOKENS in told.end
 
 
 def test_image(tiny_llava: Replica, key_file: Any) -> None:

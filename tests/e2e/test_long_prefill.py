@@ -35,7 +35,7 @@ def test_prefill_longer_than_the_probes_time_out(
     balancer = Balancer(tmp_path / "balancer.log", replicas[:1], "--service", str(service))
     try:
         wait_until(lambda: balancer.statuses() == ["READY"], "the replica is READY", 60)
-        prompt = "".join(f" {first + n}" for n in range(760))  # some 3,800 tokens, never seen before
+        prompt = "".join(f" {first + n}" for n in range(560))  # some 2,800 tokens, never seen before
         got: list[int] = []
 
         def ask() -> None:

@@ -1,5 +1,8 @@
 """What a request names as an image never makes a real replica read its files or ask where it may not; it is a 400."""
 
+import contextlib
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,16 @@ def generate(image: str) -> dict[str, Any]:
 def batch(image: str) -> dict[str, Any]:
     one = generate(image)
     return {**one, "text": [one["text"], one["text"]], "image_data": [[data_url("red")], [image]]}
+
+
+def spoken(kind: str, source: str) -> dict[str, Any]:
+    """A chat with a sound or a video; `kind` is audio or video."""
+    content = [{"type": f"{kind}_url", f"{kind}_url": {"url": source}}, {"type": "text", "text": "What is it?"}]
+    return {"model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": content}]}
+
+
+def raw(kind: str, source: str) -> dict[str, Any]:
+    return {"text": "What is it?", f"{kind}_data": source, "sampling_params": {"max_new_tokens": 4}}
 
 
 WAYS = {
@@ -79,3 +92,40 @@ def test_link_without_an_image(eyes: str, tiny_llava: Replica, in_front_of_eyes:
         assert answer.status_code == 400, answer.text
         assert "cannot be fetched" in answer.text
     assert in_front_of_eyes.statuses() == ["READY"]
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", spoken), ("/generate", raw)])
+@pytest.mark.parametrize("kind", ["audio", "video"])
+def test_sound_and_video_come_from_nowhere_else(eyes: str, kind: str, path: str, body: Any, private: Path) -> None:
+    """As for images: files are refused, and a host that is not named is not asked, even if the model hears nothing."""
+    for source in (f"file://{private}", str(private)):
+        answer = httpx.post(f"{eyes}{path}", json=body(kind, source), timeout=120)
+        assert answer.status_code == 400, answer.text
+        assert "ALLOWED_LOCAL_MEDIA_PATH" in answer.text
+    with unasked() as there:
+        assert httpx.post(f"{eyes}{path}", json=body(kind, there), timeout=120).status_code < 500
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_ollamas_images_are_no_addresses(eyes: str, path: str, private: Path) -> None:
+    """SGLang 0.5.23 leaves them out; should it ever read them, an address or a file must not be among them."""
+    with unasked() as there:
+        for image in (there, f"file://{private}", str(private)):
+            message = {"role": "user", "content": "What color is it?", "images": [image]}
+            asked = (
+                {"messages": [message]} if path == "/api/chat" else {"prompt": message["content"], "images": [image]}
+            )
+            asked |= {"model": MODEL, "stream": False, "options": {"num_predict": 4, "temperature": 0}}
+            answer = httpx.post(f"{eyes}{path}", json=asked, timeout=120)
+            assert answer.status_code in (200, 400), answer.text
+            assert "blue" not in answer.text.lower()
+
+
+@contextlib.contextmanager
+def unasked() -> Iterator[str]:
+    """An address on this machine by a name that the operator did not name; fails if anybody connects."""
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        yield f"http://localhost:{trap.getsockname()[1]}/a"
+        trap.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            trap.accept()

@@ -9,7 +9,7 @@ from balancer.fleet.fleet import Fleet
 from balancer.fleet.member import Member
 from balancer.routing.admission import Admission
 from balancer.routing.policies import RoundRobin
-from balancer.spec.settings import ReadinessProbe
+from balancer.spec.settings import ReadinessProbe, Settings
 from tests.support.fleets import Clock, busy, claim, claimed, fail, fleet_of, listed, make_ready
 
 
@@ -138,6 +138,16 @@ def test_a_list_that_contradicts_itself_is_refused_whole(listing: list[ReplicaLi
         fleet.reconcile(listing)
     assert fleet.members == before
     assert comings.take() == []
+
+
+def test_a_first_list_that_is_refused_tells_nothing() -> None:
+    """Requests go on waiting for a list that holds."""
+    fleet = Fleet(Settings(), ReadinessProbe(), Clock())
+    with pytest.raises(ConfigError):
+        fleet.reconcile([listed(1), listed(1, id=2)])
+    assert not fleet.is_told
+    fleet.reconcile([])
+    assert fleet.is_told
 
 
 def test_restart_at_the_same_address() -> None:

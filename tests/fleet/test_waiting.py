@@ -11,6 +11,7 @@ from balancer.fleet.fleet import Fleet
 from balancer.routing.admission import Admission, Waiter
 from balancer.routing.policies import RoundRobin
 from balancer.routing.prompt import Prompt
+from balancer.spec.settings import ReadinessProbe, Settings
 from tests.support.fleets import Clock, busy, claimed, fail, fleet_of, listed, make_ready
 
 
@@ -184,6 +185,40 @@ def test_waiting_while_a_replica_starts() -> None:
     asyncio.run(play())
 
 
+def test_who_waits_in_vain_is_told_how_far_the_start_is() -> None:
+    """By how long the last start took, if one has been seen from before it was ready."""
+
+    async def play() -> None:
+        clock = Clock()
+        fleet = fleet_of(1, clock, ready=False, start_wait=30.0)
+        first = fleet.members[1]
+        fleet.note_probe(first, first.ready.surely_failed(clock(), "it loads"))
+        clock.move(20)
+        assert (fleet.progress(), fleet.ready_in()) == ("one has been loading for 20 s", 0)
+        clock.move(40)
+        make_ready(fleet, first)
+        assert fleet.progress() == ""
+        fleet.reconcile([listed(2)])
+        queue = Queue(fleet)
+        await queue.ask()
+        clock.move(31)
+        queue.admission.expire()
+        assert await queue.said() == "no_replica_ready"
+        assert queue.waiting is not None
+        error = queue.waiting.exception()
+        assert isinstance(error, ServeError)
+        assert "No replica is ready: one has been loading for 31 s, and the last one took 60 s." in error.message
+        assert 29 <= (error.retry_after or 0) <= 60
+        clock.move(30)
+        assert fleet.ready_in() == 0
+
+    asyncio.run(play())
+
+
+def test_one_that_was_ready_when_seen_tells_nothing_of_starts() -> None:
+    assert fleet_of(1, Clock()).start_took is None
+
+
 def test_waiting_through_a_restart() -> None:
     """A waiting request survives the restart of the only replica."""
 
@@ -198,5 +233,46 @@ def test_waiting_through_a_restart() -> None:
             make_ready(fleet, fleet.members[1])
             assert await queue.said() == "r1"
         assert fleet.in_flight == 0
+
+    asyncio.run(play())
+
+
+def test_without_a_replica_the_refusal_says_how_to_get_one() -> None:
+    fleet = fleet_of(1, Clock())
+    fleet.reconcile([])
+    assert "start one (`groundserve scale`" in fleet.progress()
+    fleet.is_asleep = True
+    assert "a request to a model starts one" in fleet.progress()
+
+
+def test_a_new_balancer_refuses_nobody_before_it_is_listed() -> None:
+    async def play() -> None:
+        clock = Clock()
+        fleet = Fleet(Settings(), ReadinessProbe(), clock)
+        queue = Queue(fleet)
+        await queue.ask()
+        clock.move(4)
+        queue.admission.expire()
+        assert await queue.said() is None
+        fleet.reconcile([listed(1)])
+        make_ready(fleet, fleet.members[1])
+        assert await queue.said() == "r1"
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("is_listed", [True, False], ids=["there are none", "nobody says"])
+def test_who_waits_for_a_list_waits_no_longer_than_for_one(is_listed: bool) -> None:
+    async def play() -> None:
+        clock = Clock()
+        fleet = Fleet(Settings(), ReadinessProbe(), clock)
+        queue = Queue(fleet)
+        await queue.ask()
+        if is_listed:
+            fleet.reconcile([])
+        else:
+            clock.move(5)
+        queue.admission.expire()
+        assert await queue.said() == "no_replica_ready"
 
     asyncio.run(play())

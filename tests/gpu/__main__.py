@@ -24,7 +24,7 @@ from tests.gpu.eight import eight, ten
 from tests.gpu.pair import beside_smg, routing, surplus, two_gpus
 from tests.gpu.proof import ROW, START, Proof, chat, row
 from tests.gpu.serving import balancer, cpu_seconds, flush, load, wait_ready
-from tests.gpu.sharing import sharing, split
+from tests.gpu.sharing import asleep, sharing, split, whole
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 50), "blue": (35, 60, 220), "yellow": (240, 220, 40)}
 COLOURS |= {"black": (12, 12, 12), "white": (245, 245, 245), "orange": (245, 140, 25), "purple": (130, 40, 170)}
@@ -175,7 +175,23 @@ def llava(proof: Proof) -> None:
 
 STEPS: dict[str, Callable[[Proof], None]] = {
     step.__name__: step
-    for step in (environment, text, image, cost, cold, routing, two_gpus, beside_smg, llava, sharing, split, ten, eight)
+    for step in (
+        environment,
+        text,
+        image,
+        cost,
+        cold,
+        routing,
+        two_gpus,
+        beside_smg,
+        llava,
+        sharing,
+        split,
+        asleep,
+        whole,
+        ten,
+        eight,
+    )
 }
 
 
@@ -188,10 +204,12 @@ def main() -> int:
     parser.add_argument("--flags", default="", metavar='"FLAG ..."', help="SGLang's, for each replica (none)")
     parser.add_argument("--rounds", type=int, default=3, help="of each routing comparison (3)")
     parser.add_argument("--until", type=float, default=330, help="seconds after which no such round begins (330)")
+    parser.add_argument("--speed", type=float, default=1, help="stages of the workload at rates, so much shorter (1)")
     options = parser.parse_args()
     for folder in (options.out, options.work):
         folder.mkdir(parents=True, exist_ok=True)
     more = {"flags": shlex.split(options.flags), "rounds": options.rounds, "until": options.until}
+    more["speed"] = options.speed
     proof = Proof(options.out, options.models, options.work, **more)
     failed = []
     for name in options.only:

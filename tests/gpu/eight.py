@@ -10,13 +10,14 @@ from typing import Any
 import httpx
 
 from replica import gpu
+from replica.presets import PREFILL_GRAPHS
 from tests.bench.process_tree import cpu_seconds
 from tests.bench.stats import quantile
 from tests.gpu import shapes
 from tests.gpu.pair import LLAMA, starts
 from tests.gpu.proof import START, Proof
 from tests.gpu.serving import Process, balancer, flush, load, services, wait_ready
-from tests.gpu.sharing import mixed, order, tell
+from tests.gpu.sharing import everywhere, mixed, order, tell
 
 FULL = 8  # GPUs that the workload is made for; fewer get as much less of it
 POOL = 320_000  # tokens of KV of each replica: 40 GiB of Llama-3-8B's
@@ -37,6 +38,7 @@ def eight(proof: Proof) -> None:
     environ = {"LEASE_DIR": str(proof.work / "leases-eight"), "LEASE_WAIT": "30"}
     environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(one.index) for one in there)
     flags = ["--load-format", "dummy", "--max-total-tokens", str(POOL), "--cuda-graph-max-bs-decode", "256"]
+    flags += PREFILL_GRAPHS
     members = [proof.replica(f"eight-{n}", proof.llama_3(), flags, **environ) for n in range(len(there))]
     try:
         seconds = [wait_ready(one, START) for one in members]
@@ -52,7 +54,7 @@ def eight(proof: Proof) -> None:
                 **LLAMA,
                 **SHAPE | {"answer_tokens": 32},
             )
-        at_rates(proof, members, len(members) / FULL, SHAPE)
+        at_rates(proof, members, len(members) / FULL, SHAPE, proof.speed)
     finally:
         for one in members:
             one.stop(signal.SIGKILL)
@@ -68,7 +70,8 @@ def at_rates(
     fronts["prefix_aware, 2 workers"] = partial(balancer, proof.work, "prefix_aware", members, 2)
     job: dict[str, Any] = {**LLAMA, **shape, "groups": max(1, round(GROUPS * scale)), "questions": QUESTIONS}
     job |= {"stages": [(rate * scale, seconds / speed) for rate, seconds in STAGES], "limit": LIMIT, "seed": 1}
-    proof.say(f"{job['groups']} groups of {QUESTIONS}, {STAGES[0][0] * scale:g} to {STAGES[-1][0] * scale:g} a second:")
+    stages = ", ".join(f"{rate * scale:g}" for rate, _ in STAGES)
+    proof.say(f"{job['groups']} groups of {QUESTIONS}, {stages} a second for {STAGES[0][1] / speed:g} s each:")
     proof.say()
     proof.say(
         "| policy | seconds | tokens/s | TTFT mean s | TTFT p99 s | cached share | errors | cores of the balancer |"
@@ -134,7 +137,7 @@ def by_need(proof: Proof, url: str, limit: float) -> None:
     proof.say(f"each asked in turn, twice: first token after {min(first):.2f} to {max(first):.2f} s")
     whole = sum((2 / 3) ** place for place in range(len(NAMES)))
     rates = {name: TOTAL_RATE * (2 / 3) ** place / whole for place, name in enumerate(NAMES)}
-    times = mixed(proof, url, rates, limit)
+    times = mixed(proof, everywhere(url), rates, limit)
     every = [each for model in times.values() for each in model]
     proof.say(f"of all: first token p50 {quantile(every, 0.5):.2f} s, p99 {quantile(every, 0.99):.2f} s")
     proof.figures["by need"] = {"in turn": first}

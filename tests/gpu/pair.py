@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from replica import gpu
+from replica.presets import PREFILL_GRAPHS
 from tests.bench.peers import ONE_THREAD
 from tests.bench.stats import quantile
 from tests.gpu.proof import ROW, START, Proof, chat, row
@@ -53,7 +54,7 @@ class Pair:
         # must be allowed what the first one has as well. The pool is the same: --max-total-tokens caps it.
         share = NEED * 1024 / self.total * (place + 1 if self.on_one else 1)
         flags = ["--load-format", "dummy", "--max-total-tokens", str(POOL), "--cuda-graph-max-bs-decode", "160"]
-        flags += ["--mem-fraction-static", f"{min(0.9, share):.2f}"]
+        flags += ["--mem-fraction-static", f"{min(0.9, share):.2f}", *PREFILL_GRAPHS]
         self._started += 1
         one = self.proof.replica(f"pair-{self._started}", self.proof.llama_3(), flags, **self.environ)
         self.members[place : place + 1] = [one]

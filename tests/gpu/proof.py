@@ -17,13 +17,22 @@ ROW = "| tokens/s | TTFT p50 ms | TTFT p99 ms | gap p50 ms | gap p99 ms | errors
 
 
 class Proof:
-    """One run of the proof. `flags` go to each SGLang; no round of a comparison begins later than `until` seconds."""
+    """One run of the proof. `flags` go to each SGLang; no round of a comparison begins later than `until` seconds;
+    stages of a workload at rates are `speed` times shorter."""
 
     def __init__(
-        self, out: Path, models: Path, work: Path, *, flags: Sequence[str] = (), rounds: int = 3, until: float = 330
+        self,
+        out: Path,
+        models: Path,
+        work: Path,
+        *,
+        flags: Sequence[str] = (),
+        rounds: int = 3,
+        until: float = 330,
+        speed: float = 1,
     ) -> None:
         self.out, self.models, self.work = out, models, work
-        self.flags, self.rounds, self.until = tuple(flags), rounds, until
+        self.flags, self.rounds, self.until, self.speed = tuple(flags), rounds, until, speed
         self.lines: list[str] = []
         self.figures: dict[str, Any] = {}
         self.began = time.monotonic()

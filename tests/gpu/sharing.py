@@ -6,8 +6,9 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ POOL = 60.0  # GiB of KV cache for the one that is awake
 WEIGHTS = 13.5
 SWAPS, MIXED_SECONDS = 200, 40.0
 CONTEXT = 1.8  # GiB of a process beside its weights and KV cache
+ALONE = 0.88  # of the card, for the one that has it: what is left is less than the weights of another
 REST = 6.0  # GiB of the GPU that a static split leaves to what its passes need
 KV_BYTES = 2 * 32 * 32 * 128 * 2  # of a token of Llama-2-7b's shape
 GRAPHS = ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "96"]
@@ -55,7 +57,7 @@ def sharing(proof: Proof) -> None:
             swaps(proof, front.url)
             interrupted(proof, front.url)
             proof.write()
-            mixed(proof, front.url, dict(zip(MODELS, RATES, strict=True)), MIXED_SECONDS)
+            mixed(proof, everywhere(front.url), dict(zip(MODELS, RATES, strict=True)), MIXED_SECONDS)
             burst(proof, front.url)
             proof.write()
             killed(proof, front.url, tenants)
@@ -150,25 +152,33 @@ def interrupted(proof: Proof, url: str) -> None:
     proof.figures["interrupted"] = {"alone": alone, "seconds": seconds, "waits": waits, "same": text == whole}
 
 
-def mixed(proof: Proof, url: str, rates: Mapping[str, float], limit: float) -> dict[str, list[float]]:
-    """Requests of 64 tokens to all models, as they come at these rates; the seconds to each one's first token."""
+def mixed(
+    proof: Proof, where: Callable[[str], AbstractContextManager[str]], rates: Mapping[str, float], limit: float
+) -> dict[str, list[float]]:
+    """Requests of 64 tokens to all models, as they come at these rates; the seconds to each one's first token.
+
+    `where`: waits until the model may be asked, and says at which URL.
+    """
     chance, lock = random.Random(7), threading.Lock()
     times: dict[str, list[float]] = {name: [] for name in rates}
     errors: list[str] = []
     coming = sorted((at, name) for name, rate in rates.items() for at in arrivals(chance, [(rate, limit)]))
 
     def ask(name: str, number: int) -> None:
+        came = time.monotonic()
         try:
-            _, first, _ = tell(url, name, 64, f"Story {number}: once upon a time")
+            with where(name) as url:
+                waited = time.monotonic() - came
+                _, first, _ = tell(url, name, 64, f"Story {number}: once upon a time")
         except (RuntimeError, httpx.HTTPError) as error:
             with lock:
                 errors.append(f"{type(error).__name__}: {error}"[:200])
         else:
             with lock:
-                times[name].append(first)
+                times[name].append(waited + first)
 
     began = time.monotonic()
-    with ThreadPoolExecutor(256) as at_once:
+    with ThreadPoolExecutor(512) as at_once:
         for number, (at, name) in enumerate(coming):
             time.sleep(max(0.0, began + at - time.monotonic()))
             at_once.submit(ask, name, number)
@@ -190,6 +200,11 @@ def mixed(proof: Proof, url: str, rates: Mapping[str, float], limit: float) -> d
     return times
 
 
+def everywhere(url: str) -> Callable[[str], AbstractContextManager[str]]:
+    """One endpoint for all models, which makes its clients wait itself."""
+    return lambda _: nullcontext(url)
+
+
 def burst(proof: Proof, url: str) -> None:
     """Many long requests to one model at once, as much as the KV cache of a model that has the GPU for itself holds."""
     figures = load(proof.work, url=url, model=MODELS[0], seed=90, **BURST)
@@ -203,7 +218,7 @@ def burst(proof: Proof, url: str) -> None:
 
 
 def split(proof: Proof) -> None:
-    """The same three models on one GPU, a third of it each all the time; then a swap of whole processes."""
+    """The same three models on one GPU, a third of it each all the time."""
     there = gpu.list_gpus(os.environ)[0]
     each = (there.memory_total / 1024 - REST) / len(MODELS) - WEIGHTS - CONTEXT
     # SGLang's share is of what is free at its start; so each may have all that is left, and the cap decides.
@@ -220,28 +235,118 @@ def split(proof: Proof) -> None:
         try:
             for name in MODELS:
                 tell(front.url, name, 1)
-            mixed(proof, front.url, dict(zip(MODELS, RATES, strict=True)), MIXED_SECONDS)
+            mixed(proof, everywhere(front.url), dict(zip(MODELS, RATES, strict=True)), MIXED_SECONDS)
             burst(proof, front.url)
         finally:
             front.stop()
-        proof.write()
-        for one in tenants.values():
-            one.stop(signal.SIGKILL)
-        began = time.monotonic()
-        folder = proof.work / MODELS[0]
-        one = tenants["swap"] = proof.replica("swap", str(folder), flags, CUDA_VISIBLE_DEVICES=str(there.index))
-        wait_ready(one, START)
-        tell(one.url, MODELS[0], 1)
-        seconds = [time.monotonic() - began]
-        one.stop()
-        seconds.append(time.monotonic() - began - seconds[0])
-        proof.say(
-            f"a process of one of them: {seconds[0]:.0f} s from its start to a first token, {seconds[1]:.1f} s to stop"
-        )
-        proof.figures["whole process"] = seconds
     finally:
         for one in tenants.values():
             one.stop(signal.SIGKILL)
+
+
+def asleep(proof: Proof) -> None:
+    """The same three models in turns where the card holds the weights of one: each swap goes through host memory."""
+    flags = ["--load-format", "dummy", "--mem-fraction-static", f"{ALONE}", *GRAPHS]
+    environ = {"GPU_SHARE": "yes", "LEASE_DIR": str(proof.work / "leases-asleep"), "LEASE_WAIT": "400"}
+    tenants: dict[str, Process] = {}
+    try:
+        for name in MODELS:
+            folder = shapes.llama(proof.models / "smollm2-135m", proof.work / name)
+            tenants[name] = proof.replica(f"asleep-{name}", str(folder), flags, **environ)
+        for one in tenants.values():
+            wait_ready(one, len(MODELS) * START)
+            order(one, "sleep")
+        front = services(proof.work, tenants)
+        try:
+            for name in MODELS:
+                tell(front.url, name, 1)
+            mixed(proof, everywhere(front.url), dict(zip(MODELS, RATES, strict=True)), MIXED_SECONDS)
+        finally:
+            front.stop()
+    finally:
+        for one in tenants.values():
+            one.stop(signal.SIGKILL)
+
+
+def whole(proof: Proof) -> None:
+    """The same three models, each in a process that has the GPU for itself: a swap ends one and starts another."""
+    flags = ["--load-format", "dummy", "--mem-fraction-static", f"{ALONE}", *GRAPHS]
+    visible = str(gpu.list_gpus(os.environ)[0].index)
+
+    def start(name: str) -> Process:
+        folder = shapes.llama(proof.models / "smollm2-135m", proof.work / name)
+        one = proof.replica(f"whole-{name}", str(folder), flags, CUDA_VISIBLE_DEVICES=visible)
+        wait_ready(one, START)
+        return one
+
+    processes = OneProcess(start)
+    try:
+        mixed(proof, processes.of, dict(zip(MODELS, RATES, strict=True)), MIXED_SECONDS)
+        took = ", ".join(f"{seconds:.0f}" for seconds in processes.took)
+        proof.say(f"{len(processes.took)} starts, the end of the one before included: {took} s")
+        proof.figures["whole processes"] = processes.took
+    finally:
+        processes.stop()
+
+
+class OneProcess:
+    """One model's process at a time, the way of llama-swap. Who asks for another model waits until the answers under
+    way have ended, and for a start; who comes later and asks for the one that runs waits for its next turn.
+
+    `took`: seconds of each swap. For threads.
+    """
+
+    def __init__(self, start: Callable[[str], Process]) -> None:
+        self.took: list[float] = []
+        self._start = start
+        self._starter = ThreadPoolExecutor(1)  # a simulated replica ends with the thread that started it
+        self._changed = threading.Condition()
+        self._name, self._process = "", None  # type: tuple[str, Process | None]
+        self._asking = 0
+        self._waiting: dict[str, int] = {}  # by model, in the order in which the first of each came
+        self._may_ask = 0  # of those who waited for the one that runs now
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[str]:
+        """The URL of that model's process, which stays until the caller is done."""
+        with self._changed:
+            if name != self._name or self._waiting or self._may_ask:
+                self._wait(name)
+            self._asking += 1
+            assert self._process is not None
+            url = self._process.url
+        try:
+            yield url
+        finally:
+            with self._changed:
+                self._asking -= 1
+                self._changed.notify_all()
+
+    def _wait(self, name: str) -> None:
+        self._waiting[name] = self._waiting.get(name, 0) + 1
+        while not (name == self._name and self._may_ask):
+            if name in self._waiting and next(iter(self._waiting)) == name and not (self._asking or self._may_ask):
+                self._swap(name)
+            else:
+                self._changed.wait()
+        self._may_ask -= 1
+
+    def _swap(self, name: str) -> None:
+        if name != self._name:
+            began = time.monotonic()
+            self._end()
+            self._process, self._name = self._starter.submit(self._start, name).result(), name
+            self.took.append(time.monotonic() - began)
+        self._may_ask = self._waiting.pop(name)
+        self._changed.notify_all()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+
+    def stop(self) -> None:
+        self._end()
+        self._starter.shutdown()
 
 
 def killed(proof: Proof, url: str, tenants: Sequence[Process]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balancer.operate.engines.ports import free_ports
-from tests.gpu import eight
+from tests.gpu import eight, sharing
 from tests.gpu.proof import Proof
 from tests.gpu.serving import Process, services, start, wait_ready
 
@@ -63,3 +63,26 @@ def test_ten_models_on_two_gpus_by_need(tmp_path: Path) -> None:
     assert mixed["errors"] == []
     assert sum(map(len, mixed["ttft"].values())) > 5
     assert states.count("AWAKE") <= 2
+
+
+def test_one_process_at_a_time_serves_all_models(tmp_path: Path) -> None:
+    proof = Rehearsal(tmp_path, tmp_path, tmp_path)
+    alive: list[Process] = []
+
+    def begin(name: str) -> Process:
+        assert all(one.popen.poll() is not None for one in alive)
+        one = proof.replica(f"whole-{len(alive)}-{name}", name, ["--prefill-rate", "1e6", "--itl-base", "0.001"])
+        alive.append(one)
+        wait_ready(one, 60)
+        return one
+
+    processes = sharing.OneProcess(begin)
+    try:
+        times = sharing.mixed(proof, processes.of, {"ann": 2.0, "bea": 6.0}, 2.0)
+    finally:
+        processes.stop()
+    (figures,) = proof.figures["mixed"]
+    assert figures["errors"] == []
+    assert all(times.values())
+    # Whoever waits has a turn, and those that wait together have one start between them.
+    assert 2 <= len(processes.took) == len(alive) < sum(map(len, times.values()))

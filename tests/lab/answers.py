@@ -10,6 +10,7 @@ import orjson
 
 from tests.lab import anthropic
 from tests.lab.asked import END_OF_THINKING, THINK, Asked, Kind
+from tests.lab.prompts import text_tokens, token_ids
 
 DATA = b"data: "
 DONE = b"data: [DONE]"
@@ -108,7 +109,8 @@ def first(generation: Generation, usage: Usage) -> list[bytes]:
     """What is streamed just before the first token."""
     match generation.asked.kind:
         case "chat":
-            return [_chunk(generation, [_choice(_delta(role="assistant", content=""), None)])]
+            opening = _choice(_delta(role="assistant", content=""), None)
+            return [_chunk(generation, [opening], **_so_far(generation, usage))]
         case "messages":
             return anthropic.first(generation, usage)
         case _:
@@ -121,11 +123,13 @@ def token(generation: Generation, position: int, usage: Usage, seconds: float) -
     word = generation.words[position]
     match generation.asked.kind:
         case "chat":
-            return _chunk(generation, [_choice(_chat_delta(generation, position), None)])
+            choice = _choice(_chat_delta(generation, position), None)
+            return _chunk(generation, [choice], **_so_far(generation, usage))
         case "messages":
             return anthropic.token(word)
         case "completion":
-            return _chunk(generation, [_choice({"text": word}, "length" if is_last else None)], usage=None)
+            choice = _choice({"text": word}, "length" if is_last else None)
+            return _chunk(generation, [choice], **({"usage": None} | _so_far(generation, usage)))
         case "generate":
             text = "".join(generation.words[: position + 1])
             return DATA + orjson.dumps(_generate(generation, text, usage, seconds if is_last else None))
@@ -135,7 +139,8 @@ def last(generation: Generation, usage: Usage) -> list[bytes]:
     """What is streamed after the last token."""
     match generation.asked.kind:
         case "chat":
-            return [_chunk(generation, [_choice(_delta(), "length")]), *_ending(generation, usage)]
+            end = _chunk(generation, [_choice(_delta(), "length")], **_so_far(generation, usage))
+            return [end, *_ending(generation, usage)]
         case "messages":
             return anthropic.last(usage)
         case _:
@@ -148,6 +153,11 @@ def refused(generation: Generation) -> list[bytes]:
         return anthropic.refused(generation, QUEUE_FULL)
     refusal = DATA + b'{"error":' + error(503, QUEUE_FULL, "SERVICE_UNAVAILABLE") + b"}"
     return [refusal, *_ending(generation, Usage(0, 0, 0))]
+
+
+def _so_far(generation: Generation, usage: Usage) -> dict[str, Any]:
+    """The counts in an event of one that asked for them in each."""
+    return {"usage": usage.in_full()} if generation.asked.tells_usage_often else {}
 
 
 def _ending(generation: Generation, usage: Usage) -> list[bytes]:
@@ -211,4 +221,4 @@ def _generate(generation: Generation, text: str, usage: Usage, seconds: float | 
     meta |= {"cached_tokens_details": {"device": usage.cached_tokens, "host": 0}, "dp_rank": None}
     if seconds is not None:
         meta["e2e_latency"] = seconds
-    return {"text": text, "output_ids": list(range(usage.completion_tokens)), "meta_info": meta}
+    return {"text": text, "output_ids": token_ids(text_tokens(text)), "meta_info": meta}

@@ -27,6 +27,7 @@ class Asked:
     model: str
     stream: bool
     include_usage: bool
+    tells_usage_often: bool  # in every event
     tokens: int  # to generate
     begin: int  # tokens of the answer that are in the prompt already; the answer continues from there
     body: dict[str, Any]
@@ -50,12 +51,14 @@ class Asked:
             wanted = ORDINARY_TOKENS
         if type(wanted) is not int or wanted < 1:
             raise BadRequest(f"max_tokens must be at least 1, got {wanted!r}")
+        options = body.get("stream_options") or {}
         begin = len(_TOKEN.findall(_MADE.search(_open_text(kind, body))[0]))  # type: ignore[index]
         return cls(
             kind=kind,
             model=str(body.get("model", knobs.served_model)),
             stream=body.get("stream") is True,
-            include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
+            include_usage=bool(options.get("include_usage")),
+            tells_usage_often=bool(options.get("continuous_usage_stats")),
             tokens=max(1, knobs.tokens - begin) if knobs.tokens else wanted,
             begin=begin,
             body=body,

@@ -1,6 +1,8 @@
 """Hosts of one lab, made of namespaces (network, mount, uts, pid, ipc) over one Debian root. Needs root.
 
-    python -m tests.lab.hosts COMMAND...     # runs it where hosts can be made: in namespaces of its own
+    python -m tests.lab.hosts [--for MODULE] COMMAND...
+                                             # runs it where hosts can be made: in namespaces of its own, which have no
+                                             # network; so a root with the PACKAGES of MODULE is made before
 
     with Hosts(root_with(PACKAGES), ["h1", "h2"], folder) as hosts:      # inside of such a command
         hosts["h1"].run("hostname")          # output of a command there, as root
@@ -15,6 +17,7 @@ on each host under the same paths as here: that is the lab's shared file system.
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import os
 import shutil
 import signal
@@ -27,7 +30,8 @@ from types import TracebackType
 from typing import Self
 
 ROOT = Path(__file__).parents[2]
-SUITE = "bookworm"
+# Which Debian it is; `make slurm-test DEBIAN=trixie` sets it.
+SUITE = os.environ.get("LAB_DEBIAN", "bookworm")
 INSIDE = "GROUNDSERVE_LAB_OF_HOSTS"  # set for COMMAND
 HERE = "10.77.0.1"
 # The one ordinary user of the lab.
@@ -39,6 +43,7 @@ LIBRARIES = (
 _LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*")
 # A host's first process, which reaps all others: it ignores SIGCHLD, so the kernel does.
 _INIT = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True: signal.pause()"
+_PYTHON = str(Path(sys.base_prefix) / "bin/python3")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -137,7 +142,9 @@ class Host:
         script += ["ln -s /proc/self/fd dev/fd"]
         for path in shown:
             script += [f"mkdir -p .{path}", f"mount --rbind {path} .{path}"]
-        script += [f"exec chroot . {Path(sys.base_prefix) / 'bin/python3'} -c '{_INIT}'"]
+        # A mere chroot would not hold: whoever joins a mount namespace, as `docker exec` does, is at its root.
+        script += ["mkdir -p .before", "pivot_root . .before"]
+        script += [f"exec chroot . sh -c 'umount -l /.before && exec {_PYTHON} -c \"{_INIT}\"'"]
         apart = ["--mount", "--propagation", "private", "--uts", "--pid", "--ipc", "--net", "--fork", "--kill-child"]
         self._process = subprocess.Popen(
             ["unshare", *apart, "sh", "-c", "\n".join(script)], stdin=subprocess.DEVNULL, start_new_session=True
@@ -155,13 +162,10 @@ class Host:
         while time.monotonic() < give_up and self._process.poll() is None:
             for pid in children.read_text().split():
                 with contextlib.suppress(OSError):
-                    if b"SIGCHLD" in Path(f"/proc/{pid}/cmdline").read_bytes() and self._is_chrooted(pid):
+                    if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(_PYTHON.encode()):
                         return int(pid)
             time.sleep(0.01)
         raise RuntimeError(f"{self.name} does not start")
-
-    def _is_chrooted(self, pid: str) -> bool:
-        return Path(f"/proc/{pid}/root").readlink() == self.files
 
     def power_off(self) -> None:
         """It is gone from one moment to the next, and says no word to anybody: no connection is closed."""
@@ -271,4 +275,9 @@ def main(command: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    words = sys.argv[1:]
+    if words[:1] == ["--for"]:
+        if not obstacle():
+            root_with(importlib.import_module(words[1]).PACKAGES)
+        words = words[2:]
+    sys.exit(main(words))

@@ -14,6 +14,7 @@ from tests.lab.knobs import Knobs
 from tests.lab.seen import Outcome, Seen, SeenRequest
 
 Answer = Callable[[Exchange], Awaitable[None]]
+ESTABLISHED = 1  # of the states of a TCP socket in linux/tcp_states.h, tcp_info's first byte
 
 
 class ClientLeft(Exception):
@@ -184,6 +185,14 @@ class Connection(asyncio.Protocol):
     async def writable(self) -> None:
         if self._writable is not None:
             await self._writable
+
+    @property
+    def is_open(self) -> bool:
+        """Has neither end closed it, as far as this kernel knows?"""
+        sock: socket.socket | None = self.transport.get_extra_info("socket")
+        if sock is None or self.transport.is_closing():
+            return False
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED
 
     def end(self, outcome: Outcome) -> None:
         request = self.request

@@ -19,26 +19,33 @@ def text_tokens(text: str) -> bytes:
     return data + bytes(-len(data) % TOKEN)
 
 
+def token_ids(tokens: bytes) -> list[int]:
+    return [token for (token,) in struct.iter_unpack(">I", tokens)]
+
+
 def image_tokens(image: str, count: int) -> bytes:
     """`count` equal tokens made from the image's digest: this is how SGLang pads an image, so that its KV is reused."""
     return hashlib.sha256(image.encode()).digest()[:TOKEN] * count
 
 
 def tokenized(body: bytes, does_continue: bool = True, opens_thinking: bool = False) -> bytes | None:
-    """The answer of /tokenize for a text or for messages; None if the body has neither."""
+    """The answer of /tokenize for a text, several, or messages; None if the body has none."""
     try:
         asked = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
     if not isinstance(asked, dict):
         return None
+    if isinstance(asked.get("prompt"), list):
+        each = [token_ids(text_tokens(text)) for text in asked["prompt"]]
+        return orjson.dumps({"tokens": each, "count": [len(ids) for ids in each], "max_model_len": 4096})
     if isinstance(asked.get("prompt"), str):
         tokens = text_tokens(asked["prompt"])
     elif asked.get("messages"):
         tokens = b"".join(_chat(asked, 1, does_continue and is_continued("chat", asked), opens_thinking))
     else:
         return None
-    ids = [token for (token,) in struct.iter_unpack(">I", tokens)]
+    ids = token_ids(tokens)
     return orjson.dumps({"tokens": ids, "count": len(ids), "max_model_len": 4096})
 
 

@@ -184,12 +184,17 @@ class LabReplica:
         for connection in list(self._connections):
             connection.reset()
 
-    def close_now(self, client: int) -> None:
-        """End the connection of the client with this port in the kernel, at once: what is on its way is not read."""
+    def close_now(self, number: int) -> None:
+        """End the connection with this number in the kernel, at once: what is on its way is not read."""
         for connection in self._connections:
-            if connection.transport.get_extra_info("peername")[1] == client:
+            if connection.number == number:
                 with socket.socket(fileno=os.dup(connection.transport.get_extra_info("socket").fileno())) as sock:
                     sock.shutdown(socket.SHUT_RDWR)
+
+    def is_open(self, number: int) -> bool:
+        """Is the connection of this number there at both ends, as far as this kernel knows?"""
+        found = [connection for connection in self._connections if connection.number == number]
+        return any(connection.is_open for connection in found)
 
     def _leave_seat(self) -> None:
         if self.sharing is not None:
@@ -198,7 +203,8 @@ class LabReplica:
 
     def _bound(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        # Of TCP by name: only then does asyncio send what is written at once, as uvicorn does (TCP_NODELAY).
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((self.host, self.port))

@@ -2,7 +2,7 @@
 
 The fleet, admission and policies of the balancer run unchanged in front of replica models; only the time and the
 replicas are simulated. Figures repeat exactly for a seed, except for the cost of a choice, which depends on the
-machine.
+machine. `prefix_aware@COMMIT` is that policy as it was at a commit, with everything else as it is today.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tests.lab.bars import bars
 from tests.lab.model import ModelSettings
 from tests.lab.published import PUBLISHED, trace
 from tests.lab.scenario import Scenario
-from tests.lab.simulator import POLICIES, Result
+from tests.lab.simulator import POLICIES, Result, policy_named
 from tests.lab.trace import Line, likeness, read
 from tests.lab.workloads import WORKLOADS, Writer, groups
 
@@ -95,10 +95,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--published", nargs="*", choices=[*PUBLISHED, TRACE], metavar="NAME", help="instead: what others measure by"
     )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="the trace that is played; else one like Mooncake's")
-    parser.add_argument("--policy", nargs="+", choices=POLICIES, default=[*POLICIES], metavar="NAME")
+    parser.add_argument(
+        "--policy",
+        nargs="+",
+        default=[*POLICIES],
+        metavar="NAME",
+        help=f"{', '.join(POLICIES)}, or prefix_aware@COMMIT: as it was then",
+    )
     parser.add_argument("--pools", choices=["empty", "full"], nargs="+", default=["empty", "full"], help="at the start")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="data-parallel ones of a replica")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="so many from --seed on; figures are means")
     parser.add_argument("--at-once", type=int, default=AT_ONCE, metavar="N", help="a replica, default %(default)s")
     parser.add_argument("--max-pending", type=int, metavar="N", help="hold requests back as the setting does")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures go there too")
@@ -107,6 +114,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.replicas = options.replicas or ([2, 8, 64] if options.full else [2, 8])
     if min(options.replicas) < 1:
         parser.error("--replicas: at least one")
+    if options.seeds < 1:
+        parser.error("--seeds: at least one")
+    try:
+        for name in options.policy:
+            policy_named(name, lambda _: ())
+    except ValueError as error:
+        parser.error(f"--policy: {error}")
     if options.published == []:
         options.published = [*PUBLISHED, TRACE]
     options.lines = likeness(24_000, options.seed) if options.published and TRACE in options.published else []
@@ -132,22 +146,31 @@ def line(policy: str, result: Result) -> str:
     )
 
 
+def mean(results: Sequence[Result]) -> Result:
+    """Of each figure, over the seeds; of counts a whole number."""
+    rows = [dataclasses.asdict(result) for result in results]
+    sums = {name: sum(row[name] for row in rows) for name in rows[0]}
+    return Result(**{name: type(rows[0][name])(total / len(rows)) for name, total in sums.items()})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     began = time.monotonic()
     rows: list[dict[str, object]] = []
+    seeds = range(options.seed, options.seed + options.seeds)
     if options.published:
-        plays = published(options.replicas, options.published, options.lines, options.seed)
+        plays = [published(options.replicas, options.published, options.lines, seed) for seed in seeds]
     else:
-        plays = scenarios(options.replicas, options.workload, options.seed, options.at_once)
-    for one in (
-        dataclasses.replace(play.warm() if pools == "full" else play, ranks=options.ranks)
-        for play in plays
+        plays = [scenarios(options.replicas, options.workload, seed, options.at_once) for seed in seeds]
+    for same in (
+        [dataclasses.replace(play.warm() if pools == "full" else play, ranks=options.ranks) for play in same]
+        for same in zip(*plays, strict=True)  # one workload by all seeds
         for pools in options.pools
     ):
+        one = same[0]
         print(f"\n{one.name}, {one.replicas} replicas, {one.at_once} at once\n{HEAD}", flush=True)
         for policy in options.policy:
-            result = one.run(policy, options.max_pending)
+            result = mean([scenario.run(policy, options.max_pending) for scenario in same])
             print(line(policy, result), flush=True)
             rows.append({"workload": one.name, "replicas": one.replicas, "policy": policy} | dataclasses.asdict(result))
     print(f"\nTTFT in s of virtual time, spread: busiest member to mean. {time.monotonic() - began:.0f} s.")

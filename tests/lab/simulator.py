@@ -17,6 +17,7 @@ from balancer.routing.prefix_aware import PrefixAware
 from balancer.spec.settings import ReadinessProbe, Settings
 from tests.bench.stats import quantile
 from tests.lab.baselines import BoundedHashing, CacheAware, LlmD, ModelsOf, Oracle, Smg
+from tests.lab.earlier import prefix_aware
 from tests.lab.model import ModelSettings, QueueFull, ReplicaModel, TooLong
 from tests.lab.request import Request
 from tests.lab.virtual import VirtualReplicas
@@ -35,6 +36,16 @@ POLICIES: dict[str, Callable[[ModelsOf], Policy]] = {
     "llm-d": LlmD,
     "oracle": Oracle,
 }
+
+
+def policy_named(name: str, models_of: ModelsOf) -> Policy:
+    """One of POLICIES, or `prefix_aware@COMMIT`: as it was then. Raises ValueError."""
+    kind, _, commit = name.partition("@")
+    if commit and kind == PrefixAware.name:
+        return prefix_aware(commit)()
+    if name not in POLICIES:
+        raise ValueError(f"there is no policy {name!r}: choose from {', '.join(POLICIES)}, or prefix_aware@COMMIT")
+    return POLICIES[name](models_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +100,7 @@ class Simulation:
         self.ranks = ranks
         self.fleet = fleet_before(models, lambda: self.replicas.now, max_pending, ranks)
         self.first_rank = {member: ranks * number for number, member in enumerate(self.fleet.members.values())}
-        self.policy = POLICIES[policy](self.models_of)
+        self.policy = policy_named(policy, self.models_of)
         self.admission = Admission(self.fleet, self.policy)
         self.choice_times: list[int] = []
         self.errors = 0

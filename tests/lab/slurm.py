@@ -1,6 +1,7 @@
 """A real Slurm on hosts of the lab: its controller on `ctl`, and nodes with three GPUs each, devices without a driver.
 
 python -m tests.lab.slurm COMMAND...     # makes the Debian root, then runs COMMAND where hosts can be made
+LAB_DEBIAN=trixie python -m ...          # with the Slurm of another Debian
 
 with SlurmLab(folder, nodes=2) as slurm:
     slurm.ctl.run("sinfo")           # as root; user="ada" for the one who serves
@@ -77,6 +78,12 @@ class SlurmLab:
         host.run("sh", "-c", f"{gpus} {keys} mkdir -p /var/lib/slurm/ctld /var/lib/slurm/d")
         host.run("setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged")
         self._start(host, "slurmctld" if host is self.ctl else "slurmd")
+
+    def bring_back(self, name: str) -> None:
+        """A node that had no power, which its administrator calls down: Slurm asks a node only now and then."""
+        self.ctl.run("scontrol", "update", f"nodename={name}", "state=down", "reason=no power")
+        self.nodes[name].power_on()
+        self.boot(self.nodes[name])
 
     def _start(self, host: Host, daemon: str) -> None:
         log = self._folder / f"{daemon}-{host.name}.log"

@@ -337,3 +337,17 @@ def test_next_applies_to_serving_paths_only_and_queues_up() -> None:
         assert statuses == [500, 429, 200]
 
     with_replica(talk)
+
+
+def test_a_client_that_has_left_is_known_before_it_is_read() -> None:
+    """A replica that was stopped can tell, once it goes on, that nobody waits for its answer any more."""
+
+    async def talk(replica: LabReplica, _: httpx.AsyncClient) -> None:
+        with socket.create_connection((replica.host, replica.port)):
+            await replica.seen.until(lambda seen: seen.connections_open)
+            number = replica.seen.connections_accepted
+            assert replica.is_open(number)
+            assert not replica.is_open(number + 1)
+        assert not replica.is_open(number)
+
+    with_replica(talk)

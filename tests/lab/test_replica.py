@@ -1,6 +1,7 @@
 import asyncio
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -78,6 +79,17 @@ def test_an_answer_that_is_not_streamed_is_whole(path: str, body: dict[str, Any]
         answer = await client.post(path, json=body)
         assert answer.status_code == 200
         assert text(answer.json()) == " t00 t01 t02 t03"
+
+    with_replica(talk)
+
+
+def test_what_is_written_goes_out_at_once() -> None:
+    """The kernel holds nothing back until the client has acknowledged what came before (Nagle's algorithm)."""
+
+    async def talk(replica: LabReplica, client: httpx.AsyncClient) -> None:
+        await client.get("/health")
+        sockets = [connection.transport.get_extra_info("socket") for connection in replica._connections]
+        assert [sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for sock in sockets] == [1]
 
     with_replica(talk)
 

@@ -52,9 +52,16 @@ def run(project: str, service: str, files: list[str]) -> None:
     id = uuid.uuid4().hex
     labels = {**overlay.get("labels", {}), PROJECT: project, SERVICE: service}
     facts = {"id": id, "pid": process.pid, "labels": labels, "started": datetime.now(UTC).isoformat()}
+    facts["image"] = image()
     facts["sources"] = [volume.partition(":")[0] for volume in overlay.get("volumes", [])]
     (FOLDER / f"{id}.new").write_text(json.dumps(facts))
     (FOLDER / f"{id}.new").rename(FOLDER / f"{id}.json")
+
+
+def image() -> str:
+    """What the one image's name stands for."""
+    built = FOLDER.parent / "built"
+    return built.read_text() if built.exists() else "sha256:first"
 
 
 def compose(words: list[str]) -> None:
@@ -87,7 +94,8 @@ def inspected(container: dict[str, Any]) -> dict[str, Any]:
     return {
         "Id": container["id"],
         "State": {"StartedAt": container["started"], "Running": is_alive(container), "ExitCode": 137},
-        "Config": {"Labels": container["labels"]},
+        "Config": {"Labels": container["labels"], "Image": "groundserve/replica:latest"},
+        "Image": container["image"],
         "RestartCount": 0,
         "NetworkSettings": {"Networks": {"default": {"IPAddress": f"127.9.0.{len(list(FOLDER.iterdir()))}"}}},
     }
@@ -100,6 +108,8 @@ def main(words: list[str]) -> None:
     if (FOLDER.parent / "away").exists():
         sys.exit("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?")
     match words:
+        case ["image", "inspect", *_]:
+            print(image())
         case ["compose", *rest]:
             compose(rest)
         case ["ps", *filters]:
@@ -118,8 +128,12 @@ def main(words: list[str]) -> None:
             elif verb == "stop":
                 kill(container)
             elif verb == "rm":
+                if (FOLDER.parent / "busy").exists():
+                    sys.exit("Error response from daemon: removal of the container is already in progress")
                 remove(container)
             else:
+                said = FOLDER.parent / "said"
+                print(said.read_text() if said.exists() else "", end="", flush=True)
                 while is_alive(container):
                     time.sleep(0.01)
                     if (FOLDER.parent / "away").exists():

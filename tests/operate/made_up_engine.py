@@ -31,8 +31,9 @@ class MadeUpEngine:
     """An `Engine`. Who runs is written down in `folder`."""
 
     name = "made-up"
+    most_replicas = 100
     outlives_controller = True
-    is_kept_up = False
+    is_kept_up = "MADE_UP_IS_KEPT_UP" in os.environ
     fields: Mapping[str, str] = {}
 
     def __init__(self, folder: ServiceFolder) -> None:

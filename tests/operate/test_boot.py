@@ -15,6 +15,7 @@ import pytest
 
 from balancer.operate.commands.boot import unit
 from balancer.operate.state.desired import Version
+from balancer.operate.state.service_folder import ServiceFolder
 from tests.operate.command_line import ANY_PORT, LAB, PATIENCE, ROOT, Groundserve
 from tests.operate.meant import desired
 from tests.support.needed import lacking
@@ -84,8 +85,13 @@ def test_secrets_are_in_no_unit(booted: Groundserve) -> None:
     assert "s3cr3t" not in state.read_text()
     assert "lab has secrets (TOKEN), which are kept nowhere" in booted("enable", "lab", "--user", code=1)
     kept = booted.folder / "kept.env"
+    enable = ("enable", "lab", "--user", "--secret-file", kept)
+    assert f"--secret-file {kept}: No such file" in booted(*enable, code=1)
+    kept.write_text("OTHER=1\n")
+    assert "lab wants TOKEN, and no --secret-file has it" in booted(*enable, code=1)
+    assert not (booted.folder / "config").exists()
     kept.write_text("TOKEN=s3cr3t\n")
-    booted("enable", "lab", "--user", "--secret-file", kept)
+    booted(*enable)
     text = (booted.folder / "config/systemd/user/groundserve-lab.service").read_text()
     assert "s3cr3t" not in text
     assert f"LoadCredential=secrets1:{kept}" in text
@@ -107,6 +113,40 @@ def test_enable_and_disable(booted: Groundserve) -> None:
     booted("down", "lab")
 
 
+@pytest.mark.parametrize("before", [None, "[Unit]\nDescription=as it was\n"])
+def test_enable_that_fails_changes_nothing(groundserve: Groundserve, before: str | None) -> None:
+    """Where systemctl cannot be run, the service is as enabled as it was."""
+    path = without_systemctl(groundserve)
+    if before is not None:
+        path.parent.mkdir(parents=True)
+        path.write_text(before)
+    assert "systemctl: No such file or directory: a systemd is needed" in groundserve("enable", NAME, "--user", code=1)
+    assert (path.read_text() if path.exists() else None) == before
+
+
+def test_disable_needs_no_systemctl(groundserve: Groundserve) -> None:
+    """The unit goes, and the link to it; what could not be done is told."""
+    path = without_systemctl(groundserve)
+    link = path.parent / "default.target.wants" / path.name
+    link.parent.mkdir(parents=True)
+    path.write_text("[Unit]\n")
+    link.symlink_to(path)
+    said = groundserve("disable", NAME, "--user", code=1)
+    assert f"odd no longer comes up at boot: {path} is gone; but systemctl: No such file" in said
+    assert not path.exists()
+    assert not link.is_symlink()
+    assert "odd is not enabled" in groundserve("disable", NAME, "--user", code=1)
+
+
+def without_systemctl(groundserve: Groundserve) -> Path:
+    """The unit's file of a service that is meant to run, on a machine without systemctl."""
+    folder = ServiceFolder(groundserve.folder / "state/groundserve", NAME)
+    folder.claim().close()
+    folder.write_desired(ODD)
+    groundserve.environ |= {"PATH": "/nowhere", "XDG_CONFIG_HOME": str(groundserve.folder / "config")}
+    return groundserve.folder / "config/systemd/user/groundserve-odd.service"
+
+
 def test_what_ends_an_enabled_service_that_is_down(booted: Groundserve) -> None:
     booted("up", "-d", booted.service("lab", replicas=1), *ANY_PORT)
     booted("enable", "lab", "--user")
@@ -115,6 +155,7 @@ def test_what_ends_an_enabled_service_that_is_down(booted: Groundserve) -> None:
     assert "groundserve disable lab --user && groundserve down lab ends that" in said
     booted("disable", "lab", "--user")
     assert "resumes it, groundserve down lab ends that" in booted("status", code=4)
+    assert booted("status", "--json", code=4).startswith("[]\ngroundserve: lab is meant to run and does not")
     booted("down", "lab")
     assert "meant to run" not in booted("status")
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from balancer.errors import ConfigError
-from balancer.operate.engines.capacity import Gpu, fitted, gpus, of_kind, placed
+from balancer.operate.engines.capacity import Gpu, fit, fitted, gpus, of_kind, placed
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.spec.service_file import parse
 
@@ -44,6 +44,11 @@ def test_memory_for_all_replicas_is_wanted_at_once() -> None:
     assert refusal(hungry, 2, (), 7.9) == (
         "2 replicas of x want 8 GB of memory, 7.9 GB are free: stop something, or run fewer replicas"
     )
+
+
+def test_a_replica_on_several_machines_is_refused_here() -> None:
+    with pytest.raises(ConfigError, match="num_nodes: one replica on 2 machines runs on Slurm or Kubernetes only"):
+        fit(made("num_nodes: 2"))
 
 
 def test_too_few_cores_are_a_warning() -> None:

@@ -20,6 +20,7 @@ from balancer.contract.words import State
 from balancer.errors import ConfigError
 from balancer.operate.engines.addresses import Addresses, AddressFlags, choose_addresses
 from balancer.operate.engines.choose import choose_engine
+from balancer.operate.engines.compose import engine as compose_engine
 from balancer.operate.engines.compose import project
 from balancer.operate.engines.compose.balancer_handle import admin_key, environ
 from balancer.operate.engines.compose.engine import ComposeEngine, _Replica, project_of, replica_overlay, secrets_of
@@ -53,7 +54,7 @@ def folder_at(path: Path) -> ServiceFolder:
 def test_overlay_of_a_replica() -> None:
     """A replica's overlay holds its command, its variables and its identity."""
     one = made(more="envs: {HF_TOKEN: s3cr3t, PRICE: 5$}", gpus=2)
-    whole = replica_overlay(7, one, secrets_of(7, one, {}))
+    whole = replica_overlay(7, one, secrets_of(7, one))
     overlay = whole["services"]["replica"]
     assert overlay["command"] == ["--model", "a/b", "--port", "8000", "--gpus", "2", "--", "--x", "y"]
     assert overlay["environment"]["SKYPILOT_SERVE_REPLICA_ID"] == "7"
@@ -71,11 +72,10 @@ def test_overlay_of_a_replica() -> None:
 def test_secrets_come_to_a_container_in_a_file() -> None:
     """Compose copies them in; they are in no variable, no label and no command that docker inspect shows."""
     one = made("sglang serve --model-path a/b --api-key $MINE", "secrets: {MINE: hush-1}\nenvs: {OTHER_KEY: hush-2}")
-    secrets = secrets_of(1, one, {"HF_TOKEN": "hush-3", "HOME": "/root"})
+    secrets = secrets_of(1, one)
     assert secrets == {
         "MINE": "hush-1",
         "OTHER_KEY": "hush-2",
-        "HF_TOKEN": "hush-3",
         "GROUNDSERVE_SECRET_1": "hush-1",
     }
     overlay = replica_overlay(1, one, secrets)
@@ -83,7 +83,7 @@ def test_secrets_come_to_a_container_in_a_file() -> None:
     replica = overlay["services"]["replica"]
     assert replica["command"][-2:] == ["--api-key", "@env:GROUNDSERVE_SECRET_1"]
     assert replica["secrets"] == list(overlay["secrets"]) == ["groundserve"]
-    assert replica["environment"]["HF_TOKEN"] == "", "compose.yaml would fill it in"
+    assert replica["environment"]["MINE"] == "", "a file of the user's own may fill it in"
     assert one.digest != made("sglang serve --model-path a/b --api-key other").digest
 
 
@@ -104,13 +104,15 @@ def test_a_container_is_read_from_what_docker_says() -> None:
     facts = {
         "Id": "abc",
         "State": {"StartedAt": "2026-01-02T03:04:05.123456789Z", "Running": True, "ExitCode": 0},
-        "Config": {"Labels": {"groundserve.id": "1"}},
+        "Config": {"Labels": {"groundserve.id": "1"}, "Image": "groundserve/replica:latest"},
+        "Image": "sha256:abc",
         "RestartCount": 2,
         "NetworkSettings": {"Networks": {"a": {"IPAddress": ""}, "b": {"IPAddress": "172.18.0.3"}}},
     }
     container = Container.of(facts)
     assert (container.address, container.restarts, container.is_running) == ("172.18.0.3", 2, True)
     assert container.age > 0
+    assert (container.image, container.image_name) == ("sha256:abc", "groundserve/replica:latest")
 
 
 @pytest.mark.parametrize(
@@ -383,6 +385,98 @@ def test_a_start_that_seemed_to_fail_leaves_no_second_replica(docker: Path) -> N
         await engine.start(3, made())
         assert [one["labels"]["groundserve.id"] for one in containers(docker)] == ["3"]
         await engine.stop(3, 0)
+
+    asyncio.run(work())
+
+
+def test_what_nobody_starts_again_is_removed(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker fell silent after it had started the container, and a replica less is wanted by now."""
+    monkeypatch.setattr(compose_engine, "_LOOK", 0.1)
+
+    async def work() -> None:
+        engine = engine_at(docker / "x")
+        await engine.found()
+        await engine.start(1, made())
+        await engine.start(2, made())
+        engine._replicas.pop(2).following.cancel()
+        (docker / "away").touch()
+        with pytest.raises(CannotStart):
+            await engine.start(2, made())
+        (docker / "away").unlink()
+        await until(lambda: [one["labels"]["groundserve.id"] for one in containers(docker)] == ["1"], within=PATIENCE)
+        await engine.stop(1, 0)
+        await engine.close()
+
+    asyncio.run(work())
+
+
+def test_finding_out_again_follows_each_replica_once(docker: Path) -> None:
+    """Where Docker did not remove what had ended, the controller asks again what there is."""
+
+    async def work() -> None:
+        first = engine_at(docker / "x")
+        for id in (1, 2, 3):
+            await first.start(id, made())
+        forget(first)
+        docker_stub.kill(containers(docker)[1])
+        (docker / "busy").touch()
+        engine = engine_at(docker / "x")
+        with pytest.raises(CannotStart, match="already in progress"):
+            await engine.found()
+        following = {id: replica.following for id, replica in engine._replicas.items()}
+        assert len(following) == 1
+        (docker / "busy").unlink()
+        found = await engine.found()
+        assert len(found) == len(containers(docker)) == 2
+        assert {survivor.id for survivor in found} == engine.running().keys() > following.keys()
+        assert all(engine._replicas[id].following is task for id, task in following.items())
+        await asyncio.gather(*(engine.stop(id, 0) for id in engine.running()))
+        await engine.close()
+        assert (engine.ended(), containers(docker)) == ((), [])
+
+    asyncio.run(work())
+
+
+def test_the_next_controller_knows_that_a_replica_fetches(docker: Path) -> None:
+    """Docker tells all that a container has printed, and the log begins anew with each controller."""
+    said = "fetching a/b: 12 GB of 140 GB"
+    (docker / "said").write_text(f"replica: {said}\n")
+
+    async def work() -> None:
+        first = engine_at(docker / "x")
+        await first.start(1, made())
+        await until(lambda: first.running()[1].state is State.FETCHING, within=PATIENCE)
+        forget(first)
+        folder_at(docker / "x").claim().close()
+        engine = engine_at(docker / "x")
+        await engine.found()
+        listing = await until(lambda: (one := engine.running()[1]).reason and one, within=PATIENCE)
+        assert (listing.state, listing.reason) == (State.FETCHING, said)
+        await engine.stop(1, 0)
+        await engine.close()
+
+    asyncio.run(work())
+
+
+def test_a_replica_of_an_earlier_image_is_said(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of an image says little: it stands for another one after each build."""
+    monkeypatch.setattr(compose_engine, "_LOOK", 0.1)
+
+    async def work() -> None:
+        engine = engine_at(docker / "x")
+        await engine.found()
+        await engine.start(1, made())
+        await until(lambda: engine._images, within=PATIENCE)
+        assert engine.running()[1].reason == ""
+        (docker / "built").write_text("sha256:second")
+        listing = await until(lambda: (one := engine.running()[1]).reason and one, within=PATIENCE)
+        assert listing.reason == (
+            "it runs image first, and groundserve/replica:latest is second by now: groundserve restart x replaces it"
+        )
+        await engine.start(2, made())
+        assert engine.running()[2].reason == "", "each start takes the one of the moment"
+        await asyncio.gather(*(engine.stop(id, 0) for id in (1, 2)))
+        await engine.close()
 
     asyncio.run(work())
 

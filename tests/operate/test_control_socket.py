@@ -64,6 +64,47 @@ def test_what_is_no_request_is_ignored(tmp_path: Path) -> None:
     assert asyncio.run(scenario()) == 4
 
 
+def test_a_connection_that_says_nothing_keeps_no_service_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_socket, "_REQUEST_TIMEOUT", 0.5)
+
+    async def scenario() -> bytes:
+        async with asyncio.timeout(30):
+            async with control_socket.serving(tmp_path / "s", answer):
+                reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))
+                # Who comes later is answered, so this one was let in.
+                assert await asyncio.to_thread(control_socket.ask, tmp_path / "s", {"do": "add", "a": 1, "b": 1}) == 2
+            said = await reader.read()
+            writer.close()
+            return said
+
+    assert asyncio.run(scenario()) == b""
+
+
+def test_an_answer_that_never_comes_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a client that has asked nothing yet."""
+    monkeypatch.setattr(control_socket, "_LAST_ANSWERS", 0.1)
+
+    async def scenario() -> list[bytes]:
+        asked = asyncio.Event()
+
+        async def never(_: Mapping[str, Any], __: control_socket.Say) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        async with asyncio.timeout(5):
+            async with control_socket.serving(tmp_path / "s", never):
+                idle = await asyncio.open_unix_connection(str(tmp_path / "s"))
+                waiting = await asyncio.open_unix_connection(str(tmp_path / "s"))
+                waiting[1].write(b'{"do": "wait"}\n')
+                await asked.wait()
+            said = [await reader.read() for reader, _ in (idle, waiting)]
+        for _, writer in (idle, waiting):
+            writer.close()
+        return said
+
+    assert asyncio.run(scenario()) == [b"", b""]
+
+
 def test_a_claimed_folder_is_up_until_its_holder_lets_go(tmp_path: Path) -> None:
     folder = ServiceFolder(tmp_path, "x")
     assert not folder.is_up()

@@ -5,11 +5,14 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
+from balancer.operate.commands.begin import Source, beginning
+from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.state.desired import Desired, Versions
 from balancer.operate.state.service_folder import ServiceFolder
 from tests.operate.command_line import ANY_PORT, LAB, Groundserve
@@ -40,6 +43,39 @@ def kill(groundserve: Groundserve) -> None:
 
 
 # The file
+
+
+def test_a_switch_to_the_other_colour_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    files = [
+        replace(version(n), text=f"service: {{replicas: 1}}\nrun: x{n} $GROUNDSERVE_PORT\n", envs={}, secrets=())
+        for n in (1, 2)
+    ]
+    meant = desired(serving=1, coming=2, mode="blue_green", target=1, before=1, versions=tuple(files), is_left=True)
+    folder = ServiceFolder(tmp_path / "groundserve", "x")
+    folder.claim().close()
+    for is_switched in (False, True):
+        folder.write_desired(replace(meant, is_switched=is_switched))
+        begun = beginning(Source("x"), AddressFlags(), "local").wanted
+        assert begun.hidden == (frozenset() if is_switched else {2})
+
+
+def test_a_file_does_not_stand_for_the_service_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At boot it would be begun anew, without its --env and its versions."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    text = "service: {replicas: 1}\nrun: serve $GROUNDSERVE_PORT\n"
+    Path("x").write_text(text)
+    assert beginning(Source("x"), AddressFlags(), "local").before is None, "nobody means a service by that"
+    meant = desired(versions=(replace(version(3), text=text, envs={"A": "b"}, secrets=()),), serving=3, coming=None)
+    folder = ServiceFolder(tmp_path / "groundserve", "x")
+    folder.claim().close()
+    folder.write_desired(meant)
+    assert beginning(Source("x"), AddressFlags(), "local").wanted.serving.version == 3
+    assert "warning: x is resumed as it was; for the file x write ./x" in capsys.readouterr().err
+    assert not Source("./x").is_name
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:

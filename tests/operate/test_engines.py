@@ -284,6 +284,25 @@ def test_engine_of_somebody_else(made_up: WithMadeUp) -> None:
     made_up.until_nothing_runs()
 
 
+def test_what_the_next_controller_would_undo_is_refused(made_up: WithMadeUp) -> None:
+    """Whoever keeps this one up has the file, and begins with it again. How many there are to be is written down."""
+    made_up.environ["MADE_UP_IS_KEPT_UP"] = "yes"
+    file = made_up.service("lab", replicas=1)
+    made_up("up", "-d", "--on", "made-up", file, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+    for words in (["update", "lab", file], ["rollback", "lab"], ["down", "lab"]):
+        assert "lab is what its cluster was given" in made_up(*words, code=1)
+    assert made_up.status("lab")["service"]["status"] == "READY"
+    made_up("scale", "lab", "2")
+    made_up.until("lab", lambda status: status["service"]["ready"] == 2)
+    lock = json.loads((made_up.folder / "state/groundserve/lab/lock").read_text())
+    os.kill(lock["pid"], signal.SIGTERM)
+    folder = ServiceFolder(made_up.folder / "state/groundserve", "lab")
+    wait_until(lambda: folder.is_detached)
+    assert folder.desired is not None
+    assert folder.desired.target == 2
+    made_up("down", "lab")
+
+
 def test_what_it_left_is_taken_down_through_its_own_door(made_up: WithMadeUp) -> None:
     file = made_up.service("lab", replicas=1)
     made_up("up", "-d", "--on", "made-up", file, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")

@@ -71,3 +71,34 @@ def test_what_it_waits_for_and_what_it_leased(tmp_path: Path) -> None:
     assert (words.leased, words.resources) == ("GPU 2 (L4, GPU-a1), GPU 3 (L4, GPU-b2)", "2x L4")
     later = FirstWords.of_running(log)
     assert (later.state(), later.resources) == ((State.RUNNING, ""), "2x L4")
+
+
+FETCHES, LEASE = f"replica: {PROGRESS}", "replica: GPU 0 (L4, GPU-a1): python -m sglang.launch_server"
+LOADED = (State.RUNNING, "")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "then"),
+    [
+        ((FETCHES,), (State.FETCHING, PROGRESS), "1x L4"),
+        ((LEASE, "loading", FETCHES), (State.FETCHING, PROGRESS), "1x L4"),
+        ((f"replica: {WAITS}",), (State.PROVISIONING, WAITS), "1x L4"),
+        ((FETCHES, LEASE), LOADED, "1x L4"),
+        ((FETCHES, LEASE, "loading"), LOADED, "1x L4"),
+        ((FETCHES, "loading"), LOADED, ""),
+    ],
+)
+@pytest.mark.parametrize("earlier", ["", "loading\n" * (200 << 10)], ids=["short", "long"])
+def test_the_next_controller_reads_on(
+    before: tuple[str, ...], now: tuple[State, str], then: str, earlier: str, tmp_path: Path
+) -> None:
+    """A download goes on under it, after the words of earlier processes or none."""
+    log = tmp_path / "replica.log"
+    log.write_text("".join([earlier, *(f"{line}\n" for line in before)]))
+    words = FirstWords.of_running(log)
+    assert words.state() == now
+    if now[0] is not State.RUNNING:
+        assert words.leased == ""
+    with log.open("a") as out:
+        out.write(f"{LEASE}\nloading\n")
+    assert (words.state(), words.resources) == (LOADED, then)

@@ -106,6 +106,12 @@ def test_a_key_is_drawn_once_and_again_where_the_file_is_empty(tmp_path: Path) -
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_drawn_key_can_be_a_flags_value(tmp_path: Path) -> None:
+    drawn = [keys.drawn(tmp_path / str(number)) for number in range(300)]
+    assert [key for key in drawn if not key.isalnum()] == []
+    assert len(set(drawn)) == 300
+
+
 @pytest.mark.parametrize("text", ["two\nlines", "caf\u00e9"])
 def test_a_file_that_holds_no_key_is_said(tmp_path: Path, text: str) -> None:
     file = tmp_path / "admin.key"

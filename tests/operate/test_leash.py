@@ -123,12 +123,16 @@ def test_everything_goes_when_the_parent_is_killed(marked: dict[str, str]) -> No
     wait_until(lambda: alive(marked), fits=lambda found: not found)
 
 
-def test_the_command_goes_when_the_leash_itself_is_killed(marked: dict[str, str]) -> None:
-    leash = leashed(marked, "exec sleep 1001")
-    wait_until(lambda: alive(marked, "sleep"))
-    leash.kill()
-    leash.wait(30)
+@pytest.mark.parametrize("which", [0, 1])
+def test_everything_goes_when_a_leash_is_killed(marked: dict[str, str], which: int) -> None:
+    """Whichever of its two processes: a shell's child, and a stray in a session of its own, go with the command."""
+    leash = leashed(marked, f"trap '' TERM HUP; {STRAY}; bash -c 'sleep 1001; true'; true")
+    wait_until(lambda: alive(marked, "sleep"), fits=lambda found: len(found) == 2)
+    inner = int(Path(f"/proc/{leash.pid}/task/{leash.pid}/children").read_text())
+    os.kill((leash.pid, inner)[which], signal.SIGKILL)
+    assert leash.wait(30) == (-signal.SIGKILL, 137)[which]
     wait_until(lambda: alive(marked), fits=lambda found: not found)
+    wait_until(lambda: Path(f"/proc/{inner}").exists(), fits=lambda is_there: not is_there)
 
 
 def test_a_leash_whose_parent_is_gone_already_starts_nothing(marked: dict[str, str], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Logs have an end, and are read across it."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -67,6 +68,29 @@ def test_log_is_bounded(tmp_path: Path) -> None:
     assert kept == list(range(40_000 - len(kept), 40_000))
     assert len(kept) > 20_000
     assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_log_that_cannot_be_closed_is_closed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full share says so only when a file is closed; its number may be another file's from then on."""
+    log = RotatedLog(tmp_path / "x.log")
+    assert log.write(b"x" * (MAX_BYTES - 1)) is None
+    closed = []
+
+    def close(descriptor: int) -> None:
+        closed.append(descriptor)
+        os_close(descriptor)
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    os_close = os.close
+    monkeypatch.setattr(os, "close", close)
+    failure = log.write(b"more\n")
+    monkeypatch.undo()
+    assert failure is not None
+    assert failure.errno == errno.EDQUOT
+    assert len(closed) == 1
+    assert log.write(b"more\n") is None
+    log.close()
+    assert (tmp_path / "x.log").read_bytes() == b"more\n"
 
 
 def test_write_beyond_the_bound(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from balancer import cli
-from balancer.operate.engines.kubernetes import objects
+from balancer.operate.engines.kubernetes import objects, replica_pods, standing
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.spec.service_file import parse
 
@@ -35,6 +35,7 @@ x-groundserve:
     tolerations: [{key: gpu, operator: Exists}]
 run: python -m replica --model llava-v1.6-vicuna-7b
 """
+ON_TWO = FILE.replace("run: python", "num_nodes: 2\nrun: python")
 SECRET = "it's a \\ secret"
 
 Object = Mapping[str, Any]
@@ -74,20 +75,25 @@ def check(object: Object, version: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_each_object_is_valid_for_kubernetes(printed: Manifests, version: str) -> None:
     printed_objects = printed("--open", "--kubernetes", version)
-    assert len(printed_objects) == 11
-    for one in (*printed_objects, objects.replica(1, made(), "uid")):
+    assert len(printed_objects) == 12
+    for one in (
+        *printed_objects,
+        *replica_pods.pods_of(1, made(), "uid", "llava-secrets"),
+        standing.secret_of_pods("llava-secrets-0f3a", made(), {"HF_TOKEN": SECRET}, "uid"),
+        *replica_pods.pods_of(1, made(ON_TWO), "uid", "llava-secrets"),
+    ):
         check(one, version)
 
 
 def test_a_typing_error_would_be_found() -> None:
-    pod = objects.replica(1, made(), "uid")
+    (pod,) = replica_pods.pods_of(1, made(), "uid", "llava-secrets")
     pod["spec"]["containers"][0]["readinesProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         check(pod, "1.37")
 
 
 def test_a_pod_has_what_the_file_asks_for() -> None:
-    pod = objects.replica(7, made(), "uid")
+    (pod,) = replica_pods.pods_of(7, made(), "uid", "llava-secrets")
     container, spec = pod["spec"]["containers"][0], pod["spec"]
     assert pod["metadata"]["name"] == "llava-7"
     assert container["resources"] == {"requests": {"cpu": "4", "memory": "32G"}, "limits": {"nvidia.com/gpu": "2"}}
@@ -105,13 +111,44 @@ def test_a_pod_has_what_the_file_asks_for() -> None:
     assert unlabelled["matchExpressions"][0]["operator"] == "DoesNotExist"
 
 
+def test_a_pod_has_a_controller_so_that_a_drain_evicts_it() -> None:
+    (pod,) = replica_pods.pods_of(7, made(), "uid", "llava-secrets")
+    (owner,) = pod["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["name"], owner["uid"], owner["controller"]) == (
+        "ConfigMap",
+        "llava-service",
+        "uid",
+        True,
+    )
+
+
+def test_a_replica_on_two_nodes_is_a_pod_on_each() -> None:
+    """The first one serves and has a name, at which they meet; nobody else sends the other one a request."""
+    first, other = replica_pods.pods_of(7, made(ON_TWO), "uid", "llava-secrets")
+    assert [pod["metadata"]["name"] for pod in (first, other)] == ["llava-7", "llava-7-part1"]
+    assert [pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in (first, other)] == ["replica", "part"]
+    assert (first["spec"]["hostname"], first["spec"]["subdomain"]) == ("llava-7", "llava-replica")
+    for rank, pod in enumerate((first, other)):
+        container = pod["spec"]["containers"][0]
+        meeting = ["--nnodes", "2", "--node-rank", str(rank), "--dist-init-addr", "llava-7.llava-replica:20000"]
+        assert container["args"][-9:] == ["--", *meeting, "--tp-size", "4"]
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
+        assert {"name": "SKYPILOT_NODE_RANK", "value": str(rank)} in container["env"]
+        (apart,) = pod["spec"]["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert apart["labelSelector"]["matchLabels"] == {"app.kubernetes.io/instance": "llava", objects.ID: "7"}
+        assert "nodeAffinity" in pod["spec"]["affinity"]
+    stays = other["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert stays == ["sleep", "100"], "while the first one finishes its answers"
+    assert "lifecycle" not in first["spec"]["containers"][0]
+
+
 def test_a_secret_is_in_the_secret_and_nowhere_else(printed: Manifests) -> None:
     everything = printed()
     secret = named(everything, "Secret", "llava-secrets")["data"]
     assert base64.b64decode(secret["HF_TOKEN"]).decode() == SECRET
     assert base64.b64decode(secret["secrets.env"]).decode() == "HF_TOKEN='it\\'s a \\\\ secret'\n"
     others = yaml.safe_dump([one for one in everything if one["kind"] != "Secret"])
-    pod = objects.replica(1, made(), "uid")
+    (pod,) = replica_pods.pods_of(1, made(), "uid", "llava-secrets")
     assert "it's a" not in others + yaml.safe_dump(pod)
     assert {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "llava-secrets", "key": "HF_TOKEN"}}} in pod[
         "spec"
@@ -126,7 +163,7 @@ def test_a_key_among_the_flags_is_in_the_secret_only(printed: Manifests) -> None
         base64.b64decode(named(everything, "Secret", "llava-secrets")["data"]["GROUNDSERVE_SECRET_1"])
         == SECRET.encode()
     )
-    pod = yaml.safe_dump(objects.replica(1, made(text), "uid"))
+    pod = yaml.safe_dump(replica_pods.pods_of(1, made(text), "uid", "llava-secrets"))
     assert "it's a" not in pod + yaml.safe_dump([one for one in everything if one["kind"] != "Secret"])
 
 
@@ -143,7 +180,13 @@ def test_the_controller_may_look_after_pods_only(printed: Manifests) -> None:
         *(("pods", verb) for verb in ("get", "list", "create", "delete")),
         ("pods/log", "get"),
         ("configmaps", "get"),
+        ("configmaps", "patch"),
     }
+    (written,) = (rule for rule in rules if "patch" in rule["verbs"])
+    assert written["resourceNames"] == ["llava-state"]
+    assert "data" not in named(printed(), "ConfigMap", "llava-state"), (
+        "applied again, it stays as the controller left it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,6 +200,17 @@ def test_the_disruption_budget_is_of_the_api_that_has_it(printed: Manifests, ver
 def test_the_same_keys_are_printed_each_time(printed: Manifests) -> None:
     assert printed() == printed()
     assert not [one for one in printed("--open", "--no-secrets") if one["kind"] == "Secret"]
+
+
+def test_without_secrets_it_takes_no_keys_yet_lets_nobody_in(printed: Manifests, tmp_path: Path) -> None:
+    objects = printed("--no-secrets")
+    assert not [one for one in objects if one["kind"] == "Secret"]
+    (tmp_path / "keys.txt").write_text("a-key")
+    assert objects == printed("--no-secrets", "--api-keys", str(tmp_path / "keys.txt"))
+    for name in ("llava-balancer", "llava-controller"):
+        (container,) = named(objects, "Deployment", name)["spec"]["template"]["spec"]["containers"]
+        assert "--open" not in container["args"]
+        assert "/keys/api-keys" in container["args"]
 
 
 def test_a_service_that_sleeps_is_reached_without_a_replica(printed: Manifests) -> None:

@@ -2,24 +2,29 @@
 never has another's port. With real processes.
 """
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 
+from balancer.operate.state import control_socket
 from tests.operate.command_line import LAB, Groundserve
 from tests.operate.newcomers import newcomers
 from tests.operate.streaming import CHAT, streaming
 from tests.security.certificates import Authority
+from tests.support.program import ROOT
 from tests.support.until import wait_until
 
 CROWD = {"max_connections_per_client": 10_000}
@@ -73,27 +78,86 @@ def test_ended_balancer_is_replaced(groundserve: Groundserve) -> None:
     assert len(balancers(groundserve)) == 1
 
 
+@contextlib.contextmanager
+def under_way(endpoint: str) -> Iterator[list[Iterator[str]]]:
+    """The lines that are still to come of three streams which take a quarter of a minute; all of them have begun."""
+    long = {**CHAT, "max_tokens": 300}
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(timeout=60))
+        url = f"{endpoint}/v1/chat/completions"
+        streams = [stack.enter_context(client.stream("POST", url, json=long)).iter_lines() for _ in range(3)]
+        for stream in streams:
+            next(stream)
+        yield streams
+
+
 def test_takeover(groundserve: Groundserve) -> None:
     """A takeover loses no client, and the old balancer finishes its streams."""
     endpoint = up(groundserve, f"{LAB} --token-interval 0.05")
     (old,) = balancers(groundserve)
-    long = {**CHAT, "max_tokens": 200}
-    with httpx.Client(timeout=60) as client, client.stream("POST", f"{endpoint}/v1/chat/completions", json=long) as one:
-        lines = one.iter_lines()
-        next(lines)
-        with newcomers(endpoint) as seen:
-            assert "another takes its place" in groundserve("down", "lab", "--balancer")
-            (new,) = wait_until(lambda: [pid for pid in balancers(groundserve) if pid != old])
-            seen.until_more_are_answered()
-            assert old in balancers(groundserve), "its stream is not over"
-            wait_until(lambda: groundserve.status("lab")["service"]["ready"] == 2)
-        assert seen.outcomes().keys() == {"200"}
-        assert "data: [DONE]" in list(lines)
+    with newcomers(endpoint) as seen, under_way(endpoint) as streams:
+        new = taken_over(groundserve, old)
+        seen.until_more_are_answered()
+        wait_until(lambda: groundserve.status("lab")["service"]["ready"] == 2)
+        assert all("data: [DONE]" in list(stream) for stream in streams)
+    assert seen.outcomes().keys() == {"200"}
     wait_until(lambda: balancers(groundserve) == [new])
     assert groundserve.status("lab")["service"]["status"] == "READY"
-    with streaming(endpoint) as streams:
+    with streaming(endpoint) as answers:
         pass
-    assert streams.failed == []
+    assert answers.failed == []
+
+
+def taken_over(groundserve: Groundserve, old: int) -> int:
+    """Has another balancer take over from the old one, which has streams under way; the new one's process."""
+    assert "another takes its place" in groundserve("down", "lab", "--balancer")
+    (new,) = wait_until(lambda: [pid for pid in balancers(groundserve) if pid != old])
+    assert old in balancers(groundserve), "its streams are not over"
+    return new
+
+
+def install(site: Path, version: str) -> None:
+    """Puts this version of the package into the folder, as pip does: the old one's files go, then the new one's come.
+
+    The versions differ in what they say about themselves, and the second in a field more that it tells its controller.
+    """
+    package = site / "balancer"
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(ROOT / "balancer", package, ignore=shutil.ignore_patterns("__pycache__"))
+    edits = [("relay/own_paths.py", r'(?<=^OLLAMA_VERSION = )".*?"', f'"{version}"')]
+    if version != "1":
+        edits.append(("contract/status.py", r"(?<=wanted: int \| None = None)$", '\n    mood: str = "good"'))
+    for name, old, new in edits:
+        text, found = re.subn(old, new, (package / name).read_text(), flags=re.MULTILINE)
+        assert found == 1, name
+        (package / name).write_text(text)
+
+
+def version_at(endpoint: str) -> str:
+    return str(httpx.get(f"{endpoint}/api/version", timeout=60).json()["version"])
+
+
+def test_takeover_by_another_version(groundserve: Groundserve, tmp_path: Path) -> None:
+    """While a service runs, its code is replaced; then its balancer, by one of the new version, under 200 clients a
+    second. Its controller stays the old one.
+    """
+    site = tmp_path / "site"
+    groundserve.environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}
+    install(site, "1")
+    endpoint = up(groundserve, f"{LAB} --token-interval 0.05")
+    (old,) = balancers(groundserve)
+    with newcomers(endpoint) as seen, under_way(endpoint) as streams:
+        install(site, "2")
+        assert version_at(endpoint) == "1"
+        new = taken_over(groundserve, old)
+        seen.until_more_are_answered()
+        assert version_at(endpoint) == "2"
+        told = control_socket.ask(groundserve.folder / "state/groundserve/lab/control.sock", {"do": "balancer"})
+        assert httpx.get(f"http://{told['admin']}/status").json()["service"]["mood"] == "good"
+        groundserve.until("lab", lambda shown: shown["service"]["status"] == "READY")  # its old controller hears it
+        assert all("data: [DONE]" in list(stream) for stream in streams)
+    assert seen.outcomes().keys() == {"200"}
+    wait_until(lambda: balancers(groundserve) == [new])
 
 
 # Over TLS

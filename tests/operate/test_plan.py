@@ -29,6 +29,14 @@ def test_missing_replicas_are_started() -> None:
     assert decide(wanted={1: 2}) == [Start(9, 1), Start(10, 1)]
 
 
+def test_many_missing_replicas_are_started_by_and_by() -> None:
+    """Not a thousand processes at once, whatever was asked for."""
+    first = decide(wanted={1: 1000})
+    assert 1 < len(first) < 100
+    there = [Replica(action.id, 1, Stage.RUNNING) for action in first if isinstance(action, Start)]
+    assert decide(*there, wanted={1: len(there) + 1}) == [Start(9, 1)]
+
+
 def test_nothing_is_done_when_all_is_as_wanted() -> None:
     assert decide(READY, replace(READY, id=2, status=Status.STARTING), wanted={1: 2}) == []
 
@@ -231,11 +239,48 @@ def test_a_successor_starts_before_a_time_limit() -> None:
     assert decide(outgoing, replace(coming, status=Status.READY), wanted={1: 1}, now=3002) == [Drain(1)]
 
 
+def test_as_many_make_way_as_have_successors() -> None:
+    """First those that do not serve, then those with the least time left; the others serve on."""
+    moving = [plan.moving(replace(READY, id=id)) for id in (1, 2, 3)]
+    coming = [replace(READY, id=9), replace(READY, id=10), replace(READY, id=11, status=Status.STARTING)]
+    assert decide(*moving, *coming, wanted={1: 3}) == [Drain(1), Drain(2)]
+    short = plan.ending(moving[2], 5, now=0, operation=OPERATION)
+    loading = replace(moving[1], status=Status.STARTING)
+    assert decide(moving[0], loading, short, *coming, wanted={1: 3}) == [Drain(2), Drain(3)]
+    assert decide(*moving, *coming[2:], wanted={1: 1}) == [Drain(1), Drain(2)]
+
+
+def test_only_what_runs_makes_way() -> None:
+    assert not plan.moving(replace(READY, stage=Stage.WAITING)).is_outgoing
+
+
 def test_half_of_a_short_time_limit_is_the_successors() -> None:
     operation = Operation(successor_lead=600)
     limited = plan.ending(READY, 100, now=0, operation=operation)
     assert not plan.ending(limited, 51, now=49, operation=operation).is_outgoing
     assert plan.ending(limited, 50, now=50, operation=operation).is_outgoing
+
+
+def test_the_next_controller_keeps_the_successor() -> None:
+    """Half of the limit is meant, and not half of what is left of it by now."""
+    operation = Operation(successor_lead=1800)
+    for left, is_outgoing in ((1900, False), (900, True), (60, True)):
+        found = plan.limited(READY, 86_400 - left, left, now=0, operation=operation)
+        found = plan.ending(found, left, now=0, operation=operation)
+        assert found.is_outgoing is is_outgoing
+    successor = Replica(2, 1, Stage.RUNNING, was_ready=True, is_queued=True)
+    assert decide(found, successor, wanted={1: 1}) == []
+
+
+def test_a_successor_of_one_that_was_told_to_end_starts_at_once() -> None:
+    """It takes nothing new any more, however long its last answers take, and is stopped after them."""
+    told = plan.moving(plan.ending(READY, 600, now=0, operation=OPERATION))
+    assert decide(told, wanted={1: 1}) == [Start(9, 1)]
+    assert decide(replace(told, status=Status.DRAINING), wanted={1: 1}) == [Drain(1), Start(9, 1)]
+    draining = plan.drained(replace(told, status=Status.DRAINING), 0)
+    coming = replace(READY, id=9, status=Status.STARTING)
+    assert decide(draining, coming, wanted={1: 1}) == []
+    assert decide(replace(draining, status=Status.SHUTTING_DOWN), coming, wanted={1: 1}) == [Stop(1)]
 
 
 def test_an_outgoing_one_goes_though_its_limit_grows() -> None:
@@ -244,8 +289,23 @@ def test_an_outgoing_one_goes_though_its_limit_grows() -> None:
 
 
 def test_an_end_without_blame_is_no_failure() -> None:
-    """It starts again at once; one that was never ready counts, or a limit shorter than the start would go round."""
-    over = Ended(1, "time limit", is_blameless=True)
-    again = plan.ended(READY, over, 10, OPERATION)
-    assert (again.stage, again.start_at, again.failures) == (Stage.WAITING, 10, 0)
-    assert plan.ended(replace(READY, was_ready=False), over, 10, OPERATION).failures == 1
+    """One that was ready starts again at once; whoever ends it each time before that does so after longer pauses."""
+    over = Ended(1, "preempted", is_blameless=True)
+    for replica, pauses in ((READY, [0, 1, 2, 4, 8, 8]), (replace(READY, was_ready=False), [1, 2, 4, 8, 8, 8])):
+        for pause in pauses:
+            replica = plan.ended(replica, over, 10, OPERATION)
+            assert (replica.stage, replica.start_at, replica.failures) == (Stage.WAITING, 10 + pause, 0)
+            starting = plan.observed(plan.started(replica, 20), Status.STARTING, 0, 20, OPERATION)
+            assert starting.interruptions == replica.interruptions
+        again = plan.ended(plan.observed(replica, Status.READY, 0, 20, OPERATION), over, 30, OPERATION)
+        assert again.start_at == 30
+
+
+def test_a_time_limit_shorter_than_the_start_is_a_failure() -> None:
+    """Else it would go round for ever; one that has been ready starts again at once."""
+    over = Ended(1, "time limit", is_blameless=True, counts_if_never_ready=True)
+    assert plan.ended(READY, over, 10, OPERATION).failures == 0
+    loading = replace(READY, was_ready=False)
+    for _ in range(plan.FIRST_STARTS):
+        loading = plan.ended(loading, over, 10, OPERATION)
+    assert loading.stage is Stage.GIVEN_UP

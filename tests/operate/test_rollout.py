@@ -113,7 +113,8 @@ def test_rollback(mode: Mode, surge: int) -> None:
 def test_failed_replica_fails_the_update(status: Status) -> None:
     """A new replica that the balancer reports as failed fails the update."""
     new = Replica(2, 2, Stage.RUNNING, status=status)
-    assert rollout.next_step("rolling", [new], 2, 1, 1) == RolloutStep(1, 0, RolloutStatus.FAILED, f"it was {status}")
+    failed = RolloutStep(1, 0, RolloutStatus.FAILED, f"it was {status}", 2)
+    assert rollout.next_step("rolling", [new], 2, 1, 1) == failed
 
 
 def test_ready_for_a_moment_is_not_updated() -> None:
@@ -130,7 +131,7 @@ def test_ready_for_a_moment_is_not_updated() -> None:
         new = plan.ended(new, Ended(2, "killed by signal 9"), now, operation)
         failed = rollout.next_step("rolling", [old, new], 2, 1, 1)
         new = plan.started(new, now)
-    assert failed == RolloutStep(1, 0, RolloutStatus.FAILED, "killed by signal 9")
+    assert failed == RolloutStep(1, 0, RolloutStatus.FAILED, "killed by signal 9", 2)
 
 
 def test_ready_for_min_ready_is_updated() -> None:

@@ -74,3 +74,17 @@ def test_secrets_reach_the_replica_and_are_shown_nowhere(groundserve: Groundserv
     # The balancer's own file has the headers, in a folder that is its owner's alone.
     assert {file.name for file in files if b"hush-" in file.read_bytes()} == {"service.yaml"}
     assert (tmp_path / "state/groundserve/lab").stat().st_mode & 0o077 == 0
+
+
+def test_a_failed_update_leaves_no_secret_behind(groundserve: Groundserve, tmp_path: Path) -> None:
+    """A restart and a rollback start with those of the version that serves."""
+    seen = tmp_path / "seen"
+    more = "secrets: {KEY: }"
+    script = f'echo "$KEY" >> {seen}\n'
+    groundserve.up(groundserve.service("lab", script + LAB, replicas=1, more=more), "--secret", "KEY=first").until_up()
+    broken = groundserve.service("lab", f"{script}: $GROUNDSERVE_PORT; exit 3", replicas=1, more=more)
+    assert "lab stays at version 1" in groundserve("update", "lab", broken, "--secret", "KEY=second", code=1)
+    assert set(seen.read_text().split()) == {"first", "second"}
+    seen.unlink()
+    assert "lab is at version 3" in groundserve("restart", "lab")
+    assert seen.read_text() == "first\n"

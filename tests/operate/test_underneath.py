@@ -21,7 +21,8 @@ from balancer.operate.controller.controller import Controller
 from balancer.operate.controller.plan import Replica, Stage
 from balancer.operate.controller.troubles import Troubles
 from balancer.operate.controller.wanted import Wanted
-from balancer.operate.engines.engine import CannotStart, Ended
+from balancer.operate.engines.engine import CannotStart, Ended, Survivor
+from balancer.operate.engines.typed import typed
 from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.spec.schema import Operation
 from balancer.spec.service_file import parse
@@ -163,6 +164,7 @@ class Underneath:
     """An engine and a balancer that do nothing, except that a method named in `broken` raises what is there."""
 
     name = "nothing"
+    most_replicas = 9
     outlives_controller = False
     endpoint = admin = "nowhere"
     is_leaving = False
@@ -179,18 +181,32 @@ class Underneath:
         self.renewed: list[int] = []
         self.holds_renewals = asyncio.Event()
         self.holds_renewals.set()
+        self.holds_starts = asyncio.Event()
+        self.holds_starts.set()
+        self.told = 0
+        self.left: dict[int, Recipe] = {}
+        self.facts: dict[int, dict[str, float]] = {}
+        self.pending: set[int] = set()
+        self.started: list[int] = []
+        self.listed: list[set[int | None]] = []
 
     def _may(self, work: str) -> None:
         if work in self.broken:
             raise self.broken[work]
 
-    async def found(self) -> tuple[()]:
+    async def found(self) -> tuple[Survivor, ...]:
         self._may("found")
-        return ()
+        self.replicas = {
+            id: replace(one_of(id, recipe), **self.facts.get(id, {}))  # type: ignore[arg-type]
+            for id, recipe in self.left.items()
+        }
+        return tuple(Survivor(id, self.replicas[id], recipe.digest) for id, recipe in self.left.items())
 
     async def start(self, id: int, recipe: Recipe) -> None:
         self._may("start")
-        self.replicas[id] = ReplicaListing(f"x-{id}", "http://nowhere", id=id, launched_seconds=0.0)
+        await self.holds_starts.wait()
+        self.started.append(id)
+        self.replicas[id] = one_of(id, recipe)
 
     async def stop(self, what: object, grace: float = 0) -> None:
         if isinstance(what, int):
@@ -231,16 +247,23 @@ class Underneath:
         self.drained.add(id)
         return True
 
+    def _status(self, id: int | None) -> Status:
+        if id in self.drained:
+            return Status.SHUTTING_DOWN
+        return Status.STARTING if id in self.pending else Status.READY
+
     async def tell(self, listing: Listing) -> Snapshot | None:
         if "tell" in self.broken:
             return None
+        self.told += 1
+        self.listed.append({one.id for one in listing.replicas})
         reason = listing.service.reason if listing.service else ""
         rows = tuple(
             ReplicaRow.of(
                 one,
                 id=one.id,
                 launched_seconds=0.0,
-                status=Status.SHUTTING_DOWN if one.id in self.drained else Status.READY,
+                status=self._status(one.id),
             )
             for one in listing.replicas
         )
@@ -248,23 +271,39 @@ class Underneath:
         return Snapshot(service, rows)
 
 
-def controlled(work: Callable[[Controller, Underneath, list[str]], object]) -> list[str]:
-    """Runs a controller of two replicas while `work` goes on; returns what it said."""
+def one_of(id: int, recipe: Recipe) -> ReplicaListing:
+    return ReplicaListing(f"x-{id}", "http://nowhere", id=id, version=recipe.version, launched_seconds=0.0)
+
+
+def two(version: int = 1, program: str = "x") -> Recipe:
+    text = f"service: {{replicas: 2}}\nrun: {program} --port $GROUNDSERVE_PORT\n"
+    return recipe(parse(text, source="x.yaml", name="x"), version)
+
+
+def controlled(
+    work: Callable[[Controller, Underneath, list[str]], object],
+    at_the_end: dict[str, Exception] | None = None,
+    wanted: Wanted | None = None,
+) -> list[str]:
+    """Runs a controller, of two replicas unless `wanted` says otherwise, while `work` goes on; returns what it said.
+
+    `at_the_end`: what is broken while it ends; then something may be left.
+    """
     said: list[str] = []
 
     async def run() -> None:
         under = Underneath()
-        first = recipe(parse("service: {replicas: 2}\nrun: x --port $GROUNDSERVE_PORT\n", source="x.yaml", name="x"))
-        made = Controller("x", Wanted(first), under, under, said.append, lambda _: None, lambda _: None)  # type: ignore[arg-type]
+        meant = wanted or Wanted(two())
+        made = Controller("x", meant, under, under, said.append, lambda _: None, lambda _: None)  # type: ignore[arg-type]
         running = asyncio.create_task(made.run())
         try:
             await work(made, under, said)  # type: ignore[misc]
         finally:
-            under.broken.clear()
+            under.broken = dict(at_the_end or {})
             made.close()
             await asyncio.wait_for(running, 30)
         assert under.replicas == {}
-        assert made.is_cleared
+        assert made.is_cleared is not bool(at_the_end)
 
     asyncio.run(run())
     return said
@@ -302,6 +341,61 @@ def test_a_start_that_raises_is_one_replicas_affair() -> None:
     controlled(work)
 
 
+def test_what_could_not_be_removed_is_not_forgotten() -> None:
+    """A Docker that is away at the end keeps its containers: `status` and `down` have to know of them."""
+
+    async def work(made: Controller, _under: Underneath, _: list[str]) -> None:
+        await until(lambda: made.snapshot.service.ready == 2)
+
+    said = controlled(work, {"close": CannotStart("Docker is away")})
+    assert any("x may have left something running: groundserve down x removes it" in line for line in said)
+
+
+def test_more_replicas_than_an_engine_can_have() -> None:
+    async def work(made: Controller, under: Underneath, _: list[str]) -> None:
+        with pytest.raises(ConfigError, match="x with 10 replicas: with --on nothing it can have 9 at most"):
+            made.scale(10)
+        assert made.wanted.target == 2
+        made.scale(9)
+        await until(lambda: len(under.replicas) == 9)
+
+    controlled(work)
+
+
+def test_nothing_can_be_asked_of_a_service_that_ends() -> None:
+    """Nobody would act on it any more, so whoever waits for what comes of it would wait for ever."""
+
+    async def work(made: Controller, under: Underneath, _: list[str]) -> None:
+        await until(lambda: made.snapshot.service.ready == 2)
+        made.close()
+        await until(lambda: not under.replicas)
+        for late in (made.update(two(2, "y"), "rolling"), made.update(two(2), "rolling"), made.replace_balancer()):
+            with pytest.raises(ConfigError, match="x is being taken down"):
+                await asyncio.wait_for(late, 5)
+        for ask in (lambda: made.scale(3), lambda: made.replace_replica(1), made.abort):
+            with pytest.raises(ConfigError, match="x is being taken down"):
+                ask()
+
+    controlled(work)
+
+
+def test_a_start_that_takes_long_keeps_nothing_waiting() -> None:
+    """A balancer that hears nothing for 10 s looks for replicas by itself."""
+
+    async def work(made: Controller, under: Underneath, _: list[str]) -> None:
+        await until(lambda: made.snapshot.service.ready == 2)
+        under.holds_starts.clear()
+        made.scale(3)
+        await until(lambda: made.snapshot.service.wanted == 3)
+        before = under.told
+        await until(lambda: under.told > before + 3)
+        assert under.replicas.keys() == {1, 2}
+        under.holds_starts.set()
+        await until(lambda: under.replicas.keys() == {1, 2, 3})
+
+    controlled(work)
+
+
 def test_an_engine_and_a_balancer_that_are_both_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where both are reached through an API server, which does not answer."""
     monkeypatch.setattr(controller, "_SILENCE", 0.1)
@@ -325,6 +419,89 @@ def test_nothing_starts_before_it_is_known_what_runs() -> None:
         await until(lambda: len(under.replicas) == 2, within=30)
 
     controlled(work)
+
+
+def test_what_the_earlier_controller_drained_goes() -> None:
+    """It was killed amid a scale from 4 to 2. Until the balancer says who drains, everybody may be needed."""
+
+    async def work(made: Controller, under: Underneath, _: list[str]) -> None:
+        under.left, under.drained = dict.fromkeys((1, 2, 3, 4), two()), {1, 2}
+        under.broken["tell"] = TimeoutError()
+        await until(lambda: len(made.replicas) == 4)
+        made.replace_replica(3)
+        await asyncio.sleep(1.2)
+        assert under.replicas.keys() == {1, 2, 3, 4}
+        assert under.drained == {1, 2}
+        under.broken.clear()
+        await until(lambda: under.replicas.keys() == {4, 5})
+        await until(lambda: made.snapshot.service.ready == 2)
+
+    controlled(work)
+
+
+def test_what_serves_is_known_before_anything_is_drained() -> None:
+    """The balancer is new, too, and looks at all of them anew. Two were told to end already and will not be ready."""
+
+    async def work(_made: Controller, under: Underneath, _: list[str]) -> None:
+        under.left, under.pending = dict.fromkeys((1, 2, 3, 4), two()), {1, 2, 3, 4}
+        await until(lambda: under.told > 2)
+        assert under.drained == set()
+        under.pending = {1, 2}
+        await until(lambda: under.replicas.keys() == {3, 4}, within=30)
+        assert under.drained == {1, 2}
+
+    controlled(work)
+
+
+def test_a_successor_outlives_the_controller_that_started_it() -> None:
+    """The first one has a quarter of an hour of its day left, and the second one loads its model."""
+
+    async def work(made: Controller, under: Underneath, _: list[str]) -> None:
+        under.left = {1: one, 2: one}
+        under.pending.add(2)
+        under.facts[1] = {"launched_seconds": 85_500.0, "ends_in_seconds": 900.0}
+        await until(lambda: made.snapshot.service.total == 2)
+        await asyncio.sleep(0.7)
+        assert under.replicas.keys() == {1, 2}
+        assert under.drained == set()
+        under.pending.clear()
+        await until(lambda: under.replicas.keys() == {2})
+
+    one = two()
+    controlled(work, wanted=Wanted(one, 1))
+
+
+def test_a_drain_of_somebody_else_is_left_alone() -> None:
+    """He may undrain it."""
+
+    async def work(made: Controller, under: Underneath, _: list[str]) -> None:
+        under.left = {1: two(), 2: two()}
+        await until(lambda: made.snapshot.service.ready == 2)
+        under.drained.add(1)
+        await until(lambda: made.replicas[1].is_leaving)
+        await asyncio.sleep(1.2)
+        assert under.replicas.keys() == {1, 2}
+        under.drained.clear()
+        await until(lambda: made.replicas[1].is_ready)
+
+    controlled(work)
+
+
+def test_a_blue_green_update_goes_on_after_its_switch() -> None:
+    """The version that serves stays known to the balancer, and nothing of the old one starts again."""
+
+    async def work(made: Controller, under: Underneath, _: list[str]) -> None:
+        under.left, under.drained = {1: two(), 2: two(), 3: new, 4: new}, {1, 2}
+        under.broken["tell"] = TimeoutError()
+        await asyncio.sleep(0.7)
+        under.broken.clear()
+        await until(lambda: under.replicas.keys() == {3, 4})
+        await until(lambda: made.wanted.coming is None)
+        assert under.started == []
+        assert all({3, 4} <= listed for listed in under.listed)
+
+    new = two(2, "y")
+    controlled(work, wanted=Wanted(two(), 2, new, "blue_green", 2, is_switched=True))
 
 
 def test_a_replica_that_cannot_be_stopped_is_tried_again() -> None:
@@ -371,6 +548,34 @@ def test_a_failed_renewal_takes_no_later_version_back() -> None:
         await until(lambda: under.renewed[-1:] == [3])
 
     controlled(work)
+
+
+def test_a_look_that_is_cancelled_as_it_ends_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who ends an engine waits for the end of its looks: one that went on would hold it up for ever."""
+    looks: list[asyncio.Task[None]] = []
+
+    class Ends:
+        returncode = 0
+
+        async def communicate(self, _: object) -> tuple[bytes, bytes]:
+            looks[0].cancel()
+            return b"", b""
+
+    async def begins(*_: object, **__: object) -> Ends:
+        return Ends()
+
+    async def look() -> None:
+        while True:
+            await typed(["kubectl"], {}, 5, "silence")
+            await asyncio.sleep(0.01)
+
+    async def run() -> None:
+        looks.append(asyncio.create_task(look()))
+        await asyncio.sleep(0.2)
+        assert looks[0].done()
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", begins)
+    asyncio.run(run())
 
 
 def test_troubles_back_off_and_say_since_when() -> None:

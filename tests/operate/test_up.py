@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import httpx
 import pytest
@@ -35,6 +36,16 @@ def test_up_says_how_it_goes_and_prints_a_command_that_answers(groundserve: Grou
     assert program == "curl"
     assert answer.json()["object"] == "chat.completion"
     assert url.startswith(groundserve("status", "--endpoint", "lab").strip())
+
+
+def test_what_serves_no_models_gets_a_command_that_answers_too(groundserve: Groundserve) -> None:
+    script = f"exec {sys.executable} -m http.server $GROUNDSERVE_PORT --bind 127.0.0.1"
+    file = groundserve.folder / "web.yaml"
+    file.write_text(f"service: {{readiness_probe: /, replicas: 1}}\nrun: {script}\n")
+    up = groundserve.up(file).until_up()
+    program, url = shlex.split(up.text.partition("try    ")[2].partition("look ")[0])
+    assert program == "curl"
+    assert httpx.get(url).json() == {"status": "ok", "ready": 1}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -67,6 +78,22 @@ def test_kill_9(groundserve: Groundserve) -> None:
     groundserve.until_nothing_runs()
     assert "lab is meant to run and does not: groundserve up lab resumes it" in groundserve("status", code=4)
     assert groundserve.up(service).until_up().end(signal.SIGTERM) == 0
+
+
+def test_a_killed_leash_takes_its_replica_along(groundserve: Groundserve) -> None:
+    """Also where a shell stands between, and one process has left the session; then the replica is started again."""
+    script = f"(setsid sleep 1000 &)\n{LAB.removeprefix('exec ')}\ntrue"
+    groundserve.up(groundserve.service("lab", script, replicas=1)).until_up()
+
+    def life() -> dict[int, str]:
+        return {pid: line for pid, line in groundserve.processes().items() if "sleep 1000" in line or "replica" in line}
+
+    before = life()
+    assert len(before) == 5  # two of the leash's, the shell, the server, and the stray
+    os.kill(min(pid for pid, line in before.items() if "leash" in line), signal.SIGKILL)
+    wait_until(life, fits=lambda now: not before.keys() & now.keys())
+    after = groundserve.until("lab", lambda status: status["service"]["ready"] == 1)
+    assert after["replicas"][0]["id"] == 1
 
 
 def test_a_second_up_of_the_same_name_says_so(groundserve: Groundserve) -> None:
@@ -114,12 +141,15 @@ def test_detached_start_that_fails(groundserve: Groundserve) -> None:
 
 
 def test_a_dead_replica_comes_back(groundserve: Groundserve) -> None:
+    def endpoints(status: dict[str, Any]) -> dict[str, str]:
+        return {row["name"]: row["endpoint"] for row in status["replicas"]}
+
     up = groundserve.up(groundserve.service("lab")).until_up()
-    before = {row["name"]: row["endpoint"] for row in groundserve.status("lab")["replicas"]}
+    before = endpoints(groundserve.status("lab"))
     os.kill(replica_processes(groundserve)[0], signal.SIGKILL)
     assert "killed by signal 9" in up.until("starts again in")
-    after = groundserve.until("lab", lambda status: status["service"]["ready"] == 2)
-    ends = {row["name"]: row["endpoint"] for row in after["replicas"]}
+    # Its status may still be that of the moment before.
+    ends = endpoints(groundserve.until("lab", lambda now: now["service"]["ready"] == 2 and endpoints(now) != before))
     assert before.keys() == ends.keys()
     assert sum(before[name] != ends[name] for name in before) == 1
 
@@ -278,7 +308,8 @@ def test_logs_show_what_replicas_and_balancer_print(groundserve: Groundserve) ->
     assert "the controller of lab prints where groundserve up was started" in groundserve(
         "logs", "lab", "--controller", code=1
     )
-    assert "there is no log of replica 9 of lab" in groundserve("logs", "lab", "9", code=1)
+    said = groundserve("logs", "lab", "9", code=1)
+    assert "there is no log of replica 9 of lab; there is one of each of these: 1, 2" in said
     assert "services that ran here: lab" in groundserve("logs", "other", code=1)
 
 

@@ -117,6 +117,8 @@ def test_rollback_under_streams(groundserve: Groundserve) -> None:
     with streaming(endpoint(groundserve)) as seen:
         said = groundserve("update", "lab", broken, code=1)
         assert "groundserve: lab stays at version 1: exited with code 3: no such model" in said
+        assert "everything it said: groundserve logs lab 3" in said
+        assert "no such model" in groundserve("logs", "lab", "3", "--no-follow")
         groundserve.until("lab", lambda status: [row["id"] for row in status["replicas"]] == [1, 2])
     assert seen.failed == []
     assert groundserve.status("lab")["service"]["version"] == "1"

@@ -57,6 +57,11 @@ def test_a_number_that_cannot_be_is_refused(first: Recipe, target: int, said: st
     assert wanted.target == before
 
 
+def test_a_number_from_before_that_nobody_can_have() -> None:
+    """It was written down by a `scale` with some zeros too many."""
+    assert Wanted(made(), target=10**9).target == 10_000
+
+
 def test_the_load_decides_where_the_file_says_so() -> None:
     wanted = Wanted(made(service=AUTOSCALED))
     assert wanted.is_asleep
@@ -79,7 +84,10 @@ def test_a_failed_update_leaves_the_old_version() -> None:
     wanted = Wanted(made())
     wanted.update(made(2, "serve --worse $GROUNDSERVE_PORT"), "rolling")
     lost = Replica(3, 2, Stage.GIVEN_UP, reason="no such flag")
-    assert wanted.counts([ready(1), ready(2), lost], Load(), 0.0) == ({1: 2, 2: 0}, UpdateResult(2, "no such flag"))
+    assert wanted.counts([ready(1), ready(2), lost], Load(), 0.0) == (
+        {1: 2, 2: 0},
+        UpdateResult(2, "no such flag", failed=lost.id),
+    )
     assert (wanted.serving.version, wanted.coming) == (1, None)
 
 
@@ -186,7 +194,10 @@ def test_a_failed_update_restores_the_number(is_aborted: bool) -> None:
         assert wanted.abort() == UpdateResult(2, "the update was aborted")
     else:
         lost = Replica(7, 2, Stage.GIVEN_UP, reason="no such flag")
-        assert wanted.counts([*six, lost], Load(), 0.0) == ({1: 6, 2: 0}, UpdateResult(2, "no such flag"))
+        assert wanted.counts([*six, lost], Load(), 0.0) == (
+            {1: 6, 2: 0},
+            UpdateResult(2, "no such flag", failed=lost.id),
+        )
     assert wanted.counts(six, Load(), 0.0) == ({1: 6}, None)
 
 
@@ -241,7 +252,7 @@ def test_an_update_of_a_sleeping_service_starts_one_replica() -> None:
     wanted.update(made(2, "b $GROUNDSERVE_PORT", AUTOSCALED), "rolling")
     assert wanted.counts([], Load(), 0.0) == ({1: 0, 2: 1}, None)
     lost = Replica(1, 2, Stage.GIVEN_UP, reason="no such flag")
-    assert wanted.counts([lost], Load(), 1.0) == ({1: 0, 2: 0}, UpdateResult(2, "no such flag"))
+    assert wanted.counts([lost], Load(), 1.0) == ({1: 0, 2: 0}, UpdateResult(2, "no such flag", failed=lost.id))
     assert wanted.serving.version == 1
     wanted.update(made(3, "c $GROUNDSERVE_PORT", AUTOSCALED), "rolling")
     assert wanted.counts([ready(2, 3)], Load(), 2.0)[1] == UpdateResult(3)
@@ -275,22 +286,36 @@ def snapshot(arrived: int, generating: int = 0, queued: int = 0, turned_away: in
 def test_load_since_the_last_look() -> None:
     """The load is the requests that arrived since the last look."""
     traffic = Traffic()
-    traffic.note(snapshot(0))
-    traffic.note(snapshot(12, turned_away=3))
+    traffic.note(snapshot(0), 0)
+    traffic.note(snapshot(12, turned_away=3), 1)
     assert traffic.take() == Load(12, 0, 0, 3)
-    traffic.note(snapshot(13, generating=2, queued=3, turned_away=4))
-    traffic.note(snapshot(15, generating=4, queued=1, turned_away=6))
+    traffic.note(snapshot(13, generating=2, queued=3, turned_away=4), 1)
+    traffic.note(snapshot(15, generating=4, queued=1, turned_away=6), 1)
     assert traffic.take() == Load(3, 4, 1, 3)
-    assert traffic.take() == Load(0, 4, 1, 0)
+    assert traffic.take() is None, "nobody has said anything since"
 
 
 def test_load_counts_from_the_controllers_start() -> None:
     """Requests before the controller's start are no load, and a new balancer counts from zero."""
     traffic = Traffic()
-    traffic.note(snapshot(50_000, turned_away=70))
+    traffic.note(snapshot(50_000, turned_away=70), 1)
     assert traffic.take() == Load(0, 0, 0, 0)
-    traffic.note(snapshot(5, turned_away=2))
+    traffic.note(snapshot(5, turned_away=2), 1)
     assert traffic.take() == Load(5, 0, 0, 2)
+
+
+def test_a_silent_balancer_is_not_taken_for_no_load() -> None:
+    """Nor is what it says first for a burst: the number of replicas stays as it is."""
+    policy = "min_replicas: 1, max_replicas: 20, target_qps_per_replica: 10, upscale_delay_seconds: 20"
+    service = f"replica_policy: {{{policy}, downscale_delay_seconds: 30}}"
+    wanted, traffic, targets = Wanted(made(service=service), 6), Traffic(), set()
+    for second in range(600):
+        if not 200 <= second < 440:
+            traffic.note(snapshot(60 * second, generating=50), second)
+        wanted.counts([ready(id) for id in range(1, 7)], traffic.take(), second)
+        if second > 150:
+            targets.add(wanted.target)
+    assert targets == {6}
 
 
 # What an earlier controller left running
@@ -313,6 +338,14 @@ def test_replicas_of_another_recipe() -> None:
     counts, result = wanted.counts([ready(1, 2), ready(2, 2)], Load(), 0.0)
     assert (counts, result) == ({2: 2, 3: 1}, None)
     assert wanted.recipes[2].version == 2
+
+
+def test_replicas_of_another_recipe_are_never_hidden() -> None:
+    """They serve until they are replaced, also where the last update was blue-green."""
+    wanted = Wanted(made(), 2, mode="blue_green")
+    wanted.adopt([left(1, 1, "another"), left(2, 1, "another")])
+    assert (wanted.newest.version, wanted.mode, wanted.hidden) == (2, "rolling", frozenset())
+    assert wanted.counts([ready(1), ready(2)], Load(), 0.0) == ({1: 2, 2: 1}, None)
 
 
 def test_the_number_that_the_load_asked_for_is_kept() -> None:
@@ -352,6 +385,14 @@ def test_a_restart_from_before_goes_on() -> None:
     assert Wanted(old, 2, new).adopt([left(1, 1, old.digest), left(2, 2, old.digest)]) == {1: 1, 2: 2}
 
 
+def test_an_update_of_replicas_of_other_recipes_goes_on() -> None:
+    """Each version that we know has the recipe that it had."""
+    old, new = made(1), made(2, "b $GROUNDSERVE_PORT")
+    wanted = Wanted(old, 2, new)
+    assert wanted.adopt([left(1, 1, "a"), left(2, 2, "b")]) == {1: 1, 2: 2}
+    assert (wanted.recipes[1], wanted.recipes[2]) == (old, new)
+
+
 def test_an_update_that_was_under_way_goes_on() -> None:
     ours = made()
     wanted = Wanted(ours)
@@ -387,7 +428,7 @@ def test_old_versions_are_forgotten() -> None:
     assert wanted.recipes.keys() == {49}
     wanted.update(made(50, "serve --worse $GROUNDSERVE_PORT"), "rolling")
     lost = Replica(5, 50, Stage.GIVEN_UP, reason="no such flag")
-    assert wanted.counts([*new, lost], Load(), 0.0)[1] == UpdateResult(50, "no such flag")
+    assert wanted.counts([*new, lost], Load(), 0.0)[1] == UpdateResult(50, "no such flag", failed=lost.id)
     wanted.counts([*new, replace(lost, stage=Stage.STOPPING)], Load(), 0.0)
     assert wanted.recipes.keys() == {49, 50}, "it is still there, and asked for"
     wanted.counts(new, Load(), 0.0)
@@ -403,6 +444,15 @@ def test_a_replica_that_is_gone_is_nowhere_any_more() -> None:
     assert (there.endpoint, there.state) == ("http://127.0.0.1:99", State.RUNNING)
     report.note({}, {99})
     assert report.listing([ready(99)], wanted, 0.0).replicas[0].endpoint == "http://127.0.0.1:99", "where it was last"
+
+
+def test_one_that_its_engine_has_told_to_end_takes_nothing_new() -> None:
+    """Also while it drains: the balancer would take one that runs again for another."""
+    report, wanted = Report("x", lambda: "http://127.0.0.1:1", "kubernetes"), Wanted(made())
+    report.note({1: ReplicaListing("x-1", "http://127.0.0.1:1", id=1, state=State.SHUTTING_DOWN)}, {1})
+    for stage in (Stage.RUNNING, Stage.DRAINING):
+        (replica,) = report.listing([replace(ready(1), stage=stage)], wanted, 0.0).replicas
+        assert replica.state is State.SHUTTING_DOWN
 
 
 def test_replica_without_a_place() -> None:

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
-from balancer.relay.doors import Doors
+from balancer.relay.doors import Connection, Doors
+from balancer.relay.downstream import ClientConnection
 from balancer.service import ServiceFacts
 from balancer.spec.settings import Settings
-from tests.wire.running import each, on_uvloop
+from tests.lab.replica import LabReplica
+from tests.support.client import chat, request
+from tests.support.until import until
+from tests.wire.running import each, on_uvloop, serving
 
 
 class Wire:
@@ -68,6 +72,34 @@ async def test_one_connections_fault_leaves_the_others_theirs(
     assert caplog.text.count("RuntimeError: broken") == 2
 
 
+ENDS: dict[str, tuple[Callable[[Connection], object], str]] = {
+    "makes room": (lambda connection: connection.give_way(), "buffers_full"),
+    "the balancer stops": (lambda connection: connection.break_off("it stops."), "shutting_down"),
+}
+
+
+@pytest.mark.parametrize("end", **each(ENDS))
+@on_uvloop
+async def test_a_refusal_at_once_is_logged_and_counted(end: tuple[Callable[[Connection], object], str]) -> None:
+    """A request that is refused in the same round of the loop in which it came leaves its line in the log as well."""
+    way, code = end
+    async with LabReplica() as a, serving(a) as house:
+        client = await house.client()
+        await until(lambda: len(house.balancer.doors.connections) == 1)
+        (connection,) = house.balancer.doors.connections
+        assert isinstance(connection, ClientConnection)
+        sent = request(body=chat())
+        house.balancer.doors.incoming[: len(sent)] = sent
+        connection.buffer_updated(len(sent))
+        way(connection)
+        answer = await client.answer()
+        assert (answer.status, answer.error["code"]) == (503, code)
+        (line,) = await house.logged()
+        assert (line["status"], line["error"], line["path"]) == (503, code, "/v1/chat/completions")
+        await until(lambda: sum(house.balancer.tallies.errors.values()) == 1)
+        assert a.seen.requests == []
+
+
 class Holder(Wire):
     """A connection whose requests take memory; what is bound by an answer in progress cannot be given up."""
 
@@ -90,6 +122,21 @@ class Holder(Wire):
         self._doors.buffered -= self.count
         self.count = 0
         return True
+
+
+@on_uvloop
+async def test_who_gives_way_to_another_relay() -> None:
+    """The largest, down to the equal part of this relay; who holds little stays, even if that is not enough."""
+    doors = Doors(Settings(max_buffered_bytes=1000), asyncio.get_running_loop(), Nobody(), ServiceFacts())
+    uploads = [Holder(doors, "uploads", size) for size in (100, 300, 200)]
+    small = Holder(doors, "small", 100)
+    doors.make_room_for_others(700)
+    assert [one.count for one in (*uploads, small)] == [100, 300, 200, 100]
+    doors.make_room_for_others(500)
+    assert [one.count for one in (*uploads, small)] == [100, 0, 200, 100]
+    bound = Holder(doors, "streams", 500, is_bound=True)
+    doors.make_room_for_others(500)
+    assert [one.count for one in (bound, *uploads, small)] == [500, 100, 0, 0, 100]
 
 
 @on_uvloop

@@ -16,7 +16,9 @@ def test_no_more_of_it_is_kept_than_the_bound() -> None:
 
     def failed(_: ServeError) -> None: ...
 
-    misfit = Misfit(Nothing(), Request(b"POST", b"/v1/x", "1.1", 0.0, id=b"id"), 500, True, failed)
+    request = Request(b"POST", b"/v1/x", "1.1", 0.0)
+    request.id = b"id"
+    misfit = Misfit(Nothing(), request, 500, True, failed)
     for size in (LARGEST - 1, LARGEST, LARGEST):
         misfit.write(b"x" * size)
     assert len(misfit._body) == LARGEST

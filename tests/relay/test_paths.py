@@ -8,7 +8,7 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 
-from balancer.relay.paths import PathKind, kind_of, normalise
+from balancer.relay.paths import GENERATING, OWN, PLAIN, PathKind, kind_of, normalise
 from tests.support.needed import lacking
 
 # What SGLang serves that everybody may use; every other route of its is its operator's.
@@ -24,6 +24,16 @@ FOR_EVERYBODY = {
     },
     PathKind.OWN: {"/health", "/ready", "/server_info", "/get_server_info"},
 }  # fmt: skip
+
+
+def test_the_page_on_the_endpoint_has_each_path_once() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/endpoint.md").read_text()
+    rows = re.findall(r"^\| (`/.*?) \| ", page, re.MULTILINE)
+    listed = [path for row in rows for path in re.findall(r"`([^`]+)`", row)]
+    by_name = {"/v1/models/NAME", "/v1/responses/ID", "/v1/responses/ID/cancel"}
+    assert sorted(listed) == sorted(GENERATING | PLAIN | OWN | by_name)
+    for path in by_name:
+        assert kind_of(path.replace("ID", "resp_1").encode())[1] is PathKind.PLAIN
 
 
 def test_only_these_routes_of_the_real_sglang_are_reachable() -> None:

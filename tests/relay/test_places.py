@@ -73,6 +73,9 @@ class FewPlaces:
         self.given: list[OnePlace] = []
         self._left = list(replicas)
 
+    def claim_now(self, waiter: Waiter) -> OnePlace | None:
+        return None
+
     async def claim(self, waiter: Waiter) -> OnePlace:
         self.waiters.append(waiter)
         if not self._left:

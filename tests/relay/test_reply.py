@@ -32,8 +32,9 @@ class Wire:
 
 
 def reply_to(method: bytes = b"GET", version: str = "1.1", keeps_alive: bool = True) -> tuple[Reply, Wire]:
-    wire = Wire()
-    return Reply(Request(method, b"/v1/x", version, 0.0, id=b"id"), wire, keeps_alive), wire
+    wire, request = Wire(), Request(method, b"/v1/x", version, 0.0)
+    request.id = b"id"
+    return Reply(request, wire, keeps_alive), wire
 
 
 FRAMED = [

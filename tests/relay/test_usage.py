@@ -8,7 +8,7 @@ import pytest
 
 from balancer.relay.reply import Reply
 from balancer.relay.request import Request
-from balancer.relay.usage import LARGEST
+from balancer.relay.usage import LARGEST, MOST
 
 CHAT, RESPONSES, MESSAGES, GENERATE = "/v1/chat/completions", "/v1/responses", "/v1/messages", "/generate"
 JSON, EVENTS = b"application/json", b"text/event-stream"
@@ -28,7 +28,9 @@ class Wire:
 
 
 def relayed(path: str, content_type: bytes, *pieces: bytes) -> Reply:
-    reply = Reply(Request(b"POST", path.encode(), "1.1", 0.0, path=path), Wire(), True)
+    request = Request(b"POST", path.encode(), "1.1", 0.0)
+    request.path = path
+    reply = Reply(request, Wire(), True)
     reply.begin(200, [(b"Content-Type", content_type)], None)
     for piece in pieces:
         reply.body(piece)
@@ -169,6 +171,15 @@ def test_counts_are_found_wherever_they_stand(
             size = 512  # a byte a time is tried on the others
         pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
     assert counted(path, content_type, *pieces) == figures
+
+
+def test_an_answer_has_no_more_tokens_than_makes_sense() -> None:
+    many = b'{"text":"x","meta_info":{"prompt_tokens":1,' + b'"completion_tokens":999999999999999,' * 9300 + b'"a":1}}'
+    assert counted(GENERATE, JSON, many) == (1, MOST, None)
+    texts = [{"index": n, "meta_info": meta(MOST, MOST, finish_reason="stop")} for n in range(3)]
+    assert counted(GENERATE, EVENTS, *map(event, texts)) == (MOST, MOST, 3)
+    usage = {"input_tokens": MOST, "cache_read_input_tokens": MOST, "output_tokens": MOST + 1}
+    assert counted(MESSAGES, JSON, orjson.dumps({"usage": usage})) == (MOST, None, MOST)
 
 
 def test_a_batch_is_told_from_one_text() -> None:

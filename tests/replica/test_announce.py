@@ -71,9 +71,19 @@ def test_what_cannot_be_started_is_told_in_one_line(tmp_path: Path) -> None:
         announce._failure_of(["/nowhere/scontrol"])
 
 
+def test_a_port_is_the_jobs_own_while_it_loads(scontrol: Path, tmp_path: Path) -> None:
+    takes = (
+        "from socket import *; import sys; socket(AF_UNIX, SOCK_DGRAM).bind(f'{chr(0)}groundserve port {sys.argv[1]}')"
+    )
+    done = run(job(tmp_path, takes), str(scontrol.parent))
+    assert "Address already in use" in done.stderr
+
+
 def test_a_port_that_is_taken_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as other:
         free, port = other.getsockname()[1], taken.getsockname()[1]
         other.close()
         monkeypatch.setattr(announce.random, "sample", lambda *_: [port, free])
         assert announce.free_port("127.0.0.1") == free
+        monkeypatch.setattr(announce.random, "sample", lambda *_: [free, *range(20000, 20010)])
+        assert announce.free_port("127.0.0.1") != free, "it is kept for another job"

@@ -2,11 +2,12 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from replica.command import build, masked
+from replica.command import build, masked, visible
 from replica.gpu import Gpu
 from replica.media import MediaPolicy
 from replica.options import Options
@@ -66,6 +67,12 @@ def test_a_leased_gpu_is_given_by_its_index_in_bus_order() -> None:
     assert meant_for_another.environ["SGLANG_USE_CPU_ENGINE"] == "0"
     assert "HF_HUB_OFFLINE" not in command.environ
     assert not {"--device", "--tp-size", "--context-length"} & set(command.argv)
+
+
+def test_a_gpu_whose_index_may_be_wrong_is_given_by_its_uuid() -> None:
+    uncertain = [replace(gpu, has_cuda_index=False) for gpu in GPUS]
+    assert visible(uncertain[:1])["CUDA_VISIBLE_DEVICES"] == GPUS[0].uuid
+    assert visible(uncertain)["CUDA_VISIBLE_DEVICES"] == "2,3"  # SGLang takes nothing else for several
 
 
 def test_several_gpus_are_one_tensor_parallel_group() -> None:

@@ -25,8 +25,8 @@ def answers(program: Path, text: str, status: int = 0) -> None:
 def test_gpus_are_read_in_bus_order(nvidia_smi: Path) -> None:
     answers(nvidia_smi, "0, GPU-a, NVIDIA H200, 143771, 4, Disabled\n1, GPU-b, NVIDIA H200, 143771, 9, Enabled")
     assert list_gpus({}) == [
-        Gpu(0, "GPU-a", "NVIDIA H200", 143771, 4, mig=False),
-        Gpu(1, "GPU-b", "NVIDIA H200", 143771, 9, mig=True),
+        Gpu(0, "GPU-a", "NVIDIA H200", 143771, 4, mig=False, has_cuda_index=False),
+        Gpu(1, "GPU-b", "NVIDIA H200", 143771, 9, mig=True, has_cuda_index=False),
     ]
 
 
@@ -107,6 +107,20 @@ def test_a_gpu_that_has_failed_is_listed_with_its_problem(nvidia_smi: Path, row:
     warned: list[str] = []
     assert [gpu.problem for gpu in list_gpus({}, warned.append)] == ["", "", problem]
     assert warned == [f"GPU 2 is not used: {problem}"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_certain"),
+    [
+        (GOOD, True),
+        (f"{GOOD}\n2, GPU-c, NVIDIA RTX 3090, [GPU requires reset], [GPU requires reset], [N/A]", False),
+        (f"{GOOD}\n2, GPU-c, NVIDIA H100, 81559, 1, Enabled, No", False),
+        (f"{GOOD}\n3, GPU-d, NVIDIA L4, 23034, 1, [N/A], No", False),  # there is a GPU 2, which it does not list
+    ],
+)
+def test_whether_cuda_counts_the_gpus_alike(nvidia_smi: Path, rows: str, is_certain: bool) -> None:
+    answers(nvidia_smi, rows)
+    assert {gpu.has_cuda_index for gpu in list_gpus({})} == {is_certain}
 
 
 def test_lost_gpu_leaves_the_others(nvidia_smi: Path, tmp_path: Path) -> None:

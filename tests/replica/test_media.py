@@ -33,7 +33,7 @@ def test_a_scheme_in_capitals_is_the_web_too() -> None:
     assert STRICT.settle("HTTPS://A/b.PNG") == "https://A/b.PNG"
 
 
-@pytest.mark.parametrize("source", ["iVBORw0KGgo=", "/9j/4AAQSkZJRg==", "etc/passwd"])
+@pytest.mark.parametrize("source", ["iVBORw0KGgo=", "/9j/4AAQSkZJRg==", "etc/passwd//"])
 def test_bare_base64_can_only_be_data(source: str) -> None:
     assert STRICT.settle(source) == f"data:;base64,{source}"
 
@@ -82,8 +82,8 @@ def test_a_long_source_is_shown_only_by_its_beginning() -> None:
     [
         lambda source: source,
         lambda source: [source],
-        lambda source: ["data:,A", ["data:,A", source]],
-        lambda source: ("data:,A", source),
+        lambda source: ["data:,AAAA", ["data:,AAAA", source]],
+        lambda source: ("data:,AAAA", source),
         lambda source: SimpleNamespace(url=source),
         lambda source: [[SimpleNamespace(url=source, detail="auto")]],
         lambda source: {"url": source},
@@ -104,7 +104,7 @@ def test_what_is_no_source_stays_as_it_is() -> None:
 
 
 def test_lists_that_are_nested_without_end_are_refused() -> None:
-    nested: Any = "data:,A"
+    nested: Any = "data:,AAAA"
     for _ in range(1000):
         nested = [nested]
     with pytest.raises(MediaError, match="nested more than"):
@@ -127,6 +127,47 @@ def test_a_list_of_further_addresses_is_no_media(content: bytes) -> None:
     for source in (f"data:audio/wav;base64,{b64encode(content).decode()}", b64encode(content).decode()):
         with pytest.raises(MediaError, match="a playlist, not an image"):
             STRICT.settle(source)
+
+
+TAG = b"ID3\x04\0\0\0\0\0\0"
+TAGS = {
+    "one": TAG,
+    "two": TAG * 2,
+    "with zeros in it": b"ID3\x04\0\0\0\0\x02\x05" + bytes(256 + 5),
+    "longer than the first look": b"ID3\x03\0\0\0\x02\0\0" + bytes(2 << 14),
+    "with a footer": b"ID3\x04\0\x10\0\0\0\x03" + bytes(3 + 10),
+}
+
+
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
+@pytest.mark.parametrize("playlist", [b"#EXTM3U\n", b"ffconcat version 1.0\n", b"<?xml version='1.0'?><MPD>"])
+def test_a_tag_in_front_hides_no_playlist(tags: bytes, playlist: bytes) -> None:
+    """FFmpeg skips ID3v2 tags before it looks what the rest is."""
+    content = tags + playlist
+    for check in (
+        lambda: check_content(content),
+        lambda: STRICT.settle(f"data:audio/mpeg;base64,{b64encode(content).decode()}"),
+    ):
+        with pytest.raises(MediaError, match="a playlist, not an image"):
+            check()
+
+
+def test_a_tagged_sound_passes() -> None:
+    for tags in (*TAGS.values(), b"ID3\x04\0\0\x7f\x7f\x7f\x7f"):
+        sound = tags + b"\xff\xfb\x90d" + bytes(100)
+        check_content(sound)
+        source = f"data:audio/mpeg;base64,{b64encode(sound).decode()}"
+        assert STRICT.settle(source) == source
+
+
+@pytest.mark.parametrize("end", [",x", ",", "=,x", "\n", "*", "A"])
+def test_a_data_url_that_loaders_read_differently(end: str) -> None:
+    """SGLang's loader of sounds takes what stands between the first two commas, others all after the first."""
+    playlist = b64encode(b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1/x.ts\n\n").decode()
+    with pytest.raises(MediaError, match=r"one comma|must be base64"):
+        STRICT.settle(f"data:audio/wav;base64,{playlist.rstrip('=')}{end}")
+    with pytest.raises(MediaError, match="one comma"):
+        STRICT.settle("data:image/png")
 
 
 def test_true_media_are_not_looked_through() -> None:

@@ -3,6 +3,7 @@
 tests/e2e/test_drain.py holds the drain to the real one.
 """
 
+import argparse
 import asyncio
 import enum
 import json
@@ -126,16 +127,27 @@ def test_a_key_is_read_from_its_file_into_the_arguments_only(tmp_path: Path) -> 
     file = tmp_path / "key"
     file.write_text("sk-1\n")
     argv = ["launch_server.py", "--api-key", f"@file:{file}", "--chat-template", f"@file:{file}"]
-    assert fill_in_key(argv, {}) == ["launch_server.py", "--api-key", "sk-1", "--chat-template", f"@file:{file}"]
+    assert fill_in_key(argv, {}) == ["launch_server.py", "--api-key=sk-1", "--chat-template", f"@file:{file}"]
     assert fill_in_key(["x", "--api-key", "plain"], {}) == ["x", "--api-key", "plain"]
 
 
 def test_keys_come_from_variables_made_for_that_alone() -> None:
     environ = {"GROUNDSERVE_SECRET_1": "sk-1", "REPLICA_SECRET_1": "sk=2", "HOME": "/root"}
     argv = ["x", "--api-key", "@env:GROUNDSERVE_SECRET_1", "--admin-api-key=@env:REPLICA_SECRET_1", "--a", "@env:HOME"]
-    assert fill_in_key(argv, environ) == ["x", "--api-key", "sk-1", "--admin-api-key=sk=2", "--a", "@env:HOME"]
+    assert fill_in_key(argv, environ) == ["x", "--api-key=sk-1", "--admin-api-key=sk=2", "--a", "@env:HOME"]
     with pytest.raises(OptionsError, match="GROUNDSERVE_SECRET_2, which --api-key wants, is not set"):
         fill_in_key(["x", "--api-key", "@env:GROUNDSERVE_SECRET_2"], environ)
+
+
+def test_a_key_may_begin_with_a_hyphen(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("-k1")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--api-key")
+    parser.add_argument("--admin-api-key")
+    argv = ["--api-key", f"@file:{file}", "--admin-api-key", "@env:REPLICA_SECRET_1"]
+    read = parser.parse_args(fill_in_key(argv, {"REPLICA_SECRET_1": "--k2"}))
+    assert (read.api_key, read.admin_api_key) == ("-k1", "--k2")
 
 
 def test_keys_are_masked_in_sglangs_own_log() -> None:

@@ -65,7 +65,7 @@ def test_any_other_hugging_face_id_is_served_under_its_own_name() -> None:
     [
         ("smollm", "did you mean smollm2-135m?"),
         ("Llama-2", "did you mean llama-2-7b-chat?"),
-        ("xyz", "unknown model xyz: There are llava-v1.6-vicuna-7b, llama-2-7b-chat"),
+        ("xyz", "unknown model xyz: there are llava-v1.6-vicuna-7b, llama-2-7b-chat"),
         ("./no-such-folder", "there is no folder ./no-such-folder"),
         ("/no/such/folder", "there is no folder /no/such/folder"),
         ("two words/model", "unknown model two words/model"),

@@ -16,7 +16,7 @@ import pytest
 
 from balancer.operate.engines.ports import free_ports
 from replica.presets import resolve
-from replica.store import archive, download, hub, pull
+from replica.store import archive, cache, download, hub, pull
 from replica.store.cache import Cache, File, Manifest
 from replica.store.errors import StoreError
 from replica.store.progress import Progress
@@ -111,13 +111,17 @@ def test_pull_goes_on_where_a_killed_one_was(machine: Machine, served: Hub) -> N
 
 
 def test_of_two_that_want_it_one_fetches(machine: Machine, served: Hub) -> None:
-    served.piece_seconds = 0.1
+    served.piece_seconds = 2.0
     first = machine.start("pull", REPO)
     wait_until(lambda: served.sent > 0, "the first began")
     second = machine.start("pull", REPO)
-    said = [process.communicate(timeout=60)[0] for process in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0]
-    assert "waiting for it" in said[1]
+    assert second.stdout is not None
+    said = iter(second.stdout.readline, "")
+    assert any("waiting for it" in line for line in said)
+    served.piece_seconds = 0.0
+    for process in (first, second):
+        process.communicate(timeout=60)
+        assert process.returncode == 0
     assert sorted(path for path, _ in served.asked) == sorted(FETCHED)
 
 
@@ -195,15 +199,30 @@ def test_another_version_is_asked_for_by_name(machine: Machine) -> None:
     assert "org/one has no version v9" in done.stderr
 
 
-def test_a_disk_without_room_is_said_before_a_byte_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    full = type(usage)(usage.total, usage.total, pull._RESERVE + 1000)
-    monkeypatch.setattr(pull.shutil, "disk_usage", lambda _: full)
+    full = type(usage)(usage.total, usage.total, cache._RESERVE + 1000)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: full)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_disk_without_room_is_said_before_a_byte_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = Manifest(REPO, "main", COMMIT, (File("w.safetensors", 5_000_000_000, "a" * 64),))
     monkeypatch.setattr(hub, "look_up", lambda *_: (wanted, ""))
     with pytest.raises(StoreError, match=r"takes 5\.0 GB more, and the disk of .* has 0\.0 MB to spare"):
         pull.pull(REPO, Cache(tmp_path / "hub"), None, lambda _: None)
     assert not (tmp_path / "hub/models--org--one").exists()
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_disk_without_room_takes_in_no_part(machine: Machine, tmp_path: Path) -> None:
+    tar = tmp_path / "one.tar"
+    assert machine.store("pull", REPO).returncode == 0
+    assert machine.store("export", REPO, str(tar)).returncode == 0
+    with pytest.raises(StoreError, match=r"one\.tar takes 1\.0 MB more, and the disk of .* has 0\.0 MB to spare"):
+        archive.read(tar, Cache(tmp_path / "other"), lambda _: None)
+    assert not (tmp_path / "other").exists()
 
 
 def test_without_a_network_what_was_pulled_is_enough(machine: Machine, tmp_path: Path) -> None:
@@ -233,16 +252,19 @@ def test_a_model_goes_to_another_machine_in_one_file(machine: Machine, tmp_path:
     tar = tmp_path / "one.tar"
     assert "pull it first" in machine.store("export", REPO, str(tar)).stderr
     assert machine.store("pull", REPO).returncode == 0
-    done = machine.store("export", REPO, str(tar))
+    done = machine.store("export", REPO, REPO, str(tar))  # once is enough, as of a part that two models share
     assert done.returncode == 0, done.stderr
     other = Machine(tmp_path / "other", None)
+    (tmp_path / "file").touch()
+    nowhere = other.store("import", str(tar), HF_HOME=str(tmp_path / "file"))
+    assert f"{tar} cannot be taken in: {tmp_path / 'file'}/hub" in nowhere.stderr
     taken = other.store("import", str(tar))
     assert taken.returncode == 0, taken.stderr
     assert other.files() == machine.files()
     assert "taken as it was fetched" in other.store("pull", REPO).stdout
 
 
-@pytest.mark.parametrize("damage", ["turned", "short", "empty", "escaping", "foreign"])
+@pytest.mark.parametrize("damage", ["turned", "short", "empty", "path", "commit", "etag", "absolute", "foreign"])
 def test_a_damaged_or_hostile_file_is_refused(machine: Machine, tmp_path: Path, damage: str) -> None:
     """Nothing of it counts, and nothing is written outside the cache."""
     tar = tmp_path / "one.tar"
@@ -257,15 +279,21 @@ def test_a_damaged_or_hostile_file_is_refused(machine: Machine, tmp_path: Path, 
     elif damage == "empty":
         tar.write_bytes(b"")
     else:
-        path = "../../../escaped" if damage == "escaping" else "config.json"
-        manifest = {"repo": "org/x", "revision": "main", "commit": COMMIT, "files": [
-            {"path": path, "size": 2, "etag": etag_of(b"{}")}
-        ]}  # fmt: skip
+        file = {"path": "config.json", "size": 2, "etag": etag_of(b"{}")}
+        manifest = {"repo": "org/x", "revision": "main", "commit": COMMIT, "files": [file]}
+        out = "../../../escaped"
+        if damage in ("commit", "absolute"):
+            manifest["commit"] = out if damage == "commit" else str(tmp_path / "escaped")
+        elif damage in ("path", "etag"):
+            file[damage] = out if damage == "path" else f"{out}/{file['etag']}"
         with tarfile.open(tar, "w") as made:
             archive._add(made, "manifests.json", json.dumps([manifest]).encode())
-            link = tarfile.TarInfo("org/x/../../escaped")
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc"
-            made.addfile(link, io.BytesIO())
+            if damage == "foreign":
+                link = tarfile.TarInfo("org/x/../../escaped")
+                link.type, link.linkname = tarfile.SYMTYPE, "/etc"
+                made.addfile(link, io.BytesIO())
+            else:
+                archive._add(made, f"org/x/{file['etag']}", b"{}")
     other = Machine(tmp_path / "other", None)
     done = other.store("import", str(tar))
     assert done.returncode == 1

@@ -314,6 +314,27 @@ def stage_third(stage: Stage, awake: Tenant) -> tuple[Tenant, FakeEngine]:
     return third, engine
 
 
+@pytest.mark.parametrize("other", [State.DOZING, State.ASLEEP])
+def test_an_overtaken_wake_waits_no_more(stage: Stage, other: State) -> None:
+    """A wake that waits for the turn ends with the next order, and holds up nobody who waits after it."""
+    first, _, _, _ = pair(stage)
+
+    async def orders() -> list[bool]:
+        given = []
+        for wanted in (State.AWAKE, other):
+            given.append(asyncio.create_task(first.order(wanted, 1e9)))
+            await asyncio.sleep(0)  # now it has its wish
+            await first.step()
+            assert first.to_json()["waits"] == (wanted is State.AWAKE)
+        return await asyncio.gather(*given)
+
+    assert run(orders()) == [[False, True]]
+    third = Turn.join(stage.directory, ["GPU-a"], "third", stage.clock())
+    stage.turns.append(third)
+    stage.turns[1].give_up()
+    assert third.take(stage.clock())
+
+
 def test_requests_that_have_gone_are_no_reason_to_wake(stage: Stage) -> None:
     first, its, second, others = pair(stage)
     its.held = others.held = 1

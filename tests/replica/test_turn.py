@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import pytest
 from replica.gpu import Gpu, list_gpus
 from replica.lease import AllHeldError, LeaseError, holder, sharers, take
 from replica.placement import Want
-from replica.turn import MOST_TENANTS, TooManyTenantsError, Turn, neighbours
+from replica.turn import HELD, MOST_TENANTS, TooManyTenantsError, Turn, neighbours
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -246,6 +248,56 @@ def test_removed_files_are_made_again(directory: Path) -> None:
     assert [one.note for one in other.others()] == ["mine"]
     mine.leave()
     other.leave()
+
+
+def test_a_lost_folder_costs_nobody_a_descriptor(directory: Path) -> None:
+    """While the turn's file can be neither found nor made, no descriptor is closed that has become another's."""
+    mine = Turn.join(_made(directory), ["GPU-a"], "mine", 1000.0)
+    shutil.rmtree(directory)
+    for second in (0, 1):
+        with pytest.raises(FileNotFoundError):
+            mine.take(1000.0 + second)
+    left, right = socket.socketpair()  # they get the numbers that are free
+    with left, right, pytest.raises(FileNotFoundError):
+        mine.take(1002)
+    _made(directory)
+    assert mine.take(1003)
+    mine.leave()
+
+
+def test_half_of_a_pair_is_not_kept(directory: Path) -> None:
+    """Whose second GPU's turn cannot be opened neither keeps the first, nor is in the way of those that wait for it."""
+    both = Turn.join(_made(directory), ["GPU-a", "GPU-b"], "both", 1000.0)
+    one = Turn.join(directory, ["GPU-a"], "one", 1000.0)
+    (directory / "GPU-b.turn").unlink()
+    (directory / "GPU-b.turn").symlink_to("/nowhere")
+    for _ in range(2):
+        with pytest.raises(OSError, match="symbolic"):
+            both.take(1001)
+    assert one.take(1002)
+    one.give_up()
+    (directory / "GPU-b.turn").unlink()
+    assert both.take(1003)
+    both.leave()
+    one.leave()
+
+
+def test_a_turn_on_a_new_file_outlives_exec(directory: Path) -> None:
+    mine = Turn.join(_made(directory), ["GPU-a"], "mine", 1000.0)
+    (directory / "GPU-a.turn").unlink()
+    assert mine.take(1000)
+    assert all(map(os.get_inheritable, json.loads(mine.environ()[HELD])["turns"]))
+    mine.leave()
+
+
+def test_half_of_a_group_is_not_leased(directory: Path) -> None:
+    """Whose second GPU's lease cannot be opened leaves the first to others."""
+    _made(directory)
+    second = directory / f"{gpus(2)[1].uuid}.lock"
+    second.symlink_to("/nowhere")
+    with pytest.raises(LeaseError, match="cannot open the lease"):
+        take(gpus(2), Want(2), directory, wait=0, note="both")
+    take(gpus(1), Want(1), directory, wait=0, note="one").release()
 
 
 def test_a_gpu_has_so_many_tenants_at_the_most(directory: Path) -> None:

@@ -187,6 +187,9 @@ async def through(_: Message, __: Any, send: Any) -> None:
         (False, False, "GET", "/keys", 403),
         (False, False, "GET", "/usage", 403),
         (True, False, "GET", "/usage", 200),
+        (False, False, "GET", "/v1/organization/usage/completions", 403),
+        (True, False, "GET", "/v1/organization/usage/completions", 200),
+        (False, True, "GET", "/v1/organization/usage/completions", 200),
     ],
 )
 def test_where_others_reach_the_port_changes_need_a_key_to_exist(
@@ -199,6 +202,40 @@ def test_where_others_reach_the_port_changes_need_a_key_to_exist(
         assert answer.status_code == status
         if status == 403:
             assert "--admin-key" in answer.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("has_key", "is_private", "host", "status"),
+    [
+        # A container's port, published on the host's loopback
+        (False, True, "evil.example:30002", 403),
+        (True, True, "evil.example:30002", 403),
+        (True, True, "127.0.0.1.evil.example", 403),
+        (True, True, "\xff.example", 403),
+        (False, True, "localhost:30002", 200),
+        (False, True, "172.18.0.2:30002", 200),
+        (False, True, "balancer:30002", 200),
+        # Published for others, or no container's: with a key, public names are how they reach it.
+        (False, False, "gpu1.example.org:30002", 403),
+        (False, False, "192.168.1.2:30002", 200),
+        (False, False, "gpu1:30002", 200),
+        (False, False, "lab.serving.svc:30002", 200),
+        (False, False, "lab.serving.svc.example.org:30002", 403),
+        (True, False, "gpu1.example.org:30002", 200),
+    ],
+)
+def test_beyond_loopback_public_names_get_nothing_either(
+    has_key: bool, is_private: bool, host: str, status: int
+) -> None:
+    async def main() -> None:
+        transport = httpx.ASGITransport(Guard(through, False, has_key, is_private))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:30002") as client:
+            answer = await client.get("/status", headers={b"Host": host.encode("latin-1")})
+        assert answer.status_code == status
+        if status == 403:
+            assert "http://localhost" in answer.json()["error"]["message"]
 
     asyncio.run(main())
 
@@ -221,6 +258,32 @@ async def test_the_playground_is_no_way_around_the_api_keys(tmp_path: Any) -> No
                 405,
             )
         assert {request.target for request in lab.seen.requests} == {"/v1/chat/completions"}
+
+
+@pytest.mark.parametrize(
+    ("listen", "admin", "is_closed"),
+    [("127.0.0.1", "0.0.0.0", True), ("0.0.0.0", "0.0.0.0", False), ("127.0.0.1", "127.0.0.1", False)],
+)
+@on_uvloop
+async def test_the_playground_is_no_way_to_an_endpoint_on_loopback(
+    listen: str, admin: str, is_closed: bool, tmp_path: Any
+) -> None:
+    """Unless that wants a key, which may be issued at any time."""
+    config = {"listen": (listen, 0), "admin": (admin, 0), "admin_key": "open sesame", "state": tmp_path / "state"}
+    async with LabReplica() as lab, serving(lab, config=config) as house:
+        port = house.balancer.admin_endpoint.rpartition(":")[2]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            for method, path in (("GET", "v1/models"), ("POST", "v1/chat/completions")):
+                answer = await client.request(method, f"/playground/{path}", json={"messages": []})
+                assert answer.status_code == (403 if is_closed else 200), path
+                assert ("--api-keys" in answer.text) == is_closed
+            assert (await client.get("/status")).status_code == 200
+            headers = {"Authorization": "Bearer open sesame"}
+            key = (await client.post("/keys/alice", json={}, headers=headers)).json()["key"]
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = await client.post("/playground/v1/chat/completions", json={"messages": []}, headers=headers)
+            assert answer.status_code == 200
+        assert len(lab.seen.requests) == (1 if is_closed else 2)
 
 
 # Huge and slow
@@ -287,6 +350,21 @@ def test_beyond_loopback_the_start_wants_to_know_who_may(arguments: str, said: s
         return
     with pytest.raises(ConfigError, match=said):
         config_from(options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_private"),
+    [
+        ("", (True, True)),
+        ("--listen 0.0.0.0:1 --admin 0.0.0.0:2", (False, False)),
+        ("--listen 0.0.0.0:1 --admin 0.0.0.0:2 --published 127.0.0.1 --admin-published 127.0.0.1", (True, True)),
+        ("--listen 0.0.0.0:1 --admin 0.0.0.0:2 --published 0.0.0.0 --admin-published 127.0.0.1", (False, True)),
+        ("--listen 0.0.0.0:1 --admin 0.0.0.0:2 --published [::1] --admin-published localhost", (True, True)),
+    ],
+)
+def test_a_container_knows_who_reaches_its_ports(arguments: str, is_private: tuple[bool, bool]) -> None:
+    config = config_from(parse(["--open", *arguments.split()]))
+    assert (config.is_for_this_machine, config.is_admin_for_this_machine) == is_private
 
 
 def test_names_of_this_machine() -> None:

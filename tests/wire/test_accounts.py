@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import contextlib
+import hashlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import httpx
 import orjson
 import pytest
 
+from balancer.accounts.store import Store
 from tests.lab.replica import LabReplica
 from tests.support.client import CHAT, Answer, chat, request
 from tests.support.until import until
@@ -80,6 +83,11 @@ async def test_the_first_key_closes_the_door_for_everyone_else(tmp_path: Path) -
 async def test_a_rotated_key_has_a_new_secret_and_the_old_limits(tmp_path: Path) -> None:
     async with LabReplica() as lab, office(tmp_path, lab) as at:
         old = await at.add(requests_per_minute=2)
+        digest = hashlib.sha256(old.encode()).hexdigest()
+        await at.add("bob")
+        for path in ("/keys/carol", "/keys/bob/rotate"):
+            said = await at.told("POST", path, 422, json={}, params={"digest": digest})
+            assert "another key has this secret" in said["error"]["message"]
         assert (await at.ask(old)).status == 200
         new = (await at.told("POST", "/keys/alice/rotate"))["key"]
         assert old != new
@@ -89,10 +97,61 @@ async def test_a_rotated_key_has_a_new_secret_and_the_old_limits(tmp_path: Path)
 
 
 @on_uvloop
+async def test_a_key_gets_other_limits_and_keeps_its_secret(tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        key = await at.add(requests_per_minute=1, models=["other"])
+        assert (await at.ask(key)).status == 403
+        assert await at.told("PUT", "/keys/alice", json={"requests_per_minute": 100}) == {"changed": "alice"}
+        answers = [await at.ask(key) for _ in range(3)]
+        assert [answer.status for answer in answers] == [200] * 3
+        assert answers[-1].header("x-ratelimit-limit-requests") == "100"
+        assert await at.usage()
+        await at.told("PUT", "/keys/alice", json={"requests_per_day": 5})
+        assert [(await at.ask(key)).status for _ in range(3)] == [200, 429, 429], "what it used today counts"
+        assert [row["name"] for row in await at.told("GET", "/keys")] == ["alice"]
+        await at.told("PUT", "/keys/alice", 422, json={"requests_per_day": 0})
+        said = await at.told("PUT", "/keys/bob", 422, json={})
+        assert "no key bob in use" in said["error"]["message"]
+
+
+@on_uvloop
+async def test_a_change_of_other_terms_refills_nothing(tmp_path: Path) -> None:
+    """Nor does a request that was under way then pay into what it took nothing from."""
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        key = await at.add(requests_per_minute=2, tokens_per_day=10_000)
+        assert (await at.ask(key)).status == 200
+        lab.next(hang="before_head")
+        client = await at.house.client()
+        await client.send(request(body=chat(9000), headers=(("Authorization", f"Bearer {key}"),)))
+        await lab.seen.until(lambda seen: len(seen.requests) == 2)
+
+        def left() -> list[float]:
+            return [bucket.left for bucket in at.house.balancer.keys.named("alice").quota.tokens]  # type: ignore[union-attr]
+
+        (before,) = left()
+        terms = {"requests_per_minute": 2, "tokens_per_day": 10_000, "priority": "bulk"}
+        await at.told("PUT", "/keys/alice", json=terms)
+        assert (await at.ask(key)).status == 429
+        await at.told("PUT", "/keys/alice", json={**terms, "tokens_per_minute": 500})
+        assert (await at.ask(key)).status == 429
+        assert left() == [500, pytest.approx(before, abs=10)]
+        at.house.balancer.keys.named("alice").quota.tokens[0].left = 100.0  # type: ignore[union-attr]
+        client.leave()
+        await at.house.at_rest()
+        assert await at.usage()
+        assert left() == [pytest.approx(100, abs=50), pytest.approx(10_000, abs=500)]
+
+
+@on_uvloop
 async def test_only_the_admin_key_changes_keys(tmp_path: Path) -> None:
     async with LabReplica() as lab, office(tmp_path, lab) as at:
         wrong = {"Authorization": "Bearer wrong"}
-        for method, path in (("POST", "/keys/a"), ("POST", "/keys/a/rotate"), ("DELETE", "/keys/a")):
+        for method, path in (
+            ("POST", "/keys/a"),
+            ("POST", "/keys/a/rotate"),
+            ("PUT", "/keys/a"),
+            ("DELETE", "/keys/a"),
+        ):
             await at.told(method, path, 401, headers=wrong, json={})
         assert await at.told("GET", "/keys") == []
     async with LabReplica() as lab, office(tmp_path, lab, config={"admin_key": None}) as at:
@@ -215,8 +274,75 @@ async def test_leaving_before_the_answer_is_not_for_free(tmp_path: Path) -> None
         assert told["requests"] == told["failed"] == 2
         assert told["prompt_tokens"] > 0
         assert 30 + 50 <= told["completion_tokens"] < 50_000
-        bucket = at.house.balancer.keys.named("alice").quota.day  # type: ignore[union-attr]
+        bucket = at.house.balancer.keys.named("alice").quota.tokens[0]  # type: ignore[union-attr]
         assert 50_000 < bucket.left <= 100_000 - 80
+
+
+LINE = orjson.dumps({"model": "lab", "message": {"role": "assistant", "content": "word "}, "done": False}) + b"\n"
+
+
+@pytest.mark.parametrize("end", ["left", "broken"])
+@on_uvloop
+async def test_a_stream_of_ollama_counts_its_lines(end: str, tmp_path: Path) -> None:
+    """However many come at once, and though SGLang tells no counts in it."""
+    raw = "HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+    raw += f"{len(LINE) * 20:x}\r\n{LINE.decode() * 20}\r\n" * 100
+    asked = {"model": "lab", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        key = await at.add(tokens_per_day=10_000)
+        lab.next(raw=raw, raw_then="hang" if end == "left" else "close")
+        client = await at.house.client()
+        sent = request(path="/api/chat", body=orjson.dumps(asked), headers=(("Authorization", f"Bearer {key}"),))
+        await client.send(sent)
+        while client.received.count(b"word") < 2000:
+            await client.more()
+        client.leave()
+        await at.house.at_rest()
+        (told,) = await at.usage()
+        assert told["completion_tokens"] == 2000
+        assert told["prompt_tokens"] > 0
+        bucket = at.house.balancer.keys.named("alice").quota.tokens[0]  # type: ignore[union-attr]
+        assert bucket.left <= 8000
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/api/chat", {"options": {"num_predict": 900}}),
+        ("/v1/responses", {"max_output_tokens": 900, "max_tokens": 1, "num_predict": 1}),
+        (CHAT, {"max_tokens": 1, "max_completion_tokens": 900, "max_new_tokens": 1}),
+        ("/generate", {"sampling_params": {"max_new_tokens": 900}, "max_tokens": 1}),
+    ],
+)
+@on_uvloop
+async def test_a_request_takes_the_most_that_it_may_use(path: str, more: dict[str, Any], tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        key = await at.add(tokens_per_day=1000)
+        lab.next(hang="before_head")
+        client = await at.house.client()
+        body = orjson.dumps({"model": "lab", "text": "hi", "stream": False, **more})
+        await client.send(request(path=path, body=body, headers=(("Authorization", f"Bearer {key}"),)))
+        await lab.seen.until(lambda seen: len(seen.requests) == 1)
+        bucket = at.house.balancer.keys.named("alice").quota.tokens[0]  # type: ignore[union-attr]
+        assert 50 < bucket.left < 100
+        client.leave()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@on_uvloop
+async def test_what_is_made_in_the_background_is_paid_ahead(stream: bool, tmp_path: Path) -> None:
+    queued = '{"id": "resp_a", "object": "response", "status": "queued", "usage": null}'
+    filler = {"metadata": {"stream": stream, "a": "x y " * 25_000}} if stream else {}
+    body = orjson.dumps({**filler, "model": "lab", "input": "hi", "background": True, "max_output_tokens": 900})
+    async with LabReplica(body=queued) as lab, office(tmp_path, lab) as at:
+        key = await at.add(tokens_per_day=50_000)
+        assert (await at.ask(key, body, "/v1/responses")).status == 200
+        await at.house.at_rest()
+        (told,) = await at.usage()
+        assert told["prompt_tokens"] == len(body) // 4
+        assert told["completion_tokens"] == 900
+        bucket = at.house.balancer.keys.named("alice").quota.tokens[0]  # type: ignore[union-attr]
+        assert bucket.left == pytest.approx(50_000 - 900 - len(body) // 4, abs=5)
 
 
 @on_uvloop
@@ -254,6 +380,66 @@ async def test_requests_per_minute_are_held_to(tmp_path: Path) -> None:
 
 
 @on_uvloop
+async def test_usage_is_told_as_openai_does(tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        key = await at.add()
+        for _ in range(2):
+            assert (await at.ask(key)).status == 200
+        path, now = "/v1/organization/usage/completions", int(time.time())
+        asked = {"start_time": now - 2 * 86400, "group_by": ["model", "api_key_id"]}
+        told = await at.told("GET", path, params=asked)
+        assert [bucket["object"] for bucket in told["data"]] == ["bucket"] * 3
+        assert [bucket["start_time"] % 86400 for bucket in told["data"]] == [0] * 3
+        assert [len(bucket["results"]) for bucket in told["data"]] == [0, 0, 1]
+        (used,) = await at.usage("key,model")
+        (result,) = told["data"][-1]["results"]
+        assert (result["num_model_requests"], result["model"], result["api_key_id"]) == (2, "lab", "alice")
+        assert (result["input_tokens"], result["output_tokens"]) == (used["prompt_tokens"], used["completion_tokens"])
+        first = await at.told("GET", path, params={"start_time": now - 7200, "bucket_width": "1h", "limit": 2})
+        assert first["has_more"]
+        rest = await at.told(
+            "GET", path, params={"start_time": now - 7200, "bucket_width": "1h", "page": first["next_page"]}
+        )
+        assert not rest["has_more"]
+        (result,) = rest["data"][-1]["results"]
+        assert (result["num_model_requests"], result["model"]) == (2, None)
+        for wrong in ({"bucket_width": "1m"}, {"group_by": "user_id"}, {"page": "x"}):
+            await at.told("GET", path, 422, params={"start_time": now, **wrong})
+        await at.told("GET", path, 401, params=asked, headers={"Authorization": "Bearer wrong"})
+
+
+@on_uvloop
+async def test_a_page_of_usage_reads_no_more_than_it_tells(tmp_path: Path) -> None:
+    """Else an early page of a long time would have too many rows."""
+    hour = int(time.time()) // 3600
+    Store(tmp_path / "state").write(
+        [(hour - age, f"key-{key}", "m", 1, 0, 1, 1, 0) for age in range(505) for key in range(200)], {}
+    )
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        asked = {"start_time": (hour - 504) * 3600, "bucket_width": "1h", "group_by": "api_key_id", "limit": 2}
+        told = await at.told("GET", "/v1/organization/usage/completions", params=asked)
+        assert [len(bucket["results"]) for bucket in told["data"]] == [200, 200]
+        assert told["next_page"] == str((hour - 502) * 3600)
+        begin = (hour // 24 - 2) * 24
+        asked = {"start_time": begin * 3600, "end_time": (begin + 30) * 3600}
+        told = await at.told("GET", "/v1/organization/usage/completions", params=asked)
+        days = [[result["num_model_requests"] for result in bucket["results"]] for bucket in told["data"]]
+        assert days == [[24 * 200], [24 * 200]], "whole days"
+
+
+@on_uvloop
+async def test_requests_per_day_outlive_a_restart(tmp_path: Path) -> None:
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        key = await at.add(requests_per_day=3)
+        assert [(await at.ask(key)).status for _ in range(2)] == [200, 200]
+    async with LabReplica() as lab, office(tmp_path, lab) as at:
+        assert [(await at.ask(key)).status for _ in range(2)] == [200, 429]
+        refused = await at.ask(key)
+        assert "requests per day" in refused.error["message"]
+        assert 3600 < int(refused.header("retry-after") or 0) <= 86400 / 3
+
+
+@on_uvloop
 async def test_tokens_are_estimated_before_and_settled_after(tmp_path: Path) -> None:
     async with LabReplica(hang="before_head") as lab, office(tmp_path, lab) as at:
         key = await at.add(tokens_per_minute=1000)
@@ -265,12 +451,12 @@ async def test_tokens_are_estimated_before_and_settled_after(tmp_path: Path) -> 
         assert int(refused.header("x-ratelimit-remaining-tokens") or 0) < 100
         assert 30 < int(refused.header("retry-after") or 0) <= 60
         client.leave()
-        bucket = at.house.balancer.keys.named("alice").quota.minute  # type: ignore[union-attr]
+        bucket = at.house.balancer.keys.named("alice").quota.tokens[0]  # type: ignore[union-attr]
         await until(lambda: bucket.left > 950, "what was not used has come back: all but the prompt")
     async with LabReplica(tokens=3) as lab, office(tmp_path, lab) as at:
         key = await at.add("bob", tokens_per_minute=1000)
         assert (await at.ask(key, chat(900))).status == 200
-        bucket = at.house.balancer.keys.named("bob").quota.minute  # type: ignore[union-attr]
+        bucket = at.house.balancer.keys.named("bob").quota.tokens[0]  # type: ignore[union-attr]
         await until(lambda: bucket.left > 900, "the answer was shorter than it might have been")
         assert (await at.ask(key, chat(900))).status == 200
 

@@ -8,7 +8,7 @@ import pytest
 
 from balancer.relay import downstream
 from tests.lab.replica import LabReplica
-from tests.support.client import Client, chat, request
+from tests.support.client import Client, Ended, chat, request
 from tests.support.until import until
 from tests.wire.running import House, on_uvloop, serving
 
@@ -239,3 +239,81 @@ async def test_a_held_answer_that_breaks_counts_no_longer() -> None:
         await until(lambda: b.generating == 1, "it goes on elsewhere")
         assert house.balancer.doors.buffered < 10_000
         assert (await client.answer()).status == 200
+
+
+@on_uvloop
+async def test_a_stream_with_an_early_head_gives_way_whole() -> None:
+    """A request that no replica has had yet is refused, and not sent without its body, though a head has gone out."""
+    async with (
+        LabReplica(token_interval=0.02) as a,
+        serving(a, max_in_flight=1, max_body_bytes=MIB, max_buffered_bytes=4 * MIB, keep_alive_comments=0.1) as house,
+    ):
+        holder = await house.client()
+        await holder.send(request(body=chat(tokens=100_000)))
+        await until(lambda: house.balancer.service.fleet.generating == 1)
+        body = chat(stream=True, images="x" * (MIB - 1000))
+        hogs = [await house.client() for _ in range(4)]
+        for hog in hogs:
+            await hog.send(request(body=body))
+        for hog in hogs:
+            await hog.until(b": waiting\n\n")
+        one = await house.client(source=ONE)
+        await one.send(request("POST", "/v1/images/edits", b"y" * (MIB - 100)))
+        assert [line["error"] for line in await house.logged()] == ["buffers_full"]
+        holder.leave()
+        assert (await one.answer()).status == 200
+        ends = await asyncio.gather(*map(end_of, hogs))
+        assert sum(end.endswith(b"[DONE]") for end in ends) == 3
+        assert sum(b'"buffers_full"' in end for end in ends) == 1
+
+
+async def end_of(client: Client) -> bytes:
+    """A stream up to its [DONE], or to where its connection ended."""
+    try:
+        return await client.until(b"[DONE]")
+    except Ended as end:
+        return end.rest
+
+
+@on_uvloop
+async def test_bodies_behind_a_stream_give_way() -> None:
+    """Bodies that wait behind a stream in progress keep no other client out; the stream goes on, they get a 503."""
+    async with (
+        LabReplica(token_interval=0.01) as a,
+        serving(a, max_body_bytes=MIB, max_buffered_bytes=8 * MIB) as house,
+    ):
+        hogs = [await house.client() for _ in range(8)]
+        for hog in hogs:
+            await hog.send(request(body=chat(stream=True, tokens=300)))
+            await hog.until(b"data:")
+            await hog.send(request("POST", "/v1/images/edits", b"x" * (MIB - 20_000)))
+        await until(lambda: house.balancer.doors.buffered > 7 * MIB)
+        for _ in range(3):
+            one = await house.client(source=ONE)
+            await one.send(request("POST", "/v1/images/edits", b"y" * (MIB - 100)))
+            assert (await one.answer()).status == 200
+        for hog in hogs:
+            assert b"[DONE]" in await hog.until(b"0\r\n\r\n")
+        answers = [await hog.answer() for hog in hogs]
+        refusals = [answer.error["code"] for answer in answers if answer.status != 200]
+        assert set(refusals) == {"buffers_full"}
+        assert 1 <= len(refusals) <= 4
+        assert sum(line.get("error") == "buffers_full" for line in house.log()) == len(refusals)
+
+
+@on_uvloop
+async def test_a_request_whose_turn_has_not_come_gives_way() -> None:
+    """Where no answer is in progress because the client takes none, a waiting body is refused, and not sent empty."""
+    async with LabReplica() as a, serving(a) as house:
+        client = await house.client(receive_buffer=4096)
+        sending = asyncio.ensure_future(client.send(request("POST", "/v1/images/edits", b"x" * 60_000) * 150))
+        await until(lambda: len(house.balancer.doors.connections) == 1)
+        (connection,) = house.balancer.doors.connections
+        await until(lambda: "full, blocked" in repr(connection) and not connection._reply)  # type: ignore[attr-defined]
+        for _ in range(2):
+            assert connection.give_way()
+        while (answer := await client.answer()).status == 200:
+            assert len(answer.body) == 60_000
+        assert answer.error["code"] == "buffers_full"
+        assert {seen.body_length for seen in a.seen.requests} == {60_000}
+        sending.cancel()

@@ -9,8 +9,10 @@ import orjson
 import pytest
 
 from balancer.contract.listing import ReplicaListing
+from balancer.relay.continuation import going_on
 from balancer.relay.continuation.delivered import CONTINUED
 from balancer.relay.deaths import digest_of
+from balancer.relay.request import Request
 from tests.lab.replica import LabReplica
 from tests.lab.spawn import spawn_replica
 from tests.relay.continuation.answering import plain, request_for
@@ -130,6 +132,27 @@ async def test_two_deaths_end_a_stream() -> None:
         assert b"two replicas went away" in answer.body
         assert b"t03" in answer.body, "what came of both is delivered"
         assert len(c.seen.requests) == 0
+        await house.at_rest()
+        assert house.log()[-1]["not_continued"] == "two deaths"
+
+
+@on_uvloop
+async def test_nobody_else() -> None:
+    """A stream that no other replica can continue ends with an error event, at once or after a wait in the queue."""
+    cut = {"cut": "after_tokens", "cut_after": 2}
+    async with LabReplica(**cut) as a, serving(a, queue_timeout=0.5) as house:
+        told_broken(await house.ask(asked("/v1/completions")))
+        await house.at_rest()
+        assert house.log()[-1]["not_continued"] == "no replica"
+        async with LabReplica(status=503, retry_after="1") as b:
+            house.balancer.service.fleet.reconcile([house.member("a").listing, ReplicaListing("b", b.url)])
+            await house.ready(2)
+            prefer(house, "a", "b")
+            told_broken(await house.ask(asked("/v1/completions")))
+            assert len(b.seen.requests) == 1
+            await house.at_rest()
+            assert house.log()[-1]["not_continued"] == "no replica"
+            house.balancer.service.fleet.reconcile([house.member("a").listing])
 
 
 @on_uvloop
@@ -282,6 +305,96 @@ async def test_template_is_tried_once() -> None:
         assert trials(a) == 6
 
 
+# At the end of the stream: what it says of its end, how often, and of its tokens.
+STOPPED: dict[str, tuple[dict[str, Any], bytes, bytes]] = {
+    "/v1/chat/completions": ({"stop": "2 t0"}, b'"finish_reason":"stop"', b'"completion_tokens":4,'),
+    "/v1/completions": ({"stop": ["2 t0"]}, b'"finish_reason":"stop"', b'"completion_tokens":4,'),
+    "/generate": (
+        {"sampling_params": {"max_new_tokens": 100_000, "stop": "2 t0"}},
+        b'"type":"stop","matched":"2 t0"',
+        b'"completion_tokens":4,',
+    ),
+    "/v1/messages": ({"stop_sequences": ["2 t0"]}, b'"stop_reason":"end_turn"', b'"output_tokens":4}'),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@on_uvloop
+async def test_a_stop_string_across_the_seam_ends_it(path: str) -> None:
+    """The replica that goes on stops generating there, and the client waits for no more, and is told what was used."""
+    wish, end, used = STOPPED[path]
+    async with LabReplica() as a, LabReplica(token_interval=0.01) as b, serving(a, b) as house:
+        prefer(house, "a", "b")
+        a.set(cut="after_tokens", cut_after=3)
+        data = request(path=path, body=orjson.dumps(request_for(path, 100_000) | wish))
+        client = await house.client()
+        await client.send(data + request("GET", "/v1/models"))
+        answer = await client.answer()
+        assert (answer.is_whole, b"t02" in answer.body, b"t03" in answer.body) == (True, True, False)
+        assert answer.body.endswith((b"data: [DONE]\n\n", b'{"type":"message_stop"}\n\n'))
+        assert (answer.body.count(end), answer.body.count(used)) == (1, 1)
+        assert (await client.answer()).status == 200, "its connection carries on"
+        await b.seen.until(lambda seen: seen.generations_aborted == 1)
+        line = next(line for line in await house.logged(2) if line["path"] == path)
+        assert (line["status"], line["member"], line["completion_tokens"]) == (200, "b", 4)
+        assert "error" not in line
+
+
+@pytest.mark.parametrize("asks", [False, True], ids=["the client does not", "the client asks for usage"])
+@on_uvloop
+async def test_usage_at_a_stop_string_only_if_asked(asks: bool) -> None:
+    """Counts that nobody asked for are not told, neither in each event nor at the end."""
+    path = "/v1/chat/completions"
+    wish = request_for(path, 12) | {"stop": "2 t0"}
+    if not asks:
+        del wish["stream_options"]
+    async with LabReplica() as a, LabReplica() as b, serving(a, b) as house:
+        for found, stop in enumerate(("7 t0", "2 t0")):
+            prefer(house, "a", "b")
+            a.next(1, cut="after_tokens", cut_after=3)
+            answer = await house.ask(request(path=path, body=orjson.dumps(wish | {"stop": stop})))
+            assert answer.is_whole
+            told = [said for _, said in plain(answer.body) if said != "[DONE]"]
+            assert [bool(said["choices"]) for said in told if said.get("usage")] == [False] * asks
+            assert (told[-1] if not asks else told[-2])["choices"][0]["finish_reason"] == ("length", "stop")[found]
+
+
+@on_uvloop
+async def test_a_body_that_made_room_meanwhile() -> None:
+    """A stream that broke behind its head, and waits, is not sent again without the body that made room for others."""
+    async with LabReplica() as a, LabReplica(token_interval=0.02) as b, serving(a, b, max_in_flight=1) as house:
+        prefer(house, "b", "a")
+        holder = await house.client()
+        await holder.send(request(body=orjson.dumps(request_for("/v1/completions", 100_000))))
+        await until(lambda: b.generating == 1)
+        a.set(cut="after_head", ready=503)
+        client = await house.client()
+        await client.send(asked("/v1/completions"))
+        await client.head()
+        await until(lambda: house.balancer.service.admission.queue_depth == 1)
+        assert [connection.give_way() for connection in house.balancer.doors.connections].count(True) == 2
+        holder.leave()
+        assert b'"stream_broken"' in await client.rest()
+        await house.at_rest()
+        assert (house.log()[-1]["not_continued"], len(b.seen.requests)) == ("body", 1)
+
+
+@on_uvloop
+async def test_no_copy_of_a_body_outlives_its_sending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is sent again holds no memory that is not counted."""
+    copies: list[Request] = []
+    copied = going_on._copied
+    monkeypatch.setattr(going_on, "_copied", lambda request: copies.append(copied(request)) or copies[-1])
+    async with LabReplica() as a, LabReplica(token_interval=0.02) as b, serving(a, b) as house:
+        prefer(house, "a", "b")
+        a.set(cut="after_head")
+        client = await house.client()
+        await client.send(asked("/v1/completions"))
+        await client.until(b"t00")
+        assert [copy.body for copy in copies] == [[]]
+        await client.until(b"data: [DONE]\n\n")
+
+
 @on_uvloop
 async def test_status_refused() -> None:
     """If the second replica answers with an error, the stream ends broken, with an error event."""
@@ -305,6 +418,8 @@ async def test_turned_off() -> None:
         prefer(house, "a", "b")
         told_broken(await house.ask(asked("/v1/completions")))
         assert len(b.seen.requests) == 0
+        await house.at_rest()
+        assert "not_continued" not in house.log()[-1], "nobody tried"
 
 
 @on_uvloop
@@ -323,15 +438,18 @@ async def test_too_long() -> None:
         await client.until(b"t03")
         assert house.balancer.doors.buffered == 0
         assert b'"stream_broken"' in await client.rest()
+        await house.at_rest()
+        assert house.log()[-1]["not_continued"] == "too long"
 
 
 @on_uvloop
 async def test_killed_process() -> None:
     """kill -9 of one of two replicas during forty streams in all formats: each client gets its whole answer."""
-    async with spawn_replica(token_interval=0.08) as a, spawn_replica(token_interval=0.08) as b:
+    async with spawn_replica(token_interval=0.4) as a, spawn_replica(token_interval=0.4) as b:
         listed = (ReplicaListing("a", a.url), ReplicaListing("b", b.url))
         async with serving(ready=2, config={"replicas": listed}) as house:
-            whole = {path: await undisturbed(house, path) for path in PATHS}
+            answers = await asyncio.gather(*(undisturbed(house, path) for path in PATHS))
+            whole = dict(zip(PATHS, answers, strict=True))
             asking = [asyncio.ensure_future(house.ask(asked(path))) for path in PATHS * 10]
             await flowing(house, 40)
             a.send_signal(signal.SIGKILL)

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from balancer.fleet.address import ReplicaAddress
-from balancer.relay.upstream import ReplicaConnection
 from tests.lab.replica import LabReplica
-from tests.support.client import CHAT, chat, request
+from tests.support.client import CHAT, Answer, chat, request
 from tests.support.until import until
 from tests.wire.running import House, deaf, each, hanging_up, in_house, kept, on_uvloop, serving
 
@@ -189,19 +187,20 @@ async def test_a_request_left_waiting_goes_elsewhere_once() -> None:
 # The keep-alive race
 
 
-def closing_first(house: House, a: LabReplica) -> None:
-    """From now on the replica closes each kept connection just before the balancer sends on it."""
-    pool = house.balancer.destination.pool
-    take = pool.idle_connection
+async def asked_while_it_closes(house: House, a: LabReplica, data: bytes, method: str = "POST") -> Answer:
+    """Asks as the replica closes the kept connection of its last request, just before the balancer sends on it.
 
-    def closed(replica: ReplicaAddress) -> ReplicaConnection | None:
-        connection = take(replica)
-        if connection is not None:
-            assert connection._transport is not None
-            a.close_now(connection._transport.get_extra_info("sockname")[1])
-        return connection
-
-    pool.idle_connection = closed  # type: ignore[method-assign]
+    The event loop reads the request, then it makes the calls that are due: the closing, then the balancer's task. What
+    came of the closing it sees only after that.
+    """
+    client = await house.client()
+    await client.send(request("GET", "/health"))
+    await client.answer("GET")  # the balancer has accepted the connection, so that the next bytes are read at once
+    await client.send(data)
+    asyncio.get_running_loop().call_soon(a.close_now, a.seen.last.connection)
+    answer = await client.answer(method)
+    client.leave()
+    return answer
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
@@ -213,8 +212,7 @@ async def test_keep_alive_race(method: str) -> None:
         b.set(ready=200)
         await house.ready(2)
         house.member("b").turn = 99
-        closing_first(house, a)
-        answer = await house.ask(request(method, CHAT, chat()), method)
+        answer = await asked_while_it_closes(house, a, request(method, CHAT, chat()), method)
         assert (answer.status, answer.header("x-replica-id")) == (200, "a")
         assert [r.outcome for r in a.seen.requests] == ["answered", "answered"]
         assert a.seen.requests[0].connection != a.seen.requests[1].connection
@@ -229,13 +227,13 @@ async def test_keep_alive_race(method: str) -> None:
 async def test_after_a_race_the_fresh_connection_is_not_repeated() -> None:
     async with LabReplica() as a, LabReplica() as b, serving(a, b, retry_sent="never") as house:
         assert (await house.ask(POST)).status == (await house.ask(POST)).status == 200
-        closing_first(house, a)
         a.set(cut="before_head")
-        answer = await house.ask(POST)
+        answer = await asked_while_it_closes(house, a, POST)
         assert (answer.status, answer.error["code"]) == (502, "replica_lost")
         assert [r.outcome for r in a.seen.requests] == ["answered", "cut"]
         assert numbers(b) == [1]
-        assert (await the_line(house))["attempts"] == 1
+        line = await the_line(house)
+        assert (line["attempts"], line["retries"]) == (1, "race")
 
 
 @pytest.mark.parametrize("delay", [0, 0.1])
@@ -261,9 +259,8 @@ async def test_race_and_a_refusal(method: str) -> None:
         house.member("b").turn = 99
         assert (await house.ask(POST)).status == 200
         house.member("b").turn = 99
-        closing_first(house, a)
         a.refuse()
-        answer = await house.ask(request(method, CHAT, chat()), method)
+        answer = await asked_while_it_closes(house, a, request(method, CHAT, chat()), method)
         assert answer.status == 200
         assert numbers(a, b) == [1, 1]
         assert (await the_line(house))["retries"] == "race,refused"
@@ -281,11 +278,11 @@ async def test_race_and_a_close() -> None:
             house.member("b").turn = 99
             assert (await house.ask(POST)).status == 200
             house.member("b").turn = 99
-            closing_first(house, a)
             with hanging_up(a):
-                answer = await house.ask(POST)
+                answer = await asked_while_it_closes(house, a, POST)
             assert answer.status == 200
             assert numbers(a, b) == [1, 1]
+            assert (await the_line(house))["retries"].startswith("race,")
 
 
 # Sent, but not answered

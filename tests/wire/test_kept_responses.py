@@ -39,6 +39,9 @@ async def test_what_builds_on_an_answer_goes_where_it_is_kept() -> None:
         assert {name for _, name in made} == {"a", "b"}
         for id_, name in made * 2:
             large = body(id_, metadata={"filler": "y" * 50_000})
+            explained = request(path=PATH, body=body(id_, stream=True), headers=(("X-Route-Explain", "1"),))
+            why = (await house.ask(explained)).header("x-route-reason") or ""
+            assert why.startswith("keeps the answer; ")
             for ask in (
                 request(path=PATH, body=body(id_, stream=True)),
                 request(path=PATH, body=large),
@@ -139,6 +142,71 @@ async def test_no_other_key_gets_to_it(tmp_path: Path) -> None:
         assert (await at.ask(alice, body(), PATH)).status == 200
         assert (await at.ask(alice, body("resp_hers"), PATH)).status == 200
         assert (await at.ask(mallory, body("resp_hers"), PATH)).status == 400
+
+
+@on_uvloop
+async def test_no_other_key_gets_to_a_lone_replicas_answers(tmp_path: Path) -> None:
+    """However its request is spelled; nor is one taken over by choosing its id, which SGLang lets clients do."""
+    async with LabReplica(body='{"id": "resp_hers"}') as lab, office(tmp_path, lab) as at:
+        alice, mallory = await at.add("alice"), await at.add("mallory")
+        assert (await at.ask(alice, body(), PATH)).status == 200
+        assert (await at.ask(mallory, body(request_id="resp_hers"), PATH)).status == 200
+        before = len(lab.seen.requests)
+        plain = body("resp_hers")
+        escaped = plain.replace(b"previous_response_id", b"previous\\u005fresponse_id")
+        for asked in (
+            *(plain, escaped, plain.decode().encode("utf-16"), plain.decode().encode("utf-32-be")),
+            *(body("resp_of_an_earlier_process"), body("resp_" + "x" * 200), body("?")),
+        ):
+            assert (await at.ask(mallory, asked, PATH)).error["code"] == "previous_response_not_found", asked
+        for method, path in (("GET", f"{PATH}/resp_hers"), ("POST", f"{PATH}/resp_hers/cancel")):
+            asked = request(method, path, body=b"", headers=(("Authorization", f"Bearer {mallory}"),))
+            assert (await at.house.ask(asked, method)).status == 404
+        assert len(lab.seen.requests) == before
+        assert (await at.ask(alice, plain, PATH)).status == 200
+        assert (await at.ask(alice, escaped, PATH)).status == 200
+
+
+@on_uvloop
+async def test_it_is_known_after_a_restart(tmp_path: Path) -> None:
+    async with LabReplica(body='{"id": "resp_a"}') as a, LabReplica(body='{"id": "resp_b"}') as b:
+        async with office(tmp_path, a, b) as at:
+            key, other = await at.add("alice"), await at.add("bob")
+            made = {(await at.ask(key, body(), PATH)).header("x-replica-id") for _ in range(4)}
+            assert made == {"a", "b"}
+        async with office(tmp_path, a, b) as at:
+            for name in ("a", "b") * 2:
+                answer = await at.ask(key, body(f"resp_{name}"), PATH)
+                assert (answer.status, answer.header("x-replica-id")) == (200, name)
+            assert (await at.ask(other, body("resp_a"), PATH)).status == 400, "it is another key's"
+            assert (await at.ask(key, body("resp_c"), PATH)).status == 400, "nobody ever made it"
+
+
+@on_uvloop
+async def test_a_new_process_waits_for_its_replicas(tmp_path: Path) -> None:
+    """Requests come before the controller's list does."""
+    async with LabReplica(body='{"id": "resp_a"}') as a, LabReplica(body='{"id": "resp_b"}') as b:
+        async with office(tmp_path, a, b) as at:
+            made = [await at.ask(body=body(), path=PATH) for _ in range(2)]
+            name = made[0].header("x-replica-id")
+            await at.house.balancer.accounts.ledger.written()  # type: ignore[union-attr]
+        async with office(tmp_path) as at:
+            waiting = asyncio.ensure_future(at.ask(body=body(f"resp_{name}"), path=PATH))
+            await asyncio.sleep(0.2)
+            listed = [{"name": "a", "endpoint": a.url, "id": 1}, {"name": "b", "endpoint": b.url, "id": 2}]
+            await at.told("PUT", "/replicas", json={"replicas": listed})
+            answer = await waiting
+            assert (answer.status, answer.header("x-replica-id")) == (200, name)
+
+
+@on_uvloop
+async def test_a_keeper_that_left_meanwhile_is_not_waited_for(tmp_path: Path) -> None:
+    async with LabReplica(body='{"id": "resp_a"}') as a, LabReplica(body="{}") as b, LabReplica(body="{}") as c:
+        async with office(tmp_path, a) as at:
+            assert (await at.ask(body=body(), path=PATH)).status == 200
+        async with office(tmp_path, b, c) as at:
+            answer = await at.ask(body=body("resp_a"), path=PATH)
+            assert (answer.status, answer.error["code"]) == (400, "previous_response_not_found")
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

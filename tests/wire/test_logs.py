@@ -18,6 +18,7 @@ from balancer.observe.record import Record
 from tests.lab.replica import LabReplica
 from tests.support.client import CHAT, Client, chat, request
 from tests.support.program import ROOT
+from tests.support.recorded import recorded
 from tests.support.until import until
 from tests.wire.running import House, each, in_house, kept, on_uvloop, serving
 
@@ -187,11 +188,12 @@ async def test_a_path_stays_within_its_field_and_line_of_text_too() -> None:
                 assert f" path={shown} status=".encode() in line
 
 
-WHOLE = Record(
-    "an-id", "POST", CHAT, 5.0, 200, "a", 2, 0.25, None, ("busy",), True, 0.5, 1.5, 10, 20, 30, 40, 20, "in turn", 0.75,
-    "192.0.2.1", "a caller", "stream_broken",
+WHOLE = recorded(
+    "POST", CHAT, status=200, member="a", attempts=2, queued=0.25, retries=("busy",), is_stream=True, first_byte=0.5,
+    duration=1.5, bytes_in=10, bytes_out=20, prompt_tokens=30, completion_tokens=40, cached_tokens=20, reason="in turn",
+    matched=0.75, client="192.0.2.1", key="a caller", error="stream_broken",
 )  # fmt: skip
-BARE = Record("an-id", "-", "/", 5.0)
+BARE = recorded("-")
 
 
 @pytest.mark.parametrize("record", [WHOLE, BARE], ids=["whole", "bare"])
@@ -224,7 +226,7 @@ def one_printable_line(text: bytes) -> bool:
 
 
 def record(number: int) -> Record:
-    return Record(f"n{number}", "GET", "/", 0.0, status=200)
+    return recorded(id=f"n{number}", status=200)
 
 
 def test_slow_reader_of_the_log() -> None:

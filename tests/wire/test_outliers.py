@@ -50,6 +50,8 @@ async def test_a_replica_that_fails_what_another_ends_well_is_ejected(
     ):
         await ask_until(house, lambda: any(ejections(house)), 10)
         assert ejections(house) == [1, 0]
+        house.balancer.tallies.count()
+        assert "by lot" in {record.reason for record in house.balancer.tallies.recent}
         assert [member.name for member in house.balancer.service.fleet.available()] == ["b"]
 
 

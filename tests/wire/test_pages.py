@@ -1,8 +1,10 @@
-"""Web pages: those of listed origins may use the endpoint, all others may neither read nor use it."""
+"""Web pages: those of listed origins may use the endpoint, all others may neither read nor use it; and our own."""
 
 import itertools
+import re
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.lab.replica import LabReplica
@@ -16,6 +18,19 @@ PREFLIGHT = (
     ("Access-Control-Request-Headers", "authorization, x-a"),
 )
 OPEN = {"a list": (("https://app.test", "https://b.test"), "https://app.test"), "all": (("*",), "*")}
+
+
+@on_uvloop
+async def test_every_link_of_the_admin_page_leads_somewhere() -> None:
+    async with (
+        LabReplica() as a,
+        serving(a) as house,
+        httpx.AsyncClient(base_url=house.balancer.admin_endpoint, trust_env=False) as client,
+    ):
+        links = set(re.findall(r'(?:href|src)="([^"#:]+)"', (await client.get("/")).text))
+        assert {"status", "metrics", "openapi.json", "page/page.js"} <= links
+        for link in links:
+            assert (await client.get(f"/{link}")).status_code == 200, link
 
 
 @pytest.mark.parametrize("row", **each(OPEN))
@@ -150,6 +165,14 @@ async def test_a_name_that_was_made_to_point_here_gets_nothing(row: tuple[str, i
         if status == 403:
             assert answer.error["code"] == "foreign_host"
             assert "trusted_proxies" in answer.error["message"]
+
+
+@pytest.mark.parametrize(("published", "status"), [("127.0.0.1", 403), ("0.0.0.0", 200)])
+@on_uvloop
+async def test_where_a_container_is_published_counts(published: str, status: int) -> None:
+    asked = request("GET", "/v1/models/lab").replace(b"wire.test", b"evil.example")
+    async with LabReplica() as a, serving(a, config={"published": published}) as house:
+        assert (await house.ask(asked, "GET")).status == status
 
 
 @on_uvloop

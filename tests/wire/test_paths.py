@@ -228,6 +228,9 @@ async def test_the_paths_of_ollama_are_passed_on_and_counted() -> None:
     async with LabReplica(body=whole.decode()) as a, serving(a) as house:
         assert (await house.ask(request("POST", "/api/chat", b'{"model":"m","stream":false}'))).body == whole
         assert (await house.ask(request("POST", "/api/generate", b"{}"))).status == 200
+        assert a.seen.last.header("content-type") == "application/json", (
+            "as Ollama takes it, whose examples say nothing"
+        )
         assert (await house.ask(request("GET", "/api/tags"), "GET")).status == 200
         assert (await house.ask(request("POST", "/api/show", b"{}"))).status == 200
         version = await house.ask(request("GET", "/api/version"), "GET")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -85,6 +86,19 @@ async def test_models_lists_all_with_their_states() -> None:
 
 
 @on_uvloop
+async def test_ollamas_clients_see_the_models_of_all_services() -> None:
+    async with two() as (_, _, _, client):
+        listed = (await client.get("/api/tags")).json()["models"]
+        assert [entry["model"] for entry in listed] == ["lab", "org/eyes", "eyes", "gpt-4o-mini"]
+        for entry in listed:
+            assert entry["name"] == entry["model"]
+            assert datetime.fromisoformat(entry["modified_at"]).tzinfo
+            assert isinstance(entry["size"], int)
+            assert isinstance(entry["digest"], str)
+            assert entry["details"]["family"]
+
+
+@on_uvloop
 async def test_a_model_that_was_replaced_by_another_is_gone() -> None:
     async with two() as (house, _, _, client), LabReplica(served_model="org/new") as new:
         admin = house.balancer.admin_endpoint
@@ -143,8 +157,8 @@ async def test_the_admin_port_knows_both() -> None:
         put = await client.put(f"{admin}/replicas?service=eyes", json=listing)
         assert [row["name"] for row in put.json()["replicas"]] == ["eyes-4"]
         metrics = (await client.get(f"{admin}/metrics")).text
-        assert 'groundserve_queue_depth{service="eyes"} 0.0' in metrics
-        assert 'groundserve_replicas{service="lab",status="READY"} 1.0' in metrics
+        assert 'groundserve_queue_depth{service="eyes"} 0\n' in metrics
+        assert 'groundserve_replicas{service="lab",status="READY"} 1\n' in metrics
         async with client.stream("GET", f"{admin}/feed?service=eyes") as feed:
             async for line in feed.aiter_lines():
                 if line.startswith('data: {"service":{'):

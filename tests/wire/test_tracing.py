@@ -144,6 +144,12 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
         Tracing(url, "x")
 
 
+def test_what_to_install_is_said_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(ConfigError, match=r"--otlp needs OpenTelemetry: pip install '\.\[tracing\]'"):
+        Tracing("http://127.0.0.1:4318", "x")
+
+
 def test_relays_of_one_supervisor_draw_different_ids() -> None:
     told = """if True:
         import os

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import ctypes
 import socket
 import ssl
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ from tests.security.certificates import Authority
 from tests.support.client import chat, request
 from tests.support.until import until
 from tests.wire.running import on_uvloop, serving
+from tests.wire.test_continued import flowing
 
 OPTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
 )  # fmt: skip
+
+
+SO_ATTACH_FILTER = 26  # of asm-generic/socket.h
 
 
 def options(connection: Any) -> list[int]:
@@ -39,7 +45,7 @@ async def test_both_sides_ask_whether_the_other_host_is_there(send_timeout: floa
         (downstream,) = house.balancer.doors.connections
         (upstream,) = house.balancer.destination.pool.busy
         assert options(downstream) == [1, 15, 5, 3, unacknowledged]
-        assert options(upstream) == [1, 15, 5, 3, 30_000]
+        assert options(upstream) == [1, 3, 1, 3, 30_000]
 
 
 @on_uvloop
@@ -59,7 +65,7 @@ async def test_through_tls_too(tmp_path: Path) -> None:
             (downstream,) = house.balancer.doors.connections
             (upstream,) = house.balancer.destination.pool.busy
             assert options(downstream) == [1, 15, 5, 3, 300_000]
-            assert options(upstream) == [1, 15, 5, 3, 30_000]
+            assert options(upstream) == [1, 3, 1, 3, 30_000]
             writer.transport.abort()
             await house.at_rest()
 
@@ -88,6 +94,36 @@ async def through_tls(replica: LabReplica, context: ssl.SSLContext) -> Any:
     finally:
         server.close()
         await until(lambda: not pumps, "all passed on")
+
+
+def cut_off(replica: LabReplica, upstream: Any) -> None:
+    """The replica's kernel takes no packet any more on its end of a connection, as if its host had lost power."""
+    port = upstream._transport.get_extra_info("sockname")[1]
+    ends = [connection.transport.get_extra_info("socket") for connection in replica._connections]
+    (end,) = (sock for sock in ends if sock.getpeername()[1] == port)
+    code = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # a packet filter: keep 0 bytes
+    end.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(code)))
+
+
+@on_uvloop
+async def test_a_stream_leaves_a_host_that_is_gone() -> None:
+    """Within ten seconds, and long before the kernel says so; one whose replica thinks for as long stays there."""
+    async with LabReplica(hang="after_tokens") as a, LabReplica() as b, serving(a, b, ready_timeout=60) as house:
+        fleet = house.balancer.service.fleet
+        fleet.drain(house.member("b"))
+        for _ in range(2):
+            client = await house.client()
+            await client.send(request(body=chat(stream=True, messages=[{"role": "user", "content": "hi"}])))
+            await flowing(house, len(house.clients))
+        thinking, lost = sorted(house.balancer.destination.pool.busy, key=lambda connection: connection.sent_at)
+        fleet.undrain(house.member("b"))
+        cut_off(a, lost)
+        began = asyncio.get_running_loop().time()
+        assert (await client.answer()).is_whole
+        assert 8 < asyncio.get_running_loop().time() - began < 12
+        assert list(house.balancer.destination.pool.busy) == [thinking]
+        assert lost.lost_host
+        a.fall()
 
 
 def test_a_host_that_is_slow_to_read_is_there() -> None:

@@ -13,6 +13,7 @@ import httpx
 from tests.support.client import Answer, Client, chat, request
 from tests.support.until import until
 from tests.wire.process import BalancerProcess, running
+from tests.wire.running import SOON
 
 ADMIN_KEY = "the-admin-key"
 
@@ -66,6 +67,16 @@ class Workers:
         row: dict[str, Any] = (await self.admin.get("/status")).json()["service"]
         return row
 
+    async def put(self, *replicas: str, **service: object) -> None:
+        """Lists these replicas, as a controller does, as soon as somebody is there to be told."""
+        listing = [{"name": f"replica-{number}", "endpoint": url} for number, url in enumerate(replicas, 1)]
+
+        async def is_taken() -> bool:
+            answer = await self.admin.put("/replicas", json={"replicas": listing, "service": service or None})
+            return answer.status_code == 200
+
+        await self.until(is_taken)
+
     async def until(self, look: Callable[[], Awaitable[bool]], within: float = 20.0) -> None:
         """Asks again and again; while the coordinator is started anew, nobody may answer."""
         async with asyncio.timeout(within):
@@ -104,3 +115,20 @@ async def workers(*replicas: str, arguments: tuple[str, ...] = (), **settings: o
             yield at
         finally:
             await at.admin.aclose()
+
+
+@contextlib.asynccontextmanager
+async def listed(*replicas: str, arguments: tuple[str, ...] = (), **settings: object) -> AsyncIterator[Workers]:
+    """The same where the list of replicas comes from a controller: a new coordinator does not have it."""
+    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    with BalancerProcess((), "--log-format", "json", "--workers", "2", *arguments, *options) as balancer:
+        await until(balancer.is_listening, "the balancer listens", SOON * 8)
+        at = Workers(balancer)
+        try:
+            await at.put(*replicas)
+            await balancer.says(200)
+            yield at
+        finally:
+            await at.admin.aclose()
+            for client in balancer.clients:
+                client.leave()

@@ -30,11 +30,13 @@ from tests.wire.running import on_uvloop
 from tests.workers.running import workers
 
 A, B = ("a", "http://10.0.0.1:1"), ("b", "http://10.0.0.2:1")
-FACTS = [0.0, 0.0, True, 0.0, None, False, False, None]
+FACTS = [0.0, 0.0, 0.0, True, 0.0, None, False, False, None]
 
 
 class Nobody:
     """Implements balancer.workers.asking.Listener."""
+
+    def greeted(self) -> None: ...
 
     def told(self, message: Message) -> None: ...
 
@@ -126,6 +128,7 @@ async def test_a_held_place_is_at_a_replica_that_is_told_late() -> None:
         assert played.said[0][1] == [[1, "0", *A, True]]
         played.tell([Told.ALL])
         await asking.knows_all.wait()
+        asking.all_met("0")
         played.tell([Told.REPLICA, 7, "0", *A, 5.0, *FACTS[1:]])
         await until(lambda: place.alive_at == 5.0, "the place learns what its replica says")
 

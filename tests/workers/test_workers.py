@@ -84,13 +84,17 @@ async def test_the_queue_is_one_for_all_relays() -> None:
         assert generated(a) == 2
 
 
+def with_accounts(folder: Path) -> tuple[str, ...]:
+    """The arguments of a balancer that keeps keys and usage there."""
+    admin = folder / "admin"
+    admin.write_text(ADMIN_KEY)
+    return "--state", str(folder / "state"), "--admin-key", str(admin)
+
+
 @on_uvloop
 async def test_limits_of_keys_hold_for_all_relays(tmp_path: Path) -> None:
     """max_in_flight, requests a minute and usage are those of the key, not of the key at one relay."""
-    admin = tmp_path / "admin"
-    admin.write_text(ADMIN_KEY)
-    arguments = ("--state", str(tmp_path / "state"), "--admin-key", str(admin))
-    async with LabReplica(token_interval=0.02) as a, workers(a.url, arguments=arguments) as at:
+    async with LabReplica(token_interval=0.02) as a, workers(a.url, arguments=with_accounts(tmp_path)) as at:
 
         async def issue(name: str, **terms: int) -> tuple[tuple[str, str], ...]:
             answer = await at.admin.post(f"/keys/{name}", json=terms)
@@ -124,6 +128,32 @@ async def test_limits_of_keys_hold_for_all_relays(tmp_path: Path) -> None:
             return sum(row["requests"] for row in rows if row["key"] == "bob") == 3
 
         await at.until(is_noted)
+
+
+@on_uvloop
+async def test_a_relay_gives_back_only_what_its_key_still_holds(tmp_path: Path) -> None:
+    """A limit that is set while a request is under way gets nothing of what that took before."""
+    async with LabReplica(token_interval=0.02) as a, workers(a.url, arguments=with_accounts(tmp_path)) as at:
+        answer = await at.admin.post("/keys/alice", json={"tokens_per_day": 10_000})
+        alice = (("Authorization", f"Bearer {answer.json()['key']}"),)
+        clients = []
+        for tokens in (4000, 700):
+            client = await at.balancer.client()
+            await client.send(request(body=chat(stream=True, tokens=tokens), headers=alice))
+            await client.until(b"t00")
+            clients.append(client)
+            terms = {"tokens_per_day": 10_000, "tokens_per_minute": 1000}
+            assert (await at.admin.put("/keys/alice", json=terms)).status_code == 200
+        clients[0].leave()
+
+        async def is_settled() -> bool:
+            return (await at.admin.get("/usage", params={"by": "key"})).json()["data"] != []
+
+        await at.until(is_settled)
+        answer = await at.ask(request(body=chat(), headers=alice))
+        assert (answer.status, answer.header("x-ratelimit-limit-tokens")) == (200, "1000")
+        assert 100 < int(answer.header("x-ratelimit-remaining-tokens") or 0) < 500
+        clients[1].leave()
 
 
 @on_uvloop
@@ -287,3 +317,23 @@ async def test_what_builds_on_an_answer_finds_it_from_every_relay() -> None:
             assert {answer.header("x-replica-id") for answer in answers} == {name}
             assert len({relay_of(answer) for answer in answers}) == 2
         assert (await at.ask(request("GET", f"{path}/resp_a"), "GET")).header("x-replica-id") == "replica-1"
+
+
+@on_uvloop
+async def test_who_keeps_an_answer_outlives_every_process(tmp_path: Path) -> None:
+    path, made_a, made_b = "/v1/responses", LabReplica(body='{"id": "resp_a"}'), LabReplica(body='{"id": "resp_b"}')
+    arguments = ("--state", str(tmp_path / "state"))
+    async with made_a as a, made_b as b, workers(a.url, b.url, arguments=arguments) as at:
+        made = {(await at.ask(request(path=path, body=b"{}"))).header("x-replica-id") for _ in range(2)}
+        assert made == {"replica-1", "replica-2"}
+
+        async def is_written() -> bool:
+            rows = (await at.admin.get("/usage", params={"by": "key"})).json()["data"]
+            return sum(row["requests"] for row in rows) == 2
+
+        await at.until(is_written)
+        for pid in (at.relays[0], at.relays[1], at.coordinator):
+            await at.kill(pid)
+        for id_, name in (("resp_a", "replica-1"), ("resp_b", "replica-2")) * 4:
+            answer = await at.ask(request(path=path, body=b'{"previous_response_id": "%b"}' % id_.encode()))
+            assert (answer.status, answer.header("x-replica-id")) == (200, name)

@@ -19,11 +19,13 @@ function askForKey() {
 
 // Asks for the key as often as it is wrong. Returns the answer, or in `failure` what went wrong in words ("": nothing,
 // the user gave no key).
-export async function ask(path, method = "GET") {
+export async function ask(path, method = "GET", body = undefined) {
   for (;;) {
     let answer;
     try {
-      answer = await fetch(path, { method, headers: adminKey ? { Authorization: `Bearer ${adminKey}` } : {} });
+      const headers = adminKey ? { Authorization: `Bearer ${adminKey}` } : {};
+      if (body !== undefined) headers["Content-Type"] = "application/json";
+      answer = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
     } catch {
       return { failure: "The balancer does not answer." };
     }

@@ -5,7 +5,7 @@ import { draw, spark } from "./spark.js";
 import { showTurns } from "./turns.js";
 import { startPlayground } from "./playground.js";
 import { about, showServices } from "./service.js";
-import { offerUsage } from "./usage.js";
+import { offerUsage } from "./accounts.js";
 
 const history = { kept: 180, service: [], replicas: new Map() };
 const statuses = new Map();
@@ -160,7 +160,7 @@ function show({ data }) {
   if (keeps_usage) offerUsage();
   showService(service);
   showReplicas(replicas);
-  showTurns($("turns"), $("strips"), turns);
+  showTurns($("turns"), $("strips"), turns, replicas);
   showDecisions(decisions);
   document.body.dataset.live = "yes";
 }

@@ -30,11 +30,20 @@ function updateLane(row, { service, replica, turns }) {
   row.querySelector("svg").setAttribute("aria-label", `${replica} ${now}had it for ${seconds(had)} of the last five minutes`);
 }
 
+// The GPU as a replica that leased it calls it: with its number and kind.
+function called(gpu, replicas) {
+  const leased = replicas.flatMap((replica) => (replica.leased ?? "").match(/GPU \d+ \([^)]*\)/g) ?? []);
+  return leased.find((words) => words.endsWith(` ${gpu})`)) ?? gpu;
+}
+
 // `turns`: for each GPU and replica, when it had its turn, as pairs of how many seconds ago one began and ended.
-export function showTurns(section, list, turns) {
+export function showTurns(section, list, turns, replicas) {
   section.hidden = turns.length === 0;
   arrange(list, [...new Set(turns.map(({ gpu }) => gpu))], (gpu) => gpu,
-    (gpu) => element("figure", { className: "strip" }, element("figcaption", { textContent: gpu }), element("div")),
-    (figure, gpu) => arrange(figure.lastElementChild, turns.filter((turn) => turn.gpu === gpu),
-      ({ service, replica }) => `${service}/${replica}`, lane, updateLane));
+    () => element("figure", { className: "strip" }, element("figcaption"), element("div")),
+    (figure, gpu) => {
+      say(figure.firstElementChild, called(gpu, replicas));
+      arrange(figure.lastElementChild, turns.filter((turn) => turn.gpu === gpu),
+        ({ service, replica }) => `${service}/${replica}`, lane, updateLane);
+    });
 }

@@ -10,6 +10,7 @@ import httpx
 from balancer.errors import ConfigError
 from balancer.operate.commands.show import ADMIN_VARIABLE, DEFAULT_ADMIN, up_folders
 from balancer.operate.state import control_socket, keys
+from balancer.operate.state.service_folder import ServiceFolder
 
 TIMEOUT = 30.0  # seconds
 
@@ -22,27 +23,32 @@ class AdminPort:
     key_file: Path | None
 
     @classmethod
-    def of(cls, service: str | None, key_file: str | None) -> "AdminPort":
-        """That of the named service, or of the only one that is up here; without any, of GROUNDSERVE_ADMIN.
-
-        Raises ConfigError.
+    def all_of(cls, service: str | None, key_file: str | None) -> "list[AdminPort]":
+        """Those of the balancers of the named service, or of all that are up here, if they have one endpoint; without
+        any, of GROUNDSERVE_ADMIN. Raises ConfigError.
         """
         given = Path(key_file) if key_file else None
         folders, failures = up_folders([service] if service else [])
         if failures and not folders:
             raise failures[0]
-        if len(folders) > 1:
-            raise ConfigError(f"several services are up here: say which by -n: {', '.join(f.name for f in folders)}")
         if not folders:
-            return cls(os.environ.get(ADMIN_VARIABLE, DEFAULT_ADMIN).rstrip("/"), given)
-        folder = folders[0]
+            return [cls(os.environ.get(ADMIN_VARIABLE, DEFAULT_ADMIN).rstrip("/"), given)]
+        found = [cls._of(folder, given) for folder in folders]
+        if any(ports != found[0] for ports in found):
+            raise ConfigError(f"several services are up here: say which by -n: {', '.join(f.name for f in folders)}")
+        return found[0]
+
+    @classmethod
+    def _of(cls, folder: ServiceFolder, given: Path | None) -> "list[AdminPort]":
         if folder.is_detached and (left := folder.desired) is not None:
-            return cls(f"http://{left.admin}", given or folder.admin_key_file)
+            return [cls(f"http://{left.admin}", given or folder.admin_key_file)]
         try:
             where = control_socket.ask(folder.socket, {"do": "balancer"})
         except control_socket.NotUp:
             raise ConfigError(f"{folder.name} is just starting or ending: try again in a moment") from None
-        return cls(f"http://{where['admin']}", given or Path(where["key_file"]))
+        desired = folder.desired
+        addresses = (desired.balancers if desired is not None else ()) or (where["admin"],)
+        return [cls(f"http://{address}", given or Path(where["key_file"])) for address in addresses]
 
     def ask(self, method: str, path: str, **more: Any) -> Any:
         """Its answer's JSON. Raises ConfigError for anything but success."""

@@ -28,11 +28,18 @@ class Source:
     name: str | None = None
     envs: Mapping[str, str] = field(default_factory=dict, repr=False)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    text: str | None = field(default=None, repr=False)  # of the file, if it is read already: a pipe is read once
     is_planned: bool = False  # its share of GPUs is written down already, with those of others that come up with it
 
     @property
     def is_name(self) -> bool:
-        return not self.path.endswith((".yaml", ".yml")) and "/" not in self.path and not Path(self.path).is_file()
+        """A word is the service of this name before it is a file: what lies in the folder changes no service."""
+        if self.path.endswith((".yaml", ".yml")) or "/" in self.path:
+            return False
+        try:
+            return ServiceFolder(state_root(), self.path).desired is not None or not Path(self.path).is_file()
+        except BrokenState:
+            return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,7 @@ def beginning(source: Source, flags: AddressFlags, on: str) -> Beginning:
 
 
 def _from_file(source: Source, flags: AddressFlags, on: str) -> Beginning:
-    text = read(source.path)
+    text = source.text if source.text is not None else read(source.path)
     spec = parse(text, source=source.path, name=source.name, envs=source.envs, secrets=source.secrets)
     unfitted = recipe(spec)
     folder = ServiceFolder(state_root(), spec.name)
@@ -87,7 +94,9 @@ def _from_file(source: Source, flags: AddressFlags, on: str) -> Beginning:
         wanted = Wanted(made, before.target)
     elif left is not None and (old := _old(left, engine, spec, source.secrets)) is not None:
         target = left.target if spec.autoscales else spec.min_replicas
-        wanted = Wanted(old, target, made, _mode(old, made, target + left.target), before=left.target)
+        mode = _mode(old, made, target + left.target)
+        is_switched = left.is_switched and (left.coming, left.mode) == (file.number, mode)
+        wanted = Wanted(old, target, made, mode, before=left.target, is_switched=is_switched)
     return Beginning(folder, engine, flags, wanted, {**served, file.number: file}, before, source.secrets)
 
 
@@ -98,10 +107,13 @@ def _resumed(source: Source, flags: AddressFlags, on: str) -> Beginning:
             f"{folder.name} is resumed as it was: bring it up, then change it with groundserve update {folder.name}"
         )
     desired = folder.desired
+    if Path(name := source.path).is_file():
+        tell(sys.stderr, f"warning: {name} is resumed as it was; for the file {name} write ./{name}")
     if desired is None:
         names = ", ".join(other.name for other in folders(state_root()) if is_meant(other))
         there = f"there is {names}" if names else "none is"
         raise ConfigError(f"{source.path}: no such file, and no service of that name is meant to run here; {there}")
+    _check_place(folder.name, flags, desired)
     left = desired if desired.is_left and not folder.is_up() else None
     base = Path(desired.base)
     served = {version.number: version for version in desired.versions}
@@ -117,7 +129,8 @@ def _resumed(source: Source, flags: AddressFlags, on: str) -> Beginning:
         except ConfigError as failure:
             tell(sys.stderr, f"warning: version {desired.coming}, which was coming, is left out: {failure}")
     mode: Mode = desired.mode
-    wanted = Wanted(_fit(serving, engine, left), desired.target, coming, mode, desired.before)
+    is_switched = desired.is_switched and coming is not None
+    wanted = Wanted(_fit(serving, engine, left), desired.target, coming, mode, desired.before, is_switched=is_switched)
     flags = AddressFlags(
         flags.listen or (desired.listen if desired.join is None else None),
         flags.admin or (desired.admin if desired.join is None and not desired.balancers else None),
@@ -128,6 +141,20 @@ def _resumed(source: Source, flags: AddressFlags, on: str) -> Beginning:
         flags.balancers or desired.balancers,
     )
     return Beginning(folder, engine, flags, wanted, served, desired, source.secrets)
+
+
+def _check_place(name: str, flags: AddressFlags, desired: Desired) -> None:
+    """Raises ConfigError for flags that move a service to another endpoint, or that the shared one would not heed."""
+    again = f"groundserve down {name}, and up with its file and these flags moves it"
+    is_own = any([flags.listen, flags.admin, flags.api_keys, flags.is_open, flags.balancers])
+    if desired.join is not None and flags.join is None and is_own:
+        raise ConfigError(
+            f"{name} shares the endpoint of {desired.join}: what is said of an endpoint is for that; {again}"
+        )
+    if flags.balancers and not desired.balancers:
+        raise ConfigError(f"{name} has a balancer of its own, and stays behind it; {again}")
+    if desired.balancers and flags.join is not None:
+        raise ConfigError(f"{name} is behind the balancers {', '.join(desired.balancers)}: it joins nobody; {again}")
 
 
 def spec_of(version: Version, name: str, secrets: Mapping[str, str], base: Path) -> Spec:

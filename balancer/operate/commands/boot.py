@@ -1,5 +1,6 @@
 """`groundserve enable` and `disable`: a systemd unit that brings a service up at boot, and again whenever it ends."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -7,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balancer.errors import ConfigError
+from balancer.operate.commands import variables
 from balancer.operate.commands.begin import spec_of
 from balancer.operate.recipe.recipe import python, with_packages
 from balancer.operate.state.desired import Desired
 from balancer.operate.state.service_folder import ServiceFolder, state_root
-from balancer.operate.state.state_file import write_whole
+from balancer.operate.state.state_file import read_whole, write_whole
 
 _SYSTEM = Path("/etc/systemd/system")
 # Exists while systemd is process 1.
@@ -34,17 +36,27 @@ def enable(name: str, *, is_users: bool, secret_files: Sequence[Path]) -> int:
             f"{name} has secrets ({', '.join(named)}), which are kept nowhere: write K=V lines into a file "
             "that only you can read, and give it with --secret-file"
         )
+    given = {secret for file in secret_files for secret in variables.of_file("--secret-file", file)}
+    if missing := [secret for secret in named if secret not in given]:
+        raise ConfigError(f"{name} wants {missing[0]}, and no --secret-file has it: it would not come up at boot")
     path = unit_file(name, is_users)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
         raise ConfigError(f"{failure.filename or path}: {failure.strerror}") from None
     try:
+        before = read_whole(path)
         write_whole(path, unit(name, desired, is_users=is_users, secret_files=secret_files), 0o644)
     except ConfigError as failure:
         hint = "" if is_users or os.geteuid() == 0 else ": be root, or say --user"
         raise ConfigError(f"{failure}{hint}") from None
-    _systemctl(is_users, "enable", path.name)
+    try:
+        _systemctl(is_users, "enable", path.name)
+    except BaseException:
+        # Its file is what makes it enabled.
+        with contextlib.suppress(ConfigError, OSError):
+            path.unlink() if before is None else write_whole(path, before, 0o644)
+        raise
     print(f"{name} comes up at boot: {path}")
     say_user = "--user " if is_users else ""
     if is_users:
@@ -61,11 +73,18 @@ def disable(name: str, *, is_users: bool) -> int:
     if not path.exists():
         hint = f"; there is {other}" if (other := unit_file(name, not is_users)).exists() else ""
         raise ConfigError(f"{name} is not enabled: there is no {path}{hint}")
-    _systemctl(is_users, "disable", path.name)
+    try:
+        _systemctl(is_users, "disable", path.name)
+        obstacle = None
+    except ConfigError as failure:
+        obstacle = failure  # its file goes all the same: as long as it is there, nothing ends the service for good
     try:
         path.unlink()
+        (path.parent / f"{_target(is_users)}.wants" / path.name).unlink(missing_ok=True)
     except OSError as failure:
-        raise ConfigError(f"{path}: {failure.strerror}") from None
+        raise ConfigError(f"{failure.filename or path}: {failure.strerror}") from None
+    if obstacle is not None:
+        raise ConfigError(f"{name} no longer comes up at boot: {path} is gone; but {obstacle}")
     if _is_running(is_users):
         _systemctl(is_users, "daemon-reload")
     print(f"{name} no longer comes up at boot; one that is up stays up")
@@ -104,9 +123,9 @@ def unit_file(name: str, is_users: bool) -> Path:
 def unit(name: str, desired: Desired, *, is_users: bool, secret_files: Sequence[Path] = ()) -> str:
     """The unit's text. Secrets come as credentials, which only the service can read, and in no argument."""
     command = [*python("balancer.cli"), "up", name]
-    variables = {"PATH": os.environ.get("PATH", os.defpath), **with_packages({})}
+    environment = {"PATH": os.environ.get("PATH", os.defpath), **with_packages({})}
     if state := os.environ.get("XDG_STATE_HOME"):
-        variables["XDG_STATE_HOME"] = state
+        environment["XDG_STATE_HOME"] = state
     credentials = [f"{_CREDENTIAL}{number}" for number, _ in enumerate(secret_files, 1)]
     start = " ".join([*map(_quoted, command), *(f"--secret-file %d/{credential}" for credential in credentials)])
     host = f" {unit_file(desired.join, is_users).name}" if desired.join else ""
@@ -122,7 +141,7 @@ def unit(name: str, desired: Desired, *, is_users: bool, secret_files: Sequence[
         "Type=exec",
         f"ExecStart={start}",
         f"WorkingDirectory={_literal(desired.base)}",
-        *(f"Environment={_quoted(f'{name}={value}', is_command=False)}" for name, value in variables.items()),
+        *(f"Environment={_quoted(f'{name}={value}', is_command=False)}" for name, value in environment.items()),
         *(
             f"LoadCredential={credential}:{_literal(str(path.absolute()))}"
             for credential, path in zip(credentials, secret_files, strict=True)
@@ -138,9 +157,14 @@ def unit(name: str, desired: Desired, *, is_users: bool, secret_files: Sequence[
         "LimitMEMLOCK=infinity",
         "",
         "[Install]",
-        f"WantedBy={'default.target' if is_users else 'multi-user.target'}",
+        f"WantedBy={_target(is_users)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _target(is_users: bool) -> str:
+    """The target that brings it up at boot."""
+    return "default.target" if is_users else "multi-user.target"
 
 
 def _stop_seconds(name: str, desired: Desired) -> float:

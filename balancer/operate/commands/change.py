@@ -5,19 +5,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from balancer.errors import ConfigError
-from balancer.inherited import ending, tell
+from balancer.inherited import tell
 from balancer.operate.commands import up as service_up
 from balancer.operate.commands.begin import Source, beginning
 from balancer.operate.commands.boot import is_enabled, said_of
-from balancer.operate.commands.detach import detached
+from balancer.operate.commands.detach import AskedToEnd, detached
 from balancer.operate.commands.division import divide
 from balancer.operate.commands.progress import Lines
 from balancer.operate.commands.show import check_host, no_such_service, snapshot_of, up_folders, warn
+from balancer.operate.commands.together import end_and_keep, pass_on, raise_when_asked
 from balancer.operate.engines import shared_memory
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, choose_engine, take_down_detached
@@ -27,7 +28,7 @@ from balancer.operate.recipe.recipe import Recipe, recipe
 from balancer.operate.state import control_socket
 from balancer.operate.state.service_folder import AlreadyUp, ServiceFolder, state_root
 from balancer.operate.state.state_file import BrokenState
-from balancer.spec.service_file import load, read
+from balancer.spec.service_file import load, parse, read
 
 # Seconds that a controller which does not answer gets to end after each signal (SIGTERM, then SIGKILL).
 _PATIENCE = 10.0
@@ -51,15 +52,11 @@ def fitted(source: Source, on: str = AUTO) -> tuple[Recipe, Engine]:
 
 def up(source: Source, flags: AddressFlags, on: str, is_detached: bool) -> int:
     begin = beginning(source, flags, on)
-    name, folder = begin.name, begin.folder
+    folder = begin.folder
     try:
         lock = folder.claim()
     except AlreadyUp:
-        where = snapshot_of(folder).service.endpoint
-        raise ConfigError(
-            f"{name} is up already{f' at {where}' if where else ''}: "
-            f"groundserve down {name} ends it, -n NAME gives this one another name"
-        ) from None
+        raise _is_up_already(folder) from None
     except OSError as failure:
         raise ConfigError(
             f"{failure.filename or folder.path}: {failure.strerror}: set XDG_STATE_HOME to a folder that can be written"
@@ -76,39 +73,78 @@ def up(source: Source, flags: AddressFlags, on: str, is_detached: bool) -> int:
         return work(service_up.on_terminal(folder), lambda: None)
 
 
+def _is_up_already(folder: ServiceFolder) -> ConfigError:
+    where = snapshot_of(folder).service.endpoint
+    return ConfigError(
+        f"{folder.name} is up already{f' at {where}' if where else ''}: "
+        f"groundserve down {folder.name} ends it, -n NAME gives this one another name"
+    )
+
+
 def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_detached: bool) -> int:
     """Brings several services up behind the endpoint of the first, one after the other.
 
-    In the foreground it then waits for Ctrl-C or a signal to end, and takes them down.
+    In the foreground it then waits until others have taken all of them down, or until it is asked to end: what it
+    brought up and still is up ends then, and stays meant to exist unless it was Ctrl-C that asked. If one of them does
+    not come up, the others end, too; those that were resumed stay meant to exist.
     """
-    files = [source for source in sources if not source.is_name]
-    specs = [load(s.path, name=s.name, envs=s.envs, secrets=s.secrets) for s in files]
+    sources = [source if source.is_name else replace(source, text=read(source.path)) for source in sources]
+    specs = [
+        parse(source.text, source=source.path, name=source.name, envs=source.envs, secrets=source.secrets)
+        for source in sources
+        if source.text is not None
+    ]
     named = iter(specs)
-    names = [source.path if source.is_name else next(named).name for source in sources]
+    names = [source.path if source.text is None else next(named).name for source in sources]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two services are called {min(twice)}: give one of the files another `name:`")
+    for folder in (ServiceFolder(state_root(), name) for name in names):
+        if folder.is_up():  # said before the division, which would write down a share that it does not have
+            raise _is_up_already(folder)
     for line in divide([recipe(spec) for spec in specs]):
         print(line, flush=True)
-    started: list[str] = []
+    begun: list[str] = []
+    kept = {source.path for source in sources if source.text is None}
+    if not is_detached:
+        raise_when_asked()
     try:
         for name, source in zip(names, sources, strict=True):
-            planned = replace(source, is_planned=not source.is_name)
-            code = up(planned, replace(flags, join=names[0]) if started else flags, on, is_detached=True)
-            if code:
+            planned = replace(source, is_planned=source.text is not None)
+            # Balancers that run already know all services; else the first service's balancer does.
+            joins = name != names[0] and not flags.balancers
+            joining = replace(flags, join=names[0]) if joins else flags
+            if not _may_be_up(name):
+                begun.append(name)
+            if code := up(planned, joining, on, is_detached=True):
                 return code
-            started.append(name)
         if is_detached:
             return 0
         print(f"{', '.join(names)} share one endpoint; Ctrl-C takes them down", flush=True)
-        for number in ending():
-            signal.signal(number, signal.default_int_handler)
-        signal.pause()
+        while any(_may_be_up(name) for name in begun):
+            time.sleep(_LOOK)
+        print(f"{', '.join(names)} were taken down", flush=True)
     except KeyboardInterrupt:
-        pass
+        if is_detached:
+            raise
+        kept = set()
+    except AskedToEnd:
+        kept = set(begun)
     finally:
-        if not is_detached and started:
-            down(list(reversed(started)), None)
+        if not is_detached:
+            pass_on(begun)
+            for name in [name for name in reversed(begun) if _may_be_up(name)]:
+                if name in kept:
+                    end_and_keep(name)
+                else:
+                    down([name], None)
     return 0
+
+
+def _may_be_up(name: str) -> bool:
+    try:
+        return ServiceFolder(state_root(), name).is_up()
+    except BrokenState:
+        return True
 
 
 def check(sources: Sequence[Source], on: str = AUTO) -> int:
@@ -200,16 +236,38 @@ def down(names: Sequence[str], replica_id: int | None, is_balancer: bool = False
     found, failures = up_folders(names, with_meant=True)
     if not found and not failures:
         print("No existing services.")
-    for folder in found:
+    gone: set[str] = set()
+    # The one with the endpoint goes after those that share it.
+    hosts = {host for folder in found if (host := _host_of(folder)) is not None}
+    for folder in sorted(found, key=lambda folder: folder.name in hosts):
         # A service that cannot be taken down is reported, and does not keep the others up.
         try:
             again = said_of(folder.name)
             _take_down(folder)
             print(f"{folder.name} is down{again}")
+            gone.add(folder.name)
         except ConfigError as failure:
             failures.append(failure)
+    for name, host in _without_endpoint(gone):
+        print(f"{name} shares the endpoint of {host}, and has none until {host} is up again")
     warn(failures)
     return 1 if failures else 0
+
+
+def _without_endpoint(gone: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The services that are still up and shared the endpoint of one that is gone, each with that one."""
+    for folder in up_folders([])[0]:
+        if (host := _host_of(folder)) is not None and host in gone:
+            yield folder.name, host
+
+
+def _host_of(folder: ServiceFolder) -> str | None:
+    """The service whose endpoint it shares; None if it has one of its own, or that cannot be found out."""
+    try:
+        desired = folder.desired
+    except BrokenState:
+        return None
+    return None if desired is None else desired.join
 
 
 def _take_down(folder: ServiceFolder) -> None:
@@ -242,13 +300,20 @@ def _forget(folder: ServiceFolder) -> None:
 
 
 def _asked_to_end(folder: ServiceFolder) -> bool:
-    """Asks the controller to end, and waits for as long as it answers other questions; returns whether it ended so."""
+    """Asks the controller to end, and waits for as long as it answers other questions; returns whether it ended so.
+
+    Raises ConfigError if it refuses.
+    """
     answers: list[bool] = []
+    refusals: list[ConfigError] = []
 
     def ask() -> None:
         with contextlib.suppress(control_socket.NotUp):
-            control_socket.ask(folder.socket, {"do": "down"}, timeout=None)
-            answers.append(True)
+            try:
+                control_socket.ask(folder.socket, {"do": "down"}, timeout=None)
+                answers.append(True)
+            except ConfigError as refusal:
+                refusals.append(refusal)
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
@@ -261,6 +326,8 @@ def _asked_to_end(folder: ServiceFolder) -> bool:
             continue  # it no longer takes questions: it is about to end
         except ConfigError:
             return False
+    if refusals:
+        raise refusals[0]
     return bool(answers)
 
 

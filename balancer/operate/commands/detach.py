@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from balancer.errors import ConfigError
+from balancer.inherited import ending
 from balancer.operate.engines.rotation import RotatedLog
 
 # What the background process sends once its service is up.
@@ -18,18 +19,26 @@ _UP = b"\x04"
 _LOOK = 0.1  # seconds between two checks of its log
 
 
+class AskedToEnd(BaseException):
+    """A signal other than Ctrl-C asked this command to end: what is up is to end, and stays meant to exist."""
+
+
 def detached(work: Callable[[Callable[[], None]], int], log: Path) -> int:
     """Forks, runs `work` in the background with its output in `log`, and shows that output until the service is up.
 
     `work` is given a function to call once the service is up. Returns 0 then, else the exit code of `work`, or
     1 if that is 0. The background process does not depend on the caller: if that goes away, the service still comes up.
+    Ctrl-C, and what raises AskedToEnd, is passed on to it, and raised once it has ended.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     log.touch(0o600)
     reading, writing = os.pipe()
+    # From the fork on, a signal that is raised here has to reach the background process, too.
+    free = signal.pthread_sigmask(signal.SIG_BLOCK, ending())
     process = os.fork()
     if process == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, free)
         os.close(reading)
         code = 1
         try:
@@ -37,12 +46,19 @@ def detached(work: Callable[[Callable[[], None]], int], log: Path) -> int:
         finally:
             os._exit(code)
     os.close(writing)
+    asked: BaseException | None = None
     with log.open("rb") as said:
-        try:
-            return _follow(reading, process, said)
-        except KeyboardInterrupt:
-            os.kill(process, signal.SIGTERM)
-            return _follow(reading, process, said)
+        while True:
+            try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, free)
+                code = _follow(reading, process, said)
+                break
+            except (KeyboardInterrupt, AskedToEnd) as by:
+                asked = by
+                os.kill(process, signal.SIGINT if isinstance(by, KeyboardInterrupt) else signal.SIGTERM)
+    if asked is not None:
+        raise asked
+    return code
 
 
 def _in_background(work: Callable[[Callable[[], None]], int], writing: int, log: Path) -> int:

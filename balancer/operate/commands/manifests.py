@@ -8,7 +8,7 @@ import yaml
 
 from balancer.errors import ConfigError
 from balancer.operate.commands.begin import Source
-from balancer.operate.engines.kubernetes import objects
+from balancer.operate.engines.kubernetes import objects, standing
 from balancer.operate.recipe.recipe import recipe
 from balancer.operate.state import keys
 from balancer.operate.state.service_folder import ServiceFolder, state_root
@@ -17,8 +17,11 @@ from balancer.spec.service_file import parse, read
 
 
 def manifests(source: Source, *, api_keys: str | None, is_open: bool, version: str, with_secrets: bool) -> int:
-    """Prints them. `version` is the cluster's, as in 1.32. Raises ConfigError."""
-    if is_open == (api_keys is not None):
+    """Prints them. `version` is the cluster's, as in 1.32. Raises ConfigError.
+
+    Without `with_secrets`, the API keys come from a Secret of the user's, and the balancers want one all the same.
+    """
+    if (is_open and api_keys is not None) or (with_secrets and not is_open and api_keys is None):
         raise ConfigError(
             "manifests: give --api-keys FILE, or say --open to let all pods of the cluster use the endpoint"
         )
@@ -33,15 +36,15 @@ def manifests(source: Source, *, api_keys: str | None, is_open: bool, version: s
     if source.envs:
         raise ConfigError("manifests: --env: write the value into the file, which the controller in the cluster reads")
     made = recipe(spec)
-    for name, value in objects.secrets_of(made).items():
+    for name, value in standing.secrets_of(made).items():
         if name not in spec.secrets and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", spec.run):
             raise ConfigError(
                 f"{source.path}: run: has a key in it, which whoever may look at a ConfigMap sees: write $NAME "
                 "instead, NAME under secrets: without a value, and give --secret NAME=VALUE"
             )
     secret = _keys(ServiceFolder(state_root(), spec.name), api_keys) if with_secrets else {}
-    standing = objects.standing(made, secret, is_open=is_open, text=text, api=_numbers(version))
-    wanted = [*standing, *objects.controller(made, text, is_open=is_open)]
+    stands = standing.without_controller(made, secret, is_open=is_open, text=text, api=_numbers(version))
+    wanted = [*stands, *standing.controller(made, text, is_open=is_open)]
     if not with_secrets:
         wanted = [one for one in wanted if one["kind"] != "Secret"]
     print(yaml.dump_all(wanted, Dumper=_Dumper, sort_keys=False, width=120), end="")

@@ -86,6 +86,7 @@ def _show(patterns: Sequence[str], how: Display, console: Console | None = None)
         return 0
     if how.as_json:
         print(json.dumps([snapshot.to_json() for snapshot in snapshots], indent=2))
+        warn(ConfigError(no_such_service(name)) for name in meant)
     else:
         text = Text(tables(snapshots, how.verbose))
         for word in (*Status, *ServiceStatus):
@@ -125,6 +126,8 @@ def logs(name: str, ids: Sequence[int], of: LogOf, follow: bool, tail: int | Non
     if not any(path.is_file() for path in paths.values()):
         some = f"replica {' or '.join(map(str, ids))}" if ids else "any replica"
         what = some if of == "replicas" else f"the {of}"
+        if of == "replicas" and (there := [path.stem.removeprefix("replica-") for path in folder.replica_logs()]):
+            raise ConfigError(f"there is no log of {what} of {name}; there is one of each of these: {', '.join(there)}")
         known_names = ", ".join(other.name for other in folders(state_root())) or "none"
         raise ConfigError(f"there is no log of {what} of {name}; services that ran here: {known_names}")
     with contextlib.ExitStack() as opened:

@@ -15,7 +15,7 @@ _OF_A_FILE = {
     "--cpus": "write `resources: {{cpus: {}}}` in the service file",
     "--memory": "write `resources: {{memory: {}}}` in the service file",
     "--ports": "write `resources: {{ports: {}}}` in the service file",
-    "--num-nodes": "leave it out: a replica runs on one machine",
+    "--num-nodes": "write `num_nodes: {}` in the service file; --on slurm and --on kubernetes take more than 1",
     "--git-url": "clone {} and give the path of a service file in it",
     "--git-ref": "check {} out and give the path of a service file in it",
 }

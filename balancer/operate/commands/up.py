@@ -19,7 +19,7 @@ from balancer.errors import ConfigError
 from balancer.inherited import ending
 from balancer.operate.commands.begin import Beginning, spec_of
 from balancer.operate.commands.boot import is_enabled
-from balancer.operate.commands.division import divide
+from balancer.operate.commands.division import shares
 from balancer.operate.commands.progress import Lines, Moving, Told
 from balancer.operate.controller.controller import Controller
 from balancer.operate.controller.rollout import Mode
@@ -28,7 +28,7 @@ from balancer.operate.engines.addresses import Addresses
 from balancer.operate.engines.child import tail
 from balancer.operate.engines.choose import HERE
 from balancer.operate.engines.engine import CannotStart
-from balancer.operate.recipe.recipe import recipe
+from balancer.operate.recipe.recipe import planned_fraction, recipe, with_fraction
 from balancer.operate.state import control_socket
 from balancer.operate.state.desired import Desired, Version, Versions
 from balancer.operate.state.event_log import EventLog
@@ -160,31 +160,37 @@ class _Up:
             f"\n{name} is up after {time.monotonic() - self._began:.0f} s: {count} at {self._balancer.endpoint}"
         )
         if ready:
-            self._progress.say(f"try    {await self._example()}")
+            self._progress.say(await self._to_try())
         self._progress.say(f"look   groundserve status {name}")
         self._progress.say(f"stop   groundserve down {name}   (or Ctrl-C where it was started)\n")
         self._on_up()
 
-    async def _example(self) -> str:
-        """An example command that this service answers."""
+    async def _to_try(self) -> str:
+        """A command that this service answers, and how to come by a key if it wants one."""
+        name, endpoint = self._recipe.spec.name, self._balancer.endpoint
         try:
             # verify=False, because its certificate may be one that this machine does not trust.
             async with httpx.AsyncClient(trust_env=False, timeout=5, verify=False) as client:
-                answer = await client.get(f"{self._balancer.endpoint}/v1/models")
-            name = self._recipe.spec.name
+                answer = await client.get(f"{endpoint}/v1/models")
+            if answer.status_code == 401:
+                example = f'try    curl {endpoint}/v1/models -H "Authorization: Bearer $KEY"'
+                issue = f"key    groundserve keys add WHOSE -n {name}   gives one out; nobody gets in without"
+                return f"{issue}\n{example}" if self._addresses.api_keys is None else example
             model = next(one["id"] for one in answer.json()["data"] if one.get("service", name) == name)
         except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
-            return f"curl {self._balancer.endpoint}{self._recipe.readiness_probe.path}"
+            return f"try    curl {endpoint}/health"  # what serves no models may answer nothing else that is relayed
         # For "What is ...?" the smallest model's top two tokens tie in bfloat16, and the hardware decides.
         question = {"role": "user", "content": "Name the capital of France."}
         # Without a limit a small model may ramble for minutes on a CPU.
         body = {"model": model, "messages": [question], "max_tokens": 32, "temperature": 0}
         return (
-            f"curl {self._balancer.endpoint}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f"try    curl {endpoint}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
             f"         -d '{json.dumps(body)}'"
         )
 
     async def _answer(self, request: Mapping[str, Any], say: control_socket.Say) -> Any:
+        if self._engine.is_kept_up:
+            self._refuse_what_would_not_last(request["do"])
         match request:
             case {"do": "status"}:
                 return self._controller.snapshot.to_json()
@@ -218,6 +224,14 @@ class _Up:
         raise ConfigError(
             f"{self._recipe.spec.name} runs under another version of groundserve: take it down and up again"
         )
+
+    def _refuse_what_would_not_last(self, word: str) -> None:
+        """The next controller would begin with the file that its cluster has. Raises ConfigError."""
+        what = f"{self._begin.name} is what its cluster was given"
+        if word in ("update", "rollback"):
+            raise ConfigError(f"{what}: change the file, and apply what groundserve manifests prints of it")
+        if word == "down":
+            raise ConfigError(f"{what}: kubectl delete -f with that takes it down, replicas included")
 
     async def _update(self, request: Mapping[str, Any], say: control_socket.Say) -> str:
         try:
@@ -268,14 +282,15 @@ class _Up:
         spec = spec_of(file, name, secrets, self._recipe.spec.base)
         number = self._versions.next_number(wanted.newest.version)
         made = recipe(spec, number)
-        for line in await asyncio.to_thread(divide, [made]):
+        given, lines = await asyncio.to_thread(shares, [made])
+        for line in lines:
             say(line)
+        made = with_fraction(made, given.get(name))
         fitted, warnings = await asyncio.to_thread(self._engine.fit, made, wanted.target)
         for warning in warnings:
             say(f"warning: {warning}")
         watching = Told(self._controller.snapshot, say)
         self._versions.add(replace(file, number=number))
-        self._secrets |= secrets
         say(f"{name} goes from version {wanted.serving.version} to {number}, {mode}")
         self._watching.add(watching)
         try:
@@ -286,7 +301,10 @@ class _Up:
         if result.superseded_by is not None:
             raise ConfigError(f"{name}: version {number} gave way to version {result.superseded_by}")
         if result.failure:
-            raise ConfigError(f"{name} stays at version {wanted.serving.version}: {result.failure}")
+            log = "" if result.failed is None else f"\n  everything it said: groundserve logs {name} {result.failed}"
+            raise ConfigError(f"{name} stays at version {wanted.serving.version}: {result.failure}{log}")
+        # Those of an update that failed are none that anybody should go back to.
+        self._secrets |= secrets
         return f"{name} is at version {number}"
 
     def _desired(self) -> Desired:
@@ -307,6 +325,7 @@ class _Up:
             before=wanted.before,
             coming=coming,
             mode=wanted.mode,
+            is_switched=wanted.is_switched and coming is not None,
             balancers=where.balancers,
             versions=self._versions.to_keep(wanted.serving.version, coming),
         )
@@ -319,6 +338,10 @@ class _Up:
             return
         try:
             self._folder.write_desired(desired)
+            # Others are planned with what its replicas have, which an update changes only if it succeeds.
+            share = planned_fraction(self._controller.wanted.serving)
+            if share and share != self._folder.planned_fraction:
+                self._folder.write_planned_fraction(share)
         except BrokenState as failure:
             if not self._is_unwritten:
                 self._progress.say(f"if the controller ended now, groundserve up would know an older state: {failure}")

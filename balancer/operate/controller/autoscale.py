@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from balancer.spec.schema import MOST_REPLICAS
 from balancer.spec.service_file import Spec
 
 # Seconds over which requests are counted: SkyServe's AUTOSCALER_QPS_WINDOW_SIZE_SECONDS.
@@ -26,8 +27,8 @@ class Rule:
     """What `replica_policy` and `x-groundserve` say. One of the two targets is given."""
 
     least: int
-    # The maximum that file and machine allow; None means no limit.
-    most: int | None
+    # The maximum that file and machine allow.
+    most: int
     requests_per_second: float | None = None
     in_flight: float | None = None
     upscale_delay: float = 300.0
@@ -45,10 +46,10 @@ def rule_for(spec: Spec, fits: int | None, resources: str) -> Rule | None:
     if policy is None or not spec.autoscales:
         return None
     target = policy.target_qps_per_replica
-    limits = [limit for limit in (policy.max_replicas, fits) if limit is not None]
+    limits = (limit for limit in (policy.max_replicas, fits) if limit is not None)
     return Rule(
         least=policy.min_replicas,
-        most=max(policy.min_replicas, min(limits)) if limits else None,
+        most=max(policy.min_replicas, min(limits, default=MOST_REPLICAS)),
         requests_per_second=_of_type(target, resources) if isinstance(target, Mapping) else target,
         in_flight=spec.operation.target_in_flight_per_replica,
         upscale_delay=policy.upscale_delay_seconds,
@@ -74,6 +75,11 @@ class Autoscaler:
         # When the target last rose: what the load called for before that is no reason to scale down.
         self._rose_at = -math.inf
         self._full_until = -math.inf
+        self._skipped = 0.0
+
+    def skip(self, seconds: float) -> None:
+        """Nothing is known of so many seconds before now: they do not count as time with or without load."""
+        self._skipped += seconds
 
     def target(self, now: float, current: int, arrived: int, in_flight: int, queued: int, turned_away: int = 0) -> int:
         """How many replicas there should be. Call it every second or so.
@@ -82,6 +88,7 @@ class Autoscaler:
         `turned_away` those refused since the last call because everything was full. After a refusal one more replica is
         called for, whatever the target says.
         """
+        now -= self._skipped
         self._arrivals.append((now, arrived))
         while self._arrivals[0][0] <= now - WINDOW:
             self._arrivals.popleft()
@@ -116,7 +123,7 @@ class Autoscaler:
 
     def clipped(self, count: int) -> int:
         """The number closest to `count` that the rule allows."""
-        return max(self.rule.least, count if self.rule.most is None else min(count, self.rule.most))
+        return max(self.rule.least, min(count, self.rule.most))
 
     def _note(self, now: float, asked: int) -> None:
         if not self._asked or self._asked[-1][1] != asked:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -26,6 +27,8 @@ from balancer.operate.state.event_log import Event, What
 _PERIOD = 0.5
 # Seconds without an answer of the balancer that are worth an event; one that is restarted takes less.
 _SILENCE = 5.0
+# Seconds after its first answer in which a balancer has found out which of the replicas that were taken over are ready.
+_NEWS = 10.0
 
 
 class Controller:
@@ -69,6 +72,9 @@ class Controller:
         self._heard_at = clock()  # when the balancer last answered
         self._is_silent = False
         self._condemned: set[int] = set()
+        # Replicas that were taken over, and of which no balancer has said yet whether they serve; until when it may.
+        self._unheard_of: set[int] = set()
+        self._news_until = math.inf
         self._updates: list[asyncio.Future[UpdateResult]] = []
         self._is_closing = False
         self._is_leaving = False
@@ -114,6 +120,11 @@ class Controller:
 
     def scale(self, target: int) -> None:
         """Sets the wanted number of replicas, and retries those that were given up. Raises ConfigError."""
+        self._refuse_at_the_end()
+        if target > (most := self._engine.most_replicas):
+            raise ConfigError(
+                f"{self.name} with {target} replicas: with --on {self._engine.name} it can have {most} at most"
+            )
         before = self.wanted.target
         self.wanted.scale(target)
         self._record(Event(What.SCALED, f"{before} to {target}: it was asked for"))
@@ -124,6 +135,7 @@ class Controller:
 
     def replace_replica(self, id: int) -> None:
         """Drains and stops a replica; another takes its place. Raises ConfigError if there is no such replica."""
+        self._refuse_at_the_end()
         if id not in self.replicas or not self.replicas[id].is_wanted:
             known = ", ".join(str(replica.id) for replica in self.replicas.values() if replica.is_wanted)
             raise ConfigError(f"{self.name} has no replica {id}; it has {known or 'none'}")
@@ -131,7 +143,8 @@ class Controller:
         self._wake.set()
 
     async def replace_balancer(self) -> None:
-        """Replaces the balancer's process; the old one finishes its answers."""
+        """Replaces the balancer's process; the old one finishes its answers. Raises ConfigError."""
+        self._refuse_at_the_end()
         await self._balancer.replace()
 
     async def update(self, recipe: Recipe, mode: Mode, is_restart: bool = False) -> UpdateResult:
@@ -140,6 +153,7 @@ class Controller:
         It supersedes an update under way. With `is_restart` replicas are replaced even if nothing about them changes.
         Raises ConfigError if it cannot be rolled out in this mode.
         """
+        self._refuse_at_the_end()
         coming, serving = self.wanted.coming, self.wanted.serving
         numbers = self.wanted.target, self.wanted.before
         same = self.wanted.update(recipe, mode, is_restart)
@@ -174,11 +188,18 @@ class Controller:
 
     def abort(self) -> UpdateResult:
         """Ends the update under way, and brings the version that serves back. Raises ConfigError if there is none."""
+        self._refuse_at_the_end()
         result = self.wanted.abort()
         self._record(Event(What.UPDATE_ABORTED, f"version {result.version}"))
         self._resolve(result)
         self._wake.set()
         return result
+
+    def _refuse_at_the_end(self) -> None:
+        """Nobody would act on what is asked for now, nor tell whoever waits for it. Raises ConfigError."""
+        if self._is_closing:
+            how = "about to get another controller" if self._is_leaving else "being taken down"
+            raise ConfigError(f"{self.name} is {how}")
 
     def _renumber(self, old: int | None, new: int) -> None:
         for replica in list(self.replicas.values()):
@@ -193,8 +214,14 @@ class Controller:
         versions = self.wanted.adopt(survivors)
         now = self._clock()
         for survivor in survivors:
-            launched_at = now - (survivor.listing.launched_seconds or 0.0)
-            self._keep(Replica(survivor.id, versions[survivor.id], Stage.RUNNING, launched_at, was_ready=True))
+            ran = survivor.listing.launched_seconds or 0.0
+            version = versions[survivor.id]
+            # Before the switch all replicas of the new version were proven.
+            is_proven = self.wanted.is_switched and version == self.wanted.newest.version
+            replica = Replica(survivor.id, version, Stage.RUNNING, now - ran, was_ready=True, is_proven=is_proven)
+            operation = self.wanted.recipes[version].spec.operation
+            self._keep(plan.limited(replica, ran, survivor.listing.ends_in_seconds, now, operation))
+            self._unheard_of.add(survivor.id)
         self._next_id = max(survivor.id for survivor in survivors) + 1
         self._say(f"{self.name}: found {len(survivors)} of its replicas running")
 
@@ -222,16 +249,22 @@ class Controller:
         now = self._clock()
         self._note_places(now)
         lost = self._engine.lost([r.id for r in self.replicas.values() if r.stage is Stage.RUNNING and not r.is_ready])
-        before, load = self.wanted.target, self._traffic.take()
+        before, load, was_switched = self.wanted.target, self._traffic.take(), self.wanted.is_switched
         counts, result = self.wanted.counts(self.replicas.values(), load, now)
-        if self.wanted.target != before:
+        if self.wanted.is_switched and not was_switched:
+            self._show(self.snapshot)  # so that it is written down before a balancer hears of it
+        if load is not None and self.wanted.target != before:
             why = f"{load.in_flight} requests at replicas, {load.queued} waiting"
             self._record(Event(What.SCALED, f"{before} to {self.wanted.target}: {why}"))
         if result is not None:
             await self._updated(result)
         timeout = self.wanted.serving.spec.settings.drain_timeout
         actions = plan.decide(self.replicas.values(), counts, self._next_id, now, timeout, self._condemned, lost)
-        self._condemned.clear()
+        if self._unheard_of:
+            # What serves and what drains is unknown: the one that looks superfluous may be all that serves.
+            actions = [action for action in actions if isinstance(action, Start | Forget | Abandon)]
+        else:
+            self._condemned.clear()
         # A new balancer process knows nothing of earlier drains, so they are repeated.
         for replica in self.replicas.values():
             is_forgotten = replica.status is not None and replica.status.phase is not Phase.LEAVING
@@ -274,7 +307,7 @@ class Controller:
                 self._stop(id, None)
 
     def _note_places(self, now: float) -> None:
-        """Remembers which replicas wait in the engine's queue, and when the engine will end the others."""
+        """Remembers which replicas wait in the engine's queue, and which have to go because the engine wants it."""
         for id, listing in self._engine.running().items():
             replica = self.replicas.get(id)
             if replica is None or replica.stage not in (Stage.RUNNING, Stage.DRAINING):
@@ -282,10 +315,13 @@ class Controller:
             operation = self.wanted.recipes[replica.version].spec.operation
             is_queued = listing.state is State.PROVISIONING and not listing.endpoint and bool(listing.reason)
             changed = plan.ending(replace(replica, is_queued=is_queued), listing.ends_in_seconds, now, operation)
+            is_told = listing.state is State.SHUTTING_DOWN and listing.ends_in_seconds is not None
+            if listing.has_to_move or is_told:
+                changed = plan.moving(changed)
             if changed.is_outgoing and not replica.is_outgoing:
-                left = f"it ends in {listing.ends_in_seconds:.0f} s, and a successor starts"
-                self._say(f"{self.name}-{id}: {left}")
-                self._record(Event(What.OUTGOING, left, id))
+                why = listing.reason if listing.has_to_move else f"it ends in {listing.ends_in_seconds:.0f} s"
+                self._say(f"{self.name}-{id}: {why}: a successor starts")
+                self._record(Event(What.OUTGOING, f"{why}: a successor starts", id))
             if is_queued and not replica.is_queued:
                 self._record(Event(What.WAITS_FOR_GPU, listing.reason, id))
             if changed != replica:
@@ -446,14 +482,27 @@ class Controller:
                     self._show(self.snapshot)
                 return
             self._heard_at = now
-            self._traffic.note(snapshot)
+            self._traffic.note(snapshot, now)
             for row in snapshot.replicas:
                 replica = self.replicas.get(row.id)
                 if replica is not None and replica.stage in (Stage.RUNNING, Stage.DRAINING):
                     operation = self.wanted.recipes[replica.version].spec.operation
                     self._keep(plan.observed(replica, row.status, row.in_flight, now, operation), row.reason)
+            self._note_what_serves(now)
             self.snapshot = self._report.shown(snapshot, self.replicas.values(), self.wanted, now)
             self._show(self.snapshot)
+
+    def _note_what_serves(self, now: float) -> None:
+        """Looks at what was taken over, until the balancers have said of each replica what it is."""
+        self._news_until = min(self._news_until, now + _NEWS)
+        for id in sorted(self._unheard_of):
+            replica = self.replicas.get(id)
+            if replica is not None and replica.is_leaving:
+                self._condemned.add(id)  # the earlier controller drained it to stop it, and nobody else would
+            # A balancer that has just started has not asked it yet, and it may have been told to end.
+            is_unknown = replica is not None and (replica.status is None or replica.status.phase is Phase.PENDING)
+            if not is_unknown or now > self._news_until:
+                self._unheard_of.discard(id)
 
     async def _end(self) -> None:
         """Stops the balancer first, so that no answer is cut off, then the replicas, which are idle by then."""

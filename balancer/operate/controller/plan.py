@@ -1,6 +1,7 @@
 """What to do next with each replica: start, drain, stop, wait or give up. Pure functions; times are in seconds."""
 
 import enum
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -13,6 +14,8 @@ from balancer.spec.schema import Operation
 FIRST_STARTS = 3
 # Seconds between two attempts to lease a GPU; each attempt itself waits for a few seconds (recipe.py).
 GPU_INTERVAL = 2.0
+# New replicas of a version at a time: a process each, and a machine asked for a thousand at once stands still.
+_NEW_AT_ONCE = 32
 NONE: Mapping[int, str] = MappingProxyType({})
 
 
@@ -50,12 +53,14 @@ class Replica:
     awaited_since: float = 0.0
     # Processes in a row that ended before the replica had been ready for `stable_after`.
     failures: int = 0
+    # Processes since it was last ready that ended without blame.
+    interruptions: int = 0
     # Why its last process ended.
     reason: str = ""
     # When its engine ends it, and since how long before that another takes its place; None if nothing ends it.
     ends_at: float | None = None
     lead: float = 0.0
-    # Its end is near: it serves on, and its successor is on its way.
+    # Its end is near, or its node is to be emptied: it serves on, and its successor is on its way.
     is_outgoing: bool = False
     # It waits in its engine's queue.
     is_queued: bool = False
@@ -70,6 +75,11 @@ class Replica:
     @property
     def is_ready(self) -> bool:
         return self.status is not None and self.status.phase is Phase.READY
+
+    @property
+    def is_leaving(self) -> bool:
+        """Does the balancer give it nothing new, for good?"""
+        return self.status is not None and self.status.phase is Phase.LEAVING
 
     @property
     def is_unusable(self) -> bool:
@@ -144,13 +154,28 @@ def started(replica: Replica, now: float) -> Replica:
     )
 
 
+def moving(replica: Replica) -> Replica:
+    """The replica once its node is to be emptied, or it was told to end: outgoing, however long it may yet run."""
+    return replace(replica, is_outgoing=replica.is_outgoing or replica.stage is Stage.RUNNING)
+
+
+def limited(replica: Replica, ran: float, ends_in: float | None, now: float, operation: Operation) -> Replica:
+    """The replica as its engine lists it for the first time: it ran for so many seconds, and has so many left.
+
+    They make its time limit, if it has any, half of which is its successor's at the most.
+    """
+    if ends_in is None:
+        return replica
+    return replace(replica, ends_at=now + ends_in, lead=min(operation.successor_lead, (ran + ends_in) / 2))
+
+
 def ending(replica: Replica, ends_in: float | None, now: float, operation: Operation) -> Replica:
     """The replica with what its engine says of its end, in `ends_in` seconds. Once it is outgoing, it stays so."""
     if ends_in is None:
         return replace(replica, ends_at=None) if replica.ends_at is not None else replica
-    lead = replica.lead if replica.ends_at is not None else min(operation.successor_lead, ends_in / 2)
-    is_near = replica.stage is Stage.RUNNING and ends_in <= lead
-    return replace(replica, ends_at=now + ends_in, lead=lead, is_outgoing=replica.is_outgoing or is_near)
+    known = replica if replica.ends_at is not None else limited(replica, 0.0, ends_in, now, operation)
+    is_near = replica.stage is Stage.RUNNING and ends_in <= known.lead
+    return replace(known, ends_at=now + ends_in, is_outgoing=replica.is_outgoing or is_near)
 
 
 def ended(replica: Replica, over: Ended, now: float, operation: Operation, *, has_served: bool = False) -> Replica:
@@ -170,8 +195,12 @@ def ended(replica: Replica, over: Ended, now: float, operation: Operation, *, ha
     )
     if over.waits_for_gpu:
         return replace(changed, stage=Stage.WAITING, start_at=now + GPU_INTERVAL)
-    if over.is_blameless and replica.was_ready:
-        return replace(changed, stage=Stage.WAITING, start_at=now)
+    if over.is_blameless and (replica.was_ready or not over.counts_if_never_ready):
+        interruptions = replica.interruptions + 1
+        # One that was ready starts again at once. Whoever ends each before that is asked less and less often.
+        early = interruptions - replica.was_ready
+        pause = backoff(early, operation) if early else 0.0
+        return replace(changed, stage=Stage.WAITING, interruptions=interruptions, start_at=now + pause)
     failures = replica.failures + 1
     changed = replace(changed, failures=failures)
     limit = operation.restart_limit if replica.was_ready else min(FIRST_STARTS, operation.restart_limit)
@@ -198,6 +227,7 @@ def observed(replica: Replica, status: Status, in_flight: int, now: float, opera
         was_ready=replica.was_ready or is_ready,
         is_proven=replica.is_proven or is_proven,
         failures=0 if is_stable else replica.failures,
+        interruptions=0 if is_ready else replica.interruptions,
         reason="" if is_ready else replica.reason,
         waits_for_gpu=replica.waits_for_gpu and not is_ready,
     )
@@ -231,18 +261,22 @@ def decide(
     """The actions that bring the replicas closer to `wanted`, the number of each version; at most one per replica.
 
     `next_id` is the first free id. Replicas in `condemned` have to go, and new ones take their places; so do those in
-    `lost`, whose host is gone, for the reason given there.
+    `lost`, whose host is gone, for the reason given there. Of many that are missing some start now, others next time.
     """
     gone = [r for r in replicas if r.id in lost and r.stage in (Stage.RUNNING, Stage.DRAINING)]
     actions: list[Action] = [Abandon(replica.id, lost[replica.id]) for replica in gone]
     replicas = [replica for replica in replicas if replica not in gone]
-    ready = sum(replica.is_wanted and replica.is_ready for replica in replicas)
+    # They serve until those that are to be there without them are; if these come too late, their engine ends them.
+    outgoing = sorted((r for r in replicas if r.is_outgoing and r.stage is Stage.RUNNING), key=_urgency)
+    missing = sum(wanted.values()) - sum(replica.is_wanted and replica.is_ready for replica in replicas)
+    enough = outgoing[: max(0, len(outgoing) - max(0, missing))]
+    # One that was told to end takes nothing new already.
+    leaving = {replica.id for replica in outgoing if replica.is_leaving} | set(condemned)
+    actions += [Drain(replica.id) for replica in outgoing if replica in enough or replica.id in leaving]
     for replica in replicas:
-        if replica.is_outgoing and replica.stage is Stage.RUNNING:
-            # It serves until those that are to be there without it are; if they come too late, its engine ends it.
-            if ready >= sum(wanted.values()) or replica.id in condemned:
-                actions.append(Drain(replica.id))
-        elif replica.stage is Stage.RUNNING and replica.is_unusable:
+        if replica in outgoing:
+            continue
+        if replica.stage is Stage.RUNNING and replica.is_unusable:
             actions.append(Replace(replica.id, f"it was {replica.status}"))
         elif replica.stage is Stage.DRAINING:
             # SHUTTING_DOWN: it is draining and has no requests left. None: the balancer never knew it.
@@ -261,7 +295,7 @@ def decide(
             has_process = victim.stage in (Stage.RUNNING, Stage.REPLACING)
             actions.append(Drain(victim.id) if has_process else Forget(victim.id))
         actions += [Start(r.id, version) for r in mine if r.stage is Stage.WAITING and r.start_at <= now]
-        for _ in range(-surplus):
+        for _ in range(min(-surplus, _NEW_AT_ONCE)):
             actions.append(Start(next_id, version))
             next_id += 1
     dropped = {action.id for action in actions if isinstance(action, Drain | Forget)}
@@ -271,6 +305,11 @@ def decide(
 def _usefulness(replica: Replica) -> tuple[bool, bool, int, int]:
     """A sort key: first to go are replicas without a process, then those not ready, least busy, newest."""
     return replica.stage is Stage.RUNNING, replica.is_ready, replica.in_flight, -replica.id
+
+
+def _urgency(outgoing: Replica) -> tuple[bool, float, int]:
+    """A sort key for those that make way: first those that do not serve, then those with the least time, least busy."""
+    return outgoing.is_ready, math.inf if outgoing.ends_at is None else outgoing.ends_at, outgoing.in_flight
 
 
 def is_hopeless(replicas: Iterable[Replica], total: int) -> bool:

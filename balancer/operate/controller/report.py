@@ -75,7 +75,9 @@ class Report:
         )
         if state is State.RUNNING:
             reason = reason or listing.reason
-        if state is State.RUNNING and listing.state.is_before_start and listing.reason:
+        if state is State.RUNNING and listing.state is State.SHUTTING_DOWN:
+            state = listing.state  # its engine has told it to end
+        elif state is State.RUNNING and listing.state.is_before_start and listing.reason:
             state, reason = listing.state, listing.reason
         elif state is State.RUNNING and not listing.endpoint:
             state = State.PROVISIONING  # as far as the balancer is concerned

@@ -20,12 +20,13 @@ class RolloutStatus(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RolloutStep:
-    """How many replicas of each version to run now. `reason` says why the update failed."""
+    """How many replicas of each version to run now. `reason` says why the update failed, `failed` on which replica."""
 
     old: int
     new: int
     status: RolloutStatus
     reason: str = ""
+    failed: int | None = None
 
 
 def next_step(mode: Mode, replicas: Iterable[Replica], version: int, total: int, surge: int) -> RolloutStep:
@@ -40,7 +41,7 @@ def next_step(mode: Mode, replicas: Iterable[Replica], version: int, total: int,
     for replica in new:
         if replica.stage is Stage.GIVEN_UP or replica.is_unusable or replica.failures >= FIRST_STARTS:
             reason = replica.reason or f"it was {replica.status}"
-            return RolloutStep(total, 0, RolloutStatus.FAILED, reason)
+            return RolloutStep(total, 0, RolloutStatus.FAILED, reason, replica.id)
     ready = sum(replica.is_ready and replica.is_proven for replica in new)
     if ready >= total:
         return RolloutStep(0, total, RolloutStatus.IN_PROGRESS if old else RolloutStatus.DONE)

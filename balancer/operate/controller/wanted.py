@@ -13,28 +13,35 @@ from balancer.operate.controller.plan import Replica
 from balancer.operate.controller.rollout import Mode, RolloutStatus
 from balancer.operate.engines.engine import Survivor
 from balancer.operate.recipe.recipe import Recipe
+from balancer.spec.schema import MOST_REPLICAS
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """Generating requests: those that arrived since the last look, those at replicas, and those that wait for one.
 
-    `turned_away` counts those refused since the last look because everything was full.
+    `turned_away` counts those refused since the last look because everything was full. `unknown_seconds` is how long
+    nobody knew the load before that.
     """
 
     arrived: int = 0
     in_flight: int = 0
     queued: int = 0
     turned_away: int = 0
+    unknown_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """How an update ended; `failure` is empty if it succeeded. `superseded_by` is the version that took its place."""
+    """How an update ended. `failure` is empty if it succeeded, `failed` is the id of the replica that did not start.
+
+    `superseded_by` is the version that took its place.
+    """
 
     version: int
     failure: str = ""
     superseded_by: int | None = None
+    failed: int | None = None
 
 
 class Wanted:
@@ -47,16 +54,19 @@ class Wanted:
         coming: Recipe | None = None,
         mode: Mode = "rolling",
         before: int | None = None,
+        *,
+        is_switched: bool = False,
     ) -> None:
         """Of a service that ran before: `target` replicas, and an update to `coming`; `before`: the target without it.
 
+        `is_switched`: the balancer had found out about the replicas of a blue-green update.
         Without a `target` the recipe says how many there are to be, or where the load decides, what was left running.
         """
         self.recipes = {made.version: made for made in (recipe, coming) if made is not None}
         self.serving = recipe
         self.coming = coming
         self.mode: Mode = mode
-        self._is_switched = False
+        self.is_switched = is_switched
         # Versions that were given up before anybody but us knew their replicas.
         self._unseen: frozenset[int] = frozenset()
         self._autoscaler = _autoscaler(self.newest)
@@ -77,12 +87,13 @@ class Wanted:
     @property
     def hidden(self) -> frozenset[int]:
         """The versions whose replicas the balancer must not know about, so that they get no requests."""
-        if self.coming is None or self.mode == "rolling" or self._is_switched:
+        if self.coming is None or self.mode == "rolling" or self.is_switched:
             return self._unseen
         return self._unseen | {self.coming.version}
 
     def _allowed(self, target: int) -> int:
         """The number closest to `target` that the newest recipe allows."""
+        target = min(target, MOST_REPLICAS)
         if self._autoscaler is not None:
             target = self._autoscaler.clipped(target)
         if self.newest.fixed_port is not None:
@@ -106,7 +117,7 @@ class Wanted:
                 strangers.add(survivor.id)
         others = {versions[id] for id in strangers}
         for version in others:
-            self.recipes[version] = replace(self.serving, version=version)
+            self.recipes.setdefault(version, replace(self.serving, version=version))
         if self._follows_what_is_left:
             self.target = self.before = self._allowed(len(survivors))
         if self.coming is not None or not survivors:
@@ -116,7 +127,8 @@ class Wanted:
         version = max(self.serving.version, newest if newest in called_alike else newest + 1)
         ours = self.serving = self.recipes[version] = replace(self.serving, version=version)
         if others:
-            self.serving, self.coming = self.recipes[max(others)], ours
+            # The mode that we know is that of the last update.
+            self.serving, self.coming, self.mode = self.recipes[max(others)], ours, "rolling"
         return {id: was if id in strangers else version for id, was in versions.items()}
 
     def scale(self, target: int) -> None:
@@ -167,7 +179,7 @@ class Wanted:
             self.coming = recipe
             return superseded.version
         self._drop_coming()
-        self.coming, self.mode, self._is_switched = recipe, mode, False
+        self.coming, self.mode, self.is_switched = recipe, mode, False
         return None
 
     def abort(self) -> UpdateResult:
@@ -199,14 +211,18 @@ class Wanted:
         return ""
 
     def counts(
-        self, replicas: Collection[Replica], load: Load, now: float
+        self, replicas: Collection[Replica], load: Load | None, now: float
     ) -> tuple[Mapping[int, int], UpdateResult | None]:
-        """How many replicas of each version to run now; and, once, the result of an update that has just ended."""
+        """How many replicas of each version to run now; and, once, the result of an update that has just ended.
+
+        Without a load, which a silent balancer does not tell, as many as before.
+        """
         # Recipes of versions without replicas are no longer needed.
         present = {self.serving.version, self.newest.version, *(replica.version for replica in replicas)}
         self.recipes = {version: recipe for version, recipe in self.recipes.items() if version in present}
         self._unseen &= present
-        if self._autoscaler is not None:
+        if self._autoscaler is not None and load is not None:
+            self._autoscaler.skip(load.unknown_seconds)
             self.target = self._autoscaler.target(
                 now, self.target, load.arrived, load.in_flight, load.queued, load.turned_away
             )
@@ -221,13 +237,13 @@ class Wanted:
         step = rollout.next_step(self.mode, replicas, self.coming.version, total, self._surge())
         if self.coming.version in self.hidden and step.old == 0:
             # Our own probes have passed. Now the balancer has to find the new ones ready before the old ones may go.
-            self._is_switched = True
+            self.is_switched = True
             return {**self._kept(replicas, old), self.coming.version: total}, None
         if step.status is RolloutStatus.IN_PROGRESS:
             staying = old if self.mode == "blue_green" and step.old else step.old
             new = min(step.new, 1 if self.is_asleep else self.target)
             return {**self._kept(replicas, staying), self.coming.version: new}, None
-        result = UpdateResult(self.coming.version, step.reason)
+        result = UpdateResult(self.coming.version, step.reason, failed=step.failed)
         if step.status is RolloutStatus.DONE:
             counts = {**self._kept(replicas, 0), self.coming.version: step.new}
             self.serving, self.coming, self.before = self.coming, None, self.target

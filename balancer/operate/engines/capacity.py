@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from balancer.errors import ConfigError
 from balancer.operate.engines import limits
-from balancer.operate.recipe.recipe import GPU_SHARE, Recipe, for_kind, python, with_packages
+from balancer.operate.recipe.recipe import GPU_SHARE, Recipe, check_one_machine, for_kind, python, with_packages
 from balancer.spec.service_file import NOTHING, Spec
 
 # Seconds that `python -m replica` may take to look at this machine; nvidia-smi alone has a minute of them.
@@ -169,17 +169,42 @@ def placed(recipe: Recipe, there: tuple[Gpu, ...]) -> list[str]:
 
 def fit(recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
     """The recipe fitted to this machine, and all warnings; raises ConfigError if it cannot run here."""
+    check_one_machine(recipe.spec)
     if not os.path.isdir(recipe.workdir):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         what = "run: cd" if recipe.launch and recipe.launch.folder else "workdir"
         raise ConfigError(f"{recipe.spec.source}: {what}: there is no folder {recipe.workdir}")
     there: tuple[Gpu, ...] = ()
     if recipe.launch is not None or recipe.gpus:
-        if len(recipe.spec.accelerators) > 1:  # with one kind there is no choice, and nvidia-smi may take seconds
-            recipe = of_kind(recipe, gpus(kinds=recipe.spec.accelerators, envs=recipe.spec.envs))
+        recipe = _of_a_kind(recipe)
         there = seated_for(recipe)
     made, warnings = fitted(recipe, recipe.spec.min_replicas, there, limits.memory() / 1e9, running)
     check_model(made)
     return made, [*recipe.spec.warnings, *recipe.notes, *warnings]
+
+
+def on_gpus(recipe: Recipe) -> Recipe:
+    """The recipe with the GPUs that one replica takes here, whatever else may be missing. Raises ConfigError."""
+    recipe = _of_a_kind(recipe)
+    return replace(recipe, gpus=_each(recipe, _candidates(recipe.spec, seated_for(recipe))[0]))
+
+
+def _of_a_kind(recipe: Recipe) -> Recipe:
+    """The recipe for one kind of GPUs. With one in the file there is no choice, and nvidia-smi may take seconds."""
+    if len(recipe.spec.accelerators) < 2:
+        return recipe
+    return of_kind(recipe, gpus(kinds=recipe.spec.accelerators, envs=recipe.spec.envs))
+
+
+def _candidates(spec: Spec, there: tuple[Gpu, ...]) -> tuple[list[Gpu], list[str]]:
+    """The GPUs that replicas may take, and which of the wanted kinds are here."""
+    usable = [gpu for gpu in there if not gpu.is_split and not gpu.problem]
+    known = [kind for kind in spec.accelerators if any(kind in gpu.kinds for gpu in usable)]
+    return [gpu for gpu in usable if not known or gpu.kinds], known
+
+
+def _each(recipe: Recipe, mine: list[Gpu]) -> int:
+    """How many GPUs a replica takes: SGLang uses one if there is one, requested or not."""
+    return recipe.gpus or (1 if mine and recipe.launch else 0)
 
 
 def of_kind(recipe: Recipe, there: tuple[Gpu, ...]) -> Recipe:
@@ -209,11 +234,8 @@ def fitted(
         warnings.append(
             f"{_replicas(count)} of {spec.name} want {spec.cpus * count:g} cores; here are {limits.cores():g}"
         )
-    usable = [gpu for gpu in there if not gpu.is_split and not gpu.problem]
-    known = [kind for kind in spec.accelerators if any(kind in gpu.kinds for gpu in usable)]
-    mine = [gpu for gpu in usable if not known or gpu.kinds]
-    # SGLang uses a GPU if there is one, requested or not.
-    each = recipe.gpus or (1 if mine and recipe.launch else 0)
+    mine, known = _candidates(spec, there)
+    each = _each(recipe, mine)
     groups = seats(there)
     if each and len(groups) < count:
         why = _too_few(there, mine, known, spec, len(groups))

@@ -53,6 +53,11 @@ class Child:
         return cls(process, log, on_end)
 
     @property
+    def pid(self) -> int:
+        """Of the leash, below which all that it started is."""
+        return self._process.pid
+
+    @property
     def code(self) -> int | None:
         code = self._process.returncode
         return code if code is None or code >= 0 else 128 - code
@@ -67,7 +72,7 @@ class Child:
 
     async def kill(self) -> None:
         self.signal(signal.SIGHUP)
-        await self._watch
+        await self.ended()
 
     async def ended(self) -> None:
         """Returns when it is gone."""

@@ -37,6 +37,8 @@ class Ended:
     waits_for_gpu: bool = False
     # It did not fail: its engine ended it, for a time limit, a host that failed, or somebody who goes first.
     is_blameless: bool = False
+    # But it did fail if it was never ready: a time limit may be too short for it, or a node too small.
+    counts_if_never_ready: bool = False
 
     @classmethod
     def by(cls, id: int, code: int, last_words: str) -> Self:
@@ -61,9 +63,12 @@ class Engine(Protocol):
 
     # Its name for --on, in what is written down of a service, and in the status tables.
     name: str
+    # How many replicas a service can have at most, however little each of them takes.
+    most_replicas: int
     # Do its replicas and balancer keep running if the controller is killed?
     outlives_controller: bool
-    # Does whoever ends the controller with SIGTERM start another one? Then all goes on without it until then.
+    # Does whoever ends the controller with SIGTERM start another one, with the same file? Then all goes on without it
+    # until then, and another version, or an end, has to be asked of him.
     is_kept_up: bool
     # Set whenever a replica or the balancer has ended.
     changed: asyncio.Event
@@ -110,14 +115,16 @@ class Engine(Protocol):
         """The running replicas by id, with all that the engine knows of each.
 
         One that waits in the engine's queue is PROVISIONING, has no endpoint, and `reason` is the engine's own word
-        for why.
+        for why. One that somebody else has told to end is SHUTTING_DOWN, and ends after `ends_in_seconds` at the
+        latest.
         """
 
     def ended(self) -> tuple[Ended, ...]:
         """The replicas that ended since the last call without being stopped."""
 
     def lost(self, suspects: Collection[int]) -> Mapping[int, str]:
-        """Those of these replicas, which the balancer does not reach, whose host is gone: a line each that says so.
+        """The replicas whose host is gone, or one of whose hosts: a line each that says so. `suspects` are those that
+        the balancer does not reach.
 
         Called twice a second, so it answers from what is known, and finds out more meanwhile. What is lost is replaced
         at once; `stop` then has to take care that it never comes back.

@@ -10,6 +10,7 @@ OURS, FETCHING, WAITING = "replica: ", "replica: fetching ", "replica: waits for
 _LEASED = re.compile(r"replica: (GPU \d+ \(.*?\)): ")
 _GPU = re.compile(r"GPU \d+ \(([^()]*), [\w-]+\)")
 _MOST = 1 << 20  # bytes read at a look
+_END = 64 << 10  # bytes at the end of a log, among which its last line is
 
 
 class FirstWords:
@@ -27,32 +28,40 @@ class FirstWords:
 
     @classmethod
     def of_running(cls, log: Path) -> "FirstWords":
-        """Of a process that an earlier controller started: what it leased stands somewhere in its log."""
+        """Of a process that an earlier controller started, and that writes into this log: it may still fetch, or wait.
+
+        What it leased stands somewhere in its log, before which there may be the words of earlier processes.
+        """
         words = cls(log)
-        for line in words._read(0):
-            words._note(line)
-        words._is_over = True
+        size = words._at
+        for start in (0, size - _END) if size > _MOST else (0,):
+            for line in words._read(start):
+                words._note(line)
         return words
 
     def state(self) -> tuple[State, str]:
         """Its state and what it says about it; RUNNING, with nothing said, once it has all that it needs."""
         if not self._is_over and self._size() > self._at:
             for line in self._read(self._at):
-                self._note(line)
-                self._last = line
-                self._is_over = not line.startswith(OURS) or bool(self.leased)
-                if self._is_over:
+                if self._note(line):
                     break
         for start, state in ((FETCHING, State.FETCHING), (WAITING, State.PROVISIONING)):
             if self._last.startswith(start) and not self._is_over:
                 return state, self._last.removeprefix(OURS)
         return State.RUNNING, ""
 
-    def _note(self, line: str) -> None:
+    def _note(self, line: str) -> bool:
+        """Was it the last of its first words?"""
+        is_ours = line.startswith(OURS)
+        if is_ours and self._last and not self._last.startswith(OURS):
+            self.leased = self.resources = ""  # another process begins
         if found := _LEASED.match(line):
             self.leased = found[1]
             kinds = _GPU.findall(found[1])
             self.resources = f"{len(kinds)}x {kinds[0]}" if kinds else ""
+        self._last = line
+        self._is_over = not is_ours or bool(self.leased)
+        return self._is_over
 
     def _read(self, start: int) -> list[str]:
         """The whole lines from there on that are not blank."""

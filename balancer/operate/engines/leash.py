@@ -9,6 +9,9 @@ everything at once. All four count only if our parent sends them: a service mana
 service, and the order in which they end is the parent's to decide. If the command ends by itself, the processes that
 it left behind are killed. The exit code is the command's, or 128 + the signal that ended it.
 
+The leash is two processes, one below the other, and each adopts what the other leaves behind when somebody kills it:
+the outer one all that the command started, and the inner one, whose parent is gone then, ends it.
+
 With a log, the command's output goes through a pipe into files of bounded size. The leash reads the pipe to its
 end, even after the command or our parent has died, but for at most LAST_WORDS seconds after all processes are gone.
 
@@ -27,6 +30,7 @@ from pathlib import Path
 # At the end of the path, so that none of our modules shadows the standard library.
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 
+from balancer.operate.engines.family import descendants
 from balancer.operate.engines.rotation import RotatedLog
 
 PR_SET_PDEATHSIG = 1
@@ -50,23 +54,41 @@ def main(arguments: list[str]) -> int:
     for number in _OURS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    _prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
-    if os.getppid() != parent:
+    if not _tie_to(parent):
         return 128 + signal.SIGHUP
     handed_over = _open_descriptors()
+    pipe: tuple[int, ...] = () if log is None else _pipe()
+    outer = os.getpid()
+    inner = os.fork()
+    if inner == 0:
+        if not _tie_to(outer):
+            os._exit(128 + signal.SIGHUP)
+        os._exit(_hold(_start(command, ignored - {signal.SIGCHLD}, handed_over, pipe), outer))
+    for descriptor in handed_over:
+        os.close(descriptor)
     if log is None:
-        return _hold(_start(command, ignored - {signal.SIGCHLD}, handed_over), parent)
-    reading, writing = os.pipe()
-    with contextlib.suppress(OSError):  # the total size of a user's pipes is limited
-        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    pid = _start(command, ignored - {signal.SIGCHLD}, handed_over, writing)
+        return _hold(inner, parent)
+    reading, writing = pipe
     os.close(writing)
     keeping = threading.Thread(target=_keep, args=(reading, RotatedLog(log)), daemon=True)
     keeping.start()
-    code = _hold(pid, parent)
+    code = _hold(inner, parent)
     keeping.join(LAST_WORDS)
     return code
+
+
+def _tie_to(parent: int) -> bool:
+    """We are told when `parent` dies, and adopt the orphans below us; returns whether it is our parent still."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
+    return os.getppid() == parent
+
+
+def _pipe() -> tuple[int, int]:
+    reading, writing = os.pipe()
+    with contextlib.suppress(OSError):  # the total size of a user's pipes is limited
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return reading, writing
 
 
 def _keep(reading: int, log: RotatedLog) -> None:
@@ -84,17 +106,20 @@ def _open_descriptors() -> list[int]:
     return [descriptor for descriptor in found if descriptor > 2]
 
 
-def _start(command: list[str], ignored: set[signal.Signals], handed_over: list[int], out: int | None = None) -> int:
-    """Starts the command. Only it keeps the inherited descriptors, so that the leash holds no port open."""
+def _start(command: list[str], ignored: set[signal.Signals], handed_over: list[int], pipe: tuple[int, ...]) -> int:
+    """Starts the command, its output in the pipe, if any.
+
+    Only it keeps the inherited descriptors, so that the leash holds no port open.
+    """
     leash = os.getpid()
     pid = os.fork()
     if pid:
-        for descriptor in handed_over:
+        for descriptor in (*handed_over, *pipe):
             os.close(descriptor)
         return pid
-    if out is not None:
-        os.dup2(out, 1)
-        os.dup2(out, 2)
+    if pipe:
+        os.dup2(pipe[1], 1)
+        os.dup2(pipe[1], 2)
     # If the leash itself is killed, the command has to end too.
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != leash:
@@ -125,15 +150,15 @@ def _hold(pid: int, parent: int) -> int:
             return 128 + signal.SIGKILL if code is None else code
         if received in _FORWARDED:
             was_asked = True
-            _send(received if code is None else signal.SIGTERM, [pid] if code is None else _descendants())
+            _send(received if code is None else signal.SIGTERM, [pid] if code is None else descendants(os.getpid()))
         ended, code_now = _reap(pid)
         if ended:
             code = code_now
             if not was_asked:
                 _kill_all()
             else:
-                _send(signal.SIGTERM, _descendants())
-        if code is not None and not _descendants():
+                _send(signal.SIGTERM, descendants(os.getpid()))
+        if code is not None and not descendants(os.getpid()):
             return code
 
 
@@ -149,7 +174,7 @@ def _reap(pid: int) -> tuple[bool, int]:
 
 def _kill_all() -> None:
     # Repeated, because a process may fork between the listing and the signal.
-    while living := _descendants():
+    while living := descendants(os.getpid()):
         _send(signal.SIGKILL, living)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(-1, 0)
@@ -159,22 +184,6 @@ def _send(number: int, processes: list[int]) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, number)
-
-
-def _descendants() -> list[int]:
-    """All living descendants of this process. Orphans are included, because we are their subreaper."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                # "PID (NAME) STATE PPID ...": NAME may hold anything, even a parenthesis.
-                state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
-                if state != "Z":
-                    children.setdefault(int(parent), []).append(int(entry.name))
-    found = list(children.get(os.getpid(), ()))
-    for process in found:
-        found.extend(children.get(process, ()))
-    return found
 
 
 def _prctl(option: int, value: int) -> None:

@@ -1,15 +1,18 @@
-"""Ports of this machine: which are free, which process uses the others, and sockets that listen on them."""
+"""Ports of this machine: which are free, whose the others are, and sockets that listen on them."""
 
 import contextlib
 import errno
+import os
 import pwd
 import random
 import socket
 import textwrap
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from balancer.errors import ConfigError
+from balancer.operate.engines.family import descendants
 
 # Below the range that Linux uses for outgoing connections (32768 and up), so that none of them takes a port in the
 # minutes between its choice and the moment when the loaded model listens on it.
@@ -19,18 +22,27 @@ REPLICA_PORTS = range(20100, 22000)
 _BACKLOG = 4096
 _LISTEN = "0A"  # the state of a socket that listens, in /proc/net/tcp
 
+# What holds the ports that this process chose lately, so that others choose different ones while nothing listens there
+# yet, and how many are held. Replicas, which load for minutes, have claims to theirs.
+_HELD = 32
+_held: deque[int] = deque()
+
 
 def free_ports(count: int, among: Iterable[int] | None = None) -> list[int]:
-    """`count` ports that nothing listens on, in random order; raises ConfigError if there are too few."""
+    """`count` ports that nothing listens on, in random order; raises ConfigError if there are too few.
+
+    Those that this or another process was given lately are the last choice.
+    """
     candidates = list(REPLICA_PORTS if among is None else among)
-    # Two services that start at the same time should not choose the same ports.
     random.shuffle(candidates)
     found: list[int] = []
+    others: list[int] = []
     for port in candidates:
         if len(found) == count:
             break
         if is_free("127.0.0.1", port):
-            found.append(port)
+            (found if _hold(port) else others).append(port)
+    found += others[: count - len(found)]
     if len(found) < count:
         low, high = min(candidates, default=0), max(candidates, default=0)
         raise ConfigError(
@@ -38,6 +50,32 @@ def free_ports(count: int, among: Iterable[int] | None = None) -> list[int]:
             "stop what listens there, or ask for fewer replicas"
         )
     return found
+
+
+def _hold(port: int) -> bool:
+    """Holds a port for this process, unless another holds it, until it has chosen many others or ends."""
+    name = claim(port)
+    if name is None:
+        return False
+    _held.append(name.detach())
+    if len(_held) > _HELD:
+        os.close(_held.popleft())
+    return True
+
+
+def claim(port: int) -> socket.socket | None:
+    """Keeps this port for a replica that listens there once it is loaded; None if another service keeps it.
+
+    It is kept until the claim is closed, or we end. An abstract name, as a port, belongs to a network, goes with the
+    process, and may be held by one.
+    """
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        name.bind(f"\0groundserve port {port}")
+    except OSError:
+        name.close()
+        return None
+    return name
 
 
 def is_free(host: str, port: int) -> bool:
@@ -75,6 +113,19 @@ def user_of(port: int) -> str:
         with contextlib.suppress(KeyError):
             return f" by user {pwd.getpwuid(user).pw_name}"
     return ""
+
+
+def is_below(process: int, port: int) -> bool | None:
+    """Does this process, or one below it, listen on that port? None if nobody listens there."""
+    wanted = {Path(f"socket:[{inode}]") for inode, _ in _listening(port)}
+    if not wanted:
+        return None
+    for member in (process, *descendants(process)):
+        for descriptor in Path(f"/proc/{member}/fd").glob("*"):
+            with contextlib.suppress(OSError):  # it has ended
+                if descriptor.readlink() in wanted:
+                    return True
+    return False
 
 
 def _listening(port: int) -> Iterator[tuple[str, int]]:

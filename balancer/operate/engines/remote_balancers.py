@@ -1,7 +1,7 @@
 """Balancers that somebody else started, on other hosts as a rule: the service joins them all, and parts from all."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -11,6 +11,7 @@ from balancer.contract.status import Snapshot
 from balancer.errors import ConfigError
 from balancer.operate.engines.addresses import Addresses, AddressFlags
 from balancer.operate.engines.balancer_handle import service_file_for
+from balancer.operate.engines.engine import CannotStart
 from balancer.operate.engines.several_balancers import SeveralBalancers
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state import keys
@@ -30,9 +31,19 @@ def addresses_of(flags: AddressFlags) -> Addresses:
 
 
 class RemoteBalancers(SeveralBalancers):
-    """`balancers` are their admin ports, HOST:PORT each; `replica_key` is the file with the key of the replicas."""
+    """`balancers` are their admin ports, HOST:PORT each; `replica_key` is the file with the key of the replicas.
 
-    def __init__(self, balancers: Sequence[str], where: Addresses, recipe: Recipe, replica_key: Path | None) -> None:
+    `say` is called with messages for the user.
+    """
+
+    def __init__(
+        self,
+        balancers: Sequence[str],
+        where: Addresses,
+        recipe: Recipe,
+        replica_key: Path | None,
+        say: Callable[[str], None],
+    ) -> None:
         assert where.admin_key is not None
         file = Path(where.admin_key).absolute()
         super().__init__(where.admin, file, keys.given(file, "--admin-key"), about=recipe.spec.name)
@@ -40,8 +51,11 @@ class RemoteBalancers(SeveralBalancers):
         self._where = where
         self._recipe = recipe
         self._replica_key = replica_key
+        self._say = say
         # Those that know the service as its file is now.
         self._joined: set[httpx.AsyncClient] = set()
+        # Why one does not take the service, by its address.
+        self._refusals: dict[str, str] = {}
 
     @property
     def endpoint(self) -> str:
@@ -51,7 +65,9 @@ class RemoteBalancers(SeveralBalancers):
         return self._balancers
 
     async def keep_up(self) -> None:
-        """Whoever started them does."""
+        """Whoever started them does. Raises CannotStart while one of several does not take the service."""
+        if self._refusals and self.has_answered:
+            raise CannotStart("; ".join(self._refusals.values()))
 
     async def renew(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -77,15 +93,31 @@ class RemoteBalancers(SeveralBalancers):
         return snapshot
 
     async def _join(self, client: httpx.AsyncClient) -> bool:
-        key = keys.given(self._replica_key, keys.KEY_FILE) if self._replica_key is not None else None
-        body = {"file": service_file_for(self._recipe), "replica_key": key}
+        address = client.base_url.netloc.decode()
+        why = ""
         try:
+            key = keys.given(self._replica_key, keys.KEY_FILE) if self._replica_key is not None else None
+            body = {"file": service_file_for(self._recipe), "replica_key": key}
             answer = await client.put(f"/services/{self._recipe.spec.name}", json=body)
+        except ConfigError as failure:
+            why = str(failure)
         except httpx.HTTPError:
-            return False
-        if answer.is_success:
-            self._joined.add(client)
-        return answer.is_success
+            pass
+        else:
+            if answer.is_success:
+                self._joined.add(client)
+            else:
+                why = f"{address} does not take {self._recipe.spec.name}: {answer.text[:300]}"
+        self._note(address, why)
+        return client in self._joined
+
+    def _note(self, address: str, why: str) -> None:
+        """Remembers why one does not take the service, if it does not; before any does, only this tells of it."""
+        if why and not self.has_answered and self._refusals.get(address) != why:
+            self._say(why)
+        self._refusals.pop(address, None)
+        if why:
+            self._refusals[address] = why
 
     async def _part(self, client: httpx.AsyncClient, hurry: asyncio.Event) -> None:
         while not hurry.is_set():

@@ -28,14 +28,16 @@ class RotatedLog:
             while data:
                 data = data[self._write_some(data) :]
         except OSError as failure:
-            self.close()
+            with contextlib.suppress(OSError):
+                self.close()
             return failure
         return None
 
     def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        """Raises OSError if what was written last is lost; it is closed even so, and its number may be another's."""
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
 
     def _write_some(self, data: bytes) -> int:
         if self._file is None:

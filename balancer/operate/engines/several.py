@@ -8,19 +8,26 @@ from balancer.contract.status import ReplicaRow, ServiceRow, Snapshot
 from balancer.contract.words import Phase, Status
 
 
-def shares(loads: Sequence[int]) -> list[float]:
+def shares(loads: Sequence[int | None]) -> list[float]:
     """Which part of each limit each balancer may use, by how many requests each has: its equal part, or more where the
     others have fewer. So one that has all requests may use all of a limit, and none has less than its equal part.
 
-    In eighths, so that they seldom change.
+    None stands for one that says nothing: the others have its part among them, and it has its equal part once it is
+    back. In eighths, so that they seldom change.
     """
-    total = sum(loads)
-    parts = [max(1 / len(loads), load / total if total else 0.0) for load in loads]
+    heard = [load for load in loads if load is not None]
+    parts = [
+        1 / len(loads) if load is None else max(1 / len(heard), load / sum(heard) if sum(heard) else 0.0)
+        for load in loads
+    ]
     return [part if part * len(loads) == 1 else math.ceil(part * 8) / 8 for part in parts]
 
 
 def merged(snapshots: Sequence[Snapshot]) -> Snapshot:
-    """One snapshot of all: counts summed; a replica has left its requests only where all say so."""
+    """One snapshot of all: counts summed; a replica has left its requests only where all say so.
+
+    The service's totals, each since its balancer's start, are those of one of them.
+    """
     if len(snapshots) == 1:
         return snapshots[0]
     rows: dict[int, list[ReplicaRow]] = {}
@@ -38,8 +45,6 @@ def _service(rows: Sequence[ServiceRow], replicas: Sequence[ReplicaRow]) -> Serv
         ready=sum(row.status.phase is Phase.READY for row in replicas),
         queue_depth=sum(row.queue_depth for row in rows),
         in_flight=sum(row.in_flight for row in rows),
-        arrived_total=sum(row.arrived_total for row in rows),
-        turned_away_total=sum(row.turned_away_total for row in rows),
         generating=sum(row.generating for row in rows),
         generating_queued=sum(row.generating_queued for row in rows),
     )

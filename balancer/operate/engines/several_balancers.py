@@ -1,8 +1,9 @@
 """Several balancers in front of the same replicas: all are told the list, and all have to say that one is drained."""
 
 import asyncio
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from balancer.operate.engines.balancer_handle import BalancerHandle
 
 # Seconds of silence after which a balancer, and the requests that it had, count as lost.
 _LOST = 30.0
+# Seconds of silence after which the others may use its part of the limits.
+_SILENT = 3.0
+# Seconds of silence after which what arrived meanwhile is left out, since nobody knows when. One that only answers
+# slowly speaks more often.
+_UNKNOWN = 10.0
 # Seconds for which those that have answered wait for the others.
 _PATIENCE = 1.0
 
@@ -30,6 +36,12 @@ class SeveralBalancers(BalancerHandle):
         self._clients: dict[str, tuple[str, httpx.AsyncClient]] = {}
         self._said: dict[str, tuple[float, Snapshot]] = {}
         self._asked: dict[str, asyncio.Task[None]] = {}
+        # Generating requests that arrived at any of them, and that any refused, since we began. Their own totals would
+        # not do: one that goes or comes back takes all of its own along.
+        self._arrived = self._turned_away = 0
+        # Each one's part of the limits; those by whose words that was decided.
+        self._shares: dict[str, float] = {}
+        self._speaking: set[str] = set()
         # Replicas that each of them is to drain, also one that comes later.
         self._draining: set[int] = set()
 
@@ -41,8 +53,8 @@ class SeveralBalancers(BalancerHandle):
         there = await self._reached()
         began = asyncio.get_running_loop().time()
         self._draining &= {replica.id for replica in listing.replicas if replica.id is not None}
-        loads = [self._load_of(name) for name in there]
-        for name, share in zip(there, several.shares(loads) if there else [], strict=True):
+        self._divide(there)
+        for name, share in self._shares.items():
             # One that has not answered the last time yet gets the next list after that.
             if name not in self._asked or self._asked[name].done():
                 service = replace(listing.service or ServiceListing(), share=share)
@@ -55,13 +67,24 @@ class SeveralBalancers(BalancerHandle):
             return None
         self.has_answered = True
         # What one said that is silent for a moment still stands: the requests that it has hold on to their replicas.
-        return several.merged([said for at, said in self._said.values() if began - at < _LOST])
+        together = several.merged([said for at, said in self._said.values() if began - at < _LOST])
+        totals = replace(together.service, arrived_total=self._arrived, turned_away_total=self._turned_away)
+        return replace(together, service=totals)
 
-    def _load_of(self, name: str) -> int:
-        if name not in self._said:
-            return 0
-        service = self._said[name][1].service
-        return service.in_flight + service.queue_depth
+    def _divide(self, there: Iterable[str]) -> None:
+        """Gives each its part of the limits. While there are no requests, who had the last ones keeps his."""
+        loads = {name: self._load_of(name) for name in there}
+        speaking = {name for name, load in loads.items() if load is not None}
+        if any(loads.values()) or speaking != self._speaking or loads.keys() != self._shares.keys():
+            self._speaking = speaking
+            self._shares = dict(zip(loads, several.shares(list(loads.values())), strict=True))
+
+    def _load_of(self, name: str) -> int | None:
+        """How many requests it has; None if it has said nothing for a while."""
+        at, said = self._said.get(name, (-math.inf, None))
+        if said is None or asyncio.get_running_loop().time() - at > _SILENT:
+            return None
+        return said.service.in_flight + said.service.queue_depth
 
     def _heard_since(self, began: float) -> bool:
         return any(at >= began for at, _ in self._said.values())
@@ -70,10 +93,21 @@ class SeveralBalancers(BalancerHandle):
         snapshot = await self._told(client, listing)
         if snapshot is None:
             return
+        self._count(name, snapshot)
         self._said[name] = asyncio.get_running_loop().time(), snapshot
         for row in snapshot.replicas:
             if row.id in self._draining and row.status.phase is not Phase.LEAVING:
                 await self._drained(client, row.id)
+
+    def _count(self, name: str, snapshot: Snapshot) -> None:
+        """Counts what came since it spoke last, unless that is too long ago."""
+        at, last = self._said.get(name, (-math.inf, None))
+        if last is None or asyncio.get_running_loop().time() - at > _UNKNOWN:
+            return
+        now, before = snapshot.service, last.service
+        is_new = now.arrived_total < before.arrived_total  # a process that counts from 0
+        self._arrived += now.arrived_total - (0 if is_new else before.arrived_total)
+        self._turned_away += max(0, now.turned_away_total - (0 if is_new else before.turned_away_total))
 
     async def drain(self, id: int) -> bool:
         """Tells those that answered the last time at once, and the others when they answer again."""
@@ -93,16 +127,18 @@ class SeveralBalancers(BalancerHandle):
     async def _reached(self) -> dict[str, httpx.AsyncClient]:
         """A client for each; those of balancers that are gone are closed, and what they said is forgotten."""
         there = self.addresses()
-        for name, (address, client) in list(self._clients.items()):
-            if there.get(name) != address:
-                del self._clients[name]
-                await client.aclose()
-        for name in list(self._said):
-            if name not in there:
-                del self._said[name]
-        for name in self._asked.keys() - there.keys():
-            self._asked.pop(name).cancel()
+        gone = {name: client for name, (address, client) in self._clients.items() if there.get(name) != address}
+        asked = [self._asked.pop(name) for name in gone if name in self._asked]
+        for name in gone:
+            del self._clients[name]
+            self._said.pop(name, None)
         for name, address in there.items():
             if name not in self._clients:
                 self._clients[name] = address, self._new_client(address)
-        return {name: client for name, (_, client) in self._clients.items()}
+        reached = {name: client for name, (_, client) in self._clients.items()}
+        # Who still waits for an answer would take the end of its client for a failure of its own.
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await asyncio.gather(*(client.aclose() for client in gone.values()))
+        return reached

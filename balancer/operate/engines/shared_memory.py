@@ -1,7 +1,8 @@
 """For the user: which of several service files share which GPU of this machine, and how much memory each may use."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from balancer.errors import ConfigError
@@ -65,25 +66,35 @@ def described(recipes: Sequence[Recipe]) -> list[str]:
     return lines
 
 
-def fractions(recipes: Sequence[Recipe], up: Mapping[str, float] = NOTHING_GIVEN) -> dict[str, float]:
-    """What to give as --mem-fraction-static to each service that shares and says none itself, by its name.
+def fractions(
+    recipes: Sequence[Recipe], coming: Collection[str], up: Mapping[str, float] = NOTHING_GIVEN
+) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """What to give as --mem-fraction-static to each that comes up, shares and says none itself, by its name.
 
-    `up`: what those of the recipes have that are up already. Raises ConfigError, with the numbers, if one does not fit.
+    `up`: what those of the recipes have whose replicas run already. Also returns who is neither and has no place in the
+    plan, each with the reason. Raises ConfigError, with the numbers, if one that comes up does not fit, or one that is
+    up takes nobody knows how much.
     """
-    mute = {recipe.spec.name for recipe in recipes if not fraction(recipe) and recipe.spec.name not in up}
+    said = {recipe.spec.name for recipe in recipes if fraction(recipe)}
     given: dict[str, float] = {}
+    left_out: dict[str, str] = {}
     for made in plans(recipes, up):
+        names = {row.name for row in made.rows}
+        card = f"GPU {made.gpu.index} ({made.gpu.memory_total / 1024:.0f} GiB)"
         for row in made.rows:
-            if row.name not in mute:
-                continue
-            if row.problem:
-                size = made.gpu.memory_total / 1024
+            if row.name in up:
+                if row.problem and not up[row.name]:
+                    raise ConfigError(f"{row.name} is up, and shares {card}: {row.problem}")
+            elif row.problem and row.name not in coming:
+                left_out[row.name] = row.problem
+            elif row.problem and row.name not in said:
+                what = "is to share" if row.weights is None else "does not fit on"
                 raise ConfigError(
-                    f"{row.name} does not fit on GPU {made.gpu.index} ({size:.0f} GiB): {row.problem}"
-                    f"{_together(row.name, [name for name in up if name in {other.name for other in made.rows}])}"
+                    f"{row.name} {what} {card}: {row.problem}{_together(row.name, [one for one in up if one in names])}"
                 )
-            given[row.name] = min(row.fraction, given.get(row.name, 1.0))
-    return given
+            elif row.name in coming and row.name not in said:
+                given[row.name] = min(row.fraction, given.get(row.name, 1.0))
+    return given, list(left_out.items())
 
 
 def _together(name: str, up: Sequence[str]) -> str:
@@ -95,6 +106,11 @@ def _together(name: str, up: Sequence[str]) -> str:
 
 
 def _share(recipe: Recipe, given: float) -> Share:
-    weights, kv = capacity.weight(recipe)
-    each = max(1, recipe.gpus)
-    return Share(recipe.spec.name, weights / each / 2**30 if weights is not None else None, kv // each, given)
+    assert recipe.launch is not None
+    try:
+        weights, kv = capacity.weight(recipe)
+    except ConfigError as failure:
+        return Share(recipe.spec.name, None, given=given, problem=str(failure))
+    each, model = max(1, recipe.gpus), recipe.launch.model
+    gib = weights / each / 2**30 if weights is not None else None
+    return Share(recipe.spec.name, gib, kv // each, given, "" if Path(model).is_absolute() else model)

@@ -29,7 +29,9 @@ async def typed(
     except OSError as failure:
         raise CannotStart(f"{command[0]}: {failure.strerror}") from None
     try:
-        out, error = await asyncio.wait_for(process.communicate(given.encode() if given else None), timeout)
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes as the command ends.
+        async with asyncio.timeout(timeout):
+            out, error = await process.communicate(given.encode() if given else None)
     except (asyncio.CancelledError, TimeoutError) as failure:
         with contextlib.suppress(ProcessLookupError):  # with its plug-in, which is a process of its own
             os.killpg(process.pid, signal.SIGKILL)

@@ -5,7 +5,7 @@ whose turn it is, so its size is the same for all.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from balancer.operate.columns import aligned
 
@@ -23,13 +23,16 @@ _ROUNDED = 0.1  # GiB by which a share that is in force may exceed what is left 
 class Share:
     """What a service needs on each GPU: GiB of weights (None if unknown), KV cache bytes per token (0 if unknown).
 
-    `given`: the share of the card that it has already, for weights and KV cache; 0 if it is yet to get one.
+    `given`: the share of the card that it has already, for weights and KV cache; 0 if it is yet to get one. `model`:
+    what to pull if its weights are not here; empty if it cannot be pulled. `problem`: what else keeps them unknown.
     """
 
     name: str
     weights: float | None
     kv: int = 0
     given: float = 0.0
+    model: str = ""
+    problem: str = ""
 
     def pool(self, card: float) -> float:
         """GiB of KV cache that it has already."""
@@ -49,14 +52,19 @@ class Row:
 
 
 def plan(card: float, shares: Sequence[Share]) -> list[Row]:
-    """A row for each service on a shared GPU of `card` GiB. Earlier services get their place first."""
+    """A row for each service on a shared GPU of `card` GiB. Earlier services get their place first.
+
+    Of one that has its share already, and whose weights are unknown, all of the share may be weights.
+    """
+    shares = [replace(s, weights=s.given * card) if s.weights is None and s.given else s for s in shares]
     usable = card - _DRIVER - WORK
     there: list[Share] = []
     rows: dict[str, Row] = {}
     for share in shares:
         if share.weights is None:
-            said = "nobody knows how large its weights are until they are here: groundserve pull fetches them"
-            rows[share.name] = Row(share.name, None, problem=said)
+            fetch = f"groundserve pull {share.model}, or " if share.model else ""
+            said = f"nobody knows how large its weights are: {fetch}say --mem-fraction-static in its file"
+            rows[share.name] = Row(share.name, None, problem=share.problem or said)
             continue
         left = usable - _resident([*there, share])
         if left >= LEAST_POOL:
@@ -97,7 +105,7 @@ def shown(card: str, rows: Sequence[Row]) -> list[str]:
     for row in rows:
         weights = "?" if row.weights is None else f"{row.weights:.1f} GiB"
         if row.problem:
-            cells.append((row.name, weights, "-", "does not fit"))
+            cells.append((row.name, weights, "-", "?" if row.weights is None else "does not fit"))
         else:
             tokens = f" ({row.tokens:,} tokens)" if row.tokens else ""
             cells.append((row.name, weights, f"{row.pool:.1f} GiB{tokens}", f"{row.fraction:.3f}"))

@@ -20,6 +20,9 @@ from balancer.spec.settings import ReadinessProbe
 # listens on ${GROUNDSERVE_PORT:-8000} works with both.
 REPLICA_ID = "SKYPILOT_SERVE_REPLICA_ID"
 GPUS = "SKYPILOT_NUM_GPUS_PER_NODE"
+# And of a replica on several machines: how many, and which of them this is, from 0.
+NODES = "SKYPILOT_NUM_NODES"
+NODE_RANK = "SKYPILOT_NODE_RANK"
 PORT = "GROUNDSERVE_PORT"
 LEASE_WAIT = "LEASE_WAIT"
 GPU_SHARE = "GPU_SHARE"
@@ -59,7 +62,7 @@ class Recipe:
     spec: Spec
     # The SGLang command in `run:`; None if bash runs the script unchanged.
     launch: Launch | None
-    # GPUs that one replica takes.
+    # GPUs that one replica takes, on each of its machines.
     gpus: int
     # The port that every replica must use because the script knows no other; None if any free port will do.
     fixed_port: int | None
@@ -69,6 +72,8 @@ class Recipe:
     fits: int | None
     # Notes for the user, such as which commands of the script are not run.
     notes: tuple[str, ...]
+    # What else of the file goes into a replica where its engine runs it, such as an image, as text: the engine says it.
+    surroundings: str = ""
 
     @property
     def readiness_probe(self) -> ReadinessProbe:
@@ -81,7 +86,8 @@ class Recipe:
 
     def starts_like(self, other: "Recipe") -> bool:
         """Would a replica of the other recipe be the very same process?"""
-        return self.fixed_port == other.fixed_port and self.invocation(0, 0) == other.invocation(0, 0)
+        mine, others = ((one.fixed_port, one.surroundings, one.invocation(0, 0)) for one in (self, other))
+        return mine == others
 
     @property
     def workdir(self) -> Path:
@@ -102,6 +108,8 @@ class Recipe:
     def envs(self, id: int, port: int | str) -> dict[str, str]:
         """The variables that a replica finds in its environment; some may be secrets."""
         own = {REPLICA_ID: str(id), GPUS: str(self.gpus), PORT: str(port)}
+        if self.spec.num_nodes > 1:
+            own[NODES] = str(self.spec.num_nodes)
         shares = self.spec.operation.gpu_share
         if shares:
             own |= {GPU_SHARE: "yes", GPU_SLICE: f"{self.spec.settings.gpu_slice:g}"}
@@ -132,6 +140,16 @@ class Recipe:
             arguments += ["--", *hidden(launch.flags)[0]]
         return tuple(arguments)
 
+    def among_nodes(self, rank: str, meeting: str) -> tuple[str, ...]:
+        """What follows the command on one of several nodes: SGLang's own flags. `meeting` is where the nodes meet."""
+        nodes, launch = self.spec.num_nodes, self.launch
+        if nodes == 1 or launch is None:
+            return ()
+        flags = ["--nnodes", str(nodes), "--node-rank", rank, "--dist-init-addr", meeting]
+        if self.gpus and not {"--tp-size", "--tp"} & set(launch.flags):
+            flags += ["--tp-size", str(self.gpus * nodes)]
+        return tuple(flags if launch.flags else ["--", *flags])
+
     def _kinds(self) -> tuple[str, ...]:
         kinds = ",".join(self.spec.accelerators)
         return ("--gpu-kinds", kinds) if kinds else ()
@@ -141,7 +159,8 @@ class Recipe:
         """A hash that is equal for recipes that start replicas in the same way; reveals none of its input."""
         # Whose replica it is changes nothing about its start.
         told = {name: value for name, value in self.envs(0, 0).items() if name not in (SERVICE, PRIORITY)}
-        made = json.dumps([self.arguments(0) if self.launch else self.spec.run, sorted(told.items())])
+        said: list[object] = [self.arguments(0) if self.launch else self.spec.run, sorted(told.items())]
+        made = json.dumps([*said, self.surroundings] if self.surroundings else said)
         return hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
@@ -163,7 +182,12 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
             f"and `run:` starts something else{why_not and f' ({why_not})'}"
         )
     if launch is not None:
-        gpus = launch.gpus or gpus
+        if launch.gpus is not None and launch.gpus % spec.num_nodes:
+            raise ConfigError(
+                f"{spec.source}: num_nodes: run: takes {launch.gpus} GPUs, which cannot be spread evenly over "
+                f"{spec.num_nodes} machines"
+            )
+        gpus = launch.gpus // spec.num_nodes if launch.gpus is not None else gpus
         notes += [
             f"{spec.source}: run: `{part}` is not run: groundserve starts SGLang itself" for part in launch.left_out
         ]
@@ -189,14 +213,24 @@ def recipe(spec: Spec, version: int = 1, resources: str = "1x CPU") -> Recipe:
     return Recipe(version, spec, launch, gpus, fixed_port, resources, None, tuple(notes))
 
 
+def check_one_machine(spec: Spec) -> None:
+    """For engines whose replicas run on one machine each; raises ConfigError."""
+    if spec.num_nodes > 1:
+        raise ConfigError(
+            f"{spec.source}: num_nodes: one replica on {spec.num_nodes} machines runs on Slurm or Kubernetes only: say "
+            "which with --on"
+        )
+
+
 def for_kind(made: Recipe, kind: str) -> Recipe:
     """The recipe for replicas on GPUs of this kind; the file may ask for a different number of each kind."""
     spec = replace(made.spec, accelerators={kind: made.spec.accelerators[kind]})
-    return replace(recipe(spec, made.version), resources=made.resources, fits=made.fits)
+    again = with_fraction(recipe(spec, made.version), fraction(made) or None)
+    return replace(again, resources=made.resources, fits=made.fits)
 
 
 def fraction(recipe: Recipe) -> float:
-    """The --mem-fraction-static in the service file; 0 if there is none."""
+    """The --mem-fraction-static of its replicas; 0 if there is none."""
     flags = recipe.launch.flags if recipe.launch else ()
     said = 0.0
     for at, flag in enumerate(flags):
@@ -214,6 +248,12 @@ def with_fraction(made: Recipe, share: float | None) -> Recipe:
     if made.launch is None or not made.spec.operation.gpu_share or share is None or fraction(made):
         return made
     return replace(made, launch=replace(made.launch, flags=(*made.launch.flags, FRACTION, f"{share:g}")))
+
+
+def planned_fraction(made: Recipe) -> float:
+    """The share that it was given and that its file does not say; 0 if there is none."""
+    share = fraction(made)
+    return share if share and not fraction(recipe(made.spec)) else 0.0
 
 
 def _launch(spec: Spec, gpus: int) -> tuple[Launch | None, str]:

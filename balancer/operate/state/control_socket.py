@@ -20,6 +20,8 @@ Answer = Callable[[Mapping[str, Any], Say], Awaitable[Any]]
 
 # Seconds that a request may take to arrive; clients write it at once.
 _REQUEST_TIMEOUT = 10.0
+# Seconds that answers may still take at the end; whoever asked for the end gets his at once.
+_LAST_ANSWERS = 2.0
 # Bytes; the largest request holds a service file.
 _LINE_LIMIT = 4 << 20
 
@@ -63,8 +65,12 @@ async def serving(path: Path, answer: Answer) -> AsyncIterator[None]:
         yield
     finally:
         server.close()
-        # The client that asked for the service to end still gets its answer.
-        await asyncio.gather(*answering)
+        # The client that asked for the service to end still gets its answer; others must not keep the controller up.
+        if left := set(answering):
+            _, late = await asyncio.wait(left, timeout=_LAST_ANSWERS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
 
 def ask(path: Path, request: Mapping[str, Any], say: Say | None = None, timeout: float | None = 10) -> Any:

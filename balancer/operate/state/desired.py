@@ -47,6 +47,8 @@ class Desired:
     coming: int | None
     mode: Literal["rolling", "blue_green"]
     versions: tuple[Version, ...]
+    # Does the balancer know of the coming version's replicas, in a blue-green update?
+    is_switched: bool = False
     # Admin ports of balancers that somebody else started.
     balancers: tuple[str, ...] = ()
 

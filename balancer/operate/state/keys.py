@@ -30,7 +30,7 @@ def drawn(path: Path, mode: int = 0o600) -> str:
         raise broken(path, "it holds no key")
     try:
         if not key:
-            key = secrets.token_urlsafe(32)
+            key = secrets.token_hex(32)  # no hyphen at its start, which a flag's value cannot have
             write_whole(path, key, mode)
         elif path.stat().st_mode & 0o777 != mode:
             path.chmod(mode)

@@ -15,19 +15,32 @@ from balancer.relay.unavailable import FULL_FOR, retry_after
 class ContinuedRelay:
     """Gives the client whole events, after a comment that names the new replica; unchanged without a `translation`.
 
-    `refusal` says why the second answer cannot follow the first, if it cannot.
+    `body` is a copy of the request's, which is not needed once the replica answers. `refusal` says why the second
+    answer cannot follow the first, if it cannot. `has_ended`: the client has all of it, though the replica had more to
+    say.
     """
 
-    def __init__(self, place: Place, reply: Reply, record: Record, translation: Translation | None, most: int) -> None:
+    def __init__(
+        self,
+        place: Place,
+        reply: Reply,
+        record: Record,
+        translation: Translation | None,
+        most: int,
+        body: list[bytes],
+    ) -> None:
         self._place = place
+        self._body = body
         self._reply = reply
         self._record = record
         self._translation = translation
         self._kept = Keeper(most, is_cumulative=True)
         self._has_begun = False
         self.refusal: CannotContinue | None = None
+        self.has_ended = False
 
     def on_head(self, status: int, headers: Headers, length: int | None) -> bool:
+        self._body.clear()  # the original may make room for others, and this is counted nowhere
         record = self._record
         record.replica_status = status
         if status == 503:
@@ -63,6 +76,9 @@ class ContinuedRelay:
             raise Unwanted from None
         if data:
             self._reply.body(data)
+        if self._translation is not None and self._translation.is_over:
+            self.has_ended = self.on_end(0.0)
+            raise Unwanted
 
     def _whole(self, data: bytes) -> bytes:
         if self._translation is not None:

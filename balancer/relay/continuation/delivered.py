@@ -19,6 +19,7 @@ class Delivered:
     """The answer so far. `is_done`: only the end of the HTTP response was missing."""
 
     text: str = ""
+    pieces: list[str] = field(default_factory=list)  # the text by events, but for /generate
     reasoning: str = ""  # which came before the text, without its tags
     has_opened: bool = False  # the opening event, before any text, has arrived
     has_usage: bool = False  # the event with the usage has arrived, which nothing follows but the end
@@ -37,6 +38,12 @@ class Delivered:
     def is_empty(self) -> bool:
         """Has the client received nothing that was generated?"""
         return not self.text and not self.reasoning and self.finish is None and not self.completion_tokens
+
+    def add(self, text: str) -> None:
+        """The text of one event."""
+        if text:
+            self.text += text
+            self.pieces.append(text)
 
 
 def delivered(path: str, pieces: list[bytes]) -> Delivered:
@@ -71,7 +78,7 @@ def _note_choice(so_far: Delivered, choice: dict[str, Any]) -> None:
         raise CannotContinue("logprobs")
     delta = choice.get("delta")
     if delta is None:
-        so_far.text += choice["text"]
+        so_far.add(choice["text"])
     else:
         if delta.get("tool_calls"):
             raise CannotContinue("tools")
@@ -80,7 +87,7 @@ def _note_choice(so_far: Delivered, choice: dict[str, Any]) -> None:
                 raise CannotContinue("reasoning")  # begun anew, in a way that its parser hides
             so_far.reasoning += reasoning
         so_far.has_opened = so_far.has_opened or "role" in delta
-        so_far.text += delta.get("content") or ""
+        so_far.add(delta.get("content") or "")
     so_far.finish = choice.get("finish_reason") or so_far.finish
 
 
@@ -109,7 +116,7 @@ def _note_messages(so_far: Delivered, said: dict[str, Any]) -> None:
             so_far.is_block_open = True
             so_far.blocks += 1
         case "content_block_delta":
-            so_far.text += said["delta"]["text"]
+            so_far.add(said["delta"]["text"])
         case "content_block_stop":
             so_far.is_block_open = False
         case "message_delta":

@@ -1,14 +1,14 @@
 """Server-sent events as SGLang writes them: splitting, parsing, and writing them the same way."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 DONE = b"[DONE]"
-EVENT_END = b"\n\n"  # as SGLang ends its events
+EVENT_END: Final = b"\n\n"  # as SGLang ends its events
 ENDS = (EVENT_END, b"\r\n\r\n")
-_TYPE = b"text/event-stream"
+_TYPE: Final = b"text/event-stream"
 
 
 def is_event_stream(content_type: bytes) -> bool:

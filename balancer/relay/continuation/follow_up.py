@@ -8,6 +8,7 @@ import orjson
 from balancer.relay.continuation.anthropic import as_chat
 from balancer.relay.continuation.delivered import CannotContinue, Delivered
 from balancer.relay.continuation.stops import stop_strings
+from balancer.relay.continuation.token_ids import with_ids
 from balancer.routing.body import MAX_NANOSECONDS, PER_BYTE, nanoseconds
 
 CHAT = "/v1/chat/completions"
@@ -43,6 +44,12 @@ DEPENDING = {
     "video_data": "video",
 }
 PARTS = ("text", "image_url")
+# Where the limit on tokens is, by the path that the rest is asked for at; of two, SGLang holds to the first.
+LIMITS = {
+    CHAT: ("max_completion_tokens", "max_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/generate": ("max_new_tokens",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,8 @@ class FollowUp:
     reasoning_tokens: int  # of these
     most: int | None  # the client's limit on tokens
     is_muted: bool
+    tells_usage: bool  # the client gets an event with the usage,
+    tells_usage_often: bool  # and has it in every other event
 
 
 def read_request(pieces: list[bytes]) -> dict[str, Any]:
@@ -74,33 +83,45 @@ def read_request(pieces: list[bytes]) -> dict[str, Any]:
 
 
 def follow_up(
-    path: str, request: dict[str, Any], so_far: Delivered, tokens: int, reasoned: str = "", reasoning_tokens: int = 0
+    path: str,
+    request: dict[str, Any],
+    so_far: Delivered,
+    tokens: int,
+    reasoned: str = "",
+    reasoning_tokens: int = 0,
+    ids: list[int] | None = None,
 ) -> FollowUp:
     """`tokens` is how many the client already has, of which `reasoning_tokens` are reasoning; `reasoned` is that, with
-    its tags. Raises CannotContinue if the answer cannot continue elsewhere.
+    its tags. `ids` are the prompt's and the answer's so far, where the text would be read as others. Raises
+    CannotContinue if the answer cannot continue elsewhere.
     """
     try:
         check(path, request, so_far)
-        wish = _WISHES[path](request, so_far, reasoned)
+        wish = _WISHES[path](request, so_far, reasoned) if not ids else _limited(path, with_ids(path, request, ids))
     except (KeyError, TypeError, AttributeError, IndexError):
         raise CannotContinue("format") from None
-    holder = wish.get("sampling_params", wish)
-    limits = [name for name in ("max_completion_tokens", "max_tokens", "max_new_tokens") if holder.get(name)]
-    most = holder[limits[0]] if limits else None
-    if most is not None and type(most) is not int:
+    where = CHAT if path == "/v1/messages" else path
+    holder = wish["sampling_params"] if path == "/generate" else wish
+    limits = [name for name in LIMITS[where] if holder.get(name)]
+    if any(type(holder[name]) is not int for name in limits):
         raise CannotContinue("format")
+    most = holder[limits[0]] if limits else None
     has_all = so_far.finish is not None or (so_far.blocks > 0 and not so_far.is_block_open)
     is_muted = has_all or (most is not None and tokens >= most)
     if is_muted and not limits:
-        limits = ["max_new_tokens" if path == "/generate" else "max_tokens"]
+        limits = [LIMITS[where][-1]]
     for name in limits:
-        holder[name] = 1 if is_muted else holder[name] - tokens
+        holder[name] = 1 if is_muted else max(1, holder[name] - tokens)
     wish.pop("rid", None)  # the other replica may know this request id already
     keeps_stop = bool(holder.get("no_stop_trim"))
-    where = CHAT if path == "/v1/messages" else path
-    body = orjson.dumps(wish)
     stops = stop_strings(holder.get("stop"))
-    return FollowUp(where, body, stops, keeps_stop, tokens, reasoning_tokens, most, is_muted)
+    options = wish.get("stream_options")
+    options = options if isinstance(options, dict) else {}
+    tells_usage, often = bool(options.get("include_usage")), bool(options.get("continuous_usage_stats"))
+    if stops and tells_usage:  # at a stop string across the seam, nothing later is waited for
+        wish["stream_options"] = options | {"continuous_usage_stats": True}
+    body = orjson.dumps(wish)
+    return FollowUp(where, body, stops, keeps_stop, tokens, reasoning_tokens, most, is_muted, tells_usage, often)
 
 
 def ending(path: str, request: dict[str, Any], so_far: Delivered) -> bytes | None:
@@ -119,7 +140,7 @@ def ending(path: str, request: dict[str, Any], so_far: Delivered) -> bytes | Non
 
 def check(path: str, request: dict[str, Any], so_far: Delivered) -> None:
     """Raises CannotContinue if the rest of the answer depends on more than the text so far."""
-    sampling = request.get("sampling_params") or {}
+    sampling = (request.get("sampling_params") if path == "/generate" else None) or {}
     if not isinstance(sampling, dict):
         raise CannotContinue("several answers")
     asked = request | sampling
@@ -180,8 +201,7 @@ def _completion(request: dict[str, Any], so_far: Delivered, _: str) -> dict[str,
     wish = dict(request)
     if so_far.text:
         wish["prompt"] += so_far.text
-    wish.setdefault("max_tokens", COMPLETION_TOKENS)
-    return wish
+    return _limited("/v1/completions", wish)
 
 
 def _generate(request: dict[str, Any], so_far: Delivered, _: str) -> dict[str, Any]:
@@ -190,13 +210,20 @@ def _generate(request: dict[str, Any], so_far: Delivered, _: str) -> dict[str, A
         if not isinstance(request.get("text"), str):
             raise CannotContinue("several answers" if request.get("text") else "token ids")
         wish["text"] += so_far.text
-    sampling = dict(request.get("sampling_params") or {})
-    sampling.setdefault("max_new_tokens", GENERATE_TOKENS)
-    return wish | {"sampling_params": sampling}
+    return _limited("/generate", wish)
 
 
 def _messages(request: dict[str, Any], so_far: Delivered, reasoned: str) -> dict[str, Any]:
     return _chat(as_chat(request), so_far, reasoned)
+
+
+def _limited(path: str, wish: dict[str, Any]) -> dict[str, Any]:
+    """With SGLang's own limit on tokens where the client has set none."""
+    if path == "/v1/completions":
+        return {"max_tokens": COMPLETION_TOKENS} | wish
+    if path == "/generate":
+        return wish | {"sampling_params": {"max_new_tokens": GENERATE_TOKENS} | (wish.get("sampling_params") or {})}
+    return wish
 
 
 def _holds_ids(prompt: Any) -> bool:

@@ -18,13 +18,20 @@ class Format(Protocol):
     def ended(self) -> bytes:
         """What replaces the second answer's last event, [DONE]."""
 
+    def cut(self) -> bytes | None:
+        """All that follows a stop string found across the seam; None while there is none."""
+
 
 class Translation:
-    """Takes the second answer as it arrives and returns what the client gets of it."""
+    """Takes the second answer as it arrives and returns what the client gets of it.
+
+    `is_over`: a stop string was found across the seam, and the client has all; the replica would not stop there.
+    """
 
     def __init__(self, path: str, so_far: Delivered, follow: FollowUp) -> None:
         self._format: Format = _FORMATS[path](so_far, follow)
         self._unread = b""
+        self.is_over = False
 
     def take(self, data: bytes) -> bytes:
         """Raises CannotContinue if the second answer cannot continue the first."""
@@ -33,10 +40,17 @@ class Translation:
         whole, self._unread = data[:end], data[end:]
         if not whole:
             return b""
+        got: list[bytes] = []
         try:
-            return b"".join([self._event(event) for event in data_of(whole)])
+            for event in data_of(whole):
+                got.append(self._event(event))
+                if (ending := self._format.cut()) is not None:
+                    self.is_over = True
+                    got.append(ending)
+                    break
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise CannotContinue("unreadable") from None
+        return b"".join(got)
 
     def _event(self, data: bytes) -> bytes:
         return self._format.ended() if data == DONE else self._format.translated(parsed(data))
@@ -50,20 +64,29 @@ class _OpenAI:
         self._follow = follow
         self._seam = Seam(follow.stops, so_far.text, follow.keeps_stop)
         self._is_finished = so_far.finish is not None
+        self._usage_at_stop = b""  # the event with the usage, at a stop string across the seam
 
     def translated(self, said: dict[str, Any]) -> bytes:
         if "error" in said:
             return written(said)
         said |= self._so_far.names
         choices = said["choices"]
-        if choices and not self._goes_on(choices[0]):
-            return b""
+        goes_on = not choices or self._goes_on(choices[0])
         if usage := said.get("usage"):
             said["usage"] = _whole_usage(usage, self._follow)
-        return written(said)
+            if choices and self._seam.is_stop():
+                self._usage_at_stop = written(said | {"choices": []})
+            if choices and not self._follow.tells_usage_often:
+                said["usage"] = None  # only we asked for it
+        return written(said) if goes_on else b""
 
     def ended(self) -> bytes:
         return b"data: [DONE]\n\n"
+
+    def cut(self) -> bytes | None:
+        if not self._seam.is_stop() or (self._follow.tells_usage and not self._usage_at_stop):
+            return None
+        return (self._usage_at_stop if self._follow.tells_usage else b"") + self.ended()
 
     def _goes_on(self, choice: dict[str, Any]) -> bool:
         """Makes the choice part of the first answer; False if none of it is for the client."""
@@ -126,8 +149,6 @@ class _Generate:
     def translated(self, said: dict[str, Any]) -> bytes:
         if "error" in said:
             return written(said)
-        if self._seam.is_stop():
-            return b""
         so_far, meta = self._so_far, said["meta_info"]
         finish = meta["finish_reason"]
         if self._follow.is_muted:
@@ -155,6 +176,9 @@ class _Generate:
 
     def ended(self) -> bytes:
         return b"data: [DONE]\n\n"
+
+    def cut(self) -> bytes | None:
+        return self.ended() if self._seam.is_stop() else None
 
 
 class _Messages:
@@ -206,6 +230,9 @@ class _Messages:
                 written_with_name({"type": "message_stop"}),
             )
         )
+
+    def cut(self) -> bytes | None:
+        return self.ended() if self._seam.is_stop() else None
 
 
 _FORMATS: dict[str, type[_OpenAI] | type[_Generate] | type[_Messages]] = {

@@ -1,5 +1,6 @@
 """Who may do what: keys, TLS, and the admin port of the containers."""
 
+import json
 import ssl
 import subprocess
 import time
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from tests.e2e.docker.conftest import LAB_FILES
-from tests.e2e.docker.project import Project
+from tests.e2e.docker.project import Project, docker
 
 pytestmark = pytest.mark.docker
 
@@ -97,3 +98,29 @@ def test_admin_port_without_a_key(lab: Project) -> None:
     assert refused.status_code == 403
     assert "--admin-key" in refused.json()["error"]["message"]
     assert len(lab.ready()) == 2
+    for port, path in ((30001, "/v1/models"), (30002, "/status")):
+        answer = httpx.get(lab.url(port) + path, headers={"Host": "evil.example"}, timeout=10)
+        assert answer.status_code == 403, "a name that was made to point here"
+
+
+def test_a_token_is_shown_by_no_inspect(lab_images: Project, folder: Path) -> None:
+    """Given in the environment or as a file, it comes to the replica and is no variable of the container."""
+    assert lab_images.files == LAB_FILES
+    project = Project("groundserve-test-token", LAB_FILES)
+    (folder / "token").write_text("hush-2\n")
+    (folder / "token").chmod(0o644)
+    ask = "import os; from replica.options import token; print(token(os.environ))"
+    given = ({"HF_TOKEN": "hush$1"}, {"HF_TOKEN_FILE": str(folder / "token")}, {"HF_TOKEN": ""})
+    try:
+        for environ, token in zip(given, ("hush$1", "hush-2", "None"), strict=True):
+            project.compose("up", "-d", "--no-deps", "--force-recreate", "replica", **environ)
+            (replica,) = project.containers()
+            assert docker("exec", replica.id, "python3", "-c", ask).strip() == token
+            assert "hush" not in docker("inspect", replica.id)
+        services = json.loads(project.compose("--profile", "pull", "config", "--format", "json", **given[0]))[
+            "services"
+        ]
+        assert services["pull"]["configs"] == services["replica"]["configs"]
+        assert not services["pull"].get("read_only"), "Compose copies nothing into one that is"
+    finally:
+        project.down()

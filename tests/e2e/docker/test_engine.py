@@ -12,7 +12,7 @@ import pytest
 
 from balancer.operate.engines.compose.project import name_of
 from balancer.operate.state.service_folder import ServiceFolder
-from tests.e2e.docker.conftest import CPU_FILES, LAB_FILES
+from tests.e2e.docker.conftest import CPU_FILES, LAB_FILES, build_lab
 from tests.e2e.docker.project import ROOT, TAG, Project, docker
 from tests.operate.command_line import Groundserve
 from tests.operate.test_update import CHAT, streaming
@@ -183,6 +183,21 @@ def test_secrets_and_keys(groundserve: OnCompose) -> None:
     assert groundserve.ask().status_code == 401
     (used,) = json.loads(groundserve("usage", "--by", "key", "--json"))
     assert (used["key"], used["requests"]) == ("alice", 1)
+    groundserve("down", NAME)
+
+
+def test_an_image_that_is_built_anew(groundserve: OnCompose, lab_images: Project) -> None:
+    """A replica of the earlier image is known by it, and a restart replaces it."""
+    groundserve.start(groundserve.file(replicas=1))
+    (before,) = groundserve.containers()
+    build_lab(lab_images, version=5)
+    status = groundserve.until(NAME, lambda status: "reason" in status["replicas"][0])
+    image = docker("inspect", "-f", "{{.Image}}", before).strip().removeprefix("sha256:")[:12]
+    assert status["replicas"][0]["reason"].startswith(f"it runs image {image}, and groundserve-test/replica:test is ")
+    assert status["service"]["ready"] == 1
+    groundserve("restart", NAME)
+    (row,) = groundserve.until(NAME, lambda status: status["service"]["total"] == 1)["replicas"]
+    assert (row["status"], row.get("reason")) == ("READY", None)
     groundserve("down", NAME)
 
 

@@ -140,9 +140,13 @@ def test_what_stops_has_longer_than_its_drain() -> None:
 
 def test_published_ports() -> None:
     """The endpoint is published at BIND's address, the admin port only on loopback."""
-    ports = {port["target"]: port for port in config(BIND="0.0.0.0", PORT="8080")["services"]["balancer"]["ports"]}
+    balancer = config(BIND="0.0.0.0", PORT="8080")["services"]["balancer"]
+    ports = {port["target"]: port for port in balancer["ports"]}
     assert (ports[30001]["host_ip"], ports[30001]["published"]) == ("0.0.0.0", "8080")
     assert ports[30002]["host_ip"] == "127.0.0.1"
+    for told, where in ((balancer, "0.0.0.0"), (config()["services"]["balancer"], "127.0.0.1")):
+        assert told["environment"]["BALANCER_PUBLISHED"] == where, "it refuses public names where it should"
+        assert told["environment"]["BALANCER_ADMIN_PUBLISHED"] == "127.0.0.1"
 
 
 def test_tls_without_a_folder_says_what_is_missing() -> None:
@@ -159,7 +163,7 @@ def test_env_example_explains_every_variable_and_no_other() -> None:
     explained = dict(re.findall(r"^#([A-Z_\d]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert set(explained) == set(used)
     # These show what could be given instead of the default.
-    examples = {"SGLANG_ARGS", "SGLANG_ARGS_2", "BALANCER_SET", "LEASE_FOLDER"}
+    examples = {"SGLANG_ARGS", "SGLANG_ARGS_2", "BALANCER_SET", "LEASE_FOLDER", "OTLP"}
     for name, shown in explained.items():
         assert name in examples or not shown or shown in used[name], f"{name}={shown}, but the default is {used[name]}"
 

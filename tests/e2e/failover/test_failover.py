@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.failover, pytest.mark.timeout(600)]
 
 ADDRESS = "10.77.0.100"
 URL = f"http://{ADDRESS}:30001"
+PACKAGES = ("keepalived", "curl")
 NAMES = ("b1", "b2")
 # Seconds for which clients of the address may be without an answer.
 MOST = 3.0
@@ -42,7 +43,7 @@ class Client:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(root_with(["keepalived", "curl"]), NAMES, tmp_path_factory.mktemp("failover")) as made:
+    with Hosts(root_with(PACKAGES), NAMES, tmp_path_factory.mktemp("failover")) as made:
         for name in NAMES:
             write_configuration(made, name)
         yield made

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from balancer.operate.state import control_socket
 from tests.lab.hosts import ROOT
 from tests.lab.kubernetes.control_plane import ControlPlane
@@ -32,8 +34,8 @@ class Served:
         }
         self._up: Program | None = None
 
-    def file(self, replicas: int = 2, flags: str = FLAGS, **ours: object) -> Path:
-        """The service file; `ours` are settings."""
+    def file(self, replicas: int = 2, flags: str = FLAGS, nodes: int = 1, gpus: int = 1, **ours: object) -> Path:
+        """The service file; `nodes` are those of each replica, which has `gpus` on each; `ours` are settings."""
         section = {
             "image": "lab/replica-cpu:1",
             "balancer_image": "lab/balancer:1",
@@ -46,7 +48,8 @@ class Served:
                 "readiness_probe": {"path": "/health", "endpoint_probe_interval_seconds": 0.5},
                 "replicas": replicas,
             },
-            "resources": {"accelerators": "L4:1"},
+            "resources": {"accelerators": f"L4:{gpus}"},
+            "num_nodes": nodes,
             "envs": {"LAB_FLAGS": flags},
             "x-groundserve": {**settings, "kubernetes": section},
             "run": "python -m replica --model smollm2-135m",
@@ -62,6 +65,41 @@ class Served:
         self._up.until("stop   groundserve down", PATIENCE)
         wait_until(self.endpoints, within=PATIENCE, fits=lambda urls: len(urls) == 2)
         return self._up
+
+    def up_in_the_cluster(self) -> None:
+        """Applies what `groundserve manifests` prints; returns when two replicas are ready."""
+        self.cluster.kubectl("apply", "-f", str(self.manifests(self.file())))
+        wait_until(self.endpoints, within=PATIENCE, fits=lambda urls: len(urls) == 2)
+        self.balancers_know(2)
+
+    def manifests(self, file: Path) -> Path:
+        """The file with all objects of a service."""
+        path = self.folder / "objects.yaml"
+        path.write_text(self("manifests", file, "--open", "--kubernetes", "1.20"))
+        return path
+
+    def balancers_know(self, count: int) -> None:
+        """Waits until each balancer has so many replicas, all of them ready, of which a controller told it."""
+
+        def rows() -> list[list[dict[str, Any]]]:
+            admins = [url.replace(":30001", ":30002") for url in self.endpoints()]
+            try:
+                return [httpx.get(f"{admin}/status", timeout=10).json()["replicas"] for admin in admins]
+            except (httpx.HTTPError, ValueError):  # it is not there yet
+                return [[]]
+
+        wait_until(
+            rows,
+            within=PATIENCE,
+            fits=lambda said: (
+                all(len(rows) == count for rows in said)
+                and all(row["status"] == "READY" and row["infra"] == "kubernetes" for rows in said for row in rows)
+            ),
+        )
+
+    def in_the_pod(self, *arguments: str, code: int = 0) -> str:
+        """What the command prints in the pod of the cluster's controller."""
+        return self.cluster.kubectl("exec", f"deploy/{NAME}-controller", "--", "groundserve", *arguments, code=code)
 
     def __call__(self, *arguments: str | Path, code: int = 0) -> str:
         """What the command prints."""

@@ -7,10 +7,11 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -143,32 +144,31 @@ async def browser(folder: Path) -> AsyncIterator[Browser]:
 async def driven() -> AsyncIterator[str]:
     """The address of a chromedriver. It takes a free port of IPv4, and gives up if IPv6 has it taken: so again."""
     for _ in range(5):
-        process = await asyncio.create_subprocess_exec(
-            driver(),
-            "--port=0",
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            said, port = await _port(process)
-            if port:
-                yield f"http://127.0.0.1:{port}"
-                return
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: the driver, and a Chromium that would not go
-            await process.wait()
+        # A file, because what Chromium leaves behind for a moment would hold a pipe open.
+        with tempfile.TemporaryFile() as output:
+            process = await asyncio.create_subprocess_exec(
+                driver(), "--port=0", stdout=output, stderr=asyncio.subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                said, port = await _port(process, output)
+                if port:
+                    yield f"http://127.0.0.1:{port}"
+                    return
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its own session: the driver, and a Chromium that stays
+                await process.wait()
     raise AssertionError(f"chromedriver does not start: {said}")
 
 
-async def _port(process: asyncio.subprocess.Process) -> tuple[str, int]:
+async def _port(process: asyncio.subprocess.Process, output: IO[bytes]) -> tuple[str, int]:
     """What it said until it listened, or ended, and where it listens; 0 for nowhere."""
-    assert process.stdout is not None
-    said = ""
     async with asyncio.timeout(60):
-        async for line in process.stdout:
-            said += line.decode(errors="replace")
+        while True:
+            has_ended = process.returncode is not None
+            said = os.pread(output.fileno(), 65536, 0).decode(errors="replace")
             if found := re.search(r"started successfully on port (\d+)", said):
                 return said, int(found[1])
-    return said, 0
+            if has_ended:
+                return said, 0
+            await asyncio.sleep(0.02)

@@ -4,9 +4,11 @@ import asyncio
 import base64
 import json
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from balancer.accounts.store import HOUR, Store
 from balancer.app import Balancer
 from tests.contract.altered import Altered
 from tests.e2e.page.browser import Browser, browser
@@ -79,7 +82,7 @@ def test_it_shows_a_new_fact_by_one_line_more(tmp_path: Path) -> None:
     async def main(admin: str) -> None:
         async with browser(tmp_path / "profile") as tab:
             await tab.open(f"{admin}/")
-            await tab.until("document.querySelector('.card .about')?.innerText.includes('gpu-2')")
+            await tab.until("document.querySelector('.card .about')?.innerText.includes('r7')")
 
     with altered.balancer() as admin:
         httpx.put(f"{admin}/replicas", json=altered.told(), trust_env=False).raise_for_status()
@@ -90,9 +93,14 @@ def test_it_shows_who_had_a_shared_gpu(tmp_path: Path) -> None:
     async def main() -> None:
         seat = Seat(tmp_path / "leases", note="mine")
         seat.directory.mkdir()
-        async with page(tmp_path, LabReplica(seat=seat)) as (_, tab):
+        async with page(tmp_path, replica := LabReplica(seat=seat)) as (balancer, tab):
             await tab.until("document.querySelector('#strips .lane path')?.getAttribute('d').includes('M')")
             assert await tab.text("#strips figcaption") == "GPU-a"
+            told = {"id": 1, "name": "replica-1", "endpoint": replica.url, "leased": "GPU 3 (L4, GPU-a)"}
+            async with client_of(balancer) as client:
+                put = await client.put(f"{balancer.admin_endpoint}/replicas", json={"replicas": [told]})
+                put.raise_for_status()
+            await tab.until("document.querySelector('#strips figcaption').textContent === 'GPU 3 (L4, GPU-a)'")
             label = await tab.run("return document.querySelector('#strips svg').getAttribute('aria-label')")
             assert label.startswith("replica-1 has it now, and had it for ")
 
@@ -286,6 +294,89 @@ def test_usage_is_shown_to_who_has_the_admin_key(tmp_path: Path) -> None:
             await tab.press("\ue007")
             await tab.until("document.querySelectorAll('#used tr').length === 1")
             assert (await tab.texts("#used tr"))[0].split()[:3] == ["–", "lab", "1"]
+
+    run(main())
+
+
+def test_usage_is_drawn_day_by_day(tmp_path: Path) -> None:
+    """A bar for each day and key, as high as its tokens; the same in words for who does not see it."""
+
+    async def main() -> None:
+        now = int(time.time())
+        today = datetime.fromtimestamp(now, UTC).date()
+        store = Store(tmp_path / "state")
+        hour = now // HOUR
+        store.write([(hour, "ann", "lab", 4, 0, 300, 100, 0), (hour, "bob", "lab", 1, 0, 90, 10, 0)], {})
+        store.write([(hour - 48, "ann", "lab", 1, 0, 150, 50, 0), (hour - 24 * 60, "ann", "lab", 1, 0, 9**9, 1, 0)], {})
+        store.close()
+        async with page(
+            tmp_path, LabReplica(), admin_key="sesame", state=tmp_path / "state", expected="status of 4"
+        ) as (_, tab):
+            await tab.click("#show-usage")
+            await tab.until("document.getElementById('admin').open")
+            await tab.type("#admin-key", "sesame")
+            await tab.press("\ue007")
+            await tab.until("document.querySelectorAll('#chart rect').length === 3")
+            read = "[node.getAttribute('class'), +node.getAttribute('height'), +node.getAttribute('x')]"
+            bars = await tab.run(f"return [...document.querySelectorAll('#chart rect')].map((node) => {read})")
+            (_, before, earlier), (ann, high, x), (bob, low, same) = bars
+            assert (ann, bob, x) == ("shade-0", "shade-1", same)
+            assert (x - earlier, high, low, before) == (40, 96, 24, 48)
+            assert await tab.texts("#legend li") == ["ann", "bob"]
+            label = await tab.run("return document.getElementById('chart').getAttribute('aria-label')")
+            assert label == f"Tokens a day, last 30 days: 700 in all, most on {today}: 500"
+            assert await tab.run("return document.getElementById('chart').getBoundingClientRect().height") > 80
+
+    run(main())
+
+
+def test_keys_are_issued_rotated_and_revoked(tmp_path: Path) -> None:
+    async def main() -> None:
+        shown = page(tmp_path, LabReplica(), admin_key="sesame", state=tmp_path / "state", expected="status of 4")
+        async with shown as (balancer, tab), client_of(balancer) as client:
+
+            async def status_with(key: str) -> int:
+                return (await client.post(CHAT, json=chat(), headers={"Authorization": f"Bearer {key}"})).status_code
+
+            async def secret(said: str) -> str:
+                await tab.until("document.getElementById('secret-text').value.startsWith('sk-')")
+                assert said in await tab.text("#secret")
+                value = str(await tab.run("return document.getElementById('secret-text').value"))
+                await tab.click("#secret-seen")
+                assert await tab.run("return document.getElementById('secret-text').value") == ""
+                return value
+
+            await tab.click("#show-usage")
+            await tab.until("document.getElementById('admin').open")
+            await tab.type("#admin-key", "sesame")
+            await tab.press("\ue007")
+            await tab.until("!document.getElementById('keys').hidden")
+            assert "No key has been issued" in await tab.text("#keys")
+            await tab.click("#issue-box summary")
+            await tab.type("#issue [name=name]", "alice")
+            await tab.type("#issue [name=requests_per_day]", "50")
+            await tab.type("#issue [name=models]", "lab, llama*")
+            await tab.click("#issue button")
+            first = await secret("alice")
+            assert (await tab.texts("#issued td"))[:10] == [
+                *("alice", "in use", "–", "–", "50", "–", "–", "interactive", "lab, llama*", "–")
+            ]
+            assert [await status_with(first), await status_with("sk-other")] == [200, 401]
+            await tab.click("#issued button[aria-label='Rotate alice']")
+            assert await tab.text("#issued button[aria-label='Rotate alice']") == "Rotate: sure?"
+            assert await status_with(first) == 200
+            await tab.click("#issued button[aria-label='Rotate alice']")
+            second = await secret("alice")
+            assert [await status_with(first), await status_with(second)] == [401, 200]
+            for _ in range(2):
+                await tab.click("#issued button[aria-label='Revoke alice']")
+            await tab.until("document.querySelector('#issued td:nth-child(2)').innerText === 'revoked'")
+            assert await status_with(second) == 401
+            assert not await tab.run("return [...document.querySelectorAll('#issued button')].some((b) => !b.hidden)")
+            await tab.run("document.querySelector('#issue [name=name]').removeAttribute('pattern')")
+            await tab.type("#issue [name=name]", "a b")
+            await tab.click("#issue button")
+            await tab.until("!document.getElementById('keys-failure').hidden")
 
     run(main())
 

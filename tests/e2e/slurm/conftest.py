@@ -9,12 +9,12 @@ from tests.support.until import wait_until
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
-    """One controller and two nodes with three GPUs each."""
+def slurm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
+    """One controller and two nodes, or as many as the module's NODES, with three GPUs each."""
     folder = Path(tmp_path_factory.mktemp("slurm"))
     for above in (folder, *folder.parents[:2]):
         above.chmod(0o755)  # for the lab's ordinary user
-    with SlurmLab(folder, settings={"KillWait": 5}) as lab:
+    with SlurmLab(folder, getattr(request.module, "NODES", 2), {"KillWait": 5}) as lab:
         yield lab
 
 

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from balancer.operate.state import control_socket
@@ -37,15 +36,21 @@ class Served:
         return self.at(sys.executable, "-m", "balancer.cli", *words, code=code, within=within, **environ)
 
     def file(
-        self, run: str = STREAMS, replicas: int = 2, slurm: Mapping[str, object] | None = None, **ours: object
+        self,
+        run: str = STREAMS,
+        replicas: int = 2,
+        slurm: Mapping[str, object] | None = None,
+        nodes: int = 1,
+        gpus: int = 1,
+        **ours: object,
     ) -> str:
-        """The path of a service file. Its replicas take a GPU each, and are looked at often."""
+        """The path of a service file. Its replicas take `gpus` of each of their nodes, and are looked at often."""
         service = {"replicas": replicas, "readiness_probe": {"path": "/health", "endpoint_probe_interval_seconds": 0.5}}
         settings = {"min_ready": 0, "restart_backoff": 0.2, "stop_grace": 10, **ours}
         if slurm:
             settings["slurm"] = slurm
-        text = f"name: {self.name}\nservice: {json.dumps(service)}\nresources: {{accelerators: L4:1}}\n"
-        text += "envs: {REPLICA_PRETEND_GPUS: '3'}\n"
+        text = f"name: {self.name}\nservice: {json.dumps(service)}\nresources: {{accelerators: 'L4:{gpus}'}}\n"
+        text += f"envs: {{REPLICA_PRETEND_GPUS: '3'}}\nnum_nodes: {nodes}\n"
         path = self.slurm.shared / self.name / f"{self.name}.yaml"
         path.write_text(f"{text}x-groundserve: {json.dumps(settings)}\nworkdir: {ROOT}\nrun: |\n  {run}\n")
         path.chmod(0o644)
@@ -75,10 +80,10 @@ class Served:
     def queue(self) -> str:
         return self.slurm.ctl.run("squeue", "--format=%i|%j|%T|%r|%N|%k", code=None)
 
+    def hosts(self, row: Mapping[str, Any]) -> list[str]:
+        """The nodes of a replica, which `status` has as Slurm's pattern."""
+        return self.slurm.ctl.run("scontrol", "show", "hostnames", row["node"]).split()
+
     def jobs(self) -> list[str]:
         """The ids of all jobs that are there."""
         return self.slurm.ctl.run("squeue", "--noheader", "--format=%i").split()
-
-    @property
-    def controller(self) -> Path:
-        return self.state / "lock"

@@ -18,10 +18,9 @@ def test_a_host_that_dies_is_replaced_at_once(served: Served) -> None:
     before = served.until_ready(4)["replicas"]
     on_h1 = [row["id"] for row in before if row["node"] == "h1"]
     assert len(on_h1) == 3
-    h1 = served.slurm.nodes["h1"]
     try:
         with streaming(ENDPOINT, clients=6) as seen:
-            h1.power_off()
+            served.slurm.nodes["h1"].power_off()
             began = time.monotonic()
             status = served.until(
                 lambda status: [row["node"] for row in status["replicas"] if row["status"] == "READY"] == ["h2"] * 3
@@ -36,9 +35,36 @@ def test_a_host_that_dies_is_replaced_at_once(served: Served) -> None:
             "h1" in served.slurm.ctl.run("scontrol", "show", "job", queued.split("|")[0]).partition("ExcNodeList=")[2]
         )
     finally:
-        h1.power_on()
-        served.slurm.boot(h1)
+        served.slurm.bring_back("h1")
     wait_until(served.jobs, served.queue, fits=lambda jobs: len(jobs) == 4)
+
+
+def test_a_drained_node_is_emptied(served: Served) -> None:
+    """Its replicas are replaced elsewhere first; for whom there is no room there, the old one serves on."""
+    served.up(served.file(replicas=4))
+    assert sorted(row["node"] for row in served.until_ready(4)["replicas"]) == ["h1", "h1", "h1", "h2"]
+    admin = served.slurm.ctl.run
+    try:
+        with streaming(ENDPOINT, clients=6) as seen:
+            admin("scontrol", "update", "nodename=h1", "state=drain", "reason=new kernel")
+            status = served.until(
+                lambda status: (
+                    sorted((row["status"], row.get("node", "")) for row in status["replicas"])
+                    == [("PROVISIONING", ""), ("READY", "h1"), *[("READY", "h2")] * 3]
+                )
+            )
+            reasons = {row["status"]: row.get("reason", "") for row in status["replicas"] if row.get("node") != "h2"}
+            assert reasons["READY"] == "Slurm says that h1 is draining: new kernel"
+            served.until(lambda status: any("Slurm queues it" in row.get("reason", "") for row in status["replicas"]))
+            served("scale", served.name, "3")
+            assert {row["node"] for row in served.until_ready(3)["replicas"]} == {"h2"}
+            wait_until(lambda: admin("sinfo", "-h", "-n", "h1", "-o", "%T"), fits=lambda state: state == "drained\n")
+        assert seen.failed == []
+        assert "h1 is draining: new kernel: a successor starts" in served("events", served.name)
+    finally:
+        admin("scontrol", "update", "nodename=h1", "state=resume", code=None)
+    served("scale", served.name, "4")
+    assert sorted(row["node"] for row in served.until_ready(4)["replicas"]) == ["h1", "h2", "h2", "h2"]
 
 
 def test_a_replica_that_ignores_sigterm_is_killed(served: Served) -> None:

@@ -100,18 +100,23 @@ class ControlPlane:
         process.kill()
         process.wait()
 
-    def kubectl(self, *words: str, given: str | None = None) -> str:
-        """What it prints; asserts that it ends well."""
+    def kubectl(self, *words: str, code: int = 0) -> str:
+        """What it prints, also about an error that is asked for; asserts its exit code."""
         command = [str(self.programs / "kubectl"), f"--kubeconfig={self.kubeconfig}", *words]
-        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
-        return done.stdout
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=180, check=False
+        )
+        assert done.returncode == code, f"{' '.join(words)}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr if code else done.stdout
 
     def pods(self, component: str) -> list[dict[str, Any]]:
         """The pods of this part of any service."""
         selector = f"app.kubernetes.io/component={component}"
         found: list[dict[str, Any]] = json.loads(self.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
         return found
+
+    def host(self, node: str) -> Host:
+        return self._hosts[node]
 
     def join(self, name: str) -> None:
         """Makes a node of a host: Docker with the images, a kubelet, and routes to the others' pods."""
@@ -149,8 +154,9 @@ class ControlPlane:
             *("--hostname-override", name, "--node-ip", host.address),
             *("--pod-infra-container-image", "lab/pause:1", "--root-dir", "/var/lib/kubelet"),
         ]
-        for program in ("kubelet", "kubectl"):  # kubectl for the controller in its pod
+        for program in ("kubelet", "kubectl"):  # kubectl for the controller in its pod, as its command is for people
             host.write(f"/usr/local/bin/{program}", (self.programs / program).read_bytes(), 0o755)
+        host.write("/usr/local/bin/groundserve", f'#!/bin/sh\nexec {_PYTHON} -m balancer.cli "$@"\n', 0o755)
         host.start("kubelet", *kubelet, log=self._folder / f"{name}-kubelet.log")
 
     def wait_for(self, *names: str) -> None:

@@ -1,8 +1,11 @@
 """What another replica is asked for."""
 
-import orjson
+from typing import Any
 
-from balancer.relay.continuation.delivered import Delivered
+import orjson
+import pytest
+
+from balancer.relay.continuation.delivered import CannotContinue, Delivered
 from balancer.relay.continuation.follow_up import ending, follow_up
 from tests.relay.continuation.answering import MESSAGES, request_for
 
@@ -33,6 +36,40 @@ def test_no_limit() -> None:
     request = request_for(CHAT, 8)
     del request["max_tokens"]
     assert "max_tokens" not in orjson.loads(follow_up(CHAT, request, SO_FAR, 2).body)
+
+
+@pytest.mark.parametrize(
+    "stray", [None, {}, [], {"max_new_tokens": 2, "stop": "t"}], ids=["null", "empty", "list", "set"]
+)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_sampling_params_belong_to_generate(path: str, stray: Any) -> None:
+    """Elsewhere SGLang reads no `sampling_params`: they neither limit the answer nor keep it from continuing."""
+    follow = follow_up(path, request_for(path, 8) | {"sampling_params": stray}, SO_FAR, 2)
+    wish = orjson.loads(follow.body)
+    assert (wish["max_tokens"], wish["sampling_params"], follow.most, follow.stops) == (6, stray, 8, ())
+
+
+@pytest.mark.parametrize("limit", ["8", 8.0, True, [8]])
+def test_limits_that_are_no_numbers(limit: Any) -> None:
+    """A limit that cannot be counted down, the second of two included, is not continued."""
+    with pytest.raises(CannotContinue, match="format"):
+        follow_up(CHAT, request_for(CHAT, 8) | {"max_completion_tokens": 8, "max_tokens": limit}, SO_FAR, 2)
+
+
+def test_the_lesser_of_two_limits() -> None:
+    """The one that SGLang does not hold to may be used up; it stays a limit that SGLang accepts."""
+    request = request_for(CHAT, 2) | {"max_completion_tokens": 8}
+    wish = orjson.loads(follow_up(CHAT, request, SO_FAR, 3).body)
+    assert (wish["max_completion_tokens"], wish["max_tokens"]) == (5, 1)
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+def test_limits_of_other_paths(path: str) -> None:
+    """A limit that SGLang does not read on this path is none."""
+    stray = {"max_new_tokens": 1} | ({"max_completion_tokens": 1} if path == TEXT else {})
+    follow = follow_up(path, request_for(path, 8) | stray, SO_FAR, 2)
+    assert follow.most == 8
+    assert orjson.loads(follow.body).items() >= (stray | {"max_tokens": 6}).items()
 
 
 def test_default_limits() -> None:

@@ -79,7 +79,8 @@ def test_cut_before_usage_that_only_we_want(path: str) -> None:
     whole = b"".join(events(path, body))
     first = whole[: whole.index(b"\n\n", whole.index(b'"finish_reason":"')) + 2]
     assert b'"choices":[]' not in first
-    request = Request(b"POST", path.encode(), "1.1", 0.0, path=path, body=[body], body_size=len(body))
+    request = Request(b"POST", path.encode(), "1.1", 0.0)
+    request.path, request.body, request.body_size = path, [body], len(body)
     assert GoingOn(request, [first], hides_usage=True).ending == b"data: [DONE]\n\n"
     assert GoingOn(request, [first]).ending is None
 
@@ -98,6 +99,22 @@ def test_names(path: str) -> None:
         return
     assert {said.get("meta_info", said)["id"] for said in told} == {so_far.names["id"]}
     assert path != "/v1/chat/completions" or all("role" not in c["delta"] for said in told for c in said["choices"])
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_stop_string_where_usage_comes_last(path: str) -> None:
+    """A replica that does not tell its usage in each event is heard to its end, and nothing comes twice."""
+    request = request_for(path, 9) | {"stop": "2 t0"}
+    first = b"".join(list(events(path, orjson.dumps(request)))[: 3 + (path != "/v1/completions")])
+    so_far = delivered(path, [first])
+    assert so_far.text == " t00 t01 t02"
+    follow = follow_up(path, request, so_far, 3)
+    wish = orjson.loads(follow.body) | {"stream_options": {"include_usage": True}}
+    translation = Translation(path, so_far, follow)
+    rest = b"".join([translation.take(event) for event in events(path, orjson.dumps(wish))])
+    assert not translation.is_over
+    assert (rest.count(b'"stop"'), rest.count(b'"completion_tokens":9'), rest.count(b"[DONE]")) == (1, 1, 1)
+    assert b"t03" not in rest
 
 
 def test_other_line_ends() -> None:

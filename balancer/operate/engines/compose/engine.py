@@ -31,6 +31,7 @@ from balancer.operate.recipe.recipe import Recipe, with_fraction
 from balancer.operate.state.desired import Desired
 from balancer.operate.state.service_folder import ServiceFolder
 from balancer.operate.state.state_file import write_whole
+from balancer.spec.schema import MOST_REPLICAS
 
 # The port on which a replica listens in its container, as in docker/*.Dockerfile and the balancer's DNS name.
 PORT = 8000
@@ -38,6 +39,8 @@ _ID, _VERSION, _DIGEST = "groundserve.id", "groundserve.version", "groundserve.d
 # Secrets come in a file, as a container's variables are shown to all who may use the Docker engine: Compose has them in
 # a variable of its own and copies them into the container, and `python -m replica` reads them (replica/options.py).
 _SECRETS, _SECRETS_FILE = "GROUNDSERVE_SECRETS", "GROUNDSERVE_SECRETS_FILE"
+# Seconds between two looks at the images that names stand for, and at what failed starts left.
+_LOOK = 30.0
 
 
 @dataclass(slots=True)
@@ -55,6 +58,7 @@ class ComposeEngine:
     """An `Engine` that keeps overlays, logs and keys in `folder`."""
 
     name = "compose"
+    most_replicas = MOST_REPLICAS
     outlives_controller = True
     is_kept_up = False
     # Its replicas can be reached only from their own network, so they require no key of ours.
@@ -67,6 +71,10 @@ class ComposeEngine:
         self._prepared: Project | None = None
         self._replicas: dict[int, _Replica] = {}
         self._ended: list[Ended] = []
+        # The images that their names stand for now, by which replicas of an earlier build are known.
+        self._images: dict[str, str] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self._may_have_strays = False  # after a start that seemed to fail
         # Compose takes the total number of replicas, so two must not be started at the same time.
         self._one_at_a_time = asyncio.Lock()
 
@@ -110,26 +118,36 @@ class ComposeEngine:
         return self._prepared
 
     async def found(self) -> tuple[Survivor, ...]:
-        survivors: list[Survivor] = []
         for container in await self._project.containers("replica"):
+            if container.id in self._known:
+                continue  # it is followed, because an earlier attempt broke off
             id = container.labels.get(_ID)
             if id is None or not container.is_running:
                 await self._project.docker("rm", "--force", container.id)
                 continue
-            self._take(int(id), container, FirstWords.of_running(self._folder.replica_log(int(id))))
-            survivors.append(Survivor(int(id), self._listing(int(id)), container.labels[_DIGEST]))
-        return tuple(survivors)
+            self._take(int(id), container)
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
+        return tuple(
+            Survivor(id, self._listing(id), replica.container.labels[_DIGEST]) for id, replica in self._replicas.items()
+        )
 
     async def start(self, id: int, recipe: Recipe) -> None:
+        try:
+            await self._start(id, recipe)
+        except CannotStart:
+            self._may_have_strays = True
+            raise
+
+    async def _start(self, id: int, recipe: Recipe) -> None:
         overlay = self._folder.path / "replica.json"
-        words = FirstWords(self._folder.replica_log(id))
         async with self._one_at_a_time:
             if await self._left_by_an_earlier_start(id, recipe):
                 return
             count = len(await self._project.containers("replica")) + 1
             scale = ("up", "-d", "--no-recreate", "--no-deps", "--scale", f"replica={count}", "replica")
             try:
-                secrets = secrets_of(id, recipe, os.environ)
+                secrets = secrets_of(id, recipe)
                 write_whole(overlay, json.dumps(replica_overlay(id, recipe, secrets)))
                 await self._project.compose(*scale, overlays=[overlay], environ={_SECRETS: json.dumps(secrets)})
             finally:
@@ -137,7 +155,7 @@ class ComposeEngine:
             containers = await self._project.containers("replica")
         for container in containers:
             if container.labels.get(_ID) == str(id):
-                self._take(id, container, words)
+                self._take(id, container)
                 return
         raise CannotStart("docker compose started no container")
 
@@ -146,12 +164,12 @@ class ComposeEngine:
 
         Docker may have been silent when it ended, and Compose creates a container before it starts it.
         """
-        known = {replica.container.id for replica in self._replicas.values()}
+        known = self._known
         for container in await self._project.containers("replica"):
             if container.id in known or (container.is_running and container.labels.get(_ID) != str(id)):
                 continue
             if container.is_running and container.labels.get(_DIGEST) == recipe.digest:
-                self._take(id, container, FirstWords.of_running(self._folder.replica_log(id)))
+                self._take(id, container)
                 return True
             with contextlib.suppress(CannotStart):  # it is being removed already
                 await self._project.docker("rm", "--force", container.id)
@@ -191,7 +209,7 @@ class ComposeEngine:
             resources=words.resources or "-",
             leased=words.leased,
             state=state,
-            reason=reason or self._replicas[id].silence,
+            reason=reason or self._replicas[id].silence or self._outdated(container),
         )
 
     def ended(self) -> tuple[Ended, ...]:
@@ -204,11 +222,18 @@ class ComposeEngine:
 
     async def close(self) -> None:
         """Removes the network and the balancer's container; the volumes (models, kernels, leases) stay."""
+        if self._watching is not None:
+            self._watching.cancel()
         await self._project.compose("down", "--remove-orphans")
 
-    def _take(self, id: int, container: Container, words: FirstWords) -> None:
+    @property
+    def _known(self) -> set[str]:
+        return {replica.container.id for replica in self._replicas.values()}
+
+    def _take(self, id: int, container: Container) -> None:
         self._folder.trim_replica_logs({id, *self._replicas})
         started = asyncio.get_running_loop().time() - container.age
+        words = FirstWords(self._folder.replica_log(id))  # to which all that it has printed is appended now
         following = asyncio.create_task(self._follow(id, container))
         self._replicas[id] = _Replica(container, following, started, words)
 
@@ -223,6 +248,34 @@ class ComposeEngine:
         with contextlib.suppress(CannotStart):
             await self._project.docker("rm", "--force", container.id)
         self.changed.set()
+
+    async def _watch(self) -> None:
+        while True:
+            for name in {replica.container.image_name for replica in self._replicas.values()}:
+                with contextlib.suppress(CannotStart):
+                    self._images[name] = await self._project.image(name)
+            if self._may_have_strays:
+                with contextlib.suppress(CannotStart):  # the next look finds them
+                    await self._remove_strays()
+            await asyncio.sleep(_LOOK)
+
+    async def _remove_strays(self) -> None:
+        """Removes what starts left that seemed to fail: perhaps nobody wants that replica again. Raises CannotStart."""
+        async with self._one_at_a_time:
+            for container in await self._project.containers("replica"):
+                if container.id not in self._known:
+                    await self._project.docker("rm", "--force", container.id)
+            self._may_have_strays = False
+
+    def _outdated(self, container: Container) -> str:
+        """Says that its image was built or pulled anew; empty if it was not. Each start takes the one of the moment."""
+        now = self._images.get(container.image_name)
+        if not now or now == container.image:
+            return ""
+        return (
+            f"it runs image {_short(container.image)}, and {container.image_name} is {_short(now)} by now: "
+            f"groundserve restart {self._folder.name} replaces it"
+        )
 
     def _silent(self, id: int, why: str) -> None:
         replica = self._replicas[id]
@@ -242,10 +295,9 @@ def _files(recipe: Recipe, environ: Mapping[str, str]) -> list[Path]:
     return [ROOT / "compose.yaml", *([] if recipe.gpus else [ROOT / "docker" / "compose.cpu.yaml"])]
 
 
-def secrets_of(id: int, recipe: Recipe, environ: Mapping[str, str]) -> dict[str, str]:
-    """The replica's variables that are secrets, and the token that compose.yaml would take from our environment."""
-    ours = {name: environ[name] for name in ("HF_TOKEN",) if environ.get(name)}
-    return ours | {name: value for name, value in recipe.envs(id, PORT).items() if name in recipe.secrets}
+def secrets_of(id: int, recipe: Recipe) -> dict[str, str]:
+    """The replica's variables that are secrets."""
+    return {name: value for name, value in recipe.envs(id, PORT).items() if name in recipe.secrets}
 
 
 def replica_overlay(id: int, recipe: Recipe, secrets: Collection[str]) -> dict[str, Any]:
@@ -256,9 +308,8 @@ def replica_overlay(id: int, recipe: Recipe, secrets: Collection[str]) -> dict[s
     overlay: dict[str, Any] = {
         "command": [_literal(part) for part in arguments],
         "environment": {
-            # compose.yaml has some of them, too.
+            # Empty, because compose.yaml, or a file of the user's own, may have a variable of the same name.
             **{name: "" if name in secrets else _literal(value) for name, value in recipe.envs(id, PORT).items()},
-            **dict.fromkeys(secrets, ""),
         },
         "labels": labels,
         # Only the controller restarts replicas, with a back-off and a limit; Docker must not revive an outdated one.
@@ -271,6 +322,11 @@ def replica_overlay(id: int, recipe: Recipe, secrets: Collection[str]) -> dict[s
     overlay["environment"][_SECRETS_FILE] = "/run/secrets/groundserve"
     overlay["secrets"] = ["groundserve"]
     return {"services": {"replica": overlay}, "secrets": {"groundserve": {"environment": _SECRETS}}}
+
+
+def _short(digest: str) -> str:
+    """As `docker images` prints it."""
+    return digest.removeprefix("sha256:")[:12]
 
 
 def _literal(text: str) -> str:

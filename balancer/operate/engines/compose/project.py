@@ -37,7 +37,10 @@ _SILENT = "Docker does not answer within {:.0f} s"
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One container according to `docker inspect`. `address` is empty while it has none; `age` is in seconds."""
+    """One container according to `docker inspect`. `address` is empty while it has none; `age` is in seconds.
+
+    `image` is the digest of what it runs, `image_name` what stood for that when it was created.
+    """
 
     id: str
     labels: Mapping[str, str]
@@ -46,6 +49,8 @@ class Container:
     exit_code: int
     restarts: int
     age: float
+    image: str = ""
+    image_name: str = ""
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Container":
@@ -60,6 +65,8 @@ class Container:
             state["ExitCode"],
             facts["RestartCount"],
             max(0.0, (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds()),
+            facts["Image"],
+            facts["Config"]["Image"],
         )
 
 
@@ -120,6 +127,15 @@ class Project:
         except CannotStart as failure:
             if "no such" in str(failure).lower():
                 return None
+            raise
+
+    async def image(self, name: str) -> str:
+        """The digest that this name stands for; empty if there is no such image. Raises CannotStart likewise."""
+        try:
+            return (await self.docker("image", "inspect", "--format", "{{.Id}}", name)).strip()
+        except CannotStart as failure:
+            if "no such" in str(failure).lower():
+                return ""
             raise
 
     async def _certainly(self, id: str, on_silence: Callable[[str], None]) -> Container | None:

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from balancer.errors import ConfigError
 from balancer.operate.engines.addresses import Addresses
 from balancer.operate.engines.child import Child
 from balancer.operate.engines.engine import CannotStart
@@ -26,7 +27,7 @@ _LOOK = 0.5
 class KubernetesBalancer(SeveralBalancers):
     """The pods of the Deployment. Outside of the cluster each is reached by `kubectl port-forward`.
 
-    `standing` is what the service consists of, which is applied unless the cluster's own controller runs it.
+    `stands` says what the service consists of, which is applied unless the cluster's own controller runs it.
     """
 
     def __init__(
@@ -37,14 +38,14 @@ class KubernetesBalancer(SeveralBalancers):
         recipe: Recipe,
         key_file: Path,
         key: str,
-        standing: Sequence[objects.Object] | None,
+        stands: Callable[[Recipe], list[objects.Object]] | None,
     ) -> None:
         super().__init__(where.admin, key_file, key)
         self._cluster = cluster
         self._folder = folder
         self._where = where
         self._recipe = recipe
-        self._standing = standing
+        self._stands = stands
         self._is_applied = False
         self._pods: dict[str, Pod] = {}
         self._forwards: dict[str, _Forward] = {}
@@ -65,7 +66,7 @@ class KubernetesBalancer(SeveralBalancers):
             for pod in self._pods.values()
             if pod.phase == "Running" and pod.address and not pod.is_cut_off
         }
-        if self._standing is None:
+        if self._stands is None:
             return {name: f"{pod.address}:{objects.ADMIN_PORT}" for name, pod in there.items()}
         for name in self._forwards.keys() - there.keys():
             self._forwards.pop(name).close()
@@ -80,22 +81,31 @@ class KubernetesBalancer(SeveralBalancers):
         for pod in self._pods.values():
             if not self.has_answered and pod.restarts >= _STARTS:
                 raise CannotStart(f"the balancer cannot start: {pod.last_words}")
-        if self._standing is not None and not self._is_applied:
-            await self._cluster.apply(self._standing)
+        if self._stands is not None and not self._is_applied:
+            await self._cluster.apply(self._stands(self._recipe))
             self._is_applied = True
 
     async def renew(self, recipe: Recipe) -> None:
-        """They look at their file themselves, within a minute of the ConfigMap's change."""
-        if self._standing is not None:
-            config = next(one for one in self._standing if one["kind"] == "ConfigMap")
-            config["data"]["balancer.yaml"] = objects.file_of_balancer(recipe)
-            await self._cluster.apply([config])
+        """They look at their file themselves, within a minute of the ConfigMap's change. With another image, say,
+        Kubernetes replaces them, one after the other.
+        """
+        if self._stands is not None:
+            before, wanted = ([*self._stands(one)] for one in (self._recipe, recipe))
+            await self._cluster.apply(wanted)
+            there = {(one["kind"], one["metadata"]["name"]) for one in wanted}
+            for one in before:
+                kind, name = one["kind"], one["metadata"]["name"]
+                if (kind, name) not in there:
+                    await self._cluster.remove(kind.lower(), name)
         self._recipe = recipe
 
     async def replace(self) -> None:
         """One after the other, each only when the one before is ready."""
-        if self._standing is None:
-            raise CannotStart("kubectl rollout restart replaces the balancers of a cluster's own controller")
+        if self._stands is None:
+            deployment = f"deployment/{objects.balancers_name(self._recipe.spec.name)}"
+            raise ConfigError(
+                f"the controller in the cluster looks after replicas: kubectl rollout restart {deployment}"
+            )
         await self._cluster.restart(objects.balancers_name(self._recipe.spec.name))
 
     async def stop(self, hurry: asyncio.Event) -> None:

@@ -101,6 +101,10 @@ class Cluster:
         context = ["--context", self._section.context] if self._section.context is not None else []
         return ["kubectl", *context, "--namespace", self._section.namespace, *arguments]
 
+    def is_where(self, section: Kubernetes) -> bool:
+        """Does this section mean our namespace, in our cluster?"""
+        return (section.namespace, section.context) == (self._section.namespace, self._section.context)
+
     async def pods(self) -> list[Pod]:
         """All pods of the service. Raises CannotStart if the API server does not say."""
         said = await self._answered("get", "pods", "-l", everything_of(self._name), "-o", "json")
@@ -109,28 +113,31 @@ class Cluster:
         except (ValueError, LookupError, TypeError, AttributeError) as failure:
             raise CannotStart(f"kubectl's list of pods cannot be read: {failure}") from None
 
-    async def create(self, object: Object) -> None:
-        """Raises CannotStart."""
-        await self._answered("create", "-f", "-", given=json.dumps(object))
+    async def create(self, objects: Sequence[Object]) -> None:
+        """Raises CannotStart; some of them may be there then."""
+        await self._answered("create", "-f", "-", given=_list(objects), answers=len(objects))
 
     async def apply(self, objects: Sequence[Object]) -> None:
         """Raises CannotStart."""
-        made = {"apiVersion": "v1", "kind": "List", "items": list(objects)}
-        await self._answered("apply", "-f", "-", given=json.dumps(made), answers=len(objects))
+        await self._answered("apply", "-f", "-", given=_list(objects), answers=len(objects))
+
+    async def patch(self, kind: str, name: str, change: Object) -> None:
+        """Raises CannotStart."""
+        await self._answered("patch", kind, name, "--type=merge", "-p", json.dumps(change))
 
     async def uid(self, kind: str, name: str) -> str:
         """Raises CannotStart if there is none, or nobody says."""
         return await self._answered("get", kind, name, "-o", "jsonpath={.metadata.uid}")
 
-    async def delete(self, pod: str, grace: float) -> None:
-        """Tells it to end; it is killed after `grace` seconds. Raises CannotStart."""
+    async def delete(self, *pods: str, grace: float) -> None:
+        """Tells them to end; they are killed after `grace` seconds, or one, which is the least. Raises CannotStart."""
         seconds = max(1, round(grace))
-        await self._answered("delete", "pod", pod, "--ignore-not-found", "--wait=false", f"--grace-period={seconds}")
+        await self._answered("delete", "pod", *pods, "--ignore-not-found", "--wait=false", f"--grace-period={seconds}")
 
-    async def forget(self, pod: str) -> None:
-        """Removes it whether its node answers or not. Raises CannotStart."""
+    async def forget(self, *pods: str) -> None:
+        """Removes them whether their nodes answer or not. Raises CannotStart."""
         force = ("--ignore-not-found", "--wait=false", "--force", "--grace-period=0")
-        await self._answered("delete", "pod", pod, *force)
+        await self._answered("delete", "pod", *pods, *force)
 
     async def remove(self, *kinds_and_flags: str) -> None:
         """Deletes without waiting. Raises CannotStart."""
@@ -147,12 +154,12 @@ class Cluster:
     async def _answered(self, *arguments: str, given: str = "", answers: int = 1) -> str:
         """`answers`: how often kubectl will ask the server."""
         timeout = ANSWER * max(1, answers / 4) + _MARGIN
-        command = self.command(f"--request-timeout={ANSWER:.0f}s", *arguments)
+        command = self.command(*_patience(), *arguments)
         return await typed(command, os.environ, timeout, _SILENT, given)
 
     def check(self) -> tuple[int, int]:
         """The cluster's version. Raises ConfigError unless kubectl is here and a cluster answers it."""
-        done = self._done("version", "-o", "json", f"--request-timeout={ANSWER:.0f}s", timeout=ANSWER + _MARGIN)
+        done = self._done("version", "-o", "json", *_patience(), timeout=ANSWER + _MARGIN)
         try:
             server = json.loads(done.stdout)["serverVersion"]
             return int(server["major"]), int(server["minor"].rstrip("+"))
@@ -175,6 +182,15 @@ class Cluster:
             raise ConfigError(f"kubectl: {failure.strerror}: install it, or use another --on") from None
         except subprocess.TimeoutExpired:
             raise ConfigError(_SILENT) from None
+
+
+def _list(objects: Sequence[Object]) -> str:
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
+
+
+def _patience() -> list[str]:
+    """How long kubectl waits for an answer. In a pod only we do: with the flag it does not find its cluster."""
+    return [] if "KUBERNETES_SERVICE_HOST" in os.environ else [f"--request-timeout={ANSWER:.0f}s"]
 
 
 def _last_word(text: str) -> str:

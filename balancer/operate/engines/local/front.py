@@ -48,7 +48,7 @@ class Front:
 
     def balancer(self, recipe: Recipe) -> BalancerHandle:
         if (where := self._elsewhere) is not None:
-            return RemoteBalancers(where.balancers, where, recipe, self.key_file)
+            return RemoteBalancers(where.balancers, where, recipe, self.key_file, print)
         if self._host is not None:
             return JoinedBalancer(self._host, self._folder, recipe, self.key_file, print)
         assert self._ports is not None, "prepare comes first"

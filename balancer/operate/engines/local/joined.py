@@ -62,7 +62,10 @@ class JoinedBalancer(BalancerHandle):
         return self._host.endpoint
 
     async def keep_up(self) -> None:
-        """Starts nothing. If the host has been silent for a while, looks up where it is now."""
+        """Starts nothing. If the host has been silent for a while, looks up where it is now.
+
+        Raises ConfigError if it is not up any more.
+        """
         if time.monotonic() - self._answered_at < _SILENCE:
             return
         self._answered_at = time.monotonic()
@@ -70,10 +73,11 @@ class JoinedBalancer(BalancerHandle):
             host = await asyncio.to_thread(Host.find, ServiceFolder(self._folder.path.parent, self._host.name))
             key = keys.given(host.key_file, "--join")
         except ConfigError:
-            if self.has_answered:
-                self._say(f"{self._host.name} is not up: {self._recipe.spec.name} has no endpoint until it is")
-            self.has_answered = self._has_joined = False
-            return
+            self._has_joined = False
+            if not self.has_answered:
+                return
+            name = self._recipe.spec.name
+            raise ConfigError(f"{self._host.name} is not up: {name} has no endpoint until it is") from None
         self._host, self._has_joined = host, False
         before, self.admin, self._key = self._client, host.admin, key
         self.key_file = host.key_file

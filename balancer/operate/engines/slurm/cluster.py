@@ -21,8 +21,13 @@ _SILENCE = re.compile(
     r"|temporarily unable|Unable to establish|Munge|munge|authentication credential|Transport endpoint",
 )
 _UNKNOWN = re.compile(r"Invalid job id", re.IGNORECASE)
+_OVER_ALREADY = re.compile(r"Invalid job id|already complet", re.IGNORECASE)
 # What a job needs of our own environment to be submitted: not what may hold a secret, which Slurm would write down.
 _PLAIN = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "SLURM_CONF"}
+# Variables of a user's own by which Slurm's commands list or end other jobs than we mean.
+_OTHERS_DEFAULTS = ("SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
+# Which cluster sbatch goes to, and all of the commands.
+_SBATCH_CLUSTERS, _CLUSTERS = "SBATCH_CLUSTERS", "SLURM_CLUSTERS"
 _COLUMNS = "%i|%T|%r|%N|%P|%L|%M|%k"
 _GPUS = re.compile(r"(?:^|,)gpu(?::([A-Za-z_][^:,()]*))?:(\d+)")
 # The states of a job that is over.
@@ -89,6 +94,11 @@ class Job:
         return self.state == "PENDING"
 
     @property
+    def has_several_nodes(self) -> bool:
+        """Then `node` is Slurm's pattern for them, as in h[1-2],login."""
+        return "[" in self.node or "," in self.node
+
+    @property
     def is_ending(self) -> bool:
         return self.state == "COMPLETING"
 
@@ -130,15 +140,14 @@ class Cluster:
 
     async def submit(self, script: str, flags: Sequence[str], folder: str) -> str:
         """Submits a batch script, and returns the job's id. Raises Silent, or CannotStart with sbatch's own words."""
-        environ = {name: value for name, value in os.environ.items() if name in _PLAIN or name.startswith("SBATCH_")}
+        environ = environ_of_jobs(os.environ)
         command = ["sbatch", "--parsable", "--no-requeue", f"--job-name={self.name}", f"--chdir={folder}", *flags]
         said = await _asked(command, script, environ)
         return said.strip().split(";")[0]
 
     async def jobs(self) -> list[Job]:
         """All that are queued, run or end now. Raises Silent."""
-        said = await _asked(["squeue", "--me", "--noheader", f"--name={self.name}", f"--format={_COLUMNS}"])
-        return list(_jobs(said))
+        return list(_jobs(await _asked(_listing(self.name))))
 
     async def end_of(self, job: str) -> End | None:
         """How it ended; None while it has not. Raises Silent. One that is forgotten already is COMPLETED."""
@@ -159,13 +168,20 @@ class Cluster:
             state, 128 + int(number) if number.isdecimal() and int(number) else int(code), facts.get("TimeLimit", "")
         )
 
-    async def terminate(self, job: str) -> None:
-        """SIGTERM to all of its processes. Raises Silent."""
-        await self._cancel("--full", "--signal=TERM", job)
+    async def terminate(self, job: str, is_one_node: bool = True) -> None:
+        """SIGTERM to all of its processes. Raises CannotStart, like `cancel`, if Slurm does not do it."""
+        # Without --full only srun's processes get it. srun itself would end them at once.
+        await self._cancel(*(["--full"] if is_one_node else []), "--signal=TERM", job)
 
     async def cancel(self, job: str) -> None:
-        """Takes it out of the queue, or ends it: SIGTERM, and SIGKILL after Slurm's KillWait. Raises Silent."""
+        """Takes it out of the queue, or ends it: SIGTERM, and SIGKILL after Slurm's KillWait."""
         await self._cancel(job)
+
+    async def nodes_to_empty(self) -> dict[str, str]:
+        """What an administrator drains or says will fail: for each node, a line with the reason. Raises Silent."""
+        said = await _asked(["sinfo", "--all", "--noheader", "--Node", "--states=drain,fail", "--format=%N|%T|%E"])
+        lines = [line.strip().split("|", 2) for line in said.splitlines() if line.count("|") >= 2]
+        return {node: f"Slurm says that {node} is {state}: {reason}" for node, state, reason in lines}
 
     async def allow(self, job: str, exclude: Sequence[str]) -> None:
         """Lets a queued job have all nodes but those of sbatch's flag `exclude`. Raises Silent."""
@@ -180,10 +196,14 @@ class Cluster:
     async def _cancel(self, *words: str) -> None:
         try:
             await _asked(["scancel", *words])
-        except Silent:
-            raise
-        except CannotStart:
-            pass  # it is over already
+        except CannotStart as failure:
+            if not _OVER_ALREADY.search(str(failure)):
+                raise
+
+    async def addresses(self) -> dict[str, str]:
+        """Of all nodes that Slurm itself reaches. Raises Silent."""
+        said = await _asked(["sinfo", "--all", "--noheader", "--Node", "--responding", "--format=%N|%o"])
+        return dict(line.strip().split("|", 1) for line in said.splitlines() if "|" in line)
 
     async def state_of(self, node: str) -> str:
         """Like MIXED, IDLE+DRAIN or DOWN+NOT_RESPONDING; empty if Slurm does not say."""
@@ -200,7 +220,9 @@ def nodes() -> list[Node]:
     names = ("Partition", "NodeList", "StateLong", "Gres", "GresUsed")
     columns = ",".join(f"{name}:{width}" for name, width in zip(names, widths, strict=True))
     found = []
-    for line in answered("sinfo", "--noheader", "--Node", f"--Format={columns}").splitlines():
+    for line in answered("sinfo", "--all", "--noheader", "--Node", f"--Format={columns}").splitlines():
+        if not line.strip() or line.startswith("CLUSTER: "):
+            continue  # so begins the list of a cluster that was named
         cells, at = [], 0
         for width in widths:
             cells.append(line[at : at + width].strip())
@@ -213,7 +235,7 @@ def nodes() -> list[Node]:
 
 def remove_jobs(name: str, of: str) -> None:
     """Ends all jobs of this name whose comment says so; raises ConfigError."""
-    said = answered("squeue", "--me", "--noheader", f"--name={name}", f"--format={_COLUMNS}")
+    said = answered(*_listing(name))
     if mine := [job.id for job in _jobs(said) if job.mark.of == of]:
         answered("scancel", *mine)
 
@@ -222,10 +244,11 @@ def answered(*command: str) -> str:
     """What it prints; raises ConfigError if it fails, or is not here."""
     if shutil.which(command[0]) is None:
         raise ConfigError(f"there is no {command[0]} on the PATH: --on slurm is for a host where Slurm's commands are")
+    environ = environ_of_commands(os.environ)
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-            timeout=ANSWER,
+            command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            check=False, timeout=ANSWER,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ConfigError(_SILENT.format(ANSWER)) from None
@@ -234,11 +257,43 @@ def answered(*command: str) -> str:
     return done.stdout
 
 
-async def _asked(command: Sequence[str], given: str = "", environ: Mapping[str, str] = os.environ) -> str:
+async def _asked(command: Sequence[str], given: str = "", environ: Mapping[str, str] | None = None) -> str:
     try:
-        return await typed(command, environ, ANSWER, _SILENT, given)
+        return await typed(command, environ or environ_of_commands(os.environ), ANSWER, _SILENT, given)
     except CannotStart as failure:
         raise Silent(str(failure)) if _SILENCE.search(str(failure)) else CannotStart(str(failure)) from None
+
+
+def environ_of_commands(environ: Mapping[str, str]) -> dict[str, str]:
+    """Our variables, for all commands but sbatch. They go to the cluster that sbatch submits to, and list all jobs.
+
+    Raises ConfigError for several clusters: the id of a job says nothing without its cluster.
+    """
+    cluster = _cluster(environ)
+    ours = {name: value for name, value in environ.items() if not name.startswith(_OTHERS_DEFAULTS)}
+    return {**ours, _CLUSTERS: cluster} if cluster else ours
+
+
+def environ_of_jobs(environ: Mapping[str, str]) -> dict[str, str]:
+    """Those of our variables that sbatch gets, and with it the job. Raises ConfigError likewise."""
+    # Not SLURM_CLUSTERS, which the job's own scontrol would heed.
+    cluster = _cluster(environ)
+    ours = {name: value for name, value in environ.items() if name in _PLAIN or name.startswith("SBATCH_")}
+    return {**ours, _SBATCH_CLUSTERS: cluster} if cluster else ours
+
+
+def _cluster(environ: Mapping[str, str]) -> str:
+    """The cluster that the user's variables name; empty if they name none."""
+    variable = next((name for name in (_SBATCH_CLUSTERS, _CLUSTERS) if environ.get(name)), "")
+    cluster = environ.get(variable, "").strip()
+    if "," in cluster or cluster.lower() == "all":
+        raise ConfigError(f"{variable}={cluster}: all jobs of a service are on one cluster: name that one there")
+    return cluster
+
+
+def _listing(name: str) -> list[str]:
+    """Our jobs of this name, also those in partitions that are hidden."""
+    return ["squeue", "--all", "--me", "--noheader", f"--name={name}", f"--format={_COLUMNS}"]
 
 
 def _jobs(said: str) -> Iterator[Job]:

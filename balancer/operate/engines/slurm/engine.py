@@ -6,12 +6,15 @@ A job's comment says whose replica it is, and where it listens. One squeue every
 import asyncio
 import contextlib
 import hashlib
+import math
 import os
+import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from balancer.contract.listing import ReplicaListing
@@ -25,12 +28,13 @@ from balancer.operate.engines.engine import CannotStart, Ended, Survivor
 from balancer.operate.engines.first_words import FirstWords
 from balancer.operate.engines.local.front import Front
 from balancer.operate.engines.slurm import room
-from balancer.operate.engines.slurm.batch import Batch, batch, excluding
-from balancer.operate.engines.slurm.cluster import Cluster, End, Job, Mark, Silent, is_gone, remove_jobs
+from balancer.operate.engines.slurm.batch import Batch, Place, batch, excluding, places, remove, surroundings
+from balancer.operate.engines.slurm.cluster import Cluster, End, Job, Mark, Silent, remove_jobs
+from balancer.operate.engines.slurm.nodes import HostWatch, Nodes
 from balancer.operate.recipe.recipe import Recipe
 from balancer.operate.state.desired import Desired
 from balancer.operate.state.service_folder import ServiceFolder
-from balancer.spec.schema import Slurm
+from balancer.spec.schema import MOST_REPLICAS, Slurm
 
 # Seconds between two looks at the queue.
 _LOOK = 2.0
@@ -38,18 +42,18 @@ _LOOK = 2.0
 _QUEUED = 10.0
 # Seconds after its cancellation in which a job has ended, or its node is not there to end it: KillWait, and more.
 _UNTIL_GONE = 60.0
-# A host that does not answer a replica's port: seconds that it has to, tries in a row, and between them.
-_CONNECT = 2.0
-_TRIES = 2
-_BETWEEN = 1.0
-# Seconds for which a host that was lost gets no replica. By then Slurm knows by itself, or it is back.
-_SHUNNED = 900.0
+# The last lines of a log, among which is the reason of an end; and what comes after that where a job has several parts.
+_TOLD = 30
+_AFTERWARDS = re.compile(
+    r"slurmstepd|srun: (Force Terminated|Terminating|launch/|Job step aborted|error: .*Exited with exit code)"
+)
 
 
 @dataclass(slots=True)
 class _Replica:
     mark: Mark
     words: FirstWords
+    hosts: HostWatch
     begun: float  # loop time, in seconds, as all times here
     batch: Batch | None = None  # None for one that an earlier controller started
     asked: Slurm | None = None
@@ -59,18 +63,15 @@ class _Replica:
     is_submitting: bool = False
     avoids: frozenset[str] = frozenset()  # nodes that the file does not exclude, and this job was told to
     is_stopping: bool = False
+    has_to_move: str = ""  # why, if one of its nodes is to be emptied
     over: asyncio.Event = field(default_factory=asyncio.Event)
-    # Whether its host ever answered at its port, how often it did not since, and the look at it that is under way.
-    has_answered: bool = False
-    misses: int = 0
-    looking: asyncio.Task[None] | None = None
-    lost: str = ""
 
 
 class SlurmEngine:
     """An `Engine` that keeps logs, keys and what jobs are to start in `folder`, on the shared file system."""
 
     name = "slurm"
+    most_replicas = MOST_REPLICAS
     outlives_controller = True
     is_kept_up = False
 
@@ -84,8 +85,8 @@ class SlurmEngine:
         self._ended: list[Ended] = []
         self._watching: asyncio.Task[None] | None = None
         self._silence = ""
-        self._shunned: dict[str, float] = {}  # nodes, and until when
-        self._cancelled: set[str] = set()  # jobs that are none of our replicas any more
+        self._nodes = Nodes(self._cluster)
+        self._cancelled: dict[str, float] = {}  # jobs that are none of our replicas any more, and when that was said
 
     def suits(self, recipe: Recipe) -> bool:
         """Never unasked: a host with Slurm's commands may have GPUs of its own."""
@@ -93,7 +94,8 @@ class SlurmEngine:
 
     def fit(self, recipe: Recipe, running: int = 0) -> tuple[Recipe, list[str]]:
         self._front.check_keys(recipe)
-        return room.fit(recipe)
+        made, warnings = room.fit(recipe)
+        return replace(made, surroundings=surroundings(recipe)), warnings
 
     def placement(self, recipe: Recipe) -> list[str]:
         return room.described(recipe)
@@ -127,8 +129,12 @@ class SlurmEngine:
             if not job.is_queued:
                 with contextlib.suppress(OSError):
                     rotation.take_back(log)  # which was set aside when this controller began
-            words = FirstWords.of_running(log)
-            self._replicas[job.mark.id] = _Replica(job.mark, words, now - job.ran, job_id=job.id, job=job, seen_at=now)
+            words = FirstWords(log) if job.is_queued else FirstWords.of_running(log)
+            self._replicas[job.mark.id] = _Replica(
+                job.mark, words, self._watched(), now - job.ran, job_id=job.id, job=job, seen_at=now
+            )
+        await self._nodes.look()
+        self._note_who_has_to_move()
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
         return tuple(
@@ -140,10 +146,9 @@ class SlurmEngine:
         mark = Mark(self._of, id, recipe.version, recipe.digest, secrets.token_hex(4))
         log = self._folder.replica_log(id)
         self._folder.trim_replica_logs({id, *self._replicas})
-        file = self._folder.path / "jobs" / f"{mark.start}.json"
-        made = batch(recipe, mark, file, log, self._front.key_variable(recipe))
+        made = batch(recipe, mark, self._file_of(mark), log, self._front.key_variable(recipe))
         words = FirstWords(log)
-        self._replicas[id] = one = _Replica(mark, words, _now(), made, recipe.spec.operation.slurm)
+        self._replicas[id] = one = _Replica(mark, words, self._watched(), _now(), made, recipe.spec.operation.slurm)
         try:
             await self._submit(one)
         except BaseException:
@@ -154,30 +159,29 @@ class SlurmEngine:
         """If Slurm is silent, the watch tries again. It may have heard us all the same: then squeue shows the job."""
         assert one.batch is not None
         one.is_submitting = True
-        flags = one.batch.flags
-        shunned = self._shunned_now()
-        folder = str(self._folder.path)
-        comment = f"--comment={one.mark.text}"
+        flags = [*one.batch.flags, f"--comment={one.mark.text}"]
+        shunned = self._nodes.shunned()
         try:
-            try:
-                exclude = excluding(one.asked, shunned)
+            while not one.job_id:
                 one.avoids = frozenset(shunned)
-                one.job_id = await self._cluster.submit(one.batch.script, [*flags, comment, *exclude], folder)
-            except Silent:
-                raise
-            except CannotStart:
-                if not shunned:
-                    raise
-                # There may be no other node; this one may be back.
-                exclude, one.avoids = excluding(one.asked, []), frozenset()
-                one.job_id = await self._cluster.submit(one.batch.script, [*flags, comment, *exclude], folder)
-        except Silent as failure:
-            self._hush(failure)
+                exclude = excluding(one.asked, shunned)
+                try:
+                    one.job_id = await self._cluster.submit(
+                        one.batch.script, [*flags, *exclude], str(self._folder.path)
+                    )
+                except Silent as failure:
+                    self._hush(failure)
+                    break
+                except CannotStart:
+                    if not shunned:
+                        raise
+                    # There may be too few others; the one that was lost first is the likeliest to be back.
+                    del shunned[0]
         finally:
             one.is_submitting = False
 
-    def _shunned_now(self) -> list[str]:
-        return sorted(node for node, until in self._shunned.items() if until > _now())
+    def _watched(self) -> HostWatch:
+        return HostWatch(self._nodes, self.changed)
 
     async def stop(self, id: int, grace: float) -> None:
         one = self._replicas.get(id)
@@ -185,15 +189,15 @@ class SlurmEngine:
             return
         one.is_stopping = True
         if one.job_id:
-            is_here = one.job is not None and not one.job.is_queued and not one.lost
+            is_here = one.job is not None and not one.job.is_queued and not one.hosts.lost
             if is_here and grace:
-                await self._cluster.terminate(one.job_id)
+                await self._cluster.terminate(one.job_id, is_one_node=not places(self._file_of(one.mark)))
                 await _wait(one.over, grace)
             if not one.over.is_set():
                 await self._cluster.cancel(one.job_id)
                 # A lost host answers nobody: its job is gone as far as anybody can say.
-                await _wait(one.over, grace if one.lost else _UNTIL_GONE)
-            self._cancelled.add(one.job_id)
+                await _wait(one.over, grace if one.hosts.lost else _UNTIL_GONE)
+            self._cancelled[one.job_id] = _now()
         if self._replicas.get(id) is one:
             self._forget(id)
 
@@ -215,10 +219,14 @@ class SlurmEngine:
         if job.left is not None:
             listing = replace(listing, ends_in_seconds=max(0.0, job.left - (now - one.seen_at)))
         state, reason = one.words.state()
+        if not job.has_several_nodes:  # whose parts say in one log what each of them leased
+            listing = replace(listing, resources=one.words.resources or "-", leased=one.words.leased)
         listing = replace(
-            listing, resources=one.words.resources or "-", leased=one.words.leased, reason=reason or self._silence
+            listing,
+            has_to_move=bool(one.has_to_move),
+            reason=one.has_to_move or reason or self._silence,
         )
-        if not job.mark.at or one.lost:
+        if not job.mark.at or one.hosts.lost:
             return replace(listing, state=state if state.is_before_start else State.PROVISIONING)
         with contextlib.suppress(ConfigError):
             return replace(listing, endpoint=job.mark.at, state=state)
@@ -230,47 +238,30 @@ class SlurmEngine:
 
     def lost(self, suspects: Collection[int]) -> Mapping[int, str]:
         for id, one in self._replicas.items():
-            if id not in suspects or one.is_stopping or one.job is None or not one.job.mark.at:
-                one.misses = 0
-            elif not one.lost and (one.looking is None or one.looking.done()):
-                one.looking = asyncio.create_task(self._look_at_host(one))
-        return {id: one.lost for id, one in self._replicas.items() if one.lost and id in suspects}
+            job = one.job if not one.is_stopping else None
+            if job is None or not job.mark.at or not (id in suspects or job.has_several_nodes):
+                one.hosts.is_fine()
+            elif one.hosts.may_look:
+                one.hosts.look(self._places(one), is_serving=id not in suspects)
+        return {id: one.hosts.lost for id, one in self._replicas.items() if one.hosts.lost}
 
-    async def _look_at_host(self, one: _Replica) -> None:
-        """Whoever refuses a connection is there. A host that never answered may be behind a firewall: Slurm decides."""
-        assert one.job is not None
-        node, parts = one.job.node, urlsplit(one.job.mark.at)
-        try:
-            async with asyncio.timeout(_CONNECT):
-                _, writer = await asyncio.open_connection(parts.hostname, parts.port)
-            writer.close()
-            one.has_answered, one.misses = True, 0
-        except ConnectionRefusedError:
-            one.has_answered, one.misses = True, 0
-        except (OSError, TimeoutError):
-            one.misses += 1
-            if one.misses >= _TRIES:
-                if one.has_answered:
-                    why = f"{node} does not answer"
-                elif is_gone(state := await self._cluster.state_of(node)):
-                    why = f"Slurm says that {node} is {state}"
-                else:
-                    why = ""
-                if why:
-                    one.lost = why
-                    self._shunned[node] = _now() + _SHUNNED
-                    self.changed.set()
-        await asyncio.sleep(_BETWEEN)
+    def _places(self, one: _Replica) -> list[Place]:
+        """Where it runs; empty while it does not. All of several nodes are known once they have found each other."""
+        if one.job is None or one.job.is_queued:
+            return []
+        if one.job.has_several_nodes:
+            return places(self._file_of(one.mark))
+        at = urlsplit(one.job.mark.at)
+        return [Place(one.job.node, at.hostname or "", at.port or 0)]
 
     async def close(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
         for one in self._replicas.values():
-            if one.looking is not None:
-                one.looking.cancel()
+            one.hosts.close()
         for job in await self._cluster.jobs():
-            if job.mark.of == self._of and not job.is_ending and job.id not in self._cancelled:
+            if job.mark.of == self._of and not job.is_ending:
                 await self._cluster.cancel(job.id)
         shutil.rmtree(self._folder.path / "jobs", ignore_errors=True)
         self._front.close()
@@ -302,7 +293,7 @@ class SlurmEngine:
                 one.job, one.job_id, one.seen_at = job, job.id, _now()
                 if one.is_stopping and job.is_ending:
                     continue
-                if job.is_queued and one.avoids and not one.avoids & set(self._shunned_now()):
+                if job.is_queued and one.avoids and not one.avoids & set(self._nodes.shunned()):
                     one.avoids = frozenset()
                     await self._cluster.allow(job.id, excluding(one.asked, []))
                 self._bound_log(id)
@@ -320,25 +311,33 @@ class SlurmEngine:
                 self._end(id, one, end)
         for job in listed.values():
             # Of a replica that was given up while Slurm was silent, or whose host was lost and is back.
-            if job.id not in self._cancelled and not job.is_ending:
-                self._cancelled.add(job.id)
+            if not job.is_ending and _now() - self._cancelled.get(job.id, -math.inf) > _UNTIL_GONE:
                 await self._cluster.cancel(job.id)
+                self._cancelled[job.id] = _now()
+        await self._nodes.look()
+        self._note_who_has_to_move()
+
+    def _note_who_has_to_move(self) -> None:
+        for one in self._replicas.values():
+            one.has_to_move = self._nodes.why_to_move(self._places(one))
 
     def _end(self, id: int, one: _Replica, end: End) -> None:
         one.over.set()
         if one.is_stopping:
             return
-        words = next(iter(tail(self._folder.replica_log(id), 1)), "")
+        words = last_words(tail(self._folder.replica_log(id), _TOLD))
         if end.is_blameless:
-            limit = f" (its limit is {end.limit})" if end.state == "TIMEOUT" else ""
-            over = Ended(id, f"Slurm ended job {one.job_id}: {end.state}{limit}", is_blameless=True)
+            is_time_up = end.state == "TIMEOUT"
+            limit = f" (its limit is {end.limit})" if is_time_up else ""
+            why = f"Slurm ended job {one.job_id}: {end.state}{limit}"
+            over = Ended(id, why, is_blameless=True, counts_if_never_ready=is_time_up)
         elif end.state in ("OUT_OF_MEMORY", "DEADLINE"):
             over = Ended(id, f"Slurm ended job {one.job_id}: {end.state}")
         else:
             over = Ended.by(id, end.code, words)
         if over.waits_for_gpu and one.job is not None:
             # Slurm gave it a GPU that a process outside of Slurm has: that is no queue, and another node may do.
-            self._shunned[one.job.node] = _now() + _SHUNNED
+            self._nodes.shun({place.node for place in self._places(one)})
             over = replace(over, waits_for_gpu=False)
         self._ended.append(over)
         self._forget(id)
@@ -346,12 +345,14 @@ class SlurmEngine:
 
     def _forget(self, id: int) -> None:
         one = self._replicas.pop(id)
-        if one.looking is not None:
-            one.looking.cancel()
+        one.hosts.close()
         if one.batch is not None:
             one.batch.remove()
         else:
-            (self._folder.path / "jobs" / f"{one.mark.start}.json").unlink(missing_ok=True)
+            remove(self._file_of(one.mark))
+
+    def _file_of(self, mark: Mark) -> Path:
+        return self._folder.path / "jobs" / f"{mark.start}.json"
 
     def _bound_log(self, id: int) -> None:
         """Keeps the log as large as other engines' logs. Slurm's daemon on the node has it open, and goes on."""
@@ -365,6 +366,12 @@ class SlurmEngine:
                 with contextlib.suppress(FileNotFoundError):
                     one.replace(two)
                 whole.replace(one)
+
+
+def last_words(lines: Sequence[str]) -> str:
+    """The last line of a job's log that says why it ended: srun itself tells of the end of all after that of one."""
+    own = (line for line in reversed(lines) if line.strip() and not _AFTERWARDS.match(line))
+    return next(own, "")
 
 
 async def _wait(over: asyncio.Event, seconds: float) -> None:

@@ -41,16 +41,19 @@ def fit(recipe: Recipe) -> tuple[Recipe, list[str]]:
         if not kinds and any(name for node in there for name in node.gpus):
             warnings.append(f"{spec.source}: resources.accelerators: no GPU here is called {kind}: any is taken")
         gres = f"gpu:{kinds[0]}:{recipe.gpus}" if kinds else f"gpu:{recipe.gpus}"
-        room = sum(_gpus(node, kinds) // recipe.gpus for node in there)
+        room = _room([_gpus(node, kinds) // recipe.gpus for node in there], spec.num_nodes)
         if room < spec.min_replicas:
             raise ConfigError(
                 f"{spec.min_replicas} replicas of {spec.name} want {recipe.gpus} GPU{'s' * (recipe.gpus > 1)} each"
-                f"{f' ({kind})' if kind else ''}; partition {there[0].partition} has room for {room}: run fewer "
-                "replicas, or name another with x-groundserve.slurm.partition"
+                f"{f' ({kind})' if kind else ''}{f' on {spec.num_nodes} nodes' if spec.num_nodes > 1 else ''}; "
+                f"partition {there[0].partition} has room for {room}: run fewer replicas, or name another with "
+                "x-groundserve.slurm.partition"
             )
         recipe = replace(recipe, fits=room)
     resources = f"{recipe.gpus}x {kind or 'GPU'}" if recipe.gpus else "1x CPU"
-    asking = asked.model_copy(update={"gres": gres, "partition": asked.partition})
+    if spec.num_nodes > 1:
+        resources = f"{spec.num_nodes}x ({resources})"
+    asking = asked.model_copy(update={"gres": gres})
     made = replace(
         recipe,
         resources=resources,
@@ -60,12 +63,23 @@ def fit(recipe: Recipe) -> tuple[Recipe, list[str]]:
     return made, [*spec.warnings, *recipe.notes, *warnings]
 
 
+def _room(each: Sequence[int], nodes: int) -> int:
+    """For how many replicas there is room, each of which has a part on so many nodes; `each` node has room for so many
+    parts, of which no two are one replica's.
+    """
+    room = sum(each) // nodes
+    while sum(min(parts, room) for parts in each) < room * nodes:
+        room -= 1
+    return room
+
+
 def described(recipe: Recipe) -> list[str]:
     """For the user: a line for each node of the partition, or one for all if there are many."""
     there = _partition(recipe)
     asked = recipe.spec.operation.slurm or Slurm()
     wants = f"gres {asked.gres}" if asked.gres else "no GPU"
-    lines = [f"a job for each replica in partition {there[0].partition}, {wants}"]
+    nodes = f" of {recipe.spec.num_nodes} nodes" if recipe.spec.num_nodes > 1 else ""
+    lines = [f"a job{nodes} for each replica in partition {there[0].partition}, {wants}"]
     if len(there) > _LISTED:
         free = sum(_free(node) for node in there if node.takes_jobs)
         return [*lines, f"{len(there)} nodes with {sum(sum(n.gpus.values()) for n in there)} GPUs, {free} of them free"]

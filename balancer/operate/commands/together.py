@@ -1,0 +1,72 @@
+"""Signals to a command in the foreground that brought several services up: they reach these services, whose processes
+are in sessions of their own.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from balancer.inherited import ending
+from balancer.operate.commands.detach import AskedToEnd
+from balancer.operate.state.service_folder import ServiceFolder, state_root
+from balancer.operate.state.state_file import BrokenState
+
+# Seconds between two looks whether a service still ends.
+_LOOK = 0.1
+# Seconds that a service has to end at once. One that takes longer hangs.
+_AT_ONCE = 5.0
+
+
+def raise_when_asked() -> None:
+    """From now on, Ctrl-C raises KeyboardInterrupt, and the other signals that ask us to end raise AskedToEnd."""
+
+    def asked(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else AskedToEnd
+
+    for number in ending():
+        signal.signal(number, asked)
+
+
+def pass_on(names: Sequence[str]) -> None:
+    """From now on, any of these signals is passed on to the services: asked once more, they end at once.
+
+    The next signal after that raises SystemExit if one of them hangs, which it names.
+    """
+    passed: list[float] = []
+
+    def again(_: int, __: FrameType | None) -> None:
+        # By the second of them, all have been asked twice.
+        if len(passed) > 1 and time.monotonic() > passed[1] + _AT_ONCE and (left := list(filter(_is_up, names))):
+            raise SystemExit(f"{', '.join(left)} did not end: groundserve down {' '.join(left)} ends what hangs")
+        passed.append(time.monotonic())
+        for name in names:
+            _ask_to_end(name)
+
+    for each in ending():
+        signal.signal(each, again)
+
+
+def end_and_keep(name: str) -> None:
+    """Ends a service that stays meant to exist. Returns when it is not up any more."""
+    _ask_to_end(name)
+    while _is_up(name):
+        time.sleep(_LOOK)
+    print(f"{name} is down: groundserve up {name} resumes it", flush=True)
+
+
+def _ask_to_end(name: str) -> None:
+    """By SIGTERM, which leaves it meant to exist. Nothing happens if its controller is out of reach."""
+    with contextlib.suppress(BrokenState, PermissionError):
+        holder = ServiceFolder(state_root(), name).holder()
+        if holder is not None and holder.pid != os.getpid():
+            holder.signal(signal.SIGTERM)
+
+
+def _is_up(name: str) -> bool:
+    try:
+        return ServiceFolder(state_root(), name).is_up()
+    except BrokenState:
+        return False
