@@ -18,7 +18,7 @@ from balancer.operate.commands.detach import AskedToEnd, detached
 from balancer.operate.commands.division import divide
 from balancer.operate.commands.progress import Lines
 from balancer.operate.commands.show import check_host, no_such_service, snapshot_of, up_folders, warn
-from balancer.operate.commands.together import end_and_keep, pass_on, raise_when_asked
+from balancer.operate.commands.together import end_and_keep, passed_on, raise_when_asked
 from balancer.operate.engines import shared_memory
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, choose_engine, take_down_detached
@@ -131,12 +131,12 @@ def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_deta
         kept = set(begun)
     finally:
         if not is_detached:
-            pass_on(begun)
-            for name in [name for name in reversed(begun) if _may_be_up(name)]:
-                if name in kept:
-                    end_and_keep(name)
-                else:
-                    down([name], None)
+            with passed_on(begun):
+                for name in [name for name in reversed(begun) if _may_be_up(name)]:
+                    if name in kept:
+                        end_and_keep(name)
+                    else:
+                        down([name], None)
     return 0
 
 

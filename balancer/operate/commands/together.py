@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from balancer.inherited import ending
@@ -30,10 +30,12 @@ def raise_when_asked() -> None:
         signal.signal(number, asked)
 
 
-def pass_on(names: Sequence[str]) -> None:
-    """From now on, any of these signals is passed on to the services: asked once more, they end at once.
+@contextlib.contextmanager
+def passed_on(names: Sequence[str]) -> Iterator[None]:
+    """Meanwhile, any of these signals is passed on to the services: asked once more, they end at once.
 
-    The next signal after that raises SystemExit if one of them hangs, which it names.
+    The next signal after that raises SystemExit if one of them hangs, which it names. Afterwards all are ignored: this
+    process would die of one that comes while Python ends, and its exit status would be lost.
     """
     passed: list[float] = []
 
@@ -45,8 +47,14 @@ def pass_on(names: Sequence[str]) -> None:
         for name in names:
             _ask_to_end(name)
 
-    for each in ending():
+    heeded = ending()
+    for each in heeded:
         signal.signal(each, again)
+    try:
+        yield
+    finally:
+        for each in heeded:
+            signal.signal(each, signal.SIG_IGN)
 
 
 def end_and_keep(name: str) -> None:
