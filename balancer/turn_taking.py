@@ -7,7 +7,7 @@ happens that can change the answer, and when the next turn is over. While nobody
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,9 @@ LEAST_PAUSE = 0.01  # seconds between two looks, however much happens
 DOZE, WAKE = 70.0, 3.0
 # More, where weights are moved; but a wake waits no longer for its turn, without which it moves none.
 WITH_WEIGHTS = 70.0
+# Seconds that a wake waits for memory where nobody is about to give some back; and for how many seconds after a replica
+# was lost its memory may still be freed.
+QUICK, FREEING = 0.2, 5.0
 # Seconds until a failed wake is tried again: after another had the turn, and after memory was short.
 SOON, LATER = 0.25, 5.0
 AHEAD = 1 << 10  # the priority of a replica that is leaving and still has requests
@@ -48,6 +51,8 @@ class TurnTaking:
         self._rules = rules
         self._turns = Turns(rules())
         self._shares = False
+        self._seats: dict[str, tuple[str, ...]] = {}  # the GPUs of each replica that shares, at the last look
+        self._left_at: dict[str, float] = {}  # by GPU, when one that shared it was last lost, or left
         self._next: asyncio.TimerHandle | None = None
         self._next_at = self._looked_at = 0.0
         self._orders: set[asyncio.Task[None]] = set()
@@ -117,6 +122,7 @@ class TurnTaking:
     def _look(self) -> None:
         self._next = None
         now = self._looked_at = asyncio.get_running_loop().time()
+        self._note_lost(now)
         tenants, needs = self._stock(now)
         self._turns.rules = self._rules()
         swaps = self._turns.decide(now, [tenant for tenant, _ in tenants.values()], needs)
@@ -124,6 +130,12 @@ class TurnTaking:
             self._swap(swap, {id: one for id, (_, one) in tenants.items()})
         if not math.isinf(self._turns.due_in):
             self._look_at(now + max(LEAST_PAUSE, self._turns.due_in))
+
+    def _note_lost(self, now: float) -> None:
+        seats = {f"{one.service.facts.name}/{one.member.id}": one.tenancy.gpus for one in self._all()}
+        for key in self._seats.keys() - seats.keys():
+            self._left_at |= dict.fromkeys(self._seats[key], now)
+        self._seats = seats
 
     def _stock(self, now: float) -> tuple[dict[str, tuple[Tenant, _One]], dict[str, Need]]:
         """All replicas that share, and what is wanted of their models."""
@@ -212,43 +224,61 @@ class TurnTaking:
             wakes.tenancy.is_told = False
 
     async def _wake(self, one: _One) -> bool:
-        """Wakes it; where memory is short, others that doze on its GPUs fall asleep first, one after the other."""
+        """Wakes it; where memory is short, others that doze on its GPUs fall asleep first."""
+        clock = asyncio.get_running_loop().time
+        is_last = False
         while True:
             is_asleep = one.tenancy.state is TenantState.ASLEEP
-            said = await self._tell(one, "wake", WAKE, WITH_WEIGHTS if is_asleep else 0.0)
+            memory = None if is_last or self._is_freeing(one.tenancy.gpus, clock()) else QUICK
+            said = await self._tell(one, "wake", WAKE, WITH_WEIGHTS if is_asleep else 0.0, memory)
             if said is not None and said.state is TenantState.AWAKE:
                 return True
             if said is None or not said.problem:
-                one.tenancy.retry_at = asyncio.get_running_loop().time() + SOON
+                one.tenancy.retry_at = clock() + SOON
                 return False
             one.tenancy.told()
-            if not await self._make_room(one):
+            if await self._make_room(one, said.lacks):
+                continue
+            if memory is None:
                 one.tenancy.cannot_wake = said.problem
-                one.tenancy.retry_at = asyncio.get_running_loop().time() + LATER  # making room may have taken minutes
+                one.tenancy.retry_at = clock() + LATER  # making room may have taken minutes
                 log.warning("replica %s: %s; nobody else there can give memory back", one.member.name, said.problem)
                 return False
+            is_last = True  # somebody who is unknown here may give some back
 
-    async def _make_room(self, one: _One) -> bool:
-        """Puts another that dozes on its GPUs to sleep: one without requests, the longest unused. False: none."""
-        dozing = [
-            other
-            for other in self._all()
-            if other.tenancy.state is TenantState.DOZING
-            and not other.tenancy.is_told
-            and set(other.tenancy.gpus) & set(one.tenancy.gpus)
-        ]
-        for other in sorted(dozing, key=lambda other: (other.member.generating > 0, other.tenancy.idle_since)):
-            other.tenancy.told()
-            await self._tell(other, "sleep", DOZE + WITH_WEIGHTS)
-            if other.tenancy.state is TenantState.ASLEEP or other.tenancy.is_lost:
-                return True
-        return False
+    def _is_freeing(self, gpus: Iterable[str], now: float) -> bool:
+        """May the memory of one that is gone be freed soon?"""
+        self._note_lost(now)
+        return any(now - self._left_at.get(gpu, -math.inf) < FREEING for gpu in gpus)
 
-    async def _tell(self, one: _One, what: str, within: float, more: float = 0.0) -> Said | None:
-        """Gives an order and notes what came of it; None if no answer came. `more`: see MemberWatch.order."""
+    async def _make_room(self, one: _One, lacks: Mapping[str, int]) -> bool:
+        """Puts others that doze on its GPUs to sleep until they have given back what it lacks.
+
+        Those without requests go first, the longest unused before others. Returns whether any gave something back.
+        """
+        gave, left = False, dict(lacks)
+        for other in sorted(self._all(), key=lambda other: (other.member.generating > 0, other.tenancy.idle_since)):
+            tenancy = other.tenancy
+            shared = set(tenancy.gpus) & set(one.tenancy.gpus)
+            if tenancy.state is not TenantState.DOZING or tenancy.is_told or tenancy.is_lost or not shared:
+                continue
+            said = await self._tell(other, "sleep", DOZE + WITH_WEIGHTS)
+            if said is None:
+                return True  # it is lost, and its memory with it
+            if said.state is TenantState.ASLEEP:
+                gave = True
+                left = {gpu: size - said.weights.get(gpu, 0) for gpu, size in left.items()}
+                if max(left.values(), default=0) <= 0:
+                    return True
+        return gave
+
+    async def _tell(
+        self, one: _One, what: str, within: float, more: float = 0.0, memory: float | None = None
+    ) -> Said | None:
+        """Gives an order and notes what came of it; None if no answer came. `more`, `memory`: see MemberWatch.order."""
         one.tenancy.told()
         try:
-            said = await one.service.prober.order(one.member, what, within, more)
+            said = await one.service.prober.order(one.member, what, within, more, memory)
         finally:
             one.tenancy.is_told = False
         if said is None:

@@ -5,6 +5,7 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("replica: Python %d.%d is too old: Python 3.11 is needed" % sys.version_info[:2])
 
+import functools
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ from replica.kinds import is_of_kind
 from replica.options import Options, OptionsError, read, with_secrets
 from replica.store.cache import Cache
 from replica.store.errors import StoreError
+from replica.turn import Turn
 from replica.weights import WeighError, config_of, longest_context, weigh
 
 # The service whose replica it is and its priority, as groundserve tells them (balancer/operate/recipe/recipe.py).
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         if on_gpu and not options.dry_run and not pretended:
             if options.gpu_share:
                 share = sharing.share_gib(options.sglang_args, held.gpus[0].memory_total)
-            machine.wait_for_memory(held.gpus, share or preset.gpu_gib)
+            need = sharing.room_gib(share) or preset.gpu_gib
+            machine.wait_for_memory(held.gpus, need, tell=functools.partial(_ask_for_memory, held.turn))
         if on_gpu and options.gpu_share:
             options = replace(
                 options, sglang_args=tuple(_share_of_free_memory(options.sglang_args, held.gpus, environ))
@@ -99,6 +102,12 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         around = surroundings.with_scratch(environ, options.host)
         turn = {**held.turn.environ(), sharing.SHARE: str(round(share * 2**30))} if held and held.turn else {}
         os.execve(becomes.argv[0], becomes.argv, {**around, **becomes.environ, **turn})
+
+
+def _ask_for_memory(turn: Turn | None, is_short: bool) -> None:
+    """While memory is short, asks those that share its GPUs and doze for that of their weights."""
+    if turn is not None:
+        turn.say(time.time(), lacks=is_short)
 
 
 def _share_of_free_memory(flags: Sequence[str], held: Sequence[gpu.Gpu], environ: Mapping[str, str]) -> list[str]:

@@ -14,7 +14,7 @@ from replica.options import Options
 from replica.presets import Preset
 from replica.store.cache import Cache
 
-_MEMORY_WAIT = 30.0  # seconds to wait for GPU memory that a dead replica still holds after its lease
+MEMORY_WAIT = 30.0  # seconds to wait for GPU memory that others hold still, and again whenever they gave some back
 
 
 class MachineError(Exception):
@@ -92,22 +92,27 @@ def wait_for_memory(
     environ: Mapping[str, str] = os.environ,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
+    tell: Callable[[bool], None] = lambda _: None,
 ) -> None:
-    """Waits until each leased GPU has `need` GiB free; after 30 s says on stderr who uses it, and goes on.
+    """Waits until each leased GPU has `need` GiB free. After 30 s without any progress it says on stderr who uses the
+    rest, and goes on.
 
     need 0, unknown: nine tenths of the GPU. The previous holder's memory may take a moment to be freed, and other
-    programs may use the GPU without a lease.
+    programs may use the GPU without a lease. `tell` is called after each look, with whether memory is short.
     """
     uuids = {one.uuid for one in held}
-    give_up = clock() + _MEMORY_WAIT
+    give_up, most = clock() + MEMORY_WAIT, 0
     while True:
         short = [
             one
             for one in gpu.list_gpus(environ)
             if one.uuid in uuids and one.memory_total and one.memory_free < (need * 1024 or 0.9 * one.memory_total)
         ]
+        tell(bool(short))
         if not short:
             return
+        if (free := sum(one.memory_free for one in short)) > most:
+            give_up, most = clock() + MEMORY_WAIT, free
         if clock() >= give_up:
             break
         pause(1.0)

@@ -67,6 +67,11 @@ def with_share(flags: Sequence[str], total: int, free: int) -> list[str]:
     return _with_value(flags, FRACTION, f"{fraction:.3f}")
 
 
+def room_gib(share: float) -> float:
+    """GiB that have to be free for SGLang to start with a share of so many GiB; 0 if the share is unknown."""
+    return share / _MOST + _CONTEXT / _GIB if share else 0.0
+
+
 def share_gib(flags: Sequence[str], total: int) -> float:
     """GiB that these flags grant weights and KV cache on a card of `total` MiB; 0 if they do not say."""
     try:

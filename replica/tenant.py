@@ -14,6 +14,7 @@ request reaches it after a release.
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -37,6 +38,7 @@ HEARD_FOR = 5.0
 _LOOK = 0.1  # seconds between two checks of what to do next
 _TURN_POLL = 0.01  # seconds between two tries for the turn
 _RETRY = 1.0  # seconds until the next try after a wake that lacked memory
+_ASKED = 0.5  # seconds between two looks whether another that starts lacks memory
 
 
 class State(StrEnum):
@@ -143,6 +145,9 @@ class Tenant:
         self._weights: dict[str, int] = {}
         self._retry_at = 0.0
         self._lacked = 0  # how many wakes failed for want of memory
+        self._lacks: dict[str, int] = {}  # bytes on each GPU that the last of them lacked
+        self._patience = limits.memory  # how long the next wake waits for others' memory
+        self._asked_at = 0.0  # when it last looked whether another lacks memory
         self._wished = asyncio.Event()
         self._moved = asyncio.Event()
 
@@ -164,15 +169,17 @@ class Tenant:
         """Notes that the balancer of this name has asked or ordered something."""
         self._balancer = Balancer(balancer, self._clock())
 
-    async def order(self, wanted: State, within: float) -> bool:
+    async def order(self, wanted: State, within: float, memory: float = math.inf) -> bool:
         """Wakes, dozes or sleeps; False if that did not happen within so many seconds.
 
         A wake that did not get the turn in time, or lacked memory, is cancelled: the replica no longer waits for it.
-        One that has the turn is not cancelled, however long it takes.
+        One that has the turn is not cancelled, however long it takes. `memory`: it waits at most so many seconds for
+        memory that others may be about to give back.
         """
         give_up = self._clock() + within
         lacked = self._lacked
         self._wish(wanted)
+        self._patience = min(memory, self._limits.memory)
         while not self._is_as(wanted):
             left = give_up - self._clock()
             lacks_memory = wanted is State.AWAKE and self._lacked > lacked
@@ -198,6 +205,7 @@ class Tenant:
             "ordered_by": self._balancer.name if self.is_ordered else None,
             "pool_bytes": self._pool or None,
             "weights_bytes": self._weights or None,
+            "lacks_bytes": self._lacks or None,
             "swaps": self.swaps.to_json(),
             "problem": self.problem or None,
             "others": [
@@ -246,6 +254,7 @@ class Tenant:
     def _wish(self, wanted: State, *, is_own: bool = False) -> None:
         self.wanted = wanted
         self._is_own_wish = is_own
+        self._patience = self._limits.memory
         if wanted is not State.AWAKE:
             self._turn.stop_waiting(self._now())
         self._wished.set()
@@ -270,6 +279,8 @@ class Tenant:
             # While it shuts down it still answers its requests, but no balancer orders its turns any more.
             if has_requests and (not self.is_ordered or self._engine.is_leaving()):
                 self._wish(State.AWAKE, is_own=True)
+            elif self.state is State.DOZING and self._is_asked_for_memory():
+                self._wish(State.ASLEEP, is_own=True)
         elif self._is_own_wish and not has_requests:
             self._wish(self.state, is_own=True)
 
@@ -285,6 +296,13 @@ class Tenant:
         waiting = [other for other in self._turn.others() if other.waits(wall)]
         return any(not is_ordered or other.by != self._balancer.name for other in waiting)
 
+    def _is_asked_for_memory(self) -> bool:
+        now = self._clock()
+        if now - self._asked_at < _ASKED:
+            return False
+        self._asked_at = now
+        return self._turn.is_asked_for_memory(self._now())
+
     async def _wake(self) -> None:
         if self._clock() < self._retry_at:
             return
@@ -297,13 +315,16 @@ class Tenant:
             self._retry_at = self._clock() + _RETRY
             self._lacked += 1
             self.problem = f"it cannot wake: {short}"
-            logger.warning("%s", self.problem)
+            # Who let it wait for less sees to the memory.
+            is_final = self._patience >= self._limits.memory
+            logger.log(logging.WARNING if is_final else logging.INFO, "%s", self.problem)
             return
         weights = WEIGHTS[0] in self._released
         async with self._within(self._limits.take_back + (self._limits.sleep if weights else 0.0), "wake"):
             await self._engine.resume(self._released)
             await self._engine.go_on()
         self._released = ()
+        self._lacks = {}
         self.problem = ""
         self.swaps.wakes += 1
         self.swaps.last_wake = self._clock() - began
@@ -321,16 +342,15 @@ class Tenant:
         if self._limits.share:
             # Sizes measured while a tenant that was killed lost its memory are too large; no wake would correct them.
             need = {gpu: min(size, self._limits.share + _GRAPHS) for gpu, size in need.items()}
-        give_up = self._clock() + self._limits.memory
+        give_up = self._clock() + self._patience
         while True:
-            free = {gpu: self._engine.free_memory(gpu) for gpu in need}
-            short = [gpu for gpu, size in need.items() if (there := free[gpu]) is not None and there < size]
+            free = self._free()
+            short = {gpu: size - free[gpu] for gpu, size in need.items() if gpu in free and free[gpu] < size}
             if not short:
                 return ""
             if self._clock() >= give_up:
-                return ", ".join(
-                    f"{gpu} has {_gib(free[gpu] or 0)} free and it takes {_gib(need[gpu])}" for gpu in short
-                )
+                self._lacks = short
+                return ", ".join(f"{gpu} has {_gib(free[gpu])} free and it takes {_gib(need[gpu])}" for gpu in short)
             await asyncio.sleep(_TURN_POLL)
 
     async def _doze(self) -> None:

@@ -1,7 +1,8 @@
 """The routes that a replica that shares its GPUs adds in front of SGLang's own, and those of SGLang that it closes.
 
     GET  /lease                        its state, its GPUs, who else is there and who waits, times of its swaps
-    POST /lease/wake, doze, sleep      does that and answers the same; ?within=SECONDS (10) is the maximum wait
+    POST /lease/wake, doze, sleep      does that and answers the same; ?within=SECONDS (10) is the maximum wait, and
+                                       ?memory=SECONDS (5) that for memory which others may be about to give back
     GET  /alive                        200 in every state but BROKEN, without a key
 
 All but /alive require the replica's key, if it has one. A balancer sends its name in the header X-Balancer, and orders
@@ -23,6 +24,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 BALANCER = b"x-balancer"
+LONGEST = 600  # seconds that an order may give itself
 _ORDERS = {"/lease/wake": State.AWAKE, "/lease/doze": State.DOZING, "/lease/sleep": State.ASLEEP}
 _CLOSED = ("/release_memory_occupation", "/resume_memory_occupation", "/pause_generation", "/continue_generation")
 _HEALTH = ("/health", "/health_generate")
@@ -91,12 +93,13 @@ class Gate:
             self._heard(name)
             await _answer(send, 200, self._tenant.to_json())
         elif path in _ORDERS and method == "POST":
-            within = _within(scope.get("query_string", b""))
-            if within is None:
-                await _answer(send, 400, {"error": "within is a number of seconds, at most 600"})
+            query = scope.get("query_string", b"")
+            within, memory = _seconds(query, "within", 10), _seconds(query, "memory", LONGEST)
+            if within is None or memory is None:
+                await _answer(send, 400, {"error": f"within and memory are numbers of seconds, at most {LONGEST}"})
                 return
             self._heard(name)
-            is_done = await self._tenant.order(_ORDERS[path], within)
+            is_done = await self._tenant.order(_ORDERS[path], within, memory)
             await _answer(send, 200 if is_done else 503, self._tenant.to_json())
         else:
             is_known = path == "/lease" or path in _ORDERS
@@ -108,13 +111,14 @@ class Gate:
             self._tenant.heard(name.decode("latin-1")[:100])
 
 
-def _within(query: bytes) -> float | None:
-    given = urllib.parse.parse_qs(query.decode("latin-1")).get("within", ["10"])[-1]
+def _seconds(query: bytes, name: str, default: float) -> float | None:
+    """What the query gives for this name; None if it is no number from 0 to LONGEST."""
+    given = urllib.parse.parse_qs(query.decode("latin-1")).get(name)
     try:
-        seconds = float(given)
+        seconds = float(given[-1]) if given else default
     except ValueError:
         return None
-    return seconds if 0 <= seconds <= 600 else None
+    return seconds if 0 <= seconds <= LONGEST else None
 
 
 async def _answer(send: Send, status: int, said: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> None:

@@ -42,7 +42,7 @@ class Neighbour:
     """Another tenant of one of our GPUs. Times in seconds since the epoch.
 
     by: the name of the balancer that orders its turns; empty: none. waiting_since: 0 while it does not wait for its
-    turn.
+    turn. lacks: it starts, and its GPU has not enough free memory for it.
     """
 
     gpu: str
@@ -53,6 +53,7 @@ class Neighbour:
     by: str
     waiting_since: float
     said_at: float
+    lacks: bool
 
     def waits(self, now: float) -> bool:
         return self.waiting_since > 0 and now - self.said_at < _SILENT
@@ -76,6 +77,7 @@ class Turn:
             "by": "",
             "waiting_since": 0.0,
             "said_at": 0.0,
+            "lacks": False,
         }
 
     @classmethod
@@ -175,6 +177,19 @@ class Turn:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             raise
 
+    def is_asked_for_memory(self, now: float) -> bool:
+        """Is it up to this tenant, which dozes, to move its weights away, because one that starts lacks memory?
+
+        Those that doze are asked one after the other, the one that has dozed longest first.
+        """
+        others = self.others()
+        asked_at = max((one.said_at for one in others if one.lacks and now - one.said_at < _SILENT), default=0.0)
+        given_at = max((one.said_at for one in others if one.state == "ASLEEP"), default=0.0)
+        if asked_at <= given_at:
+            return False
+        mine = (self._said["said_at"], self._said["host"], self._said["pid"])
+        return all(mine < (one.said_at, one.host, one.pid) for one in others if one.state == "DOZING")
+
     def stop_waiting(self, now: float) -> None:
         if self.waiting_since:
             self.say(now, waiting_since=0.0)
@@ -219,8 +234,9 @@ def _neighbour(gpu: str, said: Mapping[str, Any]) -> Neighbour:
         return value if isinstance(value, str) else ""
 
     note = text("note") or "a replica that has just started"
-    pid, *times = (lock_file.number(said, name) for name in ("pid", "waiting_since", "said_at"))
-    return Neighbour(gpu, note, int(pid), text("host"), text("state"), text("by"), *times)
+    pid, waiting_since, said_at = (lock_file.number(said, name) for name in ("pid", "waiting_since", "said_at"))
+    who = (gpu, note, int(pid), text("host"), text("state"), text("by"))
+    return Neighbour(*who, waiting_since, said_at, said.get("lacks") is True)
 
 
 def _places(gpu: str) -> list[str]:

@@ -219,14 +219,17 @@ class MemberWatch:
     def _rests(self) -> bool:
         return self._member.is_resting
 
-    async def order(self, what: str, within: float, more: float = 0.0) -> Said | None:
+    async def order(self, what: str, within: float, more: float = 0.0, memory: float | None = None) -> Said | None:
         """Tells it to `wake`, `doze` or `sleep` within so many seconds, and returns how it stands with its turn then.
 
-        `more`: seconds by which its answer may be later, because a wake that has its turn is not given up. None if it
-        gave no answer that can be understood.
+        `more`: seconds by which its answer may be later, because a wake that has its turn is not given up. `memory`:
+        how many seconds it waits for memory that others may be about to give back, None: as long as it likes. Returns
+        None if it gave no answer that can be understood.
         """
+        path, fields = f"/lease/{what}?within={within:g}", {BALANCER: self._balancer, "content-length": "0"}
+        if memory is not None:
+            path += f"&memory={memory:g}"
         try:
-            path, fields = f"/lease/{what}?within={within:g}", {BALANCER: self._balancer, "content-length": "0"}
             response = await self._order_connection.request(path, within + more + ANSWER, "POST", fields)
         except (NoResponse, CannotProbe) as error:
             log.info("replica %s could not be told to %s: %s", self._member.name, what, error)

@@ -55,10 +55,12 @@ class Prober:
         if member not in self._watches:
             self._watches[member] = MemberWatch(member, self._fleet, self._connect_to, self._jitter, self._balancer)
 
-    async def order(self, member: Member, what: str, within: float, more: float = 0.0) -> Said | None:
+    async def order(
+        self, member: Member, what: str, within: float, more: float = 0.0, memory: float | None = None
+    ) -> Said | None:
         """Tells a member to `wake`, `doze` or `sleep`; see MemberWatch.order."""
         watch = self._watches.get(member)
-        return await watch.order(what, within, more) if watch else None
+        return await watch.order(what, within, more, memory) if watch else None
 
     def _left(self, member: Member) -> None:
         if watch := self._watches.pop(member, None):

@@ -34,6 +34,7 @@ class Said:
     """An answer of `GET /lease`. `seconds`: how long it has been in its state; `gpus`: their UUIDs.
 
     `problem`: why it cannot wake or doze; `starting`: who has its GPUs in order to start. Both empty: nobody, nothing.
+    By GPU, `weights`: bytes that it gives back when it falls asleep; `lacks`: bytes that its last wake lacked.
     """
 
     state: TenantState
@@ -41,6 +42,8 @@ class Said:
     seconds: float = 0.0
     problem: str = ""
     starting: str = ""
+    weights: Mapping[str, int] = field(default_factory=dict)
+    lacks: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> Self | None:
@@ -62,7 +65,15 @@ class Said:
             max(0.0, float(seconds)) if isinstance(seconds, int | float) else 0.0,
             problem[:LONGEST_REASON] if isinstance(problem, str) else "",
             starting[0][:LONGEST_REASON] if starting else "",
+            _bytes(body.get("weights_bytes")),
+            _bytes(body.get("lacks_bytes")),
         )
+
+
+def _bytes(said: object) -> Mapping[str, int]:
+    """Sizes by GPU, as far as they are such."""
+    known = said.items() if isinstance(said, dict) else ()
+    return {gpu: size for gpu, size in known if isinstance(size, int)}
 
 
 @dataclass(slots=True)

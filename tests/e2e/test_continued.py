@@ -186,10 +186,15 @@ def gap(replica: Replica, path: str, prompt: str, told: Told) -> float:
     if (shared := sum(1 for _ in alike)) == len(rest):
         return 0.0
     tops, said = made["meta_info"]["output_top_logprobs"], made["output_ids"]
-    for number, ((first, *_), (second, *_)) in enumerate(tops):
-        if len(ask("/detokenize", tokens=said[: number + 1])["text"]) > shared:
-            return float(first - second)
-    return float(tops[-1][0][0] - tops[-1][1][0])  # it ended there, and the answer did not
+    gaps = [float(first - second) for (first, *_), (second, *_) in tops]
+    begins = None  # the first of the tokens of the character where they part; any of these may be the other one
+    for number in range(len(said)):
+        text = ask("/detokenize", tokens=said[: number + 1])["text"]
+        if len(text) > shared:
+            begins = number if begins is None else begins
+            if text[shared] != "\ufffd":
+                return min(gaps[begins : number + 1])
+    return min(gaps[begins:]) if begins is not None else gaps[-1]  # it ended there, and the answer did not
 
 
 @pytest.mark.last

@@ -250,12 +250,12 @@ def asleep(proof: Proof) -> None:
     environ = {"GPU_SHARE": "yes", "LEASE_DIR": str(proof.work / "leases-asleep"), "LEASE_WAIT": "400"}
     tenants: dict[str, Process] = {}
     try:
+        # One after the other: the next has no room to start before the weights of the one before are in host memory.
         for name in MODELS:
             folder = shapes.llama(proof.models / "smollm2-135m", proof.work / name)
             tenants[name] = proof.replica(f"asleep-{name}", str(folder), flags, **environ)
-        for one in tenants.values():
-            wait_ready(one, len(MODELS) * START)
-            order(one, "sleep")
+            wait_ready(tenants[name], START)
+            order(tenants[name], "sleep")
         front = services(proof.work, tenants)
         try:
             for name in MODELS:

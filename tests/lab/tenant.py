@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replica import lock_file
+from replica.machine import MEMORY_WAIT
 from replica.tenant import WEIGHTS, Limits, Tenant
 from replica.tenant_api import Alive, Gate
 from replica.turn import Turn
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 _POLL = 0.01
+_LOOK = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +190,25 @@ class Sharing:
         try:
             while not sharing._turn.take(time.time()):  # noqa: ASYNC110 - another process gives it up
                 await asyncio.sleep(_POLL)
-            for card in sharing._cards.values():
-                card.take(round((seat.weights + seat.pool) * GIB))
+            await sharing._wait_for_memory(round((seat.weights + seat.pool) * GIB))
             await asyncio.sleep(seat.start)
         except BaseException:
             sharing.end()
             raise
         sharing._life = asyncio.create_task(sharing.tenant.live())
         return sharing
+
+    async def _wait_for_memory(self, size: int) -> None:
+        """Takes it, as soon as it is there. Raises OutOfMemory if it does not come: see replica/machine.py."""
+        give_up, most = time.monotonic() + MEMORY_WAIT, 0
+        while (free := min(card.free() for card in self._cards.values())) < size and time.monotonic() < give_up:
+            if free > most:
+                give_up, most = time.monotonic() + MEMORY_WAIT, free
+            self._turn.say(time.time(), lacks=True)
+            await asyncio.sleep(_LOOK)
+        self._turn.say(time.time(), lacks=False)
+        for card in self._cards.values():
+            card.take(size)
 
     async def answer(self, exchange: Exchange, inner: Callable[[], Awaitable[None]], *, is_keyed: bool) -> None:
         """Through the shipped routes to `inner`. `is_keyed`: it has passed the check of the key, else only /alive."""

@@ -126,6 +126,23 @@ def test_memory_that_others_keep_is_warned_of_by_name(driver: Driver, capsys: py
     assert "python train.py (77, 20000 MiB)" in said
 
 
+def test_memory_that_comes_bit_by_bit_is_waited_for(driver: Driver, capsys: pytest.CaptureFixture[str]) -> None:
+    """Others give it back one after the other, and are told for how long it lacks."""
+    driver.uses(20000, "")
+
+    def pause(seconds: float) -> None:
+        driver.now += seconds
+        if driver.now % 20 == 0:
+            driver.uses(20000 - int(50 * driver.now), "")
+
+    held = (Gpu(0, "GPU-a", "NVIDIA L4", 23034, 0),)
+    told: list[bool] = []
+    wait_for_memory(held, 7, environ={}, clock=lambda: driver.now, pause=pause, tell=told.append)
+    assert driver.now == 100
+    assert told == [True] * 100 + [False]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_model_of_unknown_size_wants_nine_tenths_of_the_gpu(driver: Driver) -> None:
     driver.uses(2000, "")
     held = (Gpu(0, "GPU-a", "NVIDIA L4", 23034, 0),)

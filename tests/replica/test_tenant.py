@@ -433,6 +433,28 @@ def test_order_without_memory(stage: Stage) -> None:
     assert "it cannot wake" in tenant.problem
 
 
+def test_order_that_waits_for_no_memory(stage: Stage) -> None:
+    """It is answered at once, with what is missing."""
+    tenant, _ = stage.tenant("mine", memory=600.0)
+
+    async def life() -> None:
+        tenant.wanted = State.DOZING
+        await tenant.step()
+        stage.gpu.free = 5 * GIB
+        living = asyncio.create_task(tenant.live())
+        async with asyncio.timeout(20):
+            assert not await tenant.order(State.AWAKE, 600, memory=0.0)
+        assert tenant.to_json()["lacks_bytes"] == {"GPU-a": 25 * GIB}
+        stage.gpu.free = 60 * GIB
+        stage.later(1.1)
+        async with asyncio.timeout(20):
+            assert await tenant.order(State.AWAKE, 600)
+        assert tenant.to_json()["lacks_bytes"] is None
+        living.cancel()
+
+    run(life())
+
+
 def test_a_step_that_fails_is_tried_again(stage: Stage) -> None:
     tenant, _ = stage.tenant("mine")
     step, failures = tenant.step, [ValueError("what nobody expected"), OSError(5, "Input/output error")]
@@ -617,6 +639,7 @@ def test_orders_come_over_http_and_say_what_became_of_them(stage: Stage) -> None
         status, said = await ask(gate, "/lease/sleep", "POST", "balancer")
         assert (status, said["state"]) == (200, "ASLEEP")
         assert (await ask(gate, "/lease/wake?within=soon", "POST"))[0] == 400
+        assert (await ask(gate, "/lease/wake?memory=-1", "POST"))[0] == 400
         assert (await ask(gate, "/lease/wake"))[0] == 405
         assert (await ask(gate, "/lease/dance", "POST"))[0] == 404
         living.cancel()

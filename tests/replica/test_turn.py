@@ -338,3 +338,24 @@ def test_files_in_a_groups_folder_are_the_groups(tmp_path: Path) -> None:
 def _made(directory: Path) -> Path:
     directory.mkdir(exist_ok=True)
     return directory
+
+
+def test_one_after_the_other_is_asked_for_memory(tmp_path: Path) -> None:
+    """Who has dozed longest comes first, the next only if memory is lacking still, and nobody once it is not."""
+    long, short, starts = (Turn.join(tmp_path, ["GPU-a"], note, 1.0) for note in ("long", "short", "starts"))
+    try:
+        long.say(2.0, state="DOZING")
+        short.say(3.0, state="DOZING")
+        asked = [one.is_asked_for_memory(4.0) for one in (long, short)]
+        starts.say(4.0, lacks=True)
+        asked += [one.is_asked_for_memory(4.5) for one in (long, short)]
+        long.say(5.0, state="ASLEEP")
+        asked += [short.is_asked_for_memory(5.5)]  # not before the one that starts has looked again
+        starts.say(5.6, lacks=True)
+        asked += [short.is_asked_for_memory(5.7), short.is_asked_for_memory(9.0)]
+        starts.say(9.5, lacks=False)
+        asked += [short.is_asked_for_memory(9.6)]
+    finally:
+        for one in (long, short, starts):
+            one.leave()
+    assert asked == [False, False, True, False, False, True, False, False]

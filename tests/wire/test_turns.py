@@ -29,10 +29,12 @@ BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 
 
 @contextlib.asynccontextmanager
-async def seat(folder: Path, *models: str, **knobs: Any) -> AsyncIterator[list[LabReplica]]:
-    """A replica for each of these models, started one after the other on one GPU."""
-    size = len(models) * 10 + 30.0
-    place = Seat(folder, (GPU,), gpu_slice=0.5, card=size, weights=10.0, pool=30.0, memory=0.1)
+async def seat(
+    folder: Path, *models: str, card: float = 0.0, memory: float = 0.1, lingers: float = 0.0, **knobs: Any
+) -> AsyncIterator[list[LabReplica]]:
+    """A replica for each of these models, started one after the other on one GPU; all of their weights fit there."""
+    size = card or len(models) * 10 + 30.0
+    place = Seat(folder, (GPU,), gpu_slice=0.5, card=size, weights=10.0, pool=30.0, memory=memory, lingers=lingers)
     async with contextlib.AsyncExitStack() as stack:
         yield [await stack.enter_async_context(LabReplica(served_model=model, seat=place, **knobs)) for model in models]
 
@@ -337,6 +339,43 @@ async def test_short_of_memory(tmp_path: Path) -> None:
         await until(lambda: not fleet.why_away(), "it may be tried again", 20)
         assert [bool(await ask(client, model)) for model in "abc"]
         house.complaints.clear()
+
+
+@on_uvloop
+async def test_room_for_a_wake(tmp_path: Path) -> None:
+    """As many fall asleep as a wake lacks memory, and it waits for no memory that nobody is about to give back."""
+    async with seat(tmp_path, *"abcd", memory=5.0) as sharers, sharing(sharers) as (house, client):
+        for model in "abcd":
+            await ask(client, model)
+        stranger = Held(tmp_path, GPU, 70 * GIB)
+        await doze(sharers[3])
+        stranger.take(20 * GIB)
+        began = time.monotonic()
+        assert await ask(client, "a")
+        assert time.monotonic() - began < 4
+        assert states(house) == ["READY", "ASLEEP", "ASLEEP", "DOZING"]
+        stranger.close()
+
+
+@on_uvloop
+async def test_wake_after_a_kill_waits_for_its_memory(tmp_path: Path) -> None:
+    """Nobody is put to sleep for memory that a killed replica is about to lose."""
+    async with seat(tmp_path, *"abc", memory=5.0, lingers=1.0) as sharers, sharing(sharers) as (house, client):
+        for model in "abc":
+            await ask(client, model)
+        sharers[2].fall()
+        await until(lambda: "READY" not in states(house), lambda: states(house))
+        assert await ask(client, "a")
+        assert states(house)[:2] == ["READY", "DOZING"]
+
+
+@on_uvloop
+async def test_start_beside_weights_of_others(tmp_path: Path) -> None:
+    """One that starts where the weights of those that doze leave no room gets it: they move them away in turn."""
+    async with seat(tmp_path, *"abc", card=45.0, memory=1.0) as sharers, sharing(sharers) as (house, client):
+        assert states(house) == ["ASLEEP", "ASLEEP", "READY"]
+        for model in "abc":
+            assert await ask(client, model)
 
 
 @on_uvloop
