@@ -180,6 +180,7 @@ class Tenant:
         lacked = self._lacked
         self._wish(wanted)
         self._patience = min(memory, self._limits.memory)
+        self._retry_at = 0.0
         while not self._is_as(wanted):
             left = give_up - self._clock()
             lacks_memory = wanted is State.AWAKE and self._lacked > lacked
