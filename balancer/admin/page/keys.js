@@ -1,6 +1,11 @@
-// The keys that are issued: listed, issued, rotated and revoked. A secret is shown once, and stays until it is hidden.
+// The keys that are issued: listed, issued, changed, rotated and revoked. A secret is shown once, and stays until it is
+// hidden.
 import { $, arrange, element, number, say } from "./dom.js";
 import { ask } from "./admin.js";
+
+// What each key has, by name, as last told; and the one whose limits the form changes, if it is not for a new key.
+const known = new Map();
+let changing = null;
 
 const LIMITS = ["max_in_flight", "requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day"];
 
@@ -39,14 +44,17 @@ function surely(text, act) {
 function makeRow({ name }) {
   const path = `keys/${encodeURIComponent(name)}`;
   const cells = ["", "", ...LIMITS.map(() => "number"), "", "text", ""].map((className) => element("td", { className }));
+  const limits = button("Change", () => fill(known.get(name)));
   const rotate = surely("Rotate", () => change(`${path}/rotate`, "POST"));
   const revoke = surely("Revoke", () => change(path, "DELETE"));
+  limits.setAttribute("aria-label", `Change ${name}`);
   rotate.setAttribute("aria-label", `Rotate ${name}`);
   revoke.setAttribute("aria-label", `Revoke ${name}`);
-  return element("tr", {}, ...cells, element("td", {}, rotate, revoke));
+  return element("tr", {}, ...cells, element("td", {}, limits, rotate, revoke));
 }
 
 function updateRow(row, key) {
+  known.set(key.name, key);
   const texts = [key.name, status(key), ...LIMITS.map((name) => number(key[name])), key.priority,
     key.models.join(", ") || "all", key.expires ?? "–"];
   texts.forEach((text, index) => say(row.children[index], text));
@@ -84,17 +92,38 @@ async function change(path, method, body) {
   return true;
 }
 
+// Makes the form one that changes this key; null: one for a new key.
+function fill(key) {
+  const form = $("issue");
+  form.reset();
+  changing = key;
+  form.elements.name.readOnly = Boolean(key);
+  say($("issue-it"), key ? "Change" : "Issue");
+  say($("issue-what"), key ? `Change ${key.name}` : "Issue a key");
+  $("change-none").hidden = !key;
+  if (!key) return;
+  for (const name of ["name", "priority", ...LIMITS]) form.elements[name].value = key[name] ?? "";
+  form.elements.models.value = key.models.join(", ");
+  form.elements.expires.value = key.expires?.slice(0, 10) ?? "";
+  $("issue-box").open = true;
+  form.elements.max_in_flight.focus();
+}
+
 async function issue(event) {
   event.preventDefault();
   const said = new FormData($("issue"));
   const terms = { priority: said.get("priority"), models: said.get("models").split(",").map((one) => one.trim()).filter(Boolean) };
   for (const name of LIMITS) if (said.get(name)) terms[name] = Number(said.get(name));
-  if (said.get("expires")) terms.expires = said.get("expires");
-  if (await change(`keys/${encodeURIComponent(said.get("name"))}`, "POST", terms)) $("issue").reset();
+  const expires = said.get("expires");
+  // The form has a day only: the time of one that stays is kept.
+  if (expires) terms.expires = changing?.expires?.startsWith(expires) ? changing.expires : expires;
+  const path = `keys/${encodeURIComponent(said.get("name"))}`;
+  if (await change(path, changing ? "PUT" : "POST", terms)) fill(null);
 }
 
 export function startKeys() {
   $("issue").addEventListener("submit", issue);
+  $("change-none").addEventListener("click", () => fill(null));
   $("secret-seen").addEventListener("click", () => {
     $("secret-text").value = "";
     $("secret").hidden = true;

@@ -356,7 +356,7 @@ def test_keys_are_issued_rotated_and_revoked(tmp_path: Path) -> None:
             await tab.type("#issue [name=name]", "alice")
             await tab.type("#issue [name=requests_per_day]", "50")
             await tab.type("#issue [name=models]", "lab, llama*")
-            await tab.click("#issue button")
+            await tab.click("#issue-it")
             first = await secret("alice")
             assert (await tab.texts("#issued td"))[:10] == [
                 *("alice", "in use", "–", "–", "50", "–", "–", "interactive", "lab, llama*", "–")
@@ -375,8 +375,44 @@ def test_keys_are_issued_rotated_and_revoked(tmp_path: Path) -> None:
             assert not await tab.run("return [...document.querySelectorAll('#issued button')].some((b) => !b.hidden)")
             await tab.run("document.querySelector('#issue [name=name]').removeAttribute('pattern')")
             await tab.type("#issue [name=name]", "a b")
-            await tab.click("#issue button")
+            await tab.click("#issue-it")
             await tab.until("!document.getElementById('keys-failure').hidden")
+
+    run(main())
+
+
+def test_limits_of_a_key_are_changed(tmp_path: Path) -> None:
+    """The form shows what the key has; its secret stays, and the time of day at which it expires."""
+
+    async def main() -> None:
+        shown = page(tmp_path, LabReplica(), admin_key="sesame", state=tmp_path / "state", expected="status of 4")
+        async with shown as (balancer, tab), client_of(balancer) as client:
+            admin = {"Authorization": "Bearer sesame"}
+            terms = {"requests_per_day": 50, "models": ["llama*"], "expires": "2099-01-31T12:30", "priority": "bulk"}
+            url = f"{balancer.admin_endpoint}/keys/alice"
+            key = (await client.post(url, json=terms, headers=admin)).raise_for_status().json()["key"]
+            await tab.click("#show-usage")
+            await tab.until("document.getElementById('admin').open")
+            await tab.type("#admin-key", "sesame")
+            await tab.press("\ue007")
+            await tab.until("document.querySelectorAll('#issued tr').length === 1")
+            await tab.click("#issued button[aria-label='Change alice']")
+            read = "return [...document.querySelectorAll('#issue input, #issue select')].map((one) => one.value)"
+            assert await tab.run(read) == ["alice", "", "", "50", "", "", "bulk", "llama*", "2099-01-31"]
+            assert await tab.text("#issue-what") == "Change alice"
+            await tab.click("#change-none")
+            assert await tab.run(read) == ["", "", "", "", "", "", "interactive", "", ""]
+            await tab.click("#issued button[aria-label='Change alice']")
+            await tab.run("document.querySelector('#issue [name=models]').value = 'lab'")
+            await tab.type("#issue [name=tokens_per_day]", "9000")
+            await tab.click("#issue-it")
+            await tab.until("document.querySelector('#issued td:nth-child(7)').innerText === '9,000'")
+            (row,) = (await client.get(f"{balancer.admin_endpoint}/keys", headers=admin)).json()
+            assert (row["requests_per_day"], row["tokens_per_day"], row["models"]) == (50, 9000, ["lab"])
+            assert (row["priority"], row["expires"]) == ("bulk", "2099-01-31T12:30")
+            answer = await client.post(CHAT, json=chat(), headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == 200
+            assert await tab.text("#issue-what") == "Issue a key"
 
     run(main())
 
