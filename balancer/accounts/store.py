@@ -34,6 +34,7 @@ SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS keys (
     name TEXT PRIMARY KEY, digest BLOB UNIQUE, created INTEGER NOT NULL, revoked INTEGER, terms TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS reissued (name TEXT PRIMARY KEY, times INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS usage (
     hour INTEGER, key TEXT, model TEXT, {", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in FIGURES)},
     PRIMARY KEY (hour, key, model)
@@ -49,6 +50,11 @@ ISSUE = """
 INSERT INTO keys VALUES (?, ?, ?, NULL, ?) ON CONFLICT (name) DO UPDATE
 SET digest = excluded.digest, created = excluded.created, revoked = NULL, terms = excluded.terms
 """
+# A table of its own, not a column: versions that do not know it go on writing into `keys`.
+COUNT_REISSUE = """
+INSERT INTO reissued SELECT name, 1 FROM keys WHERE name = ? ON CONFLICT (name) DO UPDATE SET times = times + 1
+"""
+ISSUED = "SELECT name, digest, terms, times FROM keys LEFT JOIN reissued USING (name) WHERE revoked IS NULL"
 # `sum` fails above 2**63, and one figure that large would stop all accounts.
 SUM = "CAST(total({}) AS INTEGER)"
 USED_SINCE = (
@@ -77,7 +83,7 @@ Usage = tuple[int, str, str, int, int, int, int, int]  # hour, key, model, and F
 
 @dataclass(frozen=True, slots=True)
 class Keeper:
-    """The replica that keeps an answer of /v1/responses, its HOST:PORT, and the name of the key that made it."""
+    """The replica that keeps an answer of /v1/responses, its HOST:PORT, and the issue of the key that made it."""
 
     replica: str
     address: str
@@ -86,11 +92,15 @@ class Keeper:
 
 @dataclass(frozen=True, slots=True)
 class IssuedKey:
-    """A key that lets its holder in."""
+    """A key that lets its holder in.
+
+    `issue` stays when the key is rotated, and is another one once the name was revoked and given again.
+    """
 
     name: str
     digest: bytes
     terms: KeyTerms
+    issue: str
 
 
 class Store:
@@ -150,8 +160,8 @@ class Store:
     def issued(self) -> list[IssuedKey]:
         """The keys that are not revoked."""
         with self._reading() as connection:
-            rows = connection.execute("SELECT name, digest, terms FROM keys WHERE revoked IS NULL").fetchall()
-        return [IssuedKey(name, digest, _terms(terms)) for name, digest, terms in rows]
+            rows = connection.execute(ISSUED).fetchall()
+        return [IssuedKey(name, digest, _terms(terms), _issue(name, times)) for name, digest, terms, times in rows]
 
     def has_keys(self) -> bool:
         """Was there ever a key?"""
@@ -172,6 +182,7 @@ class Store:
         with self._changing_keys() as connection:
             if connection.execute("SELECT 1 FROM keys WHERE name = ? AND revoked IS NULL", (name,)).fetchone():
                 raise ConfigError(f"there is a key {name} already: change it, rotate it, or choose another name")
+            connection.execute(COUNT_REISSUE, (name,))
             connection.execute(ISSUE, row)
 
     def revoke(self, name: str, now: float) -> None:
@@ -246,6 +257,11 @@ class Store:
 def _check_folder(folder: Path) -> None:
     if (mode := folder.stat().st_mode) & 0o022:
         raise ConfigError(f"--state {folder}: others may write into it (mode {mode & 0o777:o}): chmod 700 it")
+
+
+def _issue(name: str, times: int | None) -> str:
+    """The name alone at first, as earlier versions noted all answers. No name has a colon."""
+    return f"{name}:{times}" if times else name
 
 
 def _terms(text: str) -> KeyTerms:

@@ -31,11 +31,13 @@ class Key:
     """One caller's key, stored only as its SHA-256. `limit` is how many requests it may have in progress at once,
     `share` the part of it that is ours beside other balancers.
 
-    `expires` is in seconds since 1970; `models` are globs, empty for all models.
+    `expires` is in seconds since 1970; `models` are globs, empty for all models. What is kept for the key belongs to
+    its `issue`: its name may come to be another's.
     """
 
     name: str
     digest: bytes
+    issue: str
     limit: float = math.inf
     in_flight: int = 0
     quota: Quota | None = None
@@ -116,7 +118,7 @@ class Keys:
         before = self._leaving | self._in_file
         for digest, key in fresh.items():
             if known := before.pop(digest, None):
-                known.name, known.limit = key.name, key.limit
+                known.name, known.issue, known.limit = key.name, key.issue, key.limit
                 fresh[digest] = known
         self._leaving = {digest: key for digest, key in before.items() if key.in_flight}
         self._in_file = fresh
@@ -126,10 +128,10 @@ class Keys:
         self, issued: Sequence[IssuedKey], now: float, used_today: Mapping[str, tuple[int, int]] | None = None
     ) -> None:
         """These are the keys that are issued now (loop time, seconds); each keeps its counts if it was known before."""
-        before = {key.name: key for key in self._issued.values()}
+        before = {key.issue: key for key in self._issued.values()}
         self._issued = {}
         for one in issued:
-            key = before.get(one.name) or Key(one.name, one.digest)
+            key = before.get(one.issue) or Key(one.name, one.digest, one.issue)
             key.digest, key.limit = one.digest, one.terms.max_in_flight or math.inf
             key.is_bulk, key.models = one.terms.priority == "bulk", one.terms.models
             key.expires = one.terms.expires_at()
@@ -202,7 +204,8 @@ def _read_line(words: list[str], where: str, number: int) -> Key:
             raise ConfigError(f"{where}: after the key only max_in_flight=N may stand")
         limit = float(found[1])
     if found := HASHED.fullmatch(secret):
-        return Key(found[1], bytes.fromhex(found[2]), limit)
+        return Key(found[1], bytes.fromhex(found[2]), found[1], limit)
     if PLAIN.fullmatch(secret):
-        return Key(f"line-{number}", sha256(secret.encode()).digest(), limit)
+        digest = sha256(secret.encode())
+        return Key(f"line-{number}", digest.digest(), digest.hexdigest(), limit)  # lines move, and with them the names
     raise ConfigError(f"{where}: write NAME:SHA256 (`printf %s KEY | sha256sum`) or a key in ASCII without a colon")

@@ -117,8 +117,8 @@ class Directory:
         if not self.has_several and not (self.first.settings.strict_model and requested_model(request)):
             return self.first
         if request.path.startswith("/v1/responses/"):  # it names no model
-            id_, key = kept_id(request), request.key.name if request.key else ""
-            return next((one for one in self._destinations if one.responses.keeper(id_, key)), self.first)
+            id_, issue = kept_id(request), request.issue
+            return next((one for one in self._destinations if one.responses.keeper(id_, issue)), self.first)
         model = requested_model(request)
         known: set[str] = set()
         is_certain = True

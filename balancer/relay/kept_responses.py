@@ -44,7 +44,7 @@ class Noted:
 
 
 class KeptResponses:
-    """The replicas by the ids of their answers. Each belongs to the key that it was made with.
+    """The replicas by the ids of their answers. Each belongs to the issue of the key that it was made with (`key`).
 
     What is learned here is told to the `hearers`, if there are any; `is_heard` says that it came from one of them.
     """
@@ -106,8 +106,7 @@ class ResponseRelay(AnswerRelay):
 
     def on_body(self, data: bytes, now: float) -> None:
         if self._record.first_byte is None and (found := _ID.search(data, 0, BEGINNING)):
-            key = self._request.key
-            self._kept.learn(found[1].decode(), self._place.replica, key.name if key else "")
+            self._kept.learn(found[1].decode(), self._place.replica, self._request.issue)
         super().on_body(data, now)
 
 

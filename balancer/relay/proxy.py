@@ -431,7 +431,7 @@ def _keeper(destination: Destination, request: Request) -> ReplicaAddress | None
     if not (id_ := kept_id(request)):
         return None
     responses = destination.responses
-    keeper = responses.keeper(id_, request.key.name if request.key else "")
+    keeper = responses.keeper(id_, request.issue)
     is_known = responses.known(id_) is not None
     if keeper is None and (request.key is not None or is_known or not destination.places.is_only_one):
         raise errors.response_not_kept(id_, request.path == RESPONSES)

@@ -138,6 +138,11 @@ class Request:
         return Bulk(key.name) if key.is_bulk else key.name
 
     @property
+    def issue(self) -> str:
+        """The issue of its API key, to which belongs what is kept for it; empty without a key."""
+        return self.key.issue if self.key is not None else ""
+
+    @property
     def is_generating(self) -> bool:
         return self.kind is PathKind.GENERATING and (self.method in GENERATING_METHODS or self.opens_websocket)
 

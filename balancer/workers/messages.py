@@ -35,7 +35,7 @@ class Asked(enum.IntEnum):
     USED = 14  # records of requests whose use is kept
     SEEN = 15  # what it counted and saw since it last told, as a mapping
     ACCEPTING = 16  # nothing: it has opened its doors
-    KEPT = 17  # service, number of the replica, id of an answer that it keeps, name of the key
+    KEPT = 17  # service, number of the replica, id of an answer that it keeps, issue of the key
     KEEPS = 19  # service, the same three of each answer; by a relay that heard of them before this coordinator
     KEEPER = 18  # call, id of an answer of which the relay knows nothing
 
@@ -62,11 +62,11 @@ class Told(enum.IntEnum):
     GONE = 5  # number of the replica
     SERVICE = 6  # name, state as a mapping; it says whether all its replicas were told
     PARTED = 7  # name
-    KEYS = 8  # are wanted, issued keys: [name, digest, terms]
+    KEYS = 8  # are wanted, issued keys: [name, digest, terms, issue]
     DIED = 9  # service, number of the replica, digest
     ACQUITTED = 10  # service, digest
     ORIGINS = 11  # connections of clients at other relays
-    KEPT = 13  # service, number of the replica, id of an answer that it keeps, name of the key
+    KEPT = 13  # service, number of the replica, id of an answer that it keeps, issue of the key
     ALL = 12  # nothing: all that the coordinator knows was told
 
 

@@ -305,9 +305,9 @@ class RelayProcess:
         if self.keys is None:
             return
         keys = []
-        for name, digest, terms in issued:
+        for name, digest, terms, issue in issued:
             terms["models"] = tuple(terms["models"])
-            keys.append(IssuedKey(name, bytes.fromhex(digest), KeyTerms(**terms)))
+            keys.append(IssuedKey(name, bytes.fromhex(digest), KeyTerms(**terms), issue))
         self.keys.take_up(keys, self.loop.time())
         self.keys.are_wanted = are_wanted
         self.proxy.cors = cors_of(self.config, self.keys)

@@ -79,7 +79,11 @@ class Telling:
             self._tell(self._keys_message(self._keys))
 
     def _keys_message(self, keys: Keys) -> Message:
-        return [Told.KEYS, keys.are_wanted, [[k.name, k.digest.hex(), k.terms.to_json()] for k in self._issued]]
+        return [
+            Told.KEYS,
+            keys.are_wanted,
+            [[k.name, k.digest.hex(), k.terms.to_json(), k.issue] for k in self._issued],
+        ]
 
     def tick(self) -> None:
         """Tells what has changed."""

@@ -1,5 +1,6 @@
 """The database: what it keeps, what it refuses, and how fast it tells a year."""
 
+import contextlib
 import os
 import sqlite3
 import stat
@@ -132,6 +133,24 @@ def test_who_keeps_an_answer_is_bounded(store: Store, monkeypatch: pytest.Monkey
     assert [store.keeper(f"resp_{number}") is not None for number in range(5)] == [False, False, True, True, True]
     assert store.keeper("resp_2") == Keeper("b", "127.0.0.1:2", "alice")
     assert store.keeper("resp_3") == Keeper("a", "127.0.0.1:1", "alice"), "another key's answer stays that key's"
+
+
+def test_a_database_of_an_earlier_version_is_taken_up(store: Store) -> None:
+    """Keys in use keep what they made; a name that was revoked there and is issued again gets nothing of it."""
+    for name in ("alice", "bob"):
+        store.add(name, name.encode(), KeyTerms(), now=1)
+    store.revoke("bob", now=2)
+    store.write([], {"resp_hers": Keeper("a", "127.0.0.1:1", "alice"), "resp_his": Keeper("a", "127.0.0.1:1", "bob")})
+    store.close()
+    with contextlib.closing(sqlite3.connect(store.path)) as earlier:
+        earlier.execute("DROP TABLE IF EXISTS reissued")
+    again = Store(store.path.parent)
+    again.add("bob", b"another", KeyTerms(), now=3)
+    issues = {key.name: key.issue for key in again.issued()}
+    assert issues["alice"] == again.keeper("resp_hers").key  # type: ignore[union-attr]
+    assert issues["bob"] != again.keeper("resp_his").key  # type: ignore[union-attr]
+    again.rotate("bob", b"a third")
+    assert {key.name: key.issue for key in again.issued()} == issues
 
 
 def test_a_folder_that_others_may_write_into_is_refused(tmp_path: Path) -> None:

@@ -466,3 +466,19 @@ def test_a_key_that_comes_back_still_has_its_requests(keys: Path) -> None:
     assert known.reload()
     with pytest.raises(ServeError, match="1 requests in flight"):
         known.admit(f"Bearer {ALICE}".encode())
+
+
+def test_a_key_that_moves_up_a_line_is_no_other(keys: Path) -> None:
+    """One without a name is called by its line, but what is kept for it is that key's alone; a name may be rotated."""
+    third = "sk-carol-5555555555"
+    keys.write_text(f"{ALICE}\n{BOB}\ncarol:{hashed(third)}\n")
+    known = Keys(keys)
+    alice, bob, carol = (known.admit(f"Bearer {key}".encode()) for key in (ALICE, BOB, third))
+    assert (alice.name, bob.name) == ("line-1", "line-2")
+    before, carols = (alice.issue, bob.issue), carol.issue
+    keys.write_text(f"{BOB}\ncarol:{hashed('another secret')}\n")
+    assert known.reload()
+    bob = known.admit(f"Bearer {BOB}".encode())
+    assert (bob.name, bob.issue) == ("line-1", before[1])
+    assert bob.issue != before[0]
+    assert known.admit(b"Bearer another secret").issue == carols

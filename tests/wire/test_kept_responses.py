@@ -13,7 +13,7 @@ from tests.lab.replica import LabReplica
 from tests.support.client import Answer, request
 from tests.support.until import until
 from tests.wire.running import House, on_uvloop, serving
-from tests.wire.test_accounts import office
+from tests.wire.test_accounts import Office, office
 
 PATH = "/v1/responses"
 
@@ -180,6 +180,51 @@ async def test_it_is_known_after_a_restart(tmp_path: Path) -> None:
                 assert (answer.status, answer.header("x-replica-id")) == (200, name)
             assert (await at.ask(other, body("resp_a"), PATH)).status == 400, "it is another key's"
             assert (await at.ask(key, body("resp_c"), PATH)).status == 400, "nobody ever made it"
+
+
+@on_uvloop
+async def test_a_name_that_is_issued_again_inherits_nothing(tmp_path: Path) -> None:
+    """A key keeps its answers when it is rotated; whoever gets its name after its end is somebody else."""
+
+    async def statuses(at: Office, key: str) -> list[int]:
+        """Of a request that builds on it, one that asks for it, and one to delete it."""
+        statuses = [(await at.ask(key, body("resp_hers"), PATH)).status]
+        for method in ("GET", "DELETE"):
+            asked = request(method, f"{PATH}/resp_hers", body=b"", headers=(("Authorization", f"Bearer {key}"),))
+            statuses.append((await at.house.ask(asked, method)).status)
+        return statuses
+
+    async with LabReplica(body='{"id": "resp_hers"}') as lab:
+        async with office(tmp_path, lab) as at:
+            first = await at.add("alice")
+            assert (await at.ask(first, body(), PATH)).status == 200
+            first = (await at.told("POST", "/keys/alice/rotate"))["key"]
+            assert await statuses(at, first) == [200, 200, 200]
+        async with office(tmp_path, lab) as at:
+            assert await statuses(at, first) == [200, 200, 200]
+            for _ in range(2):
+                await at.told("DELETE", "/keys/alice")
+                key = await at.add("alice")
+                assert await statuses(at, key) == [400, 404, 404]
+            lab.set(body='{"id": "resp_new"}')
+            assert (await at.ask(key, body(), PATH)).status == 200
+        async with office(tmp_path, lab) as at:
+            assert await statuses(at, key) == [400, 404, 404]
+            assert (await at.ask(key, body("resp_new"), PATH)).status == 200
+
+
+@on_uvloop
+async def test_what_comes_after_a_revocation_is_nobodys(tmp_path: Path) -> None:
+    """An answer that was asked for with the former key, and begins when another one has its name."""
+    async with LabReplica(body='{"id": "resp_late"}') as lab, office(tmp_path, lab) as at:
+        first = await at.add("alice")
+        lab.next(head_delay=1.0)
+        late = asyncio.ensure_future(at.ask(first, body(), PATH))
+        await until(lambda: lab.seen.requests, "it is under way")
+        await at.told("DELETE", "/keys/alice")
+        second = await at.add("alice")
+        assert (await late).status == 200
+        assert (await at.ask(second, body("resp_late"), PATH)).status == 400
 
 
 @on_uvloop

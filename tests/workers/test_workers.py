@@ -320,6 +320,39 @@ async def test_what_builds_on_an_answer_finds_it_from_every_relay() -> None:
 
 
 @on_uvloop
+async def test_no_relay_gives_answers_to_a_names_next_holder(tmp_path: Path) -> None:
+    path, made = "/v1/responses", LabReplica(body='{"id": "resp_hers"}')
+    async with made as a, workers(a.url, arguments=with_accounts(tmp_path)) as at:
+
+        async def issued(how: str = "") -> tuple[tuple[str, str], ...]:
+            answer = await at.admin.post(f"/keys/alice{how}", json={})
+            return (("Authorization", f"Bearer {answer.json()['key']}"),)
+
+        async def get(key: tuple[tuple[str, str], ...], status: int) -> None:
+            """Waits until all relays say this."""
+
+            async def is_said() -> bool:
+                asked = request(path=path, body=b'{"previous_response_id": "resp_hers"}', headers=key)
+                answers = [await at.ask(asked) for _ in range(8)]
+                return {answer.status for answer in answers} == {status}
+
+            await at.until(is_said)
+
+        first = await issued()
+        answer = None
+        while answer is None or answer.status == 401:  # its relay has not heard of the key yet
+            answer = await at.ask(request(path=path, body=b"{}", headers=first))
+        await get(first, 200)
+        await get(await issued("/rotate"), 200)
+        await at.admin.delete("/keys/alice")
+        second = await issued()
+        await get(second, 400)
+        for pid in (*at.relays, at.coordinator):
+            await at.kill(pid)
+        await get(second, 400)
+
+
+@on_uvloop
 async def test_who_keeps_an_answer_outlives_every_process(tmp_path: Path) -> None:
     path, made_a, made_b = "/v1/responses", LabReplica(body='{"id": "resp_a"}'), LabReplica(body='{"id": "resp_b"}')
     arguments = ("--state", str(tmp_path / "state"))
