@@ -33,7 +33,7 @@ class _Death:
 class Hearers(Protocol):
     """Others who refuse what kills replicas."""
 
-    def noted(self, replica: ReplicaAddress, request: bytes) -> None: ...
+    def noted(self, replica: ReplicaAddress, request: bytes, at: float) -> None: ...
 
     def acquitted(self, request: bytes) -> None: ...
 
@@ -58,7 +58,7 @@ class Deaths:
     def note(self, replica: ReplicaAddress, request: bytes, now: float, is_heard: bool = False) -> None:
         """The replica broke off this request, and may have died of it."""
         if self._hearers is not None and not is_heard:
-            self._hearers.noted(replica, request)
+            self._hearers.noted(replica, request, now)
         self._deaths = [death for death in self._deaths if now - death.at < REMEMBERED]
         death = next((death for death in self._deaths if death.replica is replica), None)
         if death is not None and self._is_alive(replica, death.at):
@@ -77,6 +77,11 @@ class Deaths:
         for death in self._deaths:
             death.requests.pop(request, None)
         self._deaths = [death for death in self._deaths if death.requests]
+
+    def victim(self, name: str, authority: bytes) -> ReplicaAddress | None:
+        """The last of this name and Host field that died."""
+        died = (death.replica for death in reversed(self._deaths))
+        return next((one for one in died if (one.name, one.authority) == (name, authority)), None)
 
     def kills(self, request: bytes, now: float) -> bool:
         """Was this request in flight at two recent deaths, with fewer than FEW requests in common to both?"""

@@ -12,6 +12,7 @@ from balancer.accounts.store import IssuedKey, Keeper
 from balancer.app import close_doors, cors_of, networks, wait_for
 from balancer.config import Config
 from balancer.contract.account import KeyTerms
+from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.dial import Dialer
 from balancer.fleet.discovery import Resolve
 from balancer.fleet.lateness import Lateness
@@ -232,6 +233,8 @@ class RelayProcess:
     def greeted(self) -> None:
         for service, _ in self._by_ident.values():
             service.is_told = False
+        for others in self._others.values():
+            others.greeted()
 
     def told(self, message: Message) -> None:
         match message:
@@ -241,11 +244,9 @@ class RelayProcess:
                 self._part(ident)
             case [Told.KEYS, are_wanted, issued]:
                 self._take_up(are_wanted, issued)
-            case [Told.DIED, ident, number, digest]:
-                if (replica := self.asking.replicas.get(number)) is not None and ident in self._by_ident:
-                    self._by_ident[ident][1].deaths.note(
-                        replica.address, bytes.fromhex(digest), self.loop.time(), is_heard=True
-                    )
+            case [Told.DIED, ident, name, authority, digest, at]:
+                if ident in self._by_ident:
+                    self._died_elsewhere(self._by_ident[ident][1], name, authority, bytes.fromhex(digest), at)
             case [Told.KEPT, ident, number, id_, key]:
                 replica = self.asking.replicas.get(number)
                 if replica is not None and ident in self._by_ident:
@@ -255,6 +256,12 @@ class RelayProcess:
                     self._by_ident[ident][1].deaths.acquit(bytes.fromhex(digest), is_heard=True)
             case [Told.ORIGINS, elsewhere]:
                 self.doors.origins_elsewhere = {o.encode("latin-1"): count for o, count in elsewhere.items()}
+
+    def _died_elsewhere(self, destination: Destination, name: str, authority: str, digest: bytes, at: float) -> None:
+        """Notes what another relay has seen. All that it tells of a replica that has left since is of the same one."""
+        host = authority.encode("latin-1")
+        replica = destination.places.named(name, host) or destination.deaths.victim(name, host)
+        destination.deaths.note(replica or ReplicaAddress.of(name, f"//{authority}"), digest, at, is_heard=True)
 
     def met(self, replica: KnownReplica) -> None:
         self.tallies.members.setdefault(replica.name, MemberTally())

@@ -16,6 +16,7 @@ from balancer.routing.places import STALE, Attempt
 from balancer.routing.prompt import Prompt
 from balancer.workers.asking import Asking
 from balancer.workers.known import KnownReplica, KnownService
+from balancer.workers.link import Message
 from balancer.workers.messages import (
     GENERATING,
     STREAMED,
@@ -26,6 +27,8 @@ from balancer.workers.messages import (
     owner_text,
     restore,
 )
+
+MOST_UNHEARD = 4096  # deaths and acquittals kept while there is no coordinator
 
 
 class RemotePlaces:
@@ -237,20 +240,33 @@ class OtherRelays:
     """Implements Hearers of balancer.relay.deaths and of balancer.relay.kept_responses.
 
     `untold` has the id, replica and key of each answer of which no coordinator could be told: there was none, or it did
-    not know the replica yet.
+    not know the replica yet. `unheard` has what is to be told of deaths once there is a coordinator.
     """
 
     def __init__(self, service: str, asking: Asking) -> None:
         self.untold: deque[tuple[str, ReplicaAddress, str]] = deque(maxlen=MOST)
+        self.unheard: deque[Message] = deque(maxlen=MOST_UNHEARD)
         self._service = service
         self._asking = asking
 
-    def noted(self, replica: ReplicaAddress, request: bytes) -> None:
-        if (known := self._asking.by_address.get(replica)) is not None:
-            self._asking.send([Asked.DIED, self._service, known.number, request.hex()])
+    def noted(self, replica: ReplicaAddress, request: bytes, at: float) -> None:
+        # By name: a coordinator that has just begun may never hear of a replica that is dead.
+        authority = replica.authority.decode("latin-1")
+        self._tell([Asked.DIED, self._service, replica.name, authority, request.hex(), at])
 
     def acquitted(self, request: bytes) -> None:
-        self._asking.send([Asked.ACQUITTED, self._service, request.hex()])
+        self._tell([Asked.ACQUITTED, self._service, request.hex()])
+
+    def _tell(self, message: Message) -> None:
+        if self._asking.is_up:
+            self._asking.send(message)
+        else:
+            self.unheard.append(message)
+
+    def greeted(self) -> None:
+        """There is a coordinator again."""
+        while self.unheard:
+            self._asking.send(self.unheard.popleft())
 
     def learned(self, id_: str, replica: ReplicaAddress, key: str) -> None:
         if (known := self._asking.by_address.get(replica)) is None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from balancer.observe.tally import Tallies
+from balancer.relay.deaths import REMEMBERED
 from balancer.workers.answering import Answering
 from balancer.workers.link import Link, Message
 from balancer.workers.messages import Asked, Told
@@ -105,6 +106,26 @@ async def test_only_what_was_learned_is_passed_on() -> None:
         await until(lambda: told[-1] in second.of(Told.KEPT))
         assert second.of(Told.KEPT) == told
         assert first.of(Told.KEPT) == []
+
+
+@on_uvloop
+async def test_relays_that_come_later_hear_of_deaths() -> None:
+    """What killed a replica lately is told to them, too, unless it was completed after all."""
+    async with LabReplica() as a, serving(a) as house, answering(house.balancer.services) as (_, address):
+        first, second, third = PlayedRelay(), PlayedRelay(), PlayedRelay()
+        await first.come(address)
+        now = asyncio.get_running_loop().time()
+        killer, innocent, long_ago = (
+            ["0", "a", "10.0.0.1:1", digest, at] for digest, at in (("01", now), ("02", now), ("03", now - REMEMBERED))
+        )
+        for died in (killer, innocent, long_ago):
+            first.link.send([Asked.DIED, *died])
+        await second.come(address)
+        assert second.of(Told.DIED) == [killer, innocent]
+        first.link.send([Asked.ACQUITTED, "0", "02"])
+        await until(lambda: bool(second.of(Told.ACQUITTED)))
+        await third.come(address)
+        assert (third.of(Told.DIED), first.of(Told.DIED)) == ([killer], [])
 
 
 @on_uvloop

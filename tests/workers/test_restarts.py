@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import orjson
@@ -133,6 +133,36 @@ async def test_times_between_tokens_count_after_a_restart() -> None:
             return await gaps() > 200  # of 400; the first half may be lost with the coordinator
 
         await at.until(are_counted, 3.0)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+@on_uvloop
+async def test_a_death_without_coordinator_is_told_later(is_told: bool) -> None:
+    """The other relay refuses what killed two, the first of them while there was no coordinator to pass that on."""
+    async with LabReplica() as a, LabReplica() as b, LabReplica() as c, AsyncExitStack() as stack:
+        replicas = [a, b, c]
+        at = await stack.enter_async_context((listed if is_told else workers)(a.url, b.url, c.url))
+        for replica in replicas:
+            replica.set(head_delay=30)
+        bad = request(body=chat(padding="bad"))
+        first, second = await at.one_each()
+        await first.send(bad)
+        victim = await until(
+            lambda: next((replica for replica in replicas if replica.seen.requests), None), "it is asked"
+        )
+        os.kill(at.coordinator, signal.SIGKILL)
+        await asyncio.sleep(0.1)  # until the relays have seen it
+        victim.fall()
+        replicas.remove(victim)
+        for replica in replicas:
+            replica.set(head_delay=0, poison="bad")
+        if is_told:  # its controller has seen that the victim is dead
+            await at.put(*(replica.url for replica in replicas))
+        assert (await first.answer()).status in (502, 503)
+        assert sum(replica.is_listening for replica in replicas) == 1
+        await second.send(bad)
+        refused = await second.answer()
+        assert (refused.status, refused.error["code"]) == (422, "kills_replicas")
 
 
 @asynccontextmanager
