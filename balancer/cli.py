@@ -144,6 +144,8 @@ def _run(options: argparse.Namespace) -> int:
         case "pull":
             return models.keep("pull", [f"--revision={options.revision}", "--", *options.models])
         case "models":
+            if options.action == "remove":
+                return models.remove(options.models, is_forced=options.force)
             return models.keep("list", [])
         case "export":
             return models.keep("export", ["--", *options.models, options.file])
@@ -349,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("models", nargs="+", metavar="MODEL", help="a preset or a Hugging Face id")
     pull.add_argument("--revision", default="main", metavar="R", help="branch, tag or commit (default: main)")
 
-    command("models", "show the models on this machine")
+    _add_models(command("models", "show the models on this machine, or remove some"))
 
     export = command("export", "write models into one file, for a machine without a network")
     export.add_argument("models", nargs="+", metavar="MODEL", help="a preset or a Hugging Face id, pulled before")
@@ -405,6 +407,15 @@ def _add_keys(keys: _Command) -> None:
     action("list", "show the keys").add_argument("--json", action="store_true", help="print JSON")
     action("rotate", "give a key a new secret, and print it this once; the old one is refused from then on")
     action("revoke", "refuse a key from now on")
+
+
+def _add_models(models: _Command) -> None:
+    models.takes_any_order = False  # it has a command of its own
+    actions = models.add_subparsers(dest="action", metavar="[ACTION]", help="without one: show them")
+    text = "remove models from this machine, each with the others that it needs"
+    remove = actions.add_parser("remove", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    remove.add_argument("models", nargs="+", metavar="MODEL", help="as `groundserve models` names it, or a preset")
+    remove.add_argument("--force", action="store_true", help="even if a service uses it that is meant to run here")
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
-"""python -m replica.store: pull, list, export and import models. `groundserve pull` and the like run it."""
+"""python -m replica.store: pull, list, remove, export and import models. `groundserve pull` and the like run it."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from replica.store.cache import Cache, Manifest
 from replica.store.errors import StoreError
 from replica.store.progress import gigabytes
 from replica.store.pull import pull
+from replica.store.remove import remove
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -24,6 +26,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
                 _pull(name, options.revision, cache, environ)
         case "list":
             _list(cache, models_dir(environ))
+        case "remove":
+            used = json.load(sys.stdin) if options.used else {}
+            remove(options.models, cache, models_dir(environ), used, _say)
         case "export":
             # Two models may have a part in common, such as a tokenizer.
             repos = dict.fromkeys(repo for name in options.models for repo in _parts(name))
@@ -92,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("models", nargs="*", metavar="MODEL", help="preset or Hugging Face id (default: MODEL)")
     one.add_argument("--revision", default="main", metavar="R", help="branch, tag or commit (main)")
     commands.add_parser("list", help="show which are here")
+    one = commands.add_parser("remove", help="remove models, each with the others that it needs")
+    one.add_argument("models", nargs="+", metavar="MODEL", help="as listed, or a preset")
+    one.add_argument(
+        "--used", action="store_true", help="spare those that services use: a JSON object on standard input, by service"
+    )
     one = commands.add_parser("export", help="write models into one file")
     one.add_argument("models", nargs="+", metavar="MODEL")
     one.add_argument("file", type=Path, metavar="FILE.tar")

@@ -17,6 +17,7 @@ COMMANDS = (
         "usage",
         "pull",
         "models",
+        "models remove",
         "export",
         "import",
     ),
