@@ -1,12 +1,14 @@
 """What a generating request asks for, as far as it affects the cost: model, stream, token limit, number of answers.
 
-A small body is parsed. Of a large one only the ends are looked at, where clients put these fields, beside `messages`:
-quotes within a text are escaped, so whatever looks like a field is one, though perhaps of an inner object.
+A small body is parsed. Of a large one mostly the ends are looked at, where clients put these fields, beside `messages`:
+quotes within a text are escaped, so whatever looks like a field is one, though perhaps of an inner object. Limits are
+looked for everywhere, and the largest counts: else a decoy would make a request cheap.
 """
 
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -16,10 +18,7 @@ from balancer.relay.requested_model import fields_in_json, models_in_form
 from balancer.routing.body import HEAVY_BODY, without_images
 
 END = 2 << 10  # bytes at each end of a large body
-_FIELDS = re.compile(
-    rb'"(model|stream|stream_options|include_usage|n|max_tokens|max_completion_tokens|max_output_tokens|max_new_tokens|num_predict)"'
-    rb'\s*:\s*(true|false|\{|\d{1,9}(?=[,}\s])|"[^"\\]{0,256}")'
-)
+_FIELDS = re.compile(rb'"(model|stream|stream_options|include_usage)"\s*:\s*(true|false|\{|"[^"\\]{0,256}")')
 _STREAM = re.compile(rb'"stream"\s*:\s*true')
 # What limits an answer's tokens, by path: the object that holds it, and its names. A replica ignores all others.
 LIMITS = {
@@ -29,6 +28,14 @@ LIMITS = {
     "/api/generate": ("options", ("num_predict",)),
 }
 USUAL_LIMIT = ("", ("max_tokens", "max_completion_tokens"))
+# By name: the field with a whole number, or with what is none for sure, or with anything else.
+_NUMBERS = {
+    name: re.compile(rb'"%b"\s*+:\s*+(?:(\d{1,18}+)(?=[,}\s])|([{\[ntf]))?' % name.encode())
+    for name in ("n", *USUAL_LIMIT[1], *(name for _, names in LIMITS.values() for name in names))
+}
+# A letter of such a name, written as an escape; not where a backslash before it is escaped.
+_ESCAPED = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])(?<!\\\\u00..)")
+MANY = 1000  # fields of one name in a large body: so many are no limits
 MOST_ANSWERS = 1024
 MOST = 10**9  # tokens that a request is taken to ask for
 USAGE = {"include_usage": True}
@@ -66,13 +73,38 @@ def _of_ends(body: Sequence[bytes]) -> dict[str, Any]:
     return said
 
 
-def most_tokens(path: str, said: dict[str, Any]) -> int | None:
-    """The most tokens that all its answers together may have; None if it sets no limit."""
-    within, names = LIMITS.get(path, USUAL_LIMIT)
+def most_tokens(request: Request, said: dict[str, Any], prompt: bytes) -> int | None:
+    """The most tokens that all its answers together may have; None if it sets no limit, or none that is read here.
+
+    `prompt` is what `prompt_of` gives.
+    """
+    within, names = LIMITS.get(request.path, USUAL_LIMIT)
+    if request.body_size > HEAVY_BODY:
+        return _most_of_large(prompt, names)
     inner = said.get(within)
     holder = inner if isinstance(inner, dict) else said
     told = [most for name in names if type(most := holder.get(name)) is int and most >= 0]
     return min(max(told) * _answers(said, holder), MOST) if told else None
+
+
+def _most_of_large(body: bytes, names: Sequence[str]) -> int | None:
+    if _ESCAPED.search(body):
+        return None
+    limits, counts = _numbers(body, names), _numbers(body, ("n",))
+    if not limits or counts is None:
+        return None
+    return min(max(limits) * min(max([1, *counts]), MOST_ANSWERS), MOST)
+
+
+def _numbers(body: bytes, names: Sequence[str]) -> list[int] | None:
+    """The numbers of these fields, wherever they are; None if one may be told in a way that is not read here."""
+    numbers: list[int] = []
+    for name in names:
+        found = list(islice(_NUMBERS[name].finditer(body), MANY))
+        if len(found) == MANY or any(one[1] is None and one[2] is None for one in found):
+            return None
+        numbers += [int(one[1]) for one in found if one[1] is not None]
+    return numbers
 
 
 def _answers(said: dict[str, Any], holder: dict[str, Any]) -> int:
@@ -82,12 +114,11 @@ def _answers(said: dict[str, Any], holder: dict[str, Any]) -> int:
     return min(texts * (count if type(count) is int and count > 0 else 1), MOST_ANSWERS)
 
 
-def prompt_bytes(request: Request) -> int:
-    """The size of the body without embedded images."""
-    if request.body_size <= HEAVY_BODY:
-        return request.body_size
-    left = without_images(b"".join(request.body))
-    return request.body_size if left is None else len(left)
+def prompt_of(request: Request) -> bytes:
+    """The body without embedded images."""
+    body = b"".join(request.body)
+    left = without_images(body) if request.body_size > HEAVY_BODY else body
+    return body if left is None else left
 
 
 def with_usage(request: Request, said: dict[str, Any]) -> bool:

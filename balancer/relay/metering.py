@@ -8,7 +8,7 @@ from balancer import errors
 from balancer.accounts.ledger import Ledger
 from balancer.accounts.quota import Lacking, Quota
 from balancer.observe.record import CLIENT_LEFT, Record
-from balancer.relay.asked import asked, may_stream, most_tokens, names_of_models, prompt_bytes, with_usage
+from balancer.relay.asked import asked, may_stream, most_tokens, names_of_models, prompt_of, with_usage
 from balancer.relay.auth import Key, Keys
 from balancer.relay.directory import Destination
 from balancer.relay.kept_responses import RESPONSES
@@ -66,25 +66,24 @@ class Meter:
             named = request.model.decode("latin-1") or said.get("model")
             service = destination.service
             record.model = service.model_of(named) if service is not None else ""
-            answer = most_tokens(request.path, said)
-            answer = int(self._tokens_per_answer) if answer is None else answer
+            prompt = prompt_of(request)
+            most = most_tokens(request, said, prompt)
+            answer = int(self._tokens_per_answer) if most is None else most
             record.unseen = 0 if said.get("stream") is True or request.opens_websocket else answer
-            record.prompt_bytes = prompt_bytes(request)
+            record.prompt_bytes = len(prompt)
             if (key := request.key) is not None:
                 if key.models:
                     _check_models(key, request, destination, record.model)
                 if key.quota is not None:
-                    waits = self._take(key, said, request, reply, record)
+                    waits = self._take(key, most, reply, record)
         if is_uncounted:
             reply.hides_usage = said.get("stream") is True and with_usage(request, said)
         return waits
 
-    def _take(
-        self, key: Key, said: dict[str, object], request: Request, reply: Reply, record: Record
-    ) -> Awaitable[None] | None:
+    def _take(self, key: Key, most: int | None, reply: Reply, record: Record) -> Awaitable[None] | None:
         quota = key.quota
         assert quota is not None
-        sizes = (record.prompt_bytes, most_tokens(request.path, said)) if quota.counts_tokens else (0, 0)
+        sizes = (record.prompt_bytes, most) if quota.counts_tokens else (0, 0)
         if self._elsewhere is not None:
             return self._elsewhere.take(key, *sizes, reply, record)
         tokens, lacking, at = self.take(quota, *sizes)

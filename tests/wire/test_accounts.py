@@ -328,11 +328,11 @@ async def test_a_request_takes_the_most_that_it_may_use(path: str, more: dict[st
         client.leave()
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("is_large", [False, True])
 @on_uvloop
-async def test_what_is_made_in_the_background_is_paid_ahead(stream: bool, tmp_path: Path) -> None:
+async def test_what_is_made_in_the_background_is_paid_ahead(is_large: bool, tmp_path: Path) -> None:
     queued = '{"id": "resp_a", "object": "response", "status": "queued", "usage": null}'
-    filler = {"metadata": {"stream": stream, "a": "x y " * 25_000}} if stream else {}
+    filler = {"metadata": {"stream": True, "max_output_tokens": 1, "a": "x y " * 25_000}} if is_large else {}
     body = orjson.dumps({**filler, "model": "lab", "input": "hi", "background": True, "max_output_tokens": 900})
     async with LabReplica(body=queued) as lab, office(tmp_path, lab) as at:
         key = await at.add(tokens_per_day=50_000)
