@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from replica.own_address import is_own
+
 DOMAINS = "ALLOWED_MEDIA_DOMAINS"
 LOCAL_PATH = "ALLOWED_LOCAL_MEDIA_PATH"
 PRIVATE = "ALLOW_PRIVATE_MEDIA"
@@ -185,17 +187,7 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip.is_site_local:
             return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not _is_own(ip)
-
-
-def _is_own(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """This machine may have a public address, with its own services behind it. Only its own can be bound."""
-    with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6) as probe:
-        try:
-            probe.bind((str(ip), 0))
-        except OSError:
-            return False
-    return True
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not is_own(ip)
 
 
 def _host(name: str) -> str:
