@@ -22,8 +22,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # Only the files of replica/ that build models are copied, so that other changes do not rebuild them.
 FROM sglang AS models
 WORKDIR /build
-COPY replica/__init__.py replica/command.py replica/families.py replica/gpu.py replica/lock_file.py replica/media.py replica/models.py \
-     replica/options.py replica/plugin.py replica/presets.py replica/scratch.py replica/sharing.py replica/tiny_llava.py replica/
+COPY replica/__init__.py replica/command.py replica/families.py replica/gpu.py replica/lock_file.py replica/media.py \
+     replica/models.py replica/options.py replica/own_address.py replica/plugin.py replica/presets.py \
+     replica/scratch.py replica/sharing.py replica/tiny_llava.py replica/
 RUN MODELS_DIR=/opt/models python3 -m replica.models \
     && chmod -R a+rX /opt/models
 
