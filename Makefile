@@ -68,7 +68,7 @@ compiled: install ## compile what every request goes through into .compiled, for
 	@.ci/compile
 
 compiled-test: compiled ## the tests of the data path, on the compiled modules
-	@cd .compiled && ../$(BIN)/python -m pytest tests/compiled.py $(or $(TESTS),tests/relay tests/routing tests/wire)
+	@cd .compiled && ../$(BIN)/python -m pytest tests/compiled.py $(or $(TESTS),tests/relay tests/routing tests/wire tests/workers)
 
 fuzz: install ## send hostile bytes for a minute (ARGS="--seconds 600 --seed 7")
 	@$(BIN)/python -m tests.wire.fuzz --seconds 60 $(ARGS)

@@ -10,6 +10,7 @@ from typing import Any
 
 from balancer.observe.tally import Tallies
 from balancer.relay.deaths import REMEMBERED
+from balancer.relay.metering import Meter
 from balancer.workers.answering import Answering
 from balancer.workers.link import Link, Message
 from balancer.workers.messages import Asked, Told
@@ -50,7 +51,7 @@ async def answering(services: Any) -> AsyncIterator[tuple[Answering, str]]:
     """A coordinator's end and its address."""
     nothing: Any = None
     loop, address = asyncio.get_running_loop(), f"\0groundserve-test-{secrets.token_hex(8)}"
-    at = Answering(loop, services, Tallies(), None, nothing, nothing, lambda: None)
+    at = Answering(loop, services, Tallies(), None, Meter(loop.time), nothing, lambda: None)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     await at.start(listener)
