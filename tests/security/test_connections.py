@@ -126,7 +126,7 @@ async def _push(client: Client, size: int) -> int:
 @pytest.mark.parametrize("count", [200])
 @on_uvloop
 async def test_a_wave_of_connections_that_say_nothing_is_let_go(count: int) -> None:
-    async with LabReplica() as lab, serving(lab, keep_alive_timeout=0.5) as house:
+    async with LabReplica() as lab, serving(lab, keep_alive_timeout=2) as house:
         for _ in range(count):
             await house.client()
         await until(lambda: len(house.balancer.doors.connections) == count)
