@@ -259,8 +259,10 @@ class TurnTaking:
         gave, left = False, dict(lacks)
         for other in sorted(self._all(), key=lambda other: (other.member.generating > 0, other.tenancy.idle_since)):
             tenancy = other.tenancy
-            shared = set(tenancy.gpus) & set(one.tenancy.gpus)
-            if tenancy.state is not TenantState.DOZING or tenancy.is_told or tenancy.is_lost or not shared:
+            short = {gpu for gpu, size in left.items() if size > 0} or set(one.tenancy.gpus)  # not told: any of them
+            if tenancy.state is not TenantState.DOZING or tenancy.is_told or tenancy.is_lost:
+                continue
+            if not short & set(tenancy.gpus):
                 continue
             said = await self._tell(other, "sleep", DOZE + WITH_WEIGHTS)
             if said is None:

@@ -104,10 +104,10 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         os.execve(becomes.argv[0], becomes.argv, {**around, **becomes.environ, **turn})
 
 
-def _ask_for_memory(turn: Turn | None, is_short: bool) -> None:
-    """While memory is short, asks those that share its GPUs and doze for that of their weights."""
+def _ask_for_memory(turn: Turn | None, short: Mapping[str, float]) -> None:
+    """While its GPUs are short of memory, asks those that share them and doze for that of their weights."""
     if turn is not None:
-        turn.say(time.time(), lacks=is_short)
+        turn.say(time.time(), lacks=short)
 
 
 def _share_of_free_memory(flags: Sequence[str], held: Sequence[gpu.Gpu], environ: Mapping[str, str]) -> list[str]:

@@ -92,27 +92,30 @@ def wait_for_memory(
     environ: Mapping[str, str] = os.environ,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
-    tell: Callable[[bool], None] = lambda _: None,
+    tell: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> None:
     """Waits until each leased GPU has `need` GiB free. After 30 s without any progress it says on stderr who uses the
     rest, and goes on.
 
     need 0, unknown: nine tenths of the GPU. The previous holder's memory may take a moment to be freed, and other
-    programs may use the GPU without a lease. `tell` is called after each look, with whether memory is short.
+    programs may use the GPU without a lease. `tell` is called after each look with the UUIDs of the GPUs that were
+    short, and when the look began, in seconds since the epoch.
     """
     uuids = {one.uuid for one in held}
-    give_up, most = clock() + MEMORY_WAIT, 0
+    give_up, most = clock() + MEMORY_WAIT, 0.0
     while True:
-        short = [
-            one
+        looked_at = time.time()
+        wanted = {
+            one: need * 1024 or 0.9 * one.memory_total
             for one in gpu.list_gpus(environ)
-            if one.uuid in uuids and one.memory_total and one.memory_free < (need * 1024 or 0.9 * one.memory_total)
-        ]
-        tell(bool(short))
+            if one.uuid in uuids and one.memory_total
+        }
+        short = [one for one, least in wanted.items() if one.memory_free < least]
+        tell({one.uuid: looked_at for one in short})
         if not short:
             return
-        if (free := sum(one.memory_free for one in short)) > most:
-            give_up, most = clock() + MEMORY_WAIT, free
+        if (there := sum(min(one.memory_free, least) for one, least in wanted.items())) > most:
+            give_up, most = clock() + MEMORY_WAIT, there
         if clock() >= give_up:
             break
         pause(1.0)

@@ -273,15 +273,15 @@ class Tenant:
     def _decide(self) -> None:
         """Decides what the replica wants by itself, apart from a balancer's orders."""
         has_requests = self._engine.requests() > 0
-        if self.state is State.AWAKE:
+        if self._may_fall_asleep() and self._is_asked_for_memory():
+            self._wish(State.ASLEEP, is_own=True)
+        elif self.state is State.AWAKE:
             if self.wanted is State.AWAKE and self._is_over(has_requests):
                 self._wish(State.DOZING, is_own=True)
         elif self.wanted is not State.AWAKE:
             # While it shuts down it still answers its requests, but no balancer orders its turns any more.
             if has_requests and (not self.is_ordered or self._engine.is_leaving()):
                 self._wish(State.AWAKE, is_own=True)
-            elif self.state is State.DOZING and self._is_asked_for_memory():
-                self._wish(State.ASLEEP, is_own=True)
         elif self._is_own_wish and not has_requests:
             self._wish(self.state, is_own=True)
 
@@ -296,6 +296,10 @@ class Tenant:
             return False
         waiting = [other for other in self._turn.others() if other.waits(wall)]
         return any(not is_ordered or other.by != self._balancer.name for other in waiting)
+
+    def _may_fall_asleep(self) -> bool:
+        """Also while it waits for its turn by itself, which the one that starts has: it goes on waiting then."""
+        return self.state is State.DOZING and (self.wanted is not State.AWAKE or self._is_own_wish)
 
     def _is_asked_for_memory(self) -> bool:
         now = self._clock()

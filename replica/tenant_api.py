@@ -2,7 +2,7 @@
 
     GET  /lease                        its state, its GPUs, who else is there and who waits, times of its swaps
     POST /lease/wake, doze, sleep      does that and answers the same; ?within=SECONDS (10) is the maximum wait, and
-                                       ?memory=SECONDS (5) that for memory which others may be about to give back
+                                       ?memory=SECONDS (5 at most) that for memory that others are about to give back
     GET  /alive                        200 in every state but BROKEN, without a key
 
 All but /alive require the replica's key, if it has one. A balancer sends its name in the header X-Balancer, and orders

@@ -42,7 +42,8 @@ class Neighbour:
     """Another tenant of one of our GPUs. Times in seconds since the epoch.
 
     by: the name of the balancer that orders its turns; empty: none. waiting_since: 0 while it does not wait for its
-    turn. lacks: it starts, and its GPU has not enough free memory for it.
+    turn. entered_at: when it entered its state. lacked_at: when it last looked for memory to start with, and this GPU
+    had too little; 0 if it had enough.
     """
 
     gpu: str
@@ -53,7 +54,8 @@ class Neighbour:
     by: str
     waiting_since: float
     said_at: float
-    lacks: bool
+    entered_at: float
+    lacked_at: float
 
     def waits(self, now: float) -> bool:
         return self.waiting_since > 0 and now - self.said_at < _SILENT
@@ -77,7 +79,8 @@ class Turn:
             "by": "",
             "waiting_since": 0.0,
             "said_at": 0.0,
-            "lacks": False,
+            "entered_at": 0.0,
+            "lacks": {},
         }
 
     @classmethod
@@ -123,8 +126,10 @@ class Turn:
     def waiting_since(self) -> float:
         return float(self._said["waiting_since"])
 
-    def say(self, now: float, **changed: str | float) -> None:
+    def say(self, now: float, **changed: str | float | Mapping[str, float]) -> None:
         """Updates its own files. On a full disk others read outdated content; no lock depends on it."""
+        if "state" in changed:
+            self._said["entered_at"] = now
         self._said |= changed
         self._said["said_at"] = now
         since = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
@@ -183,12 +188,16 @@ class Turn:
         Those that doze are asked one after the other, the one that has dozed longest first.
         """
         others = self.others()
-        asked_at = max((one.said_at for one in others if one.lacks and now - one.said_at < _SILENT), default=0.0)
-        given_at = max((one.said_at for one in others if one.state == "ASLEEP"), default=0.0)
-        if asked_at <= given_at:
-            return False
-        mine = (self._said["said_at"], self._said["host"], self._said["pid"])
-        return all(mine < (one.said_at, one.host, one.pid) for one in others if one.state == "DOZING")
+        mine = (self._said["entered_at"], self._said["host"], self._said["pid"])
+        for asks in others:
+            if not asks.lacked_at or now - asks.said_at >= _SILENT:
+                continue
+            there = [one for one in others if one.gpu == asks.gpu]
+            given_at = max((one.entered_at for one in there if one.state == "ASLEEP"), default=0.0)
+            dozing = [(one.entered_at, one.host, one.pid) for one in there if one.state == "DOZING"]
+            if asks.lacked_at > given_at and all(mine < one for one in dozing):
+                return True
+        return False
 
     def stop_waiting(self, now: float) -> None:
         if self.waiting_since:
@@ -234,9 +243,19 @@ def _neighbour(gpu: str, said: Mapping[str, Any]) -> Neighbour:
         return value if isinstance(value, str) else ""
 
     note = text("note") or "a replica that has just started"
-    pid, waiting_since, said_at = (lock_file.number(said, name) for name in ("pid", "waiting_since", "said_at"))
-    who = (gpu, note, int(pid), text("host"), text("state"), text("by"))
-    return Neighbour(*who, waiting_since, said_at, said.get("lacks") is True)
+    lacks = said.get("lacks")
+    return Neighbour(
+        gpu,
+        note,
+        int(lock_file.number(said, "pid")),
+        text("host"),
+        text("state"),
+        text("by"),
+        waiting_since=lock_file.number(said, "waiting_since"),
+        said_at=lock_file.number(said, "said_at"),
+        entered_at=lock_file.number(said, "entered_at"),
+        lacked_at=lock_file.number(lacks, gpu) if isinstance(lacks, dict) else 0.0,
+    )
 
 
 def _places(gpu: str) -> list[str]:

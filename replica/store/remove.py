@@ -43,7 +43,7 @@ def remove(
         folders[first] = here[first]
         for part in parts:
             if part in here and (users := _users(part, cache, used)):
-                say(f"{part} stays: {', '.join(users)} uses it")
+                say(f"{part} is used by {', '.join(users)}, and stays")
             elif part in here:
                 folders[part] = here[part]
     with contextlib.ExitStack() as stack:

@@ -204,9 +204,11 @@ class Sharing:
         while (free := min(card.free() for card in self._cards.values())) < size and time.monotonic() < give_up:
             if free > most:
                 give_up, most = time.monotonic() + MEMORY_WAIT, free
-            self._turn.say(time.time(), lacks=True)
+            self._turn.say(
+                time.time(), lacks={gpu: time.time() for gpu, card in self._cards.items() if card.free() < size}
+            )
             await asyncio.sleep(_LOOK)
-        self._turn.say(time.time(), lacks=False)
+        self._turn.say(time.time(), lacks={})
         for card in self._cards.values():
             card.take(size)
 

@@ -1,6 +1,9 @@
 """replica/machine.py: each thing that can be wrong with a machine gets a line that says so."""
 
 import socket
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,11 +139,29 @@ def test_memory_that_comes_bit_by_bit_is_waited_for(driver: Driver, capsys: pyte
             driver.uses(20000 - int(50 * driver.now), "")
 
     held = (Gpu(0, "GPU-a", "NVIDIA L4", 23034, 0),)
-    told: list[bool] = []
+    told: list[Mapping[str, float]] = []
+    began = time.time()
     wait_for_memory(held, 7, environ={}, clock=lambda: driver.now, pause=pause, tell=told.append)
     assert driver.now == 100
-    assert told == [True] * 100 + [False]
+    assert [list(short) for short in told] == [["GPU-a"]] * 100 + [[]]
+    assert began <= told[0]["GPU-a"] <= told[99]["GPU-a"] <= time.time()
     assert capsys.readouterr().err == ""
+
+
+def test_progress_is_that_of_all_its_gpus(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU has enough at once, and what comes on the other is progress still."""
+    held = tuple(Gpu(n, f"GPU-{n}", "NVIDIA L4", 23034, 0) for n in range(2))
+
+    def pause(seconds: float) -> None:
+        driver.now += seconds
+
+    def listed(_: Mapping[str, str]) -> list[Gpu]:
+        used = 20000 - 200 * int(driver.now // 20)
+        return [replace(held[0], memory_used=0 if driver.now else 20000), replace(held[1], memory_used=used)]
+
+    monkeypatch.setattr("replica.gpu.list_gpus", listed)
+    wait_for_memory(held, 4, environ={}, clock=lambda: driver.now, pause=pause)
+    assert driver.now == 120
 
 
 def test_a_model_of_unknown_size_wants_nine_tenths_of_the_gpu(driver: Driver) -> None:

@@ -76,7 +76,7 @@ def test_a_part_that_a_service_uses_stays(cache: Cache) -> None:
     for repo in LLAVA.hub_parts:
         lay(cache, repo)
     said = removed(cache, LLAVA.name, used={"eyes": ["--model-path", str(LLAVA.tower)]})
-    assert f"{LLAVA.tower} stays: eyes uses it" in said
+    assert f"{LLAVA.tower} is used by eyes, and stays" in said
     assert cache.repos() == sorted([str(LLAVA.tower), ONE, TWO])
 
 

@@ -454,6 +454,27 @@ def test_order_that_waits_for_no_memory(stage: Stage) -> None:
     run(life())
 
 
+def test_one_that_waits_for_its_turn_makes_room_for_a_start(stage: Stage) -> None:
+    """Without a balancer it wants to wake for a request; the one that starts has the turn, and goes first."""
+    tenant, engine = stage.tenant("mine")
+    tenant.wanted = State.DOZING
+    run(steps(tenant))
+    starts = Turn.join(stage.directory, ["GPU-a"], "starts", stage.clock())
+    stage.turns.append(starts)
+    assert starts.take(stage.clock())
+    engine.held = 1
+    run(steps(tenant))
+    assert (tenant.state, tenant.wanted) == (State.DOZING, State.AWAKE)
+    stage.later(1)
+    starts.say(stage.clock(), lacks={"GPU-a": stage.clock()})
+    run(steps(tenant))
+    assert tenant.state is State.ASLEEP
+    starts.give_up()
+    stage.later(1)
+    run(steps(tenant, tenant))
+    assert tenant.state is State.AWAKE
+
+
 def test_a_step_that_fails_is_tried_again(stage: Stage) -> None:
     tenant, _ = stage.tenant("mine")
     step, failures = tenant.step, [ValueError("what nobody expected"), OSError(5, "Input/output error")]

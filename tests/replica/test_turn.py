@@ -347,15 +347,32 @@ def test_one_after_the_other_is_asked_for_memory(tmp_path: Path) -> None:
         long.say(2.0, state="DOZING")
         short.say(3.0, state="DOZING")
         asked = [one.is_asked_for_memory(4.0) for one in (long, short)]
-        starts.say(4.0, lacks=True)
+        starts.say(4.0, lacks={"GPU-a": 4.0})
+        long.say(4.1, waiting_since=4.1)  # that it says something does not make its doze shorter
         asked += [one.is_asked_for_memory(4.5) for one in (long, short)]
         long.say(5.0, state="ASLEEP")
-        asked += [short.is_asked_for_memory(5.5)]  # not before the one that starts has looked again
-        starts.say(5.6, lacks=True)
-        asked += [short.is_asked_for_memory(5.7), short.is_asked_for_memory(9.0)]
-        starts.say(9.5, lacks=False)
+        starts.say(5.1, lacks={"GPU-a": 4.9})  # a look that began before that
+        asked += [short.is_asked_for_memory(5.5)]
+        long.say(5.8, waiting_since=5.8)  # it waits for its turn, and gave what it had long before
+        starts.say(5.6, lacks={"GPU-a": 5.5})
+        asked += [short.is_asked_for_memory(5.9), short.is_asked_for_memory(9.0)]
+        starts.say(9.5, lacks={})
         asked += [short.is_asked_for_memory(9.6)]
     finally:
         for one in (long, short, starts):
             one.leave()
     assert asked == [False, False, True, False, False, True, False, False]
+
+
+def test_who_dozes_elsewhere_is_not_asked_for_memory(tmp_path: Path) -> None:
+    """A start on two GPUs lacks memory of one of them."""
+    here, there = (Turn.join(tmp_path, [gpu], gpu, 1.0) for gpu in ("GPU-a", "GPU-b"))
+    starts = Turn.join(tmp_path, ["GPU-a", "GPU-b"], "starts", 1.0)
+    try:
+        for one in (here, there):
+            one.say(2.0, state="DOZING")
+        starts.say(4.0, lacks={"GPU-b": 4.0})
+        assert [one.is_asked_for_memory(4.5) for one in (here, there)] == [False, True]
+    finally:
+        for one in (here, there, starts):
+            one.leave()

@@ -32,7 +32,10 @@ BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 async def seat(
     folder: Path, *models: str, card: float = 0.0, memory: float = 0.1, lingers: float = 0.0, **knobs: Any
 ) -> AsyncIterator[list[LabReplica]]:
-    """A replica for each of these models, started one after the other on one GPU; all of their weights fit there."""
+    """A replica for each of these models, started one after the other on one GPU.
+
+    card: its memory in GiB; 0: as much as all of their weights take, and one KV cache.
+    """
     size = card or len(models) * 10 + 30.0
     place = Seat(folder, (GPU,), gpu_slice=0.5, card=size, weights=10.0, pool=30.0, memory=memory, lingers=lingers)
     async with contextlib.AsyncExitStack() as stack:
@@ -354,6 +357,26 @@ async def test_room_for_a_wake(tmp_path: Path) -> None:
         assert await ask(client, "a")
         assert time.monotonic() - began < 4
         assert states(house) == ["READY", "ASLEEP", "ASLEEP", "DOZING"]
+        stranger.close()
+
+
+@on_uvloop
+async def test_room_is_made_on_the_gpu_that_lacks_it(tmp_path: Path) -> None:
+    """A wake on two GPUs lacks memory of one: who dozes on the other keeps its weights, unused for longer though."""
+    weights = {"weights": 10.0, "pool": 30.0, "memory": 1.0, "gpu_slice": 0.5, "card": 50.0}
+    async with (
+        LabReplica(served_model="a", seat=Seat(tmp_path, ("GPU-a",), **weights)) as a,
+        LabReplica(served_model="b", seat=Seat(tmp_path, ("GPU-b",), **weights)) as b,
+        LabReplica(served_model="c", seat=Seat(tmp_path, ("GPU-a", "GPU-b"), **weights)) as c,
+        sharing([a, b, c]) as (house, client),
+    ):
+        for model in "cab":
+            await ask(client, model)
+        stranger = Held(tmp_path, "GPU-b", 50 * GIB)
+        await doze(b)
+        stranger.take(5 * GIB)
+        assert await ask(client, "c")
+        assert states(house) == ["DOZING", "ASLEEP", "READY"]
         stranger.close()
 
 

@@ -3,9 +3,11 @@
 import { $, arrange, element, number, say } from "./dom.js";
 import { ask } from "./admin.js";
 
-// What each key has, by name, as last told; and the one whose limits the form changes, if it is not for a new key.
+// What each key has, by name, as last told; the one whose limits the form changes, null for a new key; and the day on
+// which that one expires, as the form showed it.
 const known = new Map();
 let changing = null;
+let shownDay = "";
 
 const LIMITS = ["max_in_flight", "requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day"];
 
@@ -105,6 +107,7 @@ function fill(key) {
   for (const name of ["name", "priority", ...LIMITS]) form.elements[name].value = key[name] ?? "";
   form.elements.models.value = key.models.join(", ");
   form.elements.expires.value = key.expires?.slice(0, 10) ?? "";
+  shownDay = form.elements.expires.value; // empty, too, for a date in a form that the field does not know
   $("issue-box").open = true;
   form.elements.max_in_flight.focus();
 }
@@ -114,9 +117,9 @@ async function issue(event) {
   const said = new FormData($("issue"));
   const terms = { priority: said.get("priority"), models: said.get("models").split(",").map((one) => one.trim()).filter(Boolean) };
   for (const name of LIMITS) if (said.get(name)) terms[name] = Number(said.get(name));
-  const expires = said.get("expires");
-  // The form has a day only: the time of one that stays is kept.
-  if (expires) terms.expires = changing?.expires?.startsWith(expires) ? changing.expires : expires;
+  const day = said.get("expires");
+  if (changing && day === shownDay) terms.expires = changing.expires; // with its time, which the field does not show
+  else if (day) terms.expires = day;
   const path = `keys/${encodeURIComponent(said.get("name"))}`;
   if (await change(path, changing ? "PUT" : "POST", terms)) fill(null);
 }

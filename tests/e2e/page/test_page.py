@@ -391,11 +391,13 @@ def test_limits_of_a_key_are_changed(tmp_path: Path) -> None:
             terms = {"requests_per_day": 50, "models": ["llama*"], "expires": "2099-01-31T12:30", "priority": "bulk"}
             url = f"{balancer.admin_endpoint}/keys/alice"
             key = (await client.post(url, json=terms, headers=admin)).raise_for_status().json()["key"]
+            odd = {"expires": "20990131"}  # as the form's field does not know it
+            (await client.post(url.replace("alice", "bob"), json=odd, headers=admin)).raise_for_status()
             await tab.click("#show-usage")
             await tab.until("document.getElementById('admin').open")
             await tab.type("#admin-key", "sesame")
             await tab.press("\ue007")
-            await tab.until("document.querySelectorAll('#issued tr').length === 1")
+            await tab.until("document.querySelectorAll('#issued tr').length === 2")
             await tab.click("#issued button[aria-label='Change alice']")
             read = "return [...document.querySelectorAll('#issue input, #issue select')].map((one) => one.value)"
             assert await tab.run(read) == ["alice", "", "", "50", "", "", "bulk", "llama*", "2099-01-31"]
@@ -407,12 +409,18 @@ def test_limits_of_a_key_are_changed(tmp_path: Path) -> None:
             await tab.type("#issue [name=tokens_per_day]", "9000")
             await tab.click("#issue-it")
             await tab.until("document.querySelector('#issued td:nth-child(7)').innerText === '9,000'")
-            (row,) = (await client.get(f"{balancer.admin_endpoint}/keys", headers=admin)).json()
+            row, _ = (await client.get(f"{balancer.admin_endpoint}/keys", headers=admin)).json()
             assert (row["requests_per_day"], row["tokens_per_day"], row["models"]) == (50, 9000, ["lab"])
             assert (row["priority"], row["expires"]) == ("bulk", "2099-01-31T12:30")
             answer = await client.post(CHAT, json=chat(), headers={"Authorization": f"Bearer {key}"})
             assert answer.status_code == 200
             assert await tab.text("#issue-what") == "Issue a key"
+            await tab.click("#issued button[aria-label='Change bob']")
+            await tab.type("#issue [name=tokens_per_day]", "7000")
+            await tab.click("#issue-it")
+            await tab.until("document.querySelector('#issued [data-key=bob] td:nth-child(7)').innerText === '7,000'")
+            _, row = (await client.get(f"{balancer.admin_endpoint}/keys", headers=admin)).json()
+            assert (row["tokens_per_day"], row["expires"]) == (7000, "20990131")
 
     run(main())
 
