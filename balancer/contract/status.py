@@ -35,6 +35,12 @@ class ServiceRow:
     # How many replicas there should be; None if there is no controller to say so.
     wanted: int | None = None
 
+    def came_since(self, before: "ServiceRow") -> tuple[int, int]:
+        """How many generating requests arrived since the same balancer said `before`, and how many it turned away."""
+        is_new = self.arrived_total < before.arrived_total  # a process that counts from 0
+        arrived, turned_away = (0, 0) if is_new else (before.arrived_total, before.turned_away_total)
+        return self.arrived_total - arrived, max(0, self.turned_away_total - turned_away)
+
     def to_json(self) -> dict[str, Any]:
         row = _without_empty(flat(self))
         if self.wanted is None:

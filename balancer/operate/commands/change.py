@@ -18,7 +18,7 @@ from balancer.operate.commands.detach import AskedToEnd, detached
 from balancer.operate.commands.division import divide
 from balancer.operate.commands.progress import Lines
 from balancer.operate.commands.show import check_host, no_such_service, snapshot_of, up_folders, warn
-from balancer.operate.commands.together import end_and_keep, passed_on, raise_when_asked
+from balancer.operate.commands.together import end_and_keep, is_up, passed_on, raise_when_asked
 from balancer.operate.engines import shared_memory
 from balancer.operate.engines.addresses import AddressFlags
 from balancer.operate.engines.choose import AUTO, choose_engine, take_down_detached
@@ -113,14 +113,14 @@ def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_deta
             # Balancers that run already know all services; else the first service's balancer does.
             joins = name != names[0] and not flags.balancers
             joining = replace(flags, join=names[0]) if joins else flags
-            if not _may_be_up(name):
+            if not is_up(name, if_broken=True):
                 begun.append(name)
             if code := up(planned, joining, on, is_detached=True):
                 return code
         if is_detached:
             return 0
         print(f"{', '.join(names)} share one endpoint; Ctrl-C takes them down", flush=True)
-        while any(_may_be_up(name) for name in begun):
+        while any(is_up(name, if_broken=True) for name in begun):
             time.sleep(_LOOK)
         print(f"{', '.join(names)} were taken down", flush=True)
     except KeyboardInterrupt:
@@ -132,19 +132,12 @@ def up_together(sources: Sequence[Source], flags: AddressFlags, on: str, is_deta
     finally:
         if not is_detached:
             with passed_on(begun):
-                for name in [name for name in reversed(begun) if _may_be_up(name)]:
+                for name in [name for name in reversed(begun) if is_up(name, if_broken=True)]:
                     if name in kept:
                         end_and_keep(name)
                     else:
                         down([name], None)
     return 0
-
-
-def _may_be_up(name: str) -> bool:
-    try:
-        return ServiceFolder(state_root(), name).is_up()
-    except BrokenState:
-        return True
 
 
 def check(sources: Sequence[Source], on: str = AUTO) -> int:

@@ -41,7 +41,8 @@ def passed_on(names: Sequence[str]) -> Iterator[None]:
 
     def again(_: int, __: FrameType | None) -> None:
         # By the second of them, all have been asked twice.
-        if len(passed) > 1 and time.monotonic() > passed[1] + _AT_ONCE and (left := list(filter(_is_up, names))):
+        is_late = len(passed) > 1 and time.monotonic() > passed[1] + _AT_ONCE
+        if is_late and (left := [name for name in names if is_up(name, if_broken=False)]):
             raise SystemExit(f"{', '.join(left)} did not end: groundserve down {' '.join(left)} ends what hangs")
         passed.append(time.monotonic())
         for name in names:
@@ -60,7 +61,7 @@ def passed_on(names: Sequence[str]) -> Iterator[None]:
 def end_and_keep(name: str) -> None:
     """Ends a service that stays meant to exist. Returns when it is not up any more."""
     _ask_to_end(name)
-    while _is_up(name):
+    while is_up(name, if_broken=False):
         time.sleep(_LOOK)
     print(f"{name} is down: groundserve up {name} resumes it", flush=True)
 
@@ -73,8 +74,9 @@ def _ask_to_end(name: str) -> None:
             holder.signal(signal.SIGTERM)
 
 
-def _is_up(name: str) -> bool:
+def is_up(name: str, if_broken: bool) -> bool:
+    """Is the service up? `if_broken` is the answer where its folder does not tell."""
     try:
         return ServiceFolder(state_root(), name).is_up()
     except BrokenState:
-        return False
+        return if_broken

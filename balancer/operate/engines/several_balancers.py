@@ -104,10 +104,9 @@ class SeveralBalancers(BalancerHandle):
         at, last = self._said.get(name, (-math.inf, None))
         if last is None or asyncio.get_running_loop().time() - at > _UNKNOWN:
             return
-        now, before = snapshot.service, last.service
-        is_new = now.arrived_total < before.arrived_total  # a process that counts from 0
-        self._arrived += now.arrived_total - (0 if is_new else before.arrived_total)
-        self._turned_away += max(0, now.turned_away_total - (0 if is_new else before.turned_away_total))
+        arrived, turned_away = snapshot.service.came_since(last.service)
+        self._arrived += arrived
+        self._turned_away += turned_away
 
     async def drain(self, id: int) -> bool:
         """Tells those that answered the last time at once, and the others when they answer again."""
