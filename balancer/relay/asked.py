@@ -20,18 +20,21 @@ from balancer.routing.body import HEAVY_BODY, without_images
 END = 2 << 10  # bytes at each end of a large body
 _FIELDS = re.compile(rb'"(model|stream|stream_options|include_usage)"\s*:\s*(true|false|\{|"[^"\\]{0,256}")')
 _STREAM = re.compile(rb'"stream"\s*:\s*true')
-# What limits an answer's tokens, by path: the object that holds it, and its names. A replica ignores all others.
+# What limits an answer's tokens, by path: the object that holds it, and its names. A replica ignores all others, and of
+# two, SGLang holds to the first.
+USUAL_LIMIT = ("", ("max_completion_tokens", "max_tokens"))
 LIMITS = {
+    "/v1/chat/completions": USUAL_LIMIT,
+    "/v1/completions": ("", ("max_tokens",)),
     "/v1/responses": ("", ("max_output_tokens",)),
     "/generate": ("sampling_params", ("max_new_tokens",)),
     "/api/chat": ("options", ("num_predict",)),
     "/api/generate": ("options", ("num_predict",)),
 }
-USUAL_LIMIT = ("", ("max_tokens", "max_completion_tokens"))
 # By name: the field with a whole number, or with what is none for sure, or with anything else.
 _NUMBERS = {
     name: re.compile(rb'"%b"\s*+:\s*+(?:(\d{1,18}+)(?=[,}\s])|([{\[ntf]))?' % name.encode())
-    for name in ("n", *USUAL_LIMIT[1], *(name for _, names in LIMITS.values() for name in names))
+    for name in ("n", *(name for _, names in LIMITS.values() for name in names))
 }
 # A letter of such a name, written as an escape; not where a backslash before it is escaped.
 _ESCAPED = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])(?<!\\\\u00..)")

@@ -5,6 +5,7 @@ from typing import Any
 
 import orjson
 
+from balancer.relay.asked import LIMITS
 from balancer.relay.continuation.anthropic import as_chat
 from balancer.relay.continuation.delivered import CannotContinue, Delivered
 from balancer.relay.continuation.stops import stop_strings
@@ -44,12 +45,6 @@ DEPENDING = {
     "video_data": "video",
 }
 PARTS = ("text", "image_url")
-# Where the limit on tokens is, by the path that the rest is asked for at; of two, SGLang holds to the first.
-LIMITS = {
-    CHAT: ("max_completion_tokens", "max_tokens"),
-    "/v1/completions": ("max_tokens",),
-    "/generate": ("max_new_tokens",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +96,16 @@ def follow_up(
     except (KeyError, TypeError, AttributeError, IndexError):
         raise CannotContinue("format") from None
     where = CHAT if path == "/v1/messages" else path
-    holder = wish["sampling_params"] if path == "/generate" else wish
-    limits = [name for name in LIMITS[where] if holder.get(name)]
+    within, names = LIMITS[where]
+    holder = wish[within] if within else wish
+    limits = [name for name in names if holder.get(name)]
     if any(type(holder[name]) is not int for name in limits):
         raise CannotContinue("format")
     most = holder[limits[0]] if limits else None
     has_all = so_far.finish is not None or (so_far.blocks > 0 and not so_far.is_block_open)
     is_muted = has_all or (most is not None and tokens >= most)
     if is_muted and not limits:
-        limits = [LIMITS[where][-1]]
+        limits = [names[-1]]
     for name in limits:
         holder[name] = 1 if is_muted else max(1, holder[name] - tokens)
     wish.pop("rid", None)  # the other replica may know this request id already
