@@ -106,8 +106,8 @@ function fill(key) {
   if (!key) return;
   for (const name of ["name", "priority", ...LIMITS]) form.elements[name].value = key[name] ?? "";
   form.elements.models.value = key.models.join(", ");
-  form.elements.expires.value = key.expires?.slice(0, 10) ?? "";
-  shownDay = form.elements.expires.value; // empty, too, for a date in a form that the field does not know
+  shownDay = key.expires?.match(/^\d{4}-\d\d-\d\d/)?.[0] ?? ""; // dates may be written in ways that the field does not know
+  form.elements.expires.value = shownDay;
   $("issue-box").open = true;
   form.elements.max_in_flight.focus();
 }
