@@ -423,10 +423,9 @@ class Relay:
 
     # What it saw. Messages are JSON: what is a pair or a triple there comes as a list, and compiled code minds.
 
-    def _died(self, ident: str, *said: Any) -> None:
-        message = [Told.DIED, ident, *said]
-        self._all.telling.deaths.append(message)
-        self._all.tell(message, but=self)
+    def _died(self, *said: Any) -> None:
+        if self._all.telling.deaths.learn([*said]):
+            self._all.tell([Told.DIED, *said], but=self)
 
     def _kept(self, ident: str, replica: int, id_: str, key: str) -> None:
         if self._is_news(self._all.telling.responses(ident), replica, id_, key):
@@ -456,7 +455,7 @@ class Relay:
         self._start(call, answer())
 
     def _acquitted(self, ident: str, digest: str) -> None:
-        self._all.telling.acquitted(digest)
+        self._all.telling.deaths.acquit(digest)
         self._all.tell([Told.ACQUITTED, ident, digest], but=self)
 
     def _used(self, records: Iterable[list[Any]]) -> None:

@@ -30,7 +30,7 @@ class Asked(enum.IntEnum):
     ENTER = 9  # call, name of the key
     LEFT = 10  # the call that entered
     TAKE = 11  # call, name of the key, bytes of the prompt, most tokens of the answer
-    DIED = 12  # service, the replica's name and Host field, digest, when
+    DIED = 12  # service, the replica's name and Host field, digest, when, identifier
     ACQUITTED = 13  # service, digest
     USED = 14  # records of requests whose use is kept
     SEEN = 15  # what it counted and saw since it last told, as a mapping
@@ -63,7 +63,7 @@ class Told(enum.IntEnum):
     SERVICE = 6  # name, state as a mapping; it says whether all its replicas were told
     PARTED = 7  # name
     KEYS = 8  # are wanted, issued keys: [name, digest, terms, issue]
-    DIED = 9  # service, the replica's name and Host field, digest, when
+    DIED = 9  # service, the replica's name and Host field, digest, when, identifier
     ACQUITTED = 10  # service, digest
     ORIGINS = 11  # connections of clients at other relays
     KEPT = 13  # service, number of the replica, id of an answer that it keeps, issue of the key

@@ -244,8 +244,8 @@ class RelayProcess:
                 self._part(ident)
             case [Told.KEYS, are_wanted, issued]:
                 self._take_up(are_wanted, issued)
-            case [Told.DIED, ident, name, authority, digest, at]:
-                if ident in self._by_ident:
+            case [Told.DIED, ident, name, authority, digest, at, _]:
+                if ident in self._by_ident and self._others[ident].deaths.learn(message[1:]):
                     self._died_elsewhere(self._by_ident[ident][1], name, authority, bytes.fromhex(digest), at)
             case [Told.KEPT, ident, number, id_, key]:
                 replica = self.asking.replicas.get(number)
@@ -253,6 +253,7 @@ class RelayProcess:
                     self._by_ident[ident][1].responses.learn(id_, replica.address, key, is_heard=True)
             case [Told.ACQUITTED, ident, digest]:
                 if ident in self._by_ident:
+                    self._others[ident].deaths.acquit(digest)
                     self._by_ident[ident][1].deaths.acquit(bytes.fromhex(digest), is_heard=True)
             case [Told.ORIGINS, elsewhere]:
                 self.doors.origins_elsewhere = {o.encode("latin-1"): count for o, count in elsewhere.items()}
@@ -276,7 +277,7 @@ class RelayProcess:
         service = KnownService(ident, settings)
         places = RemotePlaces(service, self.asking, self.loop)
         destination = Destination(places, settings, self.loop, None, self._tls, self.dialer, service)
-        self._others[ident] = others = OtherRelays(ident, self.asking)
+        self._others[ident] = others = OtherRelays(ident, self.asking, self.loop.time)
         destination.deaths, destination.responses = Deaths(places.lives, others), KeptResponses(others)
         self.destinations.append(destination)
         self._by_ident[ident] = service, destination

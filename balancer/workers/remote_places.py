@@ -27,8 +27,9 @@ from balancer.workers.messages import (
     owner_text,
     restore,
 )
+from balancer.workers.told_deaths import ToldDeaths
 
-MOST_UNHEARD = 4096  # deaths and acquittals kept while there is no coordinator
+MOST_UNHEARD = 4096  # acquittals kept while there is no coordinator
 
 
 class RemotePlaces:
@@ -240,33 +241,37 @@ class OtherRelays:
     """Implements Hearers of balancer.relay.deaths and of balancer.relay.kept_responses.
 
     `untold` has the id, replica and key of each answer of which no coordinator could be told: there was none, or it did
-    not know the replica yet. `unheard` has what is to be told of deaths once there is a coordinator.
+    not know the replica yet. `deaths` are all that this relay has seen or heard of: each new coordinator is told them,
+    for relays that come after it. `clock` gives the loop's time in seconds.
     """
 
-    def __init__(self, service: str, asking: Asking) -> None:
+    def __init__(self, service: str, asking: Asking, clock: Callable[[], float]) -> None:
         self.untold: deque[tuple[str, ReplicaAddress, str]] = deque(maxlen=MOST)
-        self.unheard: deque[Message] = deque(maxlen=MOST_UNHEARD)
+        self.deaths = ToldDeaths(clock)
+        self._unheard: deque[Message] = deque(maxlen=MOST_UNHEARD)  # acquittals
         self._service = service
         self._asking = asking
 
     def noted(self, replica: ReplicaAddress, request: bytes, at: float) -> None:
         # By name: a coordinator that has just begun may never hear of a replica that is dead.
         authority = replica.authority.decode("latin-1")
-        self._tell([Asked.DIED, self._service, replica.name, authority, request.hex(), at])
+        died = self.deaths.new(self._service, replica.name, authority, request.hex(), at)
+        self._asking.send([Asked.DIED, *died])
 
     def acquitted(self, request: bytes) -> None:
-        self._tell([Asked.ACQUITTED, self._service, request.hex()])
-
-    def _tell(self, message: Message) -> None:
+        self.deaths.acquit(request.hex())
+        message = [Asked.ACQUITTED, self._service, request.hex()]
         if self._asking.is_up:
             self._asking.send(message)
         else:
-            self.unheard.append(message)
+            self._unheard.append(message)
 
     def greeted(self) -> None:
         """There is a coordinator again."""
-        while self.unheard:
-            self._asking.send(self.unheard.popleft())
+        while self._unheard:  # before the deaths: some are of the same requests, sent once more since
+            self._asking.send(self._unheard.popleft())
+        for died in self.deaths.lately():
+            self._asking.send([Asked.DIED, *died])
 
     def learned(self, id_: str, replica: ReplicaAddress, key: str) -> None:
         if (known := self._asking.by_address.get(replica)) is None:

@@ -1,6 +1,5 @@
 """What the coordinator tells the relays of the services, their replicas and the keys."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,21 +7,19 @@ from balancer.accounts.store import IssuedKey, Keeper
 from balancer.fleet.fleet import FIRST_LIST
 from balancer.fleet.member import Member, Verdict
 from balancer.relay.auth import Keys
-from balancer.relay.deaths import REMEMBERED
 from balancer.relay.kept_responses import KeptResponses
 from balancer.service import Service
 from balancer.services import Services
 from balancer.workers.link import Message
 from balancer.workers.messages import Told
-
-MOST_DEATHS = 4096  # requests in flight at deaths, kept for relays that come
+from balancer.workers.told_deaths import ToldDeaths
 
 
 class Telling:
     """`tell` tells all relays. `house` is called for a service of which replicas may have become known.
 
-    `clock` gives the loop's time in seconds. `deaths` has each Told.DIED, for the relays that come later: once the
-    coordinator was restarted, one relay comes after the other.
+    `clock` gives the loop's time in seconds. `deaths` is for the relays that come later: once the coordinator was
+    restarted, one relay comes after the other.
     """
 
     def __init__(
@@ -34,7 +31,7 @@ class Telling:
         clock: Callable[[], float],
     ) -> None:
         self.members: dict[int, Member] = {}  # by what messages call them
-        self.deaths: deque[Message] = deque(maxlen=MOST_DEATHS)
+        self.deaths = ToldDeaths(clock)
         self._services = services
         self._keys = keys
         self._tell = tell
@@ -61,14 +58,8 @@ class Telling:
             yield [Told.REPLICA, number, *facts]
         for ident, state in self._states.items():
             yield [Told.SERVICE, ident, state]
-        now = self._clock()
-        yield from (death for death in self.deaths if now - death[-1] < REMEMBERED)
+        yield from ([Told.DIED, *died] for died in self.deaths.lately())
         yield [Told.ALL]
-
-    def acquitted(self, digest: str) -> None:
-        """The request with this digest kills no replica."""
-        kept = [death for death in self.deaths if death[-2] != digest]
-        self.deaths = deque(kept, maxlen=MOST_DEATHS)
 
     def responses(self, ident: str) -> KeptResponses | None:
         """Who keeps which answer of the service that messages call this, if it is served."""

@@ -117,7 +117,8 @@ async def test_relays_that_come_later_hear_of_deaths() -> None:
         await first.come(address)
         now = asyncio.get_running_loop().time()
         killer, innocent, long_ago = (
-            ["0", "a", "10.0.0.1:1", digest, at] for digest, at in (("01", now), ("02", now), ("03", now - REMEMBERED))
+            ["0", "a", "10.0.0.1:1", digest, at, f"id {digest}"]
+            for digest, at in (("01", now), ("02", now), ("03", now - REMEMBERED))
         )
         for died in (killer, innocent, long_ago):
             first.link.send([Asked.DIED, *died])
@@ -127,6 +128,28 @@ async def test_relays_that_come_later_hear_of_deaths() -> None:
         await until(lambda: bool(second.of(Told.ACQUITTED)))
         await third.come(address)
         assert (third.of(Told.DIED), first.of(Told.DIED)) == ([killer], [])
+
+
+@on_uvloop
+async def test_deaths_told_again_are_passed_on_once() -> None:
+    """All relays tell a new coordinator what they know; what has been acquitted since stays so."""
+    async with LabReplica() as a, serving(a) as house, answering(house.balancer.services) as (_, address):
+        first, second, third = PlayedRelay(), PlayedRelay(), PlayedRelay()
+        for relay in (first, second):
+            await relay.come(address)
+        now = asyncio.get_running_loop().time()
+        alike = [["0", "a", "10.0.0.1:1", "01", now, id_] for id_ in ("x", "y")]
+        innocent = ["0", "a", "10.0.0.1:1", "02", now, "z"]
+        for died in (*alike, innocent):
+            first.link.send([Asked.DIED, *died])
+        await until(lambda: len(second.of(Told.DIED)) == 3)
+        second.link.send([Asked.ACQUITTED, "0", "02"])
+        for died in (*alike, innocent):
+            second.link.send([Asked.DIED, *died])
+        second.link.send([Asked.ACQUITTED, "0", "03"])
+        await until(lambda: len(first.of(Told.ACQUITTED)) == 2)
+        await third.come(address)
+        assert (first.of(Told.DIED), third.of(Told.DIED)) == ([], alike)
 
 
 @on_uvloop

@@ -6,23 +6,24 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
+from balancer.fleet.address import ReplicaAddress
 from balancer.fleet.outcome import Outcome
 from balancer.routing.admission import Waiter
 from balancer.routing.prompt import Prompt
 from balancer.spec.settings import Settings
 from balancer.workers import link
-from balancer.workers.asking import Asking
+from balancer.workers.asking import Asking, Listener
 from balancer.workers.known import KnownReplica, KnownService
 from balancer.workers.link import Link, Message
 from balancer.workers.messages import Asked, Told
-from balancer.workers.remote_places import NOTHING, RemotePlaces
+from balancer.workers.remote_places import NOTHING, OtherRelays, RemotePlaces
 from tests.lab.replica import LabReplica
 from tests.support.client import chat, request
 from tests.support.until import until
@@ -69,10 +70,12 @@ class PlayedCoordinator:
         return found[-1]
 
     @contextlib.asynccontextmanager
-    async def relay(self) -> AsyncIterator[tuple[Asking, RemotePlaces]]:
+    async def relay(
+        self, listener_of: Callable[[Asking], Listener] = lambda _: Nobody()
+    ) -> AsyncIterator[tuple[Asking, RemotePlaces]]:
         loop = asyncio.get_running_loop()
         asking = Asking(loop, self.address)
-        asking.listener = Nobody()
+        asking.listener = listener_of(asking)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self.address)
         server = await loop.create_unix_server(self._came, sock=listener)
@@ -93,6 +96,35 @@ class PlayedCoordinator:
         self.link.close()
         self.said = []
         await self.until_asked(Asked.HELLO)
+
+
+@on_uvloop
+async def test_a_coordinator_is_told_of_all_deaths() -> None:
+    """Each new one is, also of what others saw; of a request completed since then, that it was, then its new death."""
+    heard = ["0", "b", "10.0.0.2:1", "02", 1.0, "an identifier"]
+
+    class Teller(Nobody):
+        def __init__(self, asking: Asking) -> None:
+            self.others = OtherRelays("0", asking, lambda: 2.0)
+            self.others.deaths.learn(heard)
+            replica = ReplicaAddress.of(*A)
+            self.others.noted(replica, b"\1", 1.0)
+            self.others.acquitted(b"\1")
+            self.others.noted(replica, b"\1", 2.0)
+
+        def greeted(self) -> None:
+            self.others.greeted()
+
+    played = PlayedCoordinator()
+    async with played.relay(Teller):
+        await until(lambda: len(played.said) == 4)
+        _, acquitted, *deaths = played.said
+        assert acquitted == [Asked.ACQUITTED, "0", "01"]
+        again = [Asked.DIED, "0", "a", "10.0.0.1:1", "01", 2.0]
+        assert (deaths[0], deaths[1][:-1]) == ([Asked.DIED, *heard], again)
+        await played.restart()
+        await until(lambda: len(played.said) == 3)
+        assert played.said[1:] == deaths
 
 
 @on_uvloop

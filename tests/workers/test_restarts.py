@@ -14,6 +14,7 @@ import orjson
 import pytest
 
 from balancer.accounts.store import FILE
+from balancer.relay.deaths import FEW
 from tests.lab.replica import LabReplica
 from tests.relay.continuation.answering import request_for
 from tests.support.client import CHAT, chat, request
@@ -163,6 +164,30 @@ async def test_a_death_without_coordinator_is_told_later(is_told: bool) -> None:
         await second.send(bad)
         refused = await second.answer()
         assert (refused.status, refused.error["code"]) == (422, "kills_replicas")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@on_uvloop
+async def test_new_processes_in_turn_know_of_deaths(lost: int) -> None:
+    """The coordinator is started anew, several times, then a relay: both still refuse what killed two replicas."""
+    async with LabReplica() as a, LabReplica() as b, LabReplica() as c, workers(a.url, b.url, c.url) as at:
+        replicas = [a, b, c]
+        for replica in replicas:
+            replica.set(poison="bad")
+        bad = request(body=chat(padding="bad"))
+        first, _ = await at.one_each()
+        await first.send(bad)
+        assert (await first.answer()).status == 502
+        for _ in range(FEW):  # what each hears again does not count again
+            (coordinator,) = set(at.children()) - set(at.relays)
+            await at.kill(coordinator)
+            await at.shows(ready=1)  # the new coordinator has heard the relays
+        await at.kill(at.relays[lost])
+        for client in await at.one_each():
+            await client.send(bad)
+            refused = await client.answer()
+            assert (refused.status, refused.error["code"]) == (422, "kills_replicas")
+        assert sum(replica.is_listening for replica in replicas) == 1
 
 
 @asynccontextmanager
