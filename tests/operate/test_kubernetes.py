@@ -347,6 +347,7 @@ def test_a_secret_whose_removal_got_no_answer_is_made_again(made: KubernetesEngi
         listed.write_text(json.dumps({"items": [first, second]}))
         (tmp_path / "removals").touch()
         await made.found()
+        await until(lambda: len(made._following) == 2)
         await made.start(1, old)
         assert typed(tmp_path).count(" apply ") == 1
         listed.write_text(json.dumps({"items": [second]}))

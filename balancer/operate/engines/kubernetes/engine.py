@@ -454,6 +454,8 @@ class KubernetesEngine:
 
     def _take(self, id: int, pods: tuple[Pod, ...], words: FirstWords) -> None:
         self._folder.trim_replica_logs({id, *self._replicas})
+        if (former := self._replicas.get(id)) is not None:
+            former.gone.set()  # else its output would be followed for ever
         self._replicas[id] = _Replica(pods, asyncio.get_running_loop().time(), words, asyncio.Event())
 
     async def _follow(self, id: int, replica: _Replica) -> None:
