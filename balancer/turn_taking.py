@@ -132,6 +132,7 @@ class TurnTaking:
             self._look_at(now + max(LEAST_PAUSE, self._turns.due_in))
 
     def _note_lost(self, now: float) -> None:
+        """Notes on which GPUs one that shared them is there no more."""
         seats = {f"{one.service.facts.name}/{one.member.id}": one.tenancy.gpus for one in self._all()}
         for key in self._seats.keys() - seats.keys():
             self._left_at |= dict.fromkeys(self._seats[key], now)

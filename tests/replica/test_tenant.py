@@ -415,15 +415,20 @@ def test_sizes_measured_while_another_was_killed(stage: Stage) -> None:
     assert tenant.state is State.AWAKE
 
 
+async def living_short_of_memory(stage: Stage, tenant: Tenant) -> asyncio.Task[None]:
+    """It lives on, and dozes where too little memory is left for it to wake."""
+    tenant.wanted = State.DOZING
+    await tenant.step()
+    stage.gpu.free = 5 * GIB
+    return asyncio.create_task(tenant.live())
+
+
 def test_order_without_memory(stage: Stage) -> None:
     """An order to wake is answered as soon as memory is known to be missing, not when its time is over."""
     tenant, _ = stage.tenant("mine", memory=0.0)
 
     async def life() -> None:
-        tenant.wanted = State.DOZING
-        await tenant.step()
-        stage.gpu.free = 5 * GIB
-        living = asyncio.create_task(tenant.live())
+        living = await living_short_of_memory(stage, tenant)
         async with asyncio.timeout(20):
             assert not await tenant.order(State.AWAKE, 600)
         living.cancel()
@@ -438,10 +443,7 @@ def test_order_that_waits_for_no_memory(stage: Stage) -> None:
     tenant, _ = stage.tenant("mine", memory=600.0)
 
     async def life() -> None:
-        tenant.wanted = State.DOZING
-        await tenant.step()
-        stage.gpu.free = 5 * GIB
-        living = asyncio.create_task(tenant.live())
+        living = await living_short_of_memory(stage, tenant)
         async with asyncio.timeout(20):
             assert not await tenant.order(State.AWAKE, 600, memory=0.0)
         assert tenant.to_json()["lacks_bytes"] == {"GPU-a": 25 * GIB}
